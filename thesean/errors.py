@@ -1,0 +1,64 @@
+"""Errors that say which part, what was found, what was expected and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TheseanError(Exception):
+    """The base of every error that Thesean raises on purpose."""
+
+
+class CaptureError(TheseanError):
+    """The guide could not be traced to a graph; the message names the place in the user's code."""
+
+
+class PlanError(TheseanError, ValueError):
+    """The plan can't be made or doesn't fit this guide (a glob without a match, an edited plan that's stale)."""
+
+
+class UnknownNameError(TheseanError, KeyError):
+    """A target, measure or recipe that isn't registered."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class TargetMismatchError(TheseanError, ValueError):
+    """A target that does not fit the part that it should replace."""
+
+
+class PassRefused(TheseanError):
+    """A pass whose precondition does not hold for this graph."""
+
+
+class DataError(TheseanError, ValueError):
+    """Batches that are empty, don't fit the model, or sit on another device or dtype."""
+
+
+class NumericalError(TheseanError, ArithmeticError):
+    """NaN or infinity in activations or in a loss."""
+
+
+class ExportError(TheseanError):
+    """The ONNX file could not be made, or disagrees with the torch module; no file is left behind."""
+
+
+class ArtifactError(TheseanError):
+    """A saved conversion that is incomplete, altered or holds an operator outside the allow-list."""
+
+
+class MissingExtraError(TheseanError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it with: pip install 'thesean[{extra}]'")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """`unknown target 'rn'; did you mean 'rnn'? known: conv, gru, rnn`"""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return UnknownNameError(f"unknown {kind} {name!r}{hint} known: {', '.join(known)}")

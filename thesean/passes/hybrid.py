@@ -1,0 +1,152 @@
+"""The hybrid: a copy of the guide's graph in which some parts are target modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+
+import torch
+from torch import fx, nn
+
+from thesean.passes.draft import Draft, DraftPart, build_site
+from thesean.passes.regions import Region
+from thesean.passes.substitute import Substitute, clone
+from thesean.targets import PartFacts, TargetModule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One module in a hybrid. Node names are the hybrid's, `guide_*` the guide's; they outlive later passes."""
+
+    part: int
+    name: str  # the module's attribute in the hybrid
+    facts: PartFacts
+    family: str
+    entry: str
+    exit: str
+    guide_entry: str
+    guide_exit: str
+    # where the exit is added to a residual stream: the node of the sum and the stream before it, in both graphs
+    join: tuple[str, str] | None
+    guide_join: str | None
+    copied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """`graph_module` has parameters of its own; `boundaries[k]` names part k's exit in the hybrid and in the guide."""
+
+    graph_module: fx.GraphModule
+    replacements: tuple[Replacement, ...]
+    boundaries: tuple[tuple[str, str], ...]
+    parts: tuple[str, ...]  # paths of the replaced parts, in order
+
+    def module(self, replacement: Replacement) -> nn.Module:
+        return self.graph_module.get_submodule(replacement.name)
+
+    def of_part(self, part: int) -> tuple[Replacement, ...]:
+        return tuple(r for r in self.replacements if r.part == part)
+
+    def parameters_of(self, parts: Sequence[int]) -> list[nn.Parameter]:
+        wanted = [self.module(r) for r in self.replacements if r.part in set(parts)]
+        return [p for m in wanted for p in m.parameters()]
+
+
+def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = True) -> Hybrid:
+    """Replace the first `count` replaceable parts (all by default); fresh modules, guide's weights where they fit.
+
+    The guide's graph and parameters are untouched. Draw order of the initial weights: part by part, so the same torch
+    seed gives the same modules.
+    """
+    parts = [p for p in draft.parts if p.target is not None]
+    parts = parts if count is None else parts[:count]
+    guide = draft.captured.graph_module
+    graph_module = clone(guide)
+    by_name = {n.name: n for n in graph_module.graph.nodes}
+    joins = {(k, i): _join_of(s.region) for k, p in enumerate(parts) for i, s in enumerate(p.sites)}
+    replacements = []
+    for k, part in enumerate(parts):
+        for i, site in enumerate(part.sites):
+            name = f"part_{k}" if len(part.sites) == 1 else f"part_{k}_{i}"
+            assert part.target is not None
+            module = build_site(part.target, site)
+            copied: tuple[str, ...] = ()
+            if copy_weights and isinstance(module, TargetModule):
+                copied = module.copy_from(site.facts)
+            region = _translate(site.region, by_name)
+            Substitute(site.facts.path, region, name, module)(graph_module)
+            out = _output(graph_module, name)
+            by_name[site.region.exit.name] = out  # later regions and boundaries mean the replacement's output
+            replacements.append(
+                Replacement(
+                    part=k,
+                    name=name,
+                    facts=site.facts,
+                    family=getattr(module, "family", part.target.name),
+                    entry=region.entry.name,
+                    exit=out.name,
+                    guide_entry=site.region.entry.name,
+                    guide_exit=site.region.exit.name,
+                    join=None,
+                    guide_join=None,
+                    copied=copied,
+                )
+            )
+    replacements = [_with_join(r, joins[(r.part, _site_index(r))], by_name) for r in replacements]
+    boundaries = tuple((_boundary(p, by_name), p.region.exit.name) for p in parts)
+    graph_module.meta["symbols"] = guide.meta["symbols"]
+    return Hybrid(
+        graph_module=graph_module,
+        replacements=tuple(replacements),
+        boundaries=boundaries,
+        parts=tuple(p.planned.path for p in parts),
+    )
+
+
+def _site_index(replacement: Replacement) -> int:
+    pieces = replacement.name.split("_")
+    return int(pieces[2]) if len(pieces) == 3 else 0
+
+
+def _translate(region: Region, by_name: dict[str, fx.Node]) -> Region:
+    return Region(
+        entry=by_name[region.entry.name],
+        exit=by_name[region.exit.name],
+        nodes=tuple(by_name[n.name] for n in region.nodes),
+    )
+
+
+def _output(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    call = next(n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == name)
+    if getattr(graph_module.get_submodule(name), "stateful", False):
+        return next(u for u in call.users if u.target is getitem)
+    return call
+
+
+def _boundary(part: DraftPart, by_name: dict[str, fx.Node]) -> str:
+    return by_name[part.region.exit.name].name
+
+
+def _join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:
+    """(sum, stream) where the exit's only use is `stream + exit` of the same shape."""
+    users = list(region.exit.users)
+    if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.add_.Tensor):
+        return None
+    others = [a for a in users[0].args[:2] if a is not region.exit]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    stream, have = others[0].meta.get("val"), region.exit.meta.get("val")
+    same = isinstance(stream, torch.Tensor) and isinstance(have, torch.Tensor) and stream.ndim == have.ndim
+    return (users[0], others[0]) if same else None
+
+
+def _with_join(
+    replacement: Replacement, join: tuple[fx.Node, fx.Node] | None, by_name: dict[str, fx.Node]
+) -> Replacement:
+    if join is None:
+        return replacement
+    total, stream = join
+    return replace(replacement, join=(by_name[total.name].name, by_name[stream.name].name), guide_join=total.name)

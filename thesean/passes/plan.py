@@ -1,0 +1,157 @@
+"""A plan: which parts of the guide become what, readable, editable and independent of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from thesean.errors import PlanError
+from thesean.passes.partition import no_match
+from thesean.targets import Target, resolve
+
+KEEP = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPart:
+    """One row of a plan. FLOPs are those of one forward at the plan's `sizes`."""
+
+    path: str
+    target: str  # a family's name, a custom target's name, or "keep"
+    options: dict[str, Any] = field(default_factory=dict)
+    scope: Literal["mixing", "part"] | None = None
+    replaces: tuple[str, ...] = ()  # module paths of the regions that are cut out
+    mixing: str = "none"
+    input_shape: tuple[int | str, ...] = ()
+    output_shape: tuple[int | str, ...] = ()
+    drops: tuple[str, ...] = ()  # side inputs that the replacement does not read, such as a padding mask
+    params: int = 0
+    flops: int = 0
+    new_params: int = 0
+    new_flops: int = 0
+
+    @property
+    def kept(self) -> bool:
+        return self.target == KEEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Parts in order, and the settings that they were found with. `print(plan)` shows a table."""
+
+    parts: tuple[PlannedPart, ...]
+    granularity: str = "block"
+    part_globs: tuple[str, ...] | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    params: int = 0
+    flops: int = 0
+    new_params: int = 0
+    new_flops: int = 0
+    builders: dict[str, Target] = field(default_factory=dict, compare=False, repr=False)  # targets that are functions
+
+    def __iter__(self) -> Iterator[PlannedPart]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __str__(self) -> str:
+        from thesean.passes.plan_table import render
+
+        return render(self)
+
+    @property
+    def replaced(self) -> tuple[PlannedPart, ...]:
+        return tuple(p for p in self.parts if not p.kept)
+
+    def target_of(self, path: str) -> Target | None:
+        """The target of a part, or None where it is kept. Raises UnknownNameError for an edited-in unknown one."""
+        part = next(p for p in self.parts if p.path == path)
+        if part.kept:
+            return None
+        if part.target in self.builders:
+            return self.builders[part.target]
+        return resolve(Target(part.target, scope=part.scope, **part.options))
+
+    def edit(self, glob: str, target: str | Target) -> Plan:
+        """A copy in which the parts that `glob` matches become `target` ("keep" to leave them to the guide).
+
+        Figures of the replacement are measured anew by `compile` or `thesean.plan`. Raises PlanError without a match.
+        """
+        if not any(fnmatchcase(p.path, glob) for p in self.parts):
+            raise PlanError(f"edit: {no_match(glob, [p.path for p in self.parts])}")
+        chosen = None if target == KEEP else resolve(target)
+        fields: dict[str, Any] = {"target": KEEP, "options": {}, "scope": None, "new_params": 0, "new_flops": 0}
+        builders = dict(self.builders)
+        if chosen is not None:
+            fields |= {"target": chosen.name, "options": dict(chosen.options), "scope": chosen.scope}
+            if chosen.build is not None:
+                builders[chosen.name] = chosen
+        parts = tuple(replace(p, **fields) if fnmatchcase(p.path, glob) else p for p in self.parts)
+        return replace(self, parts=parts, builders=builders)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """YAML text, written to `path` if given. Edit `target`, `options` and `scope`; the rest is information."""
+        data = {k: v for k, v in asdict(replace(self, builders={})).items() if k != "builders"}
+        data["part_globs"] = list(self.part_globs) if self.part_globs is not None else None
+        data["parts"] = [{k: list(v) if isinstance(v, tuple) else v for k, v in row.items()} for row in data["parts"]]
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @staticmethod
+    def from_yaml(source: str | Path) -> Plan:
+        """From a file's path or YAML text. Raises PlanError that names the wrong field."""
+        is_text = isinstance(source, str) and "\n" in source
+        try:
+            text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+            data = _PlanModel.model_validate(yaml.safe_load(text))
+        except OSError as error:
+            raise PlanError(f"can't read the plan {source}: {error.strerror or error}.") from error
+        except yaml.YAMLError as error:
+            raise PlanError(f"the plan is not YAML: {str(error).splitlines()[0]}.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise PlanError(f"plan field {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        fields = data.model_dump()
+        parts = tuple(
+            PlannedPart(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in fields.pop("parts")
+        )
+        globs = fields.pop("part_globs")
+        return Plan(parts=parts, part_globs=tuple(globs) if globs is not None else None, **fields)
+
+
+class _PartModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    target: str
+    options: dict[str, Any] = {}
+    scope: Literal["mixing", "part"] | None = None
+    replaces: list[str] = []
+    mixing: str = "none"
+    input_shape: list[int | str] = []
+    output_shape: list[int | str] = []
+    drops: list[str] = []
+    params: int = 0
+    flops: int = 0
+    new_params: int = 0
+    new_flops: int = 0
+
+
+class _PlanModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    parts: list[_PartModel]
+    granularity: Literal["block", "sublayer"] = "block"
+    part_globs: list[str] | None = None
+    sizes: dict[str, int] = {}
+    params: int = 0
+    flops: int = 0
+    new_params: int = 0
+    new_flops: int = 0

@@ -1,0 +1,106 @@
+"""The guide's calling convention, kept beside the graph: names, dtypes and symbolic shapes of the inputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from thesean.errors import DataError
+
+Dim = int | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """One tensor input. A str in `shape` is a dynamic dimension; equal names are equal sizes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Dim, ...]
+    high: int | None = None  # integers: exclusive upper bound, the rows of the table that they index
+    low: int = 0
+
+    def describe(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """Inputs in the order of the guide's `forward`, and the class of its output.
+
+    `output_class` is an importable path such as "transformers.modeling_outputs.CausalLMOutput", or None when the
+    output is a tensor, tuple, list or dict.
+    """
+
+    inputs: tuple[InputSpec, ...]
+    output_class: str | None = None
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The dynamic dimensions' names, in order of appearance."""
+        seen: dict[str, None] = {}
+        for spec in self.inputs:
+            seen.update({d: None for d in spec.shape if isinstance(d, str)})
+        return tuple(seen)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Positional and named arguments -> named tensors. Raises DataError for a misfit."""
+        names = [spec.name for spec in self.inputs]
+        if len(args) > len(names):
+            raise DataError(f"expected at most {len(names)} inputs ({', '.join(names)}), found {len(args)}.")
+        bound = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in names:
+                raise DataError(f"unknown input {name!r}; the converted model takes: {', '.join(names)}.")
+            if name in bound:
+                raise DataError(f"input {name!r} is given twice.")
+            bound[name] = value
+        missing = [n for n in names if n not in bound]
+        if missing:
+            raise DataError(f"missing input {missing[0]!r}; the converted model takes: {', '.join(names)}.")
+        ordered = {n: bound[n] for n in names}
+        self.check(ordered)
+        return ordered
+
+    def check(self, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+        """Sizes of the dynamic dimensions. Raises DataError with input, found and expected."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            value = inputs[spec.name]
+            if not isinstance(value, torch.Tensor):
+                raise DataError(f"{spec.name}: expected a tensor, found {type(value).__name__}.")
+            if value.dtype != spec.dtype:
+                raise DataError(
+                    f"{spec.name}: expected {spec.dtype}, found {value.dtype}. Convert it: x.to({spec.dtype})."
+                )
+            if value.ndim != len(spec.shape):
+                raise DataError(f"expected {spec.describe()}, found shape {tuple(value.shape)}.")
+            for want, have in zip(spec.shape, value.shape, strict=True):
+                expected = sizes.setdefault(want, have) if isinstance(want, str) else want
+                if expected != have:
+                    raise DataError(f"expected {spec.describe()}, found shape {tuple(value.shape)} ({want}={expected}).")
+        return sizes
+
+    def random_inputs(self, sizes: dict[str, int], seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Inputs of these sizes: integers uniform below `high`, floats standard normal, booleans True."""
+        generator = torch.Generator().manual_seed(seed)
+        made = {}
+        for spec in self.inputs:
+            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+            if spec.dtype == torch.bool:
+                value = torch.ones(shape, dtype=torch.bool)
+            elif spec.dtype.is_floating_point:
+                value = torch.randn(shape, generator=generator, dtype=torch.float32).to(spec.dtype)
+            elif spec.high is None:
+                value = torch.ones(shape, dtype=spec.dtype)  # a mask: everything visible
+            else:
+                low = min(spec.low, spec.high - 1)
+                value = torch.randint(low, spec.high, shape, generator=generator, dtype=spec.dtype)
+            made[spec.name] = value.to(device)
+        return made
+
+    def elements(self, sizes: dict[str, int]) -> int:
+        return sum(math.prod(sizes[d] if isinstance(d, str) else d for d in s.shape) for s in self.inputs)

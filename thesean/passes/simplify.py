@@ -1,0 +1,68 @@
+"""Drop what computes nothing: export's asserts, casts to the same type, dropout in eval mode, full slices."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph import attribute, erase_dead
+
+aten = torch.ops.aten
+
+_ASSERTS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+    aten.sym_constrain_range.default,
+)
+_ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.detach_.default)
+
+
+@dataclass(frozen=True)
+class Simplify(Pass):
+    """op(x) => x, where op is an assert, an alias, an eval-mode dropout, a cast to x's own type or a full slice."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        before = len(graph.nodes)
+        for node in list(graph.nodes):
+            if node.op == "get_attr":
+                node.meta["val"] = attribute(graph_module, str(node.target))
+            elif node.op == "call_module" and str(node.target) == "_guards_fn":
+                graph.erase_node(node)
+            elif node.target in _ASSERTS:
+                graph.erase_node(node)
+            elif node.op == "call_function" and _computes_nothing(node):
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                graph.erase_node(node)
+        erase_dead(graph)
+        graph_module.delete_all_unused_submodules()
+        removed = before - len(graph.nodes)
+        if not removed:
+            return PassResult(graph_module=graph_module, modified=False, reason="every node computes something")
+        return PassResult(graph_module=graph_module, modified=True)
+
+
+def _computes_nothing(node: fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return False
+    if node.target in _ALIASES:
+        return True
+    if node.target in (aten.dropout.default, aten.feature_dropout.default):
+        return node.args[2] is False
+    have, want = source.meta.get("val"), node.meta.get("val")
+    if not (isinstance(have, torch.Tensor) and isinstance(want, torch.Tensor)):
+        return False
+    if node.target in (aten.to.dtype_layout, aten.to.dtype, aten.to.device, aten._to_copy.default):
+        return have.dtype == want.dtype and have.device == want.device
+    if node.target is aten.slice.Tensor:
+        start = node.args[2] if len(node.args) > 2 else None
+        end = node.args[3] if len(node.args) > 3 else None
+        step = node.args[4] if len(node.args) > 4 else 1
+        return start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+    return False

@@ -1,0 +1,94 @@
+"""Cut a region out of a graph and put a module in its place."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from operator import getitem
+
+from torch import fx, nn
+
+from thesean.errors import PassRefused
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.flow import data_flow
+from thesean.passes.graph import attribute, erase_dead
+from thesean.passes.regions import Region, is_single_entry_single_exit
+
+
+@dataclass(frozen=True)
+class Substitute(Pass):
+    """exit = region(entry)  =>  exit' = module(entry), or module(entry)[0] when the module carries a state.
+
+    Everything outside of the region keeps its nodes and its parameters, bit for bit. The module is called `name`.
+    """
+
+    path: str
+    region: Region
+    name: str
+    module: nn.Module
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        if self.region.exit.graph is not graph_module.graph:
+            raise PassRefused(f"{self.path}: the region belongs to another graph. Plan again for this one.")
+        if hasattr(graph_module, self.name):
+            raise PassRefused(f"{self.path}: the graph has an attribute {self.name!r} already.")
+        if not is_single_entry_single_exit(data_flow(graph_module.graph), self.region):
+            raise PassRefused(f"{self.path}: expected one entry and one exit, found more. Split it with parts=[...].")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph, region = graph_module.graph, self.region
+        graph_module.add_submodule(self.name, self.module)
+        with graph.inserting_after(region.exit):
+            call = graph.call_module(self.name, (region.entry,))
+        out = call
+        if getattr(self.module, "stateful", False):
+            with graph.inserting_after(call):
+                out = graph.call_function(getitem, (call, 0))
+        out.meta = {k: v for k, v in region.exit.meta.items() if k in ("val", "nn_module_stack")}
+        call.meta["nn_module_stack"] = region.exit.meta.get("nn_module_stack", {})
+        region.exit.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)
+        for node in reversed(region.nodes):
+            graph.erase_node(node)
+        erase_dead(graph)
+        _drop_unread(graph_module)
+        return PassResult(graph_module=graph_module, modified=True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        super().ensures(graph_module)
+        called = [n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == self.name]
+        assert len(called) == 1, f"{self.path}: {len(called)} calls of {self.name}"
+
+
+def output_of(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    """The node that holds the output of target module `name`: the call, or item 0 of a stateful one."""
+    call = next(n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == name)
+    if getattr(graph_module.get_submodule(name), "stateful", False):
+        return next(u for u in call.users if u.target is getitem and u.args[1] == 0)
+    return call
+
+
+def input_of(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    """The node that target module `name` reads."""
+    call = next(n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == name)
+    entry = call.args[0]
+    assert isinstance(entry, fx.Node)
+    return entry
+
+
+def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with parameters of its own and the same node names; tied parameters stay tied."""
+    new = copy.deepcopy(graph_module)
+    for node in new.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = attribute(new, str(node.target))
+    return new
+
+
+def _drop_unread(graph_module: fx.GraphModule) -> None:
+    """Delete parameters and buffers that no node reads any more, then empty containers."""
+    read = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
+    called = tuple(f"{n.target}." for n in graph_module.graph.nodes if n.op == "call_module")
+    for path in [n for n, _ in (*graph_module.named_parameters(remove_duplicate=False), *graph_module.named_buffers())]:
+        if path not in read and not path.startswith(called):
+            holder, _, leaf = path.rpartition(".")
+            delattr(graph_module.get_submodule(holder), leaf)
+    graph_module.delete_all_unused_submodules()

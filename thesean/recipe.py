@@ -1,0 +1,128 @@
+"""How a conversion is aligned and fine-tuned: frozen settings that round-trip to YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from thesean.errors import TheseanError, unknown_name
+
+
+class RecipeError(TheseanError, ValueError):
+    """A recipe file that can't be read or a setting out of range."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClosedForm(_Settings):
+    """Ridge regression of each part's last linear layer on the guide's activations, part after part, in eval mode."""
+
+    enabled: bool = True
+    batches: int = Field(default=16, ge=1)
+    ridge: float = Field(default=1e-3, gt=0, description="relative to the mean diagonal of the features' covariance")
+    # A part that got all its weights from the guide starts better as it is: solving it moves the rest (see
+    # benchmarks/results/recipes.json).
+    solve_copied: bool = False
+
+
+class Alignment(_Settings):
+    """Gradient steps that bring parts to the guide's activations, before the network is trained as a whole."""
+
+    schedule: Literal["progressive", "sequential", "independent", "joint", "none"] = "independent"
+    measure: str = "nmse"
+    share: float = Field(default=0.1, ge=0, le=1, description="of the recipe's steps, over all stages")
+    learning_rate: float = Field(default=3e-3, gt=0)
+    # A stage ends early when the refitted held-out measure stopped improving, or reached its ceiling.
+    check_every: int = Field(default=20, ge=1)
+    patience: int = Field(default=3, ge=1)
+    min_improvement: float = Field(default=0.01, ge=0, description="relative; less counts as no improvement")
+    ceiling: float = Field(default=0.002, ge=0, description="loss below which a stage is done")
+    refit: bool = True
+    refit_all: bool = Field(default=True, description="refit parts 1..k after stage k, not k alone")
+
+
+class FineTuning(_Settings):
+    """End-to-end training of the fully replaced network."""
+
+    share: float = Field(default=0.9, ge=0, le=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    distillation: float = Field(default=0.9, ge=0, le=1, description="weight of the guide's outputs at the start")
+    temperature: float = Field(default=2.0, gt=0)
+    hidden: float = Field(default=0.3, ge=0, description="weight of the normalised MSE at part exits, annealed")
+    anneal_until: float = Field(default=0.8, gt=0, le=1, description="share of the steps after which both are 0")
+
+
+class Recipe(_Settings):
+    """`Recipe.named("default")`, `Recipe.from_yaml(path)`, or settings of your own."""
+
+    name: str = "custom"
+    steps: int = Field(default=400, ge=0, description="optimizer steps in all: alignment and fine-tuning")
+    closed_form: ClosedForm = ClosedForm()
+    alignment: Alignment = Alignment()
+    fine_tuning: FineTuning = FineTuning()
+    warmup: int = Field(default=20, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="gradient norm")
+    # Positions past the guide's table (a recurrence knows no end): "clamp" and "wrap" read the last or the next row,
+    # "drop" adds nothing, "refuse" leaves the guide's error.
+    positions: Literal["clamp", "wrap", "refuse"] = "clamp"
+
+    @staticmethod
+    def named(name: str) -> Recipe:
+        """Raises UnknownNameError with the nearest name."""
+        if name not in RECIPES:
+            raise unknown_name("recipe", name, RECIPES)
+        return RECIPES[name]
+
+    @staticmethod
+    def resolve(recipe: Recipe | str | Path | None) -> Recipe:
+        """A recipe, a name, a YAML path, or None for the default."""
+        if recipe is None:
+            return RECIPES["default"]
+        if isinstance(recipe, Recipe):
+            return recipe
+        if isinstance(recipe, Path) or str(recipe).endswith((".yaml", ".yml")):
+            return Recipe.from_yaml(recipe)
+        return Recipe.named(recipe)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Recipe:
+        """Raises RecipeError that names the wrong setting."""
+        try:
+            return Recipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise RecipeError(f"can't read the recipe {path}: {error.strerror or error}.") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(name="default"),
+    "fast": Recipe(
+        name="fast",
+        steps=0,
+        alignment=Alignment(schedule="none", share=0),
+        fine_tuning=FineTuning(share=0),
+    ),
+    # progressive CKA, then fine-tuning on the task alone, as in the paper
+    "paper": Recipe(
+        name="paper",
+        closed_form=ClosedForm(enabled=False),
+        alignment=Alignment(schedule="progressive", measure="cka", share=0.5, learning_rate=2e-3),
+        fine_tuning=FineTuning(share=0.5, distillation=0.0, hidden=0.0),
+    ),
+}
