@@ -1,0 +1,44 @@
+"""Elman, GRU and LSTM: widths and the initial weights that carry memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.targets.build import build
+from thesean.errors import TargetMismatchError
+
+
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "mingru"])
+def test_width_follows_the_option_or_a_multiple_of_the_part(name, sequence_part):
+    assert build(name, sequence_part()).last.in_features == 16
+    assert build(name, sequence_part(), expand=3).last.in_features == 48
+    assert build(name, sequence_part(), width=5).last.in_features == 5
+    assert build(name, sequence_part("bidirectional"), width=5).last.in_features == 10
+
+
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn"])
+def test_a_width_of_zero_is_refused(name, sequence_part):
+    with pytest.raises(TargetMismatchError, match="option 'width': Input should be greater than 0"):
+        build(name, sequence_part(), width=0)
+
+
+@pytest.mark.parametrize(("name", "gain"), [("elman", 0.95), ("gru", 1.0), ("lstm", 1.0)])
+def test_recurrent_matrices_start_orthogonal(name, gain, sequence_part):
+    core = build(name, sequence_part("bidirectional")).core
+    for weight in (core.weight_hh_l0, core.weight_hh_l0_reverse):
+        for gate in weight.detach().split(16):
+            torch.testing.assert_close(gate @ gate.T, gain**2 * torch.eye(16), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_memory_gates_start_spread(name, sequence_part):
+    core = build(name, sequence_part()).core
+    torch.testing.assert_close(core.bias_hh_l0.detach()[16:32], torch.linspace(-1, 4, 16))
+
+
+def test_an_lstm_carries_hidden_and_cell_side_by_side(sequence_part):
+    module = build("lstm", sequence_part(), width=3).eval()
+    x_BTD = torch.randn(2, 4, 16)
+    _, (hidden, cell) = module.core(x_BTD)
+    torch.testing.assert_close(module(x_BTD)[1], torch.cat([hidden[0], cell[0]], -1))

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.targets.build import build
+from thesean.errors import TargetMismatchError
+from thesean.targets import PartFacts, rebuild
+
+
+def part_of(input_shape, output_shape, mixing="none") -> PartFacts:
+    return PartFacts(path="layer3.1", input_shape=input_shape, output_shape=output_shape, mixing=mixing, params=1)
+
+
+FEATURE_MAP = part_of(("batch", 4, 6, 6), ("batch", 8, 3, 3))
+VECTOR = part_of(("batch", 20), ("batch", 7))
+TOKENS = part_of(("batch", "time", 16), ("batch", "time", 5))
+STATIC_MIXER = part_of(("batch", 9, 16), ("batch", 9, 16), "bidirectional")
+ALL = pytest.mark.parametrize(
+    ("part", "sizes"),
+    [(FEATURE_MAP, (4, 6, 6)), (VECTOR, (20,)), (TOKENS, (11, 16)), (STATIC_MIXER, (9, 16))],
+    ids=["feature map", "vector", "tokens", "static sequence"],
+)
+
+
+@ALL
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"activation": "relu", "residual": True, "norm": True}])
+def test_output_has_the_parts_shape_and_the_config_round_trips(part, sizes, options):
+    module = build("mlp", part, **options).eval()
+    x = torch.randn(3, *sizes)
+    y = module(x)
+    assert y.shape[2:] == torch.Size([d for d in part.output_shape[2:] if isinstance(d, int)])
+    assert not module.stateful
+    again = rebuild("mlp", json.loads(json.dumps(module.config()))).eval()
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again(x), y, rtol=0, atol=0)
+
+
+@ALL
+def test_loss_falls_on_a_toy_part(part, sizes):
+    x = torch.randn(32, *sizes)
+    module = build("mlp", part)
+    with torch.no_grad():
+        wanted = torch.tanh(build("mlp", part)(x) * 50)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = (module(x) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.35 * losses[0]
+
+
+def test_hidden_width_when_flattening_is_the_smaller_side_between_32_and_128():
+    assert build("mlp", FEATURE_MAP).width == 72
+    assert build("mlp", VECTOR).width == 32
+    wide = part_of(("batch", 64, 8, 8), ("batch", 64, 8, 8))
+    assert build("mlp", wide).width == 128
+    assert build("mlp", wide, width=9).width == 9
+
+
+def test_a_token_wise_module_is_four_times_as_wide_and_blind_to_other_tokens():
+    module = build("mlp", TOKENS).eval()
+    assert module.width == 64
+    x_BTD = torch.randn(2, 6, 16)
+    torch.testing.assert_close(module(x_BTD)[:, 3:4], module(x_BTD[:, 3:4]))
+
+
+def test_rank_narrows_the_first_layer():
+    def first_layer(module: Any) -> int:
+        return sum(p.numel() for p in module.first.parameters() if p.ndim == 2)
+
+    assert first_layer(build("mlp", FEATURE_MAP)) == 144 * 72
+    assert first_layer(build("mlp", FEATURE_MAP, rank=2)) == 2 * (144 + 72)
+
+
+def test_no_running_statistics_unless_asked_for():
+    assert not list(build("mlp", FEATURE_MAP).buffers())
+    batch = build("mlp", FEATURE_MAP, hidden_norm="batch")
+    assert any(isinstance(m, nn.BatchNorm1d) for m in batch.modules())
+
+
+def test_skip_is_the_input_where_shapes_agree():
+    x = torch.randn(2, 9, 16)
+    module = build("mlp", STATIC_MIXER, residual=True).eval()
+    features, _ = module.features(x)
+    torch.testing.assert_close(module(x), module.shape(module.last(features)) + x)
+    assert build("mlp", FEATURE_MAP, residual=True).skip(torch.randn(2, 4, 6, 6)) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (part_of(("batch", "time", 16), ("batch", "time", 16), "bidirectional"), "unbounded sequence: choose.*'rnn'"),
+        (part_of(("batch", 9, 16), ("batch", 9, 16), "causal"), "would read the future. Choose target 'rnn'"),
+        (part_of(("batch", 3, "height", "width"), ("batch", 3, 4, 4)), "expected static dimensions"),
+        (part_of(("batch", "time", 16), ("batch", "half", 16)), "expected as many tokens out as in"),
+        (part_of(("batch",), ("batch", 3)), "expected a batch and at least one more dimension"),
+    ],
+)
+def test_a_part_that_no_mlp_can_replace_is_refused(part, message):
+    with pytest.raises(TargetMismatchError, match=rf"^layer3\.1: target 'mlp' .*{message}"):
+        build("mlp", part)
+
+
+def test_batch_norm_over_tokens_is_refused():
+    with pytest.raises(TargetMismatchError, match="Leave hidden_norm out"):
+        build("mlp", TOKENS, hidden_norm="batch")
+
+
+def test_flops_count_rows_of_the_flattened_part_and_tokens_of_a_sequence():
+    flat = build("mlp", STATIC_MIXER, width=10)
+    assert flat.flops(STATIC_MIXER, {"batch": 3}) == 2 * 3 * (144 * 10 + 10 * 144)
+    tokens = build("mlp", TOKENS, width=10)
+    assert tokens.flops(TOKENS, {"batch": 3, "time": 7}) == 2 * 21 * (16 * 10 + 10 * 5)

@@ -1,0 +1,126 @@
+"""What every recurrent family promises.
+
+B batch, T time, D width
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.targets.build import build
+from thesean.errors import TargetMismatchError
+from thesean.targets import PartFacts
+
+RECURRENT = ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn"]
+pytestmark = pytest.mark.parametrize("name", RECURRENT)
+
+
+@pytest.mark.parametrize("chunks", [(1, 5, 1, 13), (20,), (1,) * 20, (19, 1)])
+@pytest.mark.parametrize("scope", ["mixing", "part"])
+def test_steps_in_chunks_of_any_size_equal_all_steps_at_once(name, chunks, scope, sequence_part):
+    module = build(name, sequence_part(), scope=scope).eval()
+    x_BTD = torch.randn(3, 20, 16)
+    full_BTD, full_state = module(x_BTD)
+    outputs, state = [], None
+    for chunk_BTD in x_BTD.split(chunks, dim=1):
+        y_BTD, state = module(chunk_BTD, state)
+        outputs.append(y_BTD)
+    torch.testing.assert_close(torch.cat(outputs, 1), full_BTD, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, full_state, rtol=1e-5, atol=1e-6)
+
+
+def test_no_state_means_zeros_of_the_declared_shape(name, sequence_part):
+    module = build(name, sequence_part()).eval()
+    x_BTD = torch.randn(3, 4, 16)
+    zeros = module.initial_state(x_BTD)
+    assert zeros.shape == (3, *module.state_shape())
+    assert not zeros.any()
+    y_BTD, state = module(x_BTD, zeros)
+    assert state.shape == zeros.shape
+    torch.testing.assert_close(y_BTD, module(x_BTD)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mixing", ["none", "causal", "bidirectional"])
+@pytest.mark.parametrize("width_out", [16, 5])
+def test_output_has_the_width_of_the_part(name, mixing, width_out, sequence_part):
+    module = build(name, sequence_part(mixing, width_out=width_out), scope="part")
+    out = module(torch.randn(2, 7, 16))
+    assert module.stateful == (mixing != "bidirectional")
+    assert (out[0] if module.stateful else out).shape == (2, 7, width_out)
+
+
+@pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
+def test_only_bidirectional_modules_see_the_future(name, mixing, sequence_part):
+    module = build(name, sequence_part(mixing)).eval()
+    x_BTD = torch.randn(2, 9, 16)
+    moved_BTD = x_BTD.clone()
+    moved_BTD[:, 5] += 1
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return module(x)[0] if module.stateful else module(x)
+
+    change_T = (run(moved_BTD) - run(x_BTD)).abs().amax((0, 2))
+    if mixing == "causal":
+        assert not change_T[:5].any()
+    else:
+        assert (change_T[:5] > 1e-6).all()
+    assert (change_T[5:] > 1e-6).all()  # and all of them remember the past
+
+
+def test_output_is_last_of_features_plus_skip(name, sequence_part):
+    module = build(name, sequence_part(), scope="part").eval()
+    x_BTD = torch.randn(2, 6, 16)
+    features, state = module.features(x_BTD)
+    y_BTD, y_state = module(x_BTD)
+    assert features.shape == (2, 6, module.last.in_features)
+    torch.testing.assert_close(y_BTD, module.last(features) + x_BTD)
+    torch.testing.assert_close(y_state, state)
+    assert build(name, sequence_part()).skip(x_BTD) is None
+    assert build(name, sequence_part(width_out=3), scope="part").skip(x_BTD) is None
+
+
+@pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
+def test_loss_falls_on_a_toy_part(name, mixing, sequence_part):
+    module = build(name, sequence_part(mixing))
+    guide = torch.nn.Linear(16, 16)
+    x_BTD = torch.randn(16, 12, 16)
+    with torch.no_grad():  # a running mean, and the whole mean: both need memory
+        mean_BTD = x_BTD.cumsum(1) / torch.arange(1, 13).view(-1, 1)
+        wanted_BTD = guide(mean_BTD if mixing == "causal" else x_BTD.mean(1, keepdim=True).expand_as(x_BTD))
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        out = module(x_BTD)
+        loss = (out[0] if module.stateful else out).sub(wanted_BTD).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    variance = wanted_BTD.var().item()
+    assert losses[-1] < 0.35 * losses[0]
+    assert losses[-1] < 0.5 * variance  # better than any constant
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "output_shape", "expected"),
+    [
+        (("batch", 3, 8, 8), ("batch", 3, 8, 8), r"expected a sequence \(batch, time, width\)"),
+        (("batch", 16), ("batch", 16), r"found \(batch, 16\) -> \(batch, 16\)\. Choose target 'mlp'"),
+        (("batch", "time", "width"), ("batch", "time", "width"), "expected static widths"),
+        (("batch", "time", 16), ("batch", "half", 16), "expected as many steps out as in"),
+    ],
+)
+def test_a_part_that_is_no_sequence_is_refused(name, input_shape, output_shape, expected):
+    part = PartFacts(path="stem.conv", input_shape=input_shape, output_shape=output_shape, mixing="none", params=1)
+    with pytest.raises(TargetMismatchError, match=rf"^stem\.conv: target '{name}' .*{expected}"):
+        build(name, part)
+
+
+def test_flops_grow_with_the_tokens(name, sequence_part):
+    part = sequence_part()
+    module = build(name, part)
+    one = module.flops(part, {"batch": 1, "time": 1})
+    assert one >= 2 * module.last.weight.numel()
+    assert module.flops(part, {"batch": 3, "time": 10}) == 30 * one

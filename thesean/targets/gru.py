@@ -1,0 +1,47 @@
+"""The gated recurrent unit.
+
+B batch, T time, D width of the part, E units per direction
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from thesean.targets.base import Family, PartFacts
+from thesean.targets.cells import CellTarget, orthogonal_recurrence
+from thesean.targets.sequence import WidthOptions, check_sequence, sequence_config
+
+
+class GRU(CellTarget):
+    """h_t = (1 - z) n + z h_{t-1} with gates r, z and candidate n, y_t = last(h_t) (Cho et al. 2014).
+
+    x_BTD, state_BE -> (y_BTD, state_BE).
+    """
+
+    family = "gru"
+    cell = nn.GRU
+
+    @torch.no_grad()
+    def reset_core(self) -> None:
+        orthogonal_recurrence(self.core, 1.0)
+        for name, bias in self.core.named_parameters():
+            if name.startswith("bias_hh"):
+                # torch orders the gates r, z, n. The spread gives the units memories of 1 to about 50 steps, so that
+                # none has to be learnt by backpropagation through time first.
+                bias[self.width : 2 * self.width] = torch.linspace(-1, 4, self.width)
+
+
+def build(part: PartFacts, options: WidthOptions) -> GRU:
+    return GRU(width=options.features_width(part), **sequence_config(part, options))
+
+
+TARGET = Family(
+    name="gru",
+    summary="gated recurrent unit (nn.GRU), memories spread from 1 to 50 steps",
+    options=WidthOptions,
+    module=GRU,
+    build=build,
+    scope="mixing",
+    check=lambda part, options: check_sequence("gru", part),
+)

@@ -1,0 +1,58 @@
+"""Long short-term memory.
+
+B batch, T time, D width of the part, E units per direction, S = 2E the hidden and the cell state side by side
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from thesean.targets.base import Family, PartFacts
+from thesean.targets.cells import CellTarget, orthogonal_recurrence
+from thesean.targets.sequence import WidthOptions, check_sequence, sequence_config
+
+
+class LSTM(CellTarget):
+    """c_t = f c_{t-1} + i g, h_t = o tanh(c_t), y_t = last(h_t) (Hochreiter and Schmidhuber 1997; Gers et al. 2000).
+
+    x_BTD, state_BS -> (y_BTD, state_BS).
+    """
+
+    family = "lstm"
+    cell = nn.LSTM
+
+    @torch.no_grad()
+    def reset_core(self) -> None:
+        orthogonal_recurrence(self.core, 1.0)
+        for name, bias in self.core.named_parameters():
+            if name.startswith("bias_hh"):
+                # torch orders the gates i, f, g, o; as in GRU, memories from 1 to about 50 steps
+                bias[self.width : 2 * self.width] = torch.linspace(-1, 4, self.width)
+
+    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], 2 * self.width)
+
+    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if state is None:
+            return self.core(x_BTD)[0], None
+        hidden_BE, cell_BE = state.split(self.width, -1)
+        # contiguous: cuDNN refuses views
+        start = (hidden_BE.unsqueeze(0).contiguous(), cell_BE.unsqueeze(0).contiguous())
+        features_BTE, last = self.core(x_BTD, start)
+        return features_BTE, torch.cat(last, -1).squeeze(0)
+
+
+def build(part: PartFacts, options: WidthOptions) -> LSTM:
+    return LSTM(width=options.features_width(part), **sequence_config(part, options))
+
+
+TARGET = Family(
+    name="lstm",
+    summary="long short-term memory (nn.LSTM), memories spread from 1 to 50 steps",
+    options=WidthOptions,
+    module=LSTM,
+    build=build,
+    scope="mixing",
+    check=lambda part, options: check_sequence("lstm", part),
+)

@@ -1,0 +1,108 @@
+"""A gated linear recurrence: gates read the input alone, so training runs all steps in parallel.
+
+B batch, T time, D width of the part, E units per direction
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from thesean.targets.base import Family, PartFacts
+from thesean.targets.cores import LinearRecurrence
+from thesean.targets.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+
+
+class MinGRU(SequenceTarget):
+    """h_t = (1 - z_t) h_{t-1} + z_t v_t, y_t = last(h_t * silu(g_t)); z, v and g are affine in x_t.
+
+    Feng et al. 2024, section 3.1; the output gate g is ours. x_BTD, state_BE -> (y_BTD, state_BE). Bidirectional: half
+    of the units read the sequence backwards.
+    """
+
+    family = "mingru"
+
+    def __init__(
+        self,
+        *,
+        width_in: int,
+        width_out: int,
+        width: int,
+        bidirectional: bool = False,
+        residual: bool = False,
+        norm: bool = False,
+    ) -> None:
+        super().__init__(
+            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
+        )
+        self.width = width
+        units = width * (2 if bidirectional else 1)
+        self.gate = nn.Linear(width_in, units)
+        self.value = nn.Linear(width_in, units)
+        self.output_gate = nn.Linear(width_in, units)
+        self.core = LinearRecurrence()
+        self.last = small_linear(units, width_out)
+        self.reset_projections()
+
+    @torch.no_grad()
+    def reset_projections(self) -> None:
+        for linear in (self.gate, self.value, self.output_gate):
+            nn.init.normal_(linear.weight, std=0.7 * self.width_in**-0.5)
+        # sigmoid(-5..2): memories of 150 steps down to 1. Permuted, because neighbouring units are often one head.
+        for bias in self.gate.bias.split(self.width):
+            bias.copy_(torch.linspace(-5, 2, self.width)[torch.randperm(self.width)])
+        nn.init.zeros_(self.value.bias)
+        nn.init.ones_(self.output_gate.bias)  # open at the start
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "width": self.width}
+
+    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], self.width)
+
+    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gate = self.gate(x_BTD)
+        # sigmoid(-gate), not 1 - sigmoid(gate): keeps its digits where the gate is nearly open
+        decay, update = torch.sigmoid(-gate), torch.sigmoid(gate) * self.value(x_BTD)
+        if state is not None:
+            hidden_BTE, state = self.core(decay, update, state)
+        else:
+            decay_ahead, decay_back = decay.split(self.width, -1)
+            update_ahead, update_back = update.split(self.width, -1)
+            start_BE = self.initial_state(x_BTD)
+            ahead_BTE, _ = self.core(decay_ahead, update_ahead, start_BE)
+            back_BTE, _ = self.core(decay_back.flip(1), update_back.flip(1), start_BE)
+            hidden_BTE = torch.cat([ahead_BTE, back_BTE.flip(1)], -1)
+        return hidden_BTE * F.silu(self.output_gate(x_BTD)), state
+
+    @torch.no_grad()
+    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
+        """The guide's value projection, as many whole copies as fit; nothing where the part has no attention."""
+        if part.attention is None:
+            return ()
+        weight_VD, bias_V = part.attention.value
+        copies = self.value.out_features // weight_VD.shape[0]
+        if copies == 0 or weight_VD.shape[1] != self.width_in:
+            return ()
+        rows = copies * weight_VD.shape[0]
+        self.value.weight[:rows] = weight_VD.repeat(copies, 1)
+        self.value.bias[:rows] = bias_V.repeat(copies)
+        return ("value",)
+
+
+def build(part: PartFacts, options: WidthOptions) -> MinGRU:
+    return MinGRU(width=options.features_width(part), **sequence_config(part, options))
+
+
+TARGET = Family(
+    name="mingru",
+    summary="gated linear recurrence, trained in parallel over time; no positions inherited from the guide",
+    options=WidthOptions,
+    module=MinGRU,
+    build=build,
+    scope="mixing",
+    check=lambda part, options: check_sequence("mingru", part),
+)

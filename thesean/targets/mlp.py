@@ -1,0 +1,193 @@
+"""Multilayer perceptrons: flattening ones for feature maps and vectors, token-wise ones for sequences.
+
+B batch, T time, D width, E hidden width, I flattened input, O flattened output
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from thesean.targets.base import Family, Options, PartFacts, TargetModule
+from thesean.targets.sequence import describe, small_linear
+
+Activation = Literal["gelu", "relu"]
+HiddenNorm = Literal["layer", "batch", "none"]
+
+
+class MLP(TargetModule):
+    """y = last(act(norm(first(x)))), on the flattened part or on each token. Stateless: returns y alone.
+
+    `flatten`: x_B... -> (B, I) -> (B, E) -> (B, O) -> (B, ...). Otherwise x_BTD -> y_BTD, the same for every token.
+    `rank` writes the first layer as two, I -> rank -> E, with rank (I + E) weights in place of I E.
+    """
+
+    family = "mlp"
+
+    def __init__(
+        self,
+        *,
+        input_shape: list[int],
+        output_shape: list[int],
+        width: int,
+        flatten: bool,
+        rank: int | None = None,
+        activation: Activation = "gelu",
+        hidden_norm: HiddenNorm = "none",
+        residual: bool = False,
+        norm: bool = False,
+    ) -> None:
+        """`input_shape` and `output_shape` are without the batch: (C, H, W), (D,), or (D,) of a token."""
+        super().__init__()
+        self.input_shape = tuple(input_shape)
+        self.output_shape = tuple(output_shape)
+        self.width = width
+        self.flatten = flatten
+        self.rank = rank
+        self.activation = activation
+        self.hidden_norm = hidden_norm
+        self.residual = residual
+        size_in, size_out = math.prod(self.input_shape), math.prod(self.output_shape)
+        self.norm = nn.LayerNorm(size_in) if norm else None
+        first: list[nn.Module] = (
+            [nn.Linear(size_in, width)]
+            if rank is None
+            else [nn.Linear(size_in, rank, bias=False), nn.Linear(rank, width)]
+        )
+        if hidden_norm == "layer":
+            first.append(nn.LayerNorm(width))
+        elif hidden_norm == "batch":
+            first.append(nn.BatchNorm1d(width))
+        self.first = nn.Sequential(*first, nn.GELU() if activation == "gelu" else nn.ReLU())
+        self.last = small_linear(width, size_out)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "input_shape": list(self.input_shape),
+            "output_shape": list(self.output_shape),
+            "width": self.width,
+            "flatten": self.flatten,
+            "rank": self.rank,
+            "activation": self.activation,
+            "hidden_norm": self.hidden_norm,
+            "residual": self.residual,
+            "norm": self.norm is not None,
+        }
+
+    def features(self, x: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.flatten:
+            x = x.flatten(1)
+        return self.first(x if self.norm is None else self.norm(x)), None
+
+    def shape(self, y: torch.Tensor) -> torch.Tensor:
+        return y.unflatten(1, self.output_shape) if self.flatten else y
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor | None:
+        return x if self.residual and self.input_shape == self.output_shape else None
+
+    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
+        rows = 1
+        for dim in part.input_shape[:1] if self.flatten else part.input_shape[:-1]:
+            rows *= sizes[dim] if isinstance(dim, str) else dim
+        return 2 * rows * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+
+
+class MLPOptions(Options):
+    """Width rule when flattening: min(I, O, 128), at least 32. It is itself the map's rank, which is why a feature
+    map of any size gets a small module; `rank` narrows the first layer further. Token-wise: 4 D.
+
+    `hidden_norm` defaults to "layer" when flattening (no running statistics to go stale while parts are swapped) and
+    to "none" token-wise. `residual` adds the input where the shapes agree, `norm` puts a LayerNorm in front.
+    """
+
+    width: int | None = Field(default=None, gt=0)
+    rank: int | None = Field(default=None, gt=0)
+    activation: Activation = "gelu"
+    hidden_norm: HiddenNorm | None = None
+    residual: bool = False
+    norm: bool = False
+
+
+def flattens(part: PartFacts) -> bool:
+    """Everything but a sequence whose tokens don't see each other."""
+    return not (part.is_sequence and part.mixing == "none")
+
+
+def check(part: PartFacts, options: MLPOptions) -> None:
+    shapes = f"{describe(part.input_shape)} -> {describe(part.output_shape)}"
+    shared = flattens(part)
+    dynamic = part.input_shape[1 if shared else 2 :] + part.output_shape[1 if shared else 2 :]
+    if part.is_sequence and shared and part.mixing == "causal":
+        raise part.mismatch(
+            "mlp",
+            found="a causal part: no output sees a later token",
+            expected="a part whose outputs may see all inputs",
+            advice="A flattening MLP would read the future. Choose target 'rnn'.",
+        )
+    if any(isinstance(dim, str) for dim in dynamic):
+        raise part.mismatch(
+            "mlp",
+            found=shapes,
+            expected="static dimensions after the batch",
+            advice="An MLP of fixed size can't mix an unbounded sequence: choose target 'rnn'."
+            if part.is_sequence
+            else "Trace the guide with fixed sizes: only the batch may be dynamic.",
+        )
+    if not shared and part.input_shape[:2] != part.output_shape[:2]:
+        raise part.mismatch(
+            "mlp",
+            found=shapes,
+            expected="as many tokens out as in",
+            advice=f"Keep it with keep=[{part.path!r}] and convert the parts around it.",
+        )
+    if len(part.input_shape) < 2 or len(part.output_shape) < 2:
+        raise part.mismatch(
+            "mlp",
+            found=shapes,
+            expected="a batch and at least one more dimension",
+            advice=f"Keep it with keep=[{part.path!r}].",
+        )
+    if not shared and options.hidden_norm == "batch":
+        raise part.mismatch(
+            "mlp",
+            found="hidden_norm='batch' for a token-wise part",
+            expected="hidden_norm 'layer' or 'none' there",
+            advice="Leave hidden_norm out.",
+        )
+
+
+def build(part: PartFacts, options: MLPOptions) -> MLP:
+    flatten = flattens(part)
+    start = 1 if flatten else 2
+    input_shape = [int(dim) for dim in part.input_shape[start:]]
+    output_shape = [int(dim) for dim in part.output_shape[start:]]
+    if flatten:
+        width = options.width or max(32, min(math.prod(input_shape), math.prod(output_shape), 128))
+    else:
+        width = options.width or 4 * input_shape[0]
+    return MLP(
+        input_shape=input_shape,
+        output_shape=output_shape,
+        width=width,
+        flatten=flatten,
+        rank=options.rank,
+        activation=options.activation,
+        hidden_norm=options.hidden_norm or ("layer" if flatten else "none"),
+        residual=options.residual,
+        norm=options.norm,
+    )
+
+
+TARGET = Family(
+    name="mlp",
+    summary="flattening MLP for feature maps and vectors, token-wise MLP for sequences",
+    options=MLPOptions,
+    module=MLP,
+    build=build,
+    scope="part",
+    check=check,
+)

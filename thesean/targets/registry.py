@@ -1,0 +1,107 @@
+"""Families by name: every file in this folder that defines `TARGET`, and those that users register."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+from thesean.errors import ArtifactError, TargetMismatchError, unknown_name
+from thesean.targets.base import Family, PartFacts, Target, TargetModule, parse_options
+
+_families: dict[str, Family] = {}
+_discovered = False
+
+
+def register(family: Family) -> Family:
+    """Make a family known by its name. Raises TargetMismatchError when another one has that name."""
+    _discover()
+    return _add(family)
+
+
+def targets() -> dict[str, str]:
+    """Every family's name and its one-line summary, sorted by name."""
+    _discover()
+    return {name: _families[name].summary for name in sorted(_families)}
+
+
+def get_family(name: str) -> Family:
+    """Raises UnknownNameError, with the nearest known name."""
+    _discover()
+    if name not in _families:
+        raise unknown_name("target", name, _families)
+    return _families[name]
+
+
+def resolve(target: str | Target) -> Target:
+    """A name or a Target -> a Target whose name and options are known to be good.
+
+    Raises UnknownNameError for an unknown name, TargetMismatchError for a wrong option or another type.
+    """
+    if isinstance(target, str):
+        target = Target(target)
+    if not isinstance(target, Target):
+        raise TargetMismatchError(f"expected a target's name or a Target, found {type(target).__name__}.")
+    if target.build is None:
+        parse_options(get_family(target.name), target.options)
+    return target
+
+
+def build_module(target: Target, part: PartFacts) -> nn.Module:
+    """The module that replaces the part, freshly initialised: `copy_from` is the caller's to call.
+
+    A recurrent family that is asked for a whole block, `Target(..., scope="part")`, becomes a residual block with a
+    LayerNorm, unless its options say otherwise. Raises TargetMismatchError with part, found, expected, next step.
+    """
+    if target.build is not None:
+        module = target.build(part)
+        if not isinstance(module, nn.Module):
+            raise part.mismatch(
+                target.name,
+                found=type(module).__name__,
+                expected="a builder that returns an nn.Module",
+                advice="Return the module from build(part).",
+            )
+        return module
+    family = get_family(target.name)
+    given = dict(target.options)
+    if target.scope == "part" and family.scope == "mixing":
+        given = {"residual": True, "norm": True, **given}
+    options = parse_options(family, given)
+    family.check(part, options)
+    return family.build(part, options)
+
+
+def rebuild(family_name: str, config: dict[str, Any]) -> TargetModule:
+    """The module of a saved conversion, before its weights are loaded: `config` is what `config()` gave.
+
+    Raises UnknownNameError, and ArtifactError for a configuration that the family doesn't take.
+    """
+    family = get_family(family_name)
+    if getattr(family.module, "family", None) != family.name:
+        raise ArtifactError(f"target {family_name!r} picks another family and has no module of its own to load.")
+    try:
+        return family.module(**config)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"target {family_name!r}: the saved configuration does not fit: {error}") from error
+
+
+def _add(family: Family) -> Family:
+    if _families.setdefault(family.name, family) is not family:
+        raise TargetMismatchError(f"target {family.name!r} is already registered. Choose another name.")
+    return family
+
+
+def _discover() -> None:
+    # Lazy: importing thesean should not import every target
+    global _discovered
+    if _discovered:
+        return
+    package = importlib.import_module("thesean.targets")
+    for info in pkgutil.iter_modules(package.__path__):
+        family = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "TARGET", None)
+        if isinstance(family, Family):
+            _add(family)
+    _discovered = True

@@ -1,0 +1,49 @@
+"""The default recurrent cell: a rule that picks a family for each part, not a module of its own.
+
+Linear attention where the part has an attention whose projections can be copied, for they carry most of what the
+guide learnt; a gated linear recurrence everywhere else, which trains in parallel and inherits no positions. The
+saved configuration names the family that was picked.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from thesean.targets import linear_attention, mingru
+from thesean.targets.base import Family, PartFacts, TargetModule
+from thesean.targets.sequence import SequenceOptions, WidthOptions, check_sequence
+
+
+class RnnOptions(SequenceOptions):
+    """Width rule: the picked family's own; `width` overrides it, and then nothing of another width can be copied."""
+
+    width: int | None = Field(default=None, gt=0)
+
+
+def picked(part: PartFacts, options: RnnOptions) -> tuple[Family, SequenceOptions]:
+    given = options.model_dump()
+    if part.attention is not None:
+        return linear_attention.TARGET, linear_attention.LinearAttentionOptions(**given)
+    return mingru.TARGET, WidthOptions(**given)
+
+
+def check(part: PartFacts, options: RnnOptions) -> None:
+    check_sequence("rnn", part)
+    family, family_options = picked(part, options)
+    family.check(part, family_options)
+
+
+def build(part: PartFacts, options: RnnOptions) -> TargetModule:
+    family, family_options = picked(part, options)
+    return family.build(part, family_options)
+
+
+TARGET = Family(
+    name="rnn",
+    summary="the default recurrent cell: linear-attention where there are projections to copy, mingru elsewhere",
+    options=RnnOptions,
+    module=TargetModule,  # nothing is ever saved under this name
+    build=build,
+    scope="mixing",
+    check=check,
+)
