@@ -1,0 +1,45 @@
+# Needs Python 3.11 and the package registries, nothing else. `make demo`, `make test`, `make lint`, `make bench`, `make clean`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := onnx,hf,report,dev
+GUIDE ?= carried
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint bench install clean
+.DEFAULT_GOAL := test
+
+install: $(STAMP)
+
+# pip and setuptools come first and build isolation is off: an isolated build would fetch versions that
+# constraints.txt doesn't pin.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo_gpt2.py $(if $(filter train,$(GUIDE)),--guide train)
+	$(BIN)/python examples/demo_digits.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@mkdir -p build/bench
+	@set -e; found=; for script in benchmarks/bench_*.py; do test -f "$$script" || continue; found=1; \
+		echo "$$script"; $(BIN)/python "$$script" --out "build/bench/$$(basename "$$script" .py).json"; done; \
+		test -n "$$found" || { echo "bench: no benchmarks/bench_*.py to run" >&2; exit 1; }
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find thesean tests benchmarks examples -type d -name __pycache__ -prune -exec rm -rf {} +
