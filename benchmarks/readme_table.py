@@ -1,0 +1,52 @@
+"""Rewrite a table of the README from the committed JSON that it reports.
+
+python benchmarks/readme_table.py                      # benchmarks/results/demo.json -> <!-- table:demo -->
+python benchmarks/readme_table.py results.json --check  # exit 1 when the README is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from thesean.errors import TheseanError
+from thesean.report import markdown_table, read_report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def replace_table(readme: str, name: str, table: str) -> str:
+    """`readme` with the text between `<!-- table:name -->` and `<!-- /table:name -->` replaced.
+
+    Raises ValueError unless the two marks are there once each, in that order.
+    """
+    start, stop = f"<!-- table:{name} -->", f"<!-- /table:{name} -->"
+    if readme.count(start) != 1 or readme.count(stop) != 1 or readme.index(start) > readme.index(stop):
+        raise ValueError(f"expected {start} and then {stop}, once each")
+    head, rest = readme.split(start)
+    return f"{head}{start}\n{table}\n{stop}{rest.split(stop)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Rewrite a table of the README from a committed report.")
+    parser.add_argument("report", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "demo.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--name", help="the mark's name; default: the report's file name")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the table is stale")
+    chosen = parser.parse_args(arguments)
+    try:
+        before = chosen.readme.read_text(encoding="utf-8")
+        after = replace_table(before, chosen.name or chosen.report.stem, markdown_table(read_report(chosen.report)))
+    except (OSError, ValueError, TheseanError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if chosen.check:
+        print("up to date" if before == after else f"{chosen.readme} is stale: run benchmarks/readme_table.py")
+        return int(before != after)
+    chosen.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

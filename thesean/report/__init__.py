@@ -1,0 +1,21 @@
+"""Progress while it runs, a table and a file afterwards."""
+
+from thesean.report.environment import environment
+from thesean.report.file import read_report, write_report
+from thesean.report.markdown import markdown_table
+from thesean.report.progress import NullObserver, PlainObserver, RichObserver, make_observer
+from thesean.report.table import Row, render, verdict
+
+__all__ = [
+    "NullObserver",
+    "PlainObserver",
+    "RichObserver",
+    "Row",
+    "environment",
+    "make_observer",
+    "markdown_table",
+    "read_report",
+    "render",
+    "verdict",
+    "write_report",
+]

@@ -1,0 +1,58 @@
+"""A report as a Markdown table with its provenance, for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thesean.report.file import report_rows
+from thesean.report.table import measures, sort_rows, verdict
+
+
+def markdown_table(report: Mapping[str, Any]) -> str:
+    """The table, the verdict, and a line with machine, versions, commit and seeds. No trailing newline.
+
+    `report` is what `read_report` returns; "metric_name" and "seed" or "seeds" are read from it when they are there.
+    Raises ArtifactError for rows that aren't of this version.
+    """
+    rows = sort_rows(report_rows(report))
+    lines = [
+        "| | " + " | ".join(row.name for row in rows) + " |",
+        "|---|" + "---:|" * len(rows),
+        *(
+            f"| {_cell(label)} | " + " | ".join(map(_cell, cells)) + " |"
+            for label, cells in measures(rows, str(report.get("metric_name", "metric")))
+        ),
+        "",
+        verdict(rows),
+        "",
+        provenance(report),
+    ]
+    return "\n".join(lines)
+
+
+def provenance(report: Mapping[str, Any]) -> str:
+    """ "Measured on <cpu>, 2 cores, 1 thread, Python 3.11.7, torch 2.13.0, commit abc, seed 0, 2026-01-01.\""""
+    found = report["environment"]
+    facts = [str(found["cpu"])] if found.get("cpu") else []
+    for key, one in (("cores", "core"), ("threads", "thread")):
+        if found.get(key) is not None:
+            facts.append(f"{found[key]} {one}" + ("" if found[key] == 1 else "s"))
+    facts += [
+        f"{'Python' if name == 'python' else name} {found[name]}"
+        for name in ("python", "torch", "onnxruntime", "transformers")
+        if found.get(name)
+    ]
+    if found.get("commit"):
+        facts.append(f"commit {found['commit']}")
+    if report.get("seeds") is not None:
+        facts.append("seeds " + " ".join(map(str, report["seeds"])))
+    elif report.get("seed") is not None:
+        facts.append(f"seed {report['seed']}")
+    if found.get("date"):
+        facts.append(str(found["date"])[:10])
+    return f"Measured on {', '.join(facts)}." if facts else "Measured on a machine that the report doesn't name."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
