@@ -1,0 +1,321 @@
+"""The command line: `thesean convert | plan | export | targets`. Errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import enum
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import thesean
+from thesean.arguments import ArgumentError, load_data, load_guide, load_object, parse_targets
+from thesean.errors import TheseanError
+
+app = typer.Typer(
+    name="thesean",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # the examples keep their line ends, ready to copy
+    pretty_exceptions_show_locals=False,  # locals are whole networks
+)
+
+
+class Granularity(enum.StrEnum):
+    block = "block"
+    sublayer = "sublayer"
+
+
+class Stateful(enum.StrEnum):
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+
+Guide = Annotated[
+    str,
+    typer.Argument(
+        metavar="GUIDE",
+        help="package.module:factory (called with no arguments; an nn.Module is taken as it is) or a local "
+        "Hugging Face folder.",
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="[GLOB=]NAME[:key=value,...]",
+        help="What replaces the parts (default: rnn). Repeat with GLOB= to choose per part; the name 'keep' keeps a "
+        "part. See `thesean targets`.",
+    ),
+]
+Data = Annotated[
+    str | None, typer.Option(metavar="MODULE:FACTORY", help="Batches: a list, a DataLoader, anything re-iterable.")
+]
+ExampleInputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FACTORY",
+        help="A tuple or dict of inputs to trace with (default: the first batch, then the model's dummy_inputs).",
+    ),
+]
+Keep = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Parts that stay as they are; repeatable.")]
+Parts = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only these parts; repeatable.")]
+Grain = Annotated[Granularity, typer.Option(help="Whole blocks, or the residual halves inside them.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"thesean {metadata.version('thesean')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Change a trained network's architecture: transformer to RNN, convnet to MLP, verified ONNX at the end.
+
+    \b
+    Look at the plan first, then convert, then export:
+      thesean plan models.gpt:make --target rnn
+      thesean convert models.gpt:make --data texts:batches --out build/rnn
+      thesean export build/rnn model.onnx
+    """
+
+
+@app.command()
+def convert(
+    guide: Guide,
+    target: Targets = None,
+    data: Data = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="loss(output, batch) -> scalar (default: match the guide's outputs)."
+        ),
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="Held-out batches.")] = None,
+    example_inputs: ExampleInputs = None,
+    parts: Parts = None,
+    keep: Keep = None,
+    granularity: Grain = Granularity.block,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
+    ] = "default",
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed repeats the run.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert GUIDE to another architecture, save it, export it.
+
+    \b
+    With your data and loss, where texts.py defines batches() and loss(output, batch):
+      thesean convert models.gpt:make --data texts:batches \\
+        --loss texts:loss --out build/rnn --onnx rnn.onnx
+
+    \b
+    A local Hugging Face folder, in closed form, without gradients:
+      thesean convert ./gpt2 --data texts:batches --recipe fast --out build/fast
+
+    \b
+    The first block kept, two made recurrent, the last a wider GRU:
+      thesean convert models.gpt:make --data texts:batches --out build/mixed \\
+        -t 'transformer.h.0=keep' -t 'transformer.h.[12]=rnn' \\
+        -t 'transformer.h.3=gru:width=256'
+
+    \b
+    A plan that you edited:
+      thesean plan models.gpt:make --yaml plan.yaml
+      thesean convert models.gpt:make --plan plan.yaml --data texts:batches --out build/rnn
+    """
+    with one_line_errors(debug):
+        if out is None and onnx is None:
+            raise ArgumentError("nothing to write: give --out DIR, --onnx FILE or both.")
+        if plan is not None and (target or parts or keep or granularity is not Granularity.block):
+            raise ArgumentError(
+                "--plan already says what replaces which part: leave --target, --parts, --keep, --granularity out."
+            )
+        for option, path in (("--out", out), ("--onnx", onnx)):
+            check_writable(option, path)  # before the training, not after
+        chosen: dict[str, Any] = {"recipe": recipe, "seed": seed, "progress": not quiet}
+        if plan is not None:
+            chosen["plan"] = thesean.Plan.from_yaml(plan)
+        else:
+            chosen |= partition(target, parts, keep, granularity)
+        model = load_guide(guide)
+        chosen |= inputs(data, example_inputs)
+        if loss is not None:
+            chosen["loss"] = load_object(loss, "--loss", call=False)
+            if not callable(chosen["loss"]):
+                raise ArgumentError(f"--loss {loss!r}: expected a function loss(output, batch), found a value.")
+        if eval_data is not None:
+            chosen["eval_data"] = load_data(eval_data, "--eval-data")
+        converted = thesean.compile(model, **chosen)
+        if out is not None:
+            converted.save(out)
+        exported = converted.export(onnx) if onnx is not None else None
+        if not quiet:
+            typer.echo(str(converted.report))
+            if exported is not None:
+                typer.echo(str(exported))
+            if out is not None:
+                typer.echo(f"saved {out}: thesean.load({str(out)!r}), or `thesean export {out} model.onnx`")
+
+
+@app.command()
+def plan(
+    guide: Guide,
+    target: Targets = None,
+    data: Data = None,
+    example_inputs: ExampleInputs = None,
+    parts: Parts = None,
+    keep: Keep = None,
+    granularity: Grain = Granularity.block,
+    yaml: Annotated[Path | None, typer.Option("--yaml", metavar="FILE", help="Also write the plan, to edit.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print which part would become what, with parameters and FLOPs. Nothing is trained.
+
+    \b
+    Examples:
+      thesean plan models.gpt:make --target rnn
+      thesean plan ./gpt2 -t linear-attention --granularity sublayer --yaml plan.yaml
+    """
+    with one_line_errors(debug):
+        check_writable("--yaml", yaml)
+        chosen = partition(target, parts, keep, granularity)
+        wanted = chosen.pop("target")
+        model = load_guide(guide)
+        made = thesean.plan(model, wanted, **chosen, **inputs(data, example_inputs))
+        typer.echo(str(made))
+        if yaml is not None:
+            made.to_yaml(yaml)
+            typer.echo(f"wrote {yaml}: edit it, then `thesean convert {guide} --plan {yaml}`")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `thesean convert --out` saved.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Takes its name once it is verified.")],
+    stateful: Annotated[
+        Stateful, typer.Option(help="State in and out, for step-by-step decoding; auto: where the model can.")
+    ] = Stateful.auto,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset (default: the exporter's).")] = None,
+    debug: Debug = False,
+) -> None:
+    """Export a saved conversion to verified ONNX.
+
+    The file takes its name after onnxruntime agreed with torch at several batch sizes and lengths.
+
+    \b
+    Examples:
+      thesean export build/rnn model.onnx
+      thesean export build/rnn step.onnx --stateful yes --opset 22
+    """
+    with one_line_errors(debug):
+        check_writable("FILE.onnx", file)
+        chosen: str | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
+        typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
+
+
+@app.command()
+def targets(debug: Debug = False) -> None:
+    """List the target architectures.
+
+    \b
+    Use one by its name, with options after a colon:
+      thesean convert GUIDE --target gru --data texts:batches --out build/gru
+      thesean convert GUIDE --target gru:width=256,scope=part --data texts:batches --out build/gru
+    """
+    with one_line_errors(debug):
+        table = Table(box=None, pad_edge=False)
+        table.add_column("target", style="bold", no_wrap=True)
+        table.add_column("what it is")
+        for name, summary in sorted(thesean.targets().items()):
+            table.add_row(name, summary)
+        Console().print(table)
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """A TheseanError becomes one red line and exit code 2, ctrl-C one line and 130, a warning one yellow line."""
+    console = Console(stderr=True, highlight=False)
+
+    def say(word: str, style: str, message: str) -> None:
+        console.print(f"[{style}]{word}:[/]", end=" ")
+        console.print(" ".join(message.split()), markup=False, soft_wrap=True)
+
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        say("warning", "yellow", str(message))
+
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = show_warning
+            yield
+    except TheseanError as error:
+        if debug:
+            raise
+        say("error", "bold red", str(error))
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        say("interrupted", "bold red", "earlier results are as they were.")
+        raise typer.Exit(130) from error
+
+
+def partition(
+    target: list[str] | None, parts: list[str] | None, keep: list[str] | None, granularity: Granularity
+) -> dict[str, Any]:
+    """The arguments that `thesean.plan` and `thesean.compile` share."""
+    return {
+        "target": parse_targets(target or ["rnn"]),
+        "parts": parts or None,
+        "keep": tuple(keep or ()),
+        "granularity": granularity.value,
+    }
+
+
+def inputs(data: str | None, example_inputs: str | None) -> dict[str, Any]:
+    """The loaded data and example inputs."""
+    loaded: dict[str, Any] = {}
+    if data is not None:
+        loaded["data"] = load_data(data, "--data")
+    if example_inputs is not None:
+        loaded["example_inputs"] = load_object(example_inputs, "--example-inputs", call=True)
+    return loaded
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raises ArgumentError when the nearest folder that exists can't be written, before anything expensive starts."""
+    if path is None:
+        return
+    if option == "--out" and path.exists() and not path.is_dir():
+        raise ArgumentError(f"{option} {path}: expected a folder, found a file. Choose another name.")
+    if option != "--out" and path.is_dir():
+        raise ArgumentError(f"{option} {path}: expected a file name, found a folder. Add a name: {path / 'model.onnx'}")
+    nearest = path if path.is_dir() else path.parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{option} {path}: {nearest} is not a folder that you may write. Choose another.")
+
+
+if __name__ == "__main__":
+    app()
