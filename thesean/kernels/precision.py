@@ -1,0 +1,27 @@
+"""The precision that kernels compute in: float32 at least, whatever the inputs or autocast say."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+
+import torch
+
+
+def widen(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in one dtype: float32 for half precision, float64 where any is double. Differentiable."""
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The dtype of long sums: float64, except on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off. It would turn matrix products into bf16, and a state carried over thousands of steps with them."""
+    # Entered only where autocast is on: torch.export writes the context into the graph as a submodule.
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
