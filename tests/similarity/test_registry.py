@@ -1,0 +1,76 @@
+"""Names, flattening, options, and the module that is also the function."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+import thesean.similarity
+from thesean.errors import DataError, UnknownNameError
+from thesean.similarity import Measure, get_measure, measures, similarity
+
+
+def features(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_file_that_defines_a_measure_is_registered_and_no_other():
+    (folder,) = thesean.similarity.__path__
+    defining = 0
+    for path in Path(folder).glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            defining += any(isinstance(target, ast.Name) and target.id == "MEASURE" for target in targets)
+    assert len(measures()) == defining
+    assert measures() == ["cka", "cka-debiased", "cosine", "mse", "nmse"]
+    assert all(get_measure(name).name == name and get_measure(name).summary for name in measures())
+
+
+def test_the_subpackage_is_the_function_too():
+    x_NP, y_NQ = features(8, 3), features(8, 5, seed=1)
+    called = thesean.similarity(x_NP, y_NQ, measure="cka")
+    assert torch.equal(called, similarity(x_NP, y_NQ, measure="cka"))
+    assert torch.equal(called, thesean.similarity.similarity(x_NP, y_NQ))
+
+
+def test_an_unknown_measure_gets_the_nearest_name():
+    with pytest.raises(UnknownNameError, match=r"unknown measure 'ckaa'; did you mean 'cka'. known: cka, cka-deb"):
+        similarity(features(8, 3), features(8, 3), "ckaa")
+
+
+def test_an_option_that_the_measure_does_not_have_is_named():
+    with pytest.raises(TypeError, match="measure 'mse' has no option 'backend'; its options: none"):
+        similarity(features(8, 3), features(8, 3), "mse", backend="torch")
+    x_NP, y_NP = features(8, 3), features(8, 3, seed=1)
+    assert torch.equal(similarity(x_NP, y_NP, backend="torch"), similarity(x_NP, y_NP))
+
+
+def test_a_measure_of_ones_own_needs_no_registration():
+    mine = Measure(
+        name="mine", summary="largest distance", value=lambda x, y: (x - y).abs().max(), loss=lambda x, y: (x - y).sum()
+    )
+    x_NP = features(4, 3)
+    assert similarity(x_NP, x_NP + 2, mine).item() == pytest.approx(2.0)
+    assert "mine" not in measures()
+
+
+def test_examples_or_tokens_are_the_rows():
+    x_BTD, y_BTE = features(6, 5, 4), features(6, 5, 3, seed=1)
+    assert torch.equal(similarity(x_BTD, y_BTE), similarity(x_BTD.reshape(6, 20), y_BTE.reshape(6, 15)))
+    by_token = similarity(x_BTD, y_BTE, flatten="token")
+    assert torch.equal(by_token, similarity(x_BTD.reshape(30, 4), y_BTE.reshape(30, 3)))
+    assert by_token != similarity(x_BTD, y_BTE)
+
+
+def test_a_feature_map_compares_with_a_vector_of_the_same_examples():
+    assert 0 < similarity(features(8, 3, 4, 4), features(8, 10, seed=1)).item() < 1
+
+
+def test_an_unknown_way_to_flatten_and_a_lone_vector_are_refused():
+    with pytest.raises(UnknownNameError, match="unknown flatten 'tokens'; did you mean 'token'"):
+        similarity(features(8, 3, 2), features(8, 3, 2), flatten="tokens")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"expected x of \(examples, ..., width\), found shape \(8,\)"):
+        similarity(features(8), features(8))

@@ -1,0 +1,22 @@
+"""Similarity of activations: one file per measure, each tensors -> scalar."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from thesean.similarity.base import Measure
+from thesean.similarity.registry import get_measure, measures, similarity
+
+__all__ = ["Measure", "get_measure", "measures", "similarity"]
+
+
+# `thesean.similarity` is this subpackage and, for users, a function: importing the one binds the name of the other.
+# So that `thesean.similarity(x, y)` works whichever came last, the module itself can be called.
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return similarity(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,84 @@
+"""The measures by name, and `similarity`, which applies one.
+
+N examples, P width of x, Q width of y
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any, Literal
+
+import torch
+
+import thesean.similarity
+from thesean.errors import DataError, unknown_name
+from thesean.similarity.base import Measure
+
+
+@functools.cache
+def _registry() -> dict[str, Measure]:
+    """Every `MEASURE` in this folder: the file is the registration."""
+    found: dict[str, Measure] = {}
+    for info in pkgutil.iter_modules(thesean.similarity.__path__):
+        measure = getattr(importlib.import_module(f"thesean.similarity.{info.name}"), "MEASURE", None)
+        if measure is None:
+            continue
+        if measure.name in found:
+            raise RuntimeError(f"two files in thesean/similarity define the measure {measure.name!r}.")
+        found[measure.name] = measure
+    return dict(sorted(found.items()))
+
+
+def measures() -> list[str]:
+    """The names that `similarity(..., measure=)` takes."""
+    return list(_registry())
+
+
+def get_measure(name: str) -> Measure:
+    """The measure of this name. Raises UnknownNameError, with the nearest name."""
+    try:
+        return _registry()[name]
+    except KeyError:
+        raise unknown_name("measure", name, _registry()) from None
+
+
+def similarity(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    measure: str | Measure = "cka",
+    *,
+    flatten: Literal["example", "token"] = "example",
+    **options: Any,
+) -> torch.Tensor:
+    """How alike two sets of activations of the same examples are: a differentiable scalar.
+
+    x (N, ...), y (N, ...) -> scalar; `flatten="example"` makes each example one row (N, P), `flatten="token"` each
+    position of (..., P) one row. Of the measures, "cka" and "cka-debiased" take different widths, the others don't;
+    `get_measure(name).higher_is_better` tells the direction. `options` are the measure's own.
+
+        similarity(student_BTD, guide_BTD, "cka-debiased", flatten="token")
+
+    Raises UnknownNameError for an unknown measure, DataError for too few examples, constant features or shapes that do
+    not fit, NumericalError for NaN and infinities, TypeError for an option that the measure does not have.
+    """
+    chosen = measure if isinstance(measure, Measure) else get_measure(measure)
+    known = list(inspect.signature(chosen.value).parameters)[2:]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"measure {chosen.name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}."
+        )
+    return chosen.value(_flatten("x", x, flatten), _flatten("y", y, flatten), **options)
+
+
+def _flatten(name: str, x: torch.Tensor, how: str) -> torch.Tensor:
+    if x.ndim < 2:
+        raise DataError(f"expected {name} of (examples, ..., width), found shape {tuple(x.shape)}.")
+    if how == "example":
+        return x.flatten(1)
+    if how == "token":
+        return x.flatten(0, -2)
+    raise unknown_name("flatten", how, ("example", "token"))
