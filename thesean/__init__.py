@@ -1,0 +1,34 @@
+"""Thesean: a compiler that changes a trained network's architecture.
+
+    converted = thesean.compile(model, target="rnn", data=batches)
+    converted.export("model.onnx")
+"""
+
+from thesean.compiler import compile, plan  # noqa: A004
+from thesean.converted import Converted, load
+from thesean.distill.losses import accuracy, cross_entropy, next_token
+from thesean.errors import TheseanError
+from thesean.passes.plan import Plan
+from thesean.recipe import Recipe
+from thesean.similarity import measures, similarity
+from thesean.targets import Target, register, targets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Converted",
+    "Plan",
+    "Recipe",
+    "Target",
+    "TheseanError",
+    "accuracy",
+    "compile",
+    "cross_entropy",
+    "load",
+    "measures",
+    "next_token",
+    "plan",
+    "register",
+    "similarity",
+    "targets",
+]

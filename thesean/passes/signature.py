@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -104,3 +107,31 @@ class Signature:
 
     def elements(self, sizes: dict[str, int]) -> int:
         return sum(math.prod(sizes[d] if isinstance(d, str) else d for d in s.shape) for s in self.inputs)
+
+
+# Packages whose output classes may be imported when a saved conversion is loaded: naming a class in a file must not
+# become a way to run code.
+_OUTPUT_PACKAGES = ("transformers",)
+
+
+def output_wrapper(path: str | None) -> Callable[[Any], Any]:
+    """Turns the graph's output into the guide's output class; a plain dict where the class can't be imported."""
+    cls = _output_class(path)
+    if cls is None:
+        return lambda output: output
+    return lambda output: cls(**output) if isinstance(output, dict) else output
+
+
+def _output_class(path: str | None) -> type | None:
+    if not path:
+        return None
+    module_name, _, name = path.rpartition(".")
+    module = sys.modules.get(module_name)
+    if module is None and module_name.split(".")[0] in _OUTPUT_PACKAGES:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            return None
+    found = getattr(module, name, None)
+    is_record = isinstance(found, type) and (is_dataclass(found) or issubclass(found, Mapping))
+    return found if is_record else None

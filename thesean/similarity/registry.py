@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 
-import thesean.similarity
 from thesean.errors import DataError, unknown_name
 from thesean.similarity.base import Measure
 
@@ -22,7 +21,9 @@ from thesean.similarity.base import Measure
 def _registry() -> dict[str, Measure]:
     """Every `MEASURE` in this folder: the file is the registration."""
     found: dict[str, Measure] = {}
-    for info in pkgutil.iter_modules(thesean.similarity.__path__):
+    # not `thesean.similarity`: in the parent package that name is the function
+    package = importlib.import_module(__package__ or "thesean.similarity")
+    for info in pkgutil.iter_modules(package.__path__):
         measure = getattr(importlib.import_module(f"thesean.similarity.{info.name}"), "MEASURE", None)
         if measure is None:
             continue

@@ -1,0 +1,220 @@
+"""A saved conversion: `graph.json`, `plan.yaml`, `report.json`, `weights.safetensors`. No pickle, no guide needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
+from thesean.errors import ArtifactError, TheseanError
+from thesean.passes import graph_json
+from thesean.passes.plan import Plan
+from thesean.passes.signature import InputSpec, Signature
+from thesean.report.conversion import ConversionReport
+from thesean.targets import TargetModule, rebuild
+
+FORMAT = 1
+_GRAPH, _WEIGHTS, _PLAN, _REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    graph_module: fx.GraphModule
+    signature: Signature
+    plan: Plan
+    report: ConversionReport
+
+
+def save(artifact: Artifact, folder: str | Path) -> Path:
+    """Write a folder; an earlier conversion in its place is replaced at the end, all at once.
+
+    Raises ArtifactError when the folder holds something else or can't be written, and for custom modules whose class
+    could not be found again.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; expected a folder's name.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _GRAPH).exists():
+        raise ArtifactError(f"{folder} is not empty and holds no conversion; choose another folder.")
+    tensors, aliases = _tensors(artifact.graph_module)
+    modules = _modules(artifact.graph_module)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            made = Path(scratch) / "made"
+            made.mkdir()
+            save_file(tensors, made / _WEIGHTS)
+            body = {
+                "format": FORMAT,
+                "signature": _signature_to_json(artifact.signature),
+                "symbols": artifact.graph_module.meta.get("symbols", {}),
+                "modules": modules,
+                "aliases": aliases,
+                "weights_sha256": hashlib.sha256((made / _WEIGHTS).read_bytes()).hexdigest(),
+                "nodes": graph_json.dump(artifact.graph_module.graph),
+            }
+            (made / _GRAPH).write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
+            artifact.plan.to_yaml(made / _PLAN)
+            (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
+            if folder.exists():
+                folder.rename(Path(scratch) / "earlier")
+            made.rename(folder)
+    except OSError as error:
+        raise ArtifactError(f"can't write {folder}: {error.strerror or error}. Choose a writable folder.") from error
+    return folder
+
+
+def load(folder: str | Path) -> Artifact:
+    """Raises ArtifactError for a missing, truncated or altered folder. Runs nothing that the folder names."""
+    folder = Path(folder)
+    for name in (_GRAPH, _WEIGHTS, _PLAN, _REPORT):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
+    try:
+        document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder / _GRAPH} can't be read: {error}.") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(f"{folder / _GRAPH}: expected format {FORMAT}; the file is of another version or altered.")
+    body = {k: v for k, v in document.items() if k != "sha256"}
+    graph = graph_json.load(body.get("nodes"))  # before the checksum: an operator outside the list has its own message
+    if _digest(body) != document.get("sha256"):
+        raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
+    if hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest() != body["weights_sha256"]:
+        raise ArtifactError(f"{folder / _WEIGHTS} does not match its checksum; the file is truncated or altered.")
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+        report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
+        signature = _signature_from_json(body["signature"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder} can't be read: {error}.") from error
+    root = _root(graph, body, tensors, folder)
+    graph_module = fx.GraphModule(root, graph)
+    graph_module.meta["symbols"] = body["symbols"]
+    graph_module.eval()
+    return Artifact(
+        graph_module=graph_module, signature=signature, plan=Plan.from_yaml(folder / _PLAN), report=report
+    )
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each tensor once, and the other names of tied ones."""
+    kept: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    parameters = {n for n, _ in graph_module.named_parameters(remove_duplicate=False)}
+    everything = [
+        *graph_module.named_parameters(remove_duplicate=False),
+        *graph_module.named_buffers(remove_duplicate=False),
+    ]
+    # constants that export lifted are plain tensor attributes
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in {n for n, _ in everything}:
+            value: Any = graph_module
+            for piece in name.split("."):
+                value = getattr(value, piece)
+            everything.append((name, value))
+    for name, value in everything:
+        if id(value) in seen:
+            aliases[name] = seen[id(value)]
+        else:
+            seen[id(value)] = name
+            prefix = "parameter:" if name in parameters else "buffer:"
+            kept[prefix + name] = value.detach().cpu().contiguous()
+    return kept, aliases
+
+
+def _modules(graph_module: fx.GraphModule) -> dict[str, Any]:
+    described = {}
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        name = str(node.target)
+        module = graph_module.get_submodule(name)
+        if not isinstance(module, TargetModule):
+            raise ArtifactError(
+                f"{name}: a {type(module).__name__} can't be saved: only modules of registered target families can "
+                "be found again. Subclass TargetModule and register its Family."
+            )
+        described[name] = {"target": module.family, "config": module.config()}
+    return described
+
+
+def _root(graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> nn.Module:
+    """A module tree that holds what the graph reads and calls."""
+    root = nn.Module()
+    try:
+        for name, described in body["modules"].items():
+            module = rebuild(described["target"], described["config"])
+            prefix = f"{name}."
+            state = {}
+            for key in list(tensors):
+                kind, _, path = key.partition(":")
+                if path.startswith(prefix):
+                    state[path.removeprefix(prefix)] = tensors.pop(key)
+            module.load_state_dict(state)
+            root.add_module(name, module)
+    except TheseanError:
+        raise
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: a target module does not fit its weights: {error}") from error
+    for key, value in tensors.items():
+        kind, _, path = key.partition(":")
+        _attach(root, path, nn.Parameter(value) if kind == "parameter" else value)
+    for name, original in body["aliases"].items():
+        if original.split(".")[0] not in body["modules"]:
+            value = root
+            for piece in original.split("."):
+                value = getattr(value, piece)
+            _attach(root, name, value)
+    for node in graph.find_nodes(op="get_attr"):
+        value = root
+        for piece in str(node.target).split("."):
+            value = getattr(value, piece, None)  # type: ignore[assignment]
+        if not isinstance(value, torch.Tensor):
+            raise ArtifactError(f"{folder}: the weights hold no tensor {node.target!r}.")
+        node.meta["val"] = value
+    for node in graph.find_nodes(op="call_module"):
+        if str(node.target) not in body["modules"]:
+            raise ArtifactError(f"{folder}: the graph calls {node.target!r}, which is not among its modules.")
+    return root
+
+
+def _attach(root: nn.Module, path: str, value: Any) -> None:
+    *holders, leaf = path.split(".")
+    module = root
+    for name in holders:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            module.add_module(name, nn.Module())
+        module = getattr(module, name)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value)
+
+
+def _signature_to_json(signature: Signature) -> dict[str, Any]:
+    inputs = [{**asdict(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs]
+    return {"inputs": inputs, "output_class": signature.output_class}
+
+
+def _signature_from_json(data: dict[str, Any]) -> Signature:
+    inputs = []
+    for row in data["inputs"]:
+        dtype = getattr(torch, str(row["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"unknown dtype {row['dtype']!r}")
+        inputs.append(InputSpec(**{**row, "dtype": dtype, "shape": tuple(row["shape"])}))
+    return Signature(inputs=tuple(inputs), output_class=data["output_class"])
+

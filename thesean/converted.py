@@ -1,0 +1,119 @@
+"""A converted network: callable like the guide, trainable, saveable, exportable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from torch import fx
+
+from thesean import artifact
+from thesean.passes.plan import Plan
+from thesean.passes.signature import Signature, output_wrapper
+from thesean.report.conversion import ConversionReport
+
+if TYPE_CHECKING:
+    from thesean.deploy.export import ExportReport
+
+
+class Converted:
+    """What `thesean.compile` and `thesean.load` return.
+
+    `module` is an `fx.GraphModule`: train it further like any other. `frontier[k]` has the first k parts replaced
+    as they were right after their stage (`frontier[0]` is the guide's own graph, `frontier[-1]` the final network);
+    each is a Converted of its own. Empty after `thesean.load`.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        signature: Signature,
+        plan: Plan,
+        report: ConversionReport,
+        frontier: Sequence[Callable[[], Converted]] = (),
+    ) -> None:
+        self.module = module
+        self.signature = signature
+        self.plan = plan
+        self.report = report
+        self.frontier = Frontier(frontier)
+        self._wrap = output_wrapper(signature.output_class)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the guide is called, by position or by name. Raises DataError for inputs that don't fit."""
+        return self._wrap(self.module(**self.signature.bind(args, kwargs)))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `graph.json`, `plan.yaml`, `report.json` and `weights.safetensors`. Raises ArtifactError."""
+        return artifact.save(
+            artifact.Artifact(graph_module=self.module, signature=self.signature, plan=self.plan, report=self.report),
+            folder,
+        )
+
+    def export(
+        self,
+        path: str | Path,
+        stateful: Literal["auto", "yes", "no"] | bool = "auto",
+        opset: int | None = None,
+        tolerance: float = 1e-4,
+    ) -> ExportReport:
+        """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
+
+        "auto": with state inputs and outputs where the whole network is causal and recurrent, so that one file serves
+        prefill and step-by-step decoding. Raises ExportError, and then leaves no file; MissingExtraError.
+        """
+        from thesean.deploy.export import export
+
+        return export(
+            self.module,
+            self.signature,
+            path,
+            stateful=stateful,
+            opset=opset,
+            tolerance=tolerance,
+            train_length=self.report.train_length,
+        )
+
+    def benchmark(self, contexts: Sequence[int] = (64, 512, 2048), batch: int = 1, repeats: int = 20) -> dict[str, Any]:
+        """Median latency in onnxruntime, one thread, in ms: prefill at each context and, where the network carries a
+        state, one token after it. Networks without a time dimension have one figure, "forward".
+        """
+        from thesean.deploy.latency import benchmark
+
+        return benchmark(
+            self.module, self.signature, contexts=contexts, batch=batch, repeats=repeats,
+            train_length=self.report.train_length,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        replaced = ", ".join(sorted({p.target for p in self.plan.replaced}))
+        return f"Converted({len(self.plan.replaced)} of {len(self.plan)} parts -> {replaced or 'none'})"
+
+
+class Frontier(Sequence[Converted]):
+    """Hybrids by the number of parts replaced, made when they are asked for."""
+
+    def __init__(self, makers: Sequence[Callable[[], Converted]]) -> None:
+        self._makers = tuple(makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    @overload
+    def __getitem__(self, index: int) -> Converted: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Converted]: ...
+    def __getitem__(self, index: int | slice) -> Converted | Sequence[Converted]:
+        if isinstance(index, slice):
+            return Frontier(self._makers[index])
+        return self._makers[index]()
+
+
+def load(folder: str | Path) -> Converted:
+    """A saved conversion, without the guide and without the package that it came from.
+
+    Raises ArtifactError for a folder that is incomplete, altered, or names an operator outside of the allow-list.
+    """
+    found = artifact.load(folder)
+    return Converted(found.graph_module, found.signature, found.plan, found.report)

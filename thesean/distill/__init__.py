@@ -1,0 +1,1 @@
+"""Training: closed form, alignment stages, stopping, end-to-end fine-tuning, baselines."""

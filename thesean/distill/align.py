@@ -1,0 +1,232 @@
+"""Bring target parts to the guide's activations, stage by stage, by a similarity measure.
+
+Schedules (Network of Theseus, arXiv 2512.04198): progressive (stage k trains parts 1..k), sequential (stage k trains
+part k, earlier ones frozen), independent (every part on the guide's own inputs), joint (all at once).
+
+N examples (tokens of a sequence, images of a batch), P features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from thesean.distill.closed_form import solve_parts
+from thesean.distill.evaluate import Batch
+from thesean.distill.observer import Observer
+from thesean.distill.optimise import train
+from thesean.distill.stopping import Plateau
+from thesean.errors import DataError
+from thesean.passes.hybrid import Hybrid
+from thesean.passes.tap import tap
+from thesean.recipe import Recipe
+from thesean.similarity import Measure, get_measure
+
+# CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
+_MAX_EXAMPLES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """`number` of `count`; `trained` are the parts whose weights move, `compared` those whose exits are matched."""
+
+    number: int
+    count: int
+    trained: tuple[int, ...]
+    compared: tuple[int, ...]
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    stage: Stage
+    before: float  # the held-out loss at the stage's last part, after the closed form
+    after: float
+    steps: int
+    stopped_by: str
+
+
+def stages(schedule: str, parts: int, steps: int) -> list[Stage]:
+    """The stages of a schedule over `parts` parts with `steps` optimizer steps in all."""
+    everything = tuple(range(parts))
+    if schedule in ("joint", "independent"):
+        return [Stage(number=0, count=1, trained=everything, compared=everything, steps=steps)]
+    shares = [steps // parts + (k < steps % parts) for k in range(parts)]
+    return [
+        Stage(
+            number=k,
+            count=parts,
+            trained=everything[: k + 1] if schedule == "progressive" else (k,),
+            compared=everything[: k + 1] if schedule == "progressive" else (k,),
+            steps=shares[k],
+        )
+        for k in range(parts)
+    ]
+
+
+class Aligner:
+    """Runs stages on one hybrid. `held_out` batches decide when a stage ends, `solving` ones feed the closed form."""
+
+    def __init__(
+        self,
+        guide: fx.GraphModule,
+        hybrid: Hybrid,
+        recipe: Recipe,
+        batches: Iterator[Batch],
+        solving: Sequence[dict[str, torch.Tensor]],
+        held_out: Sequence[Batch],
+        observer: Observer,
+    ) -> None:
+        self.guide, self.hybrid, self.recipe = guide, hybrid, recipe
+        self.batches, self.solving, self.held_out = batches, solving, held_out
+        self.observer = observer
+        self.measure: Measure = get_measure(recipe.alignment.measure)
+        self.own_inputs = recipe.alignment.schedule != "independent"
+
+    def run(self, stage: Stage) -> StageResult:
+        """Train a stage, refit, and leave the hybrid in the best refitted state that was seen."""
+        settings = self.recipe.alignment
+        last = stage.compared[-1]
+        where = ", ".join(self.hybrid.parts[k] for k in (stage.trained if len(stage.trained) == 1 else (last,)))
+        self.observer.begin("align", where, stage.number, stage.count, stage.steps)
+        modules = [self.hybrid.module(r) for r in self.hybrid.replacements]
+        graph_module = self.hybrid.graph_module
+        previous = [p.requires_grad for p in graph_module.parameters()]
+        graph_module.requires_grad_(False)
+        parameters = self.hybrid.parameters_of(stage.trained)
+        for p in parameters:
+            p.requires_grad_(True)
+        before = self.held_out_loss(last)
+        best = _Best(modules)
+        best.offer(before)
+        plateau = Plateau(settings.patience, settings.min_improvement, settings.ceiling)
+        plateau.update(before)
+        loss_of = self._loss(stage)
+
+        def check(step: int) -> bool:
+            if step % settings.check_every and step != stage.steps:
+                return False
+            training = [deepcopy(m.state_dict()) for m in modules]
+            if settings.refit:
+                self.refit(stage)
+            value = self.held_out_loss(last)
+            best.offer(value)
+            plateau.update(value)
+            for module, state in zip(modules, training, strict=True):
+                module.load_state_dict(state)
+            return plateau.done
+
+        steps = 0
+        if stage.steps and not plateau.done:
+            graph_module.train()
+            steps = train(
+                parameters,
+                loss_of,
+                self.batches,
+                steps=stage.steps,
+                learning_rate=settings.learning_rate,
+                observer=self.observer,
+                where=f"aligning {where}",
+                warmup=self.recipe.warmup,
+                clip=self.recipe.clip,
+                should_stop=check,
+            )
+        best.restore()
+        for p, flag in zip(graph_module.parameters(), previous, strict=True):
+            p.requires_grad_(flag)
+        graph_module.eval()
+        result = StageResult(stage=stage, before=before, after=best.loss, steps=steps, stopped_by=plateau.reason)
+        self.observer.end({self.measure.name: best.loss})
+        return result
+
+    def refit(self, stage: Stage) -> None:
+        parts = range(stage.compared[-1] + 1) if self.recipe.alignment.refit_all else stage.trained
+        form = self.recipe.closed_form
+        solve_parts(
+            self.guide, self.hybrid, list(parts), self.solving, ridge=form.ridge, solve_copied=form.solve_copied
+        )
+
+    @torch.no_grad()
+    def held_out_loss(self, part: int) -> float:
+        """The measure's loss at the exit of `part`, hybrid against guide, over the held-out batches."""
+        own, theirs = self._taps((part,))
+        own.eval()
+        exit_own, exit_guide = self.hybrid.boundaries[part]
+        total = 0.0
+        for _, inputs in self.held_out:
+            y, g = own(**inputs)[exit_own], theirs(**inputs)[exit_guide]
+            total += self.measure.loss(examples(y), examples(g)).item()
+        return total / len(self.held_out)
+
+    def _taps(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+        own = tap(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
+        theirs = tap(self.guide, [self.hybrid.boundaries[k][1] for k in parts], with_output=False)
+        return own, theirs
+
+    def _loss(self, stage: Stage) -> Any:
+        return self._own_inputs_loss(stage) if self.own_inputs else self._independent_loss()
+
+    def _own_inputs_loss(self, stage: Stage) -> Any:
+        """Sum over the compared parts of the measure at their exits, on the hybrid's own activations."""
+        own, theirs = self._taps(stage.compared)
+        names = [self.hybrid.boundaries[k] for k in stage.compared]
+
+        def loss(step: int, batch: Batch) -> torch.Tensor:
+            inputs = batch[1]
+            with torch.no_grad():
+                wanted = theirs(**inputs)
+            got = own(**inputs)
+            return torch.stack([self.measure.loss(examples(got[y]), examples(wanted[g])) for y, g in names]).sum()
+
+        return loss
+
+    def _independent_loss(self) -> Any:
+        """Sum over modules of the measure at their own output, each fed the guide's activations."""
+        replacements = self.hybrid.replacements
+        names = [n for r in replacements for n in (r.guide_entry, r.guide_exit)]
+        theirs = tap(self.guide, names, with_output=False)
+
+        def loss(step: int, batch: Batch) -> torch.Tensor:
+            with torch.no_grad():
+                values = theirs(**batch[1])
+            terms = []
+            for r in replacements:
+                y = self.hybrid.module(r)(values[r.guide_entry])
+                y = y[0] if isinstance(y, tuple) else y
+                terms.append(self.measure.loss(examples(y), examples(values[r.guide_exit])))
+            return torch.stack(terms).sum()
+
+        return loss
+
+
+def examples(value: torch.Tensor) -> torch.Tensor:
+    """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
+    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)
+    if flat.shape[0] > _MAX_EXAMPLES:
+        flat = flat[:: -(-flat.shape[0] // _MAX_EXAMPLES)]
+    return flat
+
+
+class _Best:
+    """The target modules' state with the lowest loss seen."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.loss = float("inf")
+        self.state: list[dict[str, torch.Tensor]] = []
+
+    def offer(self, loss: float) -> None:
+        if loss < self.loss:
+            self.loss = loss
+            self.state = [deepcopy(m.state_dict()) for m in self.modules]
+
+    def restore(self) -> None:
+        if not self.state:
+            raise DataError("the held-out measure was never a number; look for NaN in the data.")
+        for module, state in zip(self.modules, self.state, strict=True):
+            module.load_state_dict(state)

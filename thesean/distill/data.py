@@ -1,0 +1,107 @@
+"""The user's batches, checked and read in one way: tensors, tuples (x, y) or dicts, as many times as asked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from thesean.errors import DataError
+from thesean.passes.signature import Signature
+
+# What a Hugging Face batch carries for the loss alone; read by the graph only if the example inputs had it.
+LABELS = ("labels", "label", "label_ids")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """`data` seen through the guide's signature. Raises DataError for what does not fit, with the batch's number."""
+
+    data: Iterable[Any]
+    signature: Signature
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if isinstance(self.data, Iterator):
+            raise DataError(
+                "data is an iterator, which can be read only once. Pass a list or a DataLoader, or an object whose "
+                "__iter__ starts anew."
+            )
+        if isinstance(self.data, torch.Tensor):
+            raise DataError("data is one tensor; expected an iterable of batches. Wrap it: data=[x].")
+        if not isinstance(self.data, Iterable):
+            raise DataError(f"data is a {type(self.data).__name__}; expected an iterable of batches.")
+        if next(iter(self.data), None) is None:
+            raise DataError("data is empty: expected at least one batch.")
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
+        """Pairs of the batch as it came and the graph's inputs in it."""
+        for number, batch in enumerate(self.data):
+            try:
+                inputs = named_inputs(batch, self.signature)
+                self.signature.check(inputs)
+            except DataError as error:
+                raise DataError(f"batch {number}: {error}") from None
+            for name, value in inputs.items():
+                if value.device != self.device:
+                    raise DataError(
+                        f"batch {number}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
+                    )
+            yield batch, inputs
+
+    def forever(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
+        """Pass after pass."""
+        while True:
+            yield from self
+
+    def first(self, count: int) -> list[tuple[Any, dict[str, torch.Tensor]]]:
+        """At most `count` batches of one pass."""
+        return list(itertools.islice(self, count))
+
+
+def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
+    """The graph's inputs in a batch: a dict by name; of a tuple the first element, or the first few."""
+    names = [s.name for s in signature.inputs]
+    if isinstance(batch, torch.Tensor):
+        batch = (batch,)
+    if isinstance(batch, Mapping):
+        missing = [n for n in names if n not in batch]
+        if missing:
+            raise DataError(f"no input {missing[0]!r} in the batch, which has: {', '.join(map(str, batch))}.")
+        return {n: batch[n] for n in names}
+    if isinstance(batch, (tuple, list)):
+        first = batch[0] if batch else None
+        if isinstance(first, Mapping):
+            return named_inputs(first, signature)
+        if isinstance(first, (tuple, list)):
+            batch = first
+        if len(batch) < len(names):
+            raise DataError(f"expected {len(names)} inputs ({', '.join(names)}), found {len(batch)} in the batch.")
+        return dict(zip(names, batch, strict=False))
+    raise DataError(f"expected a tensor, a tuple (x, y) or a dict, found {type(batch).__name__}.")
+
+
+def example_of(batch: Any) -> Any:
+    """Example inputs in a first batch: a dict without its labels, or x of (x, y)."""
+    if isinstance(batch, Mapping):
+        return {k: v for k, v in batch.items() if k not in LABELS}
+    if isinstance(batch, (tuple, list)) and batch:
+        return example_of(batch[0]) if isinstance(batch[0], (Mapping, tuple, list)) else (batch[0],)
+    return batch
+
+
+def integer_labels(batch: Any) -> bool:
+    """Whether the batch carries class labels: integers in y of (x, y) or under a label key."""
+    if isinstance(batch, Mapping):
+        found = [batch[k] for k in LABELS if k in batch]
+    else:
+        found = list(batch[1:]) if isinstance(batch, (tuple, list)) else []
+    return any(isinstance(y, torch.Tensor) and not y.is_floating_point() for y in found)
+
+
+def synthetic(signature: Signature, sizes: dict[str, int], device: torch.device, batches: int, seed: int) -> list[Any]:
+    """Random inputs of the guide's shapes, as dicts."""
+    return [signature.random_inputs(sizes, seed=seed * 1000 + i, device=str(device)) for i in range(batches)]

@@ -1,0 +1,63 @@
+"""One optimizer loop for every phase: AdamW, warm-up and cosine, clipping, and a stop at the first NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.distill.observer import Observer
+from thesean.errors import NumericalError
+
+# of the peak learning rate: the schedule's last step
+_FLOOR = 0.03
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor of `step` in 0..steps-1."""
+    rise = min(1.0, (step + 1) / max(1, min(warmup, steps // 4)))
+    return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
+
+
+def train(
+    parameters: Sequence[nn.Parameter],
+    loss_of: Callable[[int, Any], torch.Tensor],
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    learning_rate: float,
+    observer: Observer,
+    where: str,
+    weight_decay: float = 0.0,
+    warmup: int = 20,
+    clip: float = 1.0,
+    should_stop: Callable[[int], bool] = lambda step: False,
+) -> int:
+    """Minimise `loss_of(step, batch)`; returns the steps taken. Raises NumericalError naming `where` and the step."""
+    parameters = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    )
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * cosine(step, steps, warmup)
+        loss = loss_of(step, next(batches))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NumericalError(
+                f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for NaN in "
+                "the data."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        observer.step(step + 1, {"loss": value})
+        if should_stop(step + 1):
+            return step + 1
+    return steps

@@ -1,0 +1,183 @@
+"""A graph as JSON and back: readable, and safe to load from strangers.
+
+Nothing in the file is executed or imported. Operators are looked up by name in torch.ops.aten and must be functional
+(no mutation, no file names), or be one of a few Python operators on sizes; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.errors import ArtifactError
+
+_PYTHON: dict[str, Callable[..., Any]] = {
+    f"operator.{f.__name__}": f
+    for f in (
+        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv,
+        operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+    )
+} | {f"torch.{f.__name__}": f for f in (torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float)}  # fmt: skip
+
+# the only text that an operator may take: modes, never names of files or devices
+_TEXT_ARGUMENTS = {"approximate", "mode", "rounding_mode", "equation", "indexing", "reduction", "side", "padding_mode"}
+
+_DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+              torch.int8, torch.uint8, torch.bool)
+}  # fmt: skip
+_LAYOUTS = {"strided": torch.strided}
+_FORMATS = {
+    str(f).removeprefix("torch."): f for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last)
+}
+
+
+def target_name(target: Any) -> str:
+    """`aten.addmm.default`, `operator.getitem`. Raises ArtifactError for what could not be loaded again."""
+    for name, function in _PYTHON.items():
+        if function is target:
+            return name
+    if isinstance(target, torch._ops.OpOverload):
+        name = f"{target.namespace}.{target._opname}.{target._overloadname}"
+        resolve_target(name)
+        return name
+    raise ArtifactError(f"operator {target} can't be saved: it is not an aten operator.")
+
+
+def resolve_target(name: str) -> Callable[..., Any]:
+    """The operator of that name. Raises ArtifactError when it is outside of the allow-list."""
+    if name in _PYTHON:
+        return _PYTHON[name]
+    pieces = name.split(".") if isinstance(name, str) else []
+    if len(pieces) == 3 and pieces[0] == "aten" and all(p.isidentifier() for p in pieces):
+        packet = getattr(torch.ops.aten, pieces[1], None)
+        overload = getattr(packet, pieces[2], None)
+        if isinstance(overload, torch._ops.OpOverload) and _is_harmless(overload):
+            return overload
+    raise ArtifactError(f"graph.json: operator {name!r} is outside of the allow-list; the file was altered.")
+
+
+def _is_harmless(overload: torch._ops.OpOverload) -> bool:
+    schema = overload._schema
+    text = {a.name for a in schema.arguments if "str" in str(a.type)}
+    return not schema.is_mutable and text <= _TEXT_ARGUMENTS
+
+
+def dump(graph: fx.Graph) -> list[dict[str, Any]]:
+    """Nodes in order, JSON values only."""
+    rows = []
+    for node in graph.nodes:
+        row: dict[str, Any] = {"name": node.name, "op": node.op}
+        row["target"] = target_name(node.target) if node.op == "call_function" else str(node.target)
+        if node.op == "output":
+            row["value"] = _encode(node.args[0])
+        elif node.op != "placeholder":
+            row["args"] = [_encode(a) for a in node.args]
+            if node.kwargs:
+                row["kwargs"] = {k: _encode(v) for k, v in node.kwargs.items()}
+        rows.append(row)
+    return rows
+
+
+def load(rows: Any) -> fx.Graph:
+    """The inverse of `dump`. Raises ArtifactError for anything that `dump` would not have written."""
+    if not isinstance(rows, list) or not rows:
+        raise ArtifactError("graph.json: expected a list of nodes.")
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for row in rows:
+        try:
+            node = _load_node(graph, row, nodes)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"graph.json: node {row!r:.80} is malformed ({error}).") from error
+        if node is not None:
+            nodes[row["name"]] = node
+    if rows[-1].get("op") != "output":
+        raise ArtifactError("graph.json: the last node is not the output; the file is truncated.")
+    graph.lint()
+    return graph
+
+
+def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node | None:
+    op, name, target = row["op"], row["name"], row["target"]
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ArtifactError(f"graph.json: {name!r} is not a node's name.")
+    if op == "output":
+        graph.output(_decode(row["value"], nodes))
+        return None
+    if op in ("get_attr", "call_module", "placeholder"):
+        pieces = str(target).split(".")
+        # names end up in generated source: only attribute paths may
+        if not all(p.isidentifier() or p.isdigit() for p in pieces) or any(p.startswith("__") for p in pieces):
+            raise ArtifactError(f"graph.json: {target!r} is not an attribute's path.")
+        args = tuple(_decode(a, nodes) for a in row.get("args", []))
+        return graph.create_node(op, target, args, name=name)
+    if op == "call_function":
+        args = tuple(_decode(a, nodes) for a in row["args"])
+        kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
+        if not all(k.isidentifier() for k in kwargs):
+            raise ArtifactError("graph.json: a keyword is not a name.")
+        return graph.create_node(op, resolve_target(target), args, kwargs, name=name)
+    raise ArtifactError(f"graph.json: unknown kind of node {op!r}.")
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"format": str(value).removeprefix("torch.")}
+    if isinstance(value, slice):
+        return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v) for v in value]}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+    raise ArtifactError(f"an argument of type {type(value).__name__} can't be saved.")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, nodes) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1:
+        raise ArtifactError(f"graph.json: malformed value {value!r:.80}.")
+    kind, inner = next(iter(value.items()))
+    match kind:
+        case "node":
+            return nodes[inner]
+        case "float":
+            return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[inner]
+        case "dtype":
+            return _DTYPES[inner]
+        case "device":
+            return torch.device({"cpu": "cpu", "cuda": "cuda", "xpu": "xpu", "mps": "mps"}[inner])
+        case "layout":
+            return _LAYOUTS[inner]
+        case "format":
+            return _FORMATS[inner]
+        case "slice":
+            return slice(*(_decode(v, nodes) for v in inner))
+        case "tuple":
+            return tuple(_decode(v, nodes) for v in inner)
+        case "dict":
+            return {k: _decode(v, nodes) for k, v in inner.items()}
+    raise ArtifactError(f"graph.json: unknown value {kind!r}.")

@@ -1,0 +1,72 @@
+"""What a conversion cost and what it did to the network, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """The hybrid after a stage. Losses are means over held-out data; `divergence` is KL(guide | hybrid) in nats for
+    logits, the normalised MSE of the outputs otherwise; FLOPs at the plan's sizes.
+    """
+
+    part: str
+    replaced: int
+    of: int
+    measure: str
+    before: float | None  # the measure's held-out loss at the part's exit
+    after: float
+    loss: float | None
+    metric: float | None
+    divergence: float
+    steps: int
+    seconds: float
+    stopped_by: str
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """`stages` in order; guide and converted on the same held-out data."""
+
+    guide: dict[str, float | None]
+    converted: dict[str, float | None]
+    stages: tuple[StageRow, ...]
+    steps: int
+    seconds: float
+    params: int
+    flops: int
+    train_length: int | None
+    recipe: dict[str, Any]
+    seed: int
+    notes: tuple[str, ...] = ()
+    copied: dict[str, list[str]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ConversionReport:
+        fields = dict(data)
+        fields["stages"] = tuple(StageRow(**row) for row in fields.get("stages", ()))
+        fields["notes"] = tuple(fields.get("notes", ()))
+        return ConversionReport(**fields)
+
+    def __str__(self) -> str:
+        lines = [f"{'replaced':>9}  {'loss':>8}  {'divergence':>10}  {'before':>8}  {'after':>8}  {'steps':>5}  part"]
+        for row in self.stages:
+            loss, before = ("" if v is None else f"{v:.4f}" for v in (row.loss, row.before))
+            lines.append(
+                f"{row.replaced:>4} of {row.of:<2}  {loss:>8}  {row.divergence:>10.4f}  {before:>8}  "
+                f"{row.after:>8.4f}  {row.steps:>5}  {row.part}"
+            )
+        for name, values in (("guide", self.guide), ("converted", self.converted)):
+            told = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+            lines.append(f"{name}: {told or 'no loss given'}")
+        lines.append(f"{self.steps} steps, {self.seconds:.0f} s")
+        lines.extend(f"note: {n}" for n in self.notes)
+        return "\n".join(lines)
