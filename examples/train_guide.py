@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from text import ALPHABET, Windows, corpus, held_out_windows
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from text import ALPHABET, Windows, corpus, held_out_windows
+
 CONFIG = dict(
     vocab_size=len(ALPHABET), n_positions=256, n_embd=128, n_layer=4, n_head=4,
-    resid_pdrop=0.05, embd_pdrop=0.05, attn_pdrop=0.05, initializer_range=0.08, use_cache=False, bos_token_id=0, eos_token_id=0,
+    resid_pdrop=0.05, embd_pdrop=0.05, attn_pdrop=0.05, initializer_range=0.08,
+    use_cache=False, bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
 
 

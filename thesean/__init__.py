@@ -4,7 +4,7 @@
     converted.export("model.onnx")
 """
 
-from thesean.compiler import compile, plan  # noqa: A004
+from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
 from thesean.distill.losses import accuracy, cross_entropy, next_token
 from thesean.errors import TheseanError
@@ -22,6 +22,7 @@ __all__ = [
     "Target",
     "TheseanError",
     "accuracy",
+    "baseline",
     "compile",
     "cross_entropy",
     "load",

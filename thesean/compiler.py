@@ -14,9 +14,10 @@ import torch
 from torch import fx, nn
 
 from thesean.converted import Converted
+from thesean.distill.baselines import Kind, baseline_recipe, train_baseline
 from thesean.distill.convert import Conversion, Snapshot, convert, with_state
 from thesean.distill.data import Batches, example_of, integer_labels, synthetic
-from thesean.distill.evaluate import Batch, Evaluation, Loss, Metric, Task
+from thesean.distill.evaluate import Batch, Evaluation, Loss, Metric, Task, evaluate
 from thesean.distill.outputs import output_kind
 from thesean.errors import DataError, PassRefused
 from thesean.passes.bound_positions import BoundPositions
@@ -33,7 +34,7 @@ _STAGE_BATCHES = 4
 _SYNTHETIC_BATCHES, _SYNTHETIC_SIZE, _SYNTHETIC_LENGTH = 16, 8, 64
 
 
-def compile(  # noqa: A001  (the name is the product)
+def compile(
     model: nn.Module,
     target: TargetSpec = "rnn",
     *,
@@ -67,42 +68,76 @@ def compile(  # noqa: A001  (the name is the product)
     Raises CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
     """
     start = time.monotonic()
-    settings = Recipe.resolve(recipe)
-    example = _example(model, data, example_inputs)
-    captured = capture(model, example)
-    notes: list[str] = []
-    draft = (
-        draft_from_plan(captured, plan)
-        if plan is not None
-        else make_draft(captured, target, keep=keep, granularity=granularity, parts=parts)
+    run = _set_up(
+        model, target, data, example_inputs, loss, metric, eval_data, parts, keep, granularity, recipe, seed, plan
     )
-    folder = _prepare(workdir, draft.plan, settings)
-    feed = _feed(captured, data, eval_data, example_inputs, seed, notes)
-    task = Task(
-        loss=loss,
-        metric=metric,
-        kind=output_kind(_guide_output(captured), integer_labels(feed.first)),
-        wrap=output_wrapper(captured.signature.output_class),
-    )
+    folder = _prepare(workdir, run.draft.plan, run.recipe)
     observer = make_observer(progress)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             conversion = convert(
-                draft,
-                task,
-                settings,
-                feed.batches.forever(),
-                feed.batches.first(settings.closed_form.batches),
-                feed.held_out,
+                run.draft,
+                run.task,
+                run.recipe,
+                run.feed.batches.forever(),
+                run.feed.batches.first(run.recipe.closed_form.batches),
+                run.feed.held_out,
                 observer,
             )
     finally:
         observer.close()
-    converted = _finish(draft, conversion, settings, feed, seed, notes, start)
+    converted = _finish(run, conversion, seed, start)
     if folder is not None:
         converted.save(folder / "converted")
     return converted
+
+
+def baseline(
+    model: nn.Module,
+    target: TargetSpec = "rnn",
+    *,
+    kind: Kind,
+    learning_rate: float | None = None,
+    data: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    eval_data: Iterable[Any] | None = None,
+    parts: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    granularity: Literal["block", "sublayer"] = "block",
+    recipe: Recipe | str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    plan: Plan | None = None,
+) -> Converted:
+    """What `compile` has to beat: the same architecture and steps without a single weight of the guide.
+
+    kind: "scratch" trains on the task alone, "distillation" adds the guide's outputs, annealed as in the recipe.
+    learning_rate: a baseline's best one is its own to tune; by default the recipe's. The rest as in `compile`.
+    """
+    start = time.monotonic()
+    settings = baseline_recipe(kind, Recipe.resolve(recipe), learning_rate)
+    run = _set_up(
+        model, target, data, example_inputs, loss, metric, eval_data, parts, keep, granularity, settings, seed, plan
+    )
+    observer = make_observer(progress)
+    guide = run.draft.captured.graph_module
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            hybrid, steps = train_baseline(run.draft, run.task, settings, run.feed.batches.forever(), observer, kind)
+    finally:
+        observer.close()
+    conversion = Conversion(
+        hybrid=hybrid,
+        snapshots=(),
+        guide=evaluate(guide, guide, run.task, run.feed.held_out),
+        final=evaluate(guide, hybrid.graph_module, run.task, run.feed.held_out),
+        steps=steps,
+    )
+    return _finish(run, conversion, seed, start)
 
 
 def plan(
@@ -118,6 +153,49 @@ def plan(
     """What `compile` would replace, and what it costs, without training anything. `print` it, edit it, hand it over."""
     captured = capture(model, _example(model, data, example_inputs))
     return make_draft(captured, target, keep=keep, granularity=granularity, parts=parts).plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    draft: Draft
+    task: Task
+    recipe: Recipe
+    feed: _Feed
+    notes: list[str]
+
+
+def _set_up(
+    model: nn.Module,
+    target: TargetSpec,
+    data: Iterable[Any] | None,
+    example_inputs: Any,
+    loss: Loss | None,
+    metric: Metric | None,
+    eval_data: Iterable[Any] | None,
+    parts: Sequence[str] | None,
+    keep: Sequence[str],
+    granularity: Literal["block", "sublayer"],
+    recipe: Recipe | str | Path | None,
+    seed: int,
+    plan: Plan | None,
+) -> _Run:
+    """Everything before the first gradient: cheap, so that a wrong argument fails at once."""
+    settings = Recipe.resolve(recipe)
+    captured = capture(model, _example(model, data, example_inputs))
+    notes: list[str] = []
+    draft = (
+        draft_from_plan(captured, plan)
+        if plan is not None
+        else make_draft(captured, target, keep=keep, granularity=granularity, parts=parts)
+    )
+    feed = _feed(captured, data, eval_data, example_inputs, seed, notes)
+    task = Task(
+        loss=loss,
+        metric=metric,
+        kind=output_kind(_guide_output(captured), integer_labels(feed.first)),
+        wrap=output_wrapper(captured.signature.output_class),
+    )
+    return _Run(draft=draft, task=task, recipe=settings, feed=feed, notes=notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +252,7 @@ def _feed(
             f"no data given: parts are aligned on synthetic inputs ({shapes}). The figures say nothing about real "
             "data; pass data=."
         )
-        warnings.warn(told, UserWarning, stacklevel=3)
+        warnings.warn(told, UserWarning, stacklevel=4)
         notes.append(told)
         data = synthetic(signature, sizes, device, _SYNTHETIC_BATCHES, seed)
     held_source = eval_data
@@ -227,30 +305,21 @@ def _bounded(graph_module: fx.GraphModule, recipe: Recipe, notes: list[str]) -> 
         notes.append(f"positions past the guide's table: {recipe.positions}")
 
 
-def _finish(
-    draft: Draft,
-    conversion: Conversion,
-    recipe: Recipe,
-    feed: _Feed,
-    seed: int,
-    notes: list[str],
-    start: float,
-) -> Converted:
-    hybrid = conversion.hybrid
-    _bounded(hybrid.graph_module, recipe, notes)
-    rows = _stage_rows(draft, conversion, recipe)
+def _finish(run: _Run, conversion: Conversion, seed: int, start: float) -> Converted:
+    hybrid, draft, recipe = conversion.hybrid, run.draft, run.recipe
+    _bounded(hybrid.graph_module, recipe, run.notes)
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),
-        stages=rows,
+        stages=_stage_rows(draft, conversion, recipe),
         steps=conversion.steps,
         seconds=time.monotonic() - start,
         params=sum(p.numel() for p in hybrid.graph_module.parameters()),
         flops=draft.plan.new_flops,
-        train_length=feed.length,
+        train_length=run.feed.length,
         recipe=recipe.model_dump(),
         seed=seed,
-        notes=tuple(notes),
+        notes=tuple(run.notes),
         copied={r.facts.path: list(r.copied) for r in hybrid.replacements if r.copied},
     )
     signature = draft.captured.signature

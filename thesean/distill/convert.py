@@ -18,6 +18,9 @@ from thesean.passes.draft import Draft
 from thesean.passes.hybrid import Hybrid, build_hybrid
 from thesean.recipe import Recipe
 
+# Held-out batches that decide when a stage ends; the whole set is measured once a stage is over.
+_CHECK_BATCHES = 4
+
 State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
 
 
@@ -60,9 +63,7 @@ def convert(
     start = time.monotonic()
 
     def snapshot(parts: int, result: StageResult | None) -> None:
-        state = {
-            r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts
-        }
+        state = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts}
         partial = with_state(draft, parts, state)
         snapshots.append(
             Snapshot(
@@ -90,7 +91,7 @@ def convert(
     else:
         if schedule in ("joint", "independent"):
             solve(range(count))
-        aligner = Aligner(guide, hybrid, recipe, batches, solving_inputs, held_out, observer)
+        aligner = Aligner(guide, hybrid, recipe, batches, solving_inputs, held_out[:_CHECK_BATCHES], observer)
         for stage in stages(schedule, count, budget):
             if schedule in ("progressive", "sequential"):
                 solve([stage.number])  # on what the parts before it have become by now

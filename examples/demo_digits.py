@@ -1,0 +1,146 @@
+"""The second half of `make demo`, under a minute: a convnet on 8 x 8 digits becomes a multilayer perceptron.
+
+    python examples/demo_digits.py [--out build/demo/digits]
+
+The guide is trained on the spot. Its residual blocks are replaced by flattening MLPs and compared with the same MLPs
+from scratch and with plain logit distillation, at equal steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+import thesean
+from thesean.deploy.latency import forward_latency
+from thesean.report import Row, environment, render, write_report
+
+STEPS = 300
+
+
+class Block(nn.Module):
+    """A pre-activation residual block; changes width by a projected shortcut."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width_in), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if stride > 1 or width != width_in else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.norm1(x))
+        y = self.conv2(F.relu(self.norm2(self.conv1(h))))
+        return y + (x if self.shortcut is None else self.shortcut(h))
+
+
+class Convnet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, 1, 1)
+        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 32, 1))
+        self.norm = nn.BatchNorm2d(32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.blocks(self.stem(x))
+        return self.head(F.relu(self.norm(h)).mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Batches of (images, labels), shuffled anew at each pass but the same for the same seed."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    batch: int = 64
+    seed: int = 0
+    passes: int = 40
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.passes):
+            order = torch.randperm(len(self.x), generator=generator)
+            for i in range(0, len(order) - self.batch + 1, self.batch):
+                rows = order[i : i + self.batch]
+                yield self.x[rows], self.y[rows]
+
+
+def digits() -> tuple[Shuffled, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Training batches and held-out ones: every fourth image is held out."""
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    y = torch.tensor(data.target)
+    test = torch.arange(len(x)) % 4 == 0
+    return Shuffled(x[~test], y[~test]), [(x[test], y[test])]
+
+
+def train_guide(data: Shuffled, seed: int = 0) -> Convnet:
+    torch.manual_seed(seed)
+    model = Convnet().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    for _, (x, y) in zip(range(STEPS), data, strict=False):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/demo/digits"))
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    console = Console()
+
+    data, held_out = digits()
+    guide = train_guide(data, options.seed)
+    recipe = thesean.Recipe.named("default").model_copy(update={"steps": STEPS})
+    arguments = dict(
+        target="mlp", data=data, eval_data=held_out, loss=thesean.cross_entropy, metric=thesean.accuracy,
+        recipe=recipe, seed=options.seed,
+    )  # fmt: skip
+    console.print(thesean.plan(guide, "mlp", data=data))
+    models = {"converted": thesean.compile(guide, **arguments)}  # type: ignore[arg-type]
+    for kind in ("scratch", "distillation"):
+        models[kind] = thesean.baseline(guide, kind=kind, **arguments)  # type: ignore[arg-type]
+    models = {"guide": models["converted"].frontier[0], **models}
+    options.out.mkdir(parents=True, exist_ok=True)
+    exports = {name: model.export(options.out / f"{name}.onnx") for name, model in models.items()}
+    latency = forward_latency({name: options.out / f"{name}.onnx" for name in models}, models["guide"].signature)
+    rows = [
+        Row(
+            name=name,
+            loss=model.report.converted["loss"],
+            metric=model.report.converted["metric"],
+            params=model.report.params,
+            flops=model.report.flops,
+            onnx_bytes=exports[name].bytes,
+            latency_ms=latency[name],
+            steps=STEPS if name == "guide" else model.report.steps,
+            seconds=None if name == "guide" else model.report.seconds,
+        )
+        for name, model in models.items()
+    ]
+    models["converted"].save(options.out / "converted")
+    stages = models["converted"].report.to_dict()["stages"]
+    write_report(
+        options.out / "report.json", rows, stages=stages, environment=environment(),
+        extra={"title": "Digits: convnet -> MLP", "metric_name": "accuracy", "seed": options.seed},
+    )  # fmt: skip
+    console.print(models["converted"].report)
+    console.print(render(rows, title="Digits: convnet -> MLP", metric_name="accuracy"))
+
+
+if __name__ == "__main__":
+    main()
