@@ -17,7 +17,7 @@ from thesean.converted import Converted
 from thesean.distill.baselines import Kind, baseline_recipe, train_baseline
 from thesean.distill.convert import Conversion, Snapshot, convert, with_state
 from thesean.distill.data import Batches, example_of, integer_labels, synthetic
-from thesean.distill.evaluate import Batch, Evaluation, Loss, Metric, Task, evaluate
+from thesean.distill.evaluate import Batch, Evaluation, Judge, Loss, Metric, Task
 from thesean.distill.outputs import output_kind
 from thesean.errors import DataError, PassRefused
 from thesean.passes.bound_positions import BoundPositions
@@ -124,6 +124,7 @@ def baseline(
     )
     observer = make_observer(progress)
     guide = run.draft.captured.graph_module
+    judge = Judge(guide, run.task, run.feed.held_out)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -133,8 +134,8 @@ def baseline(
     conversion = Conversion(
         hybrid=hybrid,
         snapshots=(),
-        guide=evaluate(guide, guide, run.task, run.feed.held_out),
-        final=evaluate(guide, hybrid.graph_module, run.task, run.feed.held_out),
+        guide=judge(guide),
+        final=judge(hybrid.graph_module),
         steps=steps,
     )
     return _finish(run, conversion, seed, start)

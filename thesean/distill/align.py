@@ -21,7 +21,7 @@ from thesean.distill.evaluate import Batch
 from thesean.distill.observer import Observer
 from thesean.distill.optimise import train
 from thesean.distill.stopping import Plateau
-from thesean.errors import DataError
+from thesean.errors import DataError, NumericalError
 from thesean.passes.hybrid import Hybrid
 from thesean.passes.tap import tap
 from thesean.recipe import Recipe
@@ -160,8 +160,15 @@ class Aligner:
         total = 0.0
         for _, inputs in self.held_out:
             y, g = own(**inputs)[exit_own], theirs(**inputs)[exit_guide]
-            total += self.measure.loss(examples(y), examples(g)).item()
+            total += self._compare(part, y, g).item()
         return total / len(self.held_out)
+
+    def _compare(self, part: int, y: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+        """The measure's loss; what is wrong with the activations is told of the part they belong to."""
+        try:
+            return self.measure.loss(examples(y), examples(guide))
+        except (DataError, NumericalError) as error:
+            raise type(error)(f"{self.hybrid.parts[part]}: {error}") from error
 
     def _taps(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
         own = tap(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
@@ -181,7 +188,9 @@ class Aligner:
             with torch.no_grad():
                 wanted = theirs(**inputs)
             got = own(**inputs)
-            return torch.stack([self.measure.loss(examples(got[y]), examples(wanted[g])) for y, g in names]).sum()
+            return torch.stack(
+                [self._compare(k, got[y], wanted[g]) for k, (y, g) in zip(stage.compared, names, strict=True)]
+            ).sum()
 
         return loss
 
@@ -198,7 +207,7 @@ class Aligner:
             for r in replacements:
                 y = self.hybrid.module(r)(values[r.guide_entry])
                 y = y[0] if isinstance(y, tuple) else y
-                terms.append(self.measure.loss(examples(y), examples(values[r.guide_exit])))
+                terms.append(self._compare(r.part, y, values[r.guide_exit]))
             return torch.stack(terms).sum()
 
         return loss

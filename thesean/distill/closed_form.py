@@ -103,11 +103,11 @@ class _Sums:
         cross_EO = self.cross_EO / self.count - torch.outer(mean_E, mean_O)
         diagonal = covariance_EE.diagonal()
         penalty = ridge * diagonal.mean().clamp_min(1e-12)
-        delta_EO = torch.linalg.solve(covariance_EE + penalty * torch.eye(len(diagonal)).to(covariance_EE), cross_EO)
-        if not bool(torch.isfinite(delta_EO).all()):
+        if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
             raise NumericalError(
                 f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
             )
+        delta_EO = torch.linalg.solve(covariance_EE + penalty * torch.eye(len(diagonal)).to(covariance_EE), cross_EO)
         self.last.weight.add_(delta_EO.T.to(self.last.weight.dtype))
         if self.last.bias is not None:
             self.last.bias.add_((mean_O - mean_E @ delta_EO).to(self.last.bias.dtype))

@@ -11,7 +11,7 @@ import torch
 
 from thesean.distill.align import Aligner, StageResult, stages
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.evaluate import Batch, Evaluation, Task, evaluate
+from thesean.distill.evaluate import Batch, Evaluation, Judge, Task
 from thesean.distill.finetune import fine_tune
 from thesean.distill.observer import Observer
 from thesean.passes.draft import Draft
@@ -60,6 +60,8 @@ def convert(
     solving_inputs = [inputs for _, inputs in solving]
     schedule = recipe.alignment.schedule
     snapshots: list[Snapshot] = []
+    judge = Judge(guide, task, held_out)
+    told = judge(guide)  # first: a guide that returns NaN should not cost a conversion
     start = time.monotonic()
 
     def snapshot(parts: int, result: StageResult | None) -> None:
@@ -69,7 +71,7 @@ def convert(
             Snapshot(
                 count=parts,
                 state=state,
-                evaluation=evaluate(guide, partial.graph_module, task, held_out),
+                evaluation=judge(partial.graph_module),
                 result=result,
                 seconds=time.monotonic() - start,
             )
@@ -110,8 +112,8 @@ def convert(
     return Conversion(
         hybrid=hybrid,
         snapshots=tuple(snapshots),
-        guide=evaluate(guide, guide, task, held_out),
-        final=evaluate(guide, hybrid.graph_module, task, held_out),
+        guide=told,
+        final=judge(hybrid.graph_module),
         steps=taken,
     )
 

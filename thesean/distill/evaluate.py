@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from thesean.distill.outputs import Kind, match_loss
+from thesean.errors import NumericalError
 
 Batch = tuple[Any, dict[str, torch.Tensor]]
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -38,27 +40,58 @@ class Evaluation:
     divergence: float
 
 
-@torch.no_grad()
-def evaluate(guide: fx.GraphModule, hybrid: fx.GraphModule, task: Task, batches: Sequence[Batch]) -> Evaluation:
-    """Batches weigh by their first dimension. `hybrid` may be `guide` itself: its divergence is 0."""
-    was_training = hybrid.training
-    hybrid.eval()
-    total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}
-    count = 0
-    for batch, inputs in batches:
-        size = next(iter(inputs.values())).shape[0]
-        output = hybrid(**inputs)
-        wrapped = task.wrap(output)
-        if hybrid is not guide:
-            total["divergence"] += match_loss(output, guide(**inputs), task.kind).item() * size
-        if task.loss is not None:
-            total["loss"] += float(task.loss(wrapped, batch)) * size
-        if task.metric is not None:
-            total["metric"] += float(task.metric(wrapped, batch)) * size
-        count += size
-    hybrid.train(was_training)
-    return Evaluation(
-        loss=total["loss"] / count if task.loss is not None else None,
-        metric=total["metric"] / count if task.metric is not None else None,
-        divergence=total["divergence"] / count,
-    )
+# Guide outputs up to this size are kept between evaluations; a large vocabulary's are computed anew each time
+_KEPT_BYTES = 256 * 2**20
+
+
+class Judge:
+    """Evaluates hybrids against one guide on the same held-out batches. Batches weigh by their first dimension."""
+
+    def __init__(self, guide: fx.GraphModule, task: Task, batches: Sequence[Batch]) -> None:
+        self.guide, self.task, self.batches = guide, task, batches
+        self._kept: dict[int, Any] = {}
+        self._bytes = 0
+
+    @torch.no_grad()
+    def __call__(self, hybrid: fx.GraphModule) -> Evaluation:
+        """`hybrid` may be the guide itself: its divergence is 0. Raises NumericalError when the guide's output is
+        NaN or infinite; a hybrid's own loss may be anything.
+        """
+        was_training = hybrid.training
+        hybrid.eval()
+        total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}
+        count = 0
+        for number, (batch, inputs) in enumerate(self.batches):
+            size = next(iter(inputs.values())).shape[0]
+            wanted = self._guide_output(number, inputs)
+            output = wanted if hybrid is self.guide else hybrid(**inputs)
+            wrapped = self.task.wrap(output)
+            if hybrid is not self.guide:
+                total["divergence"] += match_loss(output, wanted, self.task.kind).item() * size
+            if self.task.loss is not None:
+                total["loss"] += float(self.task.loss(wrapped, batch)) * size
+            if self.task.metric is not None:
+                total["metric"] += float(self.task.metric(wrapped, batch)) * size
+            count += size
+        hybrid.train(was_training)
+        return Evaluation(
+            loss=total["loss"] / count if self.task.loss is not None else None,
+            metric=total["metric"] / count if self.task.metric is not None else None,
+            divergence=total["divergence"] / count,
+        )
+
+    def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
+        if number in self._kept:
+            return self._kept[number]
+        output = self.guide(**inputs)
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+        if not all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()):
+            raise NumericalError(
+                f"held-out batch {number}: the guide's own output holds NaN or infinity. Look for NaN in the data, or "
+                "in the guide's weights."
+            )
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if self._bytes + size <= _KEPT_BYTES:
+            self._kept[number] = output
+            self._bytes += size
+        return output
