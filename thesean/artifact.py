@@ -100,9 +100,7 @@ def load(folder: str | Path) -> Artifact:
     graph_module = fx.GraphModule(root, graph)
     graph_module.meta["symbols"] = body["symbols"]
     graph_module.eval()
-    return Artifact(
-        graph_module=graph_module, signature=signature, plan=Plan.from_yaml(folder / _PLAN), report=report
-    )
+    return Artifact(graph_module=graph_module, signature=signature, plan=Plan.from_yaml(folder / _PLAN), report=report)
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -174,21 +172,22 @@ def _root(graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor
         _attach(root, path, nn.Parameter(value) if kind == "parameter" else value)
     for name, original in body["aliases"].items():
         if original.split(".")[0] not in body["modules"]:
-            value = root
-            for piece in original.split("."):
-                value = getattr(value, piece)
-            _attach(root, name, value)
+            _attach(root, name, _held(root, original, folder))
     for node in graph.find_nodes(op="get_attr"):
-        value = root
-        for piece in str(node.target).split("."):
-            value = getattr(value, piece, None)  # type: ignore[assignment]
-        if not isinstance(value, torch.Tensor):
-            raise ArtifactError(f"{folder}: the weights hold no tensor {node.target!r}.")
-        node.meta["val"] = value
+        node.meta["val"] = _held(root, str(node.target), folder)
     for node in graph.find_nodes(op="call_module"):
         if str(node.target) not in body["modules"]:
             raise ArtifactError(f"{folder}: the graph calls {node.target!r}, which is not among its modules.")
     return root
+
+
+def _held(root: nn.Module, path: str, folder: Path) -> torch.Tensor:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    if not isinstance(value, torch.Tensor):
+        raise ArtifactError(f"{folder}: the weights hold no tensor {path!r}.")
+    return value
 
 
 def _attach(root: nn.Module, path: str, value: Any) -> None:
@@ -205,7 +204,9 @@ def _attach(root: nn.Module, path: str, value: Any) -> None:
 
 
 def _signature_to_json(signature: Signature) -> dict[str, Any]:
-    inputs = [{**asdict(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs]
+    inputs = [
+        {**asdict(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs
+    ]
     return {"inputs": inputs, "output_class": signature.output_class}
 
 
@@ -217,4 +218,3 @@ def _signature_from_json(data: dict[str, Any]) -> Signature:
             raise ValueError(f"unknown dtype {row['dtype']!r}")
         inputs.append(InputSpec(**{**row, "dtype": dtype, "shape": tuple(row["shape"])}))
     return Signature(inputs=tuple(inputs), output_class=data["output_class"])
-

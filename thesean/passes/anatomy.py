@@ -37,7 +37,7 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
     if found is None:
         return None
     query, key, value, mixed, scale = found
-    q, k, v = values[query], values[key], values[value]
+    q, _k, v = values[query], values[key], values[value]
     if q.ndim != 4 or v.ndim != 4:
         return None
     heads = q.shape[1]
@@ -118,9 +118,7 @@ def _length(value: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def _affine(
-    region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node
-) -> Affine | None:
+def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node) -> Affine | None:
     """`wanted` as a token-wise affine function of `source`, or None. Exact up to rounding, checked on fresh input."""
     template = values[source]
     flat = _tokens_first(template, template.shape[0], _length(template))
@@ -159,9 +157,7 @@ def _unflattener(template: torch.Tensor, length: int):  # type: ignore[no-untype
     return lambda flat: flat.view(template.shape[0], length, *rest).movedim(1, at).contiguous()
 
 
-def _nearest_affine(
-    region: Region, values: dict[fx.Node, Any], node: fx.Node, head_width: int
-) -> Affine | None:
+def _nearest_affine(region: Region, values: dict[fx.Node, Any], node: fx.Node, head_width: int) -> Affine | None:
     """The affine map at `node` or at its nearest ancestor of the same head width, breadth first."""
     inside = set(region.nodes)
     front, seen = [node], {node}
@@ -189,8 +185,6 @@ def _repeat_heads(affine: Affine, heads: int, head_width: int) -> Affine:
     return Affine(weight, affine.bias_O.view(have, head_width).repeat_interleave(heads // have, 0).flatten())
 
 
-def _output_map(
-    region: Region, values: dict[fx.Node, Any], mixed: fx.Node
-) -> Affine | None:
+def _output_map(region: Region, values: dict[fx.Node, Any], mixed: fx.Node) -> Affine | None:
     """The region's output as an affine map of the concatenated heads."""
     return _affine(region, values, mixed, region.exit)

@@ -151,31 +151,29 @@ def _dynamic_dims(value: torch.Tensor, sequence: bool) -> tuple[int, ...]:
     return (0, 1) if sequence and looks_like_sequence else (0,)
 
 
-def _export(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any]) -> torch.export.ExportedProgram:
-    failures: list[Exception] = []
+def _export(
+    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    failure: Exception | None = None
     for sequence in (True, False):
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
-        shapes: dict[str, Any] = {
-            k: dict.fromkeys(_dynamic_dims(v, sequence), Dim.DYNAMIC) for k, v in inputs.items()
-        }
+        shapes: dict[str, Any] = {k: dict.fromkeys(_dynamic_dims(v, sequence), Dim.DYNAMIC) for k, v in inputs.items()}
         shapes.update(dict.fromkeys(constants))
         open_ended = {k: v for k, v in shapes.items() if k not in _parameters(model)}
         if open_ended:  # export wants the names under the **kwargs parameter
             star = next(k for k, p in _parameters(model).items() if p.kind is p.VAR_KEYWORD)
             shapes = {k: v for k, v in shapes.items() if k not in open_ended} | {star: open_ended}
         try:
-            return torch.export.export(
-                model, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(model, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            failures.append(error)
+            failure = error
             logger.debug("export with dynamic sequence=%s failed: %s", sequence, _short(error))
     # the first failure may be a fixed length alone; the last one is what stands in the way at all
-    error = failures[-1]
+    assert failure is not None
     raise CaptureError(
-        f"the guide can't be captured{_where(error)}: {_short(error)}. Control flow that depends on values can't become "
-        "a graph: convert a submodule instead, or replace the branch by torch.where."
-    ) from error
+        f"the guide can't be captured{_where(failure)}: {_short(failure)}. Control flow that depends on values can't "
+        "become a graph: convert a submodule instead, or replace the branch by torch.where."
+    ) from failure
 
 
 def _where(error: BaseException) -> str:
@@ -233,8 +231,10 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
     if isinstance(value, Mapping):
         return {k: _nest(v, leaves) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_nest(v, leaves) for v in value) if type(value) in (tuple, list) else tuple(
-            _nest(v, leaves) for v in value
+        return (
+            type(value)(_nest(v, leaves) for v in value)
+            if type(value) in (tuple, list)
+            else tuple(_nest(v, leaves) for v in value)
         )
     if is_dataclass(value):
         return {f.name: _nest(getattr(value, f.name), leaves) for f in fields(value)}

@@ -96,7 +96,7 @@ def draft_from_plan(captured: Captured, plan: Plan) -> Draft:
 
 def probe_sizes(captured: Captured) -> dict[str, int]:
     """Small sizes for probing: a length that no static dimension has, so that dimensions can be told apart."""
-    static = set()
+    static: set[int] = set()
     for node in captured.graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
@@ -112,10 +112,11 @@ def _choose_regions(
     chosen = partition(flow, granularity, parts)
     if isinstance(target, (str, Target)) or parts is not None:
         return chosen, granularity
-    for finer in (granularity, "sublayer"):
-        chosen = partition(flow, finer)  # type: ignore[arg-type]
+    tried: tuple[Granularity, ...] = (granularity, "sublayer")
+    for finer in tried:
+        chosen = partition(flow, finer)
         if all(any(_matches(c.path, glob) for c in chosen) for glob in target):
-            return chosen, finer  # type: ignore[return-value]
+            return chosen, finer
     known = [*(c.path for c in chosen), *module_regions(flow)]
     missing = next(g for g in target if not any(_matches(c.path, g) for c in chosen))
     raise PlanError(f"target: {no_match(missing, known)}")

@@ -61,9 +61,7 @@ def record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> dic
 
 
 @torch.no_grad()
-def evaluate(
-    nodes: Iterable[fx.Node], values: dict[fx.Node, Any], given: dict[fx.Node, Any], wanted: fx.Node
-) -> Any:
+def evaluate(nodes: Iterable[fx.Node], values: dict[fx.Node, Any], given: dict[fx.Node, Any], wanted: fx.Node) -> Any:
     """The value of `wanted` when `given` replaces recorded values: `nodes` are run in order, all else is recorded."""
     env = dict(given)
     look_up: Callable[[fx.Node], Any] = lambda n: env[n] if n in env else values[n]  # noqa: E731

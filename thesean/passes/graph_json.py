@@ -22,7 +22,10 @@ _PYTHON: dict[str, Callable[..., Any]] = {
         operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv,
         operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
     )
-} | {f"torch.{f.__name__}": f for f in (torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float)}  # fmt: skip
+} | {
+    f"torch.{f.__name__}": f
+    for f in (torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float)
+}  # fmt: skip
 
 # the only text that an operator may take: modes, never names of files or devices
 _TEXT_ARGUMENTS = {"approximate", "mode", "rounding_mode", "equation", "indexing", "reduction", "side", "padding_mode"}

@@ -120,11 +120,12 @@ class Plan:
         except ValidationError as error:
             first = error.errors()[0]
             raise PlanError(f"plan field {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-        fields = data.model_dump()
-        parts = tuple(
-            PlannedPart(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in fields.pop("parts")
-        )
+        fields: dict[str, Any] = data.model_dump()
+        rows: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in fields.pop("parts")
+        ]
         globs = fields.pop("part_globs")
+        parts = tuple(PlannedPart(**row) for row in rows)
         return Plan(parts=parts, part_globs=tuple(globs) if globs is not None else None, **fields)
 
 

@@ -25,7 +25,14 @@ def render(plan: Plan, width: int = 140) -> str:
     for part in plan:
         new = ("", "") if part.kept else (count(part.new_params), count(part.new_flops))
         table.add_row(
-            part.path, part.mixing, _shape(part), count(part.params), count(part.flops), _target(part), *new, _note(part)
+            part.path,
+            part.mixing,
+            _shape(part),
+            count(part.params),
+            count(part.flops),
+            _target(part),
+            *new,
+            _note(part),
         )
     table.add_section()
     totals = (count(plan.params), count(plan.flops), "", count(plan.new_params), count(plan.new_flops), "")

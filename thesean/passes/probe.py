@@ -19,7 +19,7 @@ _MOVED = 1e-5
 
 
 def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
-    """"none" (token-wise), "causal", or "bidirectional"; `values` are recorded on inputs of at least 3 tokens.
+    """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on inputs of at least 3 tokens.
 
     Feature maps and vectors, which have no token dimension to probe, count as "bidirectional" and "none".
     """

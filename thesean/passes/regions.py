@@ -6,15 +6,15 @@ through `entry` (side inputs aside) and leaves only through `exit`.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
-from os.path import commonprefix
 
 import networkx as nx
 import torch
 from torch import fx
 
-from thesean.passes.flow import SOURCE, Flow
+from thesean.passes.flow import SOURCE, Flow, Vertex
 from thesean.passes.graph import owner
 
 aten = torch.ops.aten
@@ -31,7 +31,8 @@ class Region:
     def path(self) -> str:
         """The longest module path that all nodes with an owner share."""
         split = [owner(n).split(".") for n in self.nodes if owner(n)]
-        return ".".join(commonprefix(split)) if split else ""
+        shared = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*split, strict=False))
+        return ".".join(names[0] for names in shared)
 
     def is_heavy(self) -> bool:
         """Holds a linear map with parameters: a matrix product or a convolution, not a norm or a table."""
@@ -68,19 +69,19 @@ def segments(flow: Flow) -> list[Region]:
     backbone = flow.backbone()
     inner = _dominated(flow, set(backbone))
     found = []
-    for entry, exit_ in zip(backbone, backbone[1:], strict=False):
-        if entry == SOURCE or exit_ is flow.sink:
+    for entry, exit_ in itertools.pairwise(backbone):
+        if isinstance(entry, str) or isinstance(exit_, str) or exit_ is flow.sink:
             continue
         nodes = sorted([*inner[entry], exit_], key=flow.order.__getitem__)
         found.append(Region(entry=entry, exit=exit_, nodes=tuple(nodes)))
     return found
 
 
-def _dominated(flow: Flow, backbone: set) -> dict:  # type: ignore[type-arg]
+def _dominated(flow: Flow, backbone: set[Vertex]) -> dict[Vertex, list[fx.Node]]:
     """Backbone vertex -> the other nodes between it and the next."""
     dominators = nx.immediate_dominators(flow.dag, SOURCE)
-    nearest: dict = {}
-    inner: dict = defaultdict(list)
+    nearest: dict[fx.Node, Vertex] = {}
+    inner: dict[Vertex, list[fx.Node]] = defaultdict(list)
     for node in sorted((n for n in flow.dag if n != SOURCE), key=flow.order.__getitem__):
         if node in backbone:
             continue

@@ -84,7 +84,9 @@ class Signature:
             for want, have in zip(spec.shape, value.shape, strict=True):
                 expected = sizes.setdefault(want, have) if isinstance(want, str) else want
                 if expected != have:
-                    raise DataError(f"expected {spec.describe()}, found shape {tuple(value.shape)} ({want}={expected}).")
+                    raise DataError(
+                        f"expected {spec.describe()}, found shape {tuple(value.shape)} ({want}={expected})."
+                    )
         return sizes
 
     def random_inputs(self, sizes: dict[str, int], seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:

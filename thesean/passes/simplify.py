@@ -37,7 +37,7 @@ class Simplify(Pass):
             elif node.target in _ASSERTS:
                 graph.erase_node(node)
             elif node.op == "call_function" and _computes_nothing(node):
-                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         erase_dead(graph)
         graph_module.delete_all_unused_submodules()
@@ -64,5 +64,5 @@ def _computes_nothing(node: fx.Node) -> bool:
         start = node.args[2] if len(node.args) > 2 else None
         end = node.args[3] if len(node.args) > 3 else None
         step = node.args[4] if len(node.args) > 4 else 1
-        return start in (None, 0) and (end is None or end == sys.maxsize) and step == 1
+        return bool(start in (None, 0) and (end is None or end == sys.maxsize) and step == 1)
     return False
