@@ -1,17 +1,18 @@
 """Thesean: a compiler that changes a trained network's architecture.
 
-    converted = thesean.compile(model, target="rnn", data=batches)
-    converted.export("model.onnx")
+converted = thesean.compile(model, target="rnn", data=batches)
+converted.export("model.onnx")
 """
 
+from thesean import similarity, targets  # callable subpackages: thesean.similarity(x, y), thesean.targets()
 from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
 from thesean.distill.losses import accuracy, cross_entropy, next_token
 from thesean.errors import TheseanError
 from thesean.passes.plan import Plan
 from thesean.recipe import Recipe
-from thesean.similarity import measures, similarity
-from thesean.targets import Target, register, targets
+from thesean.similarity import measures
+from thesean.targets import Target, register
 
 __version__ = "0.1.0"
 

@@ -1,5 +1,10 @@
 """Targets: the architectures that a part can become, one file per family."""
 
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
 from thesean.targets.base import Affine, AttentionFacts, Family, PartFacts, Target, TargetModule
 from thesean.targets.registry import build_module, get_family, rebuild, register, resolve, targets
 
@@ -17,3 +22,12 @@ __all__ = [
     "resolve",
     "targets",
 ]
+
+
+# `thesean.targets` is this subpackage and, for users, the function that lists the families: the module can be called.
+class _CallableModule(ModuleType):
+    def __call__(self) -> dict[str, str]:
+        return targets()
+
+
+sys.modules[__name__].__class__ = _CallableModule
