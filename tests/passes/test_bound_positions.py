@@ -1,0 +1,134 @@
+"""Positions stay inside the guide's tables.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import models
+from thesean.errors import PassRefused
+from thesean.passes import graph_json
+from thesean.passes.bound_positions import BoundPositions, table_rows
+from thesean.passes.capture import capture
+from thesean.passes.draft import make_draft
+from thesean.passes.hybrid import build_hybrid
+
+ROWS = 6
+
+
+class Counted(nn.Module):
+    """Returns the rows that it reads, so that a test can compare them with rows worked out by hand."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.words = nn.Embedding(models.VOCABULARY, 2)
+        self.table = nn.Embedding(ROWS, 2)
+        self.register_buffer("ids", torch.arange(ROWS)[None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        T = x.shape[1]
+        if self.form == "arange":
+            at = self.table(torch.arange(T))
+        elif self.form == "from two":
+            at = self.table(torch.arange(T) + 2)
+        elif self.form == "slice":
+            at = self.table.weight[:T]
+        else:  # a slice of a buffer of positions, which then index the table
+            at = self.table(self.ids[:, :T])
+        return at + 0 * self.words(x)
+
+
+def graph_of(form: str) -> tuple[fx.GraphModule, torch.Tensor]:
+    torch.manual_seed(0)
+    guide = Counted(form).eval()
+    return capture(guide, {"x": models.tokens(2, 3)}).graph_module, guide.table.weight.detach()
+
+
+EXPECTED: dict[tuple[str, str], list[int]] = {
+    ("arange", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
+    ("arange", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+    ("from two", "clamp"): [2, 3, 4, 5, 5, 5, 5, 5],
+    ("from two", "wrap"): [2, 3, 4, 5, 2, 3, 4, 5],
+    ("slice", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
+    ("slice", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+    ("buffer", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
+    ("buffer", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+}
+
+
+@pytest.mark.parametrize(("form", "mode"), EXPECTED)
+def test_steps_past_the_table_read_the_rows_that_the_mode_says(form, mode):
+    module, table = graph_of(form)
+    assert BoundPositions(mode)(module).modified
+    found = module(x=models.tokens(2, 8))
+    torch.testing.assert_close(found[0], table[EXPECTED[form, mode]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("form", "rows"), [("arange", 6), ("from two", 4), ("slice", 6), ("buffer", 6)])
+def test_the_table_tells_how_long_a_sequence_may_be(form, rows):
+    module, _ = graph_of(form)
+    assert table_rows(module) == rows
+    module(x=models.tokens(2, rows))
+    with pytest.raises((IndexError, RuntimeError)):
+        module(x=models.tokens(2, rows + 1))
+    BoundPositions("clamp")(module)
+    assert table_rows(module) is None
+
+
+@pytest.mark.parametrize("guide", [models.gpt2, models.bert])
+@pytest.mark.parametrize("mode", ["clamp", "wrap"])
+def test_lengths_inside_the_table_give_the_same_numbers_bit_for_bit(guide, mode):
+    captured = capture(guide(), {"input_ids": models.tokens()})
+    inputs = {"input_ids": models.tokens(3, 64)}
+    before: Any = captured.graph_module(**inputs)
+    assert table_rows(captured.graph_module) == 64
+    assert BoundPositions(mode)(captured.graph_module).modified
+    after: Any = captured.graph_module(**inputs)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_hybrid_runs_past_the_guides_table_with_and_without_metadata():
+    captured = capture(models.gpt2(), {"input_ids": models.tokens()})
+    module = build_hybrid(make_draft(captured, "mingru")).graph_module
+    bare = fx.GraphModule(module, graph_json.load(graph_json.dump(module.graph)))
+    for one in (module, bare):
+        assert BoundPositions()(one).modified
+        assert one(input_ids=models.tokens(2, 100))["logits"].shape == (2, 100, models.VOCABULARY)
+
+
+def test_refusing_changes_nothing_and_says_how_far_the_table_goes():
+    module, _ = graph_of("arange")
+    result = BoundPositions("refuse")(module)
+    assert not result.modified
+    assert result.graph_module is module
+    assert result.reason == "lengths past 6 positions are refused"
+
+
+@pytest.mark.parametrize("guide", [models.llama, models.token_mixer])
+def test_a_network_without_a_table_is_left_alone_with_a_reason(guide):
+    inputs = {"input_ids": models.tokens()} if guide is models.llama else {"x": models.vectors(2, 5, 8)}
+    module = capture(guide(), inputs).graph_module
+    result = BoundPositions()(module)
+    assert not result.modified
+    assert result.reason == "no table is indexed by a growing position"
+    assert table_rows(module) is None
+
+
+def test_indices_from_the_callers_data_are_not_bounded():
+    module, _ = graph_of("arange")
+    BoundPositions("clamp")(module)
+    with pytest.raises(IndexError):
+        module(x=torch.full((2, 3), models.VOCABULARY))
+
+
+def test_an_unknown_mode_is_refused():
+    module, _ = graph_of("arange")
+    with pytest.raises(PassRefused, match="expected one of clamp, wrap, refuse, found 'drop'"):
+        BoundPositions("drop")(module)  # type: ignore[arg-type]
