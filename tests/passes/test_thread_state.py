@@ -1,0 +1,207 @@
+"""State in, state out: single steps and chunks equal the whole sequence.
+
+B batch, T time, D width
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+from tests import models
+from thesean.errors import PassRefused
+from thesean.passes import graph_json
+from thesean.passes.bound_positions import BoundPositions
+from thesean.passes.capture import Captured, capture
+from thesean.passes.chunks import join, run_in_chunks
+from thesean.passes.draft import make_draft
+from thesean.passes.hybrid import build_hybrid
+from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
+
+CHUNKS = (1, 5, 1, 4)
+
+
+def converted(
+    guide: nn.Module, inputs: dict[str, torch.Tensor], target: str = "gru", count: int | None = None
+) -> tuple[fx.GraphModule, Captured]:
+    captured = capture(guide, inputs)
+    torch.manual_seed(0)
+    return build_hybrid(make_draft(captured, target), count).graph_module.eval(), captured
+
+
+def ids(time: int = sum(CHUNKS), batch: int = 3) -> dict[str, torch.Tensor]:
+    return {"input_ids": models.tokens(batch, time)}
+
+
+@torch.no_grad()
+def assert_chunks_equal_whole(threaded: fx.GraphModule, stateless: fx.GraphModule, signature, inputs) -> None:
+    batch = next(iter(inputs.values())).shape[0]
+    for chunks in (CHUNKS, (1,) * sum(CHUNKS), (sum(CHUNKS),)):
+        pieces, _ = run_in_chunks(threaded, signature, inputs, zero_states(threaded, batch), chunks)
+        for index, whole in enumerate(leaf_values(stateless(**inputs))):
+            joined = join([piece[index] for piece in pieces], whole.shape)
+            assert isinstance(joined, torch.Tensor), joined
+            torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["elman", "gru", "lstm", "mingru", "linear-attention"])
+def test_chunks_with_state_equal_the_whole_sequence(target):
+    stateless, captured = converted(models.gpt2(), ids(), target)
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+
+
+def test_the_graph_gains_a_state_a_part_and_one_for_the_positions():
+    stateless, captured = converted(models.gpt2(layers=2), ids())
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    names = [str(n.target) for n in threaded.graph.find_nodes(op="placeholder")]
+    assert names == ["input_ids", "state_in_0", "state_in_1", "state_in_2"]
+    assert [(s.name, s.dtype, s.shape) for s in threaded.meta["states"]] == [
+        ("state_in_0", torch.float32, ("batch", 16)),
+        ("state_in_1", torch.float32, ("batch", 16)),
+        ("state_in_2", torch.int64, (1,)),
+    ]
+    logits, *states, steps = threaded(**ids(time=4), **zero_states(threaded, 3))
+    assert logits.shape == (3, 4, models.VOCABULARY)
+    assert [tuple(s.shape) for s in states] == [(3, 16), (3, 16)]
+    assert steps.tolist() == [4]
+
+
+def test_the_incoming_graph_and_its_flags_stay_and_parameters_are_shared():
+    stateless, captured = converted(models.gpt2(), ids())
+    stateless.train()
+    stateless.part_0.eval()
+    before = [str(n.format_node()) for n in stateless.graph.nodes]
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    assert [str(n.format_node()) for n in stateless.graph.nodes] == before
+    assert stateless.training
+    assert stateless.part_1.training
+    assert not stateless.part_0.training
+    assert {id(p) for p in threaded.parameters()} == {id(p) for p in stateless.parameters()}
+
+
+def test_without_its_state_a_chunk_differs():
+    stateless, captured = converted(models.gpt2(), ids())
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    second = {k: v[:, 5:] for k, v in ids().items()}
+    forgetful = threaded(**second, **zero_states(threaded, 3))[0]
+    whole = stateless(**ids())["logits"][:, 5:]
+    assert (forgetful - whole).abs().max() > 1e-2
+
+
+def test_positions_go_on_counting_past_the_table_when_they_are_bounded():
+    stateless, captured = converted(models.gpt2(), ids())
+    assert BoundPositions("wrap")(stateless).modified
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    inputs = {"input_ids": models.tokens(2, 100)}
+    pieces, states = run_in_chunks(threaded, captured.signature, inputs, zero_states(threaded, 2), (60, 1, 39))
+    whole = stateless(**inputs)["logits"]
+    torch.testing.assert_close(torch.cat([p[0] for p in pieces], 1), whole, rtol=1e-4, atol=1e-5)
+    assert states["state_in_2"].tolist() == [100]
+
+
+class Lookup(nn.Module):
+    """A causal language model by hand; `positions` and `pool` are where such models differ."""
+
+    def __init__(self, positions: str = "slice", pool: str = "none", width: int = 16) -> None:
+        super().__init__()
+        self.positions, self.pool = positions, pool
+        self.tokens = nn.Embedding(models.VOCABULARY, width)
+        self.table = nn.Parameter(torch.randn(1, 40, width))
+        self.layer = nn.TransformerEncoderLayer(width, 2, 32, batch_first=True, norm_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        T = x.shape[1]
+        if self.positions == "slice":
+            at = self.table[:, :T]
+        elif self.positions == "sum":
+            at = self.table[0].index_select(0, torch.ones(T, dtype=torch.int64).cumsum(0) + 1)
+        else:  # a running sum of what the caller gives
+            at = nn.functional.embedding((x != 0).long().cumsum(1), self.table[0])
+        h = self.tokens(x) + at
+        h = self.layer(h, src_mask=torch.ones(T, T, dtype=torch.bool).triu(1))
+        return {"none": lambda: h, "last": lambda: h[:, -1], "mean": lambda: h.mean(1)}[self.pool]()
+
+
+def lookup(**settings: Any) -> tuple[fx.GraphModule, Captured]:
+    torch.manual_seed(0)
+    return converted(Lookup(**settings).eval(), {"x": models.tokens(3, 11)})
+
+
+@pytest.mark.parametrize("positions", ["slice", "sum"])
+@pytest.mark.parametrize("pool", ["none", "last"])
+def test_positions_by_slice_and_by_running_sum_are_offset_and_a_last_step_may_be_read(positions, pool):
+    stateless, captured = lookup(positions=positions, pool=pool)
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    assert_chunks_equal_whole(threaded, stateless, captured.signature, {"x": models.tokens(3, 11)})
+
+
+def test_positions_that_come_from_the_data_are_refused():
+    stateless, captured = lookup(positions="data")
+    with pytest.raises(PassRefused, match=r"cumsum.*mixes time outside of the converted parts"):
+        ThreadState(captured.signature)(stateless)
+
+
+def test_a_mean_over_time_is_refused_by_name():
+    stateless, captured = lookup(pool="mean")
+    with pytest.raises(PassRefused, match=r"mean \(aten.mean.dim\) mixes time"):
+        ThreadState(captured.signature)(stateless)
+
+
+def test_rotary_positions_are_gone_with_the_attention_and_need_no_counter():
+    stateless, captured = converted(models.llama(), ids())
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    assert all(s.dtype == torch.float32 for s in threaded.meta["states"])
+    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("guide", [models.gpt2, models.llama])
+def test_an_attention_that_was_kept_is_refused_by_its_path(guide, attention):
+    stateless, captured = converted(guide(attention=attention), ids(), count=1)
+    with pytest.raises(PassRefused, match=r"(transformer\.h|model\.layers)\.1\.(self_)?attn .*Convert it too"):
+        ThreadState(captured.signature)(stateless)
+
+
+class Backwards(nn.Module):
+    """Claims to carry a state, and reads the sequence from its end."""
+
+    stateful = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.core = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x_BTD: torch.Tensor, state_BD: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        y_BTD, last = self.core(x_BTD.flip(1), None if state_BD is None else state_BD[None])
+        return y_BTD.flip(1), last[0]
+
+
+def test_a_part_that_looks_ahead_is_refused_by_name():
+    stateless, captured = converted(models.gpt2(), ids())
+    stateless.part_1 = Backwards(16)
+    with pytest.raises(PassRefused, match=r"getitem\w* .*mixes time"):
+        ThreadState(captured.signature)(stateless)
+
+
+def test_networks_without_a_state_or_without_time_are_refused():
+    stateless, captured = converted(models.bert(), ids(), "rnn")
+    with pytest.raises(PassRefused, match="no part carries a state"):
+        ThreadState(captured.signature)(stateless)
+    image = capture(models.resnet(), {"image": models.vectors(2, 1, 8, 8)})
+    with pytest.raises(PassRefused, match="expected inputs with one dynamic time dimension, found none"):
+        ThreadState(image.signature)(image.graph_module)
+
+
+def test_a_graph_read_back_from_json_is_threaded_as_well():
+    """It has no metadata: no shapes, no symbols."""
+    stateless, captured = converted(models.gpt2(), ids())
+    again = fx.GraphModule(stateless, graph_json.load(graph_json.dump(stateless.graph))).eval()
+    assert not any("val" in n.meta for n in again.graph.nodes)
+    threaded = ThreadState(captured.signature)(again).graph_module
+    assert Counter(n.op for n in threaded.graph.nodes)["placeholder"] == 4
+    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
