@@ -1,0 +1,225 @@
+"""Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import fx
+
+from thesean.deploy.exporter import DEFAULT_OPSET, flatten_outputs, output_names, to_onnx
+from thesean.deploy.parity import Check, Sizes, compare_chunks, compare_whole, runnable, sizes_to_check
+from thesean.deploy.session import Session, require
+from thesean.errors import DataError, ExportError, PassRefused
+from thesean.passes.positions import table_rows
+from thesean.passes.signature import InputSpec, Signature
+from thesean.passes.substitute import clone
+from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState
+
+Stateful = Literal["auto", "yes", "no"] | bool
+
+_PROTOBUF_LIMIT = 2**31 - 2**24  # the weights share the file's two gigabytes with the graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """A file and what was seen of it. Errors in `checks` are relative to the output's scale, none above `tolerance`."""
+
+    path: Path
+    bytes: int
+    opset: int
+    stateful: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    checks: tuple[Check, ...]
+    tolerance: float
+    seconds: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        worst = max(self.checks, key=lambda c: c.max_abs_error)
+        kind = "with state" if self.stateful else "without state"
+        largest = f"{worst.max_abs_error:.1e} ({worst.label} at {worst.shape})"
+        lines = [
+            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {kind}, {self.seconds:.1f} s",
+            f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
+            f"  {len(self.checks)} checks in onnxruntime; largest error {largest}, tolerance {self.tolerance:.0e}",
+        ]
+        return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
+
+
+def export(
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    path: str | Path,
+    *,
+    stateful: Stateful = "auto",
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+    train_length: int | None = None,
+) -> ExportReport:
+    """Export `graph_module` in eval mode, compare with it in onnxruntime, and only then let the file take its name.
+
+    Inputs have the guide's names and dynamic dimensions "batch" and "time"; outputs the guide's keys. A stateful file
+    takes `state_in_0`... (zeros start a sequence) and returns `state_out_0`..., so that one file serves prefill and
+    decoding; "auto" makes one where the whole network is causal and recurrent, and says in `note` why not elsewhere.
+    Compared at (2,7), (2,19), (5,3), (1,1) and four times `train_length`, as far as the module itself runs there, and
+    in chunks where it carries a state. The module, its parameters and its flags stay as they were.
+
+    Raises ExportError (nothing is left behind and an earlier file stays) and MissingExtraError.
+    """
+    require("onnx", "onnxruntime", "onnxscript")
+    start = time.monotonic()
+    path = Path(path)
+    _check_size(graph_module, path)
+    wanted = _parse(stateful)
+    with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
+        module = _frozen(graph_module)
+        threaded, note = _thread(module, signature, wanted)
+        names = output_names(module)
+        states: tuple[InputSpec, ...] = threaded.meta["states"] if threaded is not None else ()
+        inputs = (*signature.inputs, *states)
+        outputs = (*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states))
+        proto = to_onnx(
+            flatten_outputs(module) if threaded is None else threaded,
+            _example(module, signature, states, train_length),
+            inputs,
+            outputs,
+            DEFAULT_OPSET if opset is None else opset,
+        )
+        temporary.write_bytes(proto.SerializeToString())
+        checks, skipped = _compare(Session(temporary), module, threaded, signature, names, train_length, path)
+        _refuse_errors(checks, tolerance, path)
+        size = temporary.stat().st_size
+        os.replace(temporary, path)
+    return ExportReport(
+        path=path,
+        bytes=size,
+        opset=next(int(o.version) for o in proto.opset_import if o.domain == ""),
+        stateful=threaded is not None,
+        inputs=tuple(s.name for s in inputs),
+        outputs=outputs,
+        checks=tuple(checks),
+        tolerance=tolerance,
+        seconds=time.monotonic() - start,
+        note="; ".join([*([note] if note else []), *skipped]),
+    )
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, gone afterwards unless it was moved. OSError inside becomes ExportError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder; expected a file's name, such as {path / 'model.onnx'}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        yield temporary
+    except OSError as error:
+        raise ExportError(f"can't write {path}: {error.strerror or error}. Choose a writable folder.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _compare(
+    session: Session,
+    module: fx.GraphModule,
+    threaded: fx.GraphModule | None,
+    signature: Signature,
+    names: tuple[str, ...],
+    train_length: int | None,
+    path: Path,
+) -> tuple[list[Check], list[str]]:
+    """All comparisons, and a note for each size at which the module itself doesn't run."""
+    longest = table_rows(module)
+    long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
+    sizes, skipped = sizes_to_check(module, signature, long)
+    try:
+        checks = [compare_whole(session, module, signature, s, names) for s in sizes]
+        if threaded is not None:
+            checks += compare_chunks(session, threaded, module, signature, names, longest)
+    except DataError as error:
+        raise ExportError(f"{path}: the file does not run where the module does: {error}") from error
+    return checks, skipped
+
+
+def _parse(stateful: Stateful) -> bool | None:
+    """True, False, or None for "auto"."""
+    known: dict[Stateful, bool | None] = {"auto": None, "yes": True, "no": False, True: True, False: False}
+    if stateful not in known:
+        raise ExportError(f"stateful: expected 'auto', 'yes', 'no', True or False, found {stateful!r}.")
+    return known[stateful]
+
+
+def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy on the CPU, in eval mode. Tensors that the graph makes are made on the CPU as well."""
+    module = clone(graph_module).cpu().eval().requires_grad_(False)
+    for node in module.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.update_kwarg("device", torch.device("cpu"))
+    module.recompile()
+    return module
+
+
+def _thread(module: fx.GraphModule, signature: Signature, wanted: bool | None) -> tuple[fx.GraphModule | None, str]:
+    if wanted is False:
+        return None, ""
+    try:
+        return ThreadState(signature)(module).graph_module, ""
+    except PassRefused as refusal:
+        if wanted:
+            raise ExportError(
+                f"a stateful export is not possible: {refusal} Export with stateful='no', or convert what is left."
+            ) from refusal
+        return None, f"without state: {str(refusal).removeprefix('thread state: ')}"
+
+
+def _example(
+    module: fx.GraphModule, signature: Signature, states: tuple[InputSpec, ...], train_length: int | None
+) -> dict[str, torch.Tensor]:
+    """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
+    lengths = [None] if all(s.startswith("batch") for s in signature.symbols) else [7, 19, train_length]
+    for length in lengths:
+        sizes = Sizes(batch=2, length=length)
+        if runnable(module, signature, sizes):
+            break
+    else:
+        raise ExportError(f"the module runs at none of the lengths {lengths}. Pass train_length=, one that it takes.")
+    example = signature.random_inputs(sizes.of(signature))
+    for spec in states:
+        example[spec.name] = torch.zeros([2 if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
+    return example
+
+
+def _check_size(graph_module: fx.GraphModule, path: Path) -> None:
+    tensors = {id(t): t for t in (*graph_module.parameters(), *graph_module.buffers())}
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    if total > _PROTOBUF_LIMIT:
+        raise ExportError(
+            f"{path}: the weights take {total / 2**30:.1f} GiB; expected less than 2 GiB, the most that one ONNX file "
+            "holds. Choose narrower targets."
+        )
+
+
+def _refuse_errors(checks: list[Check], tolerance: float, path: Path) -> None:
+    if not checks:
+        raise ExportError(f"{path}: the torch module runs at none of the sizes to compare at. Pass train_length=.")
+    worst = max(checks, key=lambda c: c.max_abs_error)
+    if not worst.max_abs_error <= tolerance:
+        raise ExportError(
+            f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's "
+            f"scale, found {worst.max_abs_error:.1e}. No file was written. Try another opset=, or raise tolerance= if "
+            "that is good enough for you."
+        )

@@ -1,0 +1,156 @@
+"""Does the ONNX file compute what the torch module computes? Errors relative to the output's scale.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import fx
+
+from thesean.deploy.session import Session
+from thesean.passes.chunks import join, run_in_chunks, split_inputs
+from thesean.passes.signature import Signature
+from thesean.passes.thread_state import leaf_values, zero_states
+
+logger = logging.getLogger(__name__)
+
+_SIZES = ((2, 7), (2, 19), (5, 3), (1, 1))
+_BATCHES = (1, 2, 5)
+_CHUNKS = (1, 5, 1)  # and the rest
+_CHUNKED = (3, 20)
+
+
+class Check(NamedTuple):
+    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number."""
+
+    label: str
+    shape: tuple[int, ...]
+    max_abs_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of the dynamic dimensions to compare at; `length` is None where time is not dynamic."""
+
+    batch: int
+    length: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.batch,) if self.length is None else (self.batch, self.length)
+
+    def of(self, signature: Signature) -> dict[str, int]:
+        return {s: self.batch if s.startswith("batch") else self.length or 1 for s in signature.symbols}
+
+
+def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: Sizes) -> bool:
+    """Whether the torch module itself runs at these sizes: a short input may not fill a kernel, a long one a table."""
+    try:
+        with torch.no_grad():
+            graph_module(**signature.random_inputs(sizes.of(signature)))
+    except (RuntimeError, IndexError) as error:
+        logger.debug("the module does not run at %s: %s", sizes.shape, error)
+        return False
+    return True
+
+
+def sizes_to_check(
+    graph_module: fx.GraphModule, signature: Signature, long: int | None
+) -> tuple[list[Sizes], list[str]]:
+    """Sizes that the module runs at, and a note for each that it doesn't."""
+    if any(not s.startswith("batch") for s in signature.symbols):
+        wanted = [Sizes(batch=b, length=t) for b, t in _SIZES] + ([Sizes(batch=1, length=long)] if long else [])
+    elif signature.symbols:
+        wanted = [Sizes(batch=b, length=None) for b in _BATCHES]
+    else:
+        wanted = [Sizes(batch=1, length=None)]
+    sizes = [s for s in wanted if runnable(graph_module, signature, s)]
+    return sizes, [
+        f"not checked at {s.shape}: the torch module doesn't run there either" for s in wanted if s not in sizes
+    ]
+
+
+@torch.no_grad()
+def compare_whole(
+    session: Session, module: fx.GraphModule, signature: Signature, sizes: Sizes, outputs: Sequence[str]
+) -> Check:
+    """The file against the stateless torch module."""
+    inputs = _with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
+    expected = leaf_values(module(**inputs))
+    found, _ = session.run(_arrays(inputs))
+    error = max(relative_error(found[name], value.numpy()) for name, value in zip(outputs, expected, strict=True))
+    return Check("onnxruntime vs torch", sizes.shape, error)
+
+
+@torch.no_grad()
+def compare_chunks(
+    session: Session,
+    threaded: fx.GraphModule,
+    module: fx.GraphModule,
+    signature: Signature,
+    outputs: Sequence[str],
+    longest: int | None,
+) -> list[Check]:
+    """Chunks with the state carried against the whole sequence, in onnxruntime and in torch."""
+    batch, length = _CHUNKED[0], min(_CHUNKED[1], longest or _CHUNKED[1])
+    chunks = _cut(length)
+    sizes = Sizes(batch=batch, length=length)
+    inputs = signature.random_inputs(sizes.of(signature), seed=2)
+    whole = leaf_values(module(**inputs))
+    in_torch, _ = run_in_chunks(threaded, signature, inputs, zero_states(threaded, batch), chunks)
+    in_onnx, state = [], None
+    for piece in split_inputs(signature, inputs, chunks):
+        found, state = session.run(_arrays(piece), state)
+        in_onnx.append([torch.from_numpy(found[name]) for name in outputs])
+    checks = []
+    for label, pieces in (("chunks in onnxruntime vs whole", in_onnx), ("chunks in torch vs whole", in_torch)):
+        errors = []
+        for index, value in enumerate(whole):
+            joined = join([piece[index] for piece in pieces], value.shape)
+            errors.append(float("inf") if isinstance(joined, str) else relative_error(joined.numpy(), value.numpy()))
+        checks.append(Check(label, sizes.shape, max(errors)))
+    return checks
+
+
+def _with_padding(signature: Signature, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Masks with a padded tail: an all-visible one would not show whether the file reads it."""
+    for spec in signature.inputs:
+        value = inputs[spec.name]
+        is_mask = spec.high is None and not value.is_floating_point() and len(spec.shape) == 2
+        if is_mask and value.shape[1] > 2:
+            value[0, -(value.shape[1] // 3) :] = 0
+    return inputs
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """max|a - b| / max(1, max|b|); infinite where shapes differ or one side isn't finite and the other is."""
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.size:
+        return 0.0
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        error = np.where(a == b, 0.0, np.abs(a - b))  # an infinite mask equals itself
+    error = np.where(np.isnan(a) & np.isnan(b), 0.0, error)
+    scale = max(1.0, float(np.abs(b[np.isfinite(b)]).max(initial=0.0)))
+    return float("inf") if np.isnan(error).any() else float(error.max()) / scale
+
+
+def _cut(length: int) -> tuple[int, ...]:
+    """1, 5, 1 and the rest, as far as the length goes."""
+    chunks: list[int] = []
+    for size in (*_CHUNKS, length):
+        if sum(chunks) < length:
+            chunks.append(min(size, length - sum(chunks)))
+    return tuple(chunks)
+
+
+def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in inputs.items()}
