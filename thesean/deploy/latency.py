@@ -1,0 +1,158 @@
+"""How long a file takes in onnxruntime: medians of interleaved runs, so that a busy machine slows all alike.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from thesean.deploy.export import export
+from thesean.deploy.session import Arrays, Session
+from thesean.errors import DataError
+from thesean.passes.signature import Signature
+
+CONTEXTS = (64, 512, 2048)
+
+_WARM_UP = 2
+_LEAST = 5  # repeats below which a median says little, whatever they cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of `repeats` runs: the median and the 20th and 80th percentile."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLatency:
+    """One file's figures. A context that the file can't run (past the guide's position table) is None.
+
+    `token` is the cost of one more token once `context` tokens are there. `token_kind` says how: "state" is one step
+    with the state carried; "recompute" reads all `context` tokens again, as a file without state or cache must; a
+    guide served with a key-value cache would be faster than that. None where no file of the comparison decodes.
+    `forward` is set instead of both where there is no time dimension.
+    """
+
+    prefill: dict[int, Latency | None]
+    token: dict[int, Latency | None]
+    token_kind: str | None
+    forward: Latency | None = None
+
+    def medians_ms(self) -> dict[str, float | None]:
+        """`{"prefill_64": 1.2, "token_64": 0.1}`, or `{"forward": 0.3}`."""
+        figures: dict[str, Latency | None] = {f"prefill_{c}": v for c, v in self.prefill.items()}
+        figures |= {f"token_{c}": v for c, v in self.token.items()}
+        if self.forward is not None:
+            figures["forward"] = self.forward
+        return {k: None if v is None else v.median_ms for k, v in figures.items()}
+
+
+def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 20, seconds: float = 5.0) -> dict[str, Latency]:
+    """Time each call `repeats` times, in turns; fewer, but at least 5, when `seconds` are over for all together."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(_WARM_UP):
+            call()
+    end = time.perf_counter() + seconds
+    for done in range(repeats):
+        if done >= _LEAST and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append((time.perf_counter() - start) * 1e3)
+    return {name: _summary(values) for name, values in taken.items()}
+
+
+def latency_of_models(
+    paths: Mapping[str, str | Path],
+    signature: Signature,
+    contexts: Sequence[int] = CONTEXTS,
+    batch: int = 1,
+    repeats: int = 20,
+) -> dict[str, ModelLatency]:
+    """Files that take the same inputs, side by side, on one thread.
+
+    Prefill at each context; and where at least one file carries a state, one more token at each context, for a file
+    without state by reading everything again. Without a dynamic time dimension: one forward. Raises ExportError for a
+    file that onnxruntime can't load.
+    """
+    sessions = {name: Session(path, threads=1) for name, path in paths.items()}
+    if all(s.startswith("batch") for s in signature.symbols):
+        feeds = _feeds(signature, batch, None)
+        forward = measure({n: _prefill(s, feeds) for n, s in sessions.items()}, repeats)
+        return {n: ModelLatency(prefill={}, token={}, token_kind=None, forward=v) for n, v in forward.items()}
+    decodes = any(s.is_stateful for s in sessions.values())
+    prefill: dict[str, dict[int, Latency | None]] = {n: {} for n in sessions}
+    token: dict[str, dict[int, Latency | None]] = {n: {} for n in sessions}
+    for context in contexts:
+        feeds = _feeds(signature, batch, context)
+        states = {n: _state_after(s, feeds) for n, s in sessions.items()}
+        whole = measure({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None}, repeats)
+        one = _feeds(signature, batch, 1)
+        stateful = {n: s for n, s in sessions.items() if s.is_stateful and states[n] is not None}
+        steps = measure({n: _step(s, one, states[n]) for n, s in stateful.items()}, repeats)
+        for name, session in sessions.items():
+            prefill[name][context] = whole.get(name)
+            if decodes:
+                token[name][context] = steps.get(name) if session.is_stateful else whole.get(name)
+    kinds = {n: ("state" if s.is_stateful else "recompute") if decodes else None for n, s in sessions.items()}
+    return {n: ModelLatency(prefill=prefill[n], token=token[n], token_kind=kinds[n]) for n in sessions}
+
+
+def benchmark(
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    batch: int = 1,
+    repeats: int = 20,
+    train_length: int | None = None,
+) -> dict[str, float | None]:
+    """Median milliseconds of one module in onnxruntime, one thread, keyed as `ModelLatency.medians_ms` does.
+
+    Raises ExportError when the module can't be exported and MissingExtraError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = export(graph_module, signature, Path(folder) / "model.onnx", train_length=train_length)
+        found = latency_of_models({"model": report.path}, signature, contexts, batch, repeats)
+    return found["model"].medians_ms()
+
+
+def _feeds(signature: Signature, batch: int, length: int | None) -> Arrays:
+    sizes = {s: batch if s.startswith("batch") else length or 1 for s in signature.symbols}
+    return {name: value.numpy() for name, value in signature.random_inputs(sizes).items()}
+
+
+def _state_after(session: Session, feeds: Arrays) -> Arrays | None:
+    """The state after these inputs ({} without one); None when the file can't run them."""
+    try:
+        return session.run(feeds)[1]
+    except DataError:
+        return None
+
+
+def _prefill(session: Session, feeds: Arrays) -> Callable[[], Any]:
+    return lambda: session.run(feeds)
+
+
+def _step(session: Session, feeds: Arrays, state: Arrays | None) -> Callable[[], Any]:
+    return lambda: session.run(feeds, state)
+
+
+def _summary(values: list[float]) -> Latency:
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return Latency(median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(values))
