@@ -115,7 +115,7 @@ class Plan:
             data = _PlanModel.model_validate(yaml.safe_load(text))
         except OSError as error:
             raise PlanError(f"can't read the plan {source}: {error.strerror or error}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise PlanError(f"the plan is not YAML: {str(error).splitlines()[0]}.") from error
         except ValidationError as error:
             first = error.errors()[0]
