@@ -6,6 +6,7 @@ module is called as the guide is. Parameters are shared with the guide; copy bef
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import traceback
@@ -155,16 +156,13 @@ def _export(
     model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
 ) -> torch.export.ExportedProgram:
     failure: Exception | None = None
+    traced = _with_named_inputs(model, [*inputs, *constants])
     for sequence in (True, False):
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
         shapes: dict[str, Any] = {k: dict.fromkeys(_dynamic_dims(v, sequence), Dim.DYNAMIC) for k, v in inputs.items()}
         shapes.update(dict.fromkeys(constants))
-        open_ended = {k: v for k, v in shapes.items() if k not in _parameters(model)}
-        if open_ended:  # export wants the names under the **kwargs parameter
-            star = next(k for k, p in _parameters(model).items() if p.kind is p.VAR_KEYWORD)
-            shapes = {k: v for k, v in shapes.items() if k not in open_ended} | {star: open_ended}
         try:
-            return torch.export.export(model, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(traced, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
             logger.debug("export with dynamic sequence=%s failed: %s", sequence, _short(error))
@@ -174,6 +172,24 @@ def _export(
         f"the guide can't be captured{_where(failure)}: {_short(failure)}. Control flow that depends on values can't "
         "become a graph: convert a submodule instead, or replace the branch by torch.where."
     ) from failure
+
+
+def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
+    """The model, or where it takes some inputs through **kwargs a stand-in that names them and shares all the rest.
+
+    Until torch.export takes dynamic shapes for **kwargs: 2.13 compares them with the wrong structure.
+    """
+    if set(names) <= set(_parameters(model)):
+        return model
+    stand_in = copy.copy(model)
+
+    def forward(**inputs: Any) -> Any:
+        return model.forward(**inputs)
+
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    stand_in.forward = forward
+    return stand_in
 
 
 def _where(error: BaseException) -> str:
