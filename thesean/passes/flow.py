@@ -57,6 +57,8 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
             if not is_float:
                 side.add(node)
             continue
+        if node.op == "call_module":  # a replaced part: one that carries a state has no single value of its own
+            continue
         inputs = node.all_input_nodes
         size_only = not isinstance(value, (torch.Tensor, tuple, list))
         if size_only or all(i in constant for i in inputs):
