@@ -55,9 +55,11 @@ def target_name(target: Any) -> str:
 
 def resolve_target(name: str) -> Callable[..., Any]:
     """The operator of that name. Raises ArtifactError when it is outside of the allow-list."""
+    if not isinstance(name, str):
+        raise ArtifactError(f"graph.json: {name!r:.80} is not an operator's name.")
     if name in _PYTHON:
         return _PYTHON[name]
-    pieces = name.split(".") if isinstance(name, str) else []
+    pieces = name.split(".")
     if len(pieces) == 3 and pieces[0] == "aten" and all(p.isidentifier() for p in pieces):
         packet = getattr(torch.ops.aten, pieces[1], None)
         overload = getattr(packet, pieces[2], None)
@@ -97,12 +99,12 @@ def load(rows: Any) -> fx.Graph:
     for row in rows:
         try:
             node = _load_node(graph, row, nodes)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"graph.json: node {row!r:.80} is malformed ({error}).") from error
         if node is not None:
             nodes[row["name"]] = node
-    if rows[-1].get("op") != "output":
-        raise ArtifactError("graph.json: the last node is not the output; the file is truncated.")
+    if [i for i, row in enumerate(rows) if row["op"] == "output"] != [len(rows) - 1]:
+        raise ArtifactError("graph.json: the last node alone should be the output; the file is truncated or altered.")
     graph.lint()
     return graph
 
@@ -111,6 +113,8 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
     op, name, target = row["op"], row["name"], row["target"]
     if not (isinstance(name, str) and name.isidentifier()):
         raise ArtifactError(f"graph.json: {name!r} is not a node's name.")
+    if name in nodes:
+        raise ArtifactError(f"graph.json: node {name!r} is there twice.")
     if op == "output":
         graph.output(_decode(row["value"], nodes))
         return None
@@ -178,7 +182,8 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         case "format":
             return _FORMATS[inner]
         case "slice":
-            return slice(*(_decode(v, nodes) for v in inner))
+            start, stop, step = (_decode(v, nodes) for v in inner)
+            return slice(start, stop, step)
         case "tuple":
             return tuple(_decode(v, nodes) for v in inner)
         case "dict":
