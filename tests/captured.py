@@ -1,0 +1,102 @@
+"""The guides of tests/models.py as graphs, traced once for all tests; nobody may change them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from tests import models
+from tests.models import tokens, vectors
+from thesean.passes.capture import Captured, capture
+from thesean.passes.flow import Flow, data_flow
+from thesean.passes.graph import record
+from thesean.passes.signature import InputSpec, Signature
+
+
+@cache
+def gpt2(layers: int = 2, attention: str = "sdpa") -> Captured:
+    return capture(models.gpt2(layers, attention=attention), tokens())
+
+
+@cache
+def bert(attention: str = "sdpa") -> Captured:
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(4, models.LENGTH, dtype=torch.long)}
+    return capture(models.bert(attention=attention), inputs)
+
+
+@cache
+def llama(attention: str = "sdpa") -> Captured:
+    return capture(models.llama(attention=attention), tokens())
+
+
+@cache
+def encoder() -> Captured:
+    return capture(models.encoder(), vectors(3, 6, 16))
+
+
+@cache
+def resnet() -> Captured:
+    return capture(models.resnet(), vectors(3, 1, 8, 8))
+
+
+@cache
+def mlp() -> Captured:
+    return capture(models.mlp(), vectors(3, 8))
+
+
+@cache
+def convnet() -> Captured:
+    return capture(models.convnet(), vectors(3, 1, 6, 6))
+
+
+@cache
+def functional() -> Captured:
+    return capture(models.functional(), vectors(3, 8))
+
+
+@cache
+def token_mixer() -> Captured:
+    return capture(models.token_mixer(), vectors(3, 6, 8))
+
+
+@cache
+def tied() -> Captured:
+    return capture(models.seeded(models.Tied), vectors(3, 8))
+
+
+def flow_of(captured: Captured) -> Flow:
+    return data_flow(captured.graph_module.graph)
+
+
+def recorded(captured: Captured, time: int = 11) -> dict[fx.Node, Any]:
+    """Every node's value on random inputs, two of a batch."""
+    sizes = {s: 2 if s.startswith("batch") else time for s in captured.signature.symbols}
+    return record(captured.graph_module, captured.signature.random_inputs(sizes))
+
+
+def traced(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
+    """A small graph of aten operators, before any pass."""
+    module = torch.export.export(model.eval(), inputs, strict=False).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def text(graph: fx.Graph) -> list[str]:
+    """One readable line a node, without types."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {node.args[0]}")
+        elif node.op in ("placeholder", "get_attr"):
+            lines.append(f"{node.name} = {node.op} {node.target}")
+        else:
+            arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+            lines.append(f"{node.name} = {node.target}({arguments})")
+    return lines
+
+
+def vector_signature(width: int, name: str = "x") -> Signature:
+    return Signature(inputs=(InputSpec(name=name, dtype=torch.float32, shape=("batch", width)),))

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import captured
+from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
+from thesean.passes.draft import draft_from_plan, make_draft, probe_sizes
+from thesean.targets import PartFacts, Target
+
+
+def targets(guide, target, **settings):
+    return {p.path: p.target for p in make_draft(guide, target, **settings).plan}
+
+
+def test_one_target_is_for_all_parts():
+    assert targets(captured.gpt2(), "gru") == {"transformer.h.0": "gru", "transformer.h.1": "gru"}
+
+
+def test_a_mapping_gives_each_part_its_own_and_keeps_the_rest():
+    assert targets(captured.gpt2(), {"*.1": "gru"}) == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
+    assert targets(captured.gpt2(), {"*.0": "keep", "transformer.h.*": "mingru"}) == {
+        "transformer.h.0": "keep",
+        "transformer.h.1": "mingru",
+    }
+
+
+def test_the_first_glob_that_matches_wins():
+    assert targets(captured.gpt2(), {"*.1": "gru", "*": "mingru"}) == {
+        "transformer.h.0": "mingru",
+        "transformer.h.1": "gru",
+    }
+
+
+def test_globs_over_sublayers_ask_for_sublayers():
+    found = targets(captured.gpt2(), {"*.attn": "gru"})
+    assert found == {
+        "transformer.h.0.attn": "gru",
+        "transformer.h.0.mlp": "keep",
+        "transformer.h.1.attn": "gru",
+        "transformer.h.1.mlp": "keep",
+    }
+    assert targets(captured.gpt2(), {"*.mlp": Target("mlp", width=8)})["transformer.h.1.mlp"] == "mlp"
+
+
+def test_keep_leaves_parts_to_the_guide():
+    assert targets(captured.gpt2(), "gru", keep=["*.0"]) == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "reason"),
+    [
+        ("gru", {"keep": ["*.7"]}, "keep: no part matches"),
+        ({"*.7": "gru"}, {}, "target: no part matches"),
+        ({"*.7": "gru"}, {"parts": ["transformer.h.*"]}, "target: no part matches"),
+        ("gru", {"parts": ["h.*"]}, "parts: no part matches"),
+        ("gru", {"keep": ["*"]}, "nothing is replaced"),
+        ({}, {}, "nothing is replaced"),
+        ({"*": "keep"}, {}, "nothing is replaced"),
+    ],
+)
+def test_globs_without_a_match_and_plans_without_a_part_are_refused(target, settings, reason):
+    with pytest.raises(PlanError, match=reason):
+        make_draft(captured.gpt2(), target, **settings)
+
+
+def test_unknown_targets_and_options_are_refused():
+    with pytest.raises(UnknownNameError, match=r"unknown target 'rn'; did you mean 'rnn'\? known: .*gru"):
+        make_draft(captured.gpt2(), "rn")
+    with pytest.raises(UnknownNameError, match="rn"):
+        make_draft(captured.gpt2(), {"*.0": "rn"})
+    with pytest.raises(TargetMismatchError, match="option 'wide'.*known options: .*width"):
+        make_draft(captured.gpt2(), Target("gru", wide=3))
+
+
+def test_an_mlp_for_a_causal_part_is_refused_with_the_part_and_a_way_out():
+    with pytest.raises(TargetMismatchError, match=r"transformer\.h\.0: .*causal.*Choose target 'rnn'"):
+        make_draft(captured.gpt2(), "mlp")
+
+
+def test_an_mlp_for_an_unbounded_sequence_is_refused():
+    with pytest.raises(TargetMismatchError, match=r"encoder\.layer\.0: .*static dimensions.*unbounded"):
+        make_draft(captured.bert(), "mlp")
+
+
+def test_a_recurrence_for_feature_maps_is_refused_naming_the_part():
+    with pytest.raises(TargetMismatchError, match=r"blocks\.0.*expected a sequence .*Choose target 'mlp'"):
+        make_draft(captured.resnet(), "rnn")
+
+
+def test_a_mixing_target_asked_for_a_token_wise_part_by_name_is_refused():
+    with pytest.raises(TargetMismatchError, match=r"transformer\.h\.0\.mlp: target 'gru' has nothing to replace here"):
+        make_draft(captured.gpt2(), {"*.mlp": "gru"})
+
+
+def test_a_mixing_target_leaves_token_wise_sublayers_alone():
+    found = targets(captured.gpt2(), "gru", granularity="sublayer")
+    assert found["transformer.h.0.attn"] == "gru"
+    assert found["transformer.h.0.mlp"] == "keep"
+
+
+def test_a_mixing_target_replaces_the_attention_of_a_block_and_keeps_its_mlp():
+    draft = make_draft(captured.gpt2(), "gru")
+    assert [[s.facts.path for s in p.sites] for p in draft.parts] == [
+        ["transformer.h.0.attn"],
+        ["transformer.h.1.attn"],
+    ]
+    part = draft.plan.parts[0]
+    assert part.replaces == ("transformer.h.0.attn",)
+    assert part.mixing == "causal"
+    assert part.input_shape == part.output_shape == ("batch", "time", 16)
+
+
+def test_scope_part_replaces_the_whole_block():
+    draft = make_draft(captured.gpt2(), Target("gru", scope="part"))
+    assert [[s.facts.path for s in p.sites] for p in draft.parts] == [["transformer.h.0"], ["transformer.h.1"]]
+
+
+def test_facts_are_measured():
+    (part, _) = make_draft(captured.gpt2(), "gru").parts
+    facts = part.sites[0].facts
+    assert (facts.mixing, facts.width_in, facts.width_out) == ("causal", 16, 16)
+    assert facts.attention is not None
+    assert facts.attention.heads == 2
+    assert facts.params == 4 * 16 * 16 + 4 * 16
+
+
+def test_a_builder_of_your_own_gets_the_facts():
+    seen: list[PartFacts] = []
+
+    def build(part: PartFacts) -> nn.Module:
+        seen.append(part)
+        return nn.Linear(part.width_in, part.width_out)
+
+    draft = make_draft(captured.mlp(), Target("mine", build=build))
+    assert [p.target for p in draft.plan] == ["mine"] * 3
+    assert {f.input_shape for f in seen} == {("batch", 8)}
+    assert draft.plan.parts[0].new_params == 8 * 8 + 8
+    again = draft_from_plan(captured.mlp(), draft.plan)
+    assert [p.target for p in again.plan] == ["mine"] * 3
+
+
+def test_costs_add_up():
+    plan = make_draft(captured.gpt2(), "gru", keep=["*.0"]).plan
+    assert plan.params == sum(p.numel() for p in captured.gpt2().graph_module.parameters())
+    part = plan.parts[1]
+    assert plan.new_params == plan.params - part.params + part.new_params
+    assert plan.new_flops == plan.flops - part.flops + part.new_flops
+
+
+def test_drafting_draws_no_random_numbers_and_changes_no_weights():
+    guide = captured.gpt2()
+    before = {k: v.clone() for k, v in guide.graph_module.state_dict().items()}
+    torch.manual_seed(3)
+    make_draft(guide, "gru")
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(v, before[k]) for k, v in guide.graph_module.state_dict().items())
+
+
+def test_the_length_that_is_probed_at_is_no_other_dimension():
+    guide = captured.gpt2()
+    assert probe_sizes(guide) == {"batch": 2, "time": 11}

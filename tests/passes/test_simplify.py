@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.captured import text, traced
+from tests.models import vectors
+from thesean.passes.simplify import Simplify
+
+
+class Idle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+        self.unread = nn.Parameter(torch.ones(3))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        unused = x.exp()  # noqa: F841
+        return (self.dropout(x.to(torch.float32).detach())[:] @ self.weight)[:, 1:]
+
+
+def test_what_computes_nothing_goes_and_the_rest_stays():
+    graph_module = traced(Idle(), vectors(2, 3))
+    before = [line for line in text(graph_module.graph) if "aten" in line]
+    assert [line.split("(")[0].split(" = ")[1] for line in before] == [
+        "aten.exp.default",
+        "aten._assert_tensor_metadata.default",
+        "aten.to.dtype",
+        "aten.detach.default",
+        "aten.dropout.default",
+        "aten.slice.Tensor",
+        "aten.matmul.default",
+        "aten.slice.Tensor",
+    ]
+    result = Simplify()(graph_module)
+    assert result.modified
+    assert text(result.graph_module.graph)[0:1] == ["weight = get_attr weight"]
+    assert [line for line in text(result.graph_module.graph) if "aten" in line] == [
+        "matmul = aten.matmul.default(x, weight)",
+        "slice_2 = aten.slice.Tensor(matmul, 1, 1, 9223372036854775807)",
+    ]
+
+
+def test_outputs_stay_the_same():
+    graph_module = traced(Idle(), vectors(2, 3))
+    x = vectors(2, 3, seed=1)
+    expected = graph_module(x)
+    torch.testing.assert_close(Simplify()(graph_module).graph_module(x), expected, rtol=0, atol=0)
+
+
+def test_a_graph_in_which_all_nodes_compute_is_left_alone():
+    graph_module = Simplify()(traced(nn.Linear(3, 3), vectors(2, 3))).graph_module
+    result = Simplify()(graph_module)
+    assert result.graph_module is graph_module
+    assert not result.modified
+    assert result.reason == "every node computes something"
+
+
+class Casts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.float64)[1:] * 2
+
+
+class TrainingDropout(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "kept"), [(Casts(), "aten.to.dtype"), (Casts(), "aten.slice"), (TrainingDropout(), "aten.dropout")]
+)
+def test_real_casts_partial_slices_and_active_dropout_stay(model, kept):
+    graph_module = Simplify()(traced(model, vectors(4, 3))).graph_module
+    assert any(kept in line for line in text(graph_module.graph))
