@@ -1,0 +1,271 @@
+"""The file computes what the torch module computes, or there is no file.
+
+B batch, T time, D width
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from tests import models
+from thesean.deploy import exporter, parity
+from thesean.deploy.export import export
+from thesean.deploy.parity import relative_error
+from thesean.deploy.session import Session
+from thesean.errors import ExportError, MissingExtraError
+from thesean.passes.bound_positions import BoundPositions
+from thesean.passes.capture import capture
+
+SIZES = [(2, 7), (2, 19), (5, 3), (1, 1)]
+IDS = {"input_ids": models.tokens()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def dims(path: Path) -> dict[str, list[str | int]]:
+    graph = onnx.load(path).graph
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+
+
+@pytest.fixture(scope="module")
+def gru(convert):
+    return convert(models.gpt2(), IDS, "gru")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "gru",
+        pytest.param("elman", marks=pytest.mark.slow),
+        pytest.param("mingru", marks=pytest.mark.slow),
+        pytest.param("lstm", marks=pytest.mark.slow),
+        "rnn",
+    ],
+)
+def test_a_converted_language_model_is_stateful_and_equals_torch_at_every_size(convert, tmp_path, target):
+    module, captured = convert(models.gpt2(), IDS, target)
+    assert BoundPositions()(module).modified
+    report = export(module, captured.signature, tmp_path / "m.onnx", train_length=30)
+    assert report.stateful
+    assert report.note == ""
+    assert report.inputs == ("input_ids", "state_in_0", "state_in_1", "state_in_2")
+    assert report.outputs == ("logits", "state_out_0", "state_out_1", "state_out_2")
+    assert [c.shape for c in report.checks] == [*SIZES, (1, 120), (3, 20), (3, 20)]  # 120 is past the guide's table
+    assert {c.label for c in report.checks[-2:]} == {"chunks in onnxruntime vs whole", "chunks in torch vs whole"}
+    assert max(c.max_abs_error for c in report.checks) < 1e-5
+    assert report.bytes == report.path.stat().st_size
+    assert leftovers(tmp_path) == ["m.onnx"]
+    assert "with state" in str(report)
+
+
+def test_dimensions_are_named_and_no_path_of_this_machine_is_in_the_file(gru, tmp_path):
+    module, captured = gru
+    report = export(module, captured.signature, tmp_path / "m.onnx")
+    found = dims(report.path)
+    assert found["input_ids"] == ["batch", "time"]
+    assert found["logits"] == ["batch", "time", models.VOCABULARY]
+    assert found["state_in_0"] == found["state_out_0"] == ["batch", 16]
+    assert found["state_in_2"] == found["state_out_2"] == [1]
+    content = report.path.read_bytes()
+    assert str(Path(exporter.__file__).parents[2]).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_the_module_its_flags_and_an_earlier_choice_of_threads_stay_as_they_were(gru, tmp_path):
+    module, captured = copy.deepcopy(gru[0]), gru[1]
+    module.train()
+    before, nodes = models.state_of(module), [n.format_node() for n in module.graph.nodes]
+    export(module, captured.signature, tmp_path / "m.onnx")
+    assert models.same_state(module, before)
+    assert module.training
+    assert [n.format_node() for n in module.graph.nodes] == nodes
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_hybrid_with_attention_left_is_exported_without_state_and_says_why(convert, tmp_path):
+    module, captured = convert(models.gpt2(), IDS, "gru", 1)
+    report = export(module, captured.signature, tmp_path / "m.onnx", train_length=40)
+    assert not report.stateful
+    assert report.note.startswith("without state: transformer.h.1.attn")
+    assert [c.shape for c in report.checks] == [*SIZES, (1, 64)]  # the table ends before 4 * 40
+    with pytest.raises(ExportError, match=r"a stateful export is not possible: .*transformer\.h\.1\.attn"):
+        export(module, captured.signature, tmp_path / "no.onnx", stateful=True)
+    assert leftovers(tmp_path) == ["m.onnx"]
+
+
+def test_no_state_is_threaded_when_none_is_wanted(gru, tmp_path):
+    module, captured = gru
+    report = export(module, captured.signature, tmp_path / "m.onnx", stateful="no")
+    assert not report.stateful
+    assert report.inputs == ("input_ids",)
+    assert report.outputs == ("logits",)
+
+
+def test_an_encoder_with_a_mask_keeps_its_keys_and_its_mask_works(convert, tmp_path):
+    ids = models.tokens()
+    module, captured = convert(models.bert(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "rnn", 1)
+    report = export(module, captured.signature, tmp_path / "m.onnx")
+    assert not report.stateful
+    assert report.inputs == ("input_ids", "attention_mask")
+    assert report.outputs == ("last_hidden_state",)
+    session, mask = Session(report.path), torch.ones_like(ids)
+    mask[:, -3:] = 0
+    padded, _ = session.run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        expected: Any = module(input_ids=ids, attention_mask=mask)
+        visible: Any = module(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert relative_error(padded["last_hidden_state"], expected["last_hidden_state"].numpy()) < 1e-5
+    assert relative_error(padded["last_hidden_state"], visible["last_hidden_state"].numpy()) > 1e-3
+
+
+def test_a_converted_residual_network_is_checked_at_several_batches(convert, tmp_path):
+    module, captured = convert(models.resnet(), {"image": models.vectors(2, 1, 8, 8)}, "mlp")
+    report = export(module, captured.signature, tmp_path / "m.onnx")
+    assert [c.shape for c in report.checks] == [(1,), (2,), (5,)]
+    assert dims(report.path) == {"image": ["batch", 1, 8, 8], "output": ["batch", 5]}
+    assert "none" in report.note
+
+
+def test_nested_outputs_are_named_by_their_keys(tmp_path):
+    captured = capture(models.seeded(models.TwoOutputs), {"x": models.vectors(2, 8)})
+    report = export(captured.graph_module, captured.signature, tmp_path / "m.onnx")
+    assert report.outputs == ("first", "second.0", "second.1")
+
+
+class Same(nn.Module):
+    """Returns one tensor under two names, and its input under the input's own."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = torch.relu(x)
+        return {"a": y, "b": y, "x": x}
+
+
+def test_one_tensor_under_two_names_and_an_input_as_output_are_kept_apart(tmp_path):
+    captured = capture(Same().eval(), {"x": models.vectors(2, 8)})
+    report = export(captured.graph_module, captured.signature, tmp_path / "m.onnx")
+    assert report.outputs == ("a", "b", "x_out")
+
+
+@pytest.mark.parametrize("opset", [18, 22])
+def test_the_opset_is_the_one_that_was_asked_for(gru, tmp_path, opset):
+    module, captured = gru
+    report = export(module, captured.signature, tmp_path / "m.onnx", opset=opset)
+    assert report.opset == opset
+    assert next(o.version for o in onnx.load(report.path).opset_import if o.domain == "") == opset
+
+
+def test_an_opset_that_can_not_be_written_leaves_no_file(gru, tmp_path):
+    module, captured = gru
+    with pytest.raises(ExportError, match="expected opset 99"):
+        export(module, captured.signature, tmp_path / "m.onnx", opset=99)
+    assert leftovers(tmp_path) == []
+
+
+def test_numbers_that_differ_leave_an_earlier_file_as_it_was(gru, tmp_path, monkeypatch):
+    module, captured = gru
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"earlier")
+
+    def altered(graph_module, *rest):
+        other = copy.deepcopy(graph_module)
+        with torch.no_grad():
+            other.part_1.last.weight.mul_(1.1)
+        return exporter.to_onnx(other, *rest)
+
+    monkeypatch.setattr("thesean.deploy.export.to_onnx", altered)
+    with pytest.raises(ExportError, match=r"expected an error of at most 1e-04 of the output's scale, found \d"):
+        export(module, captured.signature, path)
+    assert path.read_bytes() == b"earlier"
+    assert leftovers(tmp_path) == ["m.onnx"]
+
+
+def test_an_interruption_leaves_an_earlier_file_as_it_was(gru, tmp_path, monkeypatch):
+    module, captured = gru
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"earlier")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thesean.deploy.export._compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(module, captured.signature, path)
+    assert path.read_bytes() == b"earlier"
+    assert leftovers(tmp_path) == ["m.onnx"]
+
+
+class Unwritable(nn.Module):
+    """ONNX has no operator for it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.eigvals(x @ x.transpose(1, 2)).real
+
+
+def test_what_onnx_can_not_write_is_told_and_leaves_no_file(tmp_path):
+    captured = capture(Unwritable().eval(), {"x": models.vectors(2, 4, 4)})
+    with pytest.raises(ExportError, match=r"torch's exporter can't write this graph at opset 20: .*eig"):
+        export(captured.graph_module, captured.signature, tmp_path / "m.onnx")
+    assert leftovers(tmp_path) == []
+
+
+def test_a_place_that_can_not_be_written_is_told_before_anything_is_exported(gru, tmp_path, monkeypatch):
+    module, captured = gru
+    monkeypatch.setattr("thesean.deploy.export.to_onnx", None)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ExportError, match=r"can't write .*Choose a writable folder"):
+        export(module, captured.signature, tmp_path / "file" / "m.onnx")
+    with pytest.raises(ExportError, match="is a folder; expected a file's name"):
+        export(module, captured.signature, tmp_path)
+
+
+def test_a_missing_package_is_named_with_its_extra(gru, tmp_path, monkeypatch):
+    module, captured = gru
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match=r"onnxscript is not installed.*thesean\[onnx\]"):
+        export(module, captured.signature, tmp_path / "m.onnx")
+
+
+def test_weights_that_one_file_can_not_hold_are_told(gru, tmp_path, monkeypatch):
+    module, captured = gru
+    monkeypatch.setattr("thesean.deploy.export._PROTOBUF_LIMIT", 1000)
+    with pytest.raises(ExportError, match="expected less than 2 GiB"):
+        export(module, captured.signature, tmp_path / "m.onnx")
+
+
+def test_an_unknown_wish_for_state_is_refused(gru, tmp_path):
+    module, captured = gru
+    with pytest.raises(ExportError, match="stateful: expected 'auto', 'yes', 'no', True or False, found 'maybe'"):
+        export(module, captured.signature, tmp_path / "m.onnx", stateful="maybe")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "error"),
+    [
+        ([1.0, 2.5], [1.0, 2.0], 0.25),  # of a scale of 2
+        ([0.1, 0.2], [0.1, 0.1], 0.1),  # small outputs are not blown up
+        ([float("-inf"), 1.0], [float("-inf"), 1.0], 0.0),
+        ([float("nan"), 1.0], [0.0, 1.0], float("inf")),
+        ([float("inf"), 1.0], [0.0, 1.0], float("inf")),
+        ([1.0], [1.0, 1.0], float("inf")),
+    ],
+)
+def test_the_error_is_relative_to_the_outputs_scale(found, expected, error):
+    assert relative_error(np.array(found), np.array(expected)) == pytest.approx(error)
+
+
+@pytest.mark.parametrize(("length", "chunks"), [(20, (1, 5, 1, 13)), (7, (1, 5, 1)), (4, (1, 3)), (1, (1,))])
+def test_chunks_fill_the_length(length, chunks):
+    assert parity._cut(length) == chunks

@@ -1,0 +1,107 @@
+"""The file alone, in onnxruntime.
+
+B batch, T time, V vocabulary
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import models
+from thesean.deploy.export import export
+from thesean.deploy.session import Session
+from thesean.errors import DataError, ExportError
+from thesean.passes.bound_positions import BoundPositions
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture(scope="module")
+def files(convert, tmp_path_factory):
+    """(module, stateful file, stateless file) of one converted model."""
+    module, captured = convert(models.gpt2(), {"input_ids": models.tokens()}, "linear-attention")
+    assert BoundPositions("wrap")(module).modified
+    folder = tmp_path_factory.mktemp("files")
+    stateful = export(module, captured.signature, folder / "state.onnx").path
+    stateless = export(module, captured.signature, folder / "plain.onnx", stateful=False).path
+    return module, Session(stateful), Session(stateless)
+
+
+def test_zero_states_have_the_declared_shapes(files):
+    _, session, plain = files
+    zeros = session.zero_state(3)
+    assert {n: (z.dtype, z.shape) for n, z in zeros.items()} == {
+        "state_in_0": (np.float32, (3, 2, 16, 9)),
+        "state_in_1": (np.float32, (3, 2, 16, 9)),
+        "state_in_2": (np.int64, (1,)),
+    }
+    assert not any(z.any() for z in zeros.values())
+    assert session.is_stateful
+    assert not plain.is_stateful
+    assert plain.zero_state(3) == {}
+
+
+def test_chunks_with_the_state_carried_equal_torch_on_the_whole_sequence(files):
+    module, session, _ = files
+    ids_BT = models.tokens(3, 30)
+    with torch.no_grad():
+        expected = module(input_ids=ids_BT)["logits"].numpy()
+    state, parts = None, []
+    for piece in ids_BT.split([1, 5, 1, 10, 13], 1):
+        outputs, state = session.run({"input_ids": piece.numpy()}, state)
+        parts.append(outputs["logits"])
+    np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=1e-4, atol=1e-4)
+    assert state["state_in_2"].tolist() == [30]
+
+
+def greedy(module, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(module(input_ids=torch.tensor([ids]))["logits"][0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_text_is_the_torch_modules_with_and_without_state(files):
+    module, session, plain = files
+    expected = greedy(module, PROMPT, 100)  # past the guide's 64 positions
+    assert len(set(expected)) > 1
+    assert session.generate(PROMPT, 100) == expected
+    assert plain.generate(PROMPT, 30) == expected[:30]
+
+
+def test_a_state_costs_one_prefill_and_then_a_token_each(files, monkeypatch):
+    _, session, plain = files
+    lengths: dict[str, list[int]] = {"state": [], "plain": []}
+    for name, one in (("state", session), ("plain", plain)):
+
+        def run(inputs, state=None, original=one.run, seen=lengths[name]):
+            seen.append(inputs["input_ids"].shape[1])
+            return original(inputs, state)
+
+        monkeypatch.setattr(one, "run", run)
+        one.generate(PROMPT, 3)
+    assert lengths == {"state": [5, 1, 1], "plain": [5, 6, 7]}
+
+
+def test_nothing_is_generated_from_nothing(files):
+    with pytest.raises(DataError, match="the prompt is empty"):
+        files[1].generate([], 5)
+    assert files[1].generate(PROMPT, 0) == []
+
+
+def test_inputs_that_do_not_fit_are_told_quietly(files, capfd):
+    _, session, _ = files
+    with pytest.raises(DataError, match="missing input 'input_ids'"):
+        session.run({"ids": np.zeros((1, 2))})
+    with pytest.raises(DataError, match="onnxruntime refuses these inputs"):
+        session.run({"input_ids": np.full((1, 2), models.VOCABULARY)})
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(ExportError, match="onnxruntime can't load it"):
+        Session(tmp_path / "m.onnx")
