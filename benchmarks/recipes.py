@@ -49,6 +49,9 @@ def experiments() -> dict[str, dict[str, Any]]:
         runs[f"cell {cell}"] = {"target": cell, "recipe": recipe()}
         runs[f"fast {cell}"] = {"target": cell, "recipe": recipe("fast")}
     runs["fast linear-attention, copied output kept"] = {"recipe": recipe("fast", closed_form__solve_copied=False)}
+    plain = thesean.Target("linear-attention", memory=(90.0, 1100.0), sharpness=1.0)
+    for base in ("default", "fast"):
+        runs[f"{base} linear-attention, long memories, W = 1"] = {"target": plain, "recipe": recipe(base)}
     runs["paper"] = {"recipe": recipe("paper")}
     runs["paper, distilled"] = {"recipe": recipe("paper", fine_tuning__distillation=0.9)}
     runs["no alignment"] = {"recipe": recipe(alignment__share=0.0, alignment__schedule="none")}

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import thesean
-from thesean.deploy.latency import forward_latency
+from thesean.deploy.latency import latency_of_models
 from thesean.report import Row, environment, render, write_report
 
 STEPS = 300
@@ -117,7 +117,7 @@ def main() -> None:
     models = {"guide": models["converted"].frontier[0], **models}
     options.out.mkdir(parents=True, exist_ok=True)
     exports = {name: model.export(options.out / f"{name}.onnx") for name, model in models.items()}
-    latency = forward_latency({name: options.out / f"{name}.onnx" for name in models}, models["guide"].signature)
+    latency = latency_of_models({n: options.out / f"{n}.onnx" for n in models}, models["guide"].signature)
     rows = [
         Row(
             name=name,
@@ -126,7 +126,7 @@ def main() -> None:
             params=model.report.params,
             flops=model.report.flops,
             onnx_bytes=exports[name].bytes,
-            latency_ms=latency[name],
+            latency_ms={k: v for k, v in latency[name].medians_ms().items() if v is not None},
             steps=STEPS if name == "guide" else model.report.steps,
             seconds=None if name == "guide" else model.report.seconds,
         )

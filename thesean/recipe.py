@@ -115,6 +115,7 @@ RECIPES: dict[str, Recipe] = {
     "fast": Recipe(
         name="fast",
         steps=0,
+        closed_form=ClosedForm(solve_copied=True),
         alignment=Alignment(schedule="none", share=0),
         fine_tuning=FineTuning(share=0),
     ),

@@ -8,6 +8,7 @@ import torch
 from tests.targets.build import build
 from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts
+from thesean.targets.linear_attention import MEMORY, SHARPNESS
 
 
 def quadratic(facts: AttentionFacts, x_BTD: torch.Tensor, mask_TT: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
@@ -25,8 +26,9 @@ def quadratic(facts: AttentionFacts, x_BTD: torch.Tensor, mask_TT: torch.Tensor,
 
 
 def decay_mask(heads: int, time: int) -> torch.Tensor:
-    """exp(-softplus(bias) * (t - s)) for s <= t, one matrix a head: what the gates say before any training."""
-    rate_H11 = torch.nn.functional.softplus(torch.linspace(-4.5, -7, heads)).view(-1, 1, 1)
+    """exp(-(t - s) / memory) for s <= t, one matrix a head: what the gates say before any training."""
+    tokens_H = MEMORY[0] * (MEMORY[1] / MEMORY[0]) ** (torch.arange(heads) / (heads - 1))
+    rate_H11 = 1 / tokens_H.view(-1, 1, 1)
     distance_TT = torch.arange(time).view(-1, 1) - torch.arange(time)
     return torch.exp(-rate_H11 * distance_TT).tril()
 
@@ -40,7 +42,7 @@ def test_a_copied_module_attends_with_the_guides_weights(mixing, sequence_part, 
     x_BTD = torch.randn(2, 11, 16)
     mask = decay_mask(4, 11) if mixing == "causal" else torch.ones(11, 11)
     y_BTD = module(x_BTD)[0] if mixing == "causal" else module(x_BTD)
-    torch.testing.assert_close(y_BTD, quadratic(facts, x_BTD, mask), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y_BTD, quadratic(facts, x_BTD, mask, gain=SHARPNESS), rtol=1e-4, atol=1e-5)
 
 
 def test_a_guide_with_another_scale_gets_it_in_the_feature_maps(sequence_part, attention_facts):
@@ -49,7 +51,7 @@ def test_a_guide_with_another_scale_gets_it_in_the_feature_maps(sequence_part, a
     module = build("linear-attention", part).eval()
     module.copy_from(part)
     x_BTD = torch.randn(2, 5, 16)
-    expected = quadratic(facts, x_BTD, torch.ones(5, 5), gain=2.0)
+    expected = quadratic(facts, x_BTD, torch.ones(5, 5), gain=2.0 * SHARPNESS)
     torch.testing.assert_close(module(x_BTD), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,133 @@
+"""The first half of `make demo`: a trained character-level GPT-2 becomes a recurrent network, verified in onnxruntime.
+
+    python examples/demo_gpt2.py [--out build/demo] [--guide FOLDER | --guide train] [--steps 300]
+
+Converts the guide, trains the same recurrent network from scratch and by plain logit distillation for as many steps,
+exports all of them, generates text from the ONNX file alone, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from rich.console import Console
+from transformers import GPT2LMHeadModel
+
+import thesean
+from text import Windows, corpus, decode, encode, held_out_windows
+from thesean.deploy.latency import latency_of_models
+from thesean.deploy.session import Session
+from thesean.report import Row, environment, render, write_report
+
+HERE = Path(__file__).resolve().parent
+CONTEXTS = (64, 512, 2048)
+# Each method at its own best rate of (1e-3, 2e-3, 4e-3): benchmarks/results/recipes.json
+BASELINE_RATES = {"scratch": 2e-3, "distillation": 2e-3}
+PROMPT = "The debugger "
+GENERATED = 200
+
+
+def load_guide(where: str, out: Path) -> GPT2LMHeadModel:
+    """The committed guide, one from a folder, or one trained now (20 minutes)."""
+    folder = HERE / "guide" if where == "committed" else Path(where)
+    if where == "train":
+        folder = out / "guide"
+        subprocess.run([sys.executable, str(HERE / "train_guide.py"), "--out", str(folder)], check=True)
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def greedy(converted: thesean.Converted, prompt: list[int], count: int) -> list[int]:
+    """The torch module's own greedy text, the whole sequence anew for every token: the reference for the ONNX file."""
+    tokens = torch.tensor([prompt])
+    for _ in range(count):
+        logits = converted(input_ids=tokens)["logits"]
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    return tokens[0, len(prompt) :].tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/demo"))
+    parser.add_argument("--guide", default="committed", help="'committed', 'train', or a Hugging Face folder")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    guide = load_guide(options.guide, options.out)
+    data = Windows(corpus(held_out=False), batches=max(16, options.steps), seed=options.seed)
+    recipe = thesean.Recipe.named("default").model_copy(update={"steps": options.steps})
+    arguments: dict[str, Any] = dict(
+        target="rnn", granularity="sublayer", data=data, eval_data=held_out_windows()[::2],
+        loss=thesean.cross_entropy, recipe=recipe, seed=options.seed,
+    )  # fmt: skip
+    console.rule("plan")
+    print(thesean.plan(guide, "rnn", granularity="sublayer", data=data))
+    console.rule(f"convert, and train the baselines, {options.steps} steps each")
+    models = {"converted": thesean.compile(guide, **arguments)}
+    print(models["converted"].report)
+    for kind, rate in BASELINE_RATES.items():
+        models[kind] = thesean.baseline(guide, kind=kind, learning_rate=rate, **arguments)  # type: ignore[arg-type]
+    models["converted"].save(options.out / "converted")
+
+    console.rule("export and verify in onnxruntime")
+    models = {"guide": models["converted"].frontier[0], **models}
+    paths = {name: options.out / ("model.onnx" if name == "converted" else f"{name}.onnx") for name in models}
+    exports = {name: model.export(paths[name]) for name, model in models.items()}
+    print(exports["converted"])
+    session = Session(paths["converted"])
+    prompt = encode(PROMPT)
+    start = time.monotonic()
+    generated = session.generate(prompt, GENERATED)
+    rate = GENERATED / (time.monotonic() - start)
+    same = generated == greedy(models["converted"], prompt, GENERATED)
+    console.rule(f"{GENERATED} characters from onnxruntime, {rate:.0f} a second")
+    console.print(PROMPT + decode(generated), markup=False, highlight=False)
+    print(f"the torch module writes {'the same text' if same else 'ANOTHER TEXT'}")
+
+    latency = latency_of_models(paths, models["guide"].signature, contexts=CONTEXTS)
+    rows = [
+        Row(
+            name=name,
+            loss=model.report.converted["loss"],
+            params=model.report.params,
+            flops=model.report.flops,
+            onnx_bytes=exports[name].bytes,
+            latency_ms={k: v for k, v in latency[name].medians_ms().items() if v is not None},
+            steps=0 if name == "guide" else model.report.steps,
+            seconds=None if name == "guide" else model.report.seconds,
+        )
+        for name, model in models.items()
+    ]
+    write_report(
+        options.out / "report.json",
+        rows,
+        stages=models["converted"].report.to_dict()["stages"],
+        environment=environment(),
+        extra={
+            "title": "Character GPT-2 -> RNN",
+            "seed": options.seed,
+            "same_text": same,
+            "generated": decode(generated),
+            "notes": list(models["converted"].report.notes),
+        },
+    )
+    console.print(render(rows, title="Character GPT-2 -> RNN: nats per held-out character"))
+    if not same:
+        raise SystemExit("onnxruntime and torch disagree on the greedy text")
+
+
+if __name__ == "__main__":
+    main()
