@@ -64,7 +64,8 @@ class ModelLatency:
 def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 20, seconds: float = 5.0) -> dict[str, Latency]:
     """Time each call in `repeats` turns; fewer, but at least 5, when `seconds` are over for all together.
 
-    A turn of a short call is one that isn't timed, since the others' weights fill the cache, and then as many as take 3 ms: a decoder calls one model again and again (0.14 ms a step; 0.5 ms where three models alternate).
+    A turn of a short call is one that isn't timed, since the others' weights fill the cache, and then as many as take
+    3 ms: a decoder calls one model again and again (0.14 ms a step; 0.5 ms where three models alternate).
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     rows: dict[str, int] = {}
