@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
 

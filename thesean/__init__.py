@@ -4,7 +4,8 @@ converted = thesean.compile(model, target="rnn", data=batches)
 converted.export("model.onnx")
 """
 
-from thesean import similarity, targets  # callable subpackages: thesean.similarity(x, y), thesean.targets()
+from typing import TYPE_CHECKING
+
 from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
 from thesean.distill.losses import accuracy, cross_entropy, next_token
@@ -13,6 +14,12 @@ from thesean.passes.plan import Plan
 from thesean.recipe import Recipe
 from thesean.similarity import measures
 from thesean.targets import Target, register
+
+if TYPE_CHECKING:  # a module that can be called is beyond a type checker
+    from thesean.similarity import similarity
+    from thesean.targets import targets
+else:
+    from thesean import similarity, targets
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -231,7 +231,7 @@ def export(
     """
     with one_line_errors(debug):
         check_writable("FILE.onnx", file)
-        chosen: str | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
+        chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
         typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
 
 

@@ -92,7 +92,7 @@ class Aligner:
         """Train a stage, refit, and leave the hybrid in the best refitted state that was seen."""
         settings = self.recipe.alignment
         last = stage.compared[-1]
-        where = ", ".join(self.hybrid.parts[k] for k in (stage.trained if len(stage.trained) == 1 else (last,)))
+        where = self.hybrid.parts[last] if stage.count > 1 else f"{len(stage.trained)} parts"
         self.observer.begin("align", where, stage.number, stage.count, stage.steps)
         modules = [self.hybrid.module(r) for r in self.hybrid.replacements]
         graph_module = self.hybrid.graph_module
