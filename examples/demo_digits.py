@@ -111,9 +111,9 @@ def main() -> None:
         recipe=recipe, seed=options.seed,
     )  # fmt: skip
     print(thesean.plan(guide, "mlp", data=data))
-    models = {"converted": thesean.compile(guide, **arguments)}  # type: ignore[arg-type]
+    models = {"converted": thesean.compile(guide, **arguments)}
     for kind in ("scratch", "distillation"):
-        models[kind] = thesean.baseline(guide, kind=kind, **arguments)  # type: ignore[arg-type]
+        models[kind] = thesean.baseline(guide, kind=kind, **arguments)
     models = {"guide": models["converted"].frontier[0], **models}
     options.out.mkdir(parents=True, exist_ok=True)
     exports = {name: model.export(options.out / f"{name}.onnx") for name, model in models.items()}
