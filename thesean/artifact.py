@@ -52,21 +52,19 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
             made = Path(scratch) / "made"
             made.mkdir()
             save_file(tensors, made / _WEIGHTS)
+            artifact.plan.to_yaml(made / _PLAN)
+            (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
             body = {
                 "format": FORMAT,
                 "signature": _signature_to_json(artifact.signature),
                 "symbols": artifact.graph_module.meta.get("symbols", {}),
                 "modules": modules,
                 "aliases": aliases,
-                "weights_sha256": hashlib.sha256((made / _WEIGHTS).read_bytes()).hexdigest(),
+                "files_sha256": {name: _file_digest(made / name) for name in (_WEIGHTS, _PLAN, _REPORT)},
                 "nodes": graph_json.dump(artifact.graph_module.graph),
             }
             (made / _GRAPH).write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
-            artifact.plan.to_yaml(made / _PLAN)
-            (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
-            if folder.exists():
-                folder.rename(Path(scratch) / "earlier")
-            made.rename(folder)
+            _swap(made, folder, Path(scratch) / "earlier")
     except OSError as error:
         raise ArtifactError(f"can't write {folder}: {error.strerror or error}. Choose a writable folder.") from error
     return folder
@@ -80,7 +78,7 @@ def load(folder: str | Path) -> Artifact:
             raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
     try:
         document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{folder / _GRAPH} can't be read: {error}.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ArtifactError(f"{folder / _GRAPH}: expected format {FORMAT}; the file is of another version or altered.")
@@ -88,19 +86,41 @@ def load(folder: str | Path) -> Artifact:
     graph = graph_json.load(body.get("nodes"))  # before the checksum: an operator outside the list has its own message
     if _digest(body) != document.get("sha256"):
         raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
-    if hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest() != body["weights_sha256"]:
-        raise ArtifactError(f"{folder / _WEIGHTS} does not match its checksum; the file is truncated or altered.")
     try:
-        tensors = load_file(folder / _WEIGHTS)
+        for name in (_WEIGHTS, _PLAN, _REPORT):
+            if _file_digest(folder / name) != body["files_sha256"][name]:
+                raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")
+        # clones: memory of their own, aligned as torch would, so that products round as they did before saving
+        tensors = {k: v.clone() for k, v in load_file(folder / _WEIGHTS).items()}
         report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
         signature = _signature_from_json(body["signature"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder} can't be read: {error}.") from error
-    root = _root(graph, body, tensors, folder)
-    graph_module = fx.GraphModule(root, graph)
-    graph_module.meta["symbols"] = body["symbols"]
+        plan = Plan.from_yaml(folder / _PLAN)
+        graph_module = fx.GraphModule(_root(graph, body, tensors, folder), graph)
+        graph_module.meta["symbols"] = dict(body["symbols"])
+    except (SafetensorError, OSError, RuntimeError, AttributeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, TheseanError):
+            raise
+        raise ArtifactError(f"{folder} can't be read: {type(error).__name__}: {error}.") from error
     graph_module.eval()
-    return Artifact(graph_module=graph_module, signature=signature, plan=Plan.from_yaml(folder / _PLAN), report=report)
+    return Artifact(graph_module=graph_module, signature=signature, plan=plan, report=report)
+
+
+def _swap(made: Path, folder: Path, earlier: Path) -> None:
+    """`made` takes the place of `folder`; when that fails, what was there comes back."""
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(earlier)
+    try:
+        made.rename(folder)
+    except BaseException:
+        if replaced:
+            earlier.rename(folder)
+        raise
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -112,6 +132,7 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
     kept: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
+    storages: set[int] = set()
     parameters = {n for n, _ in graph_module.named_parameters(remove_duplicate=False)}
     everything = [
         *graph_module.named_parameters(remove_duplicate=False),
@@ -131,7 +152,11 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
         else:
             seen[id(value)] = name
             prefix = "parameter:" if name in parameters else "buffer:"
-            kept[prefix + name] = value.detach().cpu().contiguous()
+            flat = value.detach().cpu().contiguous()
+            storage = flat.untyped_storage().data_ptr()
+            # views of one storage are tensors of their own in the file, which holds no views
+            kept[prefix + name] = flat.clone() if storage in storages else flat
+            storages.add(storage)
     return kept, aliases
 
 

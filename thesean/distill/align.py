@@ -93,7 +93,7 @@ class Aligner:
         settings = self.recipe.alignment
         last = stage.compared[-1]
         where = self.hybrid.parts[last] if stage.count > 1 else f"{len(stage.trained)} parts"
-        self.observer.begin("align", where, stage.number, stage.count, stage.steps)
+        self.observer.begin("align", where, stage.number + 1, stage.count, stage.steps)
         modules = [self.hybrid.module(r) for r in self.hybrid.replacements]
         graph_module = self.hybrid.graph_module
         previous = [p.requires_grad for p in graph_module.parameters()]

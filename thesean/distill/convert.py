@@ -86,7 +86,7 @@ def convert(
     budget = round(recipe.steps * recipe.alignment.share)
     if schedule == "none" or budget == 0:
         for k in range(count):
-            observer.begin("solve", hybrid.parts[k], k, count, 0)
+            observer.begin("solve", hybrid.parts[k], k + 1, count, 0)
             solve([k])
             snapshot(k + 1, None)
             observer.end({"divergence": snapshots[-1].evaluation.divergence})

@@ -62,7 +62,7 @@ def fine_tune(
                     terms.append(hidden * nmse.loss(examples(got[y]), examples(wanted[g])))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
-    observer.begin(phase, None, 0, 1, steps)
+    observer.begin(phase, None, 1, 1, steps)
     hybrid.graph_module.requires_grad_(True)
     hybrid.graph_module.train()
     taken = 0

@@ -7,7 +7,10 @@ from typing import Protocol
 
 
 class Observer(Protocol):
-    """A phase is opened by `begin`, told about by `step`, closed by `end`; `close` comes once, whatever happens."""
+    """A phase is opened by `begin`, told about by `step` and closed by `end`; `close` comes once, whatever happens.
+
+    `stage` counts from 1 to `stages`.
+    """
 
     def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None: ...
 

@@ -99,7 +99,7 @@ def load(rows: Any) -> fx.Graph:
     for row in rows:
         try:
             node = _load_node(graph, row, nodes)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ArtifactError(f"graph.json: node {row!r:.80} is malformed ({error}).") from error
         if node is not None:
             nodes[row["name"]] = node

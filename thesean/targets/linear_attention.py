@@ -25,9 +25,9 @@ from thesean.targets.sequence import (
     small_linear,
 )
 
-# Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on the
-# demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and the
-# same with long memories in benchmarks/results/recipes.json.
+# Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
+# the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
+# the same with long memories in benchmarks/results/recipes.json.
 MEMORY = (1 / 3, 64.0)
 SHARPNESS = 1.5
 
