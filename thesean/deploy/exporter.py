@@ -70,7 +70,7 @@ def to_onnx(
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     try:
         lowered = lower_cells(graph_module, opset=opset)
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 lowered,
                 tuple(example[spec.name] for spec in inputs),
@@ -98,7 +98,7 @@ def to_onnx(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's notes on its own insides: deprecations in torch, operators it registers, versions it converts."""
     levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in _LOGGERS]
     with warnings.catch_warnings():

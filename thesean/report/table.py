@@ -84,7 +84,12 @@ def latency_label(key: str) -> str:
     kind, _, size = key.rpartition("_")
     if not (kind and size.isdigit()):
         return key
-    return {"prefill": f"prefill of {size} tokens", "token": f"token at context {size}"}.get(kind, f"{kind} {size}")
+    told = {
+        "prefill": f"prefill of {size} tokens",
+        "token": f"token at context {size}",
+        "cached_token": f"the same with a key-value cache, {size}",
+    }
+    return told.get(kind, f"{kind} {size}")
 
 
 def verdict(rows: Sequence[Row]) -> str:
