@@ -72,7 +72,7 @@ def main() -> None:
     recipe = thesean.Recipe.named("default").model_copy(update={"steps": options.steps})
     arguments: dict[str, Any] = dict(
         target="rnn", granularity="sublayer", data=data, eval_data=held_out_windows()[::2],
-        loss=thesean.cross_entropy, recipe=recipe, seed=options.seed,
+        loss=thesean.cross_entropy, metric=thesean.accuracy, recipe=recipe, seed=options.seed,
     )  # fmt: skip
     console.rule("plan")
     print(thesean.plan(guide, "rnn", granularity="sublayer", data=data))
@@ -107,6 +107,7 @@ def main() -> None:
         Row(
             name=name,
             loss=model.report.converted["loss"],
+            metric=model.report.converted["metric"],
             params=model.report.params,
             flops=model.report.flops,
             onnx_bytes=exports[name].bytes,
@@ -124,13 +125,14 @@ def main() -> None:
         environment=environment(),
         extra={
             "title": "Character GPT-2 -> RNN",
+            "metric_name": "next character",
             "seed": options.seed,
             "same_text": same,
             "generated": decode(generated),
             "notes": list(models["converted"].report.notes),
         },
     )
-    console.print(render(rows, title="Character GPT-2 -> RNN: nats per held-out character"))
+    console.print(render(rows, title="Character GPT-2 -> RNN, held-out text", metric_name="next character"))
     if not same:
         raise SystemExit("onnxruntime and torch disagree on the greedy text")
 
