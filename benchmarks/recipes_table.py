@@ -25,9 +25,10 @@ def table(results: dict[str, Any]) -> str:
     for run in results["runs"]:
         runs[run["name"]].append(run)
     budget = results["budget"]
+    size = f"{budget['steps']} steps of {budget['batch']} x {budget['length']}"
+    guide = results["runs"][0]["guide"]
     lines = [
-        f"{budget['steps']} steps of {budget['batch']} x {budget['length']} characters (`fast`: none); "
-        f"the guide is at {results['runs'][0]['guide']:.3f} nats, a uniform guess at 4.56.",
+        f"{size} characters (`fast`: none); the guide is at {guide:.3f} nats, a uniform guess at 4.56.",
         "",
         "| run | seeds | loss | after the first stage | after the last | seconds |",
         "|---|---:|---:|---:|---:|---:|",
