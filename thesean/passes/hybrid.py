@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import getitem
 
 import torch
 from torch import fx, nn
 
 from thesean.passes.draft import Draft, DraftPart, build_site
 from thesean.passes.regions import Region
-from thesean.passes.substitute import Substitute, clone
+from thesean.passes.substitute import Substitute, clone, output_of
 from thesean.targets import PartFacts, TargetModule
 
 aten = torch.ops.aten
@@ -66,8 +65,8 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
     guide = draft.captured.graph_module
     graph_module = clone(guide)
     by_name = {n.name: n for n in graph_module.graph.nodes}
-    joins = {(k, i): _join_of(s.region) for k, p in enumerate(parts) for i, s in enumerate(p.sites)}
-    replacements = []
+    replacements: list[Replacement] = []
+    joins: list[tuple[fx.Node, fx.Node] | None] = []
     for k, part in enumerate(parts):
         for i, site in enumerate(part.sites):
             name = f"part_{k}" if len(part.sites) == 1 else f"part_{k}_{i}"
@@ -78,8 +77,9 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
                 copied = module.copy_from(site.facts)
             region = _translate(site.region, by_name)
             Substitute(site.facts.path, region, name, module)(graph_module)
-            out = _output(graph_module, name)
+            out = output_of(graph_module, name)
             by_name[site.region.exit.name] = out  # later regions and boundaries mean the replacement's output
+            joins.append(_join_of(site.region))
             replacements.append(
                 Replacement(
                     part=k,
@@ -95,7 +95,8 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
                     copied=copied,
                 )
             )
-    replacements = [_with_join(r, joins[(r.part, _site_index(r))], by_name) for r in replacements]
+    # only now: the sum of one replacement may read the output of another
+    replacements = [_with_join(r, j, by_name) for r, j in zip(replacements, joins, strict=True)]
     boundaries = tuple((_boundary(p, by_name), p.region.exit.name) for p in parts)
     graph_module.meta["symbols"] = guide.meta["symbols"]
     return Hybrid(
@@ -106,24 +107,12 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
     )
 
 
-def _site_index(replacement: Replacement) -> int:
-    pieces = replacement.name.split("_")
-    return int(pieces[2]) if len(pieces) == 3 else 0
-
-
 def _translate(region: Region, by_name: dict[str, fx.Node]) -> Region:
     return Region(
         entry=by_name[region.entry.name],
         exit=by_name[region.exit.name],
         nodes=tuple(by_name[n.name] for n in region.nodes),
     )
-
-
-def _output(graph_module: fx.GraphModule, name: str) -> fx.Node:
-    call = next(n for n in graph_module.graph.nodes if n.op == "call_module" and n.target == name)
-    if getattr(graph_module.get_submodule(name), "stateful", False):
-        return next(u for u in call.users if u.target is getitem)
-    return call
 
 
 def _boundary(part: DraftPart, by_name: dict[str, fx.Node]) -> str:
