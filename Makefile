@@ -3,12 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := onnx,hf,report,demo,dev
+EXTRAS := onnx,hf,report,demo,kernels,dev
 GUIDE ?= carried
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test kernels-interpret lint bench install clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -27,6 +27,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+	$(MAKE) kernels-interpret
+
+# An interpreting process can't compile, and one that has imported triton can't begin to interpret: hence processes.
+kernels-interpret: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
 
 lint: $(STAMP)
 	$(BIN)/ruff check
