@@ -17,6 +17,7 @@ from thesean.distill.evaluate import Batch, Task
 from thesean.distill.observer import Observer
 from thesean.distill.optimise import train
 from thesean.distill.outputs import match_loss
+from thesean.errors import DataError
 from thesean.passes.hybrid import Hybrid
 from thesean.passes.tap import tap
 from thesean.recipe import Recipe
@@ -51,7 +52,7 @@ def fine_tune(
         hidden = settings.hidden * left
         terms: list[Any] = []
         if task.loss is not None and weight < 1:
-            terms.append((1 - weight) * task.loss(task.wrap(got["output"]), whole))
+            terms.append((1 - weight) * _task_loss(task, got["output"], whole))
         if use_guide and (weight > 0 or hidden > 0):
             with torch.no_grad():
                 wanted = theirs(**inputs)
@@ -82,3 +83,16 @@ def fine_tune(
     hybrid.graph_module.eval()
     observer.end({})
     return taken
+
+
+def _task_loss(task: Task, output: Any, batch: Any) -> torch.Tensor:
+    """The user's loss; raises DataError unless it is a scalar that a gradient can flow from."""
+    assert task.loss is not None
+    value = task.loss(task.wrap(output), batch)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise DataError(
+            f"loss(output, batch) returned {found}; expected a scalar tensor computed from output. "
+            "Return a mean, and not .item() of it."
+        )
+    return value
