@@ -10,7 +10,8 @@ import copy
 import inspect
 import logging
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -75,6 +76,10 @@ def check_guide(model: nn.Module) -> None:
     """Raises DataError unless all parameters are float32 and on one device."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module as guide, found {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the guide is a TorchScript module, which can't be traced. Give the module it was made from."
+        )
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if floats - {torch.float32}:
         found = ", ".join(sorted(str(d) for d in floats))
@@ -87,15 +92,19 @@ def check_guide(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module):  # type: ignore[no-untyped-def]
-    """Eval mode inside, every module's own flag afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's own flag, and buffers as they were where a forward writes to them."""
     flags = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     model.eval()
     try:
         yield
     finally:
         for module, flag in flags:
             module.training = flag
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -120,6 +129,8 @@ def _named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
         order = [k for k in accepted if k in example] + [k for k in example if k not in accepted]
         named = {k: example[k] for k in order}
     else:
+        if not isinstance(example, (tuple, list)):
+            raise DataError(f"example inputs: expected a tensor, a tuple or a dict, found {type(example).__name__}.")
         if len(example) > len(names):
             raise DataError(f"the guide's forward takes {len(names)} inputs, the example has {len(example)}.")
         named = dict(zip(names, example, strict=False))
@@ -162,7 +173,10 @@ def _export(
         shapes: dict[str, Any] = {k: dict.fromkeys(_dynamic_dims(v, sequence), Dim.DYNAMIC) for k, v in inputs.items()}
         shapes.update(dict.fromkeys(constants))
         try:
-            return torch.export.export(traced, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
+            with warnings.catch_warnings():
+                # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
+                warnings.filterwarnings("ignore", message="(?s).*assigned during export")
+                return torch.export.export(traced, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
             logger.debug("export with dynamic sequence=%s failed: %s", sequence, _short(error))
