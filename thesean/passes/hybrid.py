@@ -67,9 +67,10 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
     by_name = {n.name: n for n in graph_module.graph.nodes}
     replacements: list[Replacement] = []
     joins: list[tuple[fx.Node, fx.Node] | None] = []
+    prefix = _free_prefix(guide)
     for k, part in enumerate(parts):
         for i, site in enumerate(part.sites):
-            name = f"part_{k}" if len(part.sites) == 1 else f"part_{k}_{i}"
+            name = f"{prefix}_{k}" if len(part.sites) == 1 else f"{prefix}_{k}_{i}"
             assert part.target is not None
             module = build_site(part.target, site)
             copied: tuple[str, ...] = ()
@@ -105,6 +106,12 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
         boundaries=boundaries,
         parts=tuple(p.planned.path for p in parts),
     )
+
+
+def _free_prefix(guide: fx.GraphModule) -> str:
+    """part, or part2, part3... for a guide that was itself converted."""
+    taken = {name.split("_")[0] for name, _ in guide.named_children()}
+    return next(p for p in ("part", *(f"part{n}" for n in range(2, len(taken) + 3))) if p not in taken)
 
 
 def _translate(region: Region, by_name: dict[str, fx.Node]) -> Region:
