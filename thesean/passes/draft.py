@@ -61,6 +61,13 @@ def make_draft(
     parts: Sequence[str] | None = None,
 ) -> Draft:
     """Raises PlanError (nothing to cut, a glob without a match), UnknownNameError, TargetMismatchError."""
+    if not isinstance(target, (str, Target, Mapping)):
+        raise PlanError(
+            "target: expected a name, a Target or {part glob: name | Target | 'keep'}, "
+            f"found {type(target).__name__}."
+        )
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)  # a lone glob is not a sequence of letters
+    parts = (parts,) if isinstance(parts, str) else parts
     flow = data_flow(captured.graph_module.graph)
     chosen, granularity = _choose_regions(flow, target, granularity, parts)
     mapping = {"*": target} if isinstance(target, (str, Target)) else dict(target)
