@@ -40,10 +40,7 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
     could not be found again.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; expected a folder's name.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _GRAPH).exists():
-        raise ArtifactError(f"{folder} is not empty and holds no conversion; choose another folder.")
+    check_free(folder)
     tensors, aliases = _tensors(artifact.graph_module)
     modules = _modules(artifact.graph_module)
     try:
@@ -68,6 +65,14 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
     except OSError as error:
         raise ArtifactError(f"can't write {folder}: {error.strerror or error}. Choose a writable folder.") from error
     return folder
+
+
+def check_free(folder: Path) -> None:
+    """Raises ArtifactError unless `save` may use this name: nothing there, an empty folder, or a conversion."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; expected a folder's name.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _GRAPH).exists():
+        raise ArtifactError(f"{folder} is not empty and holds no conversion; choose another folder.")
 
 
 def load(folder: str | Path) -> Artifact:
