@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,6 +148,47 @@ def test_control_flow_that_depends_on_values_names_this_file_and_the_line():
     assert "submodule" in str(caught.value)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, cell: type[nn.GRU] | type[nn.LSTM]) -> None:
+        super().__init__()
+        self.cell = cell(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0])
+
+
+@pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
+def test_recurrent_guides_are_captured_at_their_length_and_run_afterwards(cell):
+    model = models.seeded(Recurrent, cell)
+    expected = model(vectors(2, 6, 4))
+    captured = capture(model, vectors(2, 6, 4))
+    torch.testing.assert_close(model(vectors(2, 6, 4)), expected)
+    assert captured.signature.inputs[0].shape == ("batch", 6, 4)
+    same_everywhere(model, captured, [(5,)], lambda b: vectors(b, 6, 4))
+
+
+class Counting(nn.Module):
+    """Writes to a buffer in forward, in eval mode too."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.layer(x)
+
+
+def test_buffers_that_a_forward_writes_to_are_as_they_were():
+    model = Counting()
+    capture(model, vectors(2, 4))
+    assert model.calls == 0
+
+
 class Random(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand_like(x)
@@ -155,6 +197,14 @@ class Random(nn.Module):
 def test_a_guide_that_is_random_in_eval_mode_is_refused():
     with pytest.raises(CaptureError, match="random"):
         capture(Random(), vectors(2, 4))
+
+
+def test_a_torchscript_module_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
+        scripted = torch.jit.trace(models.mlp(), vectors(2, 8))
+    with pytest.raises(CaptureError, match="TorchScript"):
+        capture(scripted, vectors(2, 8))
 
 
 def test_what_is_not_a_module_is_refused():
@@ -199,6 +249,8 @@ def test_inputs_of_another_width_name_the_place_and_leave_the_reason():
         ((vectors(2, 8), vectors(2, 8)), "takes 1 inputs, the example has 2"),
         (([1.0, 2.0],), "expected a tensor, found list"),
         ({"input": None}, "expected a tensor, found NoneType"),
+        ("text", "expected a tensor, a tuple or a dict, found str"),
+        (3, "found int"),
     ],
 )
 def test_examples_that_the_guide_does_not_take_are_refused(example, reason):

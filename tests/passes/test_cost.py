@@ -61,5 +61,5 @@ def test_a_target_tells_its_own_flops():
     counted = flops_by_node(hybrid.graph_module, guide.signature, {"batch": 1}, facts)
     assert sum(counted.values()) == draft.plan.new_flops
     calls = {n.target: count for n, count in counted.items() if n.op == "call_module"}
-    assert calls == {r.name: hybrid.module(r).flops(r.facts, {"batch": 1}) for r in hybrid.replacements}  # type: ignore[operator]
+    assert calls == {r.name: hybrid.module(r).flops(r.facts, {"batch": 1}) for r in hybrid.replacements}
     assert all(isinstance(p, torch.nn.Parameter) for p in hybrid.graph_module.parameters())

@@ -65,12 +65,23 @@ def test_globs_without_a_match_and_plans_without_a_part_are_refused(target, sett
         make_draft(captured.gpt2(), target, **settings)
 
 
+@pytest.mark.parametrize("target", [None, 3, ("gru",)])
+def test_what_is_no_target_is_refused(target):
+    with pytest.raises(PlanError, match="target: expected a name, a Target or"):
+        make_draft(captured.gpt2(), target)
+
+
+def test_a_lone_glob_may_stand_for_a_list():
+    assert targets(captured.gpt2(), "gru", keep="*.0") == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
+    assert targets(captured.gpt2(), "gru", parts="*.h.1") == {"transformer.h.1": "gru"}
+
+
 def test_unknown_targets_and_options_are_refused():
     with pytest.raises(UnknownNameError, match=r"unknown target 'rn'; did you mean 'rnn'\? known: .*gru"):
         make_draft(captured.gpt2(), "rn")
     with pytest.raises(UnknownNameError, match="rn"):
         make_draft(captured.gpt2(), {"*.0": "rn"})
-    with pytest.raises(TargetMismatchError, match="option 'wide'.*known options: .*width"):
+    with pytest.raises(TargetMismatchError, match=r"option 'wide'.*known options: .*width"):
         make_draft(captured.gpt2(), Target("gru", wide=3))
 
 

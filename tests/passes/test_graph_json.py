@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_a_hybrid_comes_back_and_computes_the_same():
 def test_every_kind_of_argument_comes_back():
     graph = fx.Graph()
     x = graph.placeholder("x")
-    arguments = (
+    arguments: Any = (
         x, None, True, 3, -0.5, math.inf, -math.inf, "tanh", torch.float16, torch.device("cpu"), torch.strided,
         torch.channels_last, slice(None, 3, x), (1, (x, 2)), [x, [4]], {"a": x, "b": (1,)},
     )  # fmt: skip
@@ -52,7 +53,8 @@ def test_every_kind_of_argument_comes_back():
 def test_not_a_number_comes_back():
     graph = fx.Graph()
     graph.output((graph.placeholder("x"), math.nan))
-    assert math.isnan(load(json.loads(json.dumps(dump(graph)))).output_node().args[0][1])
+    again: Any = load(json.loads(json.dumps(dump(graph)))).output_node().args[0]
+    assert math.isnan(again[1])
 
 
 def rows() -> list[dict]:
@@ -111,7 +113,7 @@ def test_no_operator_that_may_be_loaded_takes_a_file_name_or_writes_to_its_argum
     for name in names:
         packet, _, overload = name.removeprefix("aten::").partition(".")
         try:
-            found = resolve_target(f"aten.{packet}.{overload or 'default'}")
+            found: Any = resolve_target(f"aten.{packet}.{overload or 'default'}")
         except ArtifactError:
             continue
         allowed += 1

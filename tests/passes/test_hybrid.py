@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import captured
+from tests import captured, models
 from tests.models import tokens, vectors
+from thesean.passes.capture import capture
 from thesean.passes.draft import make_draft
 from thesean.passes.hybrid import build_hybrid
 from thesean.passes.tap import tap
@@ -28,7 +29,8 @@ def test_the_guide_stays_as_it_was():
 def test_no_part_replaced_is_the_guide():
     guide = captured.gpt2()
     hybrid = build_hybrid(make_draft(guide, "rnn"), 0)
-    assert hybrid.parts == hybrid.replacements == ()
+    assert not hybrid.parts
+    assert not hybrid.replacements
     ids = tokens(2, 6)
     assert torch.equal(hybrid.graph_module(ids)["logits"], guide.graph_module(ids)["logits"])
 
@@ -111,6 +113,17 @@ def test_joins_are_where_a_branch_is_added_to_its_stream():
 def test_a_whole_block_is_joined_to_nothing():
     hybrid = build_hybrid(make_draft(captured.gpt2(), Target("gru", scope="part")))
     assert [(r.join, r.guide_join) for r in hybrid.replacements] == [(None, None)] * 2
+
+
+def test_a_network_that_was_converted_can_be_converted_again():
+    first = build_hybrid(make_draft(captured.gpt2(), "gru", keep=["*.1"])).graph_module
+    again = build_hybrid(make_draft(capture(first, tokens()), "mingru", keep=["*.0*"]))
+    assert [n.target for n in again.graph_module.graph.find_nodes(op="call_module")] == ["part2_0"]
+    assert again.graph_module(tokens(2))["logits"].shape == (
+        2,
+        models.LENGTH,
+        32,
+    )  # a guide with a cell keeps its length
 
 
 def test_the_weights_of_a_part_are_those_of_its_modules():

@@ -121,7 +121,7 @@ def test_wrong_fields_are_named(change, field):
 def test_what_is_not_yaml_or_not_there_is_refused(tmp_path: Path):
     with pytest.raises(PlanError, match="the plan is not YAML"):
         Plan.from_yaml("parts: [\n  {\n")
-    with pytest.raises(PlanError, match="can't read the plan .*No such file"):
+    with pytest.raises(PlanError, match=r"can't read the plan .*No such file"):
         Plan.from_yaml(tmp_path / "none.yaml")
     with pytest.raises(PlanError, match="plan field"):
         Plan.from_yaml("- a\n- b\n")
