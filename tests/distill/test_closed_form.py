@@ -1,0 +1,144 @@
+"""B batch, T time, D width"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import captured, models
+from tests.distill.tools import batches_of, drafted
+from tests.models import vectors
+from thesean.distill.closed_form import solve_parts
+from thesean.errors import NumericalError
+from thesean.passes.capture import Captured, capture
+from thesean.passes.hybrid import Hybrid
+from thesean.passes.tap import tap
+from thesean.targets import Target
+
+
+def inputs_of(guide: Captured, count: int = 8, batch: int = 16, seed: int = 0):
+    return [inputs for _, inputs in batches_of(guide, count, batch, seed=seed)]
+
+
+@torch.no_grad()
+def error_at(guide: Captured, hybrid: Hybrid, part: int, seed: int = 9) -> float:
+    """Normalised squared error at a part's exit on fresh inputs."""
+    own, theirs = hybrid.boundaries[part]
+    (inputs,) = inputs_of(guide, 1, 64, seed=seed)
+    y = tap(hybrid.graph_module, [own], with_output=False)(**inputs)[own]
+    g = tap(guide.graph_module, [theirs], with_output=False)(**inputs)[theirs]
+    return float((y - g).square().sum() / (g - g.mean(0)).square().sum())
+
+
+def test_a_linear_map_of_the_features_is_recovered_exactly():
+    """The guide's part is relu(Wx + b): a target whose features are relu(Wx + b) has the identity to find."""
+    guide = captured.mlp()
+    _, hybrid = drafted(guide, Target("mlp", width=8, activation="relu", hidden_norm="none"), keep=["2*", "4*"])
+    module, weights = hybrid.graph_module.part_0, dict(guide.graph_module.named_parameters())
+    with torch.no_grad():
+        module.first[0].weight.copy_(weights["0.weight"])
+        module.first[0].bias.copy_(weights["0.bias"])
+    assert solve_parts(guide.graph_module, hybrid, [0], inputs_of(guide), ridge=1e-12) == ["part_0"]
+    torch.testing.assert_close(module.last.weight, torch.eye(8), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.last.bias, torch.zeros(8), rtol=1e-4, atol=1e-4)
+    assert error_at(guide, hybrid, 0) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("guide", "target"),
+    [(captured.mlp, "mlp"), (captured.resnet, "mlp"), (captured.gpt2, "gru"), (captured.bert, "mingru")],
+)
+def test_each_part_comes_nearer_to_the_guide(guide, target):
+    _, hybrid = drafted(guide(), target)
+    before = [error_at(guide(), hybrid, k) for k in range(len(hybrid.parts))]
+    solve_parts(guide().graph_module, hybrid, range(len(hybrid.parts)), inputs_of(guide(), 16), ridge=1e-3)
+    after = [error_at(guide(), hybrid, k) for k in range(len(hybrid.parts))]
+    assert all(a < b for a, b in zip(after, before, strict=True)), (before, after)
+
+
+def test_the_guide_stays_and_so_does_all_but_the_last_layer():
+    guide = captured.gpt2()
+    _, hybrid = drafted(guide, "gru")
+    theirs, own = models.state_of(guide.graph_module), models.state_of(hybrid.graph_module)
+    solve_parts(guide.graph_module, hybrid, [0, 1], inputs_of(guide), ridge=1e-3)
+    assert models.same_state(guide.graph_module, theirs)
+    changed = {k for k, v in hybrid.graph_module.state_dict().items() if not torch.equal(v, own[k])}
+    assert changed == {f"part_{k}.last.{name}" for k in (0, 1) for name in ("weight", "bias")}
+
+
+def test_a_target_that_adds_its_input_solves_for_the_rest():
+    guide = captured.gpt2()
+    _, hybrid = drafted(guide, Target("gru", scope="part"))
+    before = error_at(guide, hybrid, 0)
+    solve_parts(guide.graph_module, hybrid, [0], inputs_of(guide, 16), ridge=1e-3)
+    assert error_at(guide, hybrid, 0) < before
+
+
+def test_drift_of_earlier_parts_is_corrected_where_a_part_joins_the_stream():
+    """Part 0 puts a constant error on the residual stream; solving part 1 for the stream takes it away again."""
+    guide = captured.token_mixer()
+    _, hybrid = drafted(guide, "gru")
+    assert all(r.join for r in hybrid.replacements)
+    solve_parts(guide.graph_module, hybrid, [0, 1], inputs_of(guide, 16), ridge=1e-3)
+    with torch.no_grad():
+        hybrid.graph_module.part_0.last.bias.add_(3.0)
+    drifted = error_at(guide, hybrid, 1)
+    solve_parts(guide.graph_module, hybrid, [1], inputs_of(guide, 16), ridge=1e-3)
+    corrected = error_at(guide, hybrid, 1)
+    assert corrected < 0.5 * drifted, (drifted, corrected)
+
+
+def test_an_offset_on_the_stream_is_all_corrected_by_the_next_part():
+    """The two-sided check: with zero features left to explain, the bias alone takes the whole offset."""
+    guide = captured.token_mixer()
+    _, hybrid = drafted(guide, "gru", keep=["*mix.0*"])
+    (r,) = hybrid.replacements
+    assert r.join is not None
+    assert r.guide_join is not None
+    own = tap(hybrid.graph_module, [r.join[0]], with_output=False)
+    theirs = tap(guide.graph_module, [r.guide_join], with_output=False)
+    data = inputs_of(guide, 4)
+    solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-3)
+    got = torch.cat([own(**x)[r.join[0]] for x in data]).flatten(0, 1)
+    want = torch.cat([theirs(**x)[r.guide_join] for x in data]).flatten(0, 1)
+    torch.testing.assert_close(got.mean(0), want.mean(0), rtol=1e-4, atol=1e-4)  # residuals of a fit have mean zero
+
+
+def test_parts_that_were_copied_whole_are_left_alone_when_asked():
+    guide = captured.gpt2()
+    _, hybrid = drafted(guide, "linear-attention")
+    before = models.state_of(hybrid.graph_module)
+    assert solve_parts(guide.graph_module, hybrid, [0, 1], inputs_of(guide), ridge=1e-3, solve_copied=False) == []
+    assert models.same_state(hybrid.graph_module, before)
+    assert solve_parts(guide.graph_module, hybrid, [0, 1], inputs_of(guide), ridge=1e-3) == ["part_0", "part_1"]
+
+
+def test_a_module_of_your_own_without_a_last_layer_is_left_alone():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide, Target("mine", build=lambda part: torch.nn.Linear(8, 8)))
+    assert solve_parts(guide.graph_module, hybrid, [0, 1, 2], inputs_of(guide), ridge=1e-3) == []
+
+
+def test_training_flags_come_back():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    hybrid.graph_module.train()
+    solve_parts(guide.graph_module, hybrid, [0], inputs_of(guide), ridge=1e-3)
+    assert all(m.training for m in hybrid.graph_module.modules())
+
+
+def test_features_that_do_not_vary_are_no_division_by_zero():
+    guide = capture(models.mlp(), vectors(2, 8))
+    _, hybrid = drafted(guide)
+    constant = [{"input": torch.ones(4, 8)}]
+    solve_parts(guide.graph_module, hybrid, [0, 1, 2], constant, ridge=1e-3)
+    assert hybrid.graph_module(torch.ones(4, 8)).isfinite().all()
+    torch.testing.assert_close(hybrid.graph_module(torch.ones(4, 8)), guide.graph_module(torch.ones(4, 8)))
+
+
+def test_not_a_number_in_the_data_names_the_part():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    data = [{"input": torch.full((4, 8), float("nan"))}]
+    with pytest.raises(NumericalError, match=r"^0\.\.1: activations are not finite"):
+        solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-3)

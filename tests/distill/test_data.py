@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests import captured
+from tests.models import tokens, vectors
+from thesean.distill.data import Batches, example_of, integer_labels, named_inputs, synthetic
+from thesean.errors import DataError
+
+CPU = torch.device("cpu")
+
+
+def batches(data, guide=None, device=CPU) -> Batches:
+    return Batches(data, (guide or captured.mlp()).signature, device)
+
+
+def test_batches_are_read_as_many_times_as_asked():
+    data = batches([vectors(2, 8, seed=k) for k in range(3)])
+    assert len(list(data)) == len(list(data)) == 3
+    assert len(data.first(2)) == 2
+    assert len(data.first(9)) == 3
+    assert len(list(itertools.islice(data.forever(), 7))) == 7
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        vectors(2, 8),
+        (vectors(2, 8), torch.zeros(2)),
+        [vectors(2, 8), torch.zeros(2)],
+        {"input": vectors(2, 8), "labels": torch.zeros(2)},
+        ({"input": vectors(2, 8)}, torch.zeros(2)),
+        ((vectors(2, 8),), torch.zeros(2)),
+    ],
+)
+def test_tensors_pairs_and_dicts_hold_the_same_input(batch):
+    ((whole, inputs),) = batches([batch])
+    assert whole is batch
+    assert list(inputs) == ["input"]
+    assert torch.equal(inputs["input"], vectors(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ([], "data is empty"),
+        (iter([vectors(2, 8)]), "iterator, which can be read only once"),
+        ((x for x in [vectors(2, 8)]), "iterator"),
+        (vectors(2, 8), "one tensor"),
+        (3, "data is a int; expected an iterable"),
+    ],
+)
+def test_data_that_is_no_set_of_batches_is_refused(data, reason):
+    with pytest.raises(DataError, match=reason):
+        batches(data)
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (vectors(2, 7), r"batch 1: expected input: float32\[batch, 8\], found shape \(2, 7\)"),
+        (vectors(8), "batch 1: expected input"),
+        (vectors(2, 8).double(), r"batch 1: input: expected torch.float32, found torch.float64\. Convert it"),
+        ({"pixels": vectors(2, 8)}, "batch 1: no input 'input' in the batch, which has: pixels"),
+        ((), r"batch 1: expected 1 inputs \(input\), found 0"),
+        ("text", "batch 1: expected a tensor, a tuple .* found str"),
+        (None, "batch 1: expected a tensor"),
+        (([1.0, 2.0], 1), "batch 1: input: expected a tensor, found float"),
+        (vectors(2, 8).to("meta"), "batch 1: 'input' is on meta, the guide on cpu"),
+    ],
+)
+def test_batches_that_do_not_fit_are_named_by_their_number(batch, reason):
+    with pytest.raises(DataError, match=reason):
+        list(batches([vectors(2, 8), batch]))
+
+
+def test_a_mask_of_another_length_is_refused():
+    batch = {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    with pytest.raises(DataError, match=r"attention_mask.*found shape \(2, 5\) \(time=6\)"):
+        list(batches([batch], captured.bert()))
+
+
+def test_labels_and_what_the_guide_does_not_read_stay_out_of_its_inputs():
+    batch = {"input_ids": tokens(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long), "idx": torch.ones(2)}
+    assert list(named_inputs(batch, captured.gpt2().signature)) == ["input_ids"]
+
+
+def test_examples_leave_labels_out():
+    x, y = vectors(2, 8), torch.zeros(2)
+    assert set(example_of({"input_ids": x, "labels": y, "label": y})) == {"input_ids"}
+    assert example_of((x, y)) == (x,)
+    assert example_of([x, y]) == (x,)
+    assert example_of(x) is x
+    assert set(example_of(({"a": x, "labels": y}, y))) == {"a"}
+
+
+def test_class_labels_are_integers():
+    x, y = vectors(2, 8), torch.zeros(2, dtype=torch.long)
+    assert integer_labels((x, y))
+    assert integer_labels({"input": x, "labels": y})
+    assert not integer_labels((x, y.float()))
+    assert not integer_labels({"input": x, "ids": y})
+    assert not integer_labels(x)
+
+
+def test_synthetic_inputs_fit_the_guide_and_follow_the_seed():
+    signature = captured.gpt2().signature
+    first, again, other = (synthetic(signature, {"batch": 2, "time": 5}, CPU, 3, seed) for seed in (0, 0, 1))
+    assert len(first) == 3
+    for a, b, c in zip(first, again, other, strict=True):
+        assert signature.check(a) == {"batch": 2, "time": 5}
+        assert int(a["input_ids"].max()) < 32
+        assert torch.equal(a["input_ids"], b["input_ids"])
+        assert not torch.equal(a["input_ids"], c["input_ids"])

@@ -1,0 +1,75 @@
+"""Hybrids, batches and recipes as the tests of training use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests import models
+from thesean.distill.evaluate import Batch, Task
+from thesean.passes.capture import Captured
+from thesean.passes.draft import Draft, make_draft
+from thesean.passes.hybrid import Hybrid, build_hybrid
+from thesean.recipe import Alignment, FineTuning, Recipe
+
+
+class Recorder:
+    """An observer that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, str | None, int, int, int]] = []
+        self.losses: list[float] = []
+
+    def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None:
+        self.phases.append((phase, part, stage, stages, steps))
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self.losses.append(values["loss"])
+
+    def end(self, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def task(loss: Any = None, metric: Any = None, kind: Any = "features") -> Task:
+    return Task(loss=loss, metric=metric, kind=kind, wrap=lambda output: output)
+
+
+def drafted(captured: Captured, target: Any = "mlp", seed: int = 0, **settings: Any) -> tuple[Draft, Hybrid]:
+    draft = make_draft(captured, target, **settings)
+    torch.manual_seed(seed)
+    return draft, build_hybrid(draft)
+
+
+def batches_of(captured: Captured, count: int = 4, batch: int = 16, time: int = 8, seed: int = 0) -> list[Batch]:
+    """(labelled batch, inputs): the batch is (input, integer labels)."""
+    found: list[Batch] = []
+    for k in range(count):
+        sizes = {s: batch if s.startswith("batch") else time for s in captured.signature.symbols}
+        inputs = captured.signature.random_inputs(sizes, seed=1000 * seed + k)
+        labels = torch.randint(0, 5, (batch,), generator=torch.Generator().manual_seed(k))
+        found.append(((next(iter(inputs.values())), labels), inputs))
+    return found
+
+
+def forever(batches: list[Batch]) -> Any:
+    while True:
+        yield from batches
+
+
+def recipe(
+    steps: int = 8, schedule: Any = "progressive", share: float = 0.5, check_every: int = 2, **fine_tuning: Any
+) -> Recipe:
+    return Recipe(
+        steps=steps,
+        warmup=1,
+        alignment=Alignment(schedule=schedule, share=share, check_every=check_every, patience=10, ceiling=0),
+        fine_tuning=FineTuning(**fine_tuning),
+    )
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return models.state_of(module)
