@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from thesean import TheseanError
+from thesean.errors import UnknownNameError
+from thesean.recipe import RECIPES, Recipe, RecipeError
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_comes_back_from_yaml_as_it_was(name, tmp_path: Path):
+    recipe = Recipe.named(name)
+    assert recipe.name == name
+    path = tmp_path / "recipe.yaml"
+    text = recipe.to_yaml(path)
+    assert path.read_text(encoding="utf-8") == text
+    assert Recipe.from_yaml(path) == recipe
+
+
+def test_recipes_are_found_by_name_path_object_and_default(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    Recipe(name="mine", steps=3).to_yaml(path)
+    assert Recipe.resolve(None) is RECIPES["default"]
+    assert Recipe.resolve("fast") is RECIPES["fast"]
+    assert Recipe.resolve(path) == Recipe.resolve(str(path)) == Recipe(name="mine", steps=3)
+    assert Recipe.resolve(Recipe(steps=4)).steps == 4
+
+
+def test_the_fast_recipe_takes_no_gradient_and_the_papers_aligns_by_cka():
+    fast, paper = Recipe.named("fast"), Recipe.named("paper")
+    assert fast.steps == 0
+    assert fast.closed_form.enabled
+    assert (paper.alignment.schedule, paper.alignment.measure) == ("progressive", "cka")
+    assert not paper.closed_form.enabled
+    assert paper.fine_tuning.distillation == 0
+
+
+def test_an_unknown_recipe_gives_the_near_name():
+    with pytest.raises(UnknownNameError, match=r"unknown recipe 'papr'; did you mean 'paper'\? known: default, fast"):
+        Recipe.resolve("papr")
+
+
+def test_settings_left_out_have_their_defaults(tmp_path: Path):
+    path = tmp_path / "short.yaml"
+    path.write_text("steps: 7\nalignment: {measure: cka}\n")
+    recipe = Recipe.from_yaml(path)
+    assert (recipe.steps, recipe.alignment.measure) == (7, "cka")
+    assert recipe.fine_tuning == Recipe().fine_tuning
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("stpes: 7", "stpes: Extra inputs are not permitted"),
+        ("alignment: {shedule: joint}", "alignment.shedule"),
+        ("alignment: {schedule: sideways}", "alignment.schedule"),
+        ("steps: -1", "steps"),
+        ("steps: many", "steps"),
+        ("fine_tuning: {learning_rate: 0}", "fine_tuning.learning_rate"),
+        ("fine_tuning: {anneal_until: 2}", "fine_tuning.anneal_until"),
+        ("positions: drop", "positions"),
+        ("- 1", "."),
+        ("", "."),
+        ("steps: [", "is not YAML"),
+    ],
+)
+def test_wrong_settings_are_named(text, reason, tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=reason) as caught:
+        Recipe.from_yaml(path)
+    assert isinstance(caught.value, TheseanError)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"can't read the recipe .*No such file"):
+        Recipe.from_yaml(tmp_path / "none.yaml")
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Recipe().steps = 3
+
+
+def test_every_setting_is_in_the_yaml():
+    data = yaml.safe_load(Recipe().to_yaml())
+    assert set(data) == set(Recipe.model_fields)
+    assert set(data["alignment"]) == set(type(Recipe().alignment).model_fields)
