@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import accumulator, full_precision, widen
+from thesean.kernels.precision import accumulator, centred, full_precision, widen
 
 Form = Literal["gram", "feature"]
 _DOT_ELEMENTS = 1 << 20  # of a matrix that are widened to float64 at a time
@@ -186,13 +186,7 @@ def _cheaper_form(n: int, p: int, q: int) -> Form:
 
 
 def _centre(x_NP: torch.Tensor, form: Form, exact: bool) -> CentredGram:
-    # Not centring the features, but their Gram, loses all digits at an offset of 300. The mean in float64 is exact
-    # for a constant column, which then vanishes instead of leaving rounding noise to compare.
-    # What float32 rounds off that mean is taken away too: at that offset the gradient gains a factor of 25.
-    wide = accumulator(x_NP.device)
-    mean_P = x_NP.mean(0, dtype=wide)
-    rounded_P = mean_P.to(x_NP.dtype)
-    centred_NP = (x_NP - rounded_P).sub_((mean_P - rounded_P).to(x_NP.dtype))
+    wide, centred_NP = accumulator(x_NP.device), centred(x_NP)
     if form == "gram":
         gram = centred_NP @ centred_NP.mT
         squares_N = gram.diagonal().to(wide)  # the Gram's own: their rounding errors then cancel in the debiased form
