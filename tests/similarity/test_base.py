@@ -30,11 +30,14 @@ def test_nan_and_infinity_are_found_and_located(name, bad, side):
     message = rf"{name}: {side} holds 1 values that are NaN or infinite, the first at example 6, feature 2"
     with pytest.raises(NumericalError, match=message):
         similarity(sides["x"], sides["y"], name)
-    with pytest.raises(NumericalError, match=message):
-        get_measure(name).loss(sides["x"], sides["y"])
+    if get_measure(name).differentiable:
+        with pytest.raises(NumericalError, match=message):
+            get_measure(name).loss(sides["x"], sides["y"])
 
 
-@pytest.mark.parametrize(("name", "side"), [("cka", "x"), ("cka", "y"), ("cka-debiased", "x"), ("nmse", "y")])
+@pytest.mark.parametrize(
+    ("name", "side"), [(name, side) for name in measures() for side in get_measure(name).must_vary]
+)
 def test_constant_features_are_refused(name, side):
     sides = {"x": features(8, 5), "y": features(8, 5, seed=1)}
     sides[side] = torch.full((8, 5), 300.1)
@@ -77,7 +80,7 @@ def test_tensors_on_two_devices_are_refused():
         get_measure("mse").value(features(8, 5), features(8, 5).to("meta"))
 
 
-@pytest.mark.parametrize("name", measures())
+@pytest.mark.parametrize("name", [name for name in measures() if get_measure(name).differentiable])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(name, dtype):
     # sums of squares of this size overflow float16

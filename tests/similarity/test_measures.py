@@ -12,13 +12,19 @@ from hypothesis import strategies as st
 from thesean.similarity import get_measure, measures, similarity
 
 SETTINGS = settings(max_examples=25, deadline=None)
-ROTATION_BLIND = ("cka", "cka-debiased")
+ROTATION_BLIND = ("cka", "cka-debiased", "rbf-cka", "dmnn", "mutual-knn", "rsa", "procrustes", "svcca")
+TRAINABLE = [name for name in measures() if get_measure(name).differentiable]
 sizes = st.tuples(st.integers(6, 40), st.integers(2, 40))
 seeds = st.integers(0, 2**31)
 
 
 def features(size: tuple[int, int], seed: int) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fitting(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Canonical correlations need more examples than features, unless all are to be 1."""
+    return (size[0] + size[1], size[1]) if name in ("svcca", "pwcca") else size
 
 
 def rotation(width: int, seed: int) -> torch.Tensor:
@@ -29,14 +35,15 @@ def rotation(width: int, seed: int) -> torch.Tensor:
 @SETTINGS
 @given(size=sizes, seed=seeds)
 def test_activations_are_most_similar_to_themselves(name, size, seed):
-    measure, x_NP, y_NP = get_measure(name), features(size, seed), features(size, seed + 1)
+    measure, size = get_measure(name), fitting(name, size)
+    x_NP, y_NP = features(size, seed), features(size, seed + 1)
     best = measure.value(x_NP, x_NP).item()
     assert best == pytest.approx(1.0 if measure.higher_is_better else 0.0, abs=1e-9)
     other = measure.value(x_NP, y_NP).item()
     assert other < best if measure.higher_is_better else other > best
 
 
-@pytest.mark.parametrize("name", measures())
+@pytest.mark.parametrize("name", TRAINABLE)
 @SETTINGS
 @given(size=sizes, seed=seeds)
 def test_a_loss_is_zero_at_identity_and_above_it_elsewhere(name, size, seed):
@@ -48,7 +55,8 @@ def test_a_loss_is_zero_at_identity_and_above_it_elsewhere(name, size, seed):
 @pytest.mark.parametrize("name", ROTATION_BLIND)
 @SETTINGS
 @given(size=sizes, seed=seeds, scale=st.floats(1e-3, 1e3), shift=st.floats(-10, 10))
-def test_cka_is_blind_to_rotation_scale_and_shift(name, size, seed, scale, shift):
+def test_geometry_is_blind_to_rotation_scale_and_shift(name, size, seed, scale, shift):
+    size = fitting(name, size)
     x_NP, y_NP = features(size, seed), features(size, seed + 1)
     moved_NP = scale * x_NP @ rotation(size[1], seed + 2) + shift
     expected = similarity(x_NP, y_NP, name).item()
@@ -56,14 +64,14 @@ def test_cka_is_blind_to_rotation_scale_and_shift(name, size, seed, scale, shift
     assert similarity(y_NP, x_NP, name).item() == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(measures()) - set(ROTATION_BLIND)))
+@pytest.mark.parametrize("name", sorted(set(TRAINABLE) - set(ROTATION_BLIND)))
 def test_the_other_measures_see_a_rotation(name):
     x_NP = features((20, 6), 0)
     measure = get_measure(name)
     assert measure.loss(x_NP @ rotation(6, 1), x_NP).item() > 0.1
 
 
-@pytest.mark.parametrize("name", measures())
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_value_and_loss_have_the_numerical_gradient(name):
     measure = get_measure(name)
     x_NP, y_NP = features((7, 3), 0).requires_grad_(), features((7, 3), 1).requires_grad_()
@@ -71,7 +79,7 @@ def test_value_and_loss_have_the_numerical_gradient(name):
     assert torch.autograd.gradcheck(measure.loss, (x_NP, y_NP))
 
 
-@pytest.mark.parametrize("name", measures())
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_a_step_down_the_loss_makes_the_value_better(name):
     measure = get_measure(name)
     x_NP, y_NP = features((16, 5), 0).requires_grad_(), features((16, 5), 1)
@@ -82,7 +90,7 @@ def test_a_step_down_the_loss_makes_the_value_better(name):
     assert after > before if measure.higher_is_better else after < before
 
 
-@pytest.mark.parametrize("name", measures())
+@pytest.mark.parametrize("name", TRAINABLE)
 def test_a_prepared_guide_gives_the_same_value_and_loss(name):
     measure, x_NP, y_NP = get_measure(name), features((16, 5), 0), features((16, 5), 1)
     guide = measure.prepare(y_NP)

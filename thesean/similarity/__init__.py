@@ -6,10 +6,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from thesean.similarity.base import Measure
+from thesean.similarity.base import EvaluationOnlyError, Measure
 from thesean.similarity.registry import get_measure, measures, similarity
 
-__all__ = ["Measure", "get_measure", "measures", "similarity"]
+__all__ = ["EvaluationOnlyError", "Measure", "get_measure", "measures", "similarity"]
 
 
 # `thesean.similarity` is this subpackage and, for users, a function: importing the one binds the name of the other.

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from thesean.errors import DataError, NumericalError
-from thesean.kernels.precision import widen
+from thesean.errors import DataError, NumericalError, TheseanError
+from thesean.kernels.precision import full_precision, widen
 
 Side = Literal["x", "y"]
+
+
+class EvaluationOnlyError(TheseanError, TypeError):
+    """A measure without a useful gradient was asked for a loss."""
 
 
 def _as_it_is(y_NQ: torch.Tensor) -> Any:
@@ -30,22 +35,27 @@ class Measure:
     raise DataError for inputs that the measure has no answer for, NumericalError for NaN and infinities. `loss` is
     zero for identical activations, never below, and falls as they grow alike, whichever way `value` goes.
     `prepare(y_NQ)` does the guide's share of the work once; `value` and `loss` take its result in place of y_NQ.
+    A measure without a `loss` is for evaluation: its value carries no gradient, its loss raises EvaluationOnlyError.
+    `additive` measures are means over examples: averaged over batches they are exact.
     """
 
     name: str
     summary: str
     value: Callable[..., torch.Tensor]
-    loss: Callable[..., torch.Tensor]
+    loss: Callable[..., torch.Tensor] = None  # type: ignore[assignment]  # filled in below
     min_examples: int = 1
     same_width: bool = False
     higher_is_better: bool = True
     must_vary: tuple[Side, ...] = ()  # sides that may not be the same for all examples
-    prepare: Callable[[torch.Tensor], Any] = _as_it_is
+    additive: bool = False
+    prepare: Callable[..., Any] = _as_it_is
+    differentiable: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # wrapped here, so that a measure's file is the formula alone and no caller can forget the checks
+        object.__setattr__(self, "differentiable", self.loss is not None)
         object.__setattr__(self, "value", _checked(self, self.value))
-        object.__setattr__(self, "loss", _checked(self, self.loss))
+        object.__setattr__(self, "loss", _checked(self, self.loss) if self.differentiable else _refused(self))
         object.__setattr__(self, "prepare", _checked_side(self, self.prepare))
 
 
@@ -70,7 +80,15 @@ def _checked(measure: Measure, compute: Callable[..., torch.Tensor]) -> Callable
                 f"{measure.name}: expected x and y of the same width, found {x_NP.shape[1]} and {y_NQ.shape[1]}. "
                 "Use measure='cka', which compares different widths."
             )
-        result = compute(x_NP, y_NQ, **options)
+        if not measure.differentiable:  # sorting and LAPACK don't hand NaN on
+            _check_finite(measure, "x", x_NP)
+            if isinstance(y_NQ, torch.Tensor):
+                _check_finite(measure, "y", y_NQ)
+        try:
+            with full_precision(x_NP.device), nullcontext() if measure.differentiable else torch.no_grad():
+                result = compute(x_NP, y_NQ, **options).to(x_NP.dtype)
+        except torch.linalg.LinAlgError:
+            result = x_NP.new_tensor(torch.nan)
         if not bool(torch.isfinite(result)):  # the inputs are only searched once something is wrong
             _check_finite(measure, "x", x_NP)
             if isinstance(y_NQ, torch.Tensor):
@@ -84,12 +102,23 @@ def _checked(measure: Measure, compute: Callable[..., torch.Tensor]) -> Callable
     return run
 
 
-def _checked_side(measure: Measure, prepare: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+def _refused(measure: Measure) -> Callable[..., torch.Tensor]:
+    def refuse(x_NP: torch.Tensor, y_NQ: Any, **options: Any) -> torch.Tensor:
+        raise EvaluationOnlyError(
+            f"{measure.name}: evaluation only, it has no gradient to train on. Train on 'cka', 'dmnn', 'rsa' or "
+            "'procrustes', and report this one."
+        )
+
+    return refuse
+
+
+def _checked_side(measure: Measure, prepare: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(prepare)
-    def run(y_NQ: torch.Tensor) -> Any:
+    def run(y_NQ: torch.Tensor, **options: Any) -> Any:
         _check_side(measure, "y", y_NQ)
         _check_finite(measure, "y", y_NQ)
-        return prepare(*widen(y_NQ))
+        with full_precision(y_NQ.device), torch.no_grad():
+            return prepare(*widen(y_NQ), **options)
 
     return run
 

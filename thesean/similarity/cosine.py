@@ -27,4 +27,5 @@ MEASURE = Measure(
     value=cosine,
     loss=cosine_distance,
     same_width=True,
+    additive=True,
 )

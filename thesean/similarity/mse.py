@@ -21,5 +21,6 @@ MEASURE = Measure(
     value=mse,
     loss=mse,
     same_width=True,
+    additive=True,
     higher_is_better=False,
 )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from thesean.kernels.precision import centred
 from thesean.similarity.base import Measure
 
 
 def normalized_mse(x_NP: torch.Tensor, y_NP: torch.Tensor) -> torch.Tensor:
     """|x - y|^2 / |y - mean y|^2, the mean over examples. x_NP, y_NP -> scalar >= 0; 1 for predicting the mean."""
-    return (x_NP - y_NP).square().sum() / (y_NP - y_NP.mean(0)).square().sum()
+    return (x_NP - y_NP).square().sum() / centred(y_NP).square().sum()
 
 
 MEASURE = Measure(

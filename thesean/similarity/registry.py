@@ -57,8 +57,8 @@ def similarity(
     """How alike two sets of activations of the same examples are: a differentiable scalar.
 
     x (N, ...), y (N, ...) -> scalar; `flatten="example"` makes each example one row (N, P), `flatten="token"` each
-    position of (..., P) one row. Of the measures, "cka" and "cka-debiased" take different widths, the others don't;
-    `get_measure(name).higher_is_better` tells the direction. `options` are the measure's own.
+    position of (..., P) one row. `get_measure(name)` tells whether a measure takes different widths (`same_width`),
+    which way it goes (`higher_is_better`) and whether it can train (`differentiable`). `options` are the measure's own.
 
         similarity(student_BTD, guide_BTD, "cka-debiased", flatten="token")
 
