@@ -6,10 +6,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from thesean.similarity.accumulators import accumulate
 from thesean.similarity.base import EvaluationOnlyError, Measure
 from thesean.similarity.registry import get_measure, measures, similarity
 
-__all__ = ["EvaluationOnlyError", "Measure", "get_measure", "measures", "similarity"]
+__all__ = ["EvaluationOnlyError", "Measure", "accumulate", "get_measure", "measures", "similarity"]
 
 
 # `thesean.similarity` is this subpackage and, for users, a function: importing the one binds the name of the other.

@@ -9,12 +9,15 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from thesean.errors import DataError, unknown_name
+from thesean.errors import unknown_name
 from thesean.similarity.base import Measure
+from thesean.similarity.distributed import gather_rows
+from thesean.similarity.rows import Flatten, rows
 
 
 @functools.cache
@@ -51,7 +54,9 @@ def similarity(
     y: torch.Tensor,
     measure: str | Measure = "cka",
     *,
-    flatten: Literal["example", "token"] = "example",
+    flatten: Flatten = "example",
+    mask: torch.Tensor | None = None,
+    gather: bool = False,
     **options: Any,
 ) -> torch.Tensor:
     """How alike two sets of activations of the same examples are: a differentiable scalar.
@@ -60,26 +65,28 @@ def similarity(
     position of (..., P) one row. `get_measure(name)` tells whether a measure takes different widths (`same_width`),
     which way it goes (`higher_is_better`) and whether it can train (`differentiable`). `options` are the measure's own.
 
-        similarity(student_BTD, guide_BTD, "cka-debiased", flatten="token")
+        similarity(student_BTD, guide_BTD, "cka-debiased", flatten="token", mask=attention_mask_BT)
+
+    `mask` is True, or 1, where a row counts: (N,), or the leading shape of tokens. With `gather=True` in a process
+    group the measure is that of all processes' rows together, the same on each; a process's features get the gradient
+    that they have in it. DistributedDataParallel averages gradients: times the world size they are a single process's.
 
     Raises UnknownNameError for an unknown measure, DataError for too few examples, constant features or shapes that do
     not fit, NumericalError for NaN and infinities, TypeError for an option that the measure does not have.
     """
     chosen = measure if isinstance(measure, Measure) else get_measure(measure)
-    known = list(inspect.signature(chosen.value).parameters)[2:]
+    check_options(chosen, options)
+    x_NP, y_NQ = rows("x", x, flatten, mask), rows("y", y, flatten, mask)
+    if gather:
+        x_NP, y_NQ = gather_rows(x_NP), gather_rows(y_NQ)
+    return chosen.value(x_NP, y_NQ, **options)
+
+
+def check_options(measure: Measure, options: Mapping[str, Any]) -> None:
+    """Raises TypeError for an option that the measure does not have."""
+    known = list(inspect.signature(measure.value).parameters)[2:]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise TypeError(
-            f"measure {chosen.name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}."
+            f"measure {measure.name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}."
         )
-    return chosen.value(_flatten("x", x, flatten), _flatten("y", y, flatten), **options)
-
-
-def _flatten(name: str, x: torch.Tensor, how: str) -> torch.Tensor:
-    if x.ndim < 2:
-        raise DataError(f"expected {name} of (examples, ..., width), found shape {tuple(x.shape)}.")
-    if how == "example":
-        return x.flatten(1)
-    if how == "token":
-        return x.flatten(0, -2)
-    raise unknown_name("flatten", how, ("example", "token"))
