@@ -1,4 +1,4 @@
-# Needs Python 3.11 and the package registries, nothing else. `make demo`, `make test`, `make lint`, `make bench`, `make clean`.
+# Needs Python 3.11 and the package registries, nothing else. `make demo`, `make test`, `make kernels-check`, `make lint`, `make bench`, `make clean`.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ GUIDE ?= carried
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels-interpret lint bench install clean
+.PHONY: demo test kernels-interpret kernels-check lint bench install clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -27,11 +27,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
-	$(MAKE) kernels-interpret
+	$(MAKE) kernels-interpret kernels-check
 
 # An interpreting process can't compile, and one that has imported triton can't begin to interpret: hence processes.
 kernels-interpret: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted
+
+# Compiles every Triton kernel for GPUs that need not be here; the first run takes a minute.
+kernels-check: $(STAMP)
+	$(BIN)/python benchmarks/kernels_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

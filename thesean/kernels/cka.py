@@ -77,6 +77,10 @@ def cka_distance(
 def _run(op: str, x_NP: torch.Tensor, y: torch.Tensor | CentredGram, debiased: bool, backend: Backend) -> torch.Tensor:
     if x_NP.shape[0] < 4 or x_NP.shape[0] != y.shape[0]:
         raise ValueError(f"{op}: expected N >= 4 examples, as many in x as in y, found {x_NP.shape[0]}, {y.shape[0]}.")
+    if backend == "auto":
+        form = y.form if isinstance(y, CentredGram) else _cheaper_form(x_NP.shape[0], x_NP.shape[1], y.shape[1])
+        if form == "feature" or torch.float64 in (x_NP.dtype, y.dtype):
+            backend = "torch"  # the kernels make Grams, in float32
     result: torch.Tensor
     if choose(backend, op, x_NP.device) == "triton":
         result = load(op)(x_NP, y, debiased=debiased)

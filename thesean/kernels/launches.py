@@ -51,12 +51,20 @@ class Launch:
         return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True)
 
 
-def _gram(arch: Arch, dtype: torch.dtype) -> Launch:
-    # fp32 is split in three tf32 products: one alone leaves three digits. AMD's matrix cores take fp32 as it is.
-    precision = "tf32x3" if HARDWARE[arch].backend == "cuda" else "ieee"
-    if dtype == torch.float32:
-        return Launch(block=64, depth=32, warps=4, stages=2 if arch == "gfx942" else 3, precision=precision)
-    return Launch(block=128, depth=64, warps=8, stages=2 if arch == "gfx942" else 3, precision="ieee")
+# fp32 is split in three tf32 products: one alone leaves three digits. AMD's matrix cores take fp32 as it is. sm80 keeps
+# its operands in registers, and spills where a step is deeper; sm90 and sm100 read them from shared memory.
+_GRAM_FLOAT: dict[Arch, Launch] = {
+    "sm80": Launch(block=64, depth=16, warps=8, stages=3, precision="tf32x3"),
+    "sm90": Launch(block=64, depth=32, warps=8, stages=3, precision="tf32x3"),
+    "sm100": Launch(block=64, depth=32, warps=8, stages=3, precision="tf32x3"),
+    "gfx942": Launch(block=64, depth=32, warps=4, stages=2, precision="ieee"),
+}
+_GRAM_HALF: dict[Arch, Launch] = {
+    "sm80": Launch(block=64, depth=64, warps=8, stages=3, precision="ieee"),
+    "sm90": Launch(block=64, depth=64, warps=4, stages=3, precision="ieee"),
+    "sm100": Launch(block=64, depth=64, warps=4, stages=3, precision="ieee"),
+    "gfx942": Launch(block=64, depth=64, warps=4, stages=2, precision="ieee"),
+}
 
 
 def _tables() -> dict[tuple[str, Arch, torch.dtype], Launch]:
@@ -69,10 +77,9 @@ def _tables() -> dict[tuple[str, Arch, torch.dtype], Launch]:
             width = 2 * line if dtype in HALF else line
             table["linear_recurrence", arch, dtype] = Launch(block=width, depth=8, warps=1)
         for dtype in DTYPES:
-            table["cka", arch, dtype] = _gram(arch, dtype)
-        # These read stored fp32 Grams, whatever the features were. Two tiles must fit the registers: 64 x 64.
-        table["gram_statistics", arch, torch.float32] = Launch(block=64, depth=64, warps=8)
-        table["dmnn", arch, torch.float32] = Launch(block=4, depth=256, warps=4)
+            table["cka", arch, dtype] = (_GRAM_HALF if dtype in HALF else _GRAM_FLOAT)[arch]
+        # reads stored fp32 Grams, whatever the features were; larger tiles spill on sm80
+        table["gram_statistics", arch, torch.float32] = Launch(block=32, depth=32, warps=4)
     return table
 
 
@@ -103,7 +110,7 @@ def launch(op: str, device: torch.device, dtype: torch.dtype) -> Launch:
         ) from None
 
 
-def slices(op: str, device: torch.device, tiles: int, width: int, entry: Launch) -> int:
+def slices(device: torch.device, tiles: int, width: int, entry: Launch) -> int:
     """Into how many ranges of features a Gram is split, so that few tiles still fill the device (split-K)."""
     wanted = -(-HARDWARE[architecture(device)].processors // tiles)
     return max(1, min(wanted, -(-width // (4 * entry.depth))))
