@@ -414,10 +414,7 @@ def _constant() -> nn.Module:
     return model
 
 
-LATE = pytest.mark.xfail(strict=True, reason="told too late, or by a message that misleads")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=LATE) if c == "one tensor" else c for c in sorted(BAD)])
+@pytest.mark.parametrize("case", sorted(BAD))
 def test_bad_input_gives_a_typed_error_and_leaves_the_guide(case):
     make, target, settings, kind, reason = BAD[case]
     model = make()
@@ -465,7 +462,6 @@ def test_a_folder_that_cannot_be_written_fails_before_anything_trains(tmp_path: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@LATE
 def test_a_workdir_whose_conversion_folder_is_taken_fails_before_anything_trains(tmp_path: Path):
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "thesis.tex").write_text("years of work")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from thesean.artifact import check_free
 from thesean.converted import Converted
 from thesean.distill.baselines import Kind, baseline_recipe, train_baseline
 from thesean.distill.convert import Conversion, Snapshot, convert, with_state
-from thesean.distill.data import Batches, example_of, integer_labels, synthetic
+from thesean.distill.data import Batches, check_readable, example_of, integer_labels, synthetic
 from thesean.distill.evaluate import Batch, Evaluation, Judge, Loss, Metric, Task
 from thesean.distill.outputs import output_kind
 from thesean.errors import DataError, PassRefused
@@ -46,7 +47,7 @@ def compile(
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     granularity: Literal["block", "sublayer"] = "block",
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
     workdir: str | Path | None = None,
     progress: bool = True,
@@ -61,7 +62,7 @@ def compile(
     loss(output, batch) -> scalar; None: match the guide's outputs. metric(output, batch) -> float.
     eval_data: held-out batches for stopping and for the report; without it, some of a list's own are held out.
     parts, keep: globs over module paths. granularity: "block", or "sublayer" for residual halves.
-    recipe: "default", "fast" (closed form only), "paper", a Recipe, or a YAML path.
+    recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion.
     plan: an edited plan; it takes the place of target, parts, keep and granularity.
 
@@ -107,7 +108,7 @@ def baseline(
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     granularity: Literal["block", "sublayer"] = "block",
-    recipe: Recipe | str | Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
     plan: Plan | None = None,
@@ -176,7 +177,7 @@ def _set_up(
     parts: Sequence[str] | None,
     keep: Sequence[str],
     granularity: Literal["block", "sublayer"],
-    recipe: Recipe | str | Path | None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None,
     seed: int,
     plan: Plan | None,
 ) -> _Run:
@@ -211,12 +212,8 @@ def _example(model: nn.Module, data: Iterable[Any] | None, example_inputs: Any) 
     if example_inputs is not None:
         return example_inputs
     if data is not None:
-        if not isinstance(data, Iterable):
-            raise DataError(f"data is a {type(data).__name__}; expected an iterable of batches.")
-        first = next(iter(data), None)
-        if first is None:
-            raise DataError("data is empty: expected at least one batch.")
-        return example_of(first)
+        check_readable(data)
+        return example_of(next(iter(data)))
     return getattr(model, "dummy_inputs", None)
 
 
@@ -225,6 +222,7 @@ def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | N
     if workdir is None:
         return None
     folder = Path(workdir)
+    check_free(folder / "converted")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         plan.to_yaml(folder / "plan.yaml")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,12 +81,16 @@ class Recipe(_Settings):
         return RECIPES[name]
 
     @staticmethod
-    def resolve(recipe: Recipe | str | Path | None) -> Recipe:
-        """A recipe, a name, a YAML path, or None for the default."""
+    def resolve(recipe: Recipe | Mapping[str, Any] | str | Path | None) -> Recipe:
+        """A recipe, its settings as a dict, a name, a YAML path, or None for the default. Raises RecipeError."""
         if recipe is None:
             return RECIPES["default"]
         if isinstance(recipe, Recipe):
             return recipe
+        if isinstance(recipe, Mapping):
+            return _validated(dict(recipe), "recipe")
+        if not isinstance(recipe, (str, Path)):
+            raise RecipeError(f"recipe: expected a Recipe, a dict, a name or a path, found {type(recipe).__name__}.")
         if isinstance(recipe, Path) or str(recipe).endswith((".yaml", ".yml")):
             return Recipe.from_yaml(recipe)
         return Recipe.named(recipe)
@@ -100,14 +105,19 @@ class Recipe(_Settings):
     def from_yaml(path: str | Path) -> Recipe:
         """Raises RecipeError that names the wrong setting."""
         try:
-            return Recipe.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            return _validated(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
         except OSError as error:
             raise RecipeError(f"can't read the recipe {path}: {error.strerror or error}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+def _validated(settings: Any, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
 
 
 RECIPES: dict[str, Recipe] = {

@@ -25,17 +25,7 @@ class Batches:
     device: torch.device
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, Iterator):
-            raise DataError(
-                "data is an iterator, which can be read only once. Pass a list or a DataLoader, or an object whose "
-                "__iter__ starts anew."
-            )
-        if isinstance(self.data, torch.Tensor):
-            raise DataError("data is one tensor; expected an iterable of batches. Wrap it: data=[x].")
-        if not isinstance(self.data, Iterable):
-            raise DataError(f"data is a {type(self.data).__name__}; expected an iterable of batches.")
-        if next(iter(self.data), None) is None:
-            raise DataError("data is empty: expected at least one batch.")
+        check_readable(self.data)
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
         """Pairs of the batch as it came and the graph's inputs in it."""
@@ -50,7 +40,8 @@ class Batches:
                     raise DataError(
                         f"batch {number}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
                     )
-            yield batch, inputs
+            # autograd can't save tensors that were made in inference mode
+            yield batch, {k: v.clone() if v.is_inference() else v for k, v in inputs.items()}
 
     def forever(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
         """Pass after pass."""
@@ -60,6 +51,21 @@ class Batches:
     def first(self, count: int) -> list[tuple[Any, dict[str, torch.Tensor]]]:
         """At most `count` batches of one pass."""
         return list(itertools.islice(self, count))
+
+
+def check_readable(data: Any) -> None:
+    """Raises DataError unless `data` is an iterable of at least one batch that can be read again."""
+    if isinstance(data, Iterator):
+        raise DataError(
+            "data is an iterator, which can be read only once. Pass a list or a DataLoader, or an object whose "
+            "__iter__ starts anew."
+        )
+    if isinstance(data, torch.Tensor):
+        raise DataError("data is one tensor; expected an iterable of batches. Wrap it: data=[x].")
+    if not isinstance(data, Iterable):
+        raise DataError(f"data is a {type(data).__name__}; expected an iterable of batches.")
+    if next(iter(data), None) is None:
+        raise DataError("data is empty: expected at least one batch.")
 
 
 def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
+@torch.enable_grad()  # a caller's no_grad should not stop training
 def train(
     parameters: Sequence[nn.Parameter],
     loss_of: Callable[[int, Any], torch.Tensor],
