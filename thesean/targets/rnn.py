@@ -3,6 +3,16 @@
 Linear attention where the part has an attention whose projections can be copied, for they carry most of what the
 guide learnt; a gated linear recurrence everywhere else, which trains in parallel and inherits no positions. The
 saved configuration names the family that was picked.
+
+Measured on the demo's language model (guide 1.448 nats per character; attention replaced, everything else kept; 300
+steps of 4 x 256 with the default recipe, seed 0; benchmarks/results/recipes.json):
+
+    cell                after 300 steps   closed form only
+    linear-attention    1.469             1.770
+    lstm                1.518             2.662
+    elman               1.527             2.085
+    gru                 1.529             2.407
+    mingru              1.539             2.492
 """
 
 from __future__ import annotations
