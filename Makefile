@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo_digits.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 	$(MAKE) kernels-interpret kernels-check
 
 # An interpreting process can't compile, and one that has imported triton can't begin to interpret: hence processes.
