@@ -1,16 +1,17 @@
-"""D-MNN: do the examples have the same soft nearest neighbours in both spaces?
+"""D-MNN, differentiable mutual nearest neighbours: do two sides agree on whose neighbour is whose?
 
-Our definition; that of the work that coined the name is not public. With u_i = x_i - mean, of length one:
+Mutual k-nearest neighbours (Huh et al. 2024) with soft sets. From features centred and of unit length, z:
 
-    P_ij = softmax over j != i of <u_i, u_j> / temperature, Q_ij likewise from y
-    D-MNN = mean over i of b_i,  b_i = sum_j sqrt(P_ij Q_ij)        (Bhattacharyya's coefficient of the two rows)
-    1 - b_i = sum_j (sqrt P_ij - sqrt Q_ij)^2 / 2                   (Hellinger's squared distance: the loss)
-    d b_i / d <u_i, u_j> = (sqrt(P_ij Q_ij) - b_i P_ij) / (2 temperature)
+    s = z z^T / temperature, its diagonal left out      P_ij = softmax_j s_ij       neighbours, softly
+    M_ij = P_ij P_ji = exp(2 s_ij - l_i - l_j)          l_i = logsumexp_j s_ij      mutual ones
+    dmnn(x, y) = <Mx, My> / (|Mx| |My|)                 in [0, 1], 1 where Mx and My are proportional
 
-Limits: as the temperature falls to 0 it counts the examples whose nearest neighbour is the same in both spaces, and
-its gradient vanishes but at ties; as it grows every P is uniform, the value 1 and the gradient 0. Between, a neighbour
-counts as far as its cosine is within some temperatures of the nearest one's. exp(1 / temperature) should not be far
-below N, or distant examples outweigh the neighbours.
+Its gradient in one side's s, with G = d dmnn / d Mx = (My/|My| - dmnn Mx/|Mx|) / |Mx| and r_i = sum_j G_ij M_ij:
+
+    W_ij = 4 G_ij M_ij - 2 (r_i P_ij + r_j P_ji)        dz = W z / temperature, one matrix product a side
+
+The limits: at a high temperature every pair is a neighbour and the value is 1 for any two sides; at a low one only each
+example's nearest few count and few pairs carry a gradient. Scale, rotation and offset of a side change nothing.
 
 N examples, P width of x, Q width of y
 """
@@ -20,50 +21,115 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
+from torch.autograd.function import once_differentiable
 
-from thesean.errors import DataError
 from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import accumulator, centred, full_precision, widen
+from thesean.kernels.precision import accumulator, full_precision, widen
 
-
-def neighbour_logits(x_NP: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
-    """log P. x_NP -> (N, N), -inf on the diagonal. Differentiable. Raises DataError unless temperature > 0."""
-    if not temperature > 0:
-        raise DataError(f"dmnn: temperature: expected a number above 0, found {temperature}.")
-    unit_NP = normalize(centred(x_NP), dim=1)
-    logits_NN = (unit_NP @ unit_NP.mT) / temperature
-    own_NN = torch.eye(x_NP.shape[0], dtype=torch.bool, device=x_NP.device)
-    return logits_NN.masked_fill(own_NN, -torch.inf).log_softmax(1)
+TEMPERATURE = 0.1
 
 
 def dmnn(
-    x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float = 0.1, prepared: bool = False, backend: Backend = "auto"
+    x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float = TEMPERATURE, backend: Backend = "auto"
 ) -> torch.Tensor:
-    """D-MNN. x_NP, and y_NQ or, `prepared`, its `neighbour_logits` -> scalar in [0, 1], 1 for the same neighbours.
+    """The agreement of soft mutual neighbours. x_NP, y_NQ -> scalar in [0, 1].
 
-    float32, or float64 where an input is. Differentiable in both. Blind to rotation, scale and shift.
+    The scalar is float32, or float64 where an input is. Differentiable once, in both sides. An example that is exactly
+    the mean has no direction and is equally near to all others. Time and memory grow with N squared. Raises ValueError
+    when N < 4, the sides differ in N or the temperature isn't positive.
     """
-    return _run("dmnn", x_NP, y, temperature=temperature, prepared=prepared, backend=backend)
+    return _run("dmnn", x_NP, y_NQ, temperature, backend)
 
 
 def dmnn_distance(
-    x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float = 0.1, prepared: bool = False, backend: Backend = "auto"
+    x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float = TEMPERATURE, backend: Backend = "auto"
 ) -> torch.Tensor:
-    """1 - D-MNN, the loss to train on, without its cancellation near 0."""
-    return _run("dmnn_distance", x_NP, y, temperature=temperature, prepared=prepared, backend=backend)
+    """1 - D-MNN as half the squared distance of the normalised M, the loss to train on: without cancellation."""
+    return _run("dmnn_distance", x_NP, y_NQ, temperature, backend)
 
 
-def _run(
-    op: str, x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool, backend: Backend
-) -> torch.Tensor:
+def directions(x_NP: torch.Tensor) -> torch.Tensor:
+    """Features centred and divided by their length, in float32 at least. x_NP -> z_NP, differentiable."""
+    (x_NP,) = widen(x_NP)
+    # the mean in float64, and what float32 rounds off it taken away too: as in CKA
+    mean_P = x_NP.mean(0, dtype=accumulator(x_NP.device))
+    rounded_P = mean_P.to(x_NP.dtype)
+    centred_NP = (x_NP - rounded_P) - (mean_P - rounded_P).to(x_NP.dtype)
+    return torch.nn.functional.normalize(centred_NP, dim=1, eps=torch.finfo(x_NP.dtype).tiny ** 0.5)
+
+
+def _run(op: str, x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float, backend: Backend) -> torch.Tensor:
+    if x_NP.shape[0] < 4 or x_NP.shape[0] != y_NQ.shape[0]:
+        raise ValueError(
+            f"{op}: expected N >= 4 examples, as many in x as in y, found {x_NP.shape[0]}, {y_NQ.shape[0]}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"{op}: expected a temperature above 0, found {temperature}.")
+    if backend == "auto" and torch.float64 in (x_NP.dtype, y_NQ.dtype):
+        backend = "torch"  # the kernels compute in float32
+    result: torch.Tensor
     if choose(backend, op, x_NP.device) == "triton":
-        options: dict[str, Any] = {"temperature": temperature, "prepared": prepared}
-        result: torch.Tensor = load(op)(x_NP, y, **options)
-        return result
-    x_NP, y = widen(x_NP, y)
-    with full_precision(x_NP.device):
-        p_NN = (neighbour_logits(x_NP, temperature) / 2).exp()
-        q_NN = ((y if prepared else neighbour_logits(y, temperature)) / 2).exp()
-        rows_NN = p_NN * q_NN if op == "dmnn" else (p_NN - q_NN).square() / 2
-        return (rows_NN.sum(1, dtype=accumulator(x_NP.device)).mean()).to(x_NP.dtype)
+        result = load(op)(x_NP, y_NQ, temperature=temperature)
+    else:
+        x_NP, y_NQ = widen(x_NP, y_NQ)
+        result = _DMNN.apply(directions(x_NP), directions(y_NQ), temperature, op == "dmnn_distance")
+    return result
+
+
+class _DMNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float, distance: bool) -> torch.Tensor:
+        with full_precision(x_NP.device):
+            logits_x_NN, normaliser_x_N, mutual_x_NN = _neighbours(x_NP, temperature)
+            logits_y_NN, normaliser_y_N, mutual_y_NN = _neighbours(y_NQ, temperature)
+        both_N, x_N, y_N = (
+            _row_dots(a, b)
+            for a, b in ((mutual_x_NN, mutual_y_NN), (mutual_x_NN, mutual_x_NN), (mutual_y_NN, mutual_y_NN))
+        )
+        x_scale, y_scale = x_N.sum().rsqrt(), y_N.sum().rsqrt()
+        if distance:
+            apart_NN = mutual_x_NN * x_scale - mutual_y_NN * y_scale
+            value = _row_dots(apart_NN, apart_NN).sum() / 2
+        else:
+            value = both_N.sum() * x_scale * y_scale
+        ctx.save_for_backward(
+            *(x_NP, logits_x_NN, normaliser_x_N, mutual_x_NN, x_scale),
+            *(y_NQ, logits_y_NN, normaliser_y_N, mutual_y_NN, y_scale, value),
+        )
+        ctx.temperature, ctx.distance = temperature, distance
+        return value.to(x_NP.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *sides, value = ctx.saved_tensors
+        x, y = sides[:5], sides[5:]
+        agreement, grad = (1 - value, -grad) if ctx.distance else (value, grad)
+        grads: list[torch.Tensor | None] = [None, None]
+        with full_precision(grad.device):
+            for i, (own, other) in enumerate(((x, y), (y, x))):
+                if ctx.needs_input_grad[i]:
+                    grads[i] = (_weight(own, other, agreement) @ own[0]).mul_(grad / ctx.temperature)
+        return (*grads, None, None)
+
+
+def _neighbours(z_NP: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits s_NN, their normalisers l_N and the mutual neighbours M_NN."""
+    logits_NN = (z_NP @ z_NP.mT).div_(temperature)
+    logits_NN.fill_diagonal_(-torch.inf)
+    normaliser_N = logits_NN.logsumexp(1)
+    mutual_NN = (2 * logits_NN).sub_(normaliser_N.unsqueeze(1)).sub_(normaliser_N).exp_()
+    return logits_NN, normaliser_N, mutual_NN
+
+
+def _row_dots(a_NN: torch.Tensor, b_NN: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vecdot(a_NN, b_NN).to(accumulator(a_NN.device))
+
+
+def _weight(own: list[torch.Tensor], other: list[torch.Tensor], agreement: torch.Tensor) -> torch.Tensor:
+    """W_NN of the module's equations. own, other: z, logits, normalisers, M and 1 / |M|."""
+    _, logits_NN, normaliser_N, mutual_NN, scale = own
+    flow_NN = (other[3] * (other[4] * scale)).sub_(mutual_NN * (agreement * scale * scale)).mul_(mutual_NN)
+    flow_N = flow_NN.sum(1, dtype=accumulator(flow_NN.device)).to(flow_NN.dtype)
+    softmax_NN = (logits_NN - normaliser_N.unsqueeze(1)).exp_().mul_(flow_N.unsqueeze(1))  # r_i P_ij
+    return flow_NN.mul_(4).sub_(softmax_NN, alpha=2).sub_(softmax_NN.mT, alpha=2)
