@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from thesean.kernels import cka_triton, launches, linear_recurrence_triton
+from thesean.kernels import cka_triton, dmnn_distance_triton, dmnn_triton, launches, linear_recurrence_triton
 from thesean.kernels.launches import HARDWARE, Arch
 
 RESULT = Path(__file__).parent / "results" / "kernels_aot.json"
@@ -101,7 +101,7 @@ def compiling(arch: Arch) -> Iterator[list[tuple[str, dict[str, Any], Any, float
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(launches, "architecture", return_value=arch))
-        for module in (cka_triton, linear_recurrence_triton):
+        for module in (cka_triton, dmnn_triton, linear_recurrence_triton):
             stack.enter_context(mock.patch.object(module, "device_of", return_value=contextlib.nullcontext()))
         yield found
 
@@ -124,6 +124,11 @@ def run_apart() -> None:
     cka_triton._apart(torch.rand(64, 64), torch.rand(64, 64), torch.ones(2))
 
 
+def run_dmnn() -> None:
+    x_NP, y_NQ = (torch.rand(256, 32, requires_grad=True) for _ in range(2))
+    dmnn_distance_triton.dmnn_distance(x_NP, y_NQ, temperature=0.1).backward()
+
+
 def runs() -> Iterator[tuple[str, torch.dtype, str, Callable[[], None]]]:
     """Every table entry, in every variant that is launched."""
     for dtype in (*launches.DTYPES, torch.float64):
@@ -133,6 +138,7 @@ def runs() -> Iterator[tuple[str, torch.dtype, str, Callable[[], None]]]:
         yield "cka", dtype, "split", partial(run_gram_pair, dtype, 2, False)
     yield "cka", torch.float32, "stored guide", partial(run_gram_pair, torch.float32, 2, True)
     yield "gram_statistics", torch.float32, "", run_apart
+    yield "dmnn", torch.float32, "", run_dmnn
 
 
 def resources(kernel: Any, arch: Arch) -> tuple[int, int]:
@@ -169,7 +175,7 @@ def check(arch: Arch) -> list[Compiled]:
         for name, options, kernel, seconds in found:
             key = (name, kernel.hash)
             if key in rows:
-                continue  # the slices of y, after those of x
+                continue  # the slices of y, after those of x, or another operation's
             registers, spilled = resources(kernel, arch)
             text = kernel.asm["ptx" if backend == "cuda" else "amdgcn"]
             matrix = re.search(MATRIX_INSTRUCTION[backend], text)

@@ -20,7 +20,7 @@ def features(n: int, p: int, q: int, offset: float = 0.0, dtype: torch.dtype = t
     return made
 
 
-def by_definition(x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+def by_definition(x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float = 0.1) -> torch.Tensor:
     """Softmax, product with the transpose, cosine: as the documentation says, without the closed forms."""
     mutuals = []
     for z_NP in (x_NP, y_NQ):
@@ -29,7 +29,7 @@ def by_definition(x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float = 0
         itself = torch.eye(len(z_NP), dtype=torch.bool)
         p_NN = (z_NP @ z_NP.T / temperature).masked_fill(itself, -torch.inf).softmax(1)
         mutuals.append((p_NN * p_NN.T).flatten())
-    return torch.nn.functional.cosine_similarity(*mutuals, dim=0, eps=0.0)
+    return torch.nn.functional.cosine_similarity(mutuals[0], mutuals[1], dim=0, eps=0.0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, 300.0])
@@ -38,7 +38,7 @@ def by_definition(x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float = 0
 def test_values_and_gradients_are_those_of_the_definition_in_float64(temperature, dtype, offset):
     x_NP, y_NQ = features(40, 7, 11, offset, dtype)
     exact = [x.detach().double().requires_grad_() for x in (x_NP, y_NQ)]
-    expected = by_definition(*exact, temperature)
+    expected = by_definition(*exact, temperature=temperature)
     value = dmnn(x_NP, y_NQ, temperature=temperature)
     apart = dmnn_distance(x_NP, y_NQ, temperature=temperature)
     assert value.dtype == dtype
