@@ -88,43 +88,38 @@ def test_procrustes_of_a_rotation_into_more_dimensions_is_one():
     assert 0 <= get_measure("procrustes").loss(wide_NQ, x_NP).item() < 1e-11
 
 
-def test_dmnn_of_three_points_worked_by_hand():
-    # each of three examples has two neighbours; centred, the points lie at 90, 210 and 330 degrees: all cosines -1/2
-    x_NP = torch.tensor([[0.0, 1.0], [-math.sqrt(3) / 2, -0.5], [math.sqrt(3) / 2, -0.5]])
-    y_NP = torch.tensor([[2.0], [-1.0], [-1.0]])  # cosines -1 between the first and the others, 1 between those
-    # row 1: (1/2, 1/2) in both; rows 2 and 3: e^-1 against e^1 at temperature 1, 1/2 against 1/2
-    q = 1 / (1 + math.exp(2.0))
-    row = math.sqrt(0.5 * q) + math.sqrt(0.5 * (1 - q))
-    value = similarity(x_NP, y_NP, "dmnn", temperature=1.0).item()
-    assert value == pytest.approx((1 + 2 * row) / 3, abs=1e-6)
-    assert get_measure("dmnn").loss(x_NP, y_NP, temperature=1.0).item() == pytest.approx(2 * (1 - row) / 3, abs=1e-6)
+def test_dmnn_of_two_pairs_worked_by_hand():
+    # centred: two points at -1, two at 1; cosines 1 within a pair and -1 across, so P is c / (c + 2) and 1 / (c + 2)
+    x_N1 = torch.tensor([[0.0], [0.0], [2.0], [2.0]])
+    y_N1 = torch.tensor([[5.0], [7.0], [5.0], [7.0]])  # other pairs
+    c = math.exp(2.0)  # at temperature 1
+    # mutual neighbours in units of 1 / (c + 2)^2: c^2 in the pair, 1 across; each row has one and two of them
+    within, norm = 2 * c**2 + 1, c**4 + 2
+    assert similarity(x_N1, x_N1 * 3 + 1, "dmnn", temperature=1.0).item() == pytest.approx(1, abs=1e-6)
+    assert similarity(x_N1, y_N1, "dmnn", temperature=1.0).item() == pytest.approx(within / norm, abs=1e-6)
 
 
-def test_dmnn_goes_from_the_same_nearest_neighbour_to_one_as_the_temperature_grows():
-    x_NP, y_NP = features(40, 6), features(40, 6, seed=1) + features(40, 6)
-    nearest = similarity(x_NP, y_NP, "mutual-knn", k=1).item()
-    assert 0 < nearest < 1
-    assert similarity(x_NP, y_NP, "dmnn", temperature=1e-5).item() == pytest.approx(nearest, abs=1e-6)
-    assert similarity(x_NP, y_NP, "dmnn", temperature=1e5).item() == pytest.approx(1, abs=1e-9)
-    with pytest.raises(DataError, match="temperature: expected a number above 0, found 0"):
+def test_dmnn_is_the_cosine_of_the_matrices_of_mutual_neighbours():
+    x_NP, y_NQ = features(9, 4), features(9, 6, seed=1)
+
+    def mutual(z_NP: torch.Tensor, temperature: float) -> torch.Tensor:
+        unit_NP = torch.nn.functional.normalize(z_NP - z_NP.mean(0), dim=1)
+        own_NN = torch.eye(9, dtype=torch.bool)
+        p_NN = (unit_NP @ unit_NP.mT / temperature).masked_fill(own_NN, -torch.inf).softmax(1)
+        return p_NN * p_NN.mT
+
+    for temperature in (0.05, 0.3, 2.0):
+        a, b = mutual(x_NP, temperature), mutual(y_NQ, temperature)
+        expected = ((a * b).sum() / (a.norm() * b.norm())).item()
+        assert similarity(x_NP, y_NQ, "dmnn", temperature=temperature).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_dmnn_reads_one_between_any_two_spaces_when_all_are_neighbours():
+    x_NP, y_NP = features(40, 6), features(40, 6, seed=1)
+    assert similarity(x_NP, y_NP, "dmnn").item() < 0.5
+    assert similarity(x_NP, y_NP, "dmnn", temperature=1e5).item() == pytest.approx(1, abs=1e-8)
+    with pytest.raises(DataError, match="dmnn: temperature: expected a number above 0, found 0"):
         similarity(x_NP, y_NP, "dmnn", temperature=0)
-
-
-def test_the_gradient_of_dmnn_is_the_one_its_documentation_states():
-    x_NP, y_NP, t = features(9, 4), features(9, 4, seed=1), 0.3
-
-    def logits(z_NP: torch.Tensor) -> torch.Tensor:
-        unit = torch.nn.functional.normalize(z_NP - z_NP.mean(0), dim=1)
-        return unit @ unit.mT
-
-    own = torch.eye(9, dtype=torch.bool)
-    s_NN = logits(x_NP).requires_grad_()
-    p, q = ((s / t).masked_fill(own, -torch.inf).softmax(1) for s in (s_NN, logits(y_NP)))
-    b_N = (p * q).clamp_min(1e-300).sqrt().masked_fill(own, 0).sum(1)
-    assert b_N.mean().item() == pytest.approx(similarity(x_NP, y_NP, "dmnn", temperature=t).item(), abs=1e-12)
-    b_N.sum().backward()
-    stated = ((p * q).sqrt() - b_N.unsqueeze(1) * p) / (2 * t)
-    assert torch.allclose(s_NN.grad, stated, atol=1e-12)  # type: ignore[arg-type]
 
 
 def test_mutual_neighbours_worked_by_hand():
@@ -203,9 +198,9 @@ def test_the_gradient_of_kl_is_the_difference_of_the_distributions():
 
 
 def test_a_guide_prepared_with_other_options_is_refused():
-    measure, x_NP, y_NP = get_measure("dmnn"), features(12, 4), features(12, 4, seed=1)
-    guide = measure.prepare(y_NP, temperature=0.5)
-    expected = measure.value(x_NP, y_NP, temperature=0.5).item()
-    assert measure.value(x_NP, guide, temperature=0.5).item() == pytest.approx(expected, rel=1e-12)
-    with pytest.raises(DataError, match=r"prepared with {'temperature': 0.5}, and is used with {'temperature': 0.1}"):
+    measure, x_NP, y_NP = get_measure("rbf-cka"), features(12, 4), features(12, 4, seed=1)
+    guide = measure.prepare(y_NP, bandwidth=0.5)
+    expected = measure.value(x_NP, y_NP, bandwidth=0.5).item()
+    assert measure.value(x_NP, guide, bandwidth=0.5).item() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(DataError, match=r"prepared with {'bandwidth': 0.5}, and is used with {'bandwidth': 1.0}"):
         measure.value(x_NP, guide)

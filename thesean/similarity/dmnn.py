@@ -5,43 +5,33 @@ N examples, P width of x, Q width of y
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from thesean.kernels import dmnn as kernel
 from thesean.kernels.dispatch import Backend
 from thesean.similarity.base import Measure
-from thesean.similarity.prepared import Prepared, preparer, side
+from thesean.similarity.kl import check_temperature
 
 
-def dmnn(
-    x_NP: torch.Tensor, y: torch.Tensor | Prepared, temperature: float = 0.1, backend: Backend = "auto"
-) -> torch.Tensor:
-    """Mean overlap of the soft neighbourhoods. x_NP, y_NQ -> scalar in [0, 1]. Blind to rotation, scale and shift."""
-    return kernel.dmnn(x_NP, **_other(y, temperature), backend=backend)
+def dmnn(x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float = 0.1, backend: Backend = "auto") -> torch.Tensor:
+    """Agreement of the soft mutual neighbours. x_NP, y_NQ -> scalar in [0, 1]. Blind to rotation, scale and shift."""
+    check_temperature("dmnn", temperature)
+    return kernel.dmnn(x_NP, y_NQ, temperature=temperature, backend=backend)
 
 
 def dmnn_distance(
-    x_NP: torch.Tensor, y: torch.Tensor | Prepared, temperature: float = 0.1, backend: Backend = "auto"
+    x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float = 0.1, backend: Backend = "auto"
 ) -> torch.Tensor:
-    """1 - D-MNN as the mean squared Hellinger distance of the neighbourhoods."""
-    return kernel.dmnn_distance(x_NP, **_other(y, temperature), backend=backend)
-
-
-def _other(y: torch.Tensor | Prepared, temperature: float) -> dict[str, Any]:
-    if isinstance(y, torch.Tensor):
-        return {"y": y, "temperature": temperature}
-    logits_NN = side(y, kernel.neighbour_logits, temperature=temperature)
-    return {"y": logits_NN, "temperature": temperature, "prepared": True}
+    """1 - D-MNN as half the squared distance of the normalised mutual neighbourhoods, without cancellation near 0."""
+    check_temperature("dmnn", temperature)
+    return kernel.dmnn_distance(x_NP, y_NQ, temperature=temperature, backend=backend)
 
 
 MEASURE = Measure(
     name="dmnn",
-    summary="overlap of soft nearest-neighbour distributions, with a temperature; our definition of D-MNN",
+    summary="agreement of soft mutual nearest neighbours, with a temperature; our definition of D-MNN",
     value=dmnn,
     loss=dmnn_distance,
-    prepare=preparer(kernel.neighbour_logits),
-    min_examples=3,
+    min_examples=4,
     must_vary=("x", "y"),
 )
