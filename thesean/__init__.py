@@ -6,12 +6,14 @@ converted.export("model.onnx")
 
 from typing import TYPE_CHECKING
 
+from thesean.compare import compare
 from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
 from thesean.distill.losses import accuracy, cross_entropy, next_token
 from thesean.errors import TheseanError
 from thesean.passes.plan import Plan
 from thesean.recipe import Recipe
+from thesean.report.comparison import Comparison
 from thesean.similarity import measures
 from thesean.targets import Target, register
 
@@ -24,6 +26,7 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "Converted",
     "Plan",
     "Recipe",
@@ -31,6 +34,7 @@ __all__ = [
     "TheseanError",
     "accuracy",
     "baseline",
+    "compare",
     "compile",
     "cross_entropy",
     "load",
