@@ -38,6 +38,10 @@ def loss(output, batch):
     logits = output["logits"] if isinstance(output, dict) else output.logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
+def vectors():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 4, generator=generator) for _ in range(3)]
+
 def generator():
     yield from batches()
 
@@ -73,15 +77,15 @@ def error_of(result: Result) -> str:
     return lines[0]
 
 
-def test_help_names_the_four_commands_and_shows_a_whole_voyage() -> None:
+def test_help_names_the_commands_and_shows_a_whole_voyage() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("convert", "plan", "export", "targets"):
+    for command in ("convert", "plan", "export", "compare", "targets"):
         assert f"  thesean {command} " in result.output or f"\n  {command} " in result.output
     assert "    thesean plan models.gpt:make --target rnn\n" in result.output
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "export", "targets"])
+@pytest.mark.parametrize("command", ["convert", "plan", "export", "compare", "targets"])
 def test_every_command_teaches_by_an_example_that_keeps_its_line(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -213,6 +217,24 @@ def test_targets_lists_every_family_with_its_summary() -> None:
 def test_an_unknown_target_is_one_line_with_a_suggestion(guides: Path) -> None:
     message = error_of(run("plan", "guides_for_cli:gpt", "--target", "rn", "--data", "guides_for_cli:batches"))
     assert "unknown target 'rn'; did you mean 'rnn'?" in message
+
+
+def test_compare_prints_the_table_and_writes_json_and_a_heatmap(guides: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = "compare guides_for_cli:toy guides_for_cli:Toy --data guides_for_cli:vectors --json c.json --plot c.png"
+    result = run(*words.split(), "--layers-a", "lay*")
+    assert result.exit_code == 0, result.output
+    values = json.loads((guides / "c.json").read_text())
+    assert (values["layers_a"], values["layers_b"], values["examples"]) == (["layer"], ["layer"], 48)
+    assert f"{values['matrix'][0][0]:.3f}" in result.stdout
+    assert (guides / "c.png").stat().st_size > 1000
+
+
+def test_compare_names_a_glob_without_a_match_and_an_unknown_measure(guides: Path) -> None:
+    words = "compare guides_for_cli:toy guides_for_cli:Toy --data guides_for_cli:vectors"
+    message = error_of(run(*words.split(), "--layers-b", "h.*"))
+    assert "layers_b: no module of Toy matches 'h.*'. It has: layer" in message
+    assert "did you mean 'cka'?" in error_of(run(*words.split(), "--measure", "ckaa"))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line: `thesean convert | plan | export | targets`. Errors are one line and exit code 2."""
+"""The command line: `thesean convert | plan | export | compare | targets`. Errors are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ app = typer.Typer(
 class Granularity(enum.StrEnum):
     block = "block"
     sublayer = "sublayer"
+
+
+class Flatten(enum.StrEnum):
+    example = "example"
+    token = "token"
 
 
 class Stateful(enum.StrEnum):
@@ -233,6 +238,52 @@ def export(
         check_writable("FILE.onnx", file)
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
         typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
+
+
+@app.command()
+def compare(
+    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help="As GUIDE of the other commands.")],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="The model to compare it with.")],
+    data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches that both models take; one pass.")],
+    measure: Annotated[str, typer.Option(help="cka, or another of thesean.measures().")] = "cka",
+    layers_a: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Modules of MODEL_A (default: its blocks); * in a level, ** over levels."),
+    ] = None,
+    layers_b: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Modules of MODEL_B.")] = None,
+    flatten: Annotated[
+        Flatten, typer.Option(help="What a row is: an example, or each of its tokens.")
+    ] = Flatten.example,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the matrix.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw a heatmap.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print how similar each layer of one model is to each of another.
+
+    \b
+    Examples:
+      thesean compare models.gpt:make models.gpt:small --data texts:batches --plot heatmap.png
+      thesean compare ./bert ./student --data texts:batches --flatten token \\
+        --layers-a 'encoder.layer.*' --layers-b 'encoder.layer.*' --json cka.json
+    """
+    with one_line_errors(debug):
+        for option, path in (("--json", json), ("--plot", plot)):
+            check_writable(option, path)
+        first, second = load_guide(model_a), load_guide(model_b)
+        found = thesean.compare(
+            first,
+            second,
+            load_data(data, "--data"),
+            measure,
+            layers_a=layers_a or None,
+            layers_b=layers_b or None,
+            flatten=flatten.value,
+        )
+        typer.echo(str(found))
+        if json is not None:
+            typer.echo(f"wrote {found.to_json(json)}")
+        if plot is not None:
+            typer.echo(f"wrote {found.plot(plot)}")
 
 
 @app.command()
