@@ -124,9 +124,10 @@ def run_apart() -> None:
     cka_triton._apart(torch.rand(64, 64), torch.rand(64, 64), torch.ones(2))
 
 
-def run_dmnn() -> None:
+def run_dmnn(prepared: bool) -> None:
     x_NP, y_NQ = (torch.rand(256, 32, requires_grad=True) for _ in range(2))
-    dmnn_distance_triton.dmnn_distance(x_NP, y_NQ, temperature=0.1).backward()
+    y = torch.rand(256, 256) if prepared else y_NQ
+    dmnn_distance_triton.dmnn_distance(x_NP, y, temperature=0.1, prepared=prepared).backward()
 
 
 def runs() -> Iterator[tuple[str, torch.dtype, str, Callable[[], None]]]:
@@ -138,7 +139,8 @@ def runs() -> Iterator[tuple[str, torch.dtype, str, Callable[[], None]]]:
         yield "cka", dtype, "split", partial(run_gram_pair, dtype, 2, False)
     yield "cka", torch.float32, "stored guide", partial(run_gram_pair, torch.float32, 2, True)
     yield "gram_statistics", torch.float32, "", run_apart
-    yield "dmnn", torch.float32, "", run_dmnn
+    yield "dmnn", torch.float32, "", partial(run_dmnn, False)
+    yield "dmnn", torch.float32, "stored guide", partial(run_dmnn, True)
 
 
 def resources(kernel: Any, arch: Arch) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tolerances import GRADIENT, VALUE, relative_error
-from thesean.kernels.dmnn import dmnn, dmnn_distance
+from thesean.kernels.dmnn import cosines, dmnn, dmnn_distance
 
 
 def features(n: int, p: int, q: int, offset: float = 0.0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -83,6 +83,18 @@ def test_the_distance_keeps_its_digits_near_convergence():
     expected = dmnn_distance(x_NP.double(), y_NP.double())
     assert expected.item() < 1e-6
     assert relative_error(dmnn_distance(x_NP, y_NP), expected) < 1e-2  # in float32, 1 - dmnn has none here
+
+
+@pytest.mark.parametrize("measure", [dmnn, dmnn_distance])
+def test_a_prepared_guide_gives_the_same_value_and_gradient_at_any_temperature(measure):
+    x_NP, y_NQ = features(30, 6, 9)
+    guide_NN = cosines(y_NQ)
+    assert not guide_NN.requires_grad
+    for temperature in (0.1, 0.5):
+        direct = measure(x_NP, y_NQ, temperature=temperature)
+        cached = measure(x_NP, guide_NN, temperature=temperature, prepared=True)
+        torch.testing.assert_close(cached, direct)
+        torch.testing.assert_close(torch.autograd.grad(cached, x_NP), torch.autograd.grad(direct, x_NP))
 
 
 def test_the_order_of_examples_matters_only_between_the_sides():

@@ -17,7 +17,7 @@ from thesean.kernels.cka import CentredGram
 from thesean.kernels.device_triton import device_of, interpreting
 from thesean.kernels.gram_triton import SUMS, apart_kernel, join_kernel, pair_kernel, slice_kernel
 from thesean.kernels.launches import HALF, Launch, launch, slices
-from thesean.kernels.precision import full_precision
+from thesean.kernels.precision import centred, full_precision
 
 
 def cka(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool) -> torch.Tensor:
@@ -148,9 +148,7 @@ def _tiles(n: int, block: int) -> int:
 
 def _centre(x_NP: torch.Tensor) -> torch.Tensor:
     """In float32, and rounded to half precision only after: at an offset of 50, bf16 holds no digit of the rest."""
-    mean_P = x_NP.mean(0, dtype=torch.float64)
-    rounded_P = mean_P.float()
-    return (x_NP.float() - rounded_P).sub_((mean_P - rounded_P).float()).to(x_NP.dtype).contiguous()
+    return centred(x_NP.float()).to(x_NP.dtype).contiguous()
 
 
 def _hsic(n: int, off: torch.Tensor, diagonal: torch.Tensor, traces: torch.Tensor, debiased: bool) -> torch.Tensor:

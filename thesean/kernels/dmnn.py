@@ -22,76 +22,100 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
 from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import accumulator, full_precision, widen
+from thesean.kernels.precision import accumulator, centred, full_precision, widen
 
 TEMPERATURE = 0.1
 
 
 def dmnn(
-    x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float = TEMPERATURE, backend: Backend = "auto"
+    x_NP: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    temperature: float = TEMPERATURE,
+    prepared: bool = False,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
-    """The agreement of soft mutual neighbours. x_NP, y_NQ -> scalar in [0, 1].
+    """The agreement of soft mutual neighbours. x_NP, and y_NQ or, `prepared`, its `cosines` -> scalar in [0, 1].
 
-    The scalar is float32, or float64 where an input is. Differentiable once, in both sides. An example that is exactly
-    the mean has no direction and is equally near to all others. Time and memory grow with N squared. Raises ValueError
-    when N < 4, the sides differ in N or the temperature isn't positive.
+    The scalar is float32, or float64 where an input is. Differentiable once, in both sides' features. An example that
+    is exactly the mean has no direction and is equally near to all others. Time and memory grow with N squared. Raises
+    ValueError when N < 4, the sides differ in N or the temperature isn't positive.
     """
-    return _run("dmnn", x_NP, y_NQ, temperature, backend)
+    return _run("dmnn", x_NP, y, temperature, prepared, backend)
 
 
 def dmnn_distance(
-    x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float = TEMPERATURE, backend: Backend = "auto"
+    x_NP: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    temperature: float = TEMPERATURE,
+    prepared: bool = False,
+    backend: Backend = "auto",
 ) -> torch.Tensor:
     """1 - D-MNN as half the squared distance of the normalised M, the loss to train on: without cancellation."""
-    return _run("dmnn_distance", x_NP, y_NQ, temperature, backend)
+    return _run("dmnn_distance", x_NP, y, temperature, prepared, backend)
+
+
+def cosines(y_NQ: torch.Tensor) -> torch.Tensor:
+    """The guide's side, for use at any temperature with many students: y_NQ -> (N, N). No gradient flows into it."""
+    z_NQ = directions(y_NQ.detach())
+    with full_precision(z_NQ.device):
+        return z_NQ @ z_NQ.mT
 
 
 def directions(x_NP: torch.Tensor) -> torch.Tensor:
     """Features centred and divided by their length, in float32 at least. x_NP -> z_NP, differentiable."""
-    (x_NP,) = widen(x_NP)
-    # the mean in float64, and what float32 rounds off it taken away too: as in CKA
-    mean_P = x_NP.mean(0, dtype=accumulator(x_NP.device))
-    rounded_P = mean_P.to(x_NP.dtype)
-    centred_NP = (x_NP - rounded_P) - (mean_P - rounded_P).to(x_NP.dtype)
-    return torch.nn.functional.normalize(centred_NP, dim=1, eps=torch.finfo(x_NP.dtype).tiny ** 0.5)
+    centred_NP = centred(*widen(x_NP))
+    return normalize(centred_NP, dim=1, eps=torch.finfo(centred_NP.dtype).tiny ** 0.5)
 
 
-def _run(op: str, x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float, backend: Backend) -> torch.Tensor:
-    if x_NP.shape[0] < 4 or x_NP.shape[0] != y_NQ.shape[0]:
-        raise ValueError(
-            f"{op}: expected N >= 4 examples, as many in x as in y, found {x_NP.shape[0]}, {y_NQ.shape[0]}."
-        )
+def _run(
+    op: str, x_NP: torch.Tensor, y: torch.Tensor, temperature: float, prepared: bool, backend: Backend
+) -> torch.Tensor:
+    if x_NP.shape[0] < 4 or x_NP.shape[0] != y.shape[0]:
+        raise ValueError(f"{op}: expected N >= 4 examples, as many in x as in y, found {x_NP.shape[0]}, {y.shape[0]}.")
     if not temperature > 0:
         raise ValueError(f"{op}: expected a temperature above 0, found {temperature}.")
-    if backend == "auto" and torch.float64 in (x_NP.dtype, y_NQ.dtype):
+    if backend == "auto" and torch.float64 in (x_NP.dtype, y.dtype):
         backend = "torch"  # the kernels compute in float32
     result: torch.Tensor
     if choose(backend, op, x_NP.device) == "triton":
-        result = load(op)(x_NP, y_NQ, temperature=temperature)
+        result = load(op)(x_NP, y, temperature=temperature, prepared=prepared)
     else:
-        x_NP, y_NQ = widen(x_NP, y_NQ)
-        result = _DMNN.apply(directions(x_NP), directions(y_NQ), temperature, op == "dmnn_distance")
+        x_NP, y = widen(x_NP, y)
+        y_NQ, cosines_y_NN = (None, y.detach()) if prepared else (directions(y), None)
+        result = _DMNN.apply(directions(x_NP), y_NQ, cosines_y_NN, temperature, op == "dmnn_distance")
     return result
 
 
 class _DMNN(torch.autograd.Function):
+    """From directions, or in place of y's their cosines, to the value."""
+
     @staticmethod
-    def forward(ctx: Any, x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float, distance: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x_NP: torch.Tensor,
+        y_NQ: torch.Tensor | None,
+        cosines_y_NN: torch.Tensor | None,
+        temperature: float,
+        distance: bool,
+    ) -> torch.Tensor:
         with full_precision(x_NP.device):
-            logits_x_NN, normaliser_x_N, mutual_x_NN = _neighbours(x_NP, temperature)
-            logits_y_NN, normaliser_y_N, mutual_y_NN = _neighbours(y_NQ, temperature)
-        both_N, x_N, y_N = (
-            _row_dots(a, b)
-            for a, b in ((mutual_x_NN, mutual_y_NN), (mutual_x_NN, mutual_x_NN), (mutual_y_NN, mutual_y_NN))
-        )
-        x_scale, y_scale = x_N.sum().rsqrt(), y_N.sum().rsqrt()
+            if y_NQ is not None:
+                cosines_y_NN = y_NQ @ y_NQ.mT
+            assert cosines_y_NN is not None
+            logits_x_NN, normaliser_x_N, mutual_x_NN = _neighbours(x_NP @ x_NP.mT, temperature)
+            logits_y_NN, normaliser_y_N, mutual_y_NN = _neighbours(cosines_y_NN, temperature)
+        x_scale = _row_dots(mutual_x_NN, mutual_x_NN).sum().rsqrt()
+        y_scale = _row_dots(mutual_y_NN, mutual_y_NN).sum().rsqrt()
         if distance:
             apart_NN = mutual_x_NN * x_scale - mutual_y_NN * y_scale
             value = _row_dots(apart_NN, apart_NN).sum() / 2
         else:
-            value = both_N.sum() * x_scale * y_scale
+            value = _row_dots(mutual_x_NN, mutual_y_NN).sum() * x_scale * y_scale
         ctx.save_for_backward(
             *(x_NP, logits_x_NN, normaliser_x_N, mutual_x_NN, x_scale),
             *(y_NQ, logits_y_NN, normaliser_y_N, mutual_y_NN, y_scale, value),
@@ -110,13 +134,12 @@ class _DMNN(torch.autograd.Function):
             for i, (own, other) in enumerate(((x, y), (y, x))):
                 if ctx.needs_input_grad[i]:
                     grads[i] = (_weight(own, other, agreement) @ own[0]).mul_(grad / ctx.temperature)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
-def _neighbours(z_NP: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _neighbours(cosines_NN: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits s_NN, their normalisers l_N and the mutual neighbours M_NN."""
-    logits_NN = (z_NP @ z_NP.mT).div_(temperature)
-    logits_NN.fill_diagonal_(-torch.inf)
+    logits_NN = (cosines_NN / temperature).fill_diagonal_(-torch.inf)
     normaliser_N = logits_NN.logsumexp(1)
     mutual_NN = (2 * logits_NN).sub_(normaliser_N.unsqueeze(1)).sub_(normaliser_N).exp_()
     return logits_NN, normaliser_N, mutual_NN

@@ -7,6 +7,6 @@ import torch
 from thesean.kernels.dmnn_triton import agreement
 
 
-def dmnn_distance(x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """As `thesean.kernels.dmnn.dmnn_distance`: x_NP, y_NQ -> float32 scalar."""
-    return agreement(x_NP, y_NQ, temperature=temperature, distance=True)
+def dmnn_distance(x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool = False) -> torch.Tensor:
+    """As `thesean.kernels.dmnn.dmnn_distance`: x_NP, and y_NQ or its cosines -> float32 scalar."""
+    return agreement(x_NP, y, temperature=temperature, prepared=prepared, distance=True)

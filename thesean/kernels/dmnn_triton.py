@@ -121,10 +121,11 @@ def weights_kernel(
     weight_y,
     N,
     sharpness,
+    BOTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Both sides' W_NN in one pass. flows_2N: r of x and of y. Grid: (ceil(N / ROWS), ceil(N / COLS)).
+    """W_NN of x, or of both sides in the same pass. flows_2N: r of x and of y. Grid: (ceil(N / ROWS), ceil(N / COLS)).
 
     factors: 1/(|Mx||My|), agreement/|Mx|^2, agreement/|My|^2, so that G = factor_0 M_other - factor_own M_own.
     """
@@ -134,36 +135,47 @@ def weights_kernel(
     my, logits_y, own_y, theirs_y = load_mutual(gram_y, normalisers + N, rows, cols, N, sharpness)
     cross = tl.load(factors)
     flow_x = (cross * my - tl.load(factors + 1) * mx) * mx
-    flow_y = (cross * mx - tl.load(factors + 2) * my) * my
     rx = tl.load(flows + rows, mask=rows < N, other=0.0)
     cx = tl.load(flows + cols, mask=cols < N, other=0.0)
-    ry = tl.load(flows + N + rows, mask=rows < N, other=0.0)
-    cy = tl.load(flows + N + cols, mask=cols < N, other=0.0)
     inside = (rows[:, None] < N) & (cols[None, :] < N)
     at = rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(weight_x + at, side_weight(flow_x, rx, cx, logits_x, own_x, theirs_x), mask=inside)
-    tl.store(weight_y + at, side_weight(flow_y, ry, cy, logits_y, own_y, theirs_y), mask=inside)
+    if BOTH:
+        flow_y = (cross * mx - tl.load(factors + 2) * my) * my
+        ry = tl.load(flows + N + rows, mask=rows < N, other=0.0)
+        cy = tl.load(flows + N + cols, mask=cols < N, other=0.0)
+        tl.store(weight_y + at, side_weight(flow_y, ry, cy, logits_y, own_y, theirs_y), mask=inside)
 
 
-def dmnn(x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float) -> torch.Tensor:
-    """As `thesean.kernels.dmnn.dmnn`: x_NP, y_NQ -> float32 scalar. Raises ValueError for float64."""
-    return agreement(x_NP, y_NQ, temperature=temperature, distance=False)
+def dmnn(x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool = False) -> torch.Tensor:
+    """As `thesean.kernels.dmnn.dmnn`: x_NP, and y_NQ or its cosines -> float32 scalar. ValueError for float64."""
+    return agreement(x_NP, y, temperature=temperature, prepared=prepared, distance=False)
 
 
-def agreement(x_NP: torch.Tensor, y_NQ: torch.Tensor, *, temperature: float, distance: bool) -> torch.Tensor:
-    x_NP, y_NQ = widen(x_NP, y_NQ)
-    launch("dmnn", x_NP.device, x_NP.dtype)  # refuses float64 by this operation's name
+def agreement(
+    x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool, distance: bool
+) -> torch.Tensor:
     # in float32 whatever the features were: a temperature of 0.1 makes a cosine's error ten times larger
-    value: torch.Tensor = _DMNN.apply(directions(x_NP), directions(y_NQ), temperature, distance)
+    x_NP, y = widen(x_NP, y)
+    launch("dmnn", x_NP.device, x_NP.dtype)  # refuses float64 by this operation's name
+    y_NQ, cosines_y_NN = (None, y.detach()) if prepared else (directions(y), None)
+    value: torch.Tensor = _DMNN.apply(directions(x_NP), y_NQ, cosines_y_NN, temperature, distance)
     return value
 
 
 class _DMNN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float, distance: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x_NP: torch.Tensor,
+        y_NQ: torch.Tensor | None,
+        cosines_y_NN: torch.Tensor | None,
+        temperature: float,
+        distance: bool,
+    ) -> torch.Tensor:
         n, device = x_NP.shape[0], x_NP.device
-        x_NP, y_NQ = x_NP.contiguous(), y_NQ.contiguous()
-        gram_x_NN, gram_y_NN, _ = gram_pair(x_NP, y_NQ, None)
+        x_NP, y_NQ = x_NP.contiguous(), None if y_NQ is None else y_NQ.contiguous()
+        gram_x_NN, gram_y_NN, _ = gram_pair(x_NP, y_NQ, cosines_y_NN)
         normaliser_2N = torch.empty(2, n, device=device)
         sum_3N = torch.empty(3, n, device=device, dtype=torch.float64)
         entry = launch("dmnn", device, torch.float32)
@@ -190,12 +202,15 @@ class _DMNN(torch.autograd.Function):
         _, x_scale, y_scale = _scales(sum_3N)
         factor_3 = torch.stack([x_scale * y_scale, similarity * x_scale * x_scale, similarity * y_scale * y_scale])
         flow_2N = (factor_3[0] * sum_3N[0] - factor_3[1:, None] * sum_3N[1:]).float()
-        weight_x_NN, weight_y_NN = torch.empty_like(gram_x_NN), torch.empty_like(gram_y_NN)
+        both = ctx.needs_input_grad[1]
+        weight_x_NN = torch.empty_like(gram_x_NN)
+        weight_y_NN = torch.empty_like(gram_y_NN) if both else weight_x_NN  # not written then
         n, entry = x_NP.shape[0], launch("dmnn", x_NP.device, torch.float32)
         with device_of(x_NP):
             weights_kernel[(triton.cdiv(n, entry.block), triton.cdiv(n, entry.depth))](
                 *(gram_x_NN, gram_y_NN, normaliser_2N, flow_2N, factor_3.float()),
                 *(weight_x_NN, weight_y_NN, n, ctx.sharpness),
+                BOTH=both,
                 ROWS=entry.block,
                 COLS=entry.depth,
                 **entry.options,
@@ -205,7 +220,7 @@ class _DMNN(torch.autograd.Function):
             for i, (weight_NN, z_NP) in enumerate(((weight_x_NN, x_NP), (weight_y_NN, y_NQ))):
                 if ctx.needs_input_grad[i]:
                     grads[i] = (weight_NN @ z_NP).mul_(grad * ctx.sharpness)
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _scales(sum_3N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tolerances import KERNEL_GRADIENT, KERNEL_VALUE, relative_error
-from thesean.kernels.dmnn import dmnn, dmnn_distance
+from thesean.kernels.dmnn import cosines, dmnn, dmnn_distance
 
 
 def features(n: int, p: int, q: int, dtype: torch.dtype, offset: float) -> list[torch.Tensor]:
@@ -43,6 +43,16 @@ def test_values_and_gradients_are_those_of_the_reference_in_float64(n, dtype, of
         for grad, exact_grad in zip(grads, expected_grads, strict=True):
             assert grad.dtype == dtype
             assert relative_error(grad, exact_grad) < KERNEL_GRADIENT[dtype]
+
+
+def test_a_prepared_guide_gives_the_same_value_and_gradient():
+    x_NP, y_NQ = features(70, 20, 30, torch.float32, 50.0)
+    for measure in (dmnn, dmnn_distance):
+        direct = measure(x_NP, y_NQ, backend="triton")
+        cached = measure(x_NP, cosines(y_NQ), prepared=True, backend="triton")
+        assert abs(direct.item() - cached.item()) < KERNEL_VALUE[torch.float32]
+        grads = [torch.autograd.grad(value, x_NP)[0] for value in (direct, cached)]
+        assert relative_error(grads[0], grads[1]) < KERNEL_GRADIENT[torch.float32]
 
 
 def test_more_columns_than_a_block_holds_are_read_in_turn(monkeypatch):
