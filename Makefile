@@ -8,17 +8,17 @@ GUIDE ?= carried
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels-interpret kernels-check lint bench install clean
+.PHONY: demo test kernels-interpret kernels-check lint bench bench-similarity install clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
 
 # pip and setuptools come first and build isolation is off: an isolated build would fetch versions that
-# constraints.txt doesn't pin.
+# constraints.txt doesn't pin. The warnings are setuptools' on editable installs in general.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@
 
 demo: $(STAMP)
@@ -48,6 +48,10 @@ bench: $(STAMP)
 	@set -e; found=; for script in benchmarks/bench_*.py; do test -f "$$script" || continue; found=1; \
 		echo "$$script"; $(BIN)/python "$$script" --out "build/bench/$$(basename "$$script" .py).json"; done; \
 		test -n "$$found" || { echo "bench: no benchmarks/bench_*.py to run" >&2; exit 1; }
+
+# Times CKA against the usual code; quiet machines give the committed figures.
+bench-similarity: $(STAMP)
+	$(BIN)/python benchmarks/bench_similarity.py --out benchmarks/results/similarity.json
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
