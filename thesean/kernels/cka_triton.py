@@ -87,6 +87,7 @@ def gram_pair(
     x_NP: torch.Tensor, y_NQ: torch.Tensor | None, gram_y_NN: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both Grams in float32, y's as given or from centred y_NQ, and the sums of `gram_triton.SUMS` in float64."""
+    x_NP, y_NQ = _aligned(x_NP), None if y_NQ is None else _aligned(y_NQ)
     n, width = x_NP.shape
     entry = launch("cka", x_NP.device, x_NP.dtype)
     tiles = _tiles(n, entry.block)
@@ -114,6 +115,12 @@ def gram_pair(
             **join.options,
         )
     return gram_x_NN, gram_y_NN, sums_TS.sum(0)
+
+
+def _aligned(x_NP: torch.Tensor) -> torch.Tensor:
+    """Zeros up to a multiple of 16 features: they add nothing, and rows that aren't aligned are loaded singly."""
+    missing = -x_NP.shape[1] % 16
+    return torch.nn.functional.pad(x_NP, (0, missing)) if missing else x_NP
 
 
 def _sliced(x_NP: torch.Tensor, tiles: int, entry: Launch) -> torch.Tensor:

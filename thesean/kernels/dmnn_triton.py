@@ -40,7 +40,7 @@ def grow_normaliser(logits, largest, total):
     return larger, total * tl.exp(largest - safe) + tl.sum(tl.exp(logits - safe[:, None]), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def normalisers_kernel(gram_x, gram_y, normalisers, N, sharpness, ROWS: tl.constexpr, COLS: tl.constexpr):
     """logsumexp of the rows of both sides -> normalisers_2N. Grid: (ceil(N / ROWS),)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -66,7 +66,7 @@ def load_mutual(gram, normalisers, rows, cols, N, sharpness):
     return tl.exp(2.0 * logits - own[:, None] - theirs[None, :]), logits, own, theirs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def agreement_kernel(
     gram_x,
     gram_y,
@@ -110,7 +110,7 @@ def side_weight(flow, own_flow, their_flow, logits, own, theirs):
     return 4.0 * flow - 2.0 * softmaxes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def weights_kernel(
     gram_x,
     gram_y,

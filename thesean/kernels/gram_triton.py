@@ -4,6 +4,8 @@ A Gram is symmetric: programs compute the lower triangle's tiles and store each 
 a row of its own, which the caller adds up in float64: two passes and no atomics, so that runs agree to the bit.
 With few tiles, `slice_kernel` spreads the features over programs as well and `join_kernel` adds up the slices.
 
+One kernel serves every N, unspecialised: what is checked ahead of time is then what runs. Widths are multiples of 16.
+
 N examples, P width of x, Q width of y; all features are centred before
 """
 
@@ -84,7 +86,7 @@ def load_tile(gram, rows, cols, N):
     return tl.load(gram + rows.to(tl.int64)[:, None] * N + cols[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def pair_kernel(
     x,
     y,
@@ -111,7 +113,7 @@ def pair_kernel(
     store_sums(k, l, sums, t, i, j, rows, cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def slice_kernel(
     x, slices, N, P, WIDTH, BLOCK: tl.constexpr, DEPTH: tl.constexpr, PREC: tl.constexpr, WIDEN: tl.constexpr
 ):
@@ -126,7 +128,7 @@ def slice_kernel(
     tl.store(out + rows.to(tl.int64)[:, None] * N + cols[None, :], k, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "SX", "SY"])
 def join_kernel(slices_x, slices_y, gram_x, gram_y, sums, N, SX, SY, STORED_Y: tl.constexpr, BLOCK: tl.constexpr):
     """slices_x_SNN, slices_y_SNN -> gram_x_NN, gram_y_NN, sums_TS, the slices in order. Grid: (tiles,).
 
@@ -151,7 +153,7 @@ def join_kernel(slices_x, slices_y, gram_x, gram_y, sums, N, SX, SY, STORED_Y: t
     store_sums(k, l, sums, t, i, j, rows, cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def apart_kernel(gram_x, gram_y, scales, sums, N, BLOCK: tl.constexpr):
     """The sums of scales[0] gram_x - scales[1] gram_y: off-diagonal squares, diagonal squares, trace. Grid: (tiles,).
 

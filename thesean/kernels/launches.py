@@ -80,7 +80,7 @@ def _tables() -> dict[tuple[str, Arch, torch.dtype], Launch]:
             table["cka", arch, dtype] = (_GRAM_HALF if dtype in HALF else _GRAM_FLOAT)[arch]
         # reads stored fp32 Grams, whatever the features were; larger tiles spill on sm80
         table["gram_statistics", arch, torch.float32] = Launch(block=32, depth=32, warps=4)
-        table["dmnn", arch, torch.float32] = Launch(block=8, depth=256, warps=4)
+        table["dmnn", arch, torch.float32] = Launch(block=8, depth=128, warps=4)
     return table
 
 

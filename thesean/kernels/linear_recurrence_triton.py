@@ -20,7 +20,7 @@ from thesean.kernels.device_triton import device_of
 from thesean.kernels.launches import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(decay, input, state, hidden, last, T, D, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """decay_BTD, input_BTD, state_BD -> hidden_BTD, last_BD. Grid: (ceil(D / BLOCK), B)."""
     wide = last.dtype.element_ty  # the accumulator: bf16 drifts past T=2048
@@ -45,7 +45,7 @@ def forward_kernel(decay, input, state, hidden, last, T, D, STEPS: tl.constexpr,
     tl.store(last + row, h, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     decay,
     hidden,
