@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from thesean.kernels.cka import cka, cka_distance
+from thesean.kernels.dispatch import Backend
 from thesean.kernels.dmnn import dmnn
 from thesean.kernels.linear_recurrence import linear_recurrence
 from thesean.report.environment import environment
 
+UNROLLED = 512  # steps: torch.compile unrolls the reference's loop, and takes an hour for thousands
 NO_GPU = (
     "No GPU here: nothing was timed, and no figure of the Triton kernels on a GPU has been measured yet. "
     "What is proven without one: `make kernels-interpret` and `make kernels-check`."
@@ -35,6 +38,7 @@ class Case:
     run: Callable[[str], None]
     bytes_moved: int
     flops: int
+    implementations: tuple[str, ...] = ("torch.compile", "torch", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ def cases() -> Iterator[Case]:
                 run=recurrence(batch, time, width, dtype),
                 bytes_moved=(3 + 5) * elements * dtype.itemsize,  # decay, input, hidden; then 3 in and 2 out
                 flops=6 * elements,
+                implementations=("torch.compile", "torch", "triton") if time <= UNROLLED else ("torch", "triton"),
             )
         for n, width in ((256, 4096), (2048, 2048)):
             products = 2 * n * n * width  # multiply and add, of one Gram
@@ -86,7 +91,7 @@ def recurrence(batch: int, time: int, width: int, dtype: torch.dtype) -> Callabl
     compiled = torch.compile(partial(linear_recurrence, backend="torch"))
 
     def run(backend: str) -> None:
-        step = compiled if backend == "torch.compile" else partial(linear_recurrence, backend=backend)
+        step = compiled if backend == "torch.compile" else partial(linear_recurrence, backend=cast(Backend, backend))
         hidden_BTD, _ = step(decay_BTD, input_BTD, state_BD)
         torch.autograd.grad(hidden_BTD, [decay_BTD, input_BTD, state_BD], grad_BTD)
 
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{limits['name']}, memory at most {limits['memory_gb_per_s']:.0f} GB/s")
         rows = []
         for case in cases():
-            for implementation in ("torch.compile", "torch", "triton"):
+            for implementation in case.implementations:
                 row = timed(case, implementation, arguments.repeats)
                 rows.append(asdict(row))
                 print(
