@@ -1,8 +1,8 @@
 """The debiased HSIC as an inner product, so that many layers compare in one matrix product.
 
-With the Gram K of centred features, d its diagonal and t the sum of that,
+With the Gram K of features, its diagonal set to 0, r the sums of its rows and s that of all,
 
-    U_ij = K_ij + (d_i + d_j) / (n-2) - t / ((n-1)(n-2)) for i != j, 0 for i = j      (Székely and Rizzo 2014)
+    U_ij = K_ij - (r_i + r_j) / (n-2) + s / ((n-1)(n-2)) for i != j, 0 for i = j      (Székely and Rizzo 2014)
     debiased HSIC of x and y = <U(x), U(y)> / (n (n-3))                               (Song et al. 2012, eq. 5)
 
 N examples, P width
@@ -12,17 +12,35 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import centred, full_precision, widen
+from thesean.kernels.precision import accumulator, full_precision, widen
+
+_COLUMNS = 512  # of the features that are centred at a time: fresh memory for all of them costs more than the centring
+_PANELS = 4  # of a Gram's rows: of each only what is not left of the diagonal, 10 blocks of 16
 
 
 @torch.no_grad()
 def u_centred(x_NP: torch.Tensor) -> torch.Tensor:
-    """U, in float32 or float64. x_NP, N >= 4 -> (N, N)."""
+    """U, in float32 or float64. x_NP, N >= 4 -> (N, N). Zero for features that do not vary."""
     n = x_NP.shape[0]
+    (x_NP,) = widen(x_NP)
     with full_precision(x_NP.device):
-        x_NP = centred(*widen(x_NP))
-        u_NN = x_NP @ x_NP.mT
-    # the features' means being 0, so are the Gram's: what is left of a row without its diagonal is -d
-    share_N = u_NN.diagonal() / (n - 2)
+        upper_NN = _upper_gram(x_NP).triu_(1)
+    u_NN = upper_NN + upper_NN.mT
+    share_N = u_NN.sum(1) / (n - 2)
     share_N = share_N - share_N.sum() / (2 * (n - 1))
-    return u_NN.add_(share_N).add_(share_N.unsqueeze(1)).fill_diagonal_(0)
+    return u_NN.sub_(share_N).sub_(share_N.unsqueeze(1)).fill_diagonal_(0)
+
+
+def _upper_gram(x_NP: torch.Tensor) -> torch.Tensor:
+    """The Gram of the centred features, right above the diagonal; what is below is not to be read."""
+    n, p = x_NP.shape
+    rows = max(64, -(-n // _PANELS))
+    gram_NN, scratch = x_NP.new_zeros(n, n), x_NP.new_empty(n * min(p, _COLUMNS))
+    for part_NC in x_NP.split(_COLUMNS, 1):
+        centred_NC = scratch[: part_NC.numel()].view(n, -1)
+        # An offset would cost the Gram its digits; what float32 rounds off the mean is small, and U removes it. The
+        # mean in float64 is exact for a constant column, which vanishes.
+        torch.sub(part_NC, part_NC.mean(0, dtype=accumulator(x_NP.device)).to(x_NP.dtype), out=centred_NC)
+        for i in range(0, n, rows):
+            gram_NN[i : i + rows, i:].addmm_(centred_NC[i : i + rows], centred_NC[i:].mT)
+    return gram_NN
