@@ -27,7 +27,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+ifeq ($(shell uname -s),Linux)  # where triton is to be had
 	$(MAKE) kernels-interpret kernels-check
+endif
 
 # An interpreting process can't compile, and one that has imported triton can't begin to interpret: hence processes.
 kernels-interpret: $(STAMP)

@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{limits['name']}, memory at most {limits['memory_gb_per_s']:.0f} GB/s")
         rows = []
         for case in cases():
+            torch.compiler.reset()  # each case compiles a function of its own, and torch gives up after eight
             for implementation in case.implementations:
                 row = timed(case, implementation, arguments.repeats)
                 rows.append(asdict(row))
