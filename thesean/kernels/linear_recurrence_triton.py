@@ -22,12 +22,12 @@ from thesean.kernels.launches import launch
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(decay, input, state, hidden, last, T, D, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """decay_BTD, input_BTD, state_BD -> hidden_BTD, last_BD. Grid: (ceil(D / BLOCK), B)."""
+    """decay_BTD, input_BTD, state_BD -> hidden_BTD, last_BD. Grid: (B, ceil(D / BLOCK)), in this order: B is large."""
     wide = last.dtype.element_ty  # the accumulator: bf16 drifts past T=2048
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D
-    row = tl.program_id(1).to(tl.int64) * D + channel
-    at = tl.program_id(1).to(tl.int64) * T * D + channel
+    row = tl.program_id(0).to(tl.int64) * D + channel
+    at = tl.program_id(0).to(tl.int64) * T * D + channel
     h = tl.load(state + row, mask=inside, other=0.0).to(wide)
     zero = tl.zeros_like(channel)  # makes a vector of t: the interpreter cannot mask by a scalar
     for start in range(0, T, STEPS):
@@ -62,10 +62,10 @@ def backward_kernel(
 ):
     """g_t = grad_t + decay_{t+1} * g_{t+1}, from the end; grad_input = g_t, grad_decay = g_t * h_{t-1}."""
     wide = grad_state.dtype.element_ty
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D
-    row = tl.program_id(1).to(tl.int64) * D + channel
-    base = tl.program_id(1).to(tl.int64) * T * D + channel
+    row = tl.program_id(0).to(tl.int64) * D + channel
+    base = tl.program_id(0).to(tl.int64) * T * D + channel
     first = tl.load(state + row, mask=inside, other=0.0).to(wide)
     flow = tl.load(grad_last + row, mask=inside, other=0.0).to(wide)
     for start in range(0, T, STEPS):
@@ -101,7 +101,7 @@ class _LinearRecurrence(torch.autograd.Function):
         hidden_BTD, last_BD = torch.empty_like(input_BTD), torch.empty_like(state_BD)
         entry = launch("linear_recurrence", input_BTD.device, input_BTD.dtype)
         with device_of(input_BTD):
-            forward_kernel[(triton.cdiv(width, entry.block), batch)](
+            forward_kernel[(batch, triton.cdiv(width, entry.block))](
                 *(decay_BTD, input_BTD, state_BD, hidden_BTD, last_BD, time, width),
                 STEPS=entry.depth,
                 BLOCK=entry.block,
@@ -121,7 +121,7 @@ class _LinearRecurrence(torch.autograd.Function):
         grad_state_BD = torch.empty_like(state_BD)
         entry = launch("linear_recurrence", hidden_BTD.device, hidden_BTD.dtype)
         with device_of(hidden_BTD):
-            backward_kernel[(triton.cdiv(width, entry.block), batch)](
+            backward_kernel[(batch, triton.cdiv(width, entry.block))](
                 *(decay_BTD, hidden_BTD, state_BD, grad_BTD.contiguous(), grad_last_BD.contiguous()),
                 *(grad_decay_BTD, grad_input_BTD, grad_state_BD, time, width),
                 STEPS=entry.depth,
