@@ -72,7 +72,7 @@ def test_columns_come_in_the_order_guide_converted_baselines_and_units_are_human
     assert positions == sorted(positions)
     assert "842 k" in text
     assert "3.4 MB" in text
-    latency = next(line for line in text.splitlines() if "token at context 2048" in line)
+    latency = next(line for line in text.splitlines() if "token at 2048" in line)
     assert "4 ms" in latency
     assert "50 us" in latency
 

@@ -80,14 +80,14 @@ def measures(rows: Sequence[Row], metric_name: str = "metric") -> list[tuple[str
 
 
 def latency_label(key: str) -> str:
-    """ "token_2048" -> "token at context 2048"; keys of another form stay as they are."""
+    """ "token_2048" -> "token at 2048"; keys of another form stay as they are."""
     kind, _, size = key.rpartition("_")
     if not (kind and size.isdigit()):
         return key
     told = {
         "prefill": f"prefill of {size} tokens",
-        "token": f"token at context {size}",
-        "cached_token": f"the same with a key-value cache, {size}",
+        "token": f"token at {size}",
+        "cached_token": f"token at {size}, KV cache",
     }
     return told.get(kind, f"{kind} {size}")
 
