@@ -19,28 +19,33 @@ _PANELS = 4  # of a Gram's rows: of each only what is not left of the diagonal, 
 
 
 @torch.no_grad()
-def u_centred(x_NP: torch.Tensor) -> torch.Tensor:
-    """U, in float32 or float64. x_NP, N >= 4 -> (N, N). Zero for features that do not vary."""
+def u_centred(x_NP: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """U, in float32 or float64, in `out` if given. x_NP, N >= 4 -> (N, N). Zero for features that do not vary."""
     n = x_NP.shape[0]
     (x_NP,) = widen(x_NP)
+    u_NN = x_NP.new_empty(n, n) if out is None else out
     with full_precision(x_NP.device):
-        upper_NN = _upper_gram(x_NP).triu_(1)
-    u_NN = upper_NN + upper_NN.mT
-    share_N = u_NN.sum(1) / (n - 2)
+        _gram(x_NP, u_NN)
+    share_N = u_NN.fill_diagonal_(0).sum(1) / (n - 2)
     share_N = share_N - share_N.sum() / (2 * (n - 1))
     return u_NN.sub_(share_N).sub_(share_N.unsqueeze(1)).fill_diagonal_(0)
 
 
-def _upper_gram(x_NP: torch.Tensor) -> torch.Tensor:
-    """The Gram of the centred features, right above the diagonal; what is below is not to be read."""
+def _gram(x_NP: torch.Tensor, out_NN: torch.Tensor) -> None:
+    """The Gram of the centred features, of which only the blocks from the diagonal on are multiplied."""
     n, p = x_NP.shape
     rows = max(64, -(-n // _PANELS))
-    gram_NN, scratch = x_NP.new_zeros(n, n), x_NP.new_empty(n * min(p, _COLUMNS))
-    for part_NC in x_NP.split(_COLUMNS, 1):
+    scratch = x_NP.new_empty(n * min(p, _COLUMNS))
+    for number, part_NC in enumerate(x_NP.split(_COLUMNS, 1)):
         centred_NC = scratch[: part_NC.numel()].view(n, -1)
         # An offset would cost the Gram its digits; what float32 rounds off the mean is small, and U removes it. The
         # mean in float64 is exact for a constant column, which vanishes.
         torch.sub(part_NC, part_NC.mean(0, dtype=accumulator(x_NP.device)).to(x_NP.dtype), out=centred_NC)
         for i in range(0, n, rows):
-            gram_NN[i : i + rows, i:].addmm_(centred_NC[i : i + rows], centred_NC[i:].mT)
-    return gram_NN
+            panel_RM, own_RC, others_MC = out_NN[i : i + rows, i:], centred_NC[i : i + rows], centred_NC[i:]
+            if number:
+                panel_RM.addmm_(own_RC, others_MC.mT)
+            else:
+                torch.mm(own_RC, others_MC.mT, out=panel_RM)
+    for i in range(rows, n, rows):
+        out_NN[i : i + rows, :i] = out_NN[:i, i : i + rows].mT
