@@ -116,7 +116,7 @@ def main() -> None:
     guide = train_guide(data, options.seed)
     arguments = dict(
         target="mlp", data=data, eval_data=held_out, loss=thesean.cross_entropy, metric=thesean.accuracy,
-        recipe=recipe, seed=options.seed,
+        seed=options.seed,
     )  # fmt: skip
     print(thesean.plan(guide, "mlp", data=data))
     models = {"converted": thesean.compile(guide, recipe=recipe(RATES["converted"]), **arguments)}
