@@ -25,7 +25,6 @@ def features(n: int, p: int, q: int, dtype: torch.dtype, offset: float) -> list[
     [
         (5, torch.float32, 0.0, 0.1),
         (64, torch.float32, 50.0, 1.0),
-        (150, torch.float32, 0.0, 0.1),
         (150, torch.float32, 50.0, 0.1),
         (150, torch.float16, 50.0, 0.1),
         (150, torch.bfloat16, 50.0, 0.1),

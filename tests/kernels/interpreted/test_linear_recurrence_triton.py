@@ -27,7 +27,7 @@ def with_gradients(given, backend, weight_BTD):
 
 @pytest.mark.parametrize(
     ("time", "width", "dtype"),
-    [(1, 1, torch.float32), (8, 32, torch.float32), (150, 33, torch.float32), *((19, 70, d) for d in DTYPES)],
+    [(1, 1, torch.float32), (8, 32, torch.float32), (150, 3, torch.float32), *((19, 40, d) for d in DTYPES)],
 )
 def test_values_and_gradients_are_those_of_the_reference_at_ragged_sizes(time, width, dtype):
     given = inputs(time, width, dtype)
