@@ -191,3 +191,16 @@ print((peak_kib() - before) / 1024)
 def test_twenty_thousand_examples_stay_under_a_gibibyte():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=150)
     assert 0 < float(run.stdout) < 1024
+
+
+def test_a_converted_networks_parts_are_compared_with_the_modules_that_they_replaced():
+    guide = torch.nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3)))
+    data = batches(64, 64)
+    converted = thesean.compile(guide, "mlp", data=data, recipe="fast", progress=False)
+    found = thesean.compare(guide, converted, data, layers_a=["0", "1"])
+    assert found.layers_b[:2] == ("part_0", "part_1")
+    # solved in closed form on the same inputs: each part is most like what it replaced
+    assert found.matrix[0].argmax() == 0
+    assert found.matrix[0, 0] > 0.9
+    with pytest.raises(UnknownNameError, match="part_0"):
+        thesean.compare(guide, converted, data, layers_b="blocks.0")

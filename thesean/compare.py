@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thesean.converted import Converted
 from thesean.errors import DataError, NumericalError
 from thesean.layers import evaluating, run_layers, select_layers
 from thesean.report.comparison import Comparison
@@ -27,8 +28,8 @@ Outputs = dict[str, Any]
 
 
 def compare(
-    model_a: nn.Module,
-    model_b: nn.Module,
+    model_a: nn.Module | Converted,
+    model_b: nn.Module | Converted,
     data: Iterable[Any],
     measure: str = "cka",
     *,
@@ -40,9 +41,11 @@ def compare(
 
         thesean.compare(bert, student, batches, layers_a="encoder.layer.*", flatten="token").plot("heatmap.png")
 
-    Any two models. `layers_a`, `layers_b`: globs of module names, `*` within a level, `**` over levels; by default
-    the blocks of the outermost nn.ModuleList, or every module with weights of its own. A batch is a tensor, a tuple
-    whose first element is the input, or a dict, of which each model takes what its forward names. Both run in eval mode
+    Any two models; of a Converted the target modules are the layers (`part_0`...), to be compared with what they
+    replaced: `layers_a="transformer.h.*.attn"`. `layers_a`, `layers_b`: globs of module names, `*` within a level,
+    `**` over levels; by default the blocks of the outermost nn.ModuleList, or every module with weights of its own. A
+    batch is a tensor, a tuple whose first element is the input, or a dict, of which each model takes what its forward
+    names. Both run in eval mode
     without gradients. `flatten="token"` makes each position of (..., P) a row; what a dict's `attention_mask` hides is
     left out.
 
@@ -54,6 +57,7 @@ def compare(
     NumericalError for NaN and infinities; each names the layer.
     """
     chosen = get_measure(measure)
+    model_a, model_b = (m.module if isinstance(m, Converted) else m for m in (model_a, model_b))
     names_a, names_b = select_layers(model_a, layers_a, "layers_a"), select_layers(model_b, layers_b, "layers_b")
     same = model_a is model_b and names_a == names_b
     by_gram = chosen.name in ("cka", "cka-debiased")

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from thesean.errors import DataError, NumericalError, UnknownNameError
 
@@ -26,6 +26,12 @@ def select_layers(model: nn.Module, globs: str | Sequence[str] | None, option: s
     UnknownNameError for a glob that none matches, DataError where there is nothing to choose.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    if isinstance(model, fx.GraphModule):
+        # what is no target module has become operators of the graph: only modules that it calls have outputs
+        called = [str(node.target) for node in model.graph.find_nodes(op="call_module")]
+        modules = {n: m for n, m in modules.items() if any(n == c or n.startswith(f"{c}.") for c in called)}
+        if globs is None and called:
+            return list(dict.fromkeys(called))
     if globs is None:
         lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)]
         outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
