@@ -45,9 +45,8 @@ def compare(
     replaced: `layers_a="transformer.h.*.attn"`. `layers_a`, `layers_b`: globs of module names, `*` within a level,
     `**` over levels; by default the blocks of the outermost nn.ModuleList, or every module with weights of its own. A
     batch is a tensor, a tuple whose first element is the input, or a dict, of which each model takes what its forward
-    names. Both run in eval mode
-    without gradients. `flatten="token"` makes each position of (..., P) a row; what a dict's `attention_mask` hides is
-    left out.
+    names. Both run in eval mode without gradients. `flatten="token"` makes each position of (..., P) a row; what a
+    dict's `attention_mask` hides is left out.
 
     "cka" and "cka-debiased" both give the debiased minibatch estimate (Nguyen et al. 2021), from Grams of at most 256
     rows: of batches, the biased form has no meaning. Other measures are averaged over batches, weighted by rows, which
