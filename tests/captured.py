@@ -63,6 +63,11 @@ def token_mixer() -> Captured:
 
 
 @cache
+def fixed_length() -> Captured:
+    return capture(models.FixedLength(models.token_mixer(), 6, 8), vectors(3, 6, 8))
+
+
+@cache
 def tied() -> Captured:
     return capture(models.seeded(models.Tied), vectors(3, 8))
 

@@ -203,6 +203,17 @@ def token_mixer(**settings: int) -> nn.Module:
     return TokenMixer(**settings).eval()
 
 
+class FixedLength(nn.Module):
+    """A guide that takes sequences of one length and no other, so that its time dimension is static."""
+
+    def __init__(self, guide: nn.Module, length: int, width: int) -> None:
+        super().__init__()
+        self.guide, self.length, self.width = guide, length, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.guide(x.reshape(x.shape[0], self.length, self.width))
+
+
 class TwoInputs(nn.Module):
     """(left, right) -> one output; the blocks run on their sum."""
 

@@ -6,17 +6,15 @@ N examples, P width
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from thesean.distill.data import LABELS
 from thesean.errors import DataError, NumericalError, UnknownNameError
-
-_LABELS = ("labels", "label", "label_ids")  # would make a Hugging Face model compute its loss
 
 
 def select_layers(model: nn.Module, globs: str | Sequence[str] | None, option: str) -> list[str]:
@@ -121,20 +119,10 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str,
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
         anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        taken = {k: moved(v) for k, v in batch.items() if (k in parameters or anything) and k not in _LABELS}
+        taken = {
+            k: moved(v) for k, v in batch.items() if (k in parameters or anything) and k not in LABELS
+        }  # they would make a model compute its loss
         if not taken:
             raise DataError(f"{type(model).__name__} takes none of: {', '.join(map(str, batch))}.")
         return (), taken
     raise DataError(f"expected a tensor, a tuple or a dict, found {type(batch).__name__}.")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

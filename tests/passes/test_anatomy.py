@@ -33,7 +33,7 @@ def test_packed_projections_of_gpt2_are_read_off(kernel):
     guide, model = captured.gpt2(attention=kernel), models.gpt2(attention=kernel)
     attention = model.transformer.h[1].attn
     facts = attention_of(guide, "transformer.h.1.attn")
-    assert facts.heads == 2
+    assert facts.heads == facts.kv_heads == 2
     assert facts.scale == pytest.approx(8**-0.5)
     weights, biases = attention.c_attn.weight.T.chunk(3), attention.c_attn.bias.chunk(3)
     for affine, weight, bias in zip((facts.query, facts.key, facts.value), weights, biases, strict=True):
@@ -65,7 +65,10 @@ def test_grouped_keys_and_values_of_llama_are_repeated_for_their_queries(kernel)
     attention = model.model.layers[0].self_attn
     facts = attention_of(guide, "model.layers.0.self_attn")
     assert facts.heads == 4
+    assert facts.kv_heads == 2
     assert facts.scale == pytest.approx(8**-0.5)
+    for affine, layer in zip(facts.grouped(2), (attention.k_proj, attention.v_proj), strict=True):
+        equal(affine, layer.weight, layer.bias)
     equal(facts.query, attention.q_proj.weight, attention.q_proj.bias)
     for affine, layer in ((facts.key, attention.k_proj), (facts.value, attention.v_proj)):
         weight = layer.weight.view(2, 8, -1).repeat_interleave(2, 0).flatten(0, 1)

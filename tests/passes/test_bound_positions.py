@@ -40,6 +40,11 @@ class Counted(nn.Module):
             at = self.table(torch.arange(T) + 2)
         elif self.form == "slice":
             at = self.table.weight[:T]
+        elif self.form == "index":
+            at = self.table.weight[torch.arange(T)]
+        elif self.form == "mask":  # counts what is visible
+            visible = (x >= 0).long()
+            at = self.table((visible.cumsum(1) * visible - 1).clamp(min=0))
         else:  # a slice of a buffer of positions, which then index the table
             at = self.table(self.ids[:, :T])
         return at + 0 * self.words(x)
@@ -58,6 +63,10 @@ EXPECTED: dict[tuple[str, str], list[int]] = {
     ("from two", "wrap"): [2, 3, 4, 5, 2, 3, 4, 5],
     ("slice", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
     ("slice", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+    ("index", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
+    ("index", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+    ("mask", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
+    ("mask", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
     ("buffer", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
     ("buffer", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
 }
@@ -71,7 +80,9 @@ def test_steps_past_the_table_read_the_rows_that_the_mode_says(form, mode):
     torch.testing.assert_close(found[0], table[EXPECTED[form, mode]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("form", "rows"), [("arange", 6), ("from two", 4), ("slice", 6), ("buffer", 6)])
+@pytest.mark.parametrize(
+    ("form", "rows"), [("arange", 6), ("from two", 4), ("slice", 6), ("buffer", 6), ("index", 6), ("mask", 6)]
+)
 def test_the_table_tells_how_long_a_sequence_may_be(form, rows):
     module, _ = graph_of(form)
     assert table_rows(module) == rows

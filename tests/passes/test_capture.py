@@ -159,13 +159,13 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
-def test_recurrent_guides_are_captured_at_their_length_and_run_afterwards(cell):
+def test_recurrent_guides_run_at_any_length_and_are_as_they_were(cell):
     model = models.seeded(Recurrent, cell)
     expected = model(vectors(2, 6, 4))
     captured = capture(model, vectors(2, 6, 4))
     torch.testing.assert_close(model(vectors(2, 6, 4)), expected)
-    assert captured.signature.inputs[0].shape == ("batch", 6, 4)
-    same_everywhere(model, captured, [(5,)], lambda b: vectors(b, 6, 4))
+    assert captured.signature.inputs[0].shape == ("batch", "time", 4)
+    same_everywhere(model, captured, [(5, 6), (2, 11), (1, 1)], lambda b, t: vectors(b, t, 4))
 
 
 class Counting(nn.Module):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests import captured, models
-from thesean.passes.cost import count_params, flops_by_node
+from thesean.passes.capture import capture
+from thesean.passes.cost import Sizes, count_params, flops_by_node, remaining_params
 from thesean.passes.draft import make_draft
 from thesean.passes.hybrid import build_hybrid
 from thesean.passes.partition import partition
+from thesean.passes.substitute import clone
 
 
 def flops(guide, **sizes):
@@ -51,6 +54,50 @@ def test_flops_of_gpt2_are_those_worked_by_hand():
 def test_flops_are_counted_without_computing():
     guide = captured.gpt2()
     assert flops(guide, batch=10_000, time=64) > 1e10
+
+
+def test_flops_of_a_cell_are_two_a_weight_and_token():
+    model = torch.nn.LSTM(4, 6, num_layers=2, batch_first=True, bidirectional=True)
+    guide = capture(First(model), models.vectors(2, 5, 4))
+    weights = 2 * 4 * 6 * (4 + 6) + 2 * 4 * 6 * (12 + 6)
+    assert flops(guide, batch=3, time=7) == 2 * 3 * 7 * weights
+
+
+class First(torch.nn.Module):
+    def __init__(self, cell: torch.nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cell(x)[0]
+
+
+@pytest.mark.parametrize("guide", [captured.gpt2, captured.bert, captured.encoder, captured.resnet, captured.llama])
+def test_flops_read_off_shapes_are_those_that_a_run_on_fake_tensors_counts(guide):
+    found = guide()
+    sizes = {s: 3 if s.startswith("batch") else 7 for s in found.signature.symbols}
+    read = flops_by_node(found.graph_module, found.signature, sizes)
+    blind = clone(found.graph_module)
+    for node in blind.graph.nodes:
+        if node.op == "call_function":
+            node.meta.pop("val")
+    run = flops_by_node(blind, found.signature, sizes)
+    assert {n.name: c for n, c in run.items() if c} == {n.name: c for n, c in read.items() if c}
+
+
+def test_a_flattened_size_is_the_product_of_its_dimensions():
+    assert Sizes({"batch": 3, "time": 5})["batch*time"] == 15
+    assert Sizes({"time": 5})["2*time"] == 10
+    with pytest.raises(KeyError):
+        Sizes({"batch": 3})["time"]
+
+
+def test_a_shared_parameter_stays_while_anything_reads_it():
+    guide = captured.tied()  # one matrix in three blocks and the head, a bias in each block
+    regions = [p.region for p in partition(captured.flow_of(guide))]
+    for count in range(len(regions) + 1):
+        left = remaining_params(guide.graph_module, {r.exit: r.entry for r in regions[:count]})
+        assert left == 8 * 8 + (3 - count) * 8
 
 
 def test_a_target_tells_its_own_flops():

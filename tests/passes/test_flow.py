@@ -67,13 +67,14 @@ def test_the_flow_holds_what_reaches_the_output_from_one_source():
     assert not flow.side & set(flow.dag)
 
 
-def test_the_backbone_of_gpt2_passes_every_residual_sum():
+def test_the_residual_stream_of_gpt2_is_one_chain_from_the_embedding_to_the_logits():
     flow = captured.flow_of(captured.gpt2())
-    backbone = flow.backbone()
-    assert backbone[0] == SOURCE
-    assert backbone[-1] is flow.sink
+    chain = [next(n for n in flow.order if n in flow.dag)]
+    while chain[-1] in flow.links:
+        chain.append(flow.links[chain[-1]])
+    assert chain[0].target is torch.ops.aten.embedding.default
+    assert chain[-1] in flow.dag.predecessors(flow.sink)
     # the embedding sum, then attention and MLP of two blocks
-    sums = [n for n in backbone if not isinstance(n, str) and n.target is torch.ops.aten.add.Tensor]
-    assert len(sums) >= 5
-    norms = [n for n in backbone if not isinstance(n, str) and n.target is torch.ops.aten.layer_norm.default]
+    assert len([n for n in chain if n.target is torch.ops.aten.add.Tensor]) == 5
+    norms = [n for n in chain if n.target is torch.ops.aten.layer_norm.default]
     assert len(norms) == 1  # only the final one: the others stand beside a residual path

@@ -87,7 +87,7 @@ def test_a_glob_without_a_match_gives_the_near_name():
 
 
 def test_an_unknown_granularity_is_refused():
-    with pytest.raises(PlanError, match="unknown granularity 'layer'; expected 'block' or 'sublayer'"):
+    with pytest.raises(PlanError, match="unknown granularity 'layer'; expected 'block', 'sublayer' or 'finest'"):
         paths(captured.gpt2(), "layer")
 
 

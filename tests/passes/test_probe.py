@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from tests import captured
+from tests.models import vectors
+from thesean.errors import PlanError
+from thesean.passes.capture import capture
+from thesean.passes.draft import make_draft
+from thesean.passes.flow import data_flow
 from thesean.passes.partition import partition
-from thesean.passes.probe import probe_mixing
+from thesean.passes.probe import is_channels_first, probe_mixing
 from thesean.passes.regions import module_regions
 
 
@@ -48,3 +55,65 @@ def test_feature_maps_have_no_direction_and_vectors_no_tokens():
 
 def test_three_tokens_are_enough():
     assert set(mixing(captured.gpt2(), time=3).values()) == {"causal"}
+
+
+class Convolutions(nn.Module):
+    """Residual convolutions over (batch, channels, time), or over (batch, time, width) turned round inside."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.turned = turned
+        self.layers = nn.ModuleList(nn.Conv1d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + (layer(x.transpose(1, 2)).transpose(1, 2) if self.turned else layer(x))
+        return x
+
+
+def test_channels_first_is_told_from_a_sequence_that_is_turned_round_inside():
+    for turned, expected in ((False, True), (True, False)):
+        flow = data_flow(capture(Convolutions(turned), vectors(2, 8, 8)).graph_module.graph)
+        assert {is_channels_first(p.region) for p in partition(flow)} == {expected}
+
+
+def test_a_guide_with_time_before_the_batch_is_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    with pytest.raises(PlanError, match=r"layers\.0.*: one example of a batch changes the output of another"):
+        make_draft(capture(model, vectors(6, 5, 8)), "rnn")
+
+
+class Memory(nn.Module):
+    """x + W mean over the sequence: every output sees every input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x).mean(1, keepdim=True)
+        return x
+
+
+def test_what_looks_ahead_from_the_last_token_alone_is_bidirectional():
+    class Last(Memory):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = x + layer(x)[:, -1:]
+            return x
+
+    for model in (Memory(), Last()):
+        guide = capture(model, vectors(2, 5, 8))
+        values = captured.recorded(guide)
+        assert {probe_mixing(p.region, values) for p in partition(captured.flow_of(guide))} == {"bidirectional"}
+
+
+def test_a_region_is_probed_once_on_the_same_recording(monkeypatch):
+    guide = captured.gpt2()
+    values = captured.recorded(guide)
+    region = partition(captured.flow_of(guide))[0].region
+    first = probe_mixing(region, values)
+    monkeypatch.setattr("thesean.passes.probe.evaluate", None)
+    assert probe_mixing(region, values) == first

@@ -21,12 +21,13 @@ from thesean.passes.chunks import join, run_in_chunks
 from thesean.passes.draft import make_draft
 from thesean.passes.hybrid import build_hybrid
 from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
+from thesean.targets import Target
 
 CHUNKS = (1, 5, 1, 4)
 
 
 def converted(
-    guide: nn.Module, inputs: dict[str, torch.Tensor], target: str = "gru", count: int | None = None
+    guide: nn.Module, inputs: dict[str, torch.Tensor], target: str | Target = "gru", count: int | None = None
 ) -> tuple[fx.GraphModule, Captured]:
     captured = capture(guide, inputs)
     torch.manual_seed(0)
@@ -48,10 +49,20 @@ def assert_chunks_equal_whole(threaded: fx.GraphModule, stateless: fx.GraphModul
             torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["elman", "gru", "lstm", "mingru", "linear-attention"])
+@pytest.mark.parametrize("target", ["elman", "gru", "lstm", "mingru", "linear-attention", "delta", "ssm", "reservoir"])
 def test_chunks_with_state_equal_the_whole_sequence(target):
     stateless, captured = converted(models.gpt2(), ids(), target)
     threaded = ThreadState(captured.signature)(stateless).graph_module
+    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+@pytest.mark.parametrize("guide", [models.gpt2, models.llama])
+def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window):
+    stateless, captured = converted(guide(), ids(), Target("linear-attention", window=window))
+    threaded = ThreadState(captured.signature)(stateless).graph_module
+    states = [s.shape for s in threaded.meta["states"] if s.dtype == torch.float32]
+    assert [shape[1] for shape in states] == [2, window, window] * 2  # two heads of keys and values, in two parts
     assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
 
 

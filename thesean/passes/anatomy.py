@@ -11,13 +11,16 @@ B batch, T time, D width, H heads, K head width
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from thesean.passes.graph import evaluate
+from thesean.passes.plain_attention import is_plain_attention
 from thesean.passes.regions import Region
+from thesean.passes.token_wise import between, is_affine, match_weight, probe_rows
 from thesean.targets.base import Affine, AttentionFacts
 
 aten = torch.ops.aten
@@ -51,7 +54,8 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
     output = _output_map(region, values, mixed)
     if output is None:
         return None
-    return AttentionFacts(heads=heads, scale=float(scale), query=maps[0], key=maps[1], value=maps[2], output=output)
+    facts = AttentionFacts(heads=heads, scale=float(scale), query=maps[0], key=maps[1], value=maps[2], output=output)
+    return replace(facts, plain=is_plain_attention(region, values, facts))
 
 
 def _core(region: Region) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float | None] | None:
@@ -107,7 +111,7 @@ def _tokens_first(value: torch.Tensor, batch: int, length: int) -> torch.Tensor 
 def _probe(
     region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node, given: torch.Tensor
 ) -> torch.Tensor | None:
-    result = evaluate(region.nodes, values, {source: given}, wanted)
+    result = evaluate(between(region, [source], wanted), values, {source: given}, wanted)
     shape = values[source].shape
     return _tokens_first(result, shape[0], _length(values[source]))
 
@@ -126,6 +130,16 @@ def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted:
         return None
     batch, length, width = flat.shape
     unflatten = _unflattener(template, length)
+    rows_MI = probe_rows(template, width)
+    if len(rows_MI) <= batch * length:
+        # cheaper than a basis by far: refuses what isn't affine, and finds maps that are a weight of the guide's
+        filled = torch.nn.functional.pad(rows_MI, (0, 0, 0, batch * length - len(rows_MI)))
+        out = _probe(region, values, source, wanted, unflatten(filled.view(batch, length, width)))
+        if out is None or not is_affine(out.flatten(0, 1)[: len(rows_MI)]):
+            return None
+        shared = match_weight(between(region, [source], wanted), values, rows_MI, out.flatten(0, 1)[: len(rows_MI)])
+        if shared is not None:
+            return shared
     zero = _probe(region, values, source, wanted, torch.zeros_like(template))
     if zero is None:
         return None

@@ -73,9 +73,7 @@ class BoundPositions(Pass):
                 reader.replace_all_uses_with(selected)
                 graph.erase_node(reader)
             else:
-                indices = reader.args[table.argument]
-                assert isinstance(indices, fx.Node)
-                reader.update_arg(table.argument, self._inside(graph, indices, table))
+                table.read_by(self._inside(graph, table.indices, table))
 
     def _inside(self, graph: fx.Graph, indices: fx.Node, table: Table) -> fx.Node:
         if self.mode == "clamp":

@@ -23,10 +23,14 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from thesean.errors import CaptureError, DataError
+from thesean.passes.functionalise import Functionalise, writes
+from thesean.passes.opaque_cells import OpaqueCells, SplitLayers
 from thesean.passes.signature import InputSpec, Signature
 from thesean.passes.simplify import Simplify
 
 logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
 
 # Serving flags of Hugging Face's forward: a key-value cache has no place in a converted model.
 _SWITCHED_OFF = ("use_cache",)
@@ -59,10 +63,12 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
         except Exception as error:
             raise DataError(f"the guide does not run on the example inputs{_where(error)}: {_short(error)}") from error
         exported = _export(model, inputs, constants)
-        graph_module = exported.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
-    graph_module = _plain_calling_convention(graph_module, list(inputs), eager)
-    graph_module = Simplify()(graph_module).graph_module
+        graph_module = _plain_graph(exported, list(inputs), eager)
+        if writes(graph_module):  # into views: torch's own functionalisation follows those, and splits more operators
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|copyreg)\b")
+                exported = exported.run_decompositions({})
+            graph_module = _plain_graph(exported, list(inputs), eager)
     captured = Captured(
         graph_module=graph_module,
         signature=_signature(graph_module, inputs, eager),
@@ -173,7 +179,7 @@ def _export(
         shapes: dict[str, Any] = {k: dict.fromkeys(_dynamic_dims(v, sequence), Dim.DYNAMIC) for k, v in inputs.items()}
         shapes.update(dict.fromkeys(constants))
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), OpaqueCells():
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
@@ -222,6 +228,15 @@ def _where(error: BaseException) -> str:
 def _short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(".")
+
+
+def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
+    graph_module = exported.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    graph_module = _plain_calling_convention(graph_module, names, eager)
+    for canonical in (SplitLayers(), Functionalise(), Simplify()):
+        graph_module = canonical(graph_module).graph_module
+    return graph_module
 
 
 def _plain_calling_convention(graph_module: fx.GraphModule, names: list[str], eager: Any) -> fx.GraphModule:
@@ -301,23 +316,56 @@ def _signature(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor], ea
     return Signature(inputs=tuple(specs), output_class=path)
 
 
+# keep an index what it is, wherever it stands
+_SAME_INDEX = {
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
+    aten.slice.Tensor, aten.select.int, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.device,
+    aten.to.dtype_layout, aten._to_copy.default, aten.alias.default, aten.flatten.using_ints, aten.clamp.default,
+    aten.where.self, aten.masked_fill.Scalar, aten.transpose.int, aten.cat.default,
+}  # fmt: skip
+
+
 def _rows_indexed(graph_module: fx.GraphModule, placeholder: fx.Node) -> int | None:
-    """The rows of the smallest table that an integer input indexes, through reshapes; None when it indexes none."""
+    """The rows of the smallest table that an integer input indexes; None when it indexes none.
+
+    Followed through views, casts and constant offsets alone: a running sum of a mask counts, it is not an index of the
+    caller's.
+    """
     rows: list[int] = []
-    front, seen = [placeholder], set()
+    front: list[tuple[fx.Node, int]] = [(placeholder, 0)]
+    seen = set()
     while front:
-        node = front.pop()
+        node, shift = front.pop()
         if node in seen:
             continue
         seen.add(node)
         for user in node.users:
-            if user.target is torch.ops.aten.embedding.default and user.args[1] is node:
-                rows.append(int(user.args[0].meta["val"].shape[0]))  # type: ignore[union-attr]
-            elif user.op == "call_function":
-                value = user.meta.get("val")
-                if isinstance(value, torch.Tensor) and value.dtype == placeholder.meta["val"].dtype:
-                    front.append(user)
+            held = _rows_of(user, node)
+            if held is not None:
+                rows.append(held - shift)
+            elif user.target in _SAME_INDEX:
+                front.append((user, shift))
+            elif user.target in (aten.add.Tensor, aten.sub.Tensor) and isinstance(user.args[1], int):
+                front.append((user, shift + (user.args[1] if user.target is aten.add.Tensor else -user.args[1])))
     return min(rows, default=None)
+
+
+def _rows_of(reader: fx.Node, index: fx.Node) -> int | None:
+    """How many rows the table has that `reader` indexes by `index`."""
+    if reader.target is aten.one_hot.default and reader.args[0] is index:
+        classes = reader.args[1] if len(reader.args) > 1 else -1
+        return classes if isinstance(classes, int) and classes > 0 else None
+    dim: int | None = None
+    if reader.target is aten.embedding.default and reader.args[1] is index:
+        dim = 0
+    elif reader.target in (aten.index_select.default, aten.gather.default) and reader.args[2] is index:
+        dim = reader.args[1]  # type: ignore[assignment]
+    elif reader.target is aten.index.Tensor and index in reader.args[1]:  # type: ignore[operator]
+        dim = list(reader.args[1]).index(index)  # type: ignore[arg-type]
+    if dim is None or not isinstance(reader.args[0], fx.Node):
+        return None
+    size = reader.args[0].meta["val"].shape[dim]
+    return int(size) if not isinstance(size, torch.SymInt) else None
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,17 +20,22 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 
 def erase_dead(graph: fx.Graph) -> int:
-    """Erase every node without users, in reverse order, and return how many.
+    """Erase every node without users, in reverse order, and return how many. What writes into an input has uses.
 
     Not `eliminate_dead_code`: that keeps dropout and attention, which count as impure because they may draw random
     numbers.
     """
     erased = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output"):
+        if not node.users and node.op not in ("placeholder", "output") and not is_write(node):
             graph.erase_node(node)
             erased += 1
     return erased
+
+
+def is_write(node: fx.Node) -> bool:
+    """An operator that writes into one of its inputs."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def owner(node: fx.Node) -> str:
@@ -41,15 +47,36 @@ def owner(node: fx.Node) -> str:
     return "" if path.startswith("_empty_nn_module_stack") else str(path)
 
 
+def named_dim(size: int | torch.SymInt, symbols: dict[str, str]) -> int | str:
+    """A size with the signature's names for dynamic dimensions: "time", or "batch*time" for a flattened one."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return re.sub(r"[A-Za-z_]\w*", lambda match: symbols.get(match.group(), match.group()), str(size))
+
+
+def calls_of(node: fx.Node) -> dict[str, str]:
+    """Module path -> which call of it this node belongs to, for the modules around a node; "" is the first call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {str(path): key.partition("@")[2] for key, (path, _) in stack.items()}
+
+
 def leaf_nodes(value: Any) -> list[fx.Node]:
     """The nodes in a nested argument, in order."""
     return [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]
 
 
+class Recorded(dict[fx.Node, Any]):
+    """Every node's value in one run, and what was found out on them, so that no region is probed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.findings: dict[Any, Any] = {}
+
+
 @torch.no_grad()
-def record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> dict[fx.Node, Any]:
+def record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> Recorded:
     """Run once and keep every node's value: for probing on small inputs."""
-    values: dict[fx.Node, Any] = {}
+    values = Recorded()
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -63,16 +90,28 @@ def record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> dic
 @torch.no_grad()
 def evaluate(nodes: Iterable[fx.Node], values: dict[fx.Node, Any], given: dict[fx.Node, Any], wanted: fx.Node) -> Any:
     """The value of `wanted` when `given` replaces recorded values: `nodes` are run in order, all else is recorded."""
+    if wanted in given:
+        return given[wanted]
+    found = evaluate_all(nodes, values, given, last=wanted)
+    return found[wanted] if wanted in found else values[wanted]
+
+
+@torch.no_grad()
+def evaluate_all(
+    nodes: Iterable[fx.Node],
+    values: Mapping[fx.Node, Any],
+    given: Mapping[fx.Node, Any],
+    last: fx.Node | None = None,
+) -> dict[fx.Node, Any]:
+    """The values of `given` and of all `nodes` up to `last`, as `evaluate` computes them."""
     env = dict(given)
     look_up: Callable[[fx.Node], Any] = lambda n: env[n] if n in env else values[n]  # noqa: E731
-    if wanted in env:
-        return env[wanted]
     for node in nodes:
         if node in env:
             continue
         args = fx.map_arg(node.args, look_up)
         kwargs = fx.map_arg(node.kwargs, look_up)
         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if node is wanted:
+        if node is last:
             break
-    return env[wanted]
+    return env

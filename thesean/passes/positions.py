@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph import attribute
+from thesean.passes.graph import attribute, leaf_nodes
 
 aten = torch.ops.aten
 
@@ -29,7 +29,12 @@ _READERS: dict[Any, tuple[int, int]] = {
     aten.embedding.default: (0, 1),
     aten.index_select.default: (0, 2),
     aten.gather.default: (0, 2),
+    aten.index.Tensor: (0, 1),
 }
+
+
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+_COMPARISONS = (aten.ne.Scalar, aten.eq.Scalar, aten.ne.Tensor, aten.eq.Tensor, aten.gt.Scalar, aten.ge.Scalar)
 
 
 class _Unknown:
@@ -55,6 +60,22 @@ class Table:
     def limit(self) -> int:
         return self.rows - self.first
 
+    @property
+    def indices(self) -> fx.Node:
+        """The node that says which rows are read."""
+        assert self.argument is not None
+        given = self.reader.args[self.argument]
+        (found,) = leaf_nodes(given)
+        return found
+
+    def read_by(self, indices: fx.Node) -> None:
+        """Let the reader read by other indices."""
+        assert self.argument is not None
+        given = self.reader.args[self.argument]
+        listed = isinstance(given, (list, tuple))
+        replaced = [None if i is None else indices for i in given] if listed else indices  # type: ignore[union-attr]
+        self.reader.update_arg(self.argument, replaced)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counter:
@@ -64,9 +85,14 @@ class Counter:
     slope: float
 
 
-def size_values(graph_module: fx.GraphModule, time: int) -> Callable[[fx.Node], Any]:
-    """A look-up of the values that sizes alone decide, at this length; `None` for all that inputs' values enter."""
-    known: dict[fx.Node, Any] = {}
+def size_values(
+    graph_module: fx.GraphModule, time: int, ones: frozenset[fx.Node] = frozenset()
+) -> Callable[[fx.Node], Any]:
+    """A look-up of the values that sizes alone decide, at this length; `None` for all that inputs' values enter.
+
+    `ones` are masks that are taken to be (batch, time) of ones.
+    """
+    known: dict[fx.Node, Any] = {n: torch.ones(_BATCH, time, dtype=torch.int64) for n in ones}
 
     def compute(node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -101,9 +127,30 @@ def size_values(graph_module: fx.GraphModule, time: int) -> Callable[[fx.Node], 
     return look_up
 
 
+def counted_masks(graph_module: fx.GraphModule) -> frozenset[fx.Node]:
+    """Masks of which a running sum counts the visible steps: with nothing hidden it counts as far as it ever can."""
+    short = size_values(graph_module, _SHORT)
+    found = set()
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.cumsum.default):
+        mask = node.args[0]
+        while isinstance(mask, fx.Node) and mask.target in _CASTS:
+            mask = mask.args[0]
+        if isinstance(mask, fx.Node) and short(mask) is None and _is_mask(graph_module, mask):
+            found.add(mask)
+    return frozenset(found)
+
+
+def _is_mask(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """An integer input that indexes nothing itself, or a comparison: no hidden state's running sum is a count."""
+    if node.op == "placeholder":
+        return all(user.target not in _READERS for user in node.users)
+    return node.target in _COMPARISONS
+
+
 def tables(graph_module: fx.GraphModule) -> list[Table]:
     """Every table that a count of steps reads without bound, in the graph's order."""
-    short, long = size_values(graph_module, _SHORT), size_values(graph_module, _LONG)
+    masks = counted_masks(graph_module)
+    short, long = size_values(graph_module, _SHORT, masks), size_values(graph_module, _LONG, masks)
     found = []
     for node in graph_module.graph.nodes:
         if node.target is aten.slice.Tensor and _is_prefix(node, short, long):
@@ -111,16 +158,19 @@ def tables(graph_module: fx.GraphModule) -> list[Table]:
             found.append(Table(reader=node, argument=None, rows=value.shape[_dim(node, value)], first=0))
         elif node.target in _READERS:
             table, index = _READERS[node.target]
-            indices = node.args[index]
+            given = leaf_nodes(node.args[index])
+            if len(given) != 1:
+                continue
+            indices = given[0]
             before, after = short(indices), long(indices)
             if not (_is_integer(before) and _is_integer(after) and after.max() - before.max() == _LONG - _SHORT):
                 continue
             value = short(node.args[table])
             if value is None:
                 continue
-            dim = 0 if node.target is aten.embedding.default else int(node.args[1]) % value.ndim
+            dim = _indexed_dim(node, value)
             rows, first = int(value.shape[dim]), int(before.min())
-            if not _is_bounded(graph_module, indices, rows, first):
+            if not _is_bounded(graph_module, indices, rows, first, masks):
                 found.append(Table(reader=node, argument=index, rows=rows, first=first))
     return found
 
@@ -171,9 +221,20 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64) and value.numel() > 0
 
 
-def _is_bounded(graph_module: fx.GraphModule, indices: Any, rows: int, first: int) -> bool:
+def _indexed_dim(node: fx.Node, value: torch.Tensor) -> int:
+    """The dimension of the table that the indices go along."""
+    if node.target is aten.embedding.default:
+        return 0
+    if node.target is aten.index.Tensor:
+        return next(d for d, i in enumerate(node.args[1]) if i is not None)  # type: ignore[arg-type]
+    dim = node.args[1]
+    assert isinstance(dim, int)
+    return dim % value.ndim
+
+
+def _is_bounded(graph_module: fx.GraphModule, indices: Any, rows: int, first: int, masks: frozenset[fx.Node]) -> bool:
     """One step past the table, does the index still fall inside?"""
-    beyond = size_values(graph_module, rows - first + 1)(indices)
+    beyond = size_values(graph_module, rows - first + 1, masks)(indices)
     return beyond is not None and bool(beyond.max() < rows)
 
 

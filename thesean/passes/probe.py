@@ -10,35 +10,88 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph import evaluate
+from thesean.errors import PlanError
+from thesean.passes.graph import Recorded, evaluate
 from thesean.passes.regions import Region
 from thesean.targets.base import Mixing
+
+aten = torch.ops.aten
+
+# read (batch, channels, time) as such
+_CHANNELS_FIRST = {
+    aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default, aten.batch_norm.default,
+    aten.group_norm.default, aten.instance_norm.default, aten.max_pool1d.default, aten.avg_pool1d.default,
+    aten.adaptive_avg_pool1d.default, aten.adaptive_max_pool1d.default,
+}  # fmt: skip
+# after these the layout is another, or a matrix read the last dimension as its width
+_RELAYING = {
+    aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default,
+    aten.select.int, aten.mean.dim, aten.bmm.default, aten.lstm.input, aten.gru.input,
+}  # fmt: skip
 
 # Of the output's largest change: rounding moves other tokens by 1e-7, mixing by 1e-3 and more.
 _MOVED = 1e-5
 
 
 def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
-    """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on inputs of at least 3 tokens.
+    """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on two examples of at least 3 tokens.
 
-    Feature maps and vectors, which have no token dimension to probe, count as "bidirectional" and "none".
+    Feature maps and vectors, which have no token dimension to probe, count as "bidirectional" and "none". Raises
+    PlanError where one example changes another's output.
     """
+    findings = values.findings if isinstance(values, Recorded) else {}
+    key = ("mixing", region.entry, region.exit)
+    if key not in findings:
+        findings[key] = _probe(region, values)
+    return findings[key]
+
+
+def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     x, y = values[region.entry], values[region.exit]
     if x.ndim == 2 or y.ndim == 2:
         return "none"
-    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1]:
+    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region):
         return "bidirectional"
-    length = x.shape[1]
+    last = x.shape[1] - 1
     generator = torch.Generator().manual_seed(0)
     mixes = looks_ahead = False
-    for t in sorted({0, length // 2, length - 1}):
+    # (example, token) moved in one run; in the second run the other example should stand still
+    for moves in (((0, 0), (1, last // 2)), ((0, last),)):
         moved_x = x.clone()
-        noise = torch.randn(x[:, t].shape, generator=generator).to(x)
-        moved_x[:, t] += noise * x.std().clamp_min(1e-3)
-        change_T = (evaluate(region.nodes, values, {region.entry: moved_x}, region.exit) - y).abs().amax((0, 2))
-        moved = change_T > _MOVED * change_T.max()
-        mixes |= bool(moved[:t].any() or moved[t + 1 :].any())
-        looks_ahead |= bool(moved[:t].any())
+        for example, t in moves:
+            noise = torch.randn(x.shape[-1], generator=generator).to(x)
+            moved_x[example, t] += noise * x.std().clamp_min(1e-3)
+        change_BT = (evaluate(region.nodes, values, {region.entry: moved_x}, region.exit) - y).abs().amax(2)
+        moved_BT = change_BT > _MOVED * change_BT.max()
+        if len(moves) == 1 and bool(moved_BT[1].any()):
+            raise PlanError(
+                f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the "
+                "batch in the first dimension, found (batch, time, width) in another order or a part that mixes "
+                "examples. Set batch_first=True in the guide, or keep the part."
+            )
+        for example, t in moves:
+            mixes |= bool(moved_BT[example, :t].any() or moved_BT[example, t + 1 :].any())
+            looks_ahead |= bool(moved_BT[example, :t].any())
     if not mixes:
         return "none"
     return "bidirectional" if looks_ahead else "causal"
+
+
+def is_channels_first(region: Region) -> bool:
+    """(batch, channels, time) in: a convolution or a norm over channels reads the entry in its own layout."""
+    if getattr(region.entry.meta.get("val"), "ndim", 0) != 3:
+        return False
+    inside = set(region.nodes)
+    front, seen = [region.entry], {region.entry}
+    while front:
+        node = front.pop()
+        for user in node.users:
+            if user not in inside or user in seen or user.args[:1] != (node,):
+                continue
+            if user.target in _CHANNELS_FIRST:
+                return True
+            if user.target not in _RELAYING:
+                seen.add(user)
+                front.append(user)
+    return False

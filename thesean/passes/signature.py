@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -106,9 +105,6 @@ class Signature:
                 value = torch.randint(low, spec.high, shape, generator=generator, dtype=spec.dtype)
             made[spec.name] = value.to(device)
         return made
-
-    def elements(self, sizes: dict[str, int]) -> int:
-        return sum(math.prod(sizes[d] if isinstance(d, str) else d for d in s.shape) for s in self.inputs)
 
 
 # Packages whose output classes may be imported when a saved conversion is loaded: naming a class in a file must not

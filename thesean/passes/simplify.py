@@ -24,7 +24,9 @@ _ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.defaul
 
 @dataclass(frozen=True)
 class Simplify(Pass):
-    """op(x) => x, where op is an assert, an alias, an eval-mode dropout, a cast to x's own type or a full slice."""
+    """op(x) => x, where op is an assert, an alias, an eval-mode dropout, a cast to x's own type or a full slice; and
+    transpose(transpose(x)) => x, over the same two dimensions.
+    """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -36,6 +38,9 @@ class Simplify(Pass):
                 graph.erase_node(node)
             elif node.target in _ASSERTS:
                 graph.erase_node(node)
+            elif node.target is aten.transpose.int and (source := _transposed_back(node)) is not None:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
             elif node.op == "call_function" and _computes_nothing(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
@@ -45,6 +50,17 @@ class Simplify(Pass):
         if not removed:
             return PassResult(graph_module=graph_module, modified=False, reason="every node computes something")
         return PassResult(graph_module=graph_module, modified=True)
+
+
+def _transposed_back(node: fx.Node) -> fx.Node | None:
+    """x, where `node` is transpose(transpose(x, a, b), a, b)."""
+    inner = node.args[0]
+    if not isinstance(inner, fx.Node) or inner.target is not aten.transpose.int:
+        return None
+    rank = node.meta["val"].ndim
+    dims = [{int(d) % rank for d in n.args[1:3]} for n in (node, inner)]  # type: ignore[arg-type]
+    source = inner.args[0]
+    return source if dims[0] == dims[1] and isinstance(source, fx.Node) else None
 
 
 def _computes_nothing(node: fx.Node) -> bool:

@@ -50,7 +50,7 @@ class Substitute(Pass):
         for node in reversed(region.nodes):
             graph.erase_node(node)
         erase_dead(graph)
-        _drop_unread(graph_module)
+        drop_unread(graph_module)
         return PassResult(graph_module=graph_module, modified=True)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
@@ -83,7 +83,7 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def _drop_unread(graph_module: fx.GraphModule) -> None:
+def drop_unread(graph_module: fx.GraphModule) -> None:
     """Delete parameters and buffers that no node reads any more, then empty containers."""
     read = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
     called = tuple(f"{n.target}." for n in graph_module.graph.nodes if n.op == "call_module")

@@ -64,7 +64,7 @@ class ThreadState(Pass):
             self._check(graph_module, threaded)
         return PassResult(graph_module=threaded, modified=True)
 
-    def _thread(self, graph_module: fx.GraphModule, specs: dict[str, InputSpec]) -> fx.GraphModule:
+    def _thread(self, graph_module: fx.GraphModule, specs: dict[str, list[InputSpec]]) -> fx.GraphModule:
         graph = fx.Graph()
         output = graph.graph_copy(graph_module.graph, {})
         graph.output(output)
@@ -75,12 +75,22 @@ class ThreadState(Pass):
         states: list[fx.Node] = []
         declared: list[InputSpec] = []
         for call in _stateful_calls(new):
-            declared.append(specs[call.name])
-            with graph.inserting_after(last):
-                last = graph.placeholder(declared[-1].name)
-            call.args = (call.args[0], last)
+            given: list[fx.Node] = []
+            for spec in specs[call.name]:
+                with graph.inserting_after(last):
+                    last = graph.placeholder(spec.name)
+                given.append(last)
+            declared.extend(specs[call.name])
+            single = len(given) == 1
+            call.args = (call.args[0], given[0] if single else tuple(given))
             with graph.inserting_after(call):
-                states.append(graph.call_function(getitem, (call, 1)))
+                after = graph.call_function(getitem, (call, 1))
+            if single:
+                states.append(after)
+                continue
+            for index in range(len(given)):
+                with graph.inserting_after(after if not index else states[-1]):
+                    states.append(graph.call_function(getitem, (after, index)))
         counted, sliced = counters(new), [t for t in tables(new) if t.argument is None]
         if counted or sliced:
             declared.append(InputSpec(name=f"{STATE_IN}{len(states)}", dtype=torch.int64, shape=(1,)))
@@ -152,19 +162,23 @@ class ThreadState(Pass):
             if isinstance(got, str) or not torch.allclose(got, whole, rtol=0, atol=1e-4 * scale):
                 raise PassRefused(f"thread state: output {index} of single steps isn't the whole sequence's.")
 
-    def _specs(self, graph_module: fx.GraphModule) -> dict[str, InputSpec]:
-        """Dtype and shape of each part's state, by the name of its call."""
+    def _specs(self, graph_module: fx.GraphModule) -> dict[str, list[InputSpec]]:
+        """Dtype and shape of each part's states, by the name of its call."""
         length = min(_LENGTH, table_rows(graph_module) or _LENGTH)
         sizes = {s: _BATCH if s.startswith("batch") else length for s in self.signature.symbols}
         values = record(graph_module, self.signature.random_inputs(sizes, device=_device(graph_module)))
-        specs = {}
-        for index, call in enumerate(_stateful_calls(graph_module)):
-            state = values[call][1]
-            if not isinstance(state, torch.Tensor) or state.ndim == 0 or state.shape[0] != _BATCH:
-                found = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
-                raise PassRefused(f"thread state: {call.target}: expected one tensor, batch first, found {found}.")
-            shape: tuple[int | str, ...] = ("batch", *map(int, state.shape[1:]))
-            specs[call.name] = InputSpec(name=f"{STATE_IN}{index}", dtype=state.dtype, shape=shape)
+        specs: dict[str, list[InputSpec]] = {}
+        count = 0
+        for call in _stateful_calls(graph_module):
+            carried = values[call][1]
+            specs[call.name] = []
+            for state in carried if isinstance(carried, tuple) else (carried,):
+                if not isinstance(state, torch.Tensor) or state.ndim == 0 or state.shape[0] != _BATCH:
+                    found = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
+                    raise PassRefused(f"thread state: {call.target}: expected tensors, batch first, found {found}.")
+                shape: tuple[int | str, ...] = ("batch", *map(int, state.shape[1:]))
+                specs[call.name].append(InputSpec(name=f"{STATE_IN}{count}", dtype=state.dtype, shape=shape))
+                count += 1
         return specs
 
 
