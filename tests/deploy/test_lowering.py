@@ -15,8 +15,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from thesean.deploy.lowering import lower_cells
+from tests.targets.build import tensors
+from thesean.deploy.lowering import cells_as_modules, lower_cells
 from thesean.errors import ExportError
+from thesean.passes.capture import capture
+from thesean.passes.opaque_cells import CELLS
 from thesean.targets import PartFacts, Target, TargetModule, build_module
 
 pytest.importorskip("onnxscript")
@@ -65,25 +68,42 @@ def target(name: str, mixing: Any = "causal", scope: Any = "mixing") -> Any:
 
 
 OPERATORS = {
-    "elman": "RNN",
-    "gru": "GRU",
-    "lstm": "LSTM",
-    "mingru": "Scan",
-    "linear-attention": "LinearAttention",
+    "elman": ["RNN"],
+    "gru": ["GRU"],
+    "lstm": ["LSTM"],
+    "mingru": ["Scan"],
+    "linear-attention": ["LinearAttention"],
+    "delta": ["LinearAttention"],
+    "ssm": ["CausalConvWithState", "LinearAttention"],
+    "reservoir": ["Scan"],
 }
 
 
-def with_state(module: TargetModule, batch: int, time: int) -> tuple[torch.Tensor, torch.Tensor]:
+class Flat(nn.Module):
+    """A causal target with its states as arguments and outputs of their own, as a file has them."""
+
+    def __init__(self, module: TargetModule) -> None:
+        super().__init__()
+        self.module = module
+        self.count = len(tensors(module.initial_state(torch.zeros(1, 1, 16))))
+
+    def forward(self, x_BTD: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y_BTD, state = self.module(x_BTD, states if self.count > 1 else states[0])
+        return y_BTD, *tensors(state)
+
+
+def with_state(flat: Flat, batch: int, time: int, size: float = 0.1) -> tuple[torch.Tensor, ...]:
     x_BTD = torch.randn(batch, time, 16)
-    return x_BTD, 0.1 * torch.randn_like(module.initial_state(x_BTD)).abs()
+    return x_BTD, *(size * torch.randn_like(z).abs() for z in tensors(flat.module.initial_state(x_BTD)))
 
 
 @pytest.fixture(scope="module", params=OPERATORS)
-def exported(request: pytest.FixtureRequest) -> tuple[TargetModule, Any]:
-    module = target(request.param, scope="part")
-    proto = export(module, with_state(module, 2, 7), ({0: D, 1: D}, {0: D}))
-    assert Counter(node.op_type for node in proto.graph.node)[OPERATORS[request.param]] == 1
-    return module, proto
+def exported(request: pytest.FixtureRequest) -> tuple[Flat, Any]:
+    flat = Flat(target(request.param, scope="part")).eval()
+    proto = export(flat, with_state(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count))
+    found = Counter(node.op_type for node in proto.graph.node)
+    assert [found[name] for name in OPERATORS[request.param]] == [1] * len(OPERATORS[request.param])
+    return flat, proto
 
 
 @pytest.mark.parametrize(("batch", "time"), SIZES)
@@ -93,20 +113,20 @@ def test_a_causal_target_with_its_state_equals_torch_at_every_size(exported, bat
 
 
 def test_one_file_serves_prefill_and_single_steps(exported):
-    module, proto = exported
-    x_BTD = torch.randn(2, 9, 16)
-    zeros = module.initial_state(x_BTD)
-    full, full_state = run(proto, (x_BTD, zeros))
-    first, state = run(proto, (x_BTD[:, :7], zeros))
+    flat, proto = exported
+    x_BTD, *zeros = with_state(flat, 2, 9, size=0.0)
+    full, *full_states = run(proto, (x_BTD, *zeros))
+    first, *states = run(proto, (x_BTD[:, :7], *zeros))
     outputs = [first]
     for t in (7, 8):
-        y, state = run(proto, (x_BTD[:, t : t + 1], torch.from_numpy(state)))
+        y, *states = run(proto, (x_BTD[:, t : t + 1], *map(torch.from_numpy, states)))
         outputs.append(y)
     np.testing.assert_allclose(np.concatenate(outputs, 1), full, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state, full_state, rtol=1e-5, atol=1e-6)
+    for state, full_state in zip(states, full_states, strict=True):
+        np.testing.assert_allclose(state, full_state, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gru", "mingru", "linear-attention"])
+@pytest.mark.parametrize("name", ["gru", "mingru", "linear-attention", "delta", "ssm", "reservoir"])
 def test_a_bidirectional_target_equals_torch_at_every_size(name):
     module = target(name, mixing="bidirectional")
     proto = export(module, (torch.randn(2, 7, 16),), ({0: D, 1: D},))
@@ -200,7 +220,7 @@ def test_a_cell_itself_can_be_lowered():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_lowered_module_refuses_to_run_outside_an_export(name):
-    with pytest.raises(ExportError, match="core: a lowered cell ran outside an export"):
+    with pytest.raises(ExportError, match=r"(core|convolution): a lowered cell ran outside an export"):
         lower_cells(target(name))(torch.randn(2, 3, 16))
 
 
@@ -208,3 +228,38 @@ def test_an_lstm_with_projections_is_refused_by_its_path():
     module = nn.ModuleDict({"encoder": nn.LSTM(4, 4, proj_size=2)})
     with pytest.raises(ExportError, match=r"^encoder: expected an LSTM without projections, found proj_size=2"):
         lower_cells(module)
+
+
+class Kept(nn.Module):
+    """Every output of a cell, so that nothing of it may be lost on the way."""
+
+    def __init__(self, cell: nn.RNNBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, last = self.cell(x)
+        return (y, *(last if isinstance(last, tuple) else (last,)))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        nn.LSTM(4, 5, num_layers=2, batch_first=True),
+        nn.GRU(4, 5, batch_first=True, bidirectional=True),
+        nn.RNN(4, 5, batch_first=True, bias=False, nonlinearity="relu"),
+    ],
+)
+def test_a_guides_own_operators_become_modules_that_give_the_same(cell):
+    captured = capture(Kept(cell).eval(), torch.randn(2, 6, 4))
+    graph_module = cells_as_modules(captured.graph_module)
+    assert not [n for n in graph_module.graph.nodes if n.target in CELLS]
+    assert [n for n in captured.graph_module.graph.nodes if n.target in CELLS]  # the incoming graph stays
+    x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(graph_module(x), captured.graph_module(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_graph_without_cells_is_not_copied():
+    graph_module = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)).graph_module
+    assert cells_as_modules(graph_module) is graph_module

@@ -12,7 +12,7 @@ from torch.export import Dim
 
 from tests.deploy.test_lowering import assert_same, export
 from thesean.deploy.lowered_cells import value_blocks
-from thesean.targets.cores import LinearAttentionCore
+from thesean.targets.cores import DeltaRuleCore, DiagonalScanCore, LinearAttentionCore
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -29,16 +29,22 @@ def test_a_head_of_32_and_its_normaliser_are_two_blocks_without_padding():
 
 
 class Heads(nn.Module):
-    def __init__(self) -> None:
+    """One of the three cores that the operator runs, with the same arguments for all."""
+
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.core = LinearAttentionCore()
+        self.kind = kind
+        self.core = {"gated": LinearAttentionCore, "gated delta": DeltaRuleCore, "diagonal": DiagonalScanCore}[kind]()
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor):
-        return self.core(q, k, v, g, s)
+        if self.kind == "gated delta":
+            return self.core(q, k, v, torch.sigmoid(v[..., 0]), g, s)
+        return self.core(q, k, v, g.unsqueeze(-1) * (1 + k) if self.kind == "diagonal" else g, s)
 
 
 @pytest.mark.parametrize(("features", "width"), [(16, 33), (10, 20), (64, 65), (24, 97)])
-def test_padded_features_and_values_change_nothing(features, width):
+@pytest.mark.parametrize("kind", ["gated", "gated delta", "diagonal"])
+def test_padded_features_and_values_change_nothing(kind, features, width):
     torch.manual_seed(0)
 
     def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:
@@ -51,7 +57,7 @@ def test_padded_features_and_values_change_nothing(features, width):
         )
 
     shapes = tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if i < 4 else {0: Dim.DYNAMIC} for i in range(5))
-    module = Heads().eval()
+    module = Heads(kind).eval()
     proto = export(module, arguments(2, 7), shapes)
     for batch, time in ((2, 7), (3, 19), (1, 1)):
         assert_same(proto, module, arguments(batch, time))

@@ -92,6 +92,33 @@ def test_a_violent_decay_forgets_exactly_and_leaves_no_nan(size):
         assert relative_error(x.grad, reference.grad) < GRADIENT[torch.float32]
 
 
+@pytest.mark.parametrize("decay", [None, 1.0])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_queries_in_groups_read_the_state_that_repeated_keys_would_make(groups, decay):
+    g = torch.Generator().manual_seed(groups)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+    query, key, value = normal(2, 21, 4, 3), normal(2, 21, groups, 3), normal(2, 21, groups, 5)
+    log_decay = None if decay is None else -normal(2, 21, groups).abs()
+    state = normal(2, groups, 3, 5)
+    out, last = linear_attention(query, key, value, log_decay, state, chunk=8)
+    keys, values = (x.repeat_interleave(4 // groups, 2) for x in (key, value))
+    decays = None if log_decay is None else log_decay.repeat_interleave(4 // groups, 2)
+    states = state.repeat_interleave(4 // groups, 1)
+    expected, expected_last = linear_attention_reference(query, keys, values, decays, states)
+    assert relative_error(out, expected) < VALUE[torch.float64]
+    assert relative_error(last, expected_last[:, :: 4 // groups]) < VALUE[torch.float64]
+    grouped, _ = linear_attention_reference(query, key, value, log_decay, state)
+    assert relative_error(grouped, expected) < VALUE[torch.float64]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, s: linear_attention(q, k, v, log_decay, s, chunk=8), (query, key, value, state), fast_mode=True
+    )
+    full = full_linear_attention(query, key, value)
+    assert relative_error(full, full_linear_attention(query, keys, values)) < VALUE[torch.float64]
+
+
 def test_a_column_of_ones_in_the_values_is_the_normaliser():
     query, key, value, _, _ = inputs(20, torch.float64, None)
     query, key = query.abs(), key.abs()

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from thesean.targets import PartFacts, Target, build_module
+from thesean.targets.base import Scope, State
 
 
-def build(name: str, part: PartFacts, *, scope: Literal["mixing", "part"] | None = None, **options: Any) -> Any:
+def build(name: str, part: PartFacts, *, scope: Scope | None = None, **options: Any) -> Any:
     return build_module(Target(name, scope=scope, **options), part)
+
+
+def tensors(state: State) -> tuple[torch.Tensor, ...]:
+    """A module's state as a tuple, whether it is one tensor or several."""
+    return state if isinstance(state, tuple) else (state,)

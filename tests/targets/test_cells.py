@@ -9,7 +9,7 @@ from tests.targets.build import build
 from thesean.errors import TargetMismatchError
 
 
-@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "mingru"])
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "mingru", "ssm"])
 def test_width_follows_the_option_or_a_multiple_of_the_part(name, sequence_part):
     assert build(name, sequence_part()).last.in_features == 16
     assert build(name, sequence_part(), expand=3).last.in_features == 48
@@ -17,10 +17,18 @@ def test_width_follows_the_option_or_a_multiple_of_the_part(name, sequence_part)
     assert build(name, sequence_part("bidirectional"), width=5).last.in_features == 10
 
 
-@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn"])
+@pytest.mark.parametrize(
+    "name", ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn", "delta", "ssm", "reservoir"]
+)
 def test_a_width_of_zero_is_refused(name, sequence_part):
     with pytest.raises(TargetMismatchError, match="option 'width': Input should be greater than 0"):
         build(name, sequence_part(), width=0)
+
+
+@pytest.mark.parametrize("name", ["delta", "ssm", "reservoir"])
+def test_a_memory_of_no_token_is_refused(name, sequence_part):
+    with pytest.raises(TargetMismatchError, match=r"option 'memory\.0': Input should be greater than 0"):
+        build(name, sequence_part(), memory=(0.0, 3.0))
 
 
 @pytest.mark.parametrize(("name", "gain"), [("elman", 0.95), ("gru", 1.0), ("lstm", 1.0)])

@@ -8,7 +8,7 @@ import torch
 from tests.targets.build import build
 from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts
-from thesean.targets.linear_attention import MEMORY, SHARPNESS
+from thesean.targets.linear_attention_options import MEMORY, SHARPNESS
 
 
 def quadratic(facts: AttentionFacts, x_BTD: torch.Tensor, mask_TT: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
@@ -70,14 +70,15 @@ def test_heads_of_another_width_than_the_parts_are_copied_too(sequence_part, att
     facts = attention_facts(heads=2, head_width=5)
     part = sequence_part(attention=facts)
     module = build("linear-attention", part)
-    assert module.state_shape() == (2, 10, 6)
+    assert module.initial_state(torch.zeros(3, 1, 16)).shape == (3, 2, 10, 6)
     assert module.copy_from(part) == ("query", "key", "value", "output")
 
 
 def test_without_attention_heads_are_one_per_32_features(sequence_part):
     heads = [build("linear-attention", sequence_part(width_in=width)).heads for width in (16, 64, 96, 100)]
     assert heads == [1, 2, 3, 2]
-    assert build("linear-attention", sequence_part(), heads=8).state_shape() == (8, 4, 3)
+    state = build("linear-attention", sequence_part(), heads=8).initial_state(torch.zeros(3, 1, 16))
+    assert state.shape == (3, 8, 4, 3)
 
 
 def test_other_heads_than_the_guides_copy_nothing(sequence_part, attention_facts):
@@ -100,3 +101,72 @@ def test_the_output_stays_a_mean_of_values_over_a_long_sequence(sequence_part, a
     values = module.value(x_BTD)
     assert features.amax() <= values.amax()
     assert features.amin() >= values.amin()
+
+
+def grouped(facts: AttentionFacts, count: int) -> AttentionFacts:
+    """The same with keys and values of `count` heads, repeated."""
+    repeats = facts.heads // count
+
+    def repeated(affine: Affine) -> Affine:
+        by_head = (rows.unflatten(0, (facts.heads, -1)) for rows in affine)
+        return Affine(*(rows[::repeats].repeat_interleave(repeats, 0).flatten(0, 1) for rows in by_head))
+
+    return AttentionFacts(
+        heads=facts.heads, scale=facts.scale, query=facts.query, key=repeated(facts.key), value=repeated(facts.value),
+        output=facts.output,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_heads_of_keys_and_values_are_counted_without_their_repetitions(count, attention_facts):
+    facts = grouped(attention_facts(), count)
+    assert facts.kv_heads == count
+    for affine, taken in zip((facts.key, facts.value), facts.grouped(count), strict=True):
+        for rows, own in zip(affine, taken, strict=True):
+            repeated = own.unflatten(0, (count, 4)).repeat_interleave(4 // count, 0).flatten(0, 1)
+            torch.testing.assert_close(repeated, rows, rtol=0, atol=0)
+
+
+def test_a_bias_of_its_own_makes_a_head_of_its_own(attention_facts):
+    facts = grouped(attention_facts(), 2)
+    facts.value.bias_O[5] += 1
+    assert facts.kv_heads == 4
+
+
+@pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
+def test_a_guide_with_groups_gets_a_state_a_group(mixing, sequence_part, attention_facts):
+    facts = grouped(attention_facts(), 2)
+    part = sequence_part(mixing, attention=facts)
+    module = build("linear-attention", part, memory=(5.0, 5.0)).eval()
+    assert module.copy_from(part) == ("query", "key", "value", "output")
+    assert module.key.weight.shape == module.value.weight.shape == (8, 16)
+    x_BTD = torch.randn(2, 11, 16)
+    if mixing == "causal":
+        assert module.initial_state(x_BTD).shape == (2, 2, 8, 5)
+        distance_TT = torch.arange(11).view(-1, 1) - torch.arange(11)
+        mask, y_BTD = torch.exp(-distance_TT / 5.0).tril(), module(x_BTD)[0]
+    else:
+        mask, y_BTD = torch.ones(11, 11), module(x_BTD)
+    torch.testing.assert_close(y_BTD, quadratic(facts, x_BTD, mask, gain=SHARPNESS), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_can_be_split_into_states_of_their_own(sequence_part, attention_facts):
+    facts = grouped(attention_facts(), 2)
+    part = sequence_part(attention=facts)
+    whole, split = (build("linear-attention", part, memory=(5.0, 5.0), kv_heads=n).eval() for n in (2, 4))
+    for module in (whole, split):
+        assert module.copy_from(part) == ("query", "key", "value", "output")
+    assert split.initial_state(torch.zeros(3, 1, 16)).shape == (3, 4, 8, 5)
+    x_BTD = torch.randn(2, 11, 16)
+    torch.testing.assert_close(split(x_BTD)[0], whole(x_BTD)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_states_than_the_guides_groups_copy_neither_keys_nor_values(sequence_part, attention_facts):
+    part = sequence_part(attention=grouped(attention_facts(), 2))
+    assert build("linear-attention", part, kv_heads=1).copy_from(part) == ("query", "output")
+
+
+def test_a_single_state_remembers_the_middle_of_the_memories(sequence_part, attention_facts):
+    part = sequence_part(attention=grouped(attention_facts(), 1))
+    decay = build("linear-attention", part, memory=(4.0, 25.0)).decay
+    torch.testing.assert_close(torch.nn.functional.softplus(decay.bias), torch.tensor([1 / 10.0]))

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.targets.build import build
+from tests.targets.build import build, tensors
 from thesean.errors import TargetMismatchError
 from thesean.targets import PartFacts
 
-RECURRENT = ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn"]
+RECURRENT = ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn", "delta", "ssm", "reservoir"]
 pytestmark = pytest.mark.parametrize("name", RECURRENT)
 
 
@@ -34,10 +34,9 @@ def test_no_state_means_zeros_of_the_declared_shape(name, sequence_part):
     module = build(name, sequence_part()).eval()
     x_BTD = torch.randn(3, 4, 16)
     zeros = module.initial_state(x_BTD)
-    assert zeros.shape == (3, *module.state_shape())
-    assert not zeros.any()
+    assert all(z.shape[0] == 3 and not z.any() for z in tensors(zeros))
     y_BTD, state = module(x_BTD, zeros)
-    assert state.shape == zeros.shape
+    assert [s.shape for s in tensors(state)] == [z.shape for z in tensors(zeros)]
     torch.testing.assert_close(y_BTD, module(x_BTD)[0], rtol=0, atol=0)
 
 
@@ -101,6 +100,22 @@ def test_loss_falls_on_a_toy_part(name, mixing, sequence_part):
     assert losses[-1] < 0.35 * losses[0]
     assert losses[-1] < 0.5 * variance  # better than any constant
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("spread", "bound"), [(0.02, 2.0), (0.25, 20.0)], ids=["as built", "as trained"])
+def test_gradients_stay_healthy_through_24_blocks(name, spread, bound, sequence_part):
+    blocks = [build(name, sequence_part(), scope="part") for _ in range(24)]
+    x_BTD = y_BTD = torch.randn(4, 64, 16)
+    for block in blocks:
+        torch.nn.init.normal_(block.last.weight, std=spread)  # 0.25 keeps the size of 16 inputs
+        y_BTD, _ = block(y_BTD)
+    (y_BTD * torch.randn_like(x_BTD)).sum().backward()
+    first, last = (
+        torch.stack([p.grad.norm() for p in block.parameters() if p.grad is not None]).norm().item()
+        for block in (blocks[0], blocks[-1])
+    )
+    assert y_BTD.std() < 10
+    assert 1 / bound < first / last < bound
 
 
 @pytest.mark.parametrize(

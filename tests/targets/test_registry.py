@@ -11,12 +11,16 @@ from tests.targets.build import build
 from thesean.errors import ArtifactError, TargetMismatchError, UnknownNameError
 from thesean.targets import Target, build_module, get_family, rebuild, register, resolve, targets
 
-FAMILIES = {"elman", "gru", "lstm", "mingru", "linear-attention", "mlp", "rnn"}
+FAMILIES = {
+    "conv", "conv-1d", "delta", "elman", "gru", "identity", "linear", "linear-attention", "lstm", "mingru", "mixer",
+    "mlp", "reservoir", "rnn", "ssm",
+}  # fmt: skip
+MAPS = {"conv", "conv-2d", "resnet-block"}  # feature maps: see test_spatial
 
 
 def test_every_family_has_a_one_line_summary():
     known = targets()
-    assert known.keys() >= FAMILIES
+    assert known.keys() >= FAMILIES | MAPS
     assert all(summary and "\n" not in summary for summary in known.values())
 
 

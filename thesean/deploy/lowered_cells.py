@@ -1,6 +1,7 @@
 """The modules that stand in for recurrent cells while exporting: same signatures, ONNX operators inside.
 
-B batch, T time, D width, E units, N directions, L layers times directions, H heads, F features, K width of a value
+B batch, T time, D width, E units, N directions, L layers times directions, H heads, G heads of keys and values,
+F features, K width of a value
 """
 
 from __future__ import annotations
@@ -147,26 +148,44 @@ class LoweredLinearAttention(nn.Module):
     def forward(
         self,
         query_BTHF: torch.Tensor,
-        key_BTHF: torch.Tensor,
-        value_BTHK: torch.Tensor,
-        log_decay_BTH: torch.Tensor | None,
-        state_BHFK: torch.Tensor,
+        key_BTGF: torch.Tensor,
+        value_BTGK: torch.Tensor,
+        log_decay_BTG: torch.Tensor | None,
+        state_BGFK: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         require_exporting(self.path)
-        features = query_BTHF.shape[-1]
-        missing = -features % 16
-        query, key = (F.pad(x, (0, missing)) if missing else x for x in (query_BTHF, key_BTHF))
-        outs, states, start = [], [], 0
-        for width, padded in value_blocks(value_BTHK.shape[-1]):
-            block = slice(start, start + width)
-            value, state = value_BTHK[..., block], state_BHFK[..., block]
-            if missing or padded > width:
-                value, state = F.pad(value, (0, padded - width)), F.pad(state, (0, padded - width, 0, missing))
-            out, state = _linear_attention(query, key, value, log_decay_BTH, state)
-            outs.append(out[..., :width])
-            states.append(state[:, :, :features, :width])
-            start += width
-        return (outs[0], states[0]) if len(outs) == 1 else (torch.cat(outs, -1), torch.cat(states, -1))
+        return linear_attention_operator(query_BTHF, key_BTGF, value_BTGK, log_decay_BTG, None, state_BGFK)
+
+
+def linear_attention_operator(
+    query_BTHF: torch.Tensor,
+    key_BTGF: torch.Tensor,
+    value_BTGK: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    beta_BTG: torch.Tensor | None,
+    state_BGFK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One com.microsoft::LinearAttention for each block of the values. The decay is one a head (B, T, G), one a feature
+    (B, T, G, F), or none; with a decay and `beta_BTG` the delta rule updates the state, whose columns do not see each
+    other either.
+    """
+    features = query_BTHF.shape[-1]
+    missing = -features % 16
+    if missing:
+        query_BTHF, key_BTGF = F.pad(query_BTHF, (0, missing)), F.pad(key_BTGF, (0, missing))
+        if log_decay is not None and log_decay.ndim == 4:
+            log_decay = F.pad(log_decay, (0, missing))
+    outs, states, start = [], [], 0
+    for width, padded in value_blocks(value_BTGK.shape[-1]):
+        block = slice(start, start + width)
+        value, state = value_BTGK[..., block], state_BGFK[..., block]
+        if missing or padded > width:
+            value, state = F.pad(value, (0, padded - width)), F.pad(state, (0, padded - width, 0, missing))
+        out, state = _linear_attention(query_BTHF, key_BTGF, value, log_decay, beta_BTG, state)
+        outs.append(out[..., :width])
+        states.append(state[:, :, :features, :width])
+        start += width
+    return (outs[0], states[0]) if len(outs) == 1 else (torch.cat(outs, -1), torch.cat(states, -1))
 
 
 def value_blocks(width: int) -> list[tuple[int, int]]:
@@ -182,27 +201,28 @@ def value_blocks(width: int) -> list[tuple[int, int]]:
 
 def _linear_attention(
     query_BTHF: torch.Tensor,
-    key_BTHF: torch.Tensor,
-    value_BTHK: torch.Tensor,
-    log_decay_BTH: torch.Tensor | None,
-    state_BHFK: torch.Tensor,
+    key_BTGF: torch.Tensor,
+    value_BTGK: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    beta_BTG: torch.Tensor | None,
+    state_BGFK: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, T, H, features = query_BTHF.shape
-    K = value_BTHK.shape[-1]
-    inputs = [query_BTHF.flatten(2), key_BTHF.flatten(2), value_BTHK.flatten(2), state_BHFK]
-    if log_decay_BTH is not None:
-        inputs.append(log_decay_BTH)
-    out, state_BHFK = torch.onnx.ops.symbolic_multi_out(
+    G, K = value_BTGK.shape[2:]
+    inputs = [query_BTHF.flatten(2), key_BTGF.flatten(2), value_BTGK.flatten(2), state_BGFK]
+    inputs += [gate.flatten(2) for gate in (log_decay, beta_BTG) if gate is not None]
+    rule = "linear" if log_decay is None else "gated" if beta_BTG is None else "gated_delta"
+    out, state_BGFK = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::LinearAttention",
         inputs,
         {
             "q_num_heads": H,
-            "kv_num_heads": H,
+            "kv_num_heads": G,
             "scale": 1.0,  # 0 would mean 1 / sqrt(F)
-            "update_rule": "linear" if log_decay_BTH is None else "gated",
+            "update_rule": rule,
         },
         dtypes=[query_BTHF.dtype] * 2,
-        shapes=[[B, T, H * K], [B, H, features, K]],
+        shapes=[[B, T, H * K], [B, G, features, K]],
         version=1,
     )
-    return out.unflatten(-1, (H, K)), state_BHFK
+    return out.unflatten(-1, (H, K)), state_BGFK

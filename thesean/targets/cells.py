@@ -53,6 +53,15 @@ class CellTarget(SequenceTarget):
         return features_BTE, None if state is None else last_1BE.squeeze(0)
 
 
+def spread_memories(core: nn.RNNBase) -> None:
+    """Biases of the second gate (a GRU's z, an LSTM's f) that give the units memories of 1 to about 50 steps, so that
+    none has to be learnt by backpropagation through time first.
+    """
+    for name, bias in core.named_parameters():
+        if name.startswith("bias_hh"):
+            bias[core.hidden_size : 2 * core.hidden_size] = torch.linspace(-1, 4, core.hidden_size)
+
+
 def orthogonal_recurrence(core: nn.RNNBase, gain: float) -> None:
     """Each gate's recurrent matrix orthogonal times `gain`, for all directions (Saxe et al. 2014)."""
     for name, weight in core.named_parameters():

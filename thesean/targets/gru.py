@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from thesean.targets.base import Family, PartFacts
-from thesean.targets.cells import CellTarget, orthogonal_recurrence
+from thesean.targets.cells import CellTarget, orthogonal_recurrence, spread_memories
 from thesean.targets.sequence import WidthOptions, check_sequence, sequence_config
 
 
@@ -25,11 +25,7 @@ class GRU(CellTarget):
     @torch.no_grad()
     def reset_core(self) -> None:
         orthogonal_recurrence(self.core, 1.0)
-        for name, bias in self.core.named_parameters():
-            if name.startswith("bias_hh"):
-                # torch orders the gates r, z, n. The spread gives the units memories of 1 to about 50 steps, so that
-                # none has to be learnt by backpropagation through time first.
-                bias[self.width : 2 * self.width] = torch.linspace(-1, 4, self.width)
+        spread_memories(self.core)
 
 
 def build(part: PartFacts, options: WidthOptions) -> GRU:

@@ -1,35 +1,38 @@
 """Gated linear attention that takes over the guide's query, key, value and output projections.
 
-B batch, T time, D width of the part, H heads, C width of a head's query and key, F = 2C features, K width of a value
+Positions: what the projections read is all that is inherited. A guide that adds positions to its embeddings passes
+them on in x. A rotary one does not: its projections are read before the rotation, queries and keys meet without it, in
+the window too, and only the decay tells near from far. Rotating them here would bring t - s back to the window's q.k at
+the cost of one more state, the step count, but not to the linear part: softmax features of a rotated key are no
+function of t - s.
+
+B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
+C width of a head's query and key, F = 2C features, K width of a value, k = K + 1, W tokens in the window
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
 from thesean.kernels.linear_attention import full_linear_attention
-from thesean.targets.base import Affine, Family, PartFacts
+from thesean.targets.base import Affine, Family, PartFacts, State
 from thesean.targets.cores import LinearAttentionCore
-from thesean.targets.sequence import (
-    SequenceOptions,
-    SequenceTarget,
-    check_sequence,
-    describe,
-    sequence_config,
-    small_linear,
+from thesean.targets.linear_attention_options import (
+    MEMORY,
+    SHARPNESS,
+    LinearAttentionOptions,
+    check,
+    head_shape,
+    start_of,
 )
-
-# Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
-# the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
-# the same with long memories in benchmarks/results/recipes.json.
-MEMORY = (1 / 3, 64.0)
-SHARPNESS = 1.5
+from thesean.targets.sequence import SequenceTarget, sequence_config, small_linear
+from thesean.targets.window import Window
 
 # guards the division where sharp features of a query meet none of the keys so far
 EPSILON = 1e-6
@@ -39,8 +42,13 @@ class LinearAttention(SequenceTarget):
     """y = last(sum_s w_ts v_s / sum_s w_ts), w_ts = decay_{s..t} phi(q_t).phi(k_s), phi(x) = softmax([Wx, -Wx]).
 
     Feature map: Zhang et al. 2024 (Hedgehog), W learnt per head from the identity. Decay: Yang et al. 2024, one
-    scalar a head. The sum of weights is carried as one more column of the values, all ones.
-    x_BTD, state_BHFk -> (y_BTD, state_BHFk), k = K + 1. Bidirectional: s over all tokens, no decay, no state.
+    scalar a head. The sum of weights is carried as one more column of the values, all ones. Keys, values, their map,
+    decay and state are per head of keys: a guide with grouped queries keeps its groups (Ainslie et al. 2023).
+    x_BTD, state_BGFk -> (y_BTD, state_BGFk). Bidirectional: s over all tokens, no decay, no state.
+
+    With a window, w_ts = exp(scale q_t.k_s), as in the guide, for the last W tokens, t's own included; a token enters
+    the linear state when it leaves the window, and decays from then on. The state is then (state_BGFk, key_BWGC,
+    value_BWGk).
     """
 
     family = "linear-attention"
@@ -53,6 +61,9 @@ class LinearAttention(SequenceTarget):
         heads: int,
         key_width: int,
         value_width: int,
+        kv_heads: int | None = None,
+        window: int | None = None,
+        scale: float | None = None,
         bidirectional: bool = False,
         residual: bool = False,
         norm: bool = False,
@@ -65,15 +76,18 @@ class LinearAttention(SequenceTarget):
         self.memory = (float(memory[0]), float(memory[1]))
         self.sharpness = float(sharpness)
         self.heads = heads
+        self.kv_heads = kv_heads or heads
         self.key_width = key_width
         self.value_width = value_width
+        self.scale = key_width**-0.5 if scale is None else float(scale)
         self.query = nn.Linear(width_in, heads * key_width)
-        self.key = nn.Linear(width_in, heads * key_width)
-        self.value = nn.Linear(width_in, heads * value_width)
+        self.key = nn.Linear(width_in, self.kv_heads * key_width)
+        self.value = nn.Linear(width_in, self.kv_heads * value_width)
         self.map_query_HCC = nn.Parameter(torch.eye(key_width).repeat(heads, 1, 1))
-        self.map_key_HCC = nn.Parameter(torch.eye(key_width).repeat(heads, 1, 1))
-        self.decay = None if bidirectional else nn.Linear(width_in, heads)
+        self.map_key_GCC = nn.Parameter(torch.eye(key_width).repeat(self.kv_heads, 1, 1))
+        self.decay = None if bidirectional else nn.Linear(width_in, self.kv_heads)
         self.core = LinearAttentionCore()
+        self.window = None if window is None else Window(size=window, heads=heads, scale=self.scale)
         self.last = small_linear(heads * value_width, width_out)
         self.reset_projections()
 
@@ -85,9 +99,10 @@ class LinearAttention(SequenceTarget):
         if self.decay is not None:
             # the same for every token until training says else
             nn.init.zeros_(self.decay.weight)
-            shortest, longest = self.memory
-            tokens_H = torch.logspace(math.log10(shortest), math.log10(longest), self.heads)
-            self.decay.bias.copy_(torch.log(torch.expm1(1 / tokens_H)))  # softplus of it is 1 / tokens
+            low, high = (math.log10(tokens) for tokens in self.memory)
+            middle = torch.tensor([10 ** ((low + high) / 2)])  # what a single head gets
+            tokens_G = torch.logspace(low, high, self.kv_heads) if self.kv_heads > 1 else middle
+            self.decay.bias.copy_(torch.log(torch.expm1(1 / tokens_G)))  # softplus of it is 1 / tokens
 
     def config(self) -> dict[str, Any]:
         return {
@@ -95,33 +110,76 @@ class LinearAttention(SequenceTarget):
             "heads": self.heads,
             "key_width": self.key_width,
             "value_width": self.value_width,
+            "kv_heads": self.kv_heads,
+            "window": None if self.window is None else self.window.size,
+            "scale": self.scale,
             "memory": list(self.memory),
             "sharpness": self.sharpness,
         }
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(x.shape[0], self.heads, 2 * self.key_width, self.value_width + 1)
+    def initial_state(self, x: torch.Tensor) -> State:
+        linear = x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1)
+        if self.window is None:
+            return linear
+        buffers = (
+            x.new_zeros(x.shape[0], self.window.size, self.kv_heads, n) for n in (self.key_width, self.value_width + 1)
+        )
+        return linear, *buffers
 
     def phi(self, x_BTD: torch.Tensor, linear: nn.Linear, map_HCC: torch.Tensor) -> torch.Tensor:
         """softmax([Wx, -Wx]) per head, (B, T, H, F)."""
+        heads = len(map_HCC)
         # W is folded into the projection: one small product of weights instead of one a token, and a constant in ONNX
-        weight_HCD = map_HCC @ linear.weight.unflatten(0, (self.heads, self.key_width))
-        bias_HC = (map_HCC @ linear.bias.view(self.heads, self.key_width, 1)).squeeze(-1)
+        weight_HCD = map_HCC @ linear.weight.unflatten(0, (heads, self.key_width))
+        bias_HC = (map_HCC @ linear.bias.view(heads, self.key_width, 1)).squeeze(-1)
         projected = F.linear(x_BTD, weight_HCD.flatten(0, 1), bias_HC.flatten())
-        projected_BTHC = projected.unflatten(-1, (self.heads, self.key_width))
-        return torch.cat([projected_BTHC, -projected_BTHC], -1).softmax(-1)
+        return _signed_softmax(projected.unflatten(-1, (heads, self.key_width)))
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def projected(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The guide's query_BTHC and key_BTGC, and value_BTGk with its column of ones."""
+        query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(x_BTD), self.key(x_BTD)))
+        return query, key, self.values(x_BTD)
+
+    def values(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
+
+    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
+        if self.window is not None:
+            mean_BTHK, state = self._mix_window(x_BTD, self.window, *state)
+            return mean_BTHK.flatten(-2), state
         query_BTHF = self.phi(x_BTD, self.query, self.map_query_HCC)
-        key_BTHF = self.phi(x_BTD, self.key, self.map_key_HCC)
-        value_BTHk = F.pad(self.value(x_BTD).unflatten(-1, (self.heads, self.value_width)), (0, 1), value=1.0)
+        key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
+        value_BTGk = self.values(x_BTD)
         if self.decay is None or state is None:
-            out_BTHk = full_linear_attention(query_BTHF, key_BTHF, value_BTHk)
+            out_BTHk = full_linear_attention(query_BTHF, key_BTGF, value_BTGk)
         else:
-            log_decay_BTH = -F.softplus(self.decay(x_BTD))
-            out_BTHk, state = self.core(query_BTHF, key_BTHF, value_BTHk, log_decay_BTH, state)
+            out_BTHk, state = self.core(query_BTHF, key_BTGF, value_BTGk, self._log_decay(x_BTD), state)
         mean_BTHK = out_BTHk[..., :-1] / (out_BTHk[..., -1:] + EPSILON)
         return mean_BTHK.flatten(-2), state
+
+    def _log_decay(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        assert self.decay is not None
+        return -F.softplus(self.decay(x_BTD))
+
+    def _mix_window(
+        self, x_BTD: torch.Tensor, window: Window, state: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor
+    ) -> tuple[torch.Tensor, State]:
+        query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD)
+        key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC)
+        value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk)
+        older_BTHk, state = self._older(x_BTD, query_BTHC, left_key, left_value, state)
+        return window(query_BTHC, key_BSGC, value_BSGk, older_BTHk), (state, past_key, past_value)
+
+    def _older(
+        self, x_BTD: torch.Tensor, query_BTHC: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tokens that left the window add up to for each query, and the state with them.
+
+        Where no token left yet, the values and their column of ones are zero, so that the features of no key count.
+        """
+        query_BTHF, key_BTGF = _features(query_BTHC, self.map_query_HCC), _features(key, self.map_key_GCC)
+        older_BTHk, state = self.core(query_BTHF, key_BTGF, value, self._log_decay(x_BTD), state)
+        return older_BTHk, state
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
@@ -130,7 +188,9 @@ class LinearAttention(SequenceTarget):
         if facts is None or facts.heads != self.heads:
             return ()
         copied = []
-        pairs = ((self.query, facts.query), (self.key, facts.key), (self.value, facts.value), (self.last, facts.output))
+        fits = self.kv_heads % facts.kv_heads == 0  # a guide's group can be split, but not joined with another
+        key, value = facts.grouped(self.kv_heads) if fits else (facts.key, facts.value)
+        pairs = ((self.query, facts.query), (self.key, key), (self.value, value), (self.last, facts.output))
         for name, (linear, affine) in zip(("query", "key", "value", "output"), pairs, strict=True):
             if copy_affine(linear, affine):
                 copied.append(name)
@@ -139,8 +199,26 @@ class LinearAttention(SequenceTarget):
             gain = self.sharpness * (facts.scale * self.key_width**0.5) ** 0.5
             eye_CC = torch.eye(self.key_width, device=self.map_query_HCC.device)
             self.map_query_HCC.copy_(gain * eye_CC)
-            self.map_key_HCC.copy_(gain * eye_CC)
+            self.map_key_GCC.copy_(gain * eye_CC)
         return tuple(copied)
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Balance the window and what is older, head by head, as softmax attention over the example would."""
+        if self.window is None:
+            return
+        shares = []
+        for x_BTD, _ in examples:
+            x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+            if x_BTD.shape[1] <= self.window.size:
+                continue
+            query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD)
+            linear, no_key, no_value = self.initial_state(x_BTD)
+            _, left_key, _ = self.window.slide(no_key, key_BTGC)
+            _, left_value, _ = self.window.slide(no_value, value_BTGk)
+            older_BTHk, _ = self._older(x_BTD, query_BTHC, left_key, left_value, linear)
+            shares.append(self.window.shares(query_BTHC, key_BTGC, older_BTHk))
+        self.window.balance(shares)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         tokens = 1
@@ -148,8 +226,21 @@ class LinearAttention(SequenceTarget):
             tokens *= sizes[dim] if isinstance(dim, str) else dim
         linears = (self.query, self.key, self.value, self.last, *((self.decay,) if self.decay is not None else ()))
         weights = sum(linear.weight.numel() for linear in linears)
-        state = self.heads * 2 * self.key_width * (self.value_width + 1)
-        return 2 * tokens * (weights + 2 * state)  # k v^T into the state, q out of it
+        state = 2 * self.key_width * (self.value_width + 1)
+        work = weights + (self.kv_heads + self.heads) * state  # k v^T into the state, q out of it
+        if self.window is not None:
+            work += self.map_query_HCC.numel() + self.map_key_GCC.numel()
+            work += self.heads * self.window.size * (self.key_width + self.value_width + 1)
+        return 2 * tokens * work
+
+
+def _features(x_BTHC: torch.Tensor, map_HCC: torch.Tensor) -> torch.Tensor:
+    """softmax([Wx, -Wx]) per head, of what is projected already."""
+    return _signed_softmax((x_BTHC.transpose(1, 2) @ map_HCC.mT).transpose(1, 2))
+
+
+def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x_BTHC, -x_BTHC], -1).softmax(-1)
 
 
 @torch.no_grad()
@@ -162,57 +253,13 @@ def copy_affine(linear: nn.Linear, affine: Affine) -> bool:
     return True
 
 
-class LinearAttentionOptions(SequenceOptions):
-    """Width rule: heads and widths of the guide's attention. Without one, or with options, `heads` heads that share
-    `width` features; heads default to one per 32 of the part's width, and width to the part's input width.
-    """
-
-    heads: int | None = Field(default=None, gt=0)
-    width: int | None = Field(default=None, gt=0)
-    memory: tuple[float, float] = Field(default=MEMORY, description="tokens that the first and last head remember")
-    sharpness: float = Field(default=SHARPNESS, gt=0, description="of copied queries and keys, as a factor on W")
-
-
-def head_shape(part: PartFacts, options: LinearAttentionOptions) -> tuple[int, int, int]:
-    """heads, key_width, value_width."""
-    facts = part.attention
-    asked = options.heads is not None or options.width is not None
-    if facts is not None and not asked:
-        return facts.heads, facts.query.weight_OI.shape[0] // facts.heads, facts.value.weight_OI.shape[0] // facts.heads
-    width = options.width or part.width_in
-    heads = options.heads or (facts.heads if facts is not None else default_heads(width))
-    return heads, width // heads, width // heads
-
-
-def default_heads(width: int) -> int:
-    """One head per 32 features, fewer where that doesn't divide the width."""
-    heads = max(1, width // 32)
-    while width % heads:
-        heads -= 1
-    return heads
-
-
-def check(part: PartFacts, options: LinearAttentionOptions) -> None:
-    check_sequence("linear-attention", part)
-    width = options.width or part.width_in
-    heads, *_ = head_shape(part, options)
-    if (options.heads is not None or options.width is not None) and width % heads:
-        raise part.mismatch(
-            "linear-attention",
-            found=f"width {width} with {heads} heads for {describe(part.input_shape)}",
-            expected="a width that the heads divide",
-            advice=f"Set heads={default_heads(width)}, or another width.",
-        )
-
-
 def build(part: PartFacts, options: LinearAttentionOptions) -> LinearAttention:
-    heads, key_width, value_width = head_shape(part, options)
+    memory, sharpness = start_of(options)
     return LinearAttention(
-        heads=heads,
-        key_width=key_width,
-        value_width=value_width,
-        memory=options.memory,
-        sharpness=options.sharpness,
+        **head_shape(part, options)._asdict(),
+        window=options.window,
+        memory=memory,
+        sharpness=sharpness,
         **sequence_config(part, options),
     )
 

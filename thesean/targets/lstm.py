@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from thesean.targets.base import Family, PartFacts
-from thesean.targets.cells import CellTarget, orthogonal_recurrence
+from thesean.targets.cells import CellTarget, orthogonal_recurrence, spread_memories
 from thesean.targets.sequence import WidthOptions, check_sequence, sequence_config
 
 
@@ -25,10 +25,7 @@ class LSTM(CellTarget):
     @torch.no_grad()
     def reset_core(self) -> None:
         orthogonal_recurrence(self.core, 1.0)
-        for name, bias in self.core.named_parameters():
-            if name.startswith("bias_hh"):
-                # torch orders the gates i, f, g, o; as in GRU, memories from 1 to about 50 steps
-                bias[self.width : 2 * self.width] = torch.linspace(-1, 4, self.width)
+        spread_memories(self.core)
 
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], 2 * self.width)

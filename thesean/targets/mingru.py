@@ -81,16 +81,22 @@ class MinGRU(SequenceTarget):
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
         """The guide's value projection, as many whole copies as fit; nothing where the part has no attention."""
-        if part.attention is None:
-            return ()
-        weight_VD, bias_V = part.attention.value
-        copies = self.value.out_features // weight_VD.shape[0]
-        if copies == 0 or weight_VD.shape[1] != self.width_in:
-            return ()
-        rows = copies * weight_VD.shape[0]
-        self.value.weight[:rows] = weight_VD.repeat(copies, 1)
-        self.value.bias[:rows] = bias_V.repeat(copies)
-        return ("value",)
+        return ("value",) if copy_value(self.value, part) else ()
+
+
+@torch.no_grad()
+def copy_value(linear: nn.Linear, part: PartFacts) -> bool:
+    """Copy the guide's value projection into the first rows, as many times as it fits; tells whether it did."""
+    if part.attention is None:
+        return False
+    weight_VD, bias_V = part.attention.value
+    copies = linear.out_features // weight_VD.shape[0]
+    if copies == 0 or weight_VD.shape[1] != linear.in_features:
+        return False
+    rows = copies * weight_VD.shape[0]
+    linear.weight[:rows] = weight_VD.repeat(copies, 1)
+    linear.bias[:rows] = bias_V.repeat(copies)
+    return True
 
 
 def build(part: PartFacts, options: WidthOptions) -> MinGRU:

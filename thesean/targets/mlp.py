@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from thesean.targets.base import Family, Options, PartFacts, TargetModule
+from thesean.targets.base import Family, Options, PartFacts, State, TargetModule
 from thesean.targets.sequence import describe, small_linear
 
 Activation = Literal["gelu", "relu"]
@@ -27,6 +27,7 @@ class MLP(TargetModule):
     """
 
     family = "mlp"
+    last: nn.Linear
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class MLP(TargetModule):
             "norm": self.norm is not None,
         }
 
-    def features(self, x: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         if self.flatten:
             x = x.flatten(1)
         return self.first(x if self.norm is None else self.norm(x)), None

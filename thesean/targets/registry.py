@@ -1,4 +1,4 @@
-"""Families by name: every file in this folder that defines `TARGET`, and those that users register."""
+"""Families by name: every file in this folder that defines `TARGET`, and those that users register or install."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from thesean.errors import ArtifactError, TargetMismatchError, unknown_name
 from thesean.targets.base import Family, PartFacts, Target, TargetModule, parse_options
+from thesean.targets.entry_points import load_families
 
 _families: dict[str, Family] = {}
 _discovered = False
@@ -67,8 +68,9 @@ def build_module(target: Target, part: PartFacts) -> nn.Module:
         return module
     family = get_family(target.name)
     given = dict(target.options)
-    if target.scope == "part" and family.scope == "mixing":
-        given = {"residual": True, "norm": True, **given}
+    frame = {"residual", "norm"} <= family.options.model_fields.keys()
+    if target.scope == "part" and family.scope == "mixing" and frame:
+        given = {"residual": not part.is_branch, "norm": True, **given}
     options = parse_options(family, given)
     family.check(part, options)
     return family.build(part, options)
@@ -104,4 +106,5 @@ def _discover() -> None:
         family = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "TARGET", None)
         if isinstance(family, Family):
             _add(family)
-    _discovered = True
+    _discovered = True  # first: an installed module may call `register` while it is imported
+    load_families(_add)

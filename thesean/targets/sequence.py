@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from thesean.targets.base import Options, PartFacts, TargetModule
+from thesean.targets.base import Options, PartFacts, State, TargetModule
 
 
 class SequenceOptions(Options):
@@ -40,6 +40,8 @@ class SequenceTarget(TargetModule):
     Causal ones carry a state; a bidirectional one has nothing to carry: the future has not been read yet.
     """
 
+    last: nn.Linear
+
     def __init__(self, *, width_in: int, width_out: int, bidirectional: bool, residual: bool, norm: bool) -> None:
         super().__init__()
         self.width_in = width_in
@@ -58,11 +60,11 @@ class SequenceTarget(TargetModule):
             "norm": self.norm is not None,
         }
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
         """features_BTE and the state after them; `state` is None exactly when the module is bidirectional."""
         raise NotImplementedError(f"{type(self).__name__}.mix")
 
-    def features(self, x: torch.Tensor, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         if self.stateful and state is None:
             state = self.initial_state(x)
         return self.mix(x if self.norm is None else self.norm(x), state if self.stateful else None)
@@ -77,7 +79,7 @@ def check_sequence(target: str, part: PartFacts) -> None:
     if not part.is_sequence:
         raise part.mismatch(
             target,
-            found=shapes,
+            found=f"{shapes}{', channels first' if part.channels_first else ''}",
             expected="a sequence (batch, time, width) in and out",
             advice=f"Choose target 'mlp' for it, or keep it with keep=[{part.path!r}].",
         )

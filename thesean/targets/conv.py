@@ -1,0 +1,61 @@
+"""Convolutions: a rule that picks conv-1d for sequences and conv-2d for feature maps, not a module of its own.
+
+The saved configuration names the family that was picked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from thesean.targets import conv_1d, conv_2d
+from thesean.targets.base import Family, Options, PartFacts, TargetModule, parse_options
+from thesean.targets.sequence import describe
+
+
+class ConvOptions(Options):
+    """Width rule, defaults: the picked family's own. `width` and `dilations` are for sequences alone, and so is `norm`:
+    a feature map is normalised after its depthwise convolution.
+    """
+
+    kernel: int | None = Field(default=None, ge=2)
+    dilations: tuple[int, ...] | None = None
+    width: int | None = Field(default=None, gt=0)
+    expand: int | None = Field(default=None, gt=0)
+    residual: bool | None = None
+    norm: bool | None = None
+
+
+def picked(part: PartFacts, options: ConvOptions) -> tuple[Family, Any]:
+    family = conv_1d.TARGET if part.is_sequence else conv_2d.TARGET
+    given = options.model_dump(exclude_none=True, exclude=None if part.is_sequence else {"norm"})
+    return family, parse_options(family, given)
+
+
+def check(part: PartFacts, options: ConvOptions) -> None:
+    if not part.is_sequence and not len(part.input_shape) == len(part.output_shape) == 4:
+        raise part.mismatch(
+            "conv",
+            found=f"{describe(part.input_shape)} -> {describe(part.output_shape)}",
+            expected="a sequence (batch, time, width) or a feature map (batch, channels, height, width)",
+            advice=f"Choose target 'mlp' for it, or keep it with keep=[{part.path!r}].",
+        )
+    family, family_options = picked(part, options)
+    family.check(part, family_options)
+
+
+def build(part: PartFacts, options: ConvOptions) -> TargetModule:
+    family, family_options = picked(part, options)
+    return family.build(part, family_options)
+
+
+TARGET = Family(
+    name="conv",
+    summary="the default convolution: conv-1d for sequences, conv-2d for feature maps",
+    options=ConvOptions,
+    module=TargetModule,  # nothing is ever saved under this name
+    build=build,
+    scope="mixing",
+    check=check,
+)

@@ -1,0 +1,144 @@
+"""Gated depthwise convolutions over time: each channel mixes a window of its own past.
+
+B batch, T time, D width of the part, E channels, K taps, R steps of memory
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from thesean.targets.base import Family, PartFacts, State
+from thesean.targets.mingru import copy_value
+from thesean.targets.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+
+# Steps over which the initial taps fall by e. Solved in closed form on the demo's guide, taps that all start alike
+# loud make the long windows worse than the short ones: benchmarks/results/convolutions.json
+NEAR = 2.0
+
+
+class Conv1d(SequenceTarget):
+    """y_t = last(silu(g_t) * sum_k w_k v_{t - k d}), per channel; v and g are affine in x_t.
+
+    Gated convolutions: Dauphin et al. 2017, eq. 1, here depthwise; dilations d: van den Oord et al. 2016. The channels
+    are shared out among the dilations, neighbours together, as heads are. x_BTD, state_BRE -> (y_BTD, state_BRE): the
+    state is the last R = (K - 1) max(d) values, zeros before a sequence's start. Bidirectional: windows centred on t.
+    """
+
+    family = "conv-1d"
+
+    def __init__(
+        self,
+        *,
+        width_in: int,
+        width_out: int,
+        width: int,
+        kernel: int,
+        dilations: list[int],
+        bidirectional: bool = False,
+        residual: bool = False,
+        norm: bool = False,
+    ) -> None:
+        super().__init__(
+            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
+        )
+        self.width = width
+        self.kernel = kernel
+        self.dilations = tuple(dilations)
+        share, rest = divmod(width, len(dilations))
+        self.shares = [share + (i < rest) for i in range(len(dilations))]
+        self.memory = (kernel - 1) * max(dilations)
+        self.value = nn.Linear(width_in, width)
+        self.gate = nn.Linear(width_in, width)
+        self.taps_EK = nn.Parameter(torch.empty(width, kernel))
+        self.last = small_linear(width, width_out)
+        self.reset_projections()
+
+    @torch.no_grad()
+    def reset_projections(self) -> None:
+        for linear in (self.value, self.gate):
+            nn.init.normal_(linear.weight, std=self.width_in**-0.5)
+            nn.init.zeros_(linear.bias)
+        nn.init.ones_(self.gate.bias)  # open at the start
+        # random, and the nearer the louder
+        steps_K = torch.arange(self.kernel) - (self.kernel // 2 if self.bidirectional else self.kernel - 1)
+        loudness_K = torch.exp(-steps_K.abs() / NEAR)
+        self.taps_EK.normal_().mul_(loudness_K / loudness_K.norm())
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "width": self.width, "kernel": self.kernel, "dilations": list(self.dilations)}
+
+    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], self.memory, self.width)
+
+    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
+        value_BTE = self.value(x_BTD)
+        if state is None:
+            after = self.memory // 2
+            past_BTE = F.pad(value_BTE, (0, 0, self.memory - after, after))
+        else:
+            past_BTE = torch.cat([state, value_BTE], 1)
+            state = past_BTE[:, -self.memory :]
+        mixed, start = [], 0
+        for dilation, share in zip(self.dilations, self.shares, strict=True):
+            columns = slice(start, start + share)
+            unread = self.memory - (self.kernel - 1) * dilation  # steps that only longer dilations reach
+            before = unread if state is not None else unread - unread // 2
+            window_BTE = past_BTE[:, before : past_BTE.shape[1] - (unread - before), columns]
+            taps_E1K = self.taps_EK[columns].unsqueeze(1)
+            mixed.append(F.conv1d(window_BTE.mT, taps_E1K, dilation=dilation, groups=share))
+            start += share
+        return torch.cat(mixed, 1).mT * F.silu(self.gate(x_BTD)), state
+
+    @torch.no_grad()
+    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
+        """The guide's value projection, as many whole copies as fit; nothing where the part has no attention."""
+        return ("value",) if copy_value(self.value, part) else ()
+
+
+class Conv1dOptions(WidthOptions):
+    """Width rule: E = `width`, or `expand` times the part's input width, shared out among the dilations.
+
+    A channel of dilation d sees `kernel` steps, d apart: (kernel - 1) d + 1 in all. Bidirectional windows are centred,
+    so that an even kernel gets one tap more there.
+    """
+
+    kernel: int = Field(default=8, ge=2)
+    dilations: tuple[int, ...] = Field(default=(1,), min_length=1)
+
+
+def check(part: PartFacts, options: Conv1dOptions) -> None:
+    check_sequence("conv-1d", part)
+    width = options.features_width(part)
+    if min(options.dilations) < 1 or len(options.dilations) > width:
+        raise part.mismatch(
+            "conv-1d",
+            found=f"dilations {list(options.dilations)} for {width} channels",
+            expected="dilations of 1 or more, at most one a channel",
+            advice="Set dilations=[1], or a larger width.",
+        )
+
+
+def build(part: PartFacts, options: Conv1dOptions) -> Conv1d:
+    centred = part.mixing == "bidirectional"
+    return Conv1d(
+        width=options.features_width(part),
+        kernel=options.kernel + (centred and options.kernel % 2 == 0),
+        dilations=list(options.dilations),
+        **sequence_config(part, options),
+    )
+
+
+TARGET = Family(
+    name="conv-1d",
+    summary="gated depthwise convolution over time; causal ones carry their window",
+    options=Conv1dOptions,
+    module=Conv1d,
+    build=build,
+    scope="mixing",
+    check=check,
+)

@@ -1,0 +1,212 @@
+"""The same attention with fewer heads.
+
+B batch, T time, D width of the part, H heads, K head width of queries and keys, V head width of values
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+
+from thesean.errors import NumericalError
+from thesean.targets.base import AttentionFacts, Family, Options, PartFacts, State, TargetModule
+from thesean.targets.selection import fold, moments, select_groups
+from thesean.targets.sequence import check_sequence
+
+# Tokens that the selection looks at, per feature of the concatenated heads.
+TOKENS_PER_FEATURE = 4
+
+
+class NarrowAttention(TargetModule):
+    """y = last(concat_h softmax(q_h k_h' scale) v_h), with `heads` of the guide's own. x_BTD -> y_BTD.
+
+    It is still an attention: it carries no state, so a language model with one decodes over its whole context.
+    `copy_from` keeps the heads with the largest weights; `prepare` chooses them anew by what they do to the guide's
+    output, and folds the others into `last` by ridge regression. Grouped keys and values get a copy a head.
+    """
+
+    family = "narrow-heads"
+    last: nn.Linear
+
+    def __init__(
+        self,
+        *,
+        width_in: int,
+        width_out: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        scale: float,
+        causal: bool,
+    ) -> None:
+        super().__init__()
+        self.width_in = width_in
+        self.width_out = width_out
+        self.heads = heads
+        self.key_width = key_width
+        self.value_width = value_width
+        self.scale = float(scale)
+        self.causal = causal
+        self.query = nn.Linear(width_in, heads * key_width)
+        self.key = nn.Linear(width_in, heads * key_width)
+        self.value = nn.Linear(width_in, heads * value_width)
+        self.last = nn.Linear(heads * value_width, width_out)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "width_in": self.width_in,
+            "width_out": self.width_out,
+            "heads": self.heads,
+            "key_width": self.key_width,
+            "value_width": self.value_width,
+            "scale": self.scale,
+            "causal": self.causal,
+        }
+
+    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        return attend(self.query(x), self.key(x), self.value(x), self.heads, self.scale, self.causal), None
+
+    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
+        batch, time = (sizes[dim] if isinstance(dim, str) else dim for dim in part.input_shape[:2])
+        weights = sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        scores = time * self.heads * (self.key_width + self.value_width)
+        return 2 * batch * time * (weights + scores)
+
+    @torch.no_grad()
+    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
+        """The heads whose value and output weights' norms multiply to the most: a guess without data."""
+        facts = part.attention
+        if facts is None or not self._fits(facts):
+            return ()
+        value_H = facts.value.weight_OI.unflatten(0, (facts.heads, -1)).flatten(1).norm(dim=1)
+        output_H = facts.output.weight_OI.unflatten(1, (facts.heads, -1)).norm(dim=(0, 2))
+        self._keep(facts, (value_H * output_H).topk(self.heads).indices.sort().values)
+        return ("query", "key", "value")
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Choose the heads and fold the others in. Raises NumericalError where the activations are not finite."""
+        facts = part.attention
+        if facts is None or not self._fits(facts) or self.heads == facts.heads or not examples:
+            return
+        tokens = sum(x.shape[:-1].numel() for x, _ in examples)
+        stride = math.ceil(tokens / (TOKENS_PER_FEATURE * facts.heads * self.value_width))
+        try:
+            known = moments(mixed_values(facts, x, self.causal).flatten(0, -2)[::stride] for x, _ in examples)
+        except ValueError as error:
+            raise NumericalError(f"{part.path}: can't choose heads, {error}. Look for NaN in the data.") from error
+        kept_H = select_groups(known.covariance_EE, facts.output.weight_OI, self.value_width, self.heads)
+        self._keep(facts, kept_H)
+        weight_OE, bias_O = fold(known, facts.output.weight_OI, _features_of(kept_H, self.value_width))
+        self.last.weight.copy_(weight_OE)
+        self.last.bias.copy_(facts.output.bias_O + bias_O)
+
+    def _fits(self, facts: AttentionFacts) -> bool:
+        widths = (self.width_in, self.key_width, self.value_width, self.width_out)
+        enough = facts.heads >= self.heads
+        return enough and widths == (facts.query.weight_OI.shape[1], *_head_widths(facts), len(facts.output.bias_O))
+
+    def _keep(self, facts: AttentionFacts, kept_H: torch.Tensor) -> None:
+        key_rows, value_rows = _features_of(kept_H, self.key_width), _features_of(kept_H, self.value_width)
+        for linear, affine, rows in (
+            (self.query, facts.query, key_rows),
+            (self.key, facts.key, key_rows),
+            (self.value, facts.value, value_rows),
+        ):
+            linear.weight.copy_(affine.weight_OI[rows])
+            linear.bias.copy_(affine.bias_O[rows])
+        self.last.weight.copy_(facts.output.weight_OI[:, value_rows])
+        self.last.bias.copy_(facts.output.bias_O)
+
+
+def attend(
+    query_BTE: torch.Tensor, key_BTE: torch.Tensor, value_BTE: torch.Tensor, heads: int, scale: float, causal: bool
+) -> torch.Tensor:
+    """softmax(q k' scale) v of each head, concatenated: (B, T, H V)."""
+    q_BHTK, k_BHTK, v_BHTV = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_BTE, key_BTE, value_BTE))
+    mixed_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, is_causal=causal, scale=scale)
+    return mixed_BHTV.transpose(1, 2).flatten(2)
+
+
+def mixed_values(facts: AttentionFacts, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
+    """What the guide's output projection reads, (B, T, H V), where its attention is plain."""
+    query_BTE, key_BTE, value_BTE = (F.linear(x_BTD, *affine) for affine in (facts.query, facts.key, facts.value))
+    return attend(query_BTE, key_BTE, value_BTE, facts.heads, facts.scale, causal)
+
+
+def _head_widths(facts: AttentionFacts) -> tuple[int, int]:
+    return len(facts.query.bias_O) // facts.heads, len(facts.value.bias_O) // facts.heads
+
+
+def _features_of(heads_H: torch.Tensor, width: int) -> torch.Tensor:
+    """The features of these heads among all heads' concatenated ones."""
+    return (heads_H.unsqueeze(1) * width + torch.arange(width, device=heads_H.device)).flatten()
+
+
+class NarrowHeadsOptions(Options):
+    """Heads: `heads`, or `ratio` times the guide's, at least one; their widths are the guide's."""
+
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    heads: int | None = Field(default=None, gt=0)
+
+
+def check_heads(target: str, part: PartFacts, options: NarrowHeadsOptions) -> None:
+    """Raises TargetMismatchError unless the part is a plain attention with heads enough."""
+    check_sequence(target, part)
+    facts = part.attention
+    keep = f"Keep it with keep=[{part.path!r}]"
+    if facts is None:
+        raise part.mismatch(
+            target, found="a part without attention", expected="one attention to take heads from", advice=f"{keep}."
+        )
+    if not facts.plain:
+        raise part.mismatch(
+            target,
+            found="an attention that softmax(q k' scale) v alone does not reproduce "
+            "(a rotary embedding, a relative bias, a window or a gate)",
+            expected="one that nothing but a causal mask is added to",
+            advice=f"{keep}, or choose target 'rnn' for it.",
+        )
+    if options.heads is not None and options.heads > facts.heads:
+        raise part.mismatch(
+            target,
+            found=f"heads {options.heads}",
+            expected=f"at most the {facts.heads} heads that there are",
+            advice="Lower heads, or set ratio.",
+        )
+
+
+def check(part: PartFacts, options: NarrowHeadsOptions) -> None:
+    check_heads("narrow-heads", part, options)
+
+
+def build_heads(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
+    facts = part.attention
+    assert facts is not None  # check_heads
+    key_width, value_width = _head_widths(facts)
+    return NarrowAttention(
+        width_in=part.width_in,
+        width_out=part.width_out,
+        heads=options.heads or max(1, round(options.ratio * facts.heads)),
+        key_width=key_width,
+        value_width=value_width,
+        scale=facts.scale,
+        causal=part.mixing == "causal",
+    )
+
+
+TARGET = Family(
+    name="narrow-heads",
+    summary="the same attention with fewer of its heads, the rest folded in",
+    options=NarrowHeadsOptions,
+    module=NarrowAttention,
+    build=build_heads,
+    scope="mixing",
+    check=check,
+)

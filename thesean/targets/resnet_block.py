@@ -1,0 +1,112 @@
+"""The basic residual block, for convolutional networks with fewer or cheaper blocks.
+
+B batch, C channels, H height, W width, E hidden channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from thesean.targets.base import Family, Options, PartFacts
+from thesean.targets.spatial import (
+    MapNorm,
+    Shortcut,
+    SpatialTarget,
+    Windows,
+    check_feature_map,
+    make_norm,
+    map_config,
+    standardise,
+)
+
+
+class ResNetBlock(SpatialTarget):
+    """y = relu(conv3x3(relu(norm(conv3x3(x)))) + shortcut(x)) (He et al. 2015, figure 2). x_BCHW -> y_BCHW.
+
+    The second convolution is `last`, on 3 x 3 patches; the first one has the stride.
+    """
+
+    family = "resnet-block"
+    window = 3
+
+    def __init__(
+        self,
+        *,
+        input_shape: list[int],
+        output_shape: list[int],
+        width: int,
+        shortcut: Shortcut = "none",
+        final_relu: bool = False,
+        hidden_norm: MapNorm = "batch",
+    ) -> None:
+        super().__init__(
+            input_shape=input_shape, output_shape=output_shape, width=width, shortcut=shortcut, final_relu=final_relu
+        )
+        self.places = Windows(input_shape[1:], output_shape[1:], 3)
+        self.first = nn.Conv2d(input_shape[0], width, 3, self.places.stride, self.places.padding)
+        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
+        assert self.first.bias is not None
+        nn.init.zeros_(self.first.bias)
+        self.hidden_norm = hidden_norm
+        self.norm = make_norm(hidden_norm, width)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "hidden_norm": self.hidden_norm}
+
+    def hidden(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.first(self.places.place(x_BCHW))).relu()
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        standardise(self.first, [self.places.place(x) for x, _ in examples])
+
+
+class ResNetBlockOptions(Options):
+    """Width rule: as many hidden channels E as make no more weights than the part has, 18 C E of them where C channels
+    go in and out; in multiples of 8, at least 8 and at most the smaller of the part's own channel counts.
+
+    So a basic block gets the guide's width. A bottleneck (He et al. 2015, figure 5, right) has 17/16 C^2 weights, and
+    a basic block of its inner width C/4 would have 72/16 C^2: one costs less than the bottlenecks that it replaces
+    only where there are five or more of them, or where it is narrower.
+
+    `residual` adds a shortcut, by default wherever no stream outside of the part does; `final_relu` rectifies the sum,
+    by default where the guide's is nowhere negative. `hidden_norm` is "batch" (the best of
+    benchmarks/results/convolutions.json, and folded into the convolution by onnxruntime), "group" (each image by
+    itself) or "none".
+    """
+
+    width: int | None = Field(default=None, gt=0)
+    residual: bool | None = None
+    final_relu: bool | None = None
+    hidden_norm: MapNorm = "batch"
+
+
+def default_width(part: PartFacts) -> int:
+    channels_in, channels_out = int(part.input_shape[1]), int(part.output_shape[1])
+    most = min(channels_in, channels_out)
+    affordable = part.params // (9 * (channels_in + channels_out))
+    return max(min(8, most), min(most, affordable - affordable % 8))
+
+
+def build(part: PartFacts, options: ResNetBlockOptions) -> ResNetBlock:
+    return ResNetBlock(
+        width=options.width or default_width(part),
+        hidden_norm=options.hidden_norm,
+        **map_config(part, options.residual, options.final_relu),
+    )
+
+
+TARGET = Family(
+    name="resnet-block",
+    summary="basic residual block: two 3 x 3 convolutions, in place of one or several blocks of a convnet",
+    options=ResNetBlockOptions,
+    module=ResNetBlock,
+    build=build,
+    scope="part",
+    check=lambda part, options: check_feature_map("resnet-block", part),
+)
