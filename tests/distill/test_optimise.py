@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from tests.distill.tools import Recorder
-from thesean.distill.observer import Silent
 from thesean.distill.optimise import cosine, train
 from thesean.errors import NumericalError
+from thesean.report import NullObserver
 
 
 def quadratic(p: nn.Parameter):
@@ -18,7 +18,7 @@ def quadratic(p: nn.Parameter):
 
 
 def run(p: nn.Parameter, loss, steps=10, **settings):
-    given: Any = {"observer": Silent(), "where": "here", "learning_rate": 0.1, "warmup": 1} | settings
+    given: Any = {"observer": NullObserver(), "where": "here", "learning_rate": 0.1, "warmup": 1} | settings
     return train([p], loss, itertools.repeat(torch.ones(3)), steps=steps, **given)
 
 
@@ -52,7 +52,7 @@ def test_frozen_parameters_stay():
     p, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2, 2), requires_grad=False)
     train(
         [p, frozen], quadratic(p), itertools.repeat(torch.ones(3)), steps=3, learning_rate=0.1, weight_decay=0.5,
-        observer=Silent(), where="here",
+        observer=NullObserver(), where="here",
     )  # fmt: skip
     assert torch.equal(frozen, torch.ones(2, 2))
 
@@ -61,7 +61,7 @@ def test_weight_decay_is_for_matrices_alone():
     bias, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))
     train(
         [bias, matrix], lambda step, batch: (bias.sum() + matrix.sum()) * 0, itertools.repeat(None), steps=3,
-        learning_rate=0.1, weight_decay=0.5, observer=Silent(), where="here",
+        learning_rate=0.1, weight_decay=0.5, observer=NullObserver(), where="here",
     )  # fmt: skip
     assert torch.equal(bias, torch.ones(3))
     assert (matrix < 1).all()

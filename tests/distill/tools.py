@@ -11,7 +11,8 @@ from torch import nn
 from tests import models
 from thesean.distill.evaluate import Batch, Task
 from thesean.passes.capture import Captured
-from thesean.passes.draft import Draft, make_draft
+from thesean.passes.draft import make_draft
+from thesean.passes.drafter import Draft
 from thesean.passes.hybrid import Hybrid, build_hybrid
 from thesean.recipe import Alignment, FineTuning, Recipe
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from tests import captured
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
-from thesean.passes.draft import draft_from_plan, make_draft, probe_sizes
+from thesean.passes.draft import draft_from_plan, make_draft
+from thesean.passes.drafter import probe_sizes
 from thesean.targets import PartFacts, Target
 
 
@@ -126,6 +127,18 @@ def test_a_mixing_target_replaces_the_attention_of_a_block_and_keeps_its_mlp():
 def test_scope_part_replaces_the_whole_block():
     draft = make_draft(captured.gpt2(), Target("gru", scope="part"))
     assert [[s.facts.path for s in p.sites] for p in draft.parts] == [["transformer.h.0"], ["transformer.h.1"]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_a_token_wise_target_replaces_the_mlp_of_a_block_and_keeps_its_attention(name):
+    draft = make_draft(getattr(captured, name)(), Target("narrow", ratio=0.5))
+    sites = [s for p in draft.parts for s in p.sites]
+    assert len(sites) == len(draft.parts) == 2
+    assert all(s.facts.mixing == "none" and s.facts.mlp is not None and s.facts.attention is None for s in sites)
+    mixing = make_draft(getattr(captured, name)(), "gru")
+    assert not {n for s in sites for n in s.region.nodes} & {
+        n for p in mixing.parts for s in p.sites for n in s.region.nodes
+    }
 
 
 def test_facts_are_measured():

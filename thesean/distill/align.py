@@ -122,7 +122,7 @@ class Aligner:
             return plateau.done
 
         steps = 0
-        if stage.steps and not plateau.done:
+        if stage.steps and not plateau.done and parameters:
             graph_module.train()
             steps = train(
                 parameters,
@@ -140,7 +140,8 @@ class Aligner:
         for p, flag in zip(graph_module.parameters(), previous, strict=True):
             p.requires_grad_(flag)
         graph_module.eval()
-        result = StageResult(stage=stage, before=before, after=best.loss, steps=steps, stopped_by=plateau.reason)
+        reason = plateau.reason if parameters else "nothing to train"
+        result = StageResult(stage=stage, before=before, after=best.loss, steps=steps, stopped_by=reason)
         self.observer.end({self.measure.name: best.loss})
         return result
 
@@ -196,7 +197,8 @@ class Aligner:
 
     def _independent_loss(self) -> Any:
         """Sum over modules of the measure at their own output, each fed the guide's activations."""
-        replacements = self.hybrid.replacements
+        # a part that was only dropped has nothing to train
+        replacements = [r for r in self.hybrid.replacements if any(True for _ in self.hybrid.module(r).parameters())]
         names = [n for r in replacements for n in (r.guide_entry, r.guide_exit)]
         theirs = tap(self.guide, names, with_output=False)
 

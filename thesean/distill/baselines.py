@@ -9,7 +9,7 @@ from thesean.distill.evaluate import Batch, Task
 from thesean.distill.finetune import fine_tune
 from thesean.distill.observer import Observer
 from thesean.errors import DataError, unknown_name
-from thesean.passes.draft import Draft
+from thesean.passes.drafter import Draft
 from thesean.passes.hybrid import Hybrid, build_hybrid
 from thesean.passes.reinitialise import Reinitialise
 from thesean.recipe import Recipe

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from thesean.errors import NumericalError
+from thesean.passes.capture import evaluating
 from thesean.passes.hybrid import Hybrid, Replacement
 from thesean.passes.tap import tap
 from thesean.targets import TargetModule
@@ -35,44 +36,52 @@ def solve_parts(
     solve_copied: bool = True,
 ) -> list[str]:
     """Refit the last layers of `parts`, in order; returns the modules solved. Leaves train/eval flags as they were."""
-    flags = [(m, m.training) for m in hybrid.graph_module.modules()]
-    hybrid.graph_module.eval()
-    try:
+    with evaluating(hybrid.graph_module):
         return [
             r.name
             for part in parts
             for r in hybrid.of_part(part)
             if (solve_copied or "output" not in r.copied) and _solve(guide, hybrid, r, batches, ridge)
         ]
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def _solve(guide: fx.GraphModule, hybrid: Hybrid, r: Replacement, batches: Sequence[Inputs], ridge: float) -> bool:
     module = hybrid.module(r)
-    if not isinstance(module, TargetModule):
-        return False  # a user's module with no last layer to solve
+    if not isinstance(module, TargetModule) or not hasattr(module, "last"):
+        return False  # no last layer to solve
     own_names = [r.entry] + ([r.join[1]] if r.join else [])
     own = tap(hybrid.graph_module, own_names, with_output=False)
     want = r.guide_join if r.join and r.guide_join else r.guide_exit
     theirs = tap(guide, [want], with_output=False)
     sums = _Sums(module.last)
     for inputs in batches:
-        mine, target = own(**_accepted(own, inputs)), theirs(**_accepted(theirs, inputs))[want]
+        mine, target = own(**inputs), theirs(**inputs)[want]
         x = mine[r.entry]
         features, _ = module.features(x)
         residual = target - mine[r.join[1]] if r.join else target
         skip = module.skip(x)
-        sums.add(features, residual if skip is None else residual - skip)
+        sums.add(features, module.unshape(residual if skip is None else residual - skip))
     sums.solve(ridge, r.facts.path)
     return True
 
 
-def _accepted(module: fx.GraphModule, inputs: Inputs) -> Inputs:
-    """A prefix keeps all placeholders, so all inputs are passed."""
-    names = {str(n.target) for n in module.graph.find_nodes(op="placeholder")}
-    return {k: v for k, v in inputs.items() if k in names}
+@torch.no_grad()
+def solve_alone(
+    module: torch.nn.Module, examples: Sequence[tuple[torch.Tensor, torch.Tensor]], *, ridge: float, where: str
+) -> bool:
+    """Refit a module's last layer on (input, wanted output) pairs; whether it has one. Leaves train/eval flags as they
+    were.
+    """
+    if not isinstance(module, TargetModule) or not hasattr(module, "last"):
+        return False
+    with evaluating(module):
+        sums = _Sums(module.last)
+        for x, wanted in examples:
+            features, _ = module.features(x)
+            skip = module.skip(x)
+            sums.add(features, module.unshape(wanted if skip is None else wanted - skip))
+        sums.solve(ridge, where)
+    return True
 
 
 class _Sums:

@@ -8,15 +8,18 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from thesean.distill.align import Aligner, StageResult, stages
 from thesean.distill.closed_form import solve_parts
 from thesean.distill.evaluate import Batch, Evaluation, Judge, Task
 from thesean.distill.finetune import fine_tune
 from thesean.distill.observer import Observer
-from thesean.passes.draft import Draft
+from thesean.passes.drafter import Draft
 from thesean.passes.hybrid import Hybrid, build_hybrid
+from thesean.passes.tap import tap
 from thesean.recipe import Recipe
+from thesean.targets import TargetModule
 
 # Held-out batches that decide when a stage ends; the whole set is measured once a stage is over.
 _CHECK_BATCHES = 4
@@ -63,6 +66,8 @@ def convert(
     judge = Judge(guide, task, held_out)
     told = judge(guide)  # first: a guide that returns NaN should not cost a conversion
     start = time.monotonic()
+
+    prepare(guide, hybrid, solving_inputs)
 
     def snapshot(parts: int, result: StageResult | None) -> None:
         state = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts}
@@ -116,6 +121,18 @@ def convert(
         final=judge(hybrid.graph_module),
         steps=taken,
     )
+
+
+@torch.no_grad()
+def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Show the guide's activations to the modules that choose by them, part after part to hold few at a time."""
+    for r in hybrid.replacements:
+        module = hybrid.module(r)
+        if not isinstance(module, TargetModule) or type(module).prepare is TargetModule.prepare:
+            continue
+        ends = tap(guide, [r.guide_entry, r.guide_exit], with_output=False)
+        values = [ends(**inputs) for inputs in batches]
+        module.prepare(r.facts, [(v[r.guide_entry], v[r.guide_exit]) for v in values])
 
 
 def with_state(draft: Draft, count: int, state: State) -> Hybrid:

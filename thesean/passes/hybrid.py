@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx, nn
 
-from thesean.passes.draft import Draft, DraftPart, build_site
-from thesean.passes.regions import Region
+from thesean.passes.drafter import Draft
+from thesean.passes.regions import join_of
+from thesean.passes.remove import Remove
+from thesean.passes.sites import build_site, ends_of
 from thesean.passes.substitute import Substitute, clone, output_of
 from thesean.targets import PartFacts, TargetModule
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,37 +67,43 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
     replacements: list[Replacement] = []
     joins: list[tuple[fx.Node, fx.Node] | None] = []
     prefix = _free_prefix(guide)
+    ends: dict[str, str] = {}  # a branch that is taken out ends where its sum did
     for k, part in enumerate(parts):
         for i, site in enumerate(part.sites):
             name = f"{prefix}_{k}" if len(part.sites) == 1 else f"{prefix}_{k}_{i}"
-            assert part.target is not None
-            module = build_site(part.target, site)
+            module = build_site(site)
             copied: tuple[str, ...] = ()
             if copy_weights and isinstance(module, TargetModule):
                 copied = module.copy_from(site.facts)
-            region = _translate(site.region, by_name)
-            Substitute(site.facts.path, region, name, module)(graph_module)
+            guide_exit, guide_entry = ends_of(site)
+            region = site.region.translate(by_name)
+            entry = by_name[guide_entry.name]
+            cut = Remove if site.removes else Substitute
+            cut(site.facts.path, region, name, module)(graph_module)
             out = output_of(graph_module, name)
-            by_name[site.region.exit.name] = out  # later regions and boundaries mean the replacement's output
-            joins.append(_join_of(site.region))
+            ends[site.region.exit.name] = guide_exit.name
+            by_name[guide_exit.name] = out  # later regions and boundaries mean the replacement's output
+            joins.append(None if site.removes else join_of(site.region))
             replacements.append(
                 Replacement(
                     part=k,
                     name=name,
                     facts=site.facts,
-                    family=getattr(module, "family", part.target.name),
-                    entry=region.entry.name,
+                    family=getattr(module, "family", site.target.name),
+                    entry=entry.name,
                     exit=out.name,
-                    guide_entry=site.region.entry.name,
-                    guide_exit=site.region.exit.name,
+                    guide_entry=guide_entry.name,
+                    guide_exit=guide_exit.name,
                     join=None,
                     guide_join=None,
                     copied=copied,
                 )
             )
     # only now: the sum of one replacement may read the output of another
-    replacements = [_with_join(r, j, by_name) for r, j in zip(replacements, joins, strict=True)]
-    boundaries = tuple((_boundary(p, by_name), p.region.exit.name) for p in parts)
+    alive = set(graph_module.graph.nodes)
+    replacements = [_with_join(r, j, by_name, alive) for r, j in zip(replacements, joins, strict=True)]
+    exits = [ends.get(p.region.exit.name, p.region.exit.name) for p in parts]
+    boundaries = tuple((by_name[exit_].name, exit_) for exit_ in exits)
     graph_module.meta["symbols"] = guide.meta["symbols"]
     return Hybrid(
         graph_module=graph_module,
@@ -114,35 +119,11 @@ def _free_prefix(guide: fx.GraphModule) -> str:
     return next(p for p in ("part", *(f"part{n}" for n in range(2, len(taken) + 3))) if p not in taken)
 
 
-def _translate(region: Region, by_name: dict[str, fx.Node]) -> Region:
-    return Region(
-        entry=by_name[region.entry.name],
-        exit=by_name[region.exit.name],
-        nodes=tuple(by_name[n.name] for n in region.nodes),
-    )
-
-
-def _boundary(part: DraftPart, by_name: dict[str, fx.Node]) -> str:
-    return by_name[part.region.exit.name].name
-
-
-def _join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:
-    """(sum, stream) where the exit's only use is `stream + exit` of the same shape."""
-    users = list(region.exit.users)
-    if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.add_.Tensor):
-        return None
-    others = [a for a in users[0].args[:2] if a is not region.exit]
-    if len(others) != 1 or not isinstance(others[0], fx.Node):
-        return None
-    stream, have = others[0].meta.get("val"), region.exit.meta.get("val")
-    same = isinstance(stream, torch.Tensor) and isinstance(have, torch.Tensor) and stream.ndim == have.ndim
-    return (users[0], others[0]) if same else None
-
-
 def _with_join(
-    replacement: Replacement, join: tuple[fx.Node, fx.Node] | None, by_name: dict[str, fx.Node]
+    replacement: Replacement, join: tuple[fx.Node, fx.Node] | None, by_name: dict[str, fx.Node], alive: set[fx.Node]
 ) -> Replacement:
-    if join is None:
+    """`alive`: a parallel branch that was the stream of this one's sum may have been taken out."""
+    if join is None or any(by_name[n.name] not in alive for n in join):
         return replacement
     total, stream = join
     return replace(replacement, join=(by_name[total.name].name, by_name[stream.name].name), guide_join=total.name)
