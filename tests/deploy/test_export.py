@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import thesean
 from tests import models
 from thesean.deploy import exporter, parity
 from thesean.deploy.export import export
@@ -53,6 +54,8 @@ def gru(convert):
         pytest.param("mingru", marks=pytest.mark.slow),
         pytest.param("lstm", marks=pytest.mark.slow),
         "rnn",
+        pytest.param("delta", marks=pytest.mark.slow),
+        pytest.param("reservoir", marks=pytest.mark.slow),
     ],
 )
 def test_a_converted_language_model_is_stateful_and_equals_torch_at_every_size(convert, tmp_path, target):
@@ -69,6 +72,19 @@ def test_a_converted_language_model_is_stateful_and_equals_torch_at_every_size(c
     assert report.bytes == report.path.stat().st_size
     assert leftovers(tmp_path) == ["m.onnx"]
     assert "with state" in str(report)
+
+
+def test_a_part_with_two_states_has_both_in_the_file(convert, tmp_path):
+    module, captured = convert(models.gpt2(), IDS, thesean.Target("ssm", state=3))
+    assert BoundPositions()(module).modified
+    report = export(module, captured.signature, tmp_path / "m.onnx", stateful="yes", train_length=30)
+    assert report.inputs == ("input_ids", *(f"state_in_{k}" for k in range(5)))
+    assert report.outputs == ("logits", *(f"state_out_{k}" for k in range(5)))
+    found = dims(report.path)
+    assert found["state_in_0"] == found["state_out_0"] == ["batch", 3, 16]  # what the convolution still reads
+    assert found["state_in_1"] == found["state_out_1"] == ["batch", 1, 3, 16]  # heads, states, channels
+    assert found["state_in_4"] == found["state_out_4"] == [1]  # positions
+    assert max(c.max_abs_error for c in report.checks) < 1e-5
 
 
 def test_dimensions_are_named_and_no_path_of_this_machine_is_in_the_file(gru, tmp_path):

@@ -84,7 +84,7 @@ def export(
     _check_size(graph_module, path)
     wanted = _parse(stateful)
     with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
-        module = _frozen(graph_module)
+        module = frozen(graph_module)
         threaded, note = _thread(module, signature, wanted)
         names = output_names(module)
         states: tuple[InputSpec, ...] = threaded.meta["states"] if threaded is not None else ()
@@ -163,7 +163,7 @@ def _parse(stateful: Stateful) -> bool | None:
     return known[stateful]
 
 
-def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
+def frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy on the CPU, in eval mode. Tensors that the graph makes are made on the CPU as well."""
     module = clone(graph_module).cpu().eval().requires_grad_(False)
     for node in module.graph.nodes:

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 from torch.export import Dim
 
-from thesean.deploy.lowering import lower_cells
+from thesean.deploy.lowering import cells_as_modules, lower_cells
 from thesean.deploy.session import first_line
+from thesean.deploy.window_function import define
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.graph import leaf_nodes
 from thesean.passes.signature import InputSpec
@@ -69,7 +70,7 @@ def to_onnx(
     """
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     try:
-        lowered = lower_cells(graph_module, opset=opset)
+        lowered = lower_cells(cells_as_modules(graph_module), opset=opset)
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 lowered,
@@ -90,6 +91,7 @@ def to_onnx(
     found = next(int(o.version) for o in proto.opset_import if o.domain == "")
     if found != opset:
         raise ExportError(f"expected opset {opset}, but the exporter could only write {found}. Ask for opset={found}.")
+    define(proto)
     _name_dims(proto, inputs)
     _drop_traces(proto.graph)
     for function in proto.functions:

@@ -25,6 +25,7 @@ CONTEXTS = (64, 512, 2048)
 _WARM_UP = 2
 _TURN_MS, _MOST = 3.0, 50
 _LEAST = 5  # repeats below which a median says little, whatever they cost
+_LONG_MS = 200.0  # a call that takes this long has warmed itself up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,10 @@ class ModelLatency:
         return {k: None if v is None else v.median_ms for k, v in figures.items()}
 
 
-def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 20, seconds: float = 5.0) -> dict[str, Latency]:
-    """Time each call in `repeats` turns; fewer, but at least 5, when `seconds` are over for all together.
+def measure(
+    calls: Mapping[str, Callable[[], Any]], repeats: int = 20, seconds: float = 5.0, least: int = _LEAST
+) -> dict[str, Latency]:
+    """Time each call in `repeats` turns; fewer, but at least `least`, when `seconds` are over for all together.
 
     A turn of a short call is one that isn't timed, since the others' weights fill the cache, and then as many as take
     3 ms: a decoder calls one model again and again (0.14 ms a step; 0.5 ms where three models alternate).
@@ -74,10 +77,12 @@ def measure(calls: Mapping[str, Callable[[], Any]], repeats: int = 20, seconds: 
             start = time.perf_counter()
             call()
             once_ms = (time.perf_counter() - start) * 1e3
+            if once_ms > _LONG_MS:
+                break
         rows[name] = max(1, min(_MOST, round(_TURN_MS / max(once_ms, 1e-6))))
     end = time.perf_counter() + seconds
     for done in range(repeats):
-        if done >= _LEAST and time.perf_counter() > end:
+        if done >= least and time.perf_counter() > end:
             break
         for name, call in calls.items():
             if rows[name] > 1:  # a call of milliseconds fills the cache by itself
@@ -104,17 +109,17 @@ def latency_of_models(
     """
     sessions = {name: Session(path, threads=1) for name, path in paths.items()}
     if all(s.startswith("batch") for s in signature.symbols):
-        feeds = _feeds(signature, batch, None)
+        feeds = random_feeds(signature, batch, None)
         forward = measure({n: _prefill(s, feeds) for n, s in sessions.items()}, repeats)
         return {n: ModelLatency(prefill={}, token={}, token_kind=None, forward=v) for n, v in forward.items()}
     decodes = any(s.is_stateful for s in sessions.values())
     prefill: dict[str, dict[int, Latency | None]] = {n: {} for n in sessions}
     token: dict[str, dict[int, Latency | None]] = {n: {} for n in sessions}
     for context in contexts:
-        feeds = _feeds(signature, batch, context)
-        states = {n: _state_after(s, feeds) for n, s in sessions.items()}
+        feeds = random_feeds(signature, batch, context)
+        states = {n: state_after(s, feeds) for n, s in sessions.items()}
         whole = measure({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None}, repeats)
-        one = _feeds(signature, batch, 1)
+        one = random_feeds(signature, batch, 1)
         stateful = {n: s for n, s in sessions.items() if s.is_stateful and states[n] is not None}
         steps = measure({n: _step(s, one, states[n]) for n, s in stateful.items()}, repeats)
         for name, session in sessions.items():
@@ -144,12 +149,13 @@ def benchmark(
     return found["model"].medians_ms()
 
 
-def _feeds(signature: Signature, batch: int, length: int | None) -> Arrays:
+def random_feeds(signature: Signature, batch: int, length: int | None) -> Arrays:
+    """Arrays of these sizes for a network with this signature."""
     sizes = {s: batch if s.startswith("batch") else length or 1 for s in signature.symbols}
     return {name: value.numpy() for name, value in signature.random_inputs(sizes).items()}
 
 
-def _state_after(session: Session, feeds: Arrays) -> Arrays | None:
+def state_after(session: Session, feeds: Arrays) -> Arrays | None:
     """The state after these inputs ({} without one); None when the file can't run them."""
     try:
         return session.run(feeds)[1]

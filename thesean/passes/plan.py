@@ -12,21 +12,27 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from thesean.errors import PlanError
-from thesean.passes.partition import no_match
+from thesean.passes.partition import Granularity, no_match
 from thesean.targets import Target, resolve
+from thesean.targets.base import Scope
 
 KEEP = "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPart:
-    """One row of a plan. FLOPs are those of one forward at the plan's `sizes`."""
+    """One row of a plan. FLOPs are those of one forward at the plan's `sizes`; latencies those of the part alone at
+    the first of the plan's `latencies`, None where nothing was measured. `new_` figures have what stays of the part.
+    """
 
     path: str
     target: str  # a family's name, a custom target's name, or "keep"
     options: dict[str, Any] = field(default_factory=dict)
-    scope: Literal["mixing", "part"] | None = None
+    scope: Scope | None = None
+    members: tuple[str, ...] = ()  # the guide's parts that were merged to this one
+    keeps: str | None = None  # the member that stays where the others are dropped
     replaces: tuple[str, ...] = ()  # module paths of the regions that are cut out
+    operators: str = ""  # what it computes, such as "attention + mlp"
     mixing: str = "none"
     input_shape: tuple[int | str, ...] = ()
     output_shape: tuple[int | str, ...] = ()
@@ -35,10 +41,52 @@ class PlannedPart:
     flops: int = 0
     new_params: int = 0
     new_flops: int = 0
+    freed_params: int = 0  # of what goes with a dropped part, such as the norm before a branch
+    latency_ms: float | None = None
+    new_latency_ms: float | None = None
 
     @property
     def kept(self) -> bool:
         return self.target == KEEP
+
+
+LatencyKind = Literal["prefill", "token", "forward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanLatency:
+    """Medians of onnxruntime on one thread, before anything is trained; None for what can't run there.
+
+    `ceiling_ms` is the guide without the parts that the plan replaces: no replacement of them can be faster. "token"
+    is one more token after `context` of them: the guide reads all of them again, `cache_floor_ms` is its time for one
+    token without a past, which no key-value cache can beat, and the ceiling has no past either. "forward" is for
+    networks without a time dimension, whose context is None.
+    """
+
+    context: int | None
+    batch: int
+    kind: LatencyKind
+    guide_ms: float | None
+    plan_ms: float | None
+    ceiling_ms: float | None
+    cache_floor_ms: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbedCandidate:
+    """What target "auto" found out of one candidate of one part.
+
+    `divergence` of the guide with this part alone replaced: nats for logits, else the normalised MSE. `added_ms` to
+    the whole network's latency, by the additive model; None where latency was no constraint.
+    """
+
+    path: str
+    target: str
+    divergence: float
+    added_ms: float | None
+    params: int
+    flops: int
+    chosen: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +101,9 @@ class Plan:
     flops: int = 0
     new_params: int = 0
     new_flops: int = 0
+    latencies: tuple[PlanLatency, ...] = ()
+    notes: tuple[str, ...] = ()
+    candidates: tuple[ProbedCandidate, ...] = ()  # of target "auto"
     builders: dict[str, Target] = field(default_factory=dict, compare=False, repr=False)  # targets that are functions
 
     def __iter__(self) -> Iterator[PlannedPart]:
@@ -82,25 +133,44 @@ class Plan:
     def edit(self, glob: str, target: str | Target) -> Plan:
         """A copy in which the parts that `glob` matches become `target` ("keep" to leave them to the guide).
 
-        Figures of the replacement are measured anew by `compile` or `thesean.plan`. Raises PlanError without a match.
+        Figures of the replacement are made anew by `compile` or `thesean.plan`; latencies and notes, which are about
+        the plan as it was, are dropped. Raises PlanError without a match.
         """
         if not any(fnmatchcase(p.path, glob) for p in self.parts):
             raise PlanError(f"edit: {no_match(glob, [p.path for p in self.parts])}")
         chosen = None if target == KEEP else resolve(target)
-        fields: dict[str, Any] = {"target": KEEP, "options": {}, "scope": None, "new_params": 0, "new_flops": 0}
+        fields: dict[str, Any] = {
+            "target": KEEP,
+            "options": {},
+            "scope": None,
+            "new_params": 0,
+            "new_flops": 0,
+            "freed_params": 0,
+            "new_latency_ms": None,
+        }
         builders = dict(self.builders)
         if chosen is not None:
             fields |= {"target": chosen.name, "options": dict(chosen.options), "scope": chosen.scope}
             if chosen.build is not None:
                 builders[chosen.name] = chosen
         parts = tuple(replace(p, **fields) if fnmatchcase(p.path, glob) else p for p in self.parts)
-        return replace(self, parts=parts, builders=builders)
+        return replace(self, parts=parts, builders=builders, latencies=(), notes=())
+
+    def draw(self, path: str | Path) -> Path:
+        """A picture, guide above and target below, as .svg or, with matplotlib, .png. Raises PlanError for another
+        format, MissingExtraError.
+        """
+        from thesean.passes.plan_drawing import draw
+
+        return draw(self, Path(path))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """YAML text, written to `path` if given. Edit `target`, `options` and `scope`; the rest is information."""
         data = {k: v for k, v in asdict(replace(self, builders={})).items() if k != "builders"}
         data["part_globs"] = list(self.part_globs) if self.part_globs is not None else None
         data["parts"] = [{k: list(v) if isinstance(v, tuple) else v for k, v in row.items()} for row in data["parts"]]
+        data["notes"] = list(self.notes)
+        data |= {k: list(data[k]) for k in ("latencies", "candidates")}
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -126,6 +196,9 @@ class Plan:
         ]
         globs = fields.pop("part_globs")
         parts = tuple(PlannedPart(**row) for row in rows)
+        fields["notes"] = tuple(fields["notes"])
+        fields["latencies"] = tuple(PlanLatency(**row) for row in fields["latencies"])
+        fields["candidates"] = tuple(ProbedCandidate(**row) for row in fields["candidates"])
         return Plan(parts=parts, part_globs=tuple(globs) if globs is not None else None, **fields)
 
 
@@ -134,8 +207,11 @@ class _PartModel(BaseModel):
     path: str
     target: str
     options: dict[str, Any] = {}
-    scope: Literal["mixing", "part"] | None = None
+    scope: Scope | None = None
+    members: list[str] = []
+    keeps: str | None = None
     replaces: list[str] = []
+    operators: str = ""
     mixing: str = "none"
     input_shape: list[int | str] = []
     output_shape: list[int | str] = []
@@ -144,15 +220,43 @@ class _PartModel(BaseModel):
     flops: int = 0
     new_params: int = 0
     new_flops: int = 0
+    freed_params: int = 0
+    latency_ms: float | None = None
+    new_latency_ms: float | None = None
+
+
+class _LatencyModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    context: int | None = None
+    batch: int = 1
+    kind: LatencyKind
+    guide_ms: float | None = None
+    plan_ms: float | None = None
+    ceiling_ms: float | None = None
+    cache_floor_ms: float | None = None
+
+
+class _CandidateModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    path: str
+    target: str
+    divergence: float
+    added_ms: float | None = None
+    params: int = 0
+    flops: int = 0
+    chosen: bool = False
 
 
 class _PlanModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
     parts: list[_PartModel]
-    granularity: Literal["block", "sublayer"] = "block"
+    granularity: Granularity = "block"
     part_globs: list[str] | None = None
     sizes: dict[str, int] = {}
     params: int = 0
     flops: int = 0
     new_params: int = 0
     new_flops: int = 0
+    latencies: list[_LatencyModel] = []
+    notes: list[str] = []
+    candidates: list[_CandidateModel] = []
