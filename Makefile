@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := onnx,hf,report,demo,kernels,dev
+EXTRAS := onnx,hf,report,auto,demo,kernels,dev
 GUIDE ?= carried
 
 export HF_HUB_OFFLINE := 1

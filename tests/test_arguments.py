@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from thesean.arguments import ArgumentError, load_object, parse_target, parse_targets
+from thesean.arguments import ArgumentError, load_object, parse_budget, parse_target, parse_targets
 from thesean.targets.base import Target
 
 
@@ -38,7 +38,7 @@ def test_globs_make_a_mapping_in_the_order_given() -> None:
         (["gru:width"], "expected key=value"),
         (["gru:"], "expected key=value"),
         (["gru:width=1,width=2"], "given twice"),
-        (["gru:scope=all"], "scope=mixing or scope=part"),
+        (["gru:scope=all"], "scope=mixing, scope=token-wise or scope=part"),
         (["gru:build=x"], "not an option"),
     ],
 )
@@ -68,3 +68,21 @@ def test_an_import_that_fails_inside_the_module_is_not_called_a_missing_module(
         file.write("import nowhere_at_all\n")
     with pytest.raises(ArgumentError, match="raised ModuleNotFoundError: No module named 'nowhere_at_all'"):
         load_object("imports_nothing_good:x", "guide", call=True)
+
+
+def test_a_budget_is_read_as_yaml_reads_it():
+    assert parse_budget(["latency_ms=5.5", "context=512", "kind=token"]) == {
+        "latency_ms": 5.5,
+        "context": 512,
+        "kind": "token",
+    }
+    assert parse_budget([]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["latency_ms"], "expected key=value"), (["a=1", "a=2"], "'a' is given twice"), (["=3"], "expected key=value")],
+)
+def test_a_malformed_budget_says_what_is_wrong(words, message):
+    with pytest.raises(ArgumentError, match=message):
+        parse_budget(words)

@@ -31,9 +31,9 @@ FILES = {"graph.json", "weights.safetensors", "plan.yaml", "report.json"}
 
 
 @cache
-def converted(guide: Any = captured.gpt2, target: str = "gru") -> thesean.Converted:
+def converted(guide: Any = captured.gpt2, target: str = "gru", window: int | None = None) -> thesean.Converted:
     """An untrained hybrid with a report of its own: what is saved does not depend on training."""
-    draft = make_draft(guide(), target)
+    draft = make_draft(guide(), target if window is None else Target(target, window=window))
     torch.manual_seed(0)
     hybrid = build_hybrid(draft)
     hybrid.graph_module.eval()
@@ -54,12 +54,25 @@ def saved(tmp_path: Path) -> Path:
     [
         (captured.gpt2, "gru"),
         (captured.gpt2, "linear-attention"),
+        (captured.gpt2, "delta"),
+        (captured.gpt2, "ssm"),
+        (captured.gpt2, "reservoir"),
+        (captured.bert, "delta"),
+        (captured.encoder, "ssm"),
+        (captured.encoder, "reservoir"),
         (captured.bert, "mingru"),
         (captured.llama, "rnn"),
         (captured.encoder, "lstm"),
         (captured.resnet, "mlp"),
         (captured.functional, "mlp"),
         (captured.tied, "mlp"),
+        (captured.gpt2, "conv"),
+        (captured.gpt2, "linear"),
+        (captured.gpt2, "identity"),
+        (captured.resnet, "conv"),
+        (captured.resnet, "resnet-block"),
+        (captured.resnet, "linear"),
+        (captured.fixed_length, "mixer"),
     ],
 )
 def test_a_loaded_conversion_computes_the_same_bit_for_bit(guide, target, tmp_path):
@@ -77,6 +90,16 @@ def test_a_loaded_conversion_computes_the_same_bit_for_bit(guide, target, tmp_pa
     assert loaded.plan == original.plan
     assert loaded.report == original.report
     assert loaded.signature == original.signature
+
+
+@pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
+def test_a_window_and_groups_of_queries_come_back_from_a_saved_conversion(guide, tmp_path):
+    original = converted(guide, "linear-attention", 3)
+    loaded = thesean.load(original.save(tmp_path / "saved"))
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, original(ids).logits, rtol=0, atol=0)
+    assert loaded.plan == original.plan
 
 
 def test_tied_weights_are_saved_once_and_stay_tied(saved: Path):

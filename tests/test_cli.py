@@ -272,3 +272,45 @@ def test_an_edited_plan_of_a_hugging_face_folder_is_what_runs(guides: Path) -> N
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert str(thesean.load(guides / "out").plan) == str(thesean.Plan.from_yaml(guides / "plan.yaml"))
+
+
+def test_auto_chooses_for_a_budget(guides: Path) -> None:
+    result = run(
+        "plan", "guides_for_cli:gpt", "--target", "auto", "--data", "guides_for_cli:batches",
+        "--constraint", "params=8000", "--candidate", "keep", "--candidate", "identity", "--yaml", "plan.yaml",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    plan = thesean.Plan.from_yaml("plan.yaml")
+    assert plan.new_params <= 8000
+    assert {p.target for p in plan} == {"keep", "identity"}
+
+
+def test_a_budget_without_auto_and_auto_without_a_budget_are_refused(guides: Path) -> None:
+    command = ("plan", "guides_for_cli:gpt", "--data", "guides_for_cli:batches")
+    assert "belong to --target auto" in error_of(run(*command, "--constraint", "params=8000"))
+    assert "target 'auto' needs a budget" in error_of(run(*command, "--target", "auto"))
+    assert "constraints: parms" in error_of(run(*command, "--target", "auto", "--constraint", "parms=8000"))
+
+
+@pytest.mark.parametrize("option", ["--context", "--batch"])
+@pytest.mark.parametrize("word", ["12,x", "0", "128,,512", "-1", "1.5"])
+def test_sizes_that_are_no_numbers_stop_before_the_guide_is_loaded(guides: Path, option: str, word: str) -> None:
+    message = error_of(run("plan", "guides_for_cli:broken", f"{option}={word}"))
+    assert f"{option} '{word}': expected whole numbers of 1 or more with commas between" in message
+
+
+def test_a_picture_of_an_unknown_format_stops_before_the_guide_is_loaded(guides: Path) -> None:
+    message = error_of(run("plan", "guides_for_cli:broken", "--draw", "plan.gif"))
+    assert "expected a name that ends in .svg or .png, found '.gif'" in message
+
+
+@pytest.mark.slow
+def test_plan_measures_draws_and_tells_its_steps_on_stderr(guides: Path) -> None:
+    words = "plan guides_for_cli:gpt -t gru --data guides_for_cli:batches --context 8,16 --draw plan.svg"
+    result = run(*words.split())
+    assert result.exit_code == 0, result.output
+    assert "prefill of 8, batch 1" in result.stdout
+    assert "token after 16, batch 1" in result.stdout
+    assert "wrote plan.svg" in result.stdout
+    assert "exported the guide" in result.stderr
+    assert "transformer.h.1" in (guides / "plan.svg").read_text()

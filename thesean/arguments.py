@@ -174,12 +174,41 @@ def parse_target(word: str) -> str | Target:
             raise ArgumentError(f"--target {word!r}: option {key!r} is given twice.")
         options[key] = _scalar(text)
     scope = options.pop("scope", None)
-    if scope not in (None, "mixing", "part"):
-        raise ArgumentError(f"--target {word!r}: expected scope=mixing or scope=part, found scope={scope}.")
+    if scope not in (None, "mixing", "token-wise", "part"):
+        raise ArgumentError(
+            f"--target {word!r}: expected scope=mixing, scope=token-wise or scope=part, found scope={scope}."
+        )
     reserved = {"name", "build"} & options.keys()
     if reserved:
         raise ArgumentError(f"--target {word!r}: {reserved.pop()!r} is not an option of a target.")
     return Target(name, scope=scope, **options)
+
+
+def parse_budget(words: Sequence[str]) -> dict[str, Any] | None:
+    """`["latency_ms=5", "context=512"]` -> constraints of target "auto"; None without words. Raises ArgumentError."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = (piece.strip() for piece in word.partition("="))
+        if not (equals and key.isidentifier() and text):
+            raise ArgumentError(f"--constraint {word!r}: expected key=value, such as latency_ms=5 or context=512.")
+        if key in found:
+            raise ArgumentError(f"--constraint: {key!r} is given twice.")
+        found[key] = _scalar(text)
+    return found or None
+
+
+def parse_sizes(word: str | None, option: str) -> tuple[int, ...] | None:
+    """ "128,512" -> (128, 512); None for no word. Raises ArgumentError."""
+    if word is None:
+        return None
+    pieces = [piece.strip() for piece in word.split(",")]
+    for piece in pieces:
+        if not (piece.isascii() and piece.isdigit() and int(piece)):
+            raise ArgumentError(
+                f"{option} {word!r}: expected whole numbers of 1 or more with commas between, such as "
+                f"{option} 128,512; found {piece!r}."
+            )
+    return tuple(map(int, pieces))
 
 
 def _split_glob(word: str) -> tuple[str | None, str]:

@@ -13,7 +13,8 @@ from torch import nn
 
 from thesean.converted import Converted
 from thesean.errors import DataError, NumericalError
-from thesean.layers import evaluating, run_layers, select_layers
+from thesean.layers import run_layers, select_layers
+from thesean.passes.capture import evaluating
 from thesean.report.comparison import Comparison
 from thesean.similarity import Measure, get_measure
 from thesean.similarity.hsic import u_centred

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from thesean.artifact import check_free
+from thesean.choose.constraints import Constraints, parse_constraints
+from thesean.choose.plan import choose_plan
 from thesean.converted import Converted
 from thesean.distill.baselines import Kind, baseline_recipe, train_baseline
 from thesean.distill.convert import Conversion, Snapshot, convert, with_state
-from thesean.distill.data import Batches, check_readable, example_of, integer_labels, synthetic
-from thesean.distill.evaluate import Batch, Evaluation, Judge, Loss, Metric, Task
+from thesean.distill.data import integer_labels
+from thesean.distill.evaluate import Evaluation, Judge, Loss, Metric, Task
+from thesean.distill.feed import Feed, example_inputs_of, make_feed
+from thesean.distill.observer import Observer
 from thesean.distill.outputs import output_kind
-from thesean.errors import DataError, PassRefused
+from thesean.errors import DataError, PassRefused, PlanError
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture import Captured, capture
-from thesean.passes.draft import Draft, TargetSpec, draft_from_plan, make_draft
+from thesean.passes.draft import TargetSpec, draft_from_plan, make_draft
+from thesean.passes.drafter import Draft, added_params
+from thesean.passes.partition import Granularity
 from thesean.passes.plan import Plan
 from thesean.passes.signature import output_wrapper
 from thesean.recipe import Recipe
 from thesean.report import make_observer
 from thesean.report.conversion import ConversionReport, StageRow
-
-# Held-out batches that stages are judged by; a whole evaluation set would cost more than the stages
-_STAGE_BATCHES = 4
-_SYNTHETIC_BATCHES, _SYNTHETIC_SIZE, _SYNTHETIC_LENGTH = 16, 8, 64
+from thesean.targets import Target
 
 
 def compile(
@@ -46,7 +48,11 @@ def compile(
     eval_data: Iterable[Any] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
-    granularity: Literal["block", "sublayer"] = "block",
+    granularity: Granularity | None = None,
+    merge: int | None = None,
+    target_parts: int | None = None,
+    constraints: Constraints | Mapping[str, Any] | None = None,
+    candidates: Sequence[str | Target] | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
     workdir: str | Path | None = None,
@@ -61,7 +67,11 @@ def compile(
     example_inputs: tuple or dict; by default the first batch, then `model.dummy_inputs`.
     loss(output, batch) -> scalar; None: match the guide's outputs. metric(output, batch) -> float.
     eval_data: held-out batches for stopping and for the report; without it, some of a list's own are held out.
-    parts, keep: globs over module paths. granularity: "block", or "sublayer" for residual halves.
+    parts, keep: globs over module paths. granularity: "block" (the default), "sublayer" for residual halves (the
+    default of target "auto"), "finest" for every linear map. merge: that many neighbours become one part;
+    target_parts: merge the most alike until so many are left.
+    constraints: with target "auto", the budget that candidates are chosen for, part by part: {"latency_ms": 5.0,
+    "context": 512}, {"speedup": 1.5}, {"params": ...}, {"flops": ...}; see `thesean.choose.constraints.Constraints`.
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion.
     plan: an edited plan; it takes the place of target, parts, keep and granularity.
@@ -69,11 +79,27 @@ def compile(
     Raises CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
     """
     start = time.monotonic()
+    settings = Recipe.resolve(recipe)
+    observer = make_observer(progress)
     run = _set_up(
-        model, target, data, example_inputs, loss, metric, eval_data, parts, keep, granularity, recipe, seed, plan
+        model,
+        _Given(data=data, example_inputs=example_inputs, loss=loss, metric=metric, eval_data=eval_data),
+        _Wanted(
+            target=target,
+            parts=parts,
+            keep=keep,
+            granularity=granularity,
+            merge=merge,
+            target_parts=target_parts,
+            constraints=constraints,
+            candidates=candidates,
+            plan=plan,
+        ),
+        settings,
+        seed,
+        observer,
     )
     folder = _prepare(workdir, run.draft.plan, run.recipe)
-    observer = make_observer(progress)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -107,7 +133,11 @@ def baseline(
     eval_data: Iterable[Any] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
-    granularity: Literal["block", "sublayer"] = "block",
+    granularity: Granularity | None = None,
+    merge: int | None = None,
+    target_parts: int | None = None,
+    constraints: Constraints | Mapping[str, Any] | None = None,
+    candidates: Sequence[str | Target] | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -120,10 +150,25 @@ def baseline(
     """
     start = time.monotonic()
     settings = baseline_recipe(kind, Recipe.resolve(recipe), learning_rate)
-    run = _set_up(
-        model, target, data, example_inputs, loss, metric, eval_data, parts, keep, granularity, settings, seed, plan
-    )
     observer = make_observer(progress)
+    run = _set_up(
+        model,
+        _Given(data=data, example_inputs=example_inputs, loss=loss, metric=metric, eval_data=eval_data),
+        _Wanted(
+            target=target,
+            parts=parts,
+            keep=keep,
+            granularity=granularity,
+            merge=merge,
+            target_parts=target_parts,
+            constraints=constraints,
+            candidates=candidates,
+            plan=plan,
+        ),
+        settings,
+        seed,
+        observer,
+    )
     guide = run.draft.captured.graph_module
     judge = Judge(guide, run.task, run.feed.held_out)
     try:
@@ -148,13 +193,102 @@ def plan(
     *,
     example_inputs: Any = None,
     data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    eval_data: Iterable[Any] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
-    granularity: Literal["block", "sublayer"] = "block",
+    granularity: Granularity | None = None,
+    merge: int | None = None,
+    target_parts: int | None = None,
+    constraints: Constraints | Mapping[str, Any] | None = None,
+    candidates: Sequence[str | Target] | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    context: int | Sequence[int] | None = None,
+    batch: int | Sequence[int] | None = None,
 ) -> Plan:
-    """What `compile` would replace, and what it costs, without training anything. `print` it, edit it, hand it over."""
-    captured = capture(model, _example(model, data, example_inputs))
-    return make_draft(captured, target, keep=keep, granularity=granularity, parts=parts).plan
+    """What `compile` would replace, and what it costs. `print` it, edit it, hand it over, `draw` it.
+
+    Nothing is trained, unless target is "auto": then the candidates are probed for a few steps each on `data`, and
+    `recipe` says how a short tuning of the finalists goes. The other arguments are as in `compile`.
+
+    context, batch: tokens and rows, one number or several. With either, guide, untrained plan and ceiling (the guide
+    without the replaced parts) are timed in onnxruntime there, and the plan says in `notes` where a conversion can't
+    pay; alone, `context` means one row and `batch` the example's length. It takes a minute, where planning takes a
+    second. Progress goes to `logging`. Also raises PlanError for wrong numbers, MissingExtraError.
+    """
+    contexts, batches = sizes_of("context", context), sizes_of("batch", batch)
+    wanted = _Wanted(
+        target=target,
+        parts=parts,
+        keep=keep,
+        granularity=granularity,
+        merge=merge,
+        target_parts=target_parts,
+        constraints=constraints,
+        candidates=candidates,
+    )
+    if not wanted.is_auto:
+        draft = _draft(capture(model, example_inputs_of(model, data, example_inputs)), wanted)
+        return _measured(draft, contexts, batches, seed)
+    given = _Given(data=data, example_inputs=example_inputs, loss=loss, eval_data=eval_data)
+    observer = make_observer(progress)
+    try:
+        chosen, captured, _, _ = _choose(model, given, wanted, Recipe.resolve(recipe), seed, observer)
+    finally:
+        observer.close()
+    if not chosen.replaced or not (contexts or batches):
+        return chosen
+    return _measured(draft_from_plan(captured, chosen), contexts, batches, seed)
+
+
+def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One number or several as a tuple. Raises PlanError for anything but whole numbers of 1 or more."""
+    if given is None:
+        return ()
+    numbers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise PlanError(f"{name}: expected whole numbers of 1 or more, such as {name}=128, found {given!r}.")
+    return numbers
+
+
+def _measured(draft: Draft, contexts: Sequence[int], batches: Sequence[int], seed: int) -> Plan:
+    if not (contexts or batches):
+        return draft.plan
+    from thesean.deploy.payoff import measure_plan
+
+    return measure_plan(draft, contexts, batches or (1,), seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """The user's data and task."""
+
+    data: Iterable[Any] | None
+    example_inputs: Any
+    loss: Loss | None = None
+    metric: Metric | None = None
+    eval_data: Iterable[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """Which parts, and what they become."""
+
+    target: TargetSpec
+    parts: Sequence[str] | None
+    keep: Sequence[str]
+    granularity: Granularity | None
+    merge: int | None
+    target_parts: int | None
+    constraints: Constraints | Mapping[str, Any] | None
+    candidates: Sequence[str | Target] | None
+    plan: Plan | None = None
+
+    @property
+    def is_auto(self) -> bool:
+        return self.plan is None and self.target == "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,59 +296,83 @@ class _Run:
     draft: Draft
     task: Task
     recipe: Recipe
-    feed: _Feed
+    feed: Feed
     notes: list[str]
 
 
-def _set_up(
-    model: nn.Module,
-    target: TargetSpec,
-    data: Iterable[Any] | None,
-    example_inputs: Any,
-    loss: Loss | None,
-    metric: Metric | None,
-    eval_data: Iterable[Any] | None,
-    parts: Sequence[str] | None,
-    keep: Sequence[str],
-    granularity: Literal["block", "sublayer"],
-    recipe: Recipe | Mapping[str, Any] | str | Path | None,
-    seed: int,
-    plan: Plan | None,
-) -> _Run:
-    """Everything before the first gradient: cheap, so that a wrong argument fails at once."""
-    settings = Recipe.resolve(recipe)
-    captured = capture(model, _example(model, data, example_inputs))
+def _set_up(model: nn.Module, given: _Given, wanted: _Wanted, settings: Recipe, seed: int, observer: Observer) -> _Run:
+    """Everything before the conversion itself: cheap, so that a wrong argument fails at once, unless "auto" has to
+    find a plan first.
+    """
     notes: list[str] = []
-    draft = (
-        draft_from_plan(captured, plan)
-        if plan is not None
-        else make_draft(captured, target, keep=keep, granularity=granularity, parts=parts)
-    )
-    feed = _feed(captured, data, eval_data, example_inputs, seed, notes)
-    task = Task(
-        loss=loss,
-        metric=metric,
-        kind=output_kind(_guide_output(captured), integer_labels(feed.first)),
-        wrap=output_wrapper(captured.signature.output_class),
-    )
+    if wanted.is_auto:
+        chosen, captured, feed, task = _choose(model, given, wanted, settings, seed, observer, notes)
+        if not chosen.replaced:
+            raise PlanError(f"the guide itself meets the constraints ({wanted.constraints}): nothing to convert.")
+        draft = draft_from_plan(captured, chosen)
+    else:
+        captured = capture(model, example_inputs_of(model, given.data, given.example_inputs))
+        draft = _draft(captured, wanted)
+        feed, task = _feed_and_task(captured, given, seed, notes)
     return _Run(draft=draft, task=task, recipe=settings, feed=feed, notes=notes)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Feed:
-    batches: Batches
-    held_out: list[Batch]
-    first: Any
-    length: int | None
+def _choose(
+    model: nn.Module,
+    given: _Given,
+    wanted: _Wanted,
+    settings: Recipe,
+    seed: int,
+    observer: Observer,
+    notes: list[str] | None = None,
+) -> tuple[Plan, Captured, Feed, Task]:
+    """What target "auto" finds, and what it was found with."""
+    bounds = parse_constraints(wanted.constraints)
+    captured = capture(model, example_inputs_of(model, given.data, given.example_inputs))
+    feed, task = _feed_and_task(captured, given, seed, notes if notes is not None else [])
+    chosen = choose_plan(
+        captured,
+        bounds,
+        wanted.candidates,
+        parts=wanted.parts,
+        keep=wanted.keep,
+        granularity=wanted.granularity or "sublayer",
+        merge=wanted.merge,
+        target_parts=wanted.target_parts,
+        task=task,
+        feed=feed,
+        recipe=settings,
+        seed=seed,
+        observer=observer,
+    )
+    return chosen, captured, feed, task
 
 
-def _example(model: nn.Module, data: Iterable[Any] | None, example_inputs: Any) -> Any:
-    if example_inputs is not None:
-        return example_inputs
-    if data is not None:
-        check_readable(data)
-        return example_of(next(iter(data)))
-    return getattr(model, "dummy_inputs", None)
+def _feed_and_task(captured: Captured, given: _Given, seed: int, notes: list[str]) -> tuple[Feed, Task]:
+    feed = make_feed(captured, given.data, given.eval_data, given.example_inputs, seed, notes)
+    task = Task(
+        loss=given.loss,
+        metric=given.metric,
+        kind=output_kind(_guide_output(captured), integer_labels(feed.first)),
+        wrap=output_wrapper(captured.signature.output_class),
+    )
+    return feed, task
+
+
+def _draft(captured: Captured, wanted: _Wanted) -> Draft:
+    if wanted.plan is not None:
+        return draft_from_plan(captured, wanted.plan)
+    if wanted.constraints is not None or wanted.candidates is not None:
+        raise PlanError("constraints= and candidates= belong to target='auto', which chooses among candidates.")
+    return make_draft(
+        captured,
+        wanted.target,
+        keep=wanted.keep,
+        granularity=wanted.granularity or "block",
+        parts=wanted.parts,
+        merge=wanted.merge,
+        target_parts=wanted.target_parts,
+    )
 
 
 def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | None:
@@ -230,62 +388,6 @@ def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | N
     except OSError as error:
         raise DataError(f"workdir {folder} can't be written: {error.strerror or error}.") from error
     return folder
-
-
-def _feed(
-    captured: Captured,
-    data: Iterable[Any] | None,
-    eval_data: Iterable[Any] | None,
-    example_inputs: Any,
-    seed: int,
-    notes: list[str],
-) -> _Feed:
-    signature = captured.signature
-    device = next(iter(captured.example.values())).device
-    if data is None:
-        sizes = signature.check(captured.example)
-        if example_inputs is None:  # a model's dummy inputs are too few to solve for anything
-            sizes = {k: _SYNTHETIC_SIZE if k.startswith("batch") else _longest(captured) for k in sizes}
-        shapes = ", ".join(f"{k} {v}" for k, v in sizes.items())
-        told = (
-            f"no data given: parts are aligned on synthetic inputs ({shapes}). The figures say nothing about real "
-            "data; pass data=."
-        )
-        warnings.warn(told, UserWarning, stacklevel=4)
-        notes.append(told)
-        data = synthetic(signature, sizes, device, _SYNTHETIC_BATCHES, seed)
-    held_source = eval_data
-    synthesised = any("synthetic" in n for n in notes)
-    if held_source is None and isinstance(data, (list, tuple)) and len(data) >= 8:
-        count = min(_STAGE_BATCHES, len(data) // 8)
-        data, held_source = data[:-count], data[-count:]
-        if not synthesised:
-            notes.append(f"no eval_data given: the last {count} batches of data were held out")
-    batches = Batches(data, signature, device)
-    if held_source is None:
-        held_out = batches.first(_STAGE_BATCHES)
-        notes.append("no eval_data given: measured on training batches")
-    else:
-        held_out = list(Batches(held_source, signature, device))
-    first, inputs = batches.first(1)[0]
-    length = signature.check(inputs).get("time")
-    return _Feed(batches=batches, held_out=held_out, first=first, length=length)
-
-
-def _longest(captured: Captured) -> int:
-    """A useful synthetic length that the guide can still run: shorter than the default where its tables are."""
-    length = _SYNTHETIC_LENGTH
-    sizes = dict.fromkeys(captured.signature.symbols, 2)
-    while length > 2:
-        try:
-            with torch.no_grad():
-                sized = {k: length if not k.startswith("batch") else 2 for k in sizes}
-                device = str(next(iter(captured.example.values())).device)
-                captured.graph_module(**captured.signature.random_inputs(sized, device=device))
-            return length
-        except (IndexError, RuntimeError):
-            length //= 2
-    return length
 
 
 @torch.no_grad()
@@ -370,7 +472,7 @@ def _stage_rows(draft: Draft, conversion: Conversion, recipe: Recipe) -> tuple[S
                 steps=result.steps if result else 0,
                 seconds=snapshot.seconds - seconds,
                 stopped_by=result.stopped_by if result else "solved",
-                params=draft.plan.params + sum(p.new_params - p.params for p in replaced[: snapshot.count]),
+                params=draft.plan.params + sum(added_params(p) for p in replaced[: snapshot.count]),
                 flops=_flops_with(draft.plan, snapshot.count),
             )
         )

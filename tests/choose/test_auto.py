@@ -1,0 +1,137 @@
+"""target="auto" end to end on small guides; never a time, always the structure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import thesean
+from tests import models
+from tests.models import same_state, state_of, token_batches, tokens
+from thesean import Target
+from thesean.errors import PlanError, UnknownNameError
+
+CANDIDATES = ["keep", "identity", "gru"]
+
+
+def chosen(constraints, candidates=CANDIDATES, layers=3, **settings):
+    return thesean.plan(
+        models.gpt2(layers),
+        "auto",
+        data=token_batches(10),
+        constraints=constraints,
+        candidates=candidates,
+        progress=False,
+        **settings,
+    )
+
+
+def test_a_bound_on_parameters_holds_and_the_probes_are_told():
+    guide = models.gpt2(3)
+    total = sum(p.numel() for p in guide.parameters())
+    plan = chosen({"params": total - 3000})
+    assert plan.new_params <= total - 3000
+    assert {p.path for p in plan} == {c.path for c in plan.candidates}
+    by_part = {p.path: [c for c in plan.candidates if c.path == p.path] for p in plan}
+    assert all(sum(c.chosen for c in rows) == 1 for rows in by_part.values())
+    assert all(c.divergence == 0 for c in plan.candidates if c.target == "keep")
+    assert all(c.divergence > 0 for c in plan.candidates if c.target == "identity")
+    assert any("chosen for at most" in note for note in plan.notes)
+    assert [c.target for c in by_part["transformer.h.0.mlp"]] == ["keep", "identity"]  # a gru has no use for an MLP
+
+
+def test_the_least_loss_is_chosen_where_one_part_may_go():
+    """Without finalists to differ, the choice is the smallest divergence of those that fit."""
+    guide = models.gpt2(3)
+    total = sum(p.numel() for p in guide.parameters())
+    plan = chosen({"params": total - 2128}, ["keep", "identity"])  # one MLP's worth
+    dropped = [p.path for p in plan.replaced]
+    alone = {c.path: c.divergence for c in plan.candidates if c.target == "identity"}
+    assert sum(p.params for p in plan.replaced) >= 2128
+    best = min(d for path, d in alone.items() if path.endswith("mlp"))
+    assert any(alone[path] <= best for path in dropped) or len(dropped) > 1
+
+
+def test_a_budget_that_the_guide_meets_leaves_it_alone():
+    plan = chosen({"params": 10**9})
+    assert plan.replaced == ()
+
+
+def test_a_budget_that_nothing_meets_is_told_with_the_nearest_plan():
+    plan = chosen({"params": 10})
+    assert any("can't be met" in note for note in plan.notes)
+    assert {p.target for p in plan} == {"identity"}
+
+
+def test_a_latency_is_measured_and_told():
+    guide = models.gpt2(3)
+    before = state_of(guide)
+    plan = thesean.plan(
+        guide, "auto", data=token_batches(10), constraints={"speedup": 1.2, "context": 16},
+        candidates=["keep", "identity"], progress=False,
+    )  # fmt: skip
+    assert any(note.startswith("measured ") and "prefill at 16 tokens" in note for note in plan.notes)
+    assert all(c.added_ms is not None for c in plan.candidates)
+    assert same_state(guide, before)
+
+
+def test_single_steps_need_every_attention_replaced():
+    plan = chosen({"speedup": 1.1, "context": 16, "kind": "token"})
+    assert all(p.target != "keep" for p in plan if p.path.endswith("attn"))
+
+
+def test_kept_parts_stay():
+    plan = chosen({"params": 10}, keep=["*.h.1.*"])
+    assert [p.path for p in plan if p.kept] == ["transformer.h.1.attn", "transformer.h.1.mlp"]
+
+
+def test_a_chosen_plan_survives_yaml_and_converts():
+    plan = chosen({"params": 9000})
+    again = thesean.Plan.from_yaml(plan.to_yaml())
+    assert again == plan
+    converted = thesean.compile(models.gpt2(3), plan=again, data=token_batches(10), recipe={"steps": 2}, progress=False)
+    assert converted.report.params == plan.new_params <= 9000
+    assert torch.isfinite(converted(tokens()).logits).all()
+
+
+def test_compile_chooses_as_well():
+    converted = thesean.compile(
+        models.gpt2(2), "auto", data=token_batches(10), constraints={"params": 5000}, candidates=CANDIDATES,
+        recipe={"steps": 2}, progress=False,
+    )  # fmt: skip
+    assert converted.report.params <= 5000
+    assert any("chosen for" in n for n in converted.plan.notes)
+
+
+def test_the_same_seed_chooses_the_same():
+    first, second = (chosen({"params": 9000}, seed=1) for _ in range(2))
+    assert first == second
+
+
+def test_feature_maps_have_candidates_too():
+    data = models.labelled(10, 4, 1, 8, 8)
+    guide = models.resnet()
+    total = sum(p.numel() for p in guide.parameters())
+    plan = thesean.plan(
+        guide, "auto", data=data, constraints={"params": total - 400}, candidates=["keep", "identity", "mlp"],
+        granularity="block", progress=False,
+    )  # fmt: skip
+    assert plan.new_params <= total - 400
+    shaping = [p for p in plan if p.input_shape != p.output_shape]
+    assert shaping
+    assert all(p.target != "identity" for p in shaping)
+
+
+def test_wrong_words_are_refused_before_anything_is_probed():
+    with pytest.raises(PlanError, match="needs a budget"):
+        chosen(None)
+    with pytest.raises(UnknownNameError, match="unknown target 'gruu'; did you mean 'gru'"):
+        chosen({"params": 10}, ["keep", "gruu"])
+    with pytest.raises(PlanError, match="expected at least one target, found none"):
+        chosen({"params": 10}, [])
+    with pytest.raises(PlanError, match="no candidate fits any part"):
+        chosen({"params": 10}, [Target("mlp")], parts=["*attn"])
+    with pytest.raises(PlanError, match="belong to target='auto'"):
+        thesean.plan(models.gpt2(), "gru", data=token_batches(), constraints={"params": 10})
+    with pytest.raises(PlanError, match="keep: no part matches"):
+        chosen({"params": 10}, keep=["*.h.9.*"])

@@ -1,0 +1,262 @@
+"""The best plan under a budget: probe, price, solve, measure what was proposed, tune the finalists, choose.
+
+Scores of parts alone add up badly (two dropped layers lose more than the sum) and so do their latencies. The additive
+model therefore only proposes; what it proposes is measured whole, the bound is moved by what the model got wrong, and
+the last word has a short end-to-end tuning of a few finalists, uniform choices among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from thesean.choose.candidates import Candidates
+from thesean.choose.constraints import Constraints
+from thesean.choose.cost import Latencies, LatencyModel, fit_latency
+from thesean.choose.quality import Prober
+from thesean.choose.solve import Budget, solve
+from thesean.passes.drafter import Draft, added_params
+from thesean.passes.plan import Plan, ProbedCandidate
+
+logger = logging.getLogger(__name__)
+
+Choice = tuple[int, ...]
+
+_ROUNDS, _PROPOSALS, _FINALISTS = 4, 3, 5
+
+# Medians of one plan in two runs differ by this much on a shared machine
+_NOISE = 0.03
+
+# A plan is near enough to its bound
+_NEAR = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A choice and its latency, in the clock of the model's own run; None where latency is no constraint."""
+
+    choice: Choice
+    latency_ms: float | None
+
+
+def choose(candidates: Candidates, prober: Prober, constraints: Constraints, length: int | None) -> Plan:
+    """The plan with the smallest divergence that meets the constraints, or, with a note, the nearest one found.
+
+    `length` is that of the example sequences, None where there is no time. Raises PlanError, MissingExtraError.
+    """
+    with Latencies(candidates, constraints, length, prober.recipe.positions) as latencies:
+        model = fit_latency(latencies, candidates) if constraints.measures else None
+        bound_ms = _bound(constraints, model)
+        losses = _probe(candidates, prober, model)
+        measured, met = _propose(candidates, constraints, latencies, model, bound_ms, losses)
+    finalists = _finalists(measured, losses)
+    scores = {m.choice: prober.whole(m.choice).divergence for m in finalists} if len(finalists) > 1 else {}
+    best = min(finalists, key=lambda m: scores.get(m.choice, 0.0)) if met else finalists[0]
+    plan = candidates.draft(best.choice).plan
+    return replace(
+        plan,
+        notes=(*plan.notes, *_notes(candidates, constraints, latencies, model, bound_ms, best, met, scores)),
+        candidates=_rows(candidates, losses, model, best.choice),
+    )
+
+
+def _bound(constraints: Constraints, model: LatencyModel | None) -> float | None:
+    if model is None:
+        return None
+    bounds = [] if constraints.latency_ms is None else [constraints.latency_ms]
+    if constraints.speedup is not None:
+        bounds.append(model.guide_ms / constraints.speedup)
+    return min(bounds)
+
+
+def _probe(candidates: Candidates, prober: Prober, model: LatencyModel | None) -> list[list[float]]:
+    """Divergence of each part's candidates; infinite for what doesn't fit or has no latency."""
+    losses = []
+    for p, row in enumerate(candidates.options):
+        scores = []
+        for c, option in enumerate(row):
+            usable = option is not None and (model is None or not math.isnan(model.delta[p][c]))
+            scores.append(prober.part(p, c) if usable else math.inf)
+            if usable:
+                logger.info("%s -> %s: %.4g", candidates.kept[p].planned.path, candidates.names[c], scores[-1])
+        losses.append(scores)
+    return losses
+
+
+def _propose(
+    candidates: Candidates,
+    constraints: Constraints,
+    latencies: Latencies,
+    model: LatencyModel | None,
+    bound_ms: float | None,
+    losses: list[list[float]],
+) -> tuple[list[Measured], bool]:
+    """Choices that meet the constraints, measured; where none does, the nearest one and False."""
+    uniform = [u for u in _uniform(candidates, losses) if _fits_sums(candidates, constraints, u)]
+    if model is None or bound_ms is None:
+        found = _solve(candidates, constraints, losses, None, None)
+        everything = [*found, *(u for u in uniform if u not in found)]
+        if everything:
+            return [Measured(choice=c, latency_ms=None) for c in everything], True
+        return [Measured(choice=_smallest(candidates, constraints, losses), latency_ms=None)], False
+    seen: dict[Choice, float] = {}
+    shift = 0.0
+    for number in range(_ROUNDS):
+        proposals = _solve(candidates, constraints, losses, model, bound_ms + shift)
+        if not proposals:  # the model sees no way: measure the fastest that it knows
+            proposals = [_fastest(candidates, model, losses)]
+        if number == 0:
+            proposals += [u for u in uniform if model.of(u) <= bound_ms * (1 + _NEAR)]
+        new = [c for c in dict.fromkeys(proposals) if c not in seen]
+        if new:
+            guide_ms, values = latencies.measure([candidates.draft(c) for c in new])
+            seen |= {c: v * model.guide_ms / guide_ms for c, v in zip(new, values, strict=True)}
+        first = proposals[0]
+        if bound_ms * (1 - _NEAR) <= seen[first] <= bound_ms * (1 + _NOISE) or not new:
+            break
+        shift = model.of(first) - seen[first]
+    meeting = [Measured(choice=c, latency_ms=v) for c, v in seen.items() if v <= bound_ms * (1 + _NOISE)]
+    if meeting:
+        return meeting, True
+    nearest = min(seen, key=lambda c: seen[c])
+    return [Measured(choice=nearest, latency_ms=seen[nearest])], False
+
+
+def _solve(
+    candidates: Candidates,
+    constraints: Constraints,
+    losses: list[list[float]],
+    model: LatencyModel | None,
+    bound_ms: float | None,
+) -> list[Choice]:
+    """The best few choices under the additive model."""
+    allowed = [[c for c, loss in enumerate(row) if math.isfinite(loss)] for row in losses]
+    budgets = []
+    if model is not None and bound_ms is not None:
+        costs = [[model.delta[p][c] for c in row] for p, row in enumerate(allowed)]
+        budgets.append(Budget(costs=costs, bound=bound_ms - model.base_ms))
+    for name, bound in (("params", constraints.params), ("flops", constraints.flops)):
+        if bound is not None:
+            costs = [[_added(candidates, p, c, name) for c in row] for p, row in enumerate(allowed)]
+            budgets.append(Budget(costs=costs, bound=bound - getattr(candidates.draft(_kept(candidates)).plan, name)))
+    found = solve([[losses[p][c] for c in row] for p, row in enumerate(allowed)], budgets, _PROPOSALS)
+    return [tuple(row[i] for row, i in zip(allowed, picked, strict=True)) for picked in found]
+
+
+def _added(candidates: Candidates, part: int, candidate: int, name: str) -> float:
+    option = candidates.options[part][candidate]
+    assert option is not None
+    row = option.planned
+    if name == "params":
+        return float(added_params(row))
+    return 0.0 if row.kept else float(row.new_flops - row.flops)
+
+
+def _kept(candidates: Candidates) -> list[int]:
+    """Some choice, to read the guide's totals off."""
+    return [candidates.fitting(p)[0] for p in range(len(candidates.options))]
+
+
+def _fits_sums(candidates: Candidates, constraints: Constraints, choice: Choice) -> bool:
+    plan = candidates.draft(choice).plan
+    params_fit = constraints.params is None or plan.new_params <= constraints.params
+    return params_fit and (constraints.flops is None or plan.new_flops <= constraints.flops)
+
+
+def _uniform(candidates: Candidates, losses: list[list[float]]) -> list[Choice]:
+    """Every candidate wherever it fits, the guide's own part elsewhere: what one would try by hand."""
+    found = []
+    for c in range(len(candidates.names)):
+        choice = []
+        for p, row in enumerate(losses):
+            kept = [k for k in candidates.fitting(p) if candidates.targets[k] is None and math.isfinite(row[k])]
+            if c < len(row) and math.isfinite(row[c]):
+                choice.append(c)
+            elif kept:
+                choice.append(kept[0])
+        if len(choice) == len(losses):
+            found.append(tuple(choice))
+    return list(dict.fromkeys(found))
+
+
+def _fastest(candidates: Candidates, model: LatencyModel, losses: list[list[float]]) -> Choice:
+    return tuple(
+        min((c for c, loss in enumerate(row) if math.isfinite(loss)), key=lambda c, p=p: model.delta[p][c])  # type: ignore[misc]
+        for p, row in enumerate(losses)
+    )
+
+
+def _smallest(candidates: Candidates, constraints: Constraints, losses: list[list[float]]) -> Choice:
+    name = "params" if constraints.params is not None else "flops"
+    return tuple(
+        min((c for c, loss in enumerate(row) if math.isfinite(loss)), key=lambda c, p=p: _added(candidates, p, c, name))  # type: ignore[misc]
+        for p, row in enumerate(losses)
+    )
+
+
+def _finalists(measured: Sequence[Measured], losses: list[list[float]]) -> list[Measured]:
+    """The most promising by the sum of their parts' divergences."""
+    return sorted(measured, key=lambda m: sum(row[c] for row, c in zip(losses, m.choice, strict=True)))[:_FINALISTS]
+
+
+def _notes(
+    candidates: Candidates,
+    constraints: Constraints,
+    latencies: Latencies,
+    model: LatencyModel | None,
+    bound_ms: float | None,
+    best: Measured,
+    met: bool,
+    scores: dict[Choice, float],
+) -> list[str]:
+    draft = candidates.draft(best.choice)
+    told = [f"chosen for {constraints}: {_described(candidates, draft)}"]
+    if model is not None and best.latency_ms is not None:
+        where = "" if latencies.context is None else f", {constraints.kind} at {latencies.context} tokens"
+        told.append(
+            f"measured {best.latency_ms:.3g} ms against the guide's {model.guide_ms:.3g} ms{where}, batch "
+            f"{constraints.batch} (bound {bound_ms:.3g} ms; the sum over parts said {model.of(best.choice):.3g} ms)"
+        )
+    if not met:
+        told.append(
+            f"the constraints can't be met with these candidates ({constraints}): this is the nearest one found"
+        )
+    if len(scores) > 1:
+        told.append(
+            f"{len(scores)} finalists were tuned for a few steps; divergence {min(scores.values()):.3g} to "
+            f"{max(scores.values()):.3g}"
+        )
+    return told
+
+
+def _described(candidates: Candidates, draft: Draft) -> str:
+    counts: dict[str, int] = {}
+    for part in draft.parts:
+        name = "keep" if part.target is None else str(part.target)
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+def _rows(
+    candidates: Candidates, losses: list[list[float]], model: LatencyModel | None, choice: Choice
+) -> tuple[ProbedCandidate, ...]:
+    rows = []
+    for p, row in enumerate(candidates.options):
+        for c, option in enumerate(row):
+            if option is None or not math.isfinite(losses[p][c]):
+                continue
+            planned = option.planned
+            rows.append(
+                ProbedCandidate(
+                    path=planned.path,
+                    target=candidates.names[c],
+                    divergence=losses[p][c],
+                    added_ms=model.delta[p][c] if model is not None else None,
+                    params=planned.params if planned.kept else planned.new_params,
+                    flops=planned.flops if planned.kept else planned.new_flops,
+                    chosen=choice[p] == c,
+                )
+            )
+    return tuple(rows)

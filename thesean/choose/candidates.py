@@ -1,0 +1,107 @@
+"""What each part could become: every candidate target bound to every part that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from thesean.errors import PlanError, TargetMismatchError
+from thesean.passes.drafter import Draft, Drafter, DraftPart
+from thesean.passes.merge import Group
+from thesean.passes.partition import NamedRegion, exact_signature
+from thesean.passes.plan import KEEP, Plan
+from thesean.targets import Target, resolve
+
+# Keep, drop, and in between a recurrence or fewer heads for what mixes, fewer neurons for what doesn't. What doesn't
+# fit a part is not a candidate there.
+DEFAULT: tuple[str | Target, ...] = (
+    KEEP,
+    "identity",
+    "rnn",
+    Target("narrow-heads", ratio=0.5),
+    Target("narrow", ratio=0.75),
+    Target("narrow", ratio=0.5),
+    Target("narrow", ratio=0.25),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """`options[p][c]` is part p with candidate c, None where it doesn't fit; `names[c]` in the order given.
+
+    `classes[p]` is equal for parts of the same operators, shapes and wiring: what one costs, all of them do.
+    """
+
+    names: tuple[str, ...]
+    targets: tuple[Target | None, ...]
+    options: tuple[tuple[DraftPart | None, ...], ...]
+    kept: tuple[DraftPart, ...]  # every part as the guide has it
+    classes: tuple[int, ...]
+    drafter: Drafter
+    settings: Plan
+
+    def draft(self, choice: Sequence[int]) -> Draft:
+        """The plan in which part p becomes candidate `choice[p]`."""
+        parts = []
+        for row, c in zip(self.options, choice, strict=True):
+            part = row[c]
+            assert part is not None
+            parts.append(part)
+        return self.drafter.draft(parts, self.settings)
+
+    def alone(self, part: int, candidate: int) -> Draft:
+        """The plan in which only this part is replaced."""
+        option = self.options[part][candidate]
+        assert option is not None
+        return self.drafter.draft([option if p == part else kept for p, kept in enumerate(self.kept)], self.settings)
+
+    def fitting(self, part: int) -> list[int]:
+        return [c for c, option in enumerate(self.options[part]) if option is not None]
+
+
+def find_candidates(
+    drafter: Drafter,
+    groups: Sequence[Group],
+    kept: Sequence[NamedRegion],
+    given: Sequence[str | Target] | None,
+    keep: Mapping[str, bool],
+    settings: Plan,
+) -> Candidates:
+    """`keep[path]` leaves a part no choice. Raises PlanError where no candidate but the guide's own fits anywhere,
+    UnknownNameError, and TargetMismatchError for options that a family doesn't have.
+    """
+    words = tuple(given) if given is not None else DEFAULT
+    if not words:
+        raise PlanError("candidates: expected at least one target, found none.")
+    targets = tuple(None if w == KEEP else resolve(w) for w in words)
+    options: list[tuple[DraftPart | None, ...]] = []
+    reasons: dict[str, str] = {}
+    for group, member in zip(groups, kept, strict=True):
+        row: list[DraftPart | None] = []
+        for target in targets:
+            if target is None or keep.get(group.path, False):
+                row.append(drafter.part(group, None, member) if target is None else None)
+                continue
+            try:
+                row.append(drafter.part(group, target, member))
+            except TargetMismatchError as error:
+                reasons[str(target)] = str(error)
+                row.append(None)
+        if not any(row):  # "keep" is not among the candidates, and none of them fits
+            row.append(drafter.part(group, None, member))
+        else:
+            row.append(None)
+        options.append(tuple(row))
+    if not any(option is not None and option.target is not None for row in options for option in row):
+        raise PlanError(f"no candidate fits any part: {'; '.join(reasons.values()) or 'all parts are kept'}")
+    signatures = [exact_signature(g.region) for g in groups]
+    order = {s: i for i, s in enumerate(dict.fromkeys(signatures))}
+    return Candidates(
+        names=(*(KEEP if t is None else str(t) for t in targets), KEEP),
+        targets=(*targets, None),
+        options=tuple(options),
+        kept=tuple(drafter.part(g, None, k) for g, k in zip(groups, kept, strict=True)),
+        classes=tuple(order[s] for s in signatures),
+        drafter=drafter,
+        settings=settings,
+    )

@@ -1,0 +1,60 @@
+"""From a captured guide and a budget to a plan: the entry of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from thesean.choose.auto import choose
+from thesean.choose.candidates import find_candidates
+from thesean.choose.constraints import Constraints
+from thesean.choose.quality import Effort, Prober
+from thesean.distill.evaluate import Task
+from thesean.distill.feed import Feed
+from thesean.distill.observer import Observer
+from thesean.errors import PlanError
+from thesean.passes.capture import Captured
+from thesean.passes.draft import find_groups, kept_members
+from thesean.passes.drafter import Drafter
+from thesean.passes.flow import data_flow
+from thesean.passes.partition import Granularity, no_match, partition
+from thesean.passes.plan import Plan
+from thesean.recipe import Recipe
+from thesean.targets import Target
+
+
+def choose_plan(
+    captured: Captured,
+    constraints: Constraints,
+    candidates: Sequence[str | Target] | None,
+    *,
+    parts: Sequence[str] | None,
+    keep: Sequence[str],
+    granularity: Granularity,
+    merge: int | None,
+    target_parts: int | None,
+    task: Task,
+    feed: Feed,
+    recipe: Recipe,
+    seed: int,
+    observer: Observer,
+) -> Plan:
+    """The plan that target "auto" finds. Raises PlanError, UnknownNameError, TargetMismatchError, MissingExtraError."""
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    parts = (parts,) if isinstance(parts, str) else parts
+    flow = data_flow(captured.graph_module.graph)
+    groups = find_groups(captured, flow, partition(flow, granularity, parts), merge, target_parts)
+    for glob in keep:
+        if not any(fnmatchcase(g.path, glob) for g in groups):
+            raise PlanError(f"keep: {no_match(glob, [g.path for g in groups])}")
+    found = find_candidates(
+        Drafter(captured, flow),
+        groups,
+        kept_members(captured, groups, {}),
+        candidates,
+        {g.path: any(fnmatchcase(g.path, glob) for glob in keep) for g in groups},
+        Plan(parts=(), granularity=granularity, part_globs=tuple(parts) if parts is not None else None),
+    )
+    solving = feed.batches.first(recipe.closed_form.batches)
+    prober = Prober(found, task, solving, feed.held_out, recipe, Effort(), seed, observer)
+    return choose(found, prober, constraints, feed.length)

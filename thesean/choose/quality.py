@@ -1,0 +1,161 @@
+"""What a candidate loses: a short probe of each part alone, and of whole choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.choose.candidates import Candidates
+from thesean.distill.align import examples as rows_of
+from thesean.distill.closed_form import solve_alone, solve_parts
+from thesean.distill.evaluate import Batch, Evaluation, Judge, Task
+from thesean.distill.finetune import fine_tune
+from thesean.distill.observer import Observer
+from thesean.distill.optimise import train
+from thesean.passes.drafter import Draft
+from thesean.passes.hybrid import Hybrid, Replacement, build_hybrid
+from thesean.passes.tap import tap
+from thesean.recipe import Recipe
+from thesean.similarity import get_measure
+from thesean.targets import TargetModule
+
+Inputs = dict[str, torch.Tensor]
+State = list[dict[str, torch.Tensor]]  # one a site of the part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """Optimizer steps of a probe: of one part's module on cached activations, and of a whole finalist end to end."""
+
+    part_steps: int = 15
+    whole_steps: int = 40
+
+
+class Prober:
+    """Scores candidates by the hybrid's divergence from the guide on held-out batches (nats, or normalised MSE).
+
+    A part's module is initialised as a conversion would (copied, chosen by activations, solved in closed form), fitted
+    for a few steps on the guide's own activations, and left in the better of the two states.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        task: Task,
+        batches: Sequence[Batch],
+        held_out: Sequence[Batch],
+        recipe: Recipe,
+        effort: Effort,
+        seed: int,
+        observer: Observer,
+    ) -> None:
+        self.candidates, self.task, self.batches = candidates, task, list(batches)
+        self.inputs = [inputs for _, inputs in batches]
+        self.recipe, self.effort, self.seed, self.observer = recipe, effort, seed, observer
+        self.guide = candidates.drafter.graph_module
+        self.judge = Judge(self.guide, task, held_out)
+        self._cached: tuple[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self.states: dict[tuple[int, int], State] = {}
+
+    def part(self, part: int, candidate: int) -> float:
+        """The divergence of the guide with this one part replaced; 0 where it is kept."""
+        draft = self.candidates.alone(part, candidate)
+        if not draft.plan.replaced:
+            return 0.0
+        path, name = draft.plan.parts[part].path, self.candidates.names[candidate]
+        self.observer.begin(f"probe {name}", path, part + 1, len(draft.parts), self.effort.part_steps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            hybrid = build_hybrid(draft)
+            for replacement in hybrid.replacements:
+                self._fit(hybrid.module(replacement), replacement)
+        hybrid.graph_module.eval()
+        self.states[part, candidate] = [deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements]
+        divergence = self.judge(hybrid.graph_module).divergence
+        self.observer.end({"divergence": divergence})
+        return divergence
+
+    def whole(self, choice: Sequence[int]) -> Evaluation:
+        """All parts of a choice together, with the modules that were fitted alone, tuned end to end for a few steps."""
+        draft = self.candidates.draft(choice)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            hybrid = build_hybrid(draft)
+            self._load(hybrid, draft, choice)
+            # part after part on what the ones before it give by now
+            parts = range(len(hybrid.parts))
+            ridge = self.recipe.closed_form.ridge
+            solve_parts(self.guide, hybrid, parts, self.inputs, ridge=ridge, solve_copied=True)
+            if self.effort.whole_steps:
+                forever = _forever(self.batches)
+                steps, observer = self.effort.whole_steps, self.observer
+                fine_tune(self.guide, hybrid, self.task, self.recipe, forever, steps, observer, phase="finalist")
+        return self.judge(hybrid.graph_module)
+
+    def _load(self, hybrid: Hybrid, draft: Draft, choice: Sequence[int]) -> None:
+        replaced = [(p, c) for p, c in enumerate(choice) if draft.parts[p].target is not None]
+        for number, key in enumerate(replaced):
+            for replacement, state in zip(hybrid.of_part(number), self.states[key], strict=True):
+                hybrid.module(replacement).load_state_dict(state)
+
+    def _fit(self, module: nn.Module, replacement: Replacement) -> None:
+        """What a conversion would begin with, and a few steps on the guide's own activations: no other part is
+        replaced, so they are the hybrid's as well.
+        """
+        examples = self._examples(replacement.guide_entry, replacement.guide_exit)
+        ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
+        if isinstance(module, TargetModule):
+            module.eval()
+            with torch.no_grad():
+                module.prepare(replacement.facts, examples)
+        # copied output projections too: nothing else brings a hybrid as near without many steps
+        solve_alone(module, examples, ridge=ridge, where=where)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        if not parameters or not self.effort.part_steps:
+            return
+        before, solved = _mean_loss(module, examples), deepcopy(module.state_dict())
+        module.train()
+        train(
+            parameters,
+            lambda step, pair: _loss(module, *pair),
+            _forever(examples),
+            steps=self.effort.part_steps,
+            learning_rate=self.recipe.alignment.learning_rate,
+            observer=self.observer,
+            where=f"probing {where}",
+            warmup=self.recipe.warmup,
+            clip=self.recipe.clip,
+        )
+        module.eval()
+        solve_alone(module, examples, ridge=ridge, where=where)
+        if not _mean_loss(module, examples) < before:
+            module.load_state_dict(solved)
+
+    @torch.no_grad()
+    def _examples(self, entry: str, exit_: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The guide's activations at a part's ends, of one part at a time."""
+        if self._cached is None or self._cached[0] != (entry, exit_):
+            ends = tap(self.guide, [entry, exit_], with_output=False)
+            values = [ends(**inputs) for inputs in self.inputs]
+            self._cached = ((entry, exit_), [(v[entry], v[exit_]) for v in values])
+        return self._cached[1]
+
+
+def _loss(module: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    y = module(x)
+    return get_measure("nmse").loss(rows_of(y[0] if isinstance(y, tuple) else y), rows_of(wanted))
+
+
+@torch.no_grad()
+def _mean_loss(module: nn.Module, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    return sum(_loss(module, x, wanted).item() for x, wanted in examples) / len(examples)
+
+
+def _forever(items: Sequence[Any]) -> Any:
+    while True:
+        yield from items
