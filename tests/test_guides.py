@@ -22,7 +22,7 @@ from tests.models import same_state, state_of
 from thesean.errors import CaptureError, TargetMismatchError
 from thesean.passes.flow import data_flow
 from thesean.passes.graph import record
-from thesean.passes.partition import partition, read_by_several
+from thesean.passes.partition import partition
 from thesean.passes.regions import is_single_entry_single_exit
 
 RESNET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -254,9 +254,11 @@ def test_cells_of_a_guide_that_are_kept_are_exported_at_any_length(tmp_path):
 
 
 def test_attention_over_another_sequence_is_kept_and_the_reason_told():
-    reasons = read_by_several(data_flow(guide_graph("t5").graph))
-    assert [path for path, _ in reasons] == ["decoder.block.0.layer.1", "decoder.block.1.layer.1"]
-    assert all(count == 2 for _, count in reasons)
+    assert converted("t5").plan.notes == (
+        "decoder.block.0.layer.1, decoder.block.1.layer.1 are left to the guide: a target has one input, found a "
+        "branch that reads several",
+    )
+    assert converted("gpt2").plan.notes == ()
 
 
 def test_a_feature_map_is_no_sequence():

@@ -14,7 +14,7 @@ from thesean.distill.feed import Feed
 from thesean.distill.observer import Observer
 from thesean.errors import PlanError
 from thesean.passes.capture import Captured
-from thesean.passes.draft import find_groups, kept_members
+from thesean.passes.draft import find_groups, kept_members, settings_of
 from thesean.passes.drafter import Drafter
 from thesean.passes.flow import data_flow
 from thesean.passes.partition import Granularity, no_match, partition
@@ -53,7 +53,7 @@ def choose_plan(
         kept_members(captured, groups, {}),
         candidates,
         {g.path: any(fnmatchcase(g.path, glob) for glob in keep) for g in groups},
-        Plan(parts=(), granularity=granularity, part_globs=tuple(parts) if parts is not None else None),
+        settings_of(flow, groups, granularity, parts),
     )
     solving = feed.batches.first(recipe.closed_form.batches)
     prober = Prober(found, task, solving, feed.held_out, recipe, Effort(), seed, observer)

@@ -18,7 +18,7 @@ from thesean.passes.capture import Captured
 from thesean.passes.drafter import Draft, Drafter
 from thesean.passes.flow import Flow, data_flow
 from thesean.passes.merge import Group, merge_by_count, merge_to_count, most_changing, regroup, singles
-from thesean.passes.partition import GRANULARITIES, Granularity, NamedRegion, no_match, partition
+from thesean.passes.partition import GRANULARITIES, Granularity, NamedRegion, no_match, partition, read_by_several
 from thesean.passes.plan import KEEP, Plan, PlannedPart
 from thesean.passes.regions import module_regions
 from thesean.passes.tap import tap
@@ -68,9 +68,27 @@ def make_draft(
         if not any(_matches(g, glob) for g in groups):
             paths = [g.path for g in groups]
             raise PlanError(f"{'keep' if glob in keep else 'target'}: {no_match(glob, paths)}")
-    settings = Plan(parts=(), granularity=granularity, part_globs=tuple(parts) if parts is not None else None)
+    settings = settings_of(flow, groups, granularity, parts)
     # a mapping or an explicit list names its parts; a plain target may leave parts alone that it has no use for
     return _bind(captured, flow, groups, targets, {}, settings, strict=explicit or parts is not None)
+
+
+def settings_of(flow: Flow, groups: Sequence[Group], granularity: Granularity, parts: Sequence[str] | None) -> Plan:
+    """A plan without parts: how they were found, and what a person will miss among them."""
+    globs = tuple(parts) if parts is not None else None
+    notes = _left_out(flow, groups) if parts is None else ()
+    return Plan(parts=(), granularity=granularity, part_globs=globs, notes=notes)
+
+
+def _left_out(flow: Flow, groups: Sequence[Group]) -> tuple[str, ...]:
+    """One note for all residual branches that are no part, and inside of none, because they read several streams."""
+    inside = {n for g in groups for n in g.region.nodes}
+    paths = [path for path, end in read_by_several(flow) if path and end not in inside]
+    if not paths:
+        return ()
+    named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    verb = "is" if len(paths) == 1 else "are"
+    return (f"{named} {verb} left to the guide: a target has one input, found a branch that reads several",)
 
 
 def draft_from_plan(captured: Captured, plan: Plan) -> Draft:

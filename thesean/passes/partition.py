@@ -261,8 +261,8 @@ def _named(regions: list[Region]) -> list[NamedRegion]:
     return named
 
 
-def read_by_several(flow: Flow) -> list[tuple[str, int]]:
-    """(module path, entries) of each residual branch that reads more than one hidden state: no part, for a target has
+def read_by_several(flow: Flow) -> list[tuple[str, fx.Node]]:
+    """(module path, last node) of each residual branch that reads more than one hidden state: no part, for a target has
     one input. An attention of a decoder over its encoder's output is one.
     """
     found = []
@@ -283,5 +283,5 @@ def read_by_several(flow: Flow) -> list[tuple[str, int]]:
                     inside.add(above)
                     front.append(above)
         if stream in entries and len(entries) > 1 and any(is_linear_map(n) for n in inside):
-            found.append((shared_path(inside), len(entries)))
+            found.append((shared_path(inside), end))
     return found

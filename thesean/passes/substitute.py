@@ -47,8 +47,8 @@ class Substitute(Pass):
         out.meta = {k: v for k, v in region.exit.meta.items() if k in ("val", "nn_module_stack")}
         call.meta["nn_module_stack"] = region.exit.meta.get("nn_module_stack", {})
         region.exit.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)
-        for node in reversed(region.nodes):
-            graph.erase_node(node)
+        # with the exit all of the region is dead, and what took no more than a size of it; if that is read elsewhere, it
+        # stays, and what it was read of
         erase_dead(graph)
         drop_unread(graph_module)
         return PassResult(graph_module=graph_module, modified=True)
