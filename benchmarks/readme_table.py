@@ -7,8 +7,11 @@ python benchmarks/readme_table.py results.json --check  # exit 1 when the README
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from thesean.errors import TheseanError
 from thesean.report import markdown_table, read_report
@@ -28,6 +31,28 @@ def replace_table(readme: str, name: str, table: str) -> str:
     return f"{head}{start}\n{table}\n{stop}{rest.split(stop)[1]}"
 
 
+def rewrite(
+    name: str, make: Callable[[dict[str, Any]], str], description: str | None, arguments: list[str] | None = None
+) -> int:
+    """The command line of a script that makes one table from `benchmarks/results/<name>.json`: 0, or 1 when stale."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / f"{name}.json")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the table is stale")
+    chosen = parser.parse_args(arguments)
+    table = make(json.loads(chosen.results.read_text(encoding="utf-8")))
+    return _write(chosen.readme, replace_table(chosen.readme.read_text(encoding="utf-8"), name, table), chosen.check)
+
+
+def _write(readme: Path, text: str, check: bool) -> int:
+    stale = readme.read_text(encoding="utf-8") != text
+    if check:
+        print(f"{readme} is stale: run {Path(sys.argv[0]).name}" if stale else "up to date")
+        return int(stale)
+    readme.write_text(text, encoding="utf-8")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Rewrite a table of the README from a committed report.")
     parser.add_argument("report", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "demo.json")
@@ -41,11 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, TheseanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if chosen.check:
-        print("up to date" if before == after else f"{chosen.readme} is stale: run benchmarks/readme_table.py")
-        return int(before != after)
-    chosen.readme.write_text(after, encoding="utf-8")
-    return 0
+    return _write(chosen.readme, after, chosen.check)
 
 
 if __name__ == "__main__":

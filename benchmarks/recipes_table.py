@@ -6,15 +6,12 @@ python benchmarks/recipes_table.py --check    # exit 1 when the README is stale
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
-from readme_table import ROOT, replace_table
+from readme_table import rewrite
 
 from thesean.report.markdown import provenance
 
@@ -51,20 +48,5 @@ def _stage(rows: list[dict[str, Any]], at: int) -> str:
     return f"{statistics.fmean(found):.3f}" if found else ""
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "recipes.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the table is stale")
-    options = parser.parse_args()
-    before = options.readme.read_text(encoding="utf-8")
-    after = replace_table(before, "recipes", table(json.loads(options.results.read_text(encoding="utf-8"))))
-    if options.check:
-        print("up to date" if before == after else f"{options.readme} is stale: run benchmarks/recipes_table.py")
-        return int(before != after)
-    options.readme.write_text(after, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rewrite("recipes", table, __doc__))

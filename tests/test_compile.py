@@ -377,7 +377,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], type[Exceptio
         models.gpt2, "rnn", {"data": token_batches(), "parts": ["*.h.0", "*.h.0.attn"]}, PlanError, "overlap",
     ),
     "an unknown granularity": (
-        models.gpt2, "rnn", {"data": token_batches(), "granularity": "layer"}, PlanError, "'block', 'sublayer' or 'finest'",
+        models.gpt2, "rnn", {"data": token_batches(), "granularity": "layer"}, PlanError, "'sublayer' or 'finest'",
     ),
     "another dtype": (
         lambda: models.mlp().half(), "mlp", {"data": [vectors(8, 8).half()]}, DataError, "Call model.float",

@@ -254,10 +254,9 @@ def test_cells_of_a_guide_that_are_kept_are_exported_at_any_length(tmp_path):
 
 
 def test_attention_over_another_sequence_is_kept_and_the_reason_told():
-    assert converted("t5").plan.notes == (
-        "decoder.block.0.layer.1, decoder.block.1.layer.1 are left to the guide: a target has one input, found a "
-        "branch that reads several",
-    )
+    (note,) = converted("t5").plan.notes
+    assert note.startswith("decoder.block.0.layer.1, decoder.block.1.layer.1 are left to the guide")
+    assert note.endswith("a target has one input, found a branch that reads several")
     assert converted("gpt2").plan.notes == ()
 
 

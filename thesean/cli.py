@@ -110,8 +110,8 @@ Choices = Annotated[
     typer.Option(
         "--candidate",
         metavar="NAME[:key=value,...]",
-        help="With --target auto, what parts may become (default: keep, identity, rnn, narrow at three widths). "
-        "Repeatable.",
+        help="With --target auto, what parts may become (default: keep, identity, rnn, conv, half of the heads, "
+        "narrow at three widths). Repeatable.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]

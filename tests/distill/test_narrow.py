@@ -18,9 +18,8 @@ from tests.models import vectors
 from tests.tolerances import VALUE, relative_error
 from thesean.deploy.export import export
 from thesean.distill.closed_form import solve_parts
-from thesean.passes.capture import Captured, capture
+from thesean.passes.capture import Captured, capture, probe_sizes
 from thesean.passes.draft import make_draft
-from thesean.passes.drafter import probe_sizes
 from thesean.passes.flow import data_flow
 from thesean.passes.graph import record
 from thesean.passes.hybrid import Hybrid, build_hybrid

@@ -61,6 +61,25 @@ def test_a_length_that_the_guide_fixes_stays_fixed_and_the_batch_stays_free():
     same_everywhere(model, captured, [(7,)], lambda b: vectors(b, 5, 4))
 
 
+def test_a_length_that_is_free_only_in_steps_is_fixed():
+    """A window of 4 with a stride of 4 gives three positions for lengths of 12 to 15, and the table has three."""
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.windows = nn.Conv1d(8, 8, 4, stride=4)
+            self.table = nn.Parameter(torch.randn(1, 3, 8))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.windows(x.transpose(1, 2)).transpose(1, 2) + self.table)
+
+    model = Windowed().eval()
+    captured = capture(model, vectors(2, 12, 8))
+    assert captured.signature.inputs[0].shape == ("batch", 12, 8)
+    same_everywhere(model, captured, [(1,), (5,)], lambda b: vectors(b, 12, 8))
+
+
 def test_a_padding_mask_is_an_input_that_counts():
     model = models.bert()
     mask_BT = torch.ones(3, 8, dtype=torch.long)

@@ -6,8 +6,8 @@ from torch import nn
 
 from tests import captured
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
+from thesean.passes.capture import probe_sizes
 from thesean.passes.draft import draft_from_plan, make_draft
-from thesean.passes.drafter import probe_sizes
 from thesean.targets import PartFacts, Target
 
 

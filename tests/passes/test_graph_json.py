@@ -124,8 +124,13 @@ def test_no_operator_that_may_be_loaded_takes_a_file_name_or_writes_to_its_argum
 
 @pytest.mark.parametrize("function", [os.system, print, torch.relu, eval, torch.ops.aten.relu_.default])
 def test_what_could_not_be_loaded_is_not_saved(function):
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match="can't be saved: expected one of aten's"):
         target_name(function)
+
+
+@pytest.mark.parametrize("name", ["aten.conv2d.padding", "aten.scatter_reduce.two", "aten.fft_fft.default"])
+def test_text_that_names_a_mode_is_harmless(name):
+    assert target_name(resolve_target(name)) == name
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", 1j, torch.ones(2)])

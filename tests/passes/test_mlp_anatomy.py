@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests import captured, models
-from thesean.passes.capture import Captured, capture
-from thesean.passes.drafter import probe_sizes
+from thesean.passes.capture import Captured, capture, probe_sizes
 from thesean.passes.flow import data_flow
 from thesean.passes.graph import record
 from thesean.passes.mlp_anatomy import find_mlp

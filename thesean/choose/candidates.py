@@ -12,12 +12,13 @@ from thesean.passes.partition import NamedRegion, exact_signature
 from thesean.passes.plan import KEEP, Plan
 from thesean.targets import Target, resolve
 
-# Keep, drop, and in between a recurrence or fewer heads for what mixes, fewer neurons for what doesn't. What doesn't
-# fit a part is not a candidate there.
+# Keep, drop, and in between a recurrence, a convolution or fewer heads for what mixes, fewer neurons for what doesn't.
+# What doesn't fit a part is not a candidate there.
 DEFAULT: tuple[str | Target, ...] = (
     KEEP,
     "identity",
     "rnn",
+    "conv",
     Target("narrow-heads", ratio=0.5),
     Target("narrow", ratio=0.75),
     Target("narrow", ratio=0.5),

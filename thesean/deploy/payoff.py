@@ -26,8 +26,8 @@ from thesean.deploy.session import Arrays, Session, require
 from thesean.deploy.verdicts import Place, slower_targets, verdicts
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.bound_positions import BoundPositions
-from thesean.passes.capture import Captured
-from thesean.passes.drafter import Draft, probe_sizes
+from thesean.passes.capture import Captured, probe_sizes
+from thesean.passes.drafter import Draft
 from thesean.passes.hybrid import Hybrid, build_hybrid
 from thesean.passes.plan import Plan
 from thesean.passes.positions import table_rows

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 from thesean.errors import CaptureError, DataError
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.opaque_cells import OpaqueCells, SplitLayers
-from thesean.passes.signature import InputSpec, Signature
+from thesean.passes.signature import Signature
+from thesean.passes.signature_of import signature_of
 from thesean.passes.simplify import Simplify
 
 logger = logging.getLogger(__name__)
@@ -62,20 +63,50 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
             eager = model(**inputs, **constants)
         except Exception as error:
             raise DataError(f"the guide does not run on the example inputs{_where(error)}: {_short(error)}") from error
-        exported = _export(model, inputs, constants)
-        graph_module = _plain_graph(exported, list(inputs), eager)
-        if writes(graph_module):  # into views: torch's own functionalisation follows those, and splits more operators
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|copyreg)\b")
-                exported = exported.run_decompositions({})
-            graph_module = _plain_graph(exported, list(inputs), eager)
-    captured = Captured(
-        graph_module=graph_module,
-        signature=_signature(graph_module, inputs, eager),
-        example=inputs,
-    )
+        captured = _captured(model, inputs, constants, eager, sequence=True)
+        if not _runs_elsewhere(captured):
+            captured = _captured(model, inputs, constants, eager, sequence=False)
     _check_same(captured, eager)
     return captured
+
+
+def probe_sizes(captured: Captured) -> dict[str, int]:
+    """Small sizes for probing: a length that no static dimension has, so that dimensions can be told apart."""
+    static: set[int] = set()
+    for node in captured.graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            static.update(int(d) for d in value.shape if not isinstance(d, torch.SymInt))
+    length = next(n for n in (11, 13, 7, 17, 19, 23, 29, 31, 37, 41, 43) if n not in static)
+    return {name: 2 if name.startswith("batch") else length for name in captured.signature.symbols}
+
+
+def _captured(
+    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], eager: Any, sequence: bool
+) -> Captured:
+    exported = _export(model, inputs, constants, sequence)
+    graph_module = _plain_graph(exported, list(inputs), eager)
+    if writes(graph_module):  # into views: torch's own functionalisation follows those, and splits more operators
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|copyreg)\b")
+            exported = exported.run_decompositions({})
+        graph_module = _plain_graph(exported, list(inputs), eager)
+    return Captured(graph_module=graph_module, signature=signature_of(graph_module, inputs, eager), example=inputs)
+
+
+def _runs_elsewhere(captured: Captured) -> bool:
+    """Whether the graph runs at another length. A table of positions over windows of the input allows export a few
+    lengths beside the traced one, and it takes that for a dynamic dimension.
+    """
+    if all(s.startswith("batch") for s in captured.signature.symbols):
+        return True
+    device = str(next(iter(captured.example.values())).device)
+    try:
+        captured.graph_module(**captured.signature.random_inputs(probe_sizes(captured), device=device))
+    except Exception as error:
+        logger.debug("the length is fixed: the graph does not run at another one: %s", _short(error))
+        return False
+    return True
 
 
 def check_guide(model: nn.Module) -> None:
@@ -170,13 +201,14 @@ def _dynamic_dims(value: torch.Tensor, sequence: bool) -> tuple[int, ...]:
 
 
 def _export(
-    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any]
+    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], sequence: bool
 ) -> torch.export.ExportedProgram:
+    """With a dynamic batch and, where `sequence` asks for it and the model allows it, a dynamic length."""
     failure: Exception | None = None
     traced = _with_named_inputs(model, [*inputs, *constants])
-    for sequence in (True, False):
+    for dynamic in (True, False) if sequence else (False,):
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
-        shapes: dict[str, Any] = {k: dict.fromkeys(_dynamic_dims(v, sequence), Dim.DYNAMIC) for k, v in inputs.items()}
+        shapes: dict[str, Any] = {k: dict.fromkeys(_dynamic_dims(v, dynamic), Dim.DYNAMIC) for k, v in inputs.items()}
         shapes.update(dict.fromkeys(constants))
         try:
             with warnings.catch_warnings(), OpaqueCells():
@@ -185,7 +217,7 @@ def _export(
                 return torch.export.export(traced, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             failure = error
-            logger.debug("export with dynamic sequence=%s failed: %s", sequence, _short(error))
+            logger.debug("export with dynamic sequence=%s failed: %s", dynamic, _short(error))
     # the first failure may be a fixed length alone; the last one is what stands in the way at all
     assert failure is not None
     raise CaptureError(
@@ -286,86 +318,6 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
     raise CaptureError(
         f"the guide returns a {type(value).__name__}; expected tensors in tuples, lists, dicts or dataclasses."
     )
-
-
-def _signature(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor], eager: Any) -> Signature:
-    names: dict[str, str] = {}
-    taken: dict[str, int] = {}
-    specs = []
-    for node in graph_module.graph.find_nodes(op="placeholder"):
-        shape: list[int | str] = []
-        for position, dim in enumerate(node.meta["val"].shape):
-            if isinstance(dim, torch.SymInt):
-                symbol = str(dim)
-                if symbol not in names:
-                    base = "batch" if position == 0 else "time"
-                    # A mask that broadcasts leaves export free to keep a batch of its own; a caller's is one.
-                    count = 0 if base == "batch" else taken.get(base, 0)
-                    taken[base] = count + 1
-                    names[symbol] = base if count == 0 else f"{base}_{count}"
-                shape.append(names[symbol])
-            else:
-                shape.append(int(dim))
-        value = inputs[str(node.target)]
-        high = _rows_indexed(graph_module, node) if not value.is_floating_point() else None
-        specs.append(InputSpec(name=str(node.target), dtype=value.dtype, shape=tuple(shape), high=high))
-    graph_module.meta["symbols"] = names
-    container = isinstance(eager, (dict, list, tuple)) and type(eager) in (dict, list, tuple)
-    plain = container or isinstance(eager, torch.Tensor)
-    path = None if plain else f"{type(eager).__module__}.{type(eager).__qualname__}"
-    return Signature(inputs=tuple(specs), output_class=path)
-
-
-# keep an index what it is, wherever it stands
-_SAME_INDEX = {
-    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
-    aten.slice.Tensor, aten.select.int, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.device,
-    aten.to.dtype_layout, aten._to_copy.default, aten.alias.default, aten.flatten.using_ints, aten.clamp.default,
-    aten.where.self, aten.masked_fill.Scalar, aten.transpose.int, aten.cat.default,
-}  # fmt: skip
-
-
-def _rows_indexed(graph_module: fx.GraphModule, placeholder: fx.Node) -> int | None:
-    """The rows of the smallest table that an integer input indexes; None when it indexes none.
-
-    Followed through views, casts and constant offsets alone: a running sum of a mask counts, it is not an index of the
-    caller's.
-    """
-    rows: list[int] = []
-    front: list[tuple[fx.Node, int]] = [(placeholder, 0)]
-    seen = set()
-    while front:
-        node, shift = front.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for user in node.users:
-            held = _rows_of(user, node)
-            if held is not None:
-                rows.append(held - shift)
-            elif user.target in _SAME_INDEX:
-                front.append((user, shift))
-            elif user.target in (aten.add.Tensor, aten.sub.Tensor) and isinstance(user.args[1], int):
-                front.append((user, shift + (user.args[1] if user.target is aten.add.Tensor else -user.args[1])))
-    return min(rows, default=None)
-
-
-def _rows_of(reader: fx.Node, index: fx.Node) -> int | None:
-    """How many rows the table has that `reader` indexes by `index`."""
-    if reader.target is aten.one_hot.default and reader.args[0] is index:
-        classes = reader.args[1] if len(reader.args) > 1 else -1
-        return classes if isinstance(classes, int) and classes > 0 else None
-    dim: int | None = None
-    if reader.target is aten.embedding.default and reader.args[1] is index:
-        dim = 0
-    elif reader.target in (aten.index_select.default, aten.gather.default) and reader.args[2] is index:
-        dim = reader.args[1]  # type: ignore[assignment]
-    elif reader.target is aten.index.Tensor and index in reader.args[1]:  # type: ignore[operator]
-        dim = list(reader.args[1]).index(index)  # type: ignore[arg-type]
-    if dim is None or not isinstance(reader.args[0], fx.Node):
-        return None
-    size = reader.args[0].meta["val"].shape[dim]
-    return int(size) if not isinstance(size, torch.SymInt) else None
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.errors import PlanError
+from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.capture import Captured
 from thesean.passes.drafter import Draft, Drafter
 from thesean.passes.flow import Flow, data_flow
@@ -185,8 +185,20 @@ def _bind(
     kept = kept_members(captured, groups, keeps)
     parts = [drafter.part(g, targets[g.path], k, strict) for g, k in zip(groups, kept, strict=True)]
     if not any(p.target for p in parts):
-        raise PlanError("nothing is replaced: every part is kept. Check keep= and the target's scope.")
+        raise PlanError(f"nothing is replaced: {_why(drafter, groups, kept, targets)}")
     return drafter.draft(parts, settings)
+
+
+def _why(
+    drafter: Drafter, groups: Sequence[Group], kept: Sequence[NamedRegion], targets: Mapping[str, Target | None]
+) -> str:
+    for group, member in zip(groups, kept, strict=True):
+        if targets[group.path] is not None:
+            try:
+                drafter.part(group, targets[group.path], member)
+            except TargetMismatchError as error:
+                return f"{error} So it is with every part; choose another target or scope, or other parts=[...]."
+    return "every part is kept. Check keep=."
 
 
 def kept_members(captured: Captured, groups: Sequence[Group], keeps: Mapping[str, str]) -> list[NamedRegion]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from thesean.errors import TargetMismatchError
-from thesean.passes.capture import Captured
+from thesean.passes.capture import Captured, probe_sizes
 from thesean.passes.cost import Sizes, count_params, flops_by_node, remaining_params
 from thesean.passes.flow import Flow
 from thesean.passes.graph import record
@@ -138,17 +138,6 @@ class Drafter:
 def added_params(row: PlannedPart) -> int:
     """What a part's replacement adds to the whole network; negative where it is smaller."""
     return 0 if row.kept else row.new_params - row.params - row.freed_params
-
-
-def probe_sizes(captured: Captured) -> dict[str, int]:
-    """Small sizes for probing: a length that no static dimension has, so that dimensions can be told apart."""
-    static: set[int] = set()
-    for node in captured.graph_module.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            static.update(int(d) for d in value.shape if not isinstance(d, torch.SymInt))
-    length = next(n for n in (11, 13, 7, 17, 19, 23, 29, 31, 37, 41, 43) if n not in static)
-    return {name: 2 if name.startswith("batch") else length for name in captured.signature.symbols}
 
 
 def _plan_sizes(captured: Captured) -> dict[str, int]:

@@ -28,7 +28,10 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 # the only text that an operator may take: modes, never names of files or devices
-_TEXT_ARGUMENTS = {"approximate", "mode", "rounding_mode", "equation", "indexing", "reduction", "side", "padding_mode"}
+_TEXT_ARGUMENTS = {
+    "approximate", "mode", "rounding_mode", "equation", "indexing", "reduction", "side", "padding_mode", "padding",
+    "reduce", "norm", "ord", "interpolation", "padding_side", "pad_mode",
+}  # fmt: skip
 
 _DTYPES = {
     str(d).removeprefix("torch."): d
@@ -48,24 +51,28 @@ def target_name(target: Any) -> str:
             return name
     if isinstance(target, torch._ops.OpOverload):
         name = f"{target.namespace}.{target._opname}.{target._overloadname}"
-        resolve_target(name)
-        return name
-    raise ArtifactError(f"operator {target} can't be saved: it is not an aten operator.")
+        if _find(name) is not None:
+            return name
+    raise ArtifactError(f"operator {target} can't be saved: expected one of aten's without side effects.")
 
 
 def resolve_target(name: str) -> Callable[..., Any]:
     """The operator of that name. Raises ArtifactError when it is outside of the allow-list."""
     if not isinstance(name, str):
         raise ArtifactError(f"graph.json: {name!r:.80} is not an operator's name.")
-    if name in _PYTHON:
-        return _PYTHON[name]
+    found = _PYTHON.get(name) or _find(name)
+    if found is None:
+        raise ArtifactError(f"graph.json: operator {name!r} is outside of the allow-list; the file was altered.")
+    return found
+
+
+def _find(name: str) -> torch._ops.OpOverload | None:
+    """The harmless aten operator of that name."""
     pieces = name.split(".")
-    if len(pieces) == 3 and pieces[0] == "aten" and all(p.isidentifier() for p in pieces):
-        packet = getattr(torch.ops.aten, pieces[1], None)
-        overload = getattr(packet, pieces[2], None)
-        if isinstance(overload, torch._ops.OpOverload) and _is_harmless(overload):
-            return overload
-    raise ArtifactError(f"graph.json: operator {name!r} is outside of the allow-list; the file was altered.")
+    if len(pieces) != 3 or pieces[0] != "aten" or not all(p.isidentifier() for p in pieces):
+        return None
+    overload = getattr(getattr(torch.ops.aten, pieces[1], None), pieces[2], None)
+    return overload if isinstance(overload, torch._ops.OpOverload) and _is_harmless(overload) else None
 
 
 def _is_harmless(overload: torch._ops.OpOverload) -> bool:

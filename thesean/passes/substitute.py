@@ -47,8 +47,8 @@ class Substitute(Pass):
         out.meta = {k: v for k, v in region.exit.meta.items() if k in ("val", "nn_module_stack")}
         call.meta["nn_module_stack"] = region.exit.meta.get("nn_module_stack", {})
         region.exit.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)
-        # with the exit all of the region is dead, and what took no more than a size of it; if that is read elsewhere, it
-        # stays, and what it was read of
+        # With the exit all of the region is dead, and what took no more than a size of it. Where such a size is read
+        # elsewhere, it stays, and what it was taken of.
         erase_dead(graph)
         drop_unread(graph_module)
         return PassResult(graph_module=graph_module, modified=True)

@@ -32,9 +32,9 @@ def markdown_table(report: Mapping[str, Any]) -> str:
 
 
 def provenance(report: Mapping[str, Any]) -> str:
-    """ "Measured on <cpu>, 2 cores, 1 thread, Python 3.11.7, torch 2.13.0, commit abc, seed 0, 2026-01-01.\""""
+    """ "Measured on <cpu>, AVX2, 2 cores, 1 thread, Python 3.11.7, torch 2.13.0, commit abc, seed 0, 2026-01-01.\""""
     found = report["environment"]
-    facts = [str(found["cpu"])] if found.get("cpu") else []
+    facts = [str(found[name]) for name in ("cpu", "instructions") if found.get(name)]
     for key, one in (("cores", "core"), ("threads", "thread")):
         if found.get(key) is not None:
             facts.append(f"{found[key]} {one}" + ("" if found[key] == 1 else "s"))
