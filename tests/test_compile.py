@@ -523,3 +523,14 @@ def test_a_good_conversion_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compile_quietly(models.gpt2(), "rnn", data=token_batches(), loss=thesean.next_token, recipe=SHORT)
+
+
+def test_a_guide_whose_activations_fade_away_converts():
+    """Random weights of a deep network: each layer leaves 1e-8 of its input."""
+    guide = models.mlp()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.mul_(1e-8 if parameter.ndim > 1 else 0)
+    data = [models.vectors(16, 8, seed=k) for k in range(4)]
+    converted = thesean.compile(guide, "mlp", data=data, eval_data=data[:1], recipe={"steps": 20}, progress=False)
+    assert torch.isfinite(converted(data[0])).all()

@@ -8,7 +8,7 @@ import torch
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, forever, recipe
 from tests.models import vectors
-from thesean.distill.align import Aligner, Stage, examples, stages
+from thesean.distill.align import Aligner, Stage, examples, faint, stages
 from thesean.distill.closed_form import solve_parts
 from thesean.errors import DataError, NumericalError
 
@@ -44,6 +44,12 @@ def test_tokens_are_examples_and_so_are_images():
     assert examples(vectors(2, 4, 3, 3)).shape == (2, 36)
     assert examples(vectors(2, 3)).shape == (2, 3)
     assert examples(vectors(100, 100, 2)).shape[0] <= 4096
+
+
+def test_activations_are_faint_when_they_vary_by_less_than_a_step_of_a_weight_moves_them():
+    assert faint(1e-10 * vectors(8, 5))
+    assert not faint(1e-6 * vectors(8, 5))
+    assert not faint(torch.ones(8, 5))  # a part that is constant is a mistake, and told
 
 
 def aligner(guide, hybrid, settings, observer=None, held_out=None) -> Aligner:

@@ -21,6 +21,7 @@ from thesean.deploy.exporter import DEFAULT_OPSET, flatten_outputs, output_names
 from thesean.deploy.parity import Check, Sizes, compare_chunks, compare_whole, runnable, sizes_to_check
 from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
+from thesean.passes.attention_products import WriteOutAttention
 from thesean.passes.positions import table_rows
 from thesean.passes.signature import InputSpec, Signature
 from thesean.passes.substitute import clone
@@ -85,6 +86,7 @@ def export(
     wanted = _parse(stateful)
     with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
         module = frozen(graph_module)
+        WriteOutAttention(_probes(signature, train_length))(module)
         threaded, note = _thread(module, signature, wanted)
         names = output_names(module)
         states: tuple[InputSpec, ...] = threaded.meta["states"] if threaded is not None else ()
@@ -114,6 +116,12 @@ def export(
         seconds=time.monotonic() - start,
         note="; ".join([*([note] if note else []), *skipped]),
     )
+
+
+def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:
+    """Inputs of several lengths, where time is dynamic."""
+    lengths = (1, 7, 19, train_length or 64) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
+    return tuple(signature.random_inputs(Sizes(batch=2, length=length).of(signature)) for length in lengths)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from thesean.deploy.latency import Latency, measure
 from thesean.deploy.parity import Sizes
 from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError, PassRefused
+from thesean.passes.attention_products import WriteOutAttention
 from thesean.passes.drafter import Draft, DraftPart
 from thesean.passes.excerpt import Excerpt, excerpt
 from thesean.passes.hybrid import Hybrid
@@ -106,7 +107,10 @@ def _call(cut: Excerpt, guide: Signature, sizes: Sizes, path: Path) -> Callable[
     """The excerpt in onnxruntime on random hidden states."""
     length = sizes.length if sizes.length is None or sizes.length > _BATCH else _LENGTH
     example = cut.inputs(guide, Sizes(batch=_BATCH, length=length).of(guide))
-    proto = to_onnx(frozen(cut.graph_module), example, cut.signature.inputs, ("output",), DEFAULT_OPSET)
+    module = frozen(cut.graph_module)
+    # the whole network's masks are sides here, with the values that they have there
+    WriteOutAttention((example,), frozenset(f"side_{i}" for i in range(len(cut.sides))))(module)
+    proto = to_onnx(module, example, cut.signature.inputs, ("output",), DEFAULT_OPSET)
     path.write_bytes(proto.SerializeToString())
     session = Session(path, threads=1)
     feeds = {name: value.numpy() for name, value in cut.inputs(guide, sizes.of(guide)).items()}

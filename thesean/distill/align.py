@@ -8,6 +8,7 @@ N examples (tokens of a sequence, images of a batch), P features
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ from thesean.similarity import Measure, get_measure
 
 # CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
 _MAX_EXAMPLES = 4096
+
+_FAINT = 1e-8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +170,12 @@ class Aligner:
         return total / len(self.held_out)
 
     def _compare(self, part: int, y: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        """The measure's loss; what is wrong with the activations is told of the part they belong to."""
+        """The measure's loss, 0 where the guide's activations are `faint`; what is wrong with them is told of the part
+        that they belong to.
+        """
+        if faint(guide):
+            logger.warning("%s: the guide's activations hardly vary there, nothing is aligned", self.hybrid.parts[part])
+            return 0.0 * y.sum()
         try:
             return self.measure.loss(examples(y), examples(guide))
         except (DataError, NumericalError) as error:
@@ -213,6 +223,14 @@ class Aligner:
             return torch.stack(terms).sum()
 
         return loss
+
+
+def faint(guide: torch.Tensor) -> bool:
+    """Whether activations vary, but so little that one step of a weight moves them by many times as much.
+
+    Deep guides with random weights are like that, each layer 1e-3 of the one before.
+    """
+    return 0 < float(examples(guide).std(0).amax()) < _FAINT
 
 
 def examples(value: torch.Tensor) -> torch.Tensor:

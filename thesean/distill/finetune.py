@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.distill.align import examples
+from thesean.distill.align import examples, faint
 from thesean.distill.evaluate import Batch, Task
 from thesean.distill.observer import Observer
 from thesean.distill.optimise import train
@@ -59,7 +59,8 @@ def fine_tune(
             if weight > 0:
                 terms.append(weight * match_loss(got["output"], wanted["output"], task.kind, settings.temperature))
             if hidden > 0:
-                for y, g in zip(own_names, guide_names, strict=True):
+                matched = [(y, g) for y, g in zip(own_names, guide_names, strict=True) if not faint(wanted[g])]
+                for y, g in matched:
                     terms.append(hidden * nmse.loss(examples(got[y]), examples(wanted[g])))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 

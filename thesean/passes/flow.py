@@ -143,6 +143,11 @@ def _ancestry(nodes: list[fx.Node], above: Mapping[fx.Node, Vertex]) -> Callable
     return lambda a, b: first[a] <= first[b] < last[a]
 
 
+def is_size_only(node: fx.Node) -> bool:
+    """No values flow into it from what it reads, only sizes."""
+    return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) or node.target in _SIZE_ONLY
+
+
 def side_slice(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value no hidden state flows through; see the head of this file."""
     side: set[fx.Node] = set()
@@ -163,8 +168,7 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "call_module":  # a replaced part: one that carries a state has no single value of its own
             continue
         inputs = node.all_input_nodes
-        size_only = not isinstance(value, (torch.Tensor, tuple, list)) or node.target in _SIZE_ONLY
-        if size_only or all(i in constant for i in inputs):
+        if is_size_only(node) or all(i in constant for i in inputs):
             side.add(node)
             constant.add(node)
         elif all(i in side for i in inputs) and not (is_float and any(_is_parameter(i) for i in inputs)):
