@@ -25,7 +25,12 @@ def table(results: dict[str, Any]) -> str:
         f"Cosine with the guide's embeddings / overlap of ten nearest neighbours, {results['steps']} steps; the guide "
         f"takes {', '.join(f'{guide[c]:.1f} ms at {c}' for c in guide)} tokens."
     )
+    notes = [n for n in results["will_it_pay"]["notes"] if "tokens" in n]
     lines = [
+        *(f"> {note}  " for note in notes),
+        "",
+        f"`auto`, {results['auto']['notes'][0]}.",
+        "",
         about,
         "",
         f"| conversion | parameters | {' | '.join(heads)} | closed form | tuned |",

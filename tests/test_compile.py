@@ -311,6 +311,16 @@ def nan_loss(output: Any, batch: Any) -> torch.Tensor:
 
 
 PAPER = Recipe.named("paper").model_copy(update={"steps": 4})
+
+
+def _wide(part: Any) -> nn.Module:
+    return nn.Sequential(nn.Linear(part.width_in, 64), nn.Linear(64, part.width_out))
+
+
+def _narrow(part: Any) -> nn.Module:
+    return nn.Linear(part.width_in, part.width_out)
+
+
 BAD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], type[Exception], str]] = {
     "empty data": (models.mlp, "mlp", {"data": []}, DataError, "data is empty: expected at least one batch"),
     "empty held-out data": (
@@ -378,6 +388,45 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], type[Exceptio
     ),
     "an unknown granularity": (
         models.gpt2, "rnn", {"data": token_batches(), "granularity": "layer"}, PlanError, "'sublayer' or 'finest'",
+    ),
+    "a plan's path that isn't there": (
+        models.gpt2, "rnn", {"data": token_batches(), "plan": "nowhere/plan.yaml"}, PlanError, "can't read the plan",
+    ),
+    "a plan that is none": (
+        models.gpt2, "rnn", {"data": token_batches(), "plan": 3}, PlanError, "expected a Plan or the path .*found int",
+    ),
+    "a plan and a target": (
+        models.gpt2, "gru", {"data": token_batches(), "plan": "bert", "keep": ["*.0"]}, PlanError,
+        "leave keep, target out, or edit the plan",
+    ),
+    "globs that are numbers": (
+        models.gpt2, "rnn", {"data": token_batches(), "parts": [1]}, PlanError, r"parts: expected globs.*found \[1\]",
+    ),
+    "a merge that is text": (
+        models.gpt2, "rnn", {"data": token_batches(), "merge": "2"}, PlanError, "merge: expected a whole number",
+    ),
+    "half a part": (
+        models.gpt2, "rnn", {"data": token_batches(), "target_parts": 1.5}, PlanError, "target_parts: expected a whole",
+    ),
+    "an unknown scope": (
+        models.gpt2, Target("gru", scope="parts"), {"data": token_batches()}, TargetMismatchError,  # type: ignore[arg-type]
+        "expected scope='mixing', 'token-wise' or 'part', found 'parts'",
+    ),
+    "a scope of other families": (
+        models.gpt2, Target("gru", scope="members"), {"data": token_batches(), "merge": 2}, TargetMismatchError,
+        "found 'members'",
+    ),
+    "a builder of another width": (
+        models.gpt2, Target("bad", build=lambda part: nn.Linear(part.width_in, 7)), {"data": token_batches()},
+        TargetMismatchError, r"h\.0: target 'bad' expected a module that takes .*found one that gives \(2, 11, 7\)",
+    ),
+    "a builder that fails": (
+        models.gpt2, Target("bad", build=lambda part: part.width), {"data": token_batches()}, TargetMismatchError,  # type: ignore[attr-defined]
+        r"h\.0: target 'bad': build\(part\) raised AttributeError",
+    ),
+    "two builders of one name": (
+        models.gpt2, {"*.0": Target("mine", build=_wide), "*.1": Target("mine", build=_narrow)},
+        {"data": token_batches()}, PlanError, "are named 'mine'. Rename one",
     ),
     "another dtype": (
         lambda: models.mlp().half(), "mlp", {"data": [vectors(8, 8).half()]}, DataError, "Call model.float",
@@ -534,3 +583,12 @@ def test_a_guide_whose_activations_fade_away_converts():
     data = [models.vectors(16, 8, seed=k) for k in range(4)]
     converted = thesean.compile(guide, "mlp", data=data, eval_data=data[:1], recipe={"steps": 20}, progress=False)
     assert torch.isfinite(converted(data[0])).all()
+
+
+def test_a_plan_may_be_the_path_of_its_yaml(tmp_path: Path):
+    plan = thesean.plan(models.gpt2(), "gru", example_inputs=tokens(), keep=["*.0"])
+    plan.to_yaml(tmp_path / "plan.yaml")
+    converted = thesean.compile(
+        models.gpt2(), plan=tmp_path / "plan.yaml", data=token_batches(), recipe=FAST, progress=False
+    )
+    assert [p.target for p in converted.plan] == ["keep", "gru"]

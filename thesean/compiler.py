@@ -50,7 +50,7 @@ def compile(
     seed: int = 0,
     workdir: str | Path | None = None,
     progress: bool = True,
-    plan: Plan | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -67,7 +67,7 @@ def compile(
     "context": 512}, {"speedup": 1.5}, {"params": ...}, {"flops": ...}; see `thesean.choose.constraints.Constraints`.
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion.
-    plan: an edited plan; it takes the place of target, parts, keep and granularity.
+    plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
 
     Raises CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
     """
@@ -86,7 +86,7 @@ def compile(
             target_parts=target_parts,
             constraints=constraints,
             candidates=candidates,
-            plan=plan,
+            plan=Plan.from_yaml(plan) if isinstance(plan, (str, Path)) else plan,
         ),
         settings,
         seed,
@@ -134,7 +134,7 @@ def baseline(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
-    plan: Plan | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> Converted:
     """What `compile` has to beat: the same architecture and steps without a single weight of the guide.
 
@@ -156,7 +156,7 @@ def baseline(
             target_parts=target_parts,
             constraints=constraints,
             candidates=candidates,
-            plan=plan,
+            plan=Plan.from_yaml(plan) if isinstance(plan, (str, Path)) else plan,
         ),
         settings,
         seed,

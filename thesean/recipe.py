@@ -98,7 +98,10 @@ class Recipe(_Settings):
     def to_yaml(self, path: str | Path | None = None) -> str:
         text = yaml.safe_dump(self.model_dump(), sort_keys=False)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise RecipeError(f"can't write the recipe {path}: {error.strerror or error}.") from error
         return text
 
     @staticmethod
@@ -117,7 +120,8 @@ def _validated(settings: Any, where: str) -> Recipe:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        raise RecipeError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        known = ", ".join(Recipe.model_fields)
+        raise RecipeError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. known: {known}.") from error
 
 
 RECIPES: dict[str, Recipe] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thesean.choose.auto import UNMET
 from thesean.choose.constraints import Constraints, parse_constraints
 from thesean.choose.plan import choose_plan
 from thesean.distill.data import integer_labels
@@ -52,6 +54,29 @@ class Wanted:
     candidates: Sequence[str | Target] | None
     plan: Plan | None = None
 
+    def __post_init__(self) -> None:
+        """Raises PlanError for what no plan can be made of."""
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise PlanError(f"plan: expected a Plan or the path of one in YAML, found {type(self.plan).__name__}.")
+        for name in ("parts", "keep", "candidates"):
+            given = getattr(self, name)
+            if given is None or isinstance(given, (str, Target)):
+                continue
+            kinds = (str, Target) if name == "candidates" else (str,)
+            if not isinstance(given, Iterable) or not all(isinstance(v, kinds) for v in given):
+                what = "names or Targets" if name == "candidates" else "globs over module paths"
+                raise PlanError(f"{name}: expected {what}, found {given!r}.")
+        for name in ("merge", "target_parts"):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise PlanError(f"{name}: expected a whole number, found {number!r}.")
+        more = ("parts", "keep", "granularity", "merge", "target_parts", "constraints", "candidates")
+        given_twice = [name for name in more if getattr(self, name)] + (["target"] if self.target != "rnn" else [])
+        if self.plan is not None and given_twice:
+            raise PlanError(
+                f"plan= says what replaces which part: leave {', '.join(given_twice)} out, or edit the plan."
+            )
+
     @property
     def is_auto(self) -> bool:
         return self.plan is None and self.target == "auto"
@@ -73,6 +98,10 @@ def set_up(model: nn.Module, given: Given, wanted: Wanted, settings: Recipe, see
     notes: list[str] = []
     if wanted.is_auto:
         chosen, captured, feed, task = choose_for(model, given, wanted, settings, seed, observer, notes)
+        for note in chosen.notes:
+            if note.startswith(UNMET):
+                warnings.warn(note, UserWarning, stacklevel=3)
+                notes.append(note)
         if not chosen.replaced:
             raise PlanError(f"the guide itself meets the constraints ({wanted.constraints}): nothing to convert.")
         draft = draft_from_plan(captured, chosen)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import thesean
-from tests import models
+from tests import hand_written, models
 from tests.models import same_state, state_of, token_batches, tokens
 from thesean import Target
 from thesean.errors import PlanError, UnknownNameError
@@ -135,3 +135,33 @@ def test_wrong_words_are_refused_before_anything_is_probed():
         thesean.plan(models.gpt2(), "gru", data=token_batches(), constraints={"params": 10})
     with pytest.raises(PlanError, match="keep: no part matches"):
         chosen({"params": 10}, keep=["*.h.9.*"])
+
+
+def test_parts_that_share_weights_are_counted_on_the_whole():
+    """One block three times: dropping it once frees nothing, so that a sum over parts is wrong."""
+    guide = hand_written.Looped().eval()
+    total = sum(p.numel() for p in guide.parameters())
+    data = [models.vectors(3, 12, 16, seed=k) for k in range(10)]
+    plan = thesean.plan(
+        guide, "auto", data=data, constraints={"params": total - 200}, candidates=["keep", "identity"], progress=False
+    )
+    unmet = any(note.startswith("warning: the constraints can't be met") for note in plan.notes)
+    assert unmet or plan.new_params <= total - 200
+
+
+def test_all_bounds_hold_or_none_is_said_to_be_met():
+    plan = chosen({"speedup": 0.5, "params": 10, "context": 16}, ["keep", "identity"])
+    assert plan.notes[0].startswith("warning: the constraints can't be met")
+
+
+def test_compiling_for_a_budget_that_can_not_be_met_warns():
+    with pytest.warns(UserWarning, match="the constraints can't be met"):
+        thesean.compile(
+            models.gpt2(2), "auto", data=token_batches(10), constraints={"params": 10}, candidates="identity",
+            recipe={"steps": 2}, progress=False,
+        )  # fmt: skip
+
+
+def test_single_steps_without_a_candidate_for_them_are_refused_at_once():
+    with pytest.raises(PlanError, match=r"needs a candidate that carries a state.*h\.0\.attn.*Add 'rnn'"):
+        chosen({"speedup": 1.1, "context": 16, "kind": "token"}, ["keep", Target("narrow", ratio=0.5)])

@@ -119,3 +119,9 @@ def test_rows_hold_medians():
     assert found == PlanLatency(
         context=128, batch=1, kind="token", guide_ms=5.0, plan_ms=0.25, ceiling_ms=0.2, cache_floor_ms=0.5
     )
+
+
+def test_wide_ranges_do_not_hide_a_difference_of_medians():
+    noisy = [Latency(median_ms=m, p20_ms=0.05, p80_ms=2.0, repeats=15) for m in (0.3, 0.7)]
+    assert is_slower(noisy[1], noisy[0])
+    assert not is_level(*noisy)

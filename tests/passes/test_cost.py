@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests import captured, models
+from tests.models import vectors
 from thesean.passes.capture import capture
 from thesean.passes.cost import Sizes, count_params, flops_by_node, remaining_params
 from thesean.passes.draft import make_draft
@@ -110,3 +112,33 @@ def test_a_target_tells_its_own_flops():
     calls = {n.target: count for n, count in counted.items() if n.op == "call_module"}
     assert calls == {r.name: hybrid.module(r).flops(r.facts, {"batch": 1}) for r in hybrid.replacements}
     assert all(isinstance(p, torch.nn.Parameter) for p in hybrid.graph_module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("time", 9), ("batch*time", 18), ("time + 1", 10), ("(((time - 1)//2)) + 1", 5), ("Max(1, time - 20)", 1)],
+)
+def test_a_size_that_was_made_of_others_is_computed(written, size):
+    assert Sizes({"batch": 2, "time": 9})[written] == size
+
+
+@pytest.mark.parametrize("written", ["width", "time.bit_length()", "__import__('os')", "time +", ""])
+def test_no_other_expression_is_a_size(written):
+    with pytest.raises(KeyError):
+        Sizes({"time": 9})[written]
+
+
+def test_parameters_behind_a_computed_weight_count():
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 16))
+            self.v = nn.Parameter(torch.randn(16, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.relu(x @ (0.3 * self.w).t()) @ self.v.t()
+
+    model = nn.Sequential(*(Computed() for _ in range(3))).eval()
+    draft = make_draft(capture(model, vectors(3, 6, 16)), "linear")
+    assert [p.params for p in draft.plan] == [2 * 16 * 32] * 3
+    assert draft.plan.new_params == 3 * (16 * 16 + 16)

@@ -123,7 +123,7 @@ def test_what_is_not_yaml_or_not_there_is_refused(tmp_path: Path):
         Plan.from_yaml("parts: [\n  {\n")
     with pytest.raises(PlanError, match=r"can't read the plan .*No such file"):
         Plan.from_yaml(tmp_path / "none.yaml")
-    with pytest.raises(PlanError, match="plan field"):
+    with pytest.raises(PlanError, match="not a mapping with parts"):
         Plan.from_yaml("- a\n- b\n")
 
 
@@ -132,3 +132,23 @@ def test_bytes_that_are_not_text_are_refused(tmp_path: Path):
     path.write_bytes(b"\xff\xfe\x00plan")
     with pytest.raises(PlanError):
         Plan.from_yaml(path)
+
+
+def test_editing_to_keep_takes_a_part_out_of_the_totals():
+    plan = gpt2_plan()
+    edited = plan.edit("*", "keep")
+    assert (edited.new_params, edited.new_flops) == (plan.params, plan.flops)
+    assert "replaces" not in str(edited)
+    assert not edited.notes
+    assert "edited: what the new targets cost is counted" in str(plan.edit("*.0", "mingru"))
+
+
+def test_a_block_names_its_halves():
+    halves = make_draft(captured.gpt2(), "gru", granularity="sublayer", keep=["transformer.h.0"]).plan
+    assert [p.target for p in halves] == ["keep", "keep", "gru", "keep"]
+    assert [p.target for p in halves.edit("transformer.h.1", "keep")] == ["keep"] * 4
+
+
+def test_a_plan_that_can_not_be_written_is_told(tmp_path: Path):
+    with pytest.raises(PlanError, match=r"can't write the plan .*nowhere"):
+        gpt2_plan().to_yaml(tmp_path / "nowhere" / "plan.yaml")

@@ -15,6 +15,7 @@ from thesean.passes.flow import data_flow
 from thesean.passes.partition import partition
 from thesean.passes.probe import is_channels_first, probe_mixing
 from thesean.passes.regions import module_regions
+from thesean.targets import Target
 
 
 def mixing(guide, granularity="block", time=11):
@@ -117,3 +118,20 @@ def test_a_region_is_probed_once_on_the_same_recording(monkeypatch):
     first = probe_mixing(region, values)
     monkeypatch.setattr("thesean.passes.probe.evaluate", None)
     assert probe_mixing(region, values) == first
+
+
+@pytest.mark.parametrize(("padding", "mixing"), [("causal", "causal"), ("both", "bidirectional")])
+def test_a_kernel_that_reaches_far_is_no_token_wise_part(padding, mixing):
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Conv1d(8, 8, 2 if padding == "causal" else 3, dilation=20)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left, right = (20, 0) if padding == "causal" else (20, 20)
+            return x + self.kernel(nn.functional.pad(x.transpose(1, 2), (left, right))).transpose(1, 2)
+
+    torch.manual_seed(0)
+    guide = capture(nn.Sequential(Far(), Far(), Far(), nn.Linear(8, 3)).eval(), vectors(2, 12, 8))
+    plan = make_draft(guide, Target("linear"), parts=["0", "1", "2"]).plan
+    assert {p.mixing for p in plan} == {mixing}

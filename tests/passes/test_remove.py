@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests import captured
 from tests.captured import text
 from tests.models import tokens, vectors
 from thesean.errors import PassRefused
+from thesean.passes.capture import Captured, capture
 from thesean.passes.draft import make_draft
 from thesean.passes.flow import data_flow
 from thesean.passes.hybrid import build_hybrid
@@ -109,3 +111,92 @@ def test_dropping_with_identity_computes_what_the_ceiling_computes():
     first = hybrid.replacements[0]
     assert (first.guide_entry, first.guide_exit) == ("add_1", "add_4")  # the stream before and after
     assert hybrid.boundaries[0] == (first.exit, "add_4")
+
+
+class Parallel(nn.Module):
+    """x + (attention(norm(x)) + mlp(norm(x))), one norm for both, as GPT-J and GPT-NeoX have it."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        return x + (self.mix(h).cumsum(1) * 0.1 + self.mlp(h))
+
+
+def stack(block: type[nn.Module]) -> tuple[nn.Sequential, Captured]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), block(), block(), block(), nn.Linear(16, 5))
+    model.eval()
+    return model, capture(model, vectors(3, 6, 8))
+
+
+def test_of_two_parallel_branches_both_may_go():
+    model, guide = stack(Parallel)
+    draft = make_draft(guide, "identity", granularity="sublayer")
+    assert len(draft.parts) == 6
+    hybrid = build_hybrid(draft)
+    x = vectors(2, 7, 8)
+    expected = model[4](model[0](x))
+    assert torch.equal(hybrid.graph_module(x), expected)
+    assert torch.equal(without_parts(draft)(x), expected)
+    assert draft.plan.new_params == sum(p.numel() for p in hybrid.graph_module.parameters()) == 8 * 16 + 16 + 16 * 5 + 5
+    nodes = {n.name for n in hybrid.graph_module.graph.nodes}
+    theirs = {n.name for n in guide.graph_module.graph.nodes}
+    assert all(own in nodes and other in theirs for own, other in hybrid.boundaries)
+
+
+def test_of_two_parallel_branches_one_may_go_and_the_other_become_something_else():
+    model, guide = stack(Parallel)
+    draft = make_draft(guide, {"*mlp": "identity", "*mix": "keep"}, granularity="sublayer")
+    x = vectors(2, 7, 8)
+    expected = model[0](x)
+    for block in list(model)[1:4]:
+        expected = expected + block.mix(block.norm(expected)).cumsum(1) * 0.1
+    torch.testing.assert_close(build_hybrid(draft).graph_module(x), model[4](expected))
+    both = make_draft(guide, {"*mlp": "identity", "*mix": "gru"}, granularity="sublayer")
+    hybrid = build_hybrid(both)
+    assert both.plan.new_params == sum(p.numel() for p in hybrid.graph_module.parameters())
+    assert hybrid.graph_module(x).shape == (2, 7, 5)
+
+
+def test_a_map_inside_of_a_branch_goes_alone():
+    """x + b(tanh(a(x))): b reads no stream, so that dropping it leaves tanh(a(x)) to be added."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(torch.tanh(self.a(x)))
+
+    model, guide = stack(Inner)
+    draft = make_draft(guide, {"*.b": "identity", "*.a": "keep"}, granularity="finest")
+    hybrid = build_hybrid(draft)
+    x = vectors(2, 7, 8)
+    expected = model[0](x)
+    for block in list(model)[1:4]:
+        expected = expected + torch.tanh(block.a(expected))
+    torch.testing.assert_close(hybrid.graph_module(x), model[4](expected))
+    replaced = make_draft(guide, {"*.b": "identity", "*.a": "linear"}, granularity="finest")
+    assert replaced.plan.new_params == sum(p.numel() for p in build_hybrid(replaced).graph_module.parameters())
+
+
+def test_a_sum_that_scales_its_stream_is_no_residual_one():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.add(self.mlp(x), x, alpha=2)
+
+    _, guide = stack(Scaled)
+    for part in make_draft(guide, "linear", granularity="sublayer").parts:
+        found = removal(part.region)
+        assert found is None or found[1] is part.region.entry
+        assert found is None or found[0] is part.region.exit

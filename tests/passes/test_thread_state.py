@@ -216,3 +216,27 @@ def test_a_graph_read_back_from_json_is_threaded_as_well():
     threaded = ThreadState(captured.signature)(again).graph_module
     assert Counter(n.op for n in threaded.graph.nodes)["placeholder"] == 4
     assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+
+
+class LooksAhead(nn.Module):
+    """ids_BT -> logits_BTV: a recurrence, and behind it a convolution that reads `ahead` steps to either side."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.cell = nn.GRU(8, 8, batch_first=True)
+        self.kernel = nn.Conv1d(8, 8, 3, padding=ahead, dilation=ahead)
+        self.head = nn.Linear(8, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x, _ = self.cell(self.table(input_ids))
+        return self.head(x + self.kernel(x.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("ahead", [2, 16, 40])
+def test_a_kernel_that_looks_far_ahead_is_seen(ahead):
+    torch.manual_seed(0)
+    captured = capture(LooksAhead(ahead).eval(), {"input_ids": torch.randint(0, 16, (3, 12))})
+    hybrid = build_hybrid(make_draft(captured, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
+    with pytest.raises(PassRefused, match=r"kernel .*mixes time outside of the converted parts"):
+        ThreadState(captured.signature)(hybrid)

@@ -29,6 +29,12 @@ _ROUNDS, _PROPOSALS, _FINALISTS = 4, 3, 5
 # Medians of one plan in two runs differ by this much on a shared machine
 _NOISE = 0.03
 
+# What the notes of a plan begin with that meets no budget
+UNMET = "warning: the constraints can't be met with these candidates"
+
+# Bounds on sums over the network
+_SUMS = ("params", "flops")
+
 # A plan is near enough to its bound
 _NEAR = 0.1
 
@@ -95,21 +101,19 @@ def _propose(
 ) -> tuple[list[Measured], bool]:
     """Choices that meet the constraints, measured; where none does, the nearest one and False."""
     uniform = [u for u in _uniform(candidates, losses) if _fits_sums(candidates, constraints, u)]
+    proposed, shifts = _within_sums(candidates, constraints, losses, model, bound_ms, dict.fromkeys(_SUMS, 0.0))
     if model is None or bound_ms is None:
-        found = _solve(candidates, constraints, losses, None, None)
-        everything = [*found, *(u for u in uniform if u not in found)]
-        if everything:
-            return [Measured(choice=c, latency_ms=None) for c in everything], True
-        return [Measured(choice=_smallest(candidates, constraints, losses), latency_ms=None)], False
+        everything = list(dict.fromkeys([*proposed, *uniform]))
+        smallest = _smallest(candidates, constraints, losses)
+        if not everything and _fits_sums(candidates, constraints, smallest):
+            everything = [smallest]
+        return [Measured(choice=c, latency_ms=None) for c in everything or [smallest]], bool(everything)
     seen: dict[Choice, float] = {}
     shift = 0.0
     for number in range(_ROUNDS):
-        proposals = _solve(candidates, constraints, losses, model, bound_ms + shift)
-        if not proposals:  # the model sees no way: measure the fastest that it knows
-            proposals = [_fastest(candidates, model, losses)]
-        if number == 0:
-            proposals += [u for u in uniform if model.of(u) <= bound_ms * (1 + _NEAR)]
-        new = [c for c in dict.fromkeys(proposals) if c not in seen]
+        proposals = proposed or [_fastest(candidates, model, losses)]  # the model sees no way: the fastest it knows
+        extra = [u for u in uniform if model.of(u) <= bound_ms * (1 + _NEAR)] if number == 0 else []
+        new = [c for c in dict.fromkeys([*proposals, *extra]) if c not in seen]
         if new:
             guide_ms, values = latencies.measure([candidates.draft(c) for c in new])
             seen |= {c: v * model.guide_ms / guide_ms for c, v in zip(new, values, strict=True)}
@@ -117,11 +121,41 @@ def _propose(
         if bound_ms * (1 - _NEAR) <= seen[first] <= bound_ms * (1 + _NOISE) or not new:
             break
         shift = model.of(first) - seen[first]
-    meeting = [Measured(choice=c, latency_ms=v) for c, v in seen.items() if v <= bound_ms * (1 + _NOISE)]
+        proposed, shifts = _within_sums(candidates, constraints, losses, model, bound_ms + shift, shifts)
+    meeting = [
+        Measured(choice=c, latency_ms=v)
+        for c, v in seen.items()
+        if v <= bound_ms * (1 + _NOISE) and _fits_sums(candidates, constraints, c)
+    ]
     if meeting:
         return meeting, True
-    nearest = min(seen, key=lambda c: seen[c])
+    nearest = min(seen, key=lambda c: (not _fits_sums(candidates, constraints, c), seen[c]))
     return [Measured(choice=nearest, latency_ms=seen[nearest])], False
+
+
+def _within_sums(
+    candidates: Candidates,
+    constraints: Constraints,
+    losses: list[list[float]],
+    model: LatencyModel | None,
+    bound_ms: float | None,
+    shifts: dict[str, float],
+) -> tuple[list[Choice], dict[str, float]]:
+    """The best few choices of which parameters and FLOPs, counted on the whole, are within their bounds.
+
+    Parts that share weights cost less together than their sum: a bound is moved by what the sum got wrong.
+    """
+    for _ in range(_ROUNDS):
+        found = _solve(candidates, constraints, losses, model, bound_ms, shifts)
+        fitting = [c for c in found if _fits_sums(candidates, constraints, c)]
+        if fitting or not found:
+            return fitting, shifts
+        plan = candidates.draft(found[0]).plan
+        for name in _SUMS:
+            bound = getattr(constraints, name)
+            if bound is not None:
+                shifts = shifts | {name: shifts[name] + max(0, getattr(plan, f"new_{name}") - bound)}
+    return [], shifts
 
 
 def _solve(
@@ -130,17 +164,20 @@ def _solve(
     losses: list[list[float]],
     model: LatencyModel | None,
     bound_ms: float | None,
+    shifts: dict[str, float],
 ) -> list[Choice]:
-    """The best few choices under the additive model."""
+    """The best few choices under the additive model; `shifts` tighten the bounds of sums."""
     allowed = [[c for c, loss in enumerate(row) if math.isfinite(loss)] for row in losses]
     budgets = []
     if model is not None and bound_ms is not None:
         costs = [[model.delta[p][c] for c in row] for p, row in enumerate(allowed)]
         budgets.append(Budget(costs=costs, bound=bound_ms - model.base_ms))
-    for name, bound in (("params", constraints.params), ("flops", constraints.flops)):
+    for name in _SUMS:
+        bound = getattr(constraints, name)
         if bound is not None:
             costs = [[_added(candidates, p, c, name) for c in row] for p, row in enumerate(allowed)]
-            budgets.append(Budget(costs=costs, bound=bound - getattr(candidates.draft(_kept(candidates)).plan, name)))
+            left = bound - shifts[name] - getattr(candidates.draft(_kept(candidates)).plan, name)
+            budgets.append(Budget(costs=costs, bound=left))
     found = solve([[losses[p][c] for c in row] for p, row in enumerate(allowed)], budgets, _PROPOSALS)
     return [tuple(row[i] for row, i in zip(allowed, picked, strict=True)) for picked in found]
 
@@ -189,9 +226,14 @@ def _fastest(candidates: Candidates, model: LatencyModel, losses: list[list[floa
 
 
 def _smallest(candidates: Candidates, constraints: Constraints, losses: list[list[float]]) -> Choice:
-    name = "params" if constraints.params is not None else "flops"
+    """The least parameters and FLOPs, each in units of its bound."""
+    bounds = {name: bound for name in _SUMS if (bound := getattr(constraints, name)) is not None}
+
+    def added(part: int, candidate: int) -> float:
+        return sum(_added(candidates, part, candidate, name) / bound for name, bound in bounds.items())
+
     return tuple(
-        min((c for c, loss in enumerate(row) if math.isfinite(loss)), key=lambda c, p=p: _added(candidates, p, c, name))  # type: ignore[misc]
+        min((c for c, loss in enumerate(row) if math.isfinite(loss)), key=lambda c, p=p: added(p, c))  # type: ignore[misc]
         for p, row in enumerate(losses)
     )
 
@@ -220,9 +262,7 @@ def _notes(
             f"{constraints.batch} (bound {bound_ms:.3g} ms; the sum over parts said {model.of(best.choice):.3g} ms)"
         )
     if not met:
-        told.append(
-            f"the constraints can't be met with these candidates ({constraints}): this is the nearest one found"
-        )
+        told.insert(0, f"{UNMET} ({constraints}): this is the nearest one found")
     if len(scores) > 1:
         told.append(
             f"{len(scores)} finalists were tuned for a few steps; divergence {min(scores.values()):.3g} to "

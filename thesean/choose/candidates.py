@@ -71,6 +71,7 @@ def find_candidates(
     """`keep[path]` leaves a part no choice. Raises PlanError where no candidate but the guide's own fits anywhere,
     UnknownNameError, and TargetMismatchError for options that a family doesn't have.
     """
+    given = (given,) if isinstance(given, (str, Target)) else given  # a lone name is not a sequence of letters
     words = tuple(given) if given is not None else DEFAULT
     if not words:
         raise PlanError("candidates: expected at least one target, found none.")

@@ -124,7 +124,7 @@ def fit_latency(latencies: Latencies, candidates: Candidates) -> LatencyModel:
                 kinds.setdefault((candidates.classes[p], c), []).append(p)
     drafts, members = [candidates.draft(reference)], [((-1, -1), [0])]
     for key, parts in kinds.items():
-        if latencies.constraints.kind == "token" and not _decodes(candidates, key, parts):
+        if latencies.constraints.kind == "token" and not _decodes(candidates, parts[0], key[1]):
             continue
         draft = candidates.draft([key[1] if p in parts else c for p, c in enumerate(reference)])
         try:
@@ -150,22 +150,29 @@ def _reference(candidates: Candidates, constraints: Constraints) -> list[int]:
     reference = []
     for p in range(len(candidates.options)):
         fitting = candidates.fitting(p)
-        kept = [c for c in fitting if candidates.targets[c] is None]
         if constraints.kind == "token":
-            stateful = [c for c in fitting if _is_stateful(candidates, p, c)]
-            if stateful:
-                reference.append(stateful[0])
-                continue
+            decoding = [c for c in fitting if _decodes(candidates, p, c)]
+            if not decoding:
+                path = candidates.kept[p].planned.path
+                raise PlanError(
+                    f"constraints: kind='token' needs a candidate that carries a state, or drops the part, for {path}; "
+                    "found none. Add 'rnn' or 'gru' to candidates, or bound the prefill."
+                )
+            mixes = probe_mixing(candidates.kept[p].region, candidates.drafter.values) != "none"
+            stateful = [c for c in decoding if _is_stateful(candidates, p, c)] if mixes else []
+            kept = [c for c in decoding if candidates.targets[c] is None]
+            reference.append((stateful or kept or decoding)[0])
+            continue
+        kept = [c for c in fitting if candidates.targets[c] is None]
         reference.append(kept[0] if kept else fitting[0])
     return reference
 
 
-def _decodes(candidates: Candidates, key: tuple[int, int], parts: Sequence[int]) -> bool:
+def _decodes(candidates: Candidates, part: int, candidate: int) -> bool:
     """Whether a part with this candidate can take one token at a time: token-wise, dropped, or with a state."""
-    p, c = parts[0], key[1]
-    option = candidates.options[p][c]
+    option = candidates.options[part][candidate]
     assert option is not None
-    if _is_stateful(candidates, p, c):
+    if _is_stateful(candidates, part, candidate):
         return True
     mixes = probe_mixing(option.region, candidates.drafter.values) != "none"
     return not mixes or (option.target is not None and all(s.removes for s in option.sites))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from thesean.choose.auto import choose
 from thesean.choose.candidates import find_candidates
 from thesean.choose.constraints import Constraints
 from thesean.choose.quality import Effort, Prober
+from thesean.choose.solve import require_solver
+from thesean.deploy.session import require
 from thesean.distill.evaluate import Task
 from thesean.distill.feed import Feed
 from thesean.distill.observer import Observer
 from thesean.errors import PlanError
 from thesean.passes.capture import Captured
-from thesean.passes.draft import find_groups, kept_members, settings_of
+from thesean.passes.draft import find_groups, group_matches, kept_members, settings_of
 from thesean.passes.drafter import Drafter
 from thesean.passes.flow import data_flow
 from thesean.passes.partition import Granularity, no_match, partition
@@ -40,19 +41,22 @@ def choose_plan(
     observer: Observer,
 ) -> Plan:
     """The plan that target "auto" finds. Raises PlanError, UnknownNameError, TargetMismatchError, MissingExtraError."""
+    require_solver()
+    if constraints.measures:
+        require("onnx", "onnxruntime", "onnxscript")
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     parts = (parts,) if isinstance(parts, str) else parts
     flow = data_flow(captured.graph_module.graph)
     groups = find_groups(captured, flow, partition(flow, granularity, parts), merge, target_parts)
     for glob in keep:
-        if not any(fnmatchcase(g.path, glob) for g in groups):
+        if not any(group_matches(g, glob) for g in groups):
             raise PlanError(f"keep: {no_match(glob, [g.path for g in groups])}")
     found = find_candidates(
         Drafter(captured, flow),
         groups,
         kept_members(captured, groups, {}),
         candidates,
-        {g.path: any(fnmatchcase(g.path, glob) for glob in keep) for g in groups},
+        {g.path: any(group_matches(g, glob) for glob in keep) for g in groups},
         settings_of(flow, groups, granularity, parts),
     )
     solving = feed.batches.first(recipe.closed_form.batches)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -21,17 +22,22 @@ class Budget:
     bound: float
 
 
+def require_solver() -> None:
+    """Raises MissingExtraError without scipy: before minutes of probing, not after."""
+    if find_spec("scipy") is None:
+        raise MissingExtraError("scipy", "auto")
+
+
 def solve(
     losses: Sequence[Sequence[float]], budgets: Sequence[Budget], count: int = 1, apart: int = 1
 ) -> list[tuple[int, ...]]:
     """The `count` best choices, best first, each different from the others in `apart` parts or more; fewer when no more
     fit, none when nothing does. Raises MissingExtraError without scipy.
     """
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise MissingExtraError("scipy", "auto") from error
+    require_solver()
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     owner = np.repeat(np.arange(len(losses)), [len(row) for row in losses])
     start = np.concatenate([[0], np.cumsum([len(row) for row in losses])[:-1]])
     size = len(owner)

@@ -86,8 +86,9 @@ def export(
     wanted = _parse(stateful)
     with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
         module = frozen(graph_module)
-        WriteOutAttention(_probes(signature, train_length))(module)
         threaded, note = _thread(module, signature, wanted)
+        if threaded is None:
+            WriteOutAttention(_probes(signature, train_length))(module)
         names = output_names(module)
         states: tuple[InputSpec, ...] = threaded.meta["states"] if threaded is not None else ()
         inputs = (*signature.inputs, *states)

@@ -16,6 +16,7 @@ from torch import fx
 
 from thesean.deploy.session import Session
 from thesean.passes.chunks import join, run_in_chunks, split_inputs
+from thesean.passes.reach import reach
 from thesean.passes.signature import Signature
 from thesean.passes.thread_state import leaf_values, zero_states
 
@@ -99,7 +100,8 @@ def compare_chunks(
     longest: int | None,
 ) -> list[Check]:
     """Chunks with the state carried against the whole sequence, in onnxruntime and in torch."""
-    batch, length = _CHUNKED[0], min(_CHUNKED[1], longest or _CHUNKED[1])
+    batch, length = _CHUNKED[0], max(_CHUNKED[1], reach(module.graph) + 2)
+    length = min(length, longest or length)
     chunks = _cut(length)
     sizes = Sizes(batch=batch, length=length)
     inputs = signature.random_inputs(sizes.of(signature), seed=2)

@@ -24,12 +24,17 @@ from torch.utils import _pytree as pytree
 
 from thesean.errors import CaptureError, DataError
 from thesean.passes.functionalise import Functionalise, writes
+from thesean.passes.graph import mark_constants
 from thesean.passes.opaque_cells import OpaqueCells, SplitLayers
+from thesean.passes.positions import table_rows
+from thesean.passes.reach import reach
 from thesean.passes.signature import Signature
 from thesean.passes.signature_of import signature_of
 from thesean.passes.simplify import Simplify
 
 logger = logging.getLogger(__name__)
+
+_PROBE, _LONGEST_PROBE = 11, 1025  # tokens
 
 aten = torch.ops.aten
 
@@ -71,13 +76,19 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
 
 
 def probe_sizes(captured: Captured) -> dict[str, int]:
-    """Small sizes for probing: a length that no static dimension has, so that dimensions can be told apart."""
+    """Small sizes for probing: a length that no static dimension has, so that dimensions can be told apart, and longer
+    than the kernels reach, as far as the guide's position table allows.
+    """
     static: set[int] = set()
     for node in captured.graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             static.update(int(d) for d in value.shape if not isinstance(d, torch.SymInt))
-    length = next(n for n in (11, 13, 7, 17, 19, 23, 29, 31, 37, 41, 43) if n not in static)
+    most = min(table_rows(captured.graph_module) or _LONGEST_PROBE, _LONGEST_PROBE)
+    least = min(max(_PROBE, reach(captured.graph_module.graph) + 2), most)
+    # odd ones first: a length that is twice a width is told apart less well
+    lengths = [*range(least | 1, most + 1, 2), *range(least, 1, -1)]
+    length = next((n for n in lengths if n not in static), least)
     return {name: 2 if name.startswith("batch") else length for name in captured.signature.symbols}
 
 
@@ -91,6 +102,7 @@ def _captured(
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|copyreg)\b")
             exported = exported.run_decompositions({})
         graph_module = _plain_graph(exported, list(inputs), eager)
+    mark_constants(graph_module.graph)
     return Captured(graph_module=graph_module, signature=signature_of(graph_module, inputs, eager), example=inputs)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from thesean.passes.graph import attribute
+from thesean.passes.graph import attribute, constants_of
 from thesean.passes.signature import Signature
 from thesean.targets.base import PartFacts, TargetModule
 
@@ -20,19 +22,43 @@ aten = torch.ops.aten
 
 def count_params(graph_module: fx.GraphModule, nodes: Iterable[fx.Node]) -> int:
     """Parameters that these nodes read, each once."""
-    paths = {str(i.target) for n in nodes for i in n.all_input_nodes if i.op == "get_attr"}
+    paths = {str(c.target) for n in nodes for i in n.all_input_nodes for c in constants_of(i)}
     tensors = {id(t): t for t in (attribute(graph_module, p) for p in paths) if isinstance(t, torch.nn.Parameter)}
     return sum(t.numel() for t in tensors.values())
 
 
 class Sizes(dict[str, int]):
-    """Sizes of dynamic dimensions by name; one that was made by flattening, "batch*time", is their product."""
+    """Sizes of dynamic dimensions by name; one that was made of them, "batch*time" or "time//2 + 1", is computed."""
 
     def __missing__(self, name: str) -> int:
-        factors = name.split("*")
-        if len(factors) < 2:
-            raise KeyError(name)
-        return math.prod(int(f) if f.isdigit() else self[f] for f in factors)
+        try:
+            return self._value(ast.parse(name.strip(), mode="eval").body)
+        except (SyntaxError, TypeError) as error:
+            raise KeyError(name) from error
+
+    def _value(self, node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(value)):
+                return value
+            case ast.Name(id=name) if name in self:
+                return self[name]
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._value(operand)
+            case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
+                return _OPERATORS[type(sign)](self._value(left), self._value(right))
+            case ast.Call(func=ast.Name(id=name), args=arguments) if name in _FUNCTIONS:
+                return int(_FUNCTIONS[name](*map(self._value, arguments)))
+        raise KeyError(ast.unparse(node))
+
+
+# what torch writes sizes with
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
+_FUNCTIONS: dict[str, Callable[..., int]] = {
+    "Max": max, "Min": min, "Mod": operator.mod, "PythonMod": operator.mod, "FloorDiv": operator.floordiv,
+}  # fmt: skip
 
 
 class _FlopInterpreter(fx.Interpreter):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,7 +17,15 @@ from thesean.passes.capture import Captured
 from thesean.passes.drafter import Draft, Drafter
 from thesean.passes.flow import Flow, data_flow
 from thesean.passes.merge import Group, merge_by_count, merge_to_count, most_changing, regroup, singles
-from thesean.passes.partition import GRANULARITIES, Granularity, NamedRegion, no_match, partition, read_by_several
+from thesean.passes.partition import (
+    GRANULARITIES,
+    Granularity,
+    NamedRegion,
+    matches,
+    no_match,
+    partition,
+    read_by_several,
+)
 from thesean.passes.plan import KEEP, Plan, PlannedPart
 from thesean.passes.regions import module_regions
 from thesean.passes.tap import tap
@@ -61,11 +68,11 @@ def make_draft(
     explicit = not isinstance(target, (str, Target))
     targets: dict[str, Target | None] = {}
     for group in groups:
-        match = next((t for glob, t in mapping.items() if _matches(group, glob)), KEEP)
-        kept = match == KEEP or any(_matches(group, g) for g in keep)
+        match = next((t for glob, t in mapping.items() if group_matches(group, glob)), KEEP)
+        kept = match == KEEP or any(group_matches(group, g) for g in keep)
         targets[group.path] = None if kept else resolve(match)
     for glob in [*keep, *(mapping if explicit else ())]:
-        if not any(_matches(g, glob) for g in groups):
+        if not any(group_matches(g, glob) for g in groups):
             paths = [g.path for g in groups]
             raise PlanError(f"{'keep' if glob in keep else 'target'}: {no_match(glob, paths)}")
     settings = settings_of(flow, groups, granularity, parts)
@@ -134,10 +141,10 @@ def _fine_enough(
     """A mapping whose globs name halves of blocks ("*attn*") asks for a finer granularity."""
     for finer in GRANULARITIES[GRANULARITIES.index(granularity) :]:
         chosen = partition(flow, finer)
-        if all(any(_path_matches(c.path, glob) for c in chosen) for glob in target):
+        if all(any(matches(c.path, glob) for c in chosen) for glob in target):
             return chosen, finer
     known = [*(c.path for c in partition(flow, granularity)), *(c.path for c in chosen), *module_regions(flow)]
-    missing = next(g for g in target if not any(_path_matches(c.path, g) for c in chosen))
+    missing = next(g for g in target if not any(matches(c.path, g) for c in chosen))
     raise PlanError(f"target: {no_match(missing, list(dict.fromkeys(known)))}")
 
 
@@ -150,13 +157,9 @@ def find_groups(
     return merge_by_count(flow, chosen, merge) if merge is not None else singles(chosen)
 
 
-def _path_matches(path: str, glob: str) -> bool:
-    return fnmatchcase(path, glob) or path == glob
-
-
-def _matches(group: Group, glob: str) -> bool:
+def group_matches(group: Group, glob: str) -> bool:
     """A merged part is matched by its own name, or when all of its members are."""
-    return _path_matches(group.path, glob) or all(_path_matches(m.path, glob) for m in group.members)
+    return matches(group.path, glob) or all(matches(m.path, glob) for m in group.members)
 
 
 @torch.no_grad()
@@ -198,7 +201,7 @@ def _why(
                 drafter.part(group, targets[group.path], member)
             except TargetMismatchError as error:
                 return f"{error} So it is with every part; choose another target or scope, or other parts=[...]."
-    return "every part is kept. Check keep=."
+    return "no part has a target. Check keep= and the globs of target=."
 
 
 def kept_members(captured: Captured, groups: Sequence[Group], keeps: Mapping[str, str]) -> list[NamedRegion]:

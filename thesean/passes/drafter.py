@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from thesean.errors import TargetMismatchError
+from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.capture import Captured, probe_sizes
 from thesean.passes.cost import Sizes, count_params, flops_by_node, remaining_params
 from thesean.passes.flow import Flow
@@ -20,7 +20,7 @@ from thesean.passes.plan import KEEP, Plan, PlannedPart
 from thesean.passes.probe import is_channels_first, probe_mixing
 from thesean.passes.regions import Region
 from thesean.passes.remove import freed_params
-from thesean.passes.sites import Site, Surveyor, dropped_inputs, ends_of, outline_site
+from thesean.passes.sites import Site, Surveyor, check_built, dropped_inputs, ends_of, outline_site
 from thesean.targets import Target, TargetModule
 
 
@@ -104,6 +104,8 @@ class Drafter:
         with torch.random.fork_rng(devices=[]):
             for site in sites:
                 module = outline_site(site)
+                if site.target.build is not None:
+                    check_built(site, module, self.values)
                 params += sum(p.numel() for p in module.parameters())
                 if isinstance(module, TargetModule):
                     ops += module.flops(site.facts, Sizes(self.sizes))
@@ -111,12 +113,18 @@ class Drafter:
         return replace(row, new_params=params, new_flops=ops, freed_params=freed)
 
     def draft(self, parts: Sequence[DraftPart], settings: Plan) -> Draft:
-        """All parts together, in order, with the totals; `settings` carries how the parts were found."""
+        """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError
+        for two builders of one name.
+        """
+        builders = [p.target for p in parts if p.target is not None and p.target.build is not None]
+        for target in builders:
+            if any(other.name == target.name and other.build is not target.build for other in builders):
+                raise PlanError(f"two targets with builders of their own are named {target.name!r}. Rename one.")
         rows = tuple(p.planned for p in parts)
         params = sum({id(p): p.numel() for p in self.graph_module.parameters()}.values())
         flops = sum(self.flops.values())
         # not a sum over parts: they may share parameters, and a table that several read goes with the last of them
-        left = remaining_params(self.graph_module, dict(ends_of(s) for p in parts for s in p.sites))
+        left = remaining_params(self.graph_module, dict(ends_of([s for p in parts for s in p.sites])))
         built = sum(
             p.planned.new_params - count_params(self.graph_module, self._stays(p.region, p.sites))
             for p in parts
@@ -130,7 +138,7 @@ class Drafter:
             flops=flops,
             new_params=left + built,
             new_flops=flops + sum(r.new_flops - r.flops for r in rows if not r.kept),
-            builders={p.target.name: p.target for p in parts if p.target is not None and p.target.build is not None},
+            builders={target.name: target for target in builders},
         )
         return Draft(plan=plan, captured=self.captured, parts=tuple(parts))
 

@@ -38,6 +38,23 @@ def is_write(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def mark_constants(graph: fx.Graph) -> None:
+    """`meta["constant"]` for what is computed from parameters and buffers alone, such as a transposed weight."""
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and inputs and all(i.op == "get_attr" or "constant" in i.meta for i in inputs):
+            node.meta["constant"] = True
+
+
+def constants_of(node: fx.Node) -> set[fx.Node]:
+    """The get_attr nodes that a constant is computed from; none for what an input's values or sizes flow into."""
+    if node.op == "get_attr":
+        return {node}
+    if "constant" not in node.meta:
+        return set()
+    return {c for i in node.all_input_nodes for c in constants_of(i)}
+
+
 def owner(node: fx.Node) -> str:
     """The path of the module whose forward made this node; "" for the root."""
     stack = node.meta.get("nn_module_stack")

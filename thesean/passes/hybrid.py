@@ -11,7 +11,7 @@ from thesean.passes.drafter import Draft
 from thesean.passes.regions import join_of
 from thesean.passes.remove import Remove
 from thesean.passes.sites import build_site, ends_of
-from thesean.passes.substitute import Substitute, clone, output_of
+from thesean.passes.substitute import Substitute, clean, clone
 from thesean.targets import PartFacts, TargetModule
 
 
@@ -67,22 +67,27 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
     replacements: list[Replacement] = []
     joins: list[tuple[fx.Node, fx.Node] | None] = []
     prefix = _free_prefix(guide)
-    ends: dict[str, str] = {}  # a branch that is taken out ends where its sum did
+    ends = iter(ends_of([s for p in parts for s in p.sites]))
+    outs: list[list[tuple[fx.Node, str]]] = []  # of each part: outputs in the hybrid, what they were in the guide
     for k, part in enumerate(parts):
+        outs.append([])
         for i, site in enumerate(part.sites):
             name = f"{prefix}_{k}" if len(part.sites) == 1 else f"{prefix}_{k}_{i}"
             module = build_site(site)
             copied: tuple[str, ...] = ()
             if copy_weights and isinstance(module, TargetModule):
                 copied = module.copy_from(site.facts)
-            guide_exit, guide_entry = ends_of(site)
+            guide_exit, guide_entry = next(ends)
             region = site.region.translate(by_name)
             entry = by_name[guide_entry.name]
-            cut = Remove if site.removes else Substitute
-            cut(site.facts.path, region, name, module)(graph_module)
-            out = output_of(graph_module, name)
-            ends[site.region.exit.name] = guide_exit.name
+            cut: Remove | Substitute
+            if site.removes:
+                cut = Remove(site.facts.path, region, name, module, (by_name[guide_exit.name], entry))
+            else:
+                cut = Substitute(site.facts.path, region, name, module)
+            out = cut.cut(graph_module)
             by_name[guide_exit.name] = out  # later regions and boundaries mean the replacement's output
+            outs[-1].append((out, guide_exit.name))
             joins.append(None if site.removes else join_of(site.region))
             replacements.append(
                 Replacement(
@@ -99,11 +104,17 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
                     copied=copied,
                 )
             )
+    clean(graph_module)
+    graph_module.recompile()
+    graph_module.graph.lint()
     # only now: the sum of one replacement may read the output of another
     alive = set(graph_module.graph.nodes)
-    replacements = [_with_join(r, j, by_name, alive) for r, j in zip(replacements, joins, strict=True)]
-    exits = [ends.get(p.region.exit.name, p.region.exit.name) for p in parts]
-    boundaries = tuple((by_name[exit_].name, exit_) for exit_ in exits)
+    named = {n.name for n in alive}
+    # of two parallel branches that were both dropped, the first one's stand-in went with the second
+    replacements = [
+        _with_join(r, j, by_name, alive) for r, j in zip(replacements, joins, strict=True) if r.exit in named
+    ]
+    boundaries = tuple(_boundary(p.region.exit.name, outs[k:], by_name, alive) for k, p in enumerate(parts))
     graph_module.meta["symbols"] = guide.meta["symbols"]
     return Hybrid(
         graph_module=graph_module,
@@ -111,6 +122,18 @@ def build_hybrid(draft: Draft, count: int | None = None, copy_weights: bool = Tr
         boundaries=boundaries,
         parts=tuple(p.planned.path for p in parts),
     )
+
+
+def _boundary(
+    exit_: str, outs: list[list[tuple[fx.Node, str]]], by_name: dict[str, fx.Node], alive: set[fx.Node]
+) -> tuple[str, str]:
+    """Where a part ends, in the hybrid and in the guide: a branch that was dropped ends where its sum did. `outs` are
+    those of the part and of the later ones.
+    """
+    if by_name[exit_] in alive:
+        return by_name[exit_].name, exit_
+    later = [pair for row in outs for pair in reversed(row) if pair[0] in alive]
+    return later[0][0].name, later[0][1]
 
 
 def _free_prefix(guide: fx.GraphModule) -> str:

@@ -227,6 +227,12 @@ def _explicit(flow: Flow, globs: Sequence[str]) -> list[NamedRegion]:
     return [NamedRegion(path=p, region=r) for p, r in ordered]
 
 
+def matches(path: str, glob: str) -> bool:
+    """A glob names a part by its path, or by that of a module around it: "h.0" is all halves of h.0."""
+    above = [path[:at] for at, letter in enumerate(path) if letter in ".#" and path[:at]]
+    return any(fnmatchcase(p, glob) or p == glob for p in (path, *above))
+
+
 def no_match(glob: str, paths: object) -> str:
     """The glob, what there is, and the nearest name."""
     return str(unknown_name("part", glob, list(paths) or ["none"])).replace("unknown part", "no part matches")  # type: ignore[call-overload]

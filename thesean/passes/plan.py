@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +11,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from thesean.errors import PlanError
-from thesean.passes.partition import Granularity, no_match
+from thesean.passes.partition import Granularity, matches, no_match
 from thesean.targets import Target, resolve
 from thesean.targets.base import Scope
 
 KEEP = "keep"
+
+_EDITED = "edited: what the new targets cost is counted when the plan is compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +134,19 @@ class Plan:
     def edit(self, glob: str, target: str | Target) -> Plan:
         """A copy in which the parts that `glob` matches become `target` ("keep" to leave them to the guide).
 
-        Figures of the replacement are made anew by `compile` or `thesean.plan`; latencies and notes, which are about
-        the plan as it was, are dropped. Raises PlanError without a match.
+        Figures of a new target are made by `compile`; until then the part counts as it is in the guide. Latencies and
+        notes, which are about the plan as it was, are dropped. Raises PlanError without a match.
         """
-        if not any(fnmatchcase(p.path, glob) for p in self.parts):
+        if not any(matches(p.path, glob) for p in self.parts):
             raise PlanError(f"edit: {no_match(glob, [p.path for p in self.parts])}")
         chosen = None if target == KEEP else resolve(target)
         fields: dict[str, Any] = {
             "target": KEEP,
             "options": {},
             "scope": None,
+            "keeps": None,
+            "replaces": (),
+            "drops": (),
             "new_params": 0,
             "new_flops": 0,
             "freed_params": 0,
@@ -153,8 +157,19 @@ class Plan:
             fields |= {"target": chosen.name, "options": dict(chosen.options), "scope": chosen.scope}
             if chosen.build is not None:
                 builders[chosen.name] = chosen
-        parts = tuple(replace(p, **fields) if fnmatchcase(p.path, glob) else p for p in self.parts)
-        return replace(self, parts=parts, builders=builders, latencies=(), notes=())
+        edited = [p for p in self.parts if matches(p.path, glob)]
+        parts = tuple(replace(p, **fields) if p in edited else p for p in self.parts)
+        undone = [p for p in edited if not p.kept]
+        return replace(
+            self,
+            parts=parts,
+            builders=builders,
+            latencies=(),
+            candidates=(),
+            notes=(_EDITED,) if chosen is not None else (),
+            new_params=self.new_params - sum(p.new_params - p.params - p.freed_params for p in undone),
+            new_flops=self.new_flops - sum(p.new_flops - p.flops for p in undone),
+        )
 
     def draw(self, path: str | Path) -> Path:
         """A picture, guide above and target below, as .svg or, with matplotlib, .png. Raises PlanError for another
@@ -165,15 +180,24 @@ class Plan:
         return draw(self, Path(path))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """YAML text, written to `path` if given. Edit `target`, `options` and `scope`; the rest is information."""
+        """YAML text, written to `path` if given. Edit `target`, `options` and `scope`; the rest is information.
+
+        Raises PlanError for a path that can't be written.
+        """
         data = {k: v for k, v in asdict(replace(self, builders={})).items() if k != "builders"}
         data["part_globs"] = list(self.part_globs) if self.part_globs is not None else None
         data["parts"] = [{k: list(v) if isinstance(v, tuple) else v for k, v in row.items()} for row in data["parts"]]
         data["notes"] = list(self.notes)
         data |= {k: list(data[k]) for k in ("latencies", "candidates")}
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        try:
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        except yaml.YAMLError as error:
+            raise PlanError(f"an option of a target can't be written as YAML: {error}. Use plain numbers.") from error
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise PlanError(f"can't write the plan {path}: {error.strerror or error}.") from error
         return text
 
     @staticmethod
@@ -189,7 +213,10 @@ class Plan:
             raise PlanError(f"the plan is not YAML: {str(error).splitlines()[0]}.") from error
         except ValidationError as error:
             first = error.errors()[0]
-            raise PlanError(f"plan field {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+            where = ".".join(map(str, first["loc"]))
+            if not where:
+                raise PlanError("the plan is YAML, but not a mapping with parts. Write one with to_yaml.") from error
+            raise PlanError(f"plan field {where}: {first['msg']}.") from error
         fields: dict[str, Any] = data.model_dump()
         rows: list[dict[str, Any]] = [
             {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in fields.pop("parts")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thesean.passes.picture import CHARACTER, Arrow, Box, Picture, Text, check_format
-from thesean.passes.plan_table import count, place_of, target_of
+from thesean.passes.plan_table import count, place_of, replaced_inside, target_of
 
 if TYPE_CHECKING:
     from thesean.passes.plan import Plan, PlannedPart
@@ -142,7 +142,9 @@ def _legend(
         x = text.x + text.width + 18
     timed = _timed(plan)
     figure = f"milliseconds ({place_of(plan.latencies[0])})" if timed else "parameters"
-    told = f"guide above, target below; the taller, the more {figure}"
+    told = f"guide above, target below; the taller, the more {figure}" + (
+        "; the rest has no scale" if _rest(plan) else ""
+    )
     texts.append(Text(x=_MARGIN, y=y + 31, words=told, size=_SIZE, centred=False))
     return y + 48
 
@@ -156,7 +158,8 @@ def _cell(part: PlannedPart, timed: bool) -> _Cell:
     if part.kept:
         below, after, ms = ["kept"], part.params, part.latency_ms
     else:
-        below = [target_of(part), *_figures(part.new_params, part.new_flops, part.new_latency_ms)]
+        figures = _figures(part.new_params, part.new_flops, part.new_latency_ms)
+        below = [target_of(part), *filter(None, [replaced_inside(part)]), *figures]
         after, ms = part.new_params, part.new_latency_ms
     return _Cell(
         path=part.path,

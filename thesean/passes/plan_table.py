@@ -150,12 +150,19 @@ def target_of(part: PlannedPart) -> str:
     return part.target + (f"({options})" if options else "")
 
 
+def replaced_inside(part: PlannedPart) -> str:
+    """ "replaces attn" where a target takes the place of some of a part; nothing where it takes all of it."""
+    if not part.replaces or part.replaces == (part.path,):
+        return ""
+    return "replaces " + ", ".join(r.removeprefix(part.path + ".") for r in part.replaces)
+
+
 def _note(part: PlannedPart, common: bool) -> str:
     notes = []
     if part.keeps is not None:
         notes.append(f"of {len(part.members)} parts keeps {part.keeps}")
-    if part.replaces and part.replaces != (part.path,):
-        notes.append("replaces " + ", ".join(r.removeprefix(part.path + ".") for r in part.replaces))
+    if inner := replaced_inside(part):
+        notes.append(inner)
     if part.drops and not common:
         notes.append("drops " + ", ".join(part.drops))
     return "; ".join(notes)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from thesean.passes.flow import SOURCE, Flow, Vertex, immediate_dominators
-from thesean.passes.graph import calls_of, owner
+from thesean.passes.graph import calls_of, constants_of, owner
 
 aten = torch.ops.aten
 
@@ -91,7 +91,7 @@ def _is_matrix(node: fx.Node) -> bool:
         if not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]
-    return node.op == "get_attr" and getattr(node.meta.get("val"), "ndim", 0) >= 2
+    return any(getattr(n.meta.get("val"), "ndim", 0) >= 2 for n in constants_of(node))
 
 
 _PICKS = {aten.index.Tensor, aten.index_select.default, aten.to.dtype, aten._to_copy.default, aten.numpy_T.default}
@@ -110,13 +110,20 @@ def is_single_entry_single_exit(flow: Flow, region: Region) -> bool:
 
 def join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:
     """(sum, stream) where the exit's only use is `stream + exit`: the region is a branch beside a residual stream."""
-    users = list(region.exit.users)
+    return sum_of(region.exit)
+
+
+def sum_of(branch: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(sum, other) where a node's only use is the sum of it and another one, which enters as it is."""
+    users = list(branch.users)
     if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.add_.Tensor):
         return None
-    others = [a for a in users[0].args[:2] if a is not region.exit]
+    others = [a for a in users[0].args[:2] if a is not branch]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
-    stream, have = others[0].meta.get("val"), region.exit.meta.get("val")
+    if users[0].kwargs.get("alpha", 1) != 1 and users[0].args[1] is others[0]:
+        return None
+    stream, have = others[0].meta.get("val"), branch.meta.get("val")
     same = isinstance(stream, torch.Tensor) and isinstance(have, torch.Tensor) and stream.ndim == have.ndim
     return (users[0], others[0]) if same else None
 

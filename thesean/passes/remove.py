@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,9 @@ from torch import fx, nn
 
 from thesean.errors import PassRefused
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph import attribute, erase_dead
-from thesean.passes.regions import Region, join_of, same_shape
-from thesean.passes.substitute import clone, drop_unread
+from thesean.passes.graph import attribute, constants_of
+from thesean.passes.regions import Region, is_linear_map, same_shape, sum_of
+from thesean.passes.substitute import clean, clone
 
 if TYPE_CHECKING:
     from thesean.passes.drafter import Draft
@@ -31,16 +32,23 @@ class Remove(Pass):
     region: Region
     name: str = ""
     module: nn.Module | None = None
+    ends: tuple[fx.Node, fx.Node] | None = None  # where earlier removals decide: what goes, what takes its place
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if self.region.exit.graph is not graph_module.graph:
             raise PassRefused(f"{self.path}: the region belongs to another graph. Plan again for this one.")
-        if self.module is not None and removal(self.region) is None:
+        if self.module is not None and self.ends is None and removal(self.region) is None:
             raise PassRefused(f"{self.path}: expected a part that keeps the shape, found one that changes it.")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        self.cut(graph_module)
+        clean(graph_module)
+        return PassResult(graph_module=graph_module, modified=True)
+
+    def cut(self, graph_module: fx.GraphModule) -> fx.Node:
+        """Rewire alone, and the node that stands where the part was: for many cuts that are cleaned up after once."""
         graph = graph_module.graph
-        found = removal(self.region)
+        found = self.ends or removal(self.region)
         removed, kept = found if found is not None else (self.region.exit, _zeros(graph, self.region))
         out = kept
         if self.module is not None:
@@ -50,17 +58,49 @@ class Remove(Pass):
             out.meta = {k: v for k, v in removed.meta.items() if k in ("val", "nn_module_stack")}
         removed.replace_all_uses_with(out)
         graph.erase_node(removed)
-        erase_dead(graph)
-        drop_unread(graph_module)
-        return PassResult(graph_module=graph_module, modified=True)
+        return out
 
 
-def removal(region: Region) -> tuple[fx.Node, fx.Node] | None:
-    """(what goes, what takes its place): the sum and its stream, or exit and entry; None where the shapes differ."""
-    joined = join_of(region)
-    if joined is not None and same_shape(*joined):
-        return joined
+Ends = tuple[fx.Node, fx.Node]
+
+
+def removal(region: Region, gone: Mapping[fx.Node, fx.Node] | None = None) -> Ends | None:
+    """(what goes, what takes its place): the sum that the region is added in and the other side of it, where the
+    stream that the region reads enters a sum with it; else exit and entry; None where the shapes differ.
+
+    Between the stream and the region may be a norm, but no linear map. `gone` are earlier removals: a sum whose other
+    branch went is the branch itself.
+    """
+    innermost: Ends | None = None
+    end = region.exit
+    while (joined := sum_of(end)) is not None:
+        total, other = joined
+        if gone is not None and gone.get(total) is end:
+            end = total
+            continue
+        innermost = innermost or joined
+        if _reads_lightly(region.entry, other):
+            return innermost if same_shape(*innermost) else None
+        end = total
     return (region.exit, region.entry) if same_shape(region.exit, region.entry) else None
+
+
+def _reads_lightly(entry: fx.Node, stream: fx.Node) -> bool:
+    """Whether `entry` is `stream`, or made of it alone and without a linear map."""
+    front, seen, found = [entry], {entry}, False
+    while front:
+        node = front.pop()
+        if node is stream:
+            found = True
+            continue
+        if node.op != "call_function" or is_linear_map(node):
+            return False
+        for above in node.all_input_nodes:
+            value = above.meta.get("val")
+            if above not in seen and isinstance(value, (torch.Tensor, tuple, list)) and not constants_of(above):
+                seen.add(above)
+                front.append(above)
+    return found
 
 
 def freed_params(graph_module: fx.GraphModule, region: Region) -> int:
@@ -81,22 +121,21 @@ def freed_params(graph_module: fx.GraphModule, region: Region) -> int:
 
 def without_parts(draft: Draft) -> fx.GraphModule:
     """A copy of the guide without what the plan replaces: no replacement can be faster. It computes nothing useful."""
-    graph_module = clone(draft.captured.graph_module)
+    guide = draft.captured.graph_module
+    graph_module = clone(guide)
     by_name = {n.name: n for n in graph_module.graph.nodes}
-    for part in draft.parts:
-        for site in part.sites if part.target is not None else ():
-            region = site.region.translate(by_name)
-            found = removal(region)
-            Remove(site.facts.path, region)(graph_module)
-            if found is not None:
-                gone, kept = found
-                for name in [n for n, node in by_name.items() if node is gone]:
-                    by_name[name] = kept  # later regions begin where this one ended
-            else:
-                by_name[site.region.exit.name] = next(
-                    n for n in graph_module.graph.nodes if n.meta.get("removed") == region.exit.name
-                )
-    graph_module.meta["symbols"] = draft.captured.graph_module.meta["symbols"]
+    gone: dict[fx.Node, fx.Node] = {}
+    for site in [s for part in draft.parts if part.target is not None for s in part.sites]:
+        found = removal(site.region, gone)
+        if found is not None:
+            gone[found[0]] = found[1]
+        ends = (by_name[found[0].name], by_name[found[1].name]) if found is not None else None
+        out = Remove(site.facts.path, site.region.translate(by_name), ends=ends).cut(graph_module)
+        by_name[found[0].name if found is not None else site.region.exit.name] = out  # later regions begin there
+    clean(graph_module)
+    graph_module.recompile()
+    graph_module.graph.lint()
+    graph_module.meta["symbols"] = guide.meta["symbols"]
     return graph_module
 
 
@@ -113,5 +152,4 @@ def _zeros(graph: fx.Graph, region: Region) -> fx.Node:
         zero = graph.call_function(aten.new_zeros.default, (region.entry, [1] * len(shape)))
         zeros = graph.call_function(aten.expand.default, (zero, sizes))
     zeros.meta = {k: v for k, v in region.exit.meta.items() if k in ("val", "nn_module_stack")}
-    zeros.meta["removed"] = region.exit.name
     return zeros

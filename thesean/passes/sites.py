@@ -117,16 +117,46 @@ def build_site(site: Site) -> torch.nn.Module:
     return module.to(value.device) if isinstance(value, torch.Tensor) else module
 
 
+@torch.no_grad()
+def check_built(site: Site, module: torch.nn.Module, values: dict[fx.Node, Any]) -> None:
+    """A user's module is run once on the part's recorded input. Raises TargetMismatchError."""
+    wanted = tuple(values[site.region.exit].shape)
+    try:
+        y = module.eval()(values[site.region.entry].cpu())
+    except Exception as error:
+        problem = f"one that raises {type(error).__name__}: {error}"
+    else:
+        y = y[0] if isinstance(y, tuple) else y
+        found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        problem = "" if found == wanted else f"one that gives {found}"
+    if problem:
+        raise site.facts.mismatch(
+            site.target.name,
+            found=problem,
+            expected=f"a module that takes {tuple(values[site.region.entry].shape)} to {wanted}",
+            advice="Build it from part.input_shape and part.output_shape.",
+        )
+
+
 def outline_site(site: Site) -> torch.nn.Module:
     """The module's shapes alone, to count: a family's weights are not drawn."""
     with torch.device("meta" if site.target.build is None else "cpu"):
         return build_module(site.target, site.facts)
 
 
-def ends_of(site: Site) -> tuple[fx.Node, fx.Node]:
-    """(exit, entry): the guide's nodes that the replacement's output and input stand for."""
-    found = removal(site.region) if site.removes else None
-    return found if found is not None else (site.region.exit, site.region.entry)
+def ends_of(sites: Sequence[Site]) -> list[tuple[fx.Node, fx.Node]]:
+    """(exit, entry) of each site: the guide's nodes that its replacement's output and input stand for.
+
+    In order: where two parallel branches are dropped, the second one takes with it the sum that the first one left.
+    """
+    found: list[tuple[fx.Node, fx.Node]] = []
+    gone: dict[fx.Node, fx.Node] = {}
+    for site in sites:
+        ends = removal(site.region, gone) if site.removes else None
+        if ends is not None:
+            gone[ends[0]] = ends[1]
+        found.append(ends or (site.region.exit, site.region.entry))
+    return found
 
 
 def dropped_inputs(sites: Sequence[Site]) -> tuple[str, ...]:

@@ -36,6 +36,12 @@ class Substitute(Pass):
             raise PassRefused(f"{self.path}: expected one entry and one exit, found more. Split it with parts=[...].")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        self.cut(graph_module)
+        clean(graph_module)
+        return PassResult(graph_module=graph_module, modified=True)
+
+    def cut(self, graph_module: fx.GraphModule) -> fx.Node:
+        """Rewire alone, and the node that holds the module's output: for many cuts that are cleaned up after once."""
         graph, region = graph_module.graph, self.region
         graph_module.add_submodule(self.name, self.module)
         with graph.inserting_after(region.exit):
@@ -47,11 +53,7 @@ class Substitute(Pass):
         out.meta = {k: v for k, v in region.exit.meta.items() if k in ("val", "nn_module_stack")}
         call.meta["nn_module_stack"] = region.exit.meta.get("nn_module_stack", {})
         region.exit.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)
-        # With the exit all of the region is dead, and what took no more than a size of it. Where such a size is read
-        # elsewhere, it stays, and what it was taken of.
-        erase_dead(graph)
-        drop_unread(graph_module)
-        return PassResult(graph_module=graph_module, modified=True)
+        return out
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         super().ensures(graph_module)
@@ -81,6 +83,16 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in new.graph.find_nodes(op="get_attr"):
         node.meta["val"] = attribute(new, str(node.target))
     return new
+
+
+def clean(graph_module: fx.GraphModule) -> None:
+    """Erase what nothing reads any more, nodes and parameters.
+
+    With its exit all of a region is dead, and what took no more than a size of it. Where such a size is read elsewhere,
+    it stays, and what it was taken of.
+    """
+    erase_dead(graph_module.graph)
+    drop_unread(graph_module)
 
 
 def drop_unread(graph_module: fx.GraphModule) -> None:

@@ -19,6 +19,7 @@ from thesean.passes.capture import evaluating
 from thesean.passes.chunks import Difference, join, run_in_chunks, same_in_chunks
 from thesean.passes.graph import erase_dead, leaf_nodes, owner, record
 from thesean.passes.positions import Counter, Table, counters, prefix_dim, table_rows, tables
+from thesean.passes.reach import reach
 from thesean.passes.signature import InputSpec, Signature
 
 aten = torch.ops.aten
@@ -146,7 +147,7 @@ class ThreadState(Pass):
     @torch.no_grad()
     def _check(self, stateless: fx.GraphModule, threaded: fx.GraphModule) -> None:
         """Single steps with state against the stateless graph on the whole sequence, node by node."""
-        length = min(_LENGTH, table_rows(stateless) or _LENGTH)
+        length = _long_enough(stateless)
         # rows would interleave where a node flattens batch and time
         sizes = {s: 1 if s.startswith("batch") else length for s in self.signature.symbols}
         inputs = self.signature.random_inputs(sizes, device=_device(stateless))
@@ -164,7 +165,7 @@ class ThreadState(Pass):
 
     def _specs(self, graph_module: fx.GraphModule) -> dict[str, list[InputSpec]]:
         """Dtype and shape of each part's states, by the name of its call."""
-        length = min(_LENGTH, table_rows(graph_module) or _LENGTH)
+        length = _long_enough(graph_module)
         sizes = {s: _BATCH if s.startswith("batch") else length for s in self.signature.symbols}
         values = record(graph_module, self.signature.random_inputs(sizes, device=_device(graph_module)))
         specs: dict[str, list[InputSpec]] = {}
@@ -180,6 +181,12 @@ class ThreadState(Pass):
                 specs[call.name].append(InputSpec(name=f"{STATE_IN}{count}", dtype=state.dtype, shape=shape))
                 count += 1
         return specs
+
+
+def _long_enough(graph_module: fx.GraphModule) -> int:
+    """Steps in which a kernel that looks far along time is seen."""
+    length = max(_LENGTH, reach(graph_module.graph) + 2)
+    return min(length, table_rows(graph_module) or length)
 
 
 def zero_states(threaded: fx.GraphModule, batch: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from thesean.errors import MissingExtraError
+from thesean.errors import DataError, MissingExtraError
 
 _COLUMNS = 120  # of a terminal: wider tables number their columns
 _ANNOTATED = 16  # layers a side up to which a heatmap prints its values
@@ -99,7 +99,10 @@ class Comparison:
                     axes.text(j, i, _number(value, 2), ha="center", va="center", color=colour, fontsize="small")
         figure.colorbar(image, ax=axes, label=self.measure)
         path = Path(path)
-        figure.savefig(path, dpi=150)
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise DataError(f"can't write {path}: {error.strerror or error}.") from error
         return path
 
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from thesean.targets.base import Affine, AttentionFacts, Family, PartFacts, Target, TargetModule
+from thesean.targets.base import (
+    Affine,
+    AttentionFacts,
+    Family,
+    MLPFacts,
+    Options,
+    PartFacts,
+    State,
+    Target,
+    TargetModule,
+)
 from thesean.targets.registry import build_module, get_family, rebuild, register, resolve, targets
 
 __all__ = [
     "Affine",
     "AttentionFacts",
     "Family",
+    "MLPFacts",
+    "Options",
     "PartFacts",
+    "State",
     "Target",
     "TargetModule",
     "build_module",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from thesean.errors import ArtifactError, TargetMismatchError, unknown_name
+from thesean.errors import ArtifactError, TargetMismatchError, TheseanError, unknown_name
 from thesean.targets.base import Family, PartFacts, Target, TargetModule, parse_options
 from thesean.targets.entry_points import load_families
 
@@ -18,6 +18,11 @@ _discovered = False
 
 def register(family: Family) -> Family:
     """Make a family known by its name. Raises TargetMismatchError when another one has that name."""
+    if not isinstance(family, Family):
+        raise TargetMismatchError(
+            f"register: expected a Family, found {getattr(family, '__name__', type(family).__name__)}. Give "
+            "Family(name=..., summary=..., options=..., module=..., build=...)."
+        )
     _discover()
     return _add(family)
 
@@ -45,8 +50,13 @@ def resolve(target: str | Target) -> Target:
         target = Target(target)
     if not isinstance(target, Target):
         raise TargetMismatchError(f"expected a target's name or a Target, found {type(target).__name__}.")
-    if target.build is None:
-        parse_options(get_family(target.name), target.options)
+    family = get_family(target.name) if target.build is None else None
+    if target.scope not in (None, "mixing", "token-wise", "part") and (family is None or target.scope != family.scope):
+        raise TargetMismatchError(
+            f"target {target.name!r}: expected scope='mixing', 'token-wise' or 'part', found {target.scope!r}."
+        )
+    if family is not None:
+        parse_options(family, target.options)
     return target
 
 
@@ -57,7 +67,14 @@ def build_module(target: Target, part: PartFacts) -> nn.Module:
     LayerNorm, unless its options say otherwise. Raises TargetMismatchError with part, found, expected, next step.
     """
     if target.build is not None:
-        module = target.build(part)
+        try:
+            module = target.build(part)
+        except TheseanError:
+            raise
+        except Exception as error:
+            raise TargetMismatchError(
+                f"{part.path}: target {target.name!r}: build(part) raised {type(error).__name__}: {error}."
+            ) from error
         if not isinstance(module, nn.Module):
             raise part.mismatch(
                 target.name,
