@@ -38,13 +38,31 @@ def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on two examples of at least 3 tokens.
 
     Feature maps and vectors, which have no token dimension to probe, count as "bidirectional" and "none". Raises
-    PlanError where one example changes another's output.
+    PlanError where one example changes another's output. Regions that differ in nothing but their parameters' values
+    are probed once.
     """
     findings = values.findings if isinstance(values, Recorded) else {}
     key = ("mixing", region.entry, region.exit)
     if key not in findings:
-        findings[key] = _probe(region, values)
+        alike = ("mixing", _structure(region))
+        if alike not in findings:
+            findings[alike] = _probe(region, values)
+        findings[key] = findings[alike]
     return findings[key]
+
+
+def _structure(region: Region) -> str:
+    """Operators, wiring and all arguments; parameters by their shapes, any other outside node (a mask) by its name."""
+    index = {region.entry: "entry"} | {n: f"%{i}" for i, n in enumerate(region.nodes)}
+
+    def name(node: fx.Node) -> str:
+        value = node.meta.get("val")
+        if node.op == "get_attr" and isinstance(value, torch.nn.Parameter):
+            return f"parameter {tuple(value.shape)}"
+        return index.get(node, node.name)
+
+    rows = ((n.target, n.op, fx.map_arg(n.args, name), fx.map_arg(n.kwargs, name)) for n in region.nodes)
+    return repr([*rows, str(region.entry.meta["val"].shape)])
 
 
 def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
