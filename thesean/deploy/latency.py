@@ -24,6 +24,7 @@ CONTEXTS = (64, 512, 2048)
 
 _WARM_UP = 2
 _TURN_MS, _MOST = 3.0, 50
+_SECONDS = 2.0  # a file
 _LEAST = 5  # repeats below which a median says little, whatever they cost
 _LONG_MS = 200.0  # a call that takes this long has warmed itself up
 
@@ -108,9 +109,10 @@ def latency_of_models(
     file that onnxruntime can't load.
     """
     sessions = {name: Session(path, threads=1) for name, path in paths.items()}
+    seconds = _SECONDS * max(3, len(sessions))  # for all together: many files are no reason for few turns
     if all(s.startswith("batch") for s in signature.symbols):
         feeds = random_feeds(signature, batch, None)
-        forward = measure({n: _prefill(s, feeds) for n, s in sessions.items()}, repeats)
+        forward = measure({n: _prefill(s, feeds) for n, s in sessions.items()}, repeats, seconds)
         return {n: ModelLatency(prefill={}, token={}, token_kind=None, forward=v) for n, v in forward.items()}
     decodes = any(s.is_stateful for s in sessions.values())
     prefill: dict[str, dict[int, Latency | None]] = {n: {} for n in sessions}
@@ -118,10 +120,10 @@ def latency_of_models(
     for context in contexts:
         feeds = random_feeds(signature, batch, context)
         states = {n: state_after(s, feeds) for n, s in sessions.items()}
-        whole = measure({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None}, repeats)
+        whole = measure({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None}, repeats, seconds)
         one = random_feeds(signature, batch, 1)
         stateful = {n: s for n, s in sessions.items() if s.is_stateful and states[n] is not None}
-        steps = measure({n: _step(s, one, states[n]) for n, s in stateful.items()}, repeats)
+        steps = measure({n: _step(s, one, states[n]) for n, s in stateful.items()}, repeats, seconds)
         for name, session in sessions.items():
             prefill[name][context] = whole.get(name)
             if decodes:
