@@ -140,8 +140,13 @@ def count(n: int) -> str:
 
 
 def _shape(part: PlannedPart) -> str:
-    first, second = (" x ".join(map(str, s)) for s in (part.input_shape, part.output_shape))
+    first, second = (" x ".join(map(_dim, s)) for s in (part.input_shape, part.output_shape))
     return first if first == second else f"{first} -> {second}"
+
+
+def _dim(size: int | str) -> str:
+    """ "time", "(time + 1)"."""
+    return f"({size})" if " " in str(size) else str(size)
 
 
 def target_of(part: PlannedPart) -> str:
