@@ -118,9 +118,10 @@ def find_blocks(flow: Flow, within: Region | None = None) -> list[Region]:
                 inner = find_blocks(flow, segment) if len(segment.nodes) > _SMALLEST_NEST else []
                 several = len(inner) > 1 and all(_has_residual(flow, b) for b in inner)
                 found.extend(inner if several else [segment])
+    found = [r for r in found if is_single_entry_single_exit(flow, r)]  # a value inside may leave by another output
     if not found and within is None and rows:  # every linear map but the last, the head
-        found = [s for s in max(rows, key=len) if s.is_heavy()][:-1]
-    found = [r for r in found if is_single_entry_single_exit(flow, r)]
+        heavy = [s for s in max(rows, key=len) if s.is_heavy()][:-1]
+        found = [s for s in heavy if is_single_entry_single_exit(flow, s)]
     return sorted(found, key=lambda r: flow.order[r.exit])
 
 
