@@ -254,7 +254,7 @@ def _notes(
     scores: dict[Choice, float],
 ) -> list[str]:
     draft = candidates.draft(best.choice)
-    told = [f"chosen for {constraints}: {_described(candidates, draft)}"]
+    told = [f"chosen for {constraints}: {_described(draft)}"]
     if model is not None and best.latency_ms is not None:
         where = "" if latencies.context is None else f", {constraints.kind} at {latencies.context} tokens"
         told.append(
@@ -271,7 +271,7 @@ def _notes(
     return told
 
 
-def _described(candidates: Candidates, draft: Draft) -> str:
+def _described(draft: Draft) -> str:
     counts: dict[str, int] = {}
     for part in draft.parts:
         name = "keep" if part.target is None else str(part.target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,20 @@ def removal(region: Region, gone: Mapping[fx.Node, fx.Node] | None = None) -> En
     return (region.exit, region.entry) if same_shape(region.exit, region.entry) else None
 
 
+def removals(regions: Iterable[Region]) -> list[Ends | None]:
+    """The removal of each region, in order: where two parallel branches go, the second one takes with it the sum that
+    the first one left.
+    """
+    found: list[Ends | None] = []
+    gone: dict[fx.Node, fx.Node] = {}
+    for region in regions:
+        ends = removal(region, gone)
+        if ends is not None:
+            gone[ends[0]] = ends[1]
+        found.append(ends)
+    return found
+
+
 def _reads_lightly(entry: fx.Node, stream: fx.Node) -> bool:
     """Whether `entry` is `stream`, or made of it alone and without a linear map."""
     front, seen, found = [entry], {entry}, False
@@ -124,11 +138,8 @@ def without_parts(draft: Draft) -> fx.GraphModule:
     guide = draft.captured.graph_module
     graph_module = clone(guide)
     by_name = {n.name: n for n in graph_module.graph.nodes}
-    gone: dict[fx.Node, fx.Node] = {}
-    for site in [s for part in draft.parts if part.target is not None for s in part.sites]:
-        found = removal(site.region, gone)
-        if found is not None:
-            gone[found[0]] = found[1]
+    sites = [s for part in draft.parts if part.target is not None for s in part.sites]
+    for site, found in zip(sites, removals(s.region for s in sites), strict=True):
         ends = (by_name[found[0].name], by_name[found[1].name]) if found is not None else None
         out = Remove(site.facts.path, site.region.translate(by_name), ends=ends).cut(graph_module)
         by_name[found[0].name if found is not None else site.region.exit.name] = out  # later regions begin there

@@ -19,7 +19,7 @@ from thesean.passes.mlp_anatomy import find_mlp
 from thesean.passes.partition import NamedRegion, halves, inner_names
 from thesean.passes.probe import is_channels_first, probe_mixing
 from thesean.passes.regions import Region, join_of
-from thesean.passes.remove import removal
+from thesean.passes.remove import removal, removals
 from thesean.targets import PartFacts, Target, build_module, get_family
 from thesean.targets.base import Dim, Scope
 
@@ -145,18 +145,9 @@ def outline_site(site: Site) -> torch.nn.Module:
 
 
 def ends_of(sites: Sequence[Site]) -> list[tuple[fx.Node, fx.Node]]:
-    """(exit, entry) of each site: the guide's nodes that its replacement's output and input stand for.
-
-    In order: where two parallel branches are dropped, the second one takes with it the sum that the first one left.
-    """
-    found: list[tuple[fx.Node, fx.Node]] = []
-    gone: dict[fx.Node, fx.Node] = {}
-    for site in sites:
-        ends = removal(site.region, gone) if site.removes else None
-        if ends is not None:
-            gone[ends[0]] = ends[1]
-        found.append(ends or (site.region.exit, site.region.entry))
-    return found
+    """(exit, entry) of each site: the guide's nodes that its replacement's output and input stand for."""
+    removed = iter(removals(s.region for s in sites if s.removes))
+    return [(next(removed) if s.removes else None) or (s.region.exit, s.region.entry) for s in sites]
 
 
 def dropped_inputs(sites: Sequence[Site]) -> tuple[str, ...]:
