@@ -30,12 +30,12 @@ import thesean
 from text import Windows, corpus, held_out_windows
 from thesean import Target
 from thesean.deploy.export import export
-from thesean.deploy.latency import latency_of_models
+from thesean.deploy.timing.latency import latency_of_models
 from thesean.passes.bound_positions import BoundPositions
-from thesean.passes.capture import capture
-from thesean.passes.draft import draft_from_plan
-from thesean.passes.hybrid import build_hybrid
-from thesean.passes.substitute import clone
+from thesean.passes.capture.capture import capture
+from thesean.passes.graph.surgery import clone
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import bind_plan
 from thesean.recipe import Recipe
 from thesean.report import environment
 
@@ -69,7 +69,7 @@ def latencies(plans: dict[str, thesean.Plan], guide: torch.nn.Module, example: t
 
         write("guide", clone(captured.graph_module))
         for name, plan in plans.items():
-            write(name, build_hybrid(draft_from_plan(captured, plan)).graph_module)
+            write(name, build_hybrid(bind_plan(captured, plan)).graph_module)
         found = latency_of_models(files, captured.signature, (CONTEXT,), 1, REPEATS)
     prefill = {name: latency.prefill[CONTEXT] for name, latency in found.items()}
     return {name: value.median_ms for name, value in prefill.items() if value is not None}

@@ -18,9 +18,9 @@ from typing import cast
 import torch
 
 from thesean.kernels.cka import cka, cka_distance
-from thesean.kernels.dispatch import Backend
 from thesean.kernels.dmnn import dmnn
 from thesean.kernels.linear_recurrence import linear_recurrence
+from thesean.kernels.shared.dispatch import Backend
 from thesean.report.environment import environment
 
 UNROLLED = 512  # steps: torch.compile unrolls the reference's loop, and takes an hour for thousands

@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import thesean
-from thesean.deploy.latency import ModelLatency, latency_of_models
+from thesean.deploy.timing.latency import FileTimings, latency_of_models
 from thesean.report import environment
 
 TARGETS: dict[str, Any] = {
@@ -48,7 +48,7 @@ def guide(positions: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def table(found: dict[str, ModelLatency]) -> Table:
+def table(found: dict[str, FileTimings]) -> Table:
     columns = list(next(iter(found.values())).medians_ms())
     made = Table(title="median ms in onnxruntime; the guide recomputes its context for a token", title_justify="left")
     made.add_column("target", no_wrap=True)

@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetForImageClassification
 
-from thesean.passes.capture import capture
-from thesean.passes.draft import make_draft
+from thesean.passes.capture.capture import capture
+from thesean.passes.plan.make_plan import make_plan
 from thesean.report import environment
 
 
@@ -78,11 +78,11 @@ def measure(make: Callable[[], nn.Module], example: Callable[[], torch.Tensor], 
     start = time.perf_counter()
     captured = capture(model, example())
     export_s = time.perf_counter() - start
-    draft = make_draft(captured, target)  # the first plan of a process also imports the targets
+    bound_plan = make_plan(captured, target)  # the first plan of a process also imports the targets
     clock, processor = [], []
     for _ in range(repeats):
         start, used = time.perf_counter(), time.process_time()
-        make_draft(captured, target)
+        make_plan(captured, target)
         clock.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
     median = statistics.median(clock)
@@ -90,7 +90,7 @@ def measure(make: Callable[[], nn.Module], example: Callable[[], torch.Tensor], 
     nodes = len(captured.graph_module.graph.nodes)
     return Figures(
         nodes=nodes,
-        parts=len(draft.parts),
+        parts=len(bound_plan.parts),
         target=target,
         export_s=export_s,
         plan_median_s=median,

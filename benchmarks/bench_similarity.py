@@ -28,7 +28,7 @@ import thesean
 from thesean.kernels.cka import cka, prepare
 from thesean.report import environment
 from thesean.similarity import similarity
-from thesean.similarity.layers import layer_cka
+from thesean.similarity.shared.layer_cka import layer_cka
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "thesean"

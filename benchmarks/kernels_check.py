@@ -27,8 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from thesean.kernels import cka_triton, dmnn_distance_triton, dmnn_triton, launches, linear_recurrence_triton
-from thesean.kernels.launches import HARDWARE, Arch
+from thesean.kernels import cka_triton, dmnn_distance_triton, dmnn_triton, linear_recurrence_triton
+from thesean.kernels.shared import launches
+from thesean.kernels.shared.launches import HARDWARE, Arch
 
 RESULT = Path(__file__).parent / "results" / "kernels_aot.json"
 CACHE = Path(__file__).parents[1] / "build" / "triton"

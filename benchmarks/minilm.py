@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import thesean
 from text import corpus, decode
-from thesean.deploy.latency import latency_of_models
+from thesean.deploy.timing.latency import latency_of_models
 from thesean.report import environment
 
 LENGTH, BATCH = 128, 8

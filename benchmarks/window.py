@@ -27,7 +27,7 @@ import torch
 import thesean
 from benchmarks import recipes
 from text import held_out_windows
-from thesean.deploy.latency import latency_of_models
+from thesean.deploy.timing.latency import latency_of_models
 from thesean.report import environment
 
 ROOT = Path(__file__).resolve().parents[1]

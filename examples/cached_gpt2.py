@@ -17,7 +17,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from thesean.deploy.exporter import quiet
+from thesean.deploy.lowering.to_onnx import quiet
 
 
 class CachedStep(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import thesean
-from thesean.deploy.latency import latency_of_models
+from thesean.deploy.timing.latency import latency_of_models
 from thesean.report import Row, environment, render, write_report
 
 STEPS = 300

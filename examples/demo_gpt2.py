@@ -25,8 +25,8 @@ from transformers import GPT2LMHeadModel
 import thesean
 from cached_gpt2 import cached_step, export_cached_step
 from text import Windows, corpus, decode, encode, held_out_windows
-from thesean.deploy.latency import latency_of_models, measure
 from thesean.deploy.session import Session
+from thesean.deploy.timing.latency import latency_of_models, measure
 from thesean.report import Row, environment, render, write_report
 
 HERE = Path(__file__).resolve().parent

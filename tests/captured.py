@@ -10,10 +10,11 @@ from torch import fx, nn
 
 from tests import models
 from tests.models import tokens, vectors
-from thesean.passes.capture import Captured, capture
-from thesean.passes.flow import Flow, data_flow
-from thesean.passes.graph import record
-from thesean.passes.signature import InputSpec, Signature
+from thesean.passes.analyse.dataflow import DataFlow, data_flow
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.record import record
+from thesean.passes.graph.signature import InputSpec, Signature
 
 
 @cache
@@ -72,7 +73,7 @@ def tied() -> Captured:
     return capture(models.seeded(models.Tied), vectors(3, 8))
 
 
-def flow_of(captured: Captured) -> Flow:
+def flow_of(captured: Captured) -> DataFlow:
     return data_flow(captured.graph_module.graph)
 
 

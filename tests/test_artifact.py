@@ -22,8 +22,8 @@ from tests.models import tokens, vectors
 from thesean import artifact
 from thesean.artifact import Artifact
 from thesean.errors import ArtifactError
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.report.conversion import ConversionReport
 from thesean.targets import Target
 
@@ -33,15 +33,15 @@ FILES = {"graph.json", "weights.safetensors", "plan.yaml", "report.json"}
 @cache
 def converted(guide: Any = captured.gpt2, target: str = "gru", window: int | None = None) -> thesean.Converted:
     """An untrained hybrid with a report of its own: what is saved does not depend on training."""
-    draft = make_draft(guide(), target if window is None else Target(target, window=window))
+    bound_plan = make_plan(guide(), target if window is None else Target(target, window=window))
     torch.manual_seed(0)
-    hybrid = build_hybrid(draft)
+    hybrid = build_hybrid(bound_plan)
     hybrid.graph_module.eval()
     report = ConversionReport(
         guide={"loss": 1.0}, converted={"loss": None}, stages=(), steps=3, seconds=0.5, params=7, flops=8,
         train_length=10, recipe={"name": "custom"}, seed=0, notes=("a note",), copied={"h": ["query"]},
     )  # fmt: skip
-    return thesean.Converted(hybrid.graph_module, guide().signature, draft.plan, report)
+    return thesean.Converted(hybrid.graph_module, guide().signature, bound_plan.plan, report)
 
 
 @pytest.fixture
@@ -394,10 +394,10 @@ def test_a_failure_in_the_middle_leaves_the_earlier_conversion(at, saved: Path, 
 
 
 def test_a_module_that_could_not_be_found_again_is_not_saved(tmp_path: Path):
-    draft = make_draft(captured.mlp(), Target("mine", build=lambda part: nn.Linear(8, 8)))
-    graph_module = build_hybrid(draft).graph_module
+    bound_plan = make_plan(captured.mlp(), Target("mine", build=lambda part: nn.Linear(8, 8)))
+    graph_module = build_hybrid(bound_plan).graph_module
     body = Artifact(
-        graph_module=graph_module, signature=captured.mlp().signature, plan=draft.plan, report=converted().report
+        graph_module=graph_module, signature=captured.mlp().signature, plan=bound_plan.plan, report=converted().report
     )
     with pytest.raises(ArtifactError, match=r"part_0: a Linear can't be saved.*Subclass TargetModule"):
         artifact.save(body, tmp_path / "saved")
@@ -425,12 +425,12 @@ class Views(nn.Module):
 
 
 def test_buffers_that_share_storage_and_lifted_constants_are_saved(tmp_path: Path):
-    from thesean.passes.capture import capture
+    from thesean.passes.capture.capture import capture
 
     guide = capture(models.seeded(Views), vectors(3, 8))
-    draft = make_draft(guide, "mlp")
-    module = build_hybrid(draft).graph_module.eval()
-    original = thesean.Converted(module, guide.signature, draft.plan, converted().report)
+    bound_plan = make_plan(guide, "mlp")
+    module = build_hybrid(bound_plan).graph_module.eval()
+    original = thesean.Converted(module, guide.signature, bound_plan.plan, converted().report)
     loaded = thesean.load(original.save(tmp_path / "saved"))
     assert torch.equal(loaded(vectors(2, 8)), original(vectors(2, 8)))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import thesean
 from thesean.errors import DataError, NumericalError, UnknownNameError
-from thesean.layers import select_layers
+from thesean.module_outputs import select_modules
 from thesean.similarity import accumulate, similarity
 
 
@@ -133,11 +133,11 @@ def test_batches_may_be_tuples_and_small_ones_are_counted_as_skipped():
 
 def test_layers_are_chosen_by_glob_and_a_glob_without_a_match_says_what_there_is():
     model = Blocks(10, 2)
-    assert select_layers(model, None, "layers_a") == ["blocks.0", "blocks.1"]
-    assert select_layers(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)), None, "layers_a") == ["0", "2"]
-    assert select_layers(model, "blocks.*", "layers_a") == ["blocks.0", "blocks.1"]
-    assert select_layers(model, ("**.0.1", "embed"), "layers_a") == ["embed", "blocks.0.1"]
-    assert len(select_layers(model, "**", "layers_a")) == 10
+    assert select_modules(model, None, "layers_a") == ["blocks.0", "blocks.1"]
+    assert select_modules(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)), None, "layers_a") == ["0", "2"]
+    assert select_modules(model, "blocks.*", "layers_a") == ["blocks.0", "blocks.1"]
+    assert select_modules(model, ("**.0.1", "embed"), "layers_a") == ["embed", "blocks.0.1"]
+    assert len(select_modules(model, "**", "layers_a")) == 10
     with pytest.raises(UnknownNameError, match=r"layers_b: no module of Blocks matches 'h.\*'. It has: embed, blocks,"):
         thesean.compare(model, model, batches(8), layers_b="h.*")
     with pytest.raises(DataError, match="layers_a: Tanh has no modules with weights"):

@@ -20,10 +20,10 @@ import thesean
 from tests.guides import GUIDES, LENGTH, Guide, mixtral
 from tests.models import same_state, state_of
 from thesean.errors import CaptureError, TargetMismatchError
-from thesean.passes.flow import data_flow
-from thesean.passes.graph import record
-from thesean.passes.partition import partition
-from thesean.passes.regions import is_single_entry_single_exit
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.regions import is_single_entry_single_exit
+from thesean.passes.graph.record import record
+from thesean.passes.plan.partition import partition
 
 RESNET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 

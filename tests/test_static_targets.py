@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import thesean
 from tests import captured, models
 from thesean.distill.closed_form import solve_parts
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
-from thesean.passes.tap import tap
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.recipe import Recipe
 from thesean.targets import Target
 
@@ -86,8 +86,8 @@ def errors(hybrid: Any, image: torch.Tensor) -> list[float]:
     theirs = captured.resnet().graph_module
     found = []
     for own, exit_ in hybrid.boundaries:
-        y = tap(hybrid.graph_module, [own], with_output=False)(image=image)[own]
-        g = tap(theirs, [exit_], with_output=False)(image=image)[exit_]
+        y = intermediates(hybrid.graph_module, [own], with_output=False)(image=image)[own]
+        g = intermediates(theirs, [exit_], with_output=False)(image=image)[exit_]
         found.append(float((y - g).square().sum() / g.square().sum()))
     return found
 
@@ -95,7 +95,7 @@ def errors(hybrid: Any, image: torch.Tensor) -> list[float]:
 @pytest.mark.parametrize("target", ["conv", "conv-2d", "resnet-block", "linear"])
 def test_the_closed_form_brings_every_part_of_a_residual_network_nearer(target):
     torch.manual_seed(0)
-    hybrid = build_hybrid(make_draft(captured.resnet(), target))
+    hybrid = build_hybrid(make_plan(captured.resnet(), target))
     hybrid.graph_module.eval()
     before = errors(hybrid, models.vectors(64, 1, 8, 8, seed=9))
     inputs = [{"image": models.vectors(32, 1, 8, 8, seed=k)} for k in range(8)]
@@ -109,7 +109,7 @@ def test_a_block_that_has_the_guides_first_convolution_finds_the_second_one():
     """Channels last and back: with the guide's own hidden map to read, nothing is left to explain."""
     network = captured.resnet()
     kept = ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "blocks.5"]
-    hybrid = build_hybrid(make_draft(network, "resnet-block", keep=kept, granularity="sublayer"))
+    hybrid = build_hybrid(make_plan(network, "resnet-block", keep=kept, granularity="sublayer"))
     hybrid.graph_module.eval()
     theirs, module = models.resnet().blocks[3], hybrid.graph_module.part_0
     with torch.no_grad():
@@ -123,8 +123,8 @@ def test_a_block_that_has_the_guides_first_convolution_finds_the_second_one():
 
 def test_conv_replaces_the_branches_of_blocks_and_whole_blocks_where_a_stage_changes():
     def are_branches(target: str) -> dict[str, bool]:
-        draft = make_draft(captured.resnet(), target)
-        return {site.facts.path: site.facts.is_branch for part in draft.parts for site in part.sites}
+        bound_plan = make_plan(captured.resnet(), target)
+        return {site.facts.path: site.facts.is_branch for part in bound_plan.parts for site in part.sites}
 
     blocks = [f"blocks.{k}" for k in range(6)]
     widening = {"blocks.2", "blocks.4"}  # their shortcuts are convolutions too
@@ -145,9 +145,9 @@ def test_several_blocks_become_one_whose_stride_is_theirs_together():
 
 
 def test_a_block_after_a_relu_ends_in_one_and_a_branch_does_not():
-    hybrid = build_hybrid(make_draft(captured.resnet(), "resnet-block"))
+    hybrid = build_hybrid(make_plan(captured.resnet(), "resnet-block"))
     assert all(hybrid.module(r).final_relu for r in hybrid.replacements)
-    branches = build_hybrid(make_draft(captured.resnet(), Target("resnet-block"), granularity="sublayer"))
+    branches = build_hybrid(make_plan(captured.resnet(), Target("resnet-block"), granularity="sublayer"))
     kinds = {hybrid_part.facts.is_branch: branches.module(hybrid_part) for hybrid_part in branches.replacements}
     assert not kinds[True].final_relu
     assert kinds[True].shortcut == "none"

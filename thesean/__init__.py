@@ -11,7 +11,7 @@ from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
 from thesean.distill.losses import accuracy, cross_entropy, next_token
 from thesean.errors import TheseanError
-from thesean.passes.plan import Plan
+from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report.comparison import Comparison
 from thesean.similarity import measures

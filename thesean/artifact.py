@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
 from thesean.errors import ArtifactError, TheseanError
-from thesean.passes import graph_json
-from thesean.passes.plan import Plan
-from thesean.passes.signature import InputSpec, Signature
+from thesean.passes.graph import graph_json
+from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.plan.plan import Plan
 from thesean.report.conversion import ConversionReport
 from thesean.targets import TargetModule, rebuild
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from thesean.converted import Converted
 from thesean.errors import DataError, NumericalError
-from thesean.layers import run_layers, select_layers
-from thesean.passes.capture import evaluating
+from thesean.module_outputs import module_outputs, select_modules
+from thesean.passes.graph.modes import evaluating
 from thesean.report.comparison import Comparison
 from thesean.similarity import Measure, get_measure
-from thesean.similarity.hsic import u_centred
-from thesean.similarity.layers import LayerCKA
-from thesean.similarity.rows import Flatten, rows
+from thesean.similarity.shared.hsic import u_centred
+from thesean.similarity.shared.layer_cka import LayerCKA
+from thesean.similarity.shared.rows import Flatten, rows
 
 _CHUNK = 256  # examples of a Gram: more cost memory, fewer precision
 _GRAM_BYTES = 256 << 20  # of one batch's Grams, over all layers; smaller chunks hold it
@@ -58,7 +58,7 @@ def compare(
     """
     chosen = get_measure(measure)
     model_a, model_b = (m.module if isinstance(m, Converted) else m for m in (model_a, model_b))
-    names_a, names_b = select_layers(model_a, layers_a, "layers_a"), select_layers(model_b, layers_b, "layers_b")
+    names_a, names_b = select_modules(model_a, layers_a, "layers_a"), select_modules(model_b, layers_b, "layers_b")
     same = model_a is model_b and names_a == names_b
     by_gram = chosen.name in ("cka", "cka-debiased")
     running: LayerCKA | _Averages = LayerCKA() if by_gram else _Averages(chosen)
@@ -69,8 +69,8 @@ def compare(
             mask = batch.get("attention_mask") if flatten == "token" and isinstance(batch, Mapping) else None
             keep = _keeper(by_gram, flatten, mask, len(names_a) + len(names_b))
             try:
-                a = run_layers(model_a, names_a, batch, keep)
-                b = a if same else run_layers(model_b, names_b, batch, keep)
+                a = module_outputs(model_a, names_a, batch, keep)
+                b = a if same else module_outputs(model_b, names_b, batch, keep)
                 n = _rows_of(a, b)
             except (DataError, NumericalError) as error:
                 raise type(error)(f"batch {number}: {error}") from error

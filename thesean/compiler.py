@@ -13,20 +13,21 @@ from torch import nn
 from thesean.artifact import check_free
 from thesean.choose.constraints import Constraints
 from thesean.converted import Converted
-from thesean.distill.baselines import Kind, baseline_recipe, train_baseline
-from thesean.distill.convert import Conversion, convert
-from thesean.distill.evaluate import Judge, Loss, Metric
-from thesean.distill.feed import example_inputs_of
+from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
+from thesean.distill.data import example_inputs_of
+from thesean.distill.evaluate import Judge
+from thesean.distill.stages import Conversion, convert
+from thesean.distill.task import Loss, Metric
 from thesean.errors import DataError, PlanError
-from thesean.finish import finish
-from thesean.passes.capture import capture
-from thesean.passes.draft import TargetSpec, draft_from_plan
-from thesean.passes.drafter import Draft
-from thesean.passes.partition import Granularity
-from thesean.passes.plan import Plan
+from thesean.frontier import finish
+from thesean.passes.capture.capture import capture
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.make_plan import TargetSpec, bind_plan
+from thesean.passes.plan.partition import Granularity
+from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report import make_observer
-from thesean.run import Given, Wanted, choose_for, draft_for, set_up
+from thesean.request import Given, Wanted, choose_for, draft_for, set_up
 from thesean.targets import Target
 
 
@@ -92,12 +93,12 @@ def compile(
         seed,
         observer,
     )
-    folder = _prepare(workdir, run.draft.plan, run.recipe)
+    folder = _prepare(workdir, run.bound_plan.plan, run.recipe)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             conversion = convert(
-                run.draft,
+                run.bound_plan,
                 run.task,
                 run.recipe,
                 run.feed.batches.forever(),
@@ -117,7 +118,7 @@ def baseline(
     model: nn.Module,
     target: TargetSpec = "rnn",
     *,
-    kind: Kind,
+    kind: BaselineKind,
     learning_rate: float | None = None,
     data: Iterable[Any] | None = None,
     example_inputs: Any = None,
@@ -162,12 +163,14 @@ def baseline(
         seed,
         observer,
     )
-    guide = run.draft.captured.graph_module
+    guide = run.bound_plan.captured.graph_module
     judge = Judge(guide, run.task, run.feed.held_out)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            hybrid, steps = train_baseline(run.draft, run.task, settings, run.feed.batches.forever(), observer, kind)
+            hybrid, steps = train_baseline(
+                run.bound_plan, run.task, settings, run.feed.batches.forever(), observer, kind
+            )
     finally:
         observer.close()
     conversion = Conversion(
@@ -223,8 +226,8 @@ def plan(
         candidates=candidates,
     )
     if not wanted.is_auto:
-        draft = draft_for(capture(model, example_inputs_of(model, data, example_inputs)), wanted)
-        return _measured(draft, contexts, batches, seed)
+        bound_plan = draft_for(capture(model, example_inputs_of(model, data, example_inputs)), wanted)
+        return _measured(bound_plan, contexts, batches, seed)
     given = Given(data=data, example_inputs=example_inputs, loss=loss, eval_data=eval_data)
     observer = make_observer(progress)
     try:
@@ -233,7 +236,7 @@ def plan(
         observer.close()
     if not chosen.replaced or not (contexts or batches):
         return chosen
-    return _measured(draft_from_plan(captured, chosen), contexts, batches, seed)
+    return _measured(bind_plan(captured, chosen), contexts, batches, seed)
 
 
 def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -246,12 +249,12 @@ def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
     return numbers
 
 
-def _measured(draft: Draft, contexts: Sequence[int], batches: Sequence[int], seed: int) -> Plan:
+def _measured(bound_plan: BoundPlan, contexts: Sequence[int], batches: Sequence[int], seed: int) -> Plan:
     if not (contexts or batches):
-        return draft.plan
-    from thesean.deploy.payoff import measure_plan
+        return bound_plan.plan
+    from thesean.deploy.timing.plan import measure_plan
 
-    return measure_plan(draft, contexts, batches or (1,), seed=seed)
+    return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
 
 
 def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | None:

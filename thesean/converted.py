@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import fx
 
 from thesean import artifact
-from thesean.passes.plan import Plan
-from thesean.passes.signature import Signature, output_wrapper
+from thesean.passes.graph.signature import Signature, output_wrapper
+from thesean.passes.plan.plan import Plan
 from thesean.report.conversion import ConversionReport
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Converted:
         """Median latency in onnxruntime, one thread, in ms: prefill at each context and, where the network carries a
         state, one token after it. Networks without a time dimension have one figure, "forward".
         """
-        from thesean.deploy.latency import benchmark
+        from thesean.deploy.timing.latency import benchmark
 
         return benchmark(
             self.module, self.signature, contexts=contexts, batch=batch, repeats=repeats,

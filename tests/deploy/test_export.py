@@ -17,13 +17,14 @@ from torch import nn
 
 import thesean
 from tests import models
-from thesean.deploy import exporter, parity
+from thesean.deploy import parity
 from thesean.deploy.export import export
+from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import relative_error
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, MissingExtraError
 from thesean.passes.bound_positions import BoundPositions
-from thesean.passes.capture import capture
+from thesean.passes.capture.capture import capture
 
 SIZES = [(2, 7), (2, 19), (5, 3), (1, 1)]
 IDS = {"input_ids": models.tokens()}

@@ -17,9 +17,9 @@ from tests.targets.build import build
 from tests.targets.spatial_parts import map_part
 from thesean.deploy.export import export
 from thesean.deploy.session import Session
-from thesean.passes.capture import capture
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
+from thesean.passes.capture.capture import capture
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.targets import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def converted(guide: nn.Module, inputs: Any, target: Any) -> Any:
     captured = capture(guide, inputs)
     torch.manual_seed(0)
-    return build_hybrid(make_draft(captured, target)).graph_module.eval(), captured.signature
+    return build_hybrid(make_plan(captured, target)).graph_module.eval(), captured.signature
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, forever, recipe, task
 from thesean.distill.baselines import baseline_recipe, train_baseline
 from thesean.errors import DataError, UnknownNameError
-from thesean.passes.draft import make_draft
+from thesean.passes.plan.make_plan import make_plan
 from thesean.recipe import Recipe
 
 
@@ -42,18 +42,18 @@ def test_an_unknown_baseline_gives_the_near_name():
 
 
 def test_from_scratch_without_a_task_is_refused():
-    draft = make_draft(captured.mlp(), "mlp")
+    bound_plan = make_plan(captured.mlp(), "mlp")
     with pytest.raises(DataError, match="pass loss="):
-        train_baseline(draft, task(), recipe(2), forever(batches_of(captured.mlp())), Recorder(), "scratch")
+        train_baseline(bound_plan, task(), recipe(2), forever(batches_of(captured.mlp())), Recorder(), "scratch")
 
 
 @pytest.mark.parametrize("kind", ["scratch", "distillation"])
 def test_a_baseline_starts_without_a_weight_of_the_guide_and_learns(kind):
     guide, observer = captured.mlp(), Recorder()
-    draft = make_draft(guide, "mlp")
+    bound_plan = make_plan(guide, "mlp")
     settings = baseline_recipe(kind, recipe(0), 1e-2)
     torch.manual_seed(0)
-    hybrid, steps = train_baseline(draft, task(cross_entropy), settings, forever([]), observer, kind)
+    hybrid, steps = train_baseline(bound_plan, task(cross_entropy), settings, forever([]), observer, kind)
     assert steps == 0
     guides = dict(guide.graph_module.named_parameters())
     head = hybrid.graph_module.get_parameter("6.weight")
@@ -62,7 +62,7 @@ def test_a_baseline_starts_without_a_weight_of_the_guide_and_learns(kind):
     before = models.state_of(guide.graph_module)
     settings = baseline_recipe(kind, recipe(20), 1e-2)
     _, steps = train_baseline(
-        draft, task(cross_entropy, kind="logits"), settings, forever(batches_of(guide)), observer, kind
+        bound_plan, task(cross_entropy, kind="logits"), settings, forever(batches_of(guide)), observer, kind
     )
     assert steps == 20
     assert observer.phases[-1][0] == kind

@@ -10,9 +10,10 @@ from tests.distill.tools import batches_of, drafted
 from tests.models import vectors
 from thesean.distill.closed_form import solve_parts
 from thesean.errors import NumericalError
-from thesean.passes.capture import Captured, capture
-from thesean.passes.hybrid import Hybrid
-from thesean.passes.tap import tap
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.plan.hybrid import Hybrid
 from thesean.targets import Target
 
 
@@ -25,8 +26,8 @@ def error_at(guide: Captured, hybrid: Hybrid, part: int, seed: int = 9) -> float
     """Normalised squared error at a part's exit on fresh inputs."""
     own, theirs = hybrid.boundaries[part]
     (inputs,) = inputs_of(guide, 1, 64, seed=seed)
-    y = tap(hybrid.graph_module, [own], with_output=False)(**inputs)[own]
-    g = tap(guide.graph_module, [theirs], with_output=False)(**inputs)[theirs]
+    y = intermediates(hybrid.graph_module, [own], with_output=False)(**inputs)[own]
+    g = intermediates(guide.graph_module, [theirs], with_output=False)(**inputs)[theirs]
     return float((y - g).square().sum() / (g - g.mean(0)).square().sum())
 
 
@@ -95,8 +96,8 @@ def test_an_offset_on_the_stream_is_all_corrected_by_the_next_part():
     (r,) = hybrid.replacements
     assert r.join is not None
     assert r.guide_join is not None
-    own = tap(hybrid.graph_module, [r.join[0]], with_output=False)
-    theirs = tap(guide.graph_module, [r.guide_join], with_output=False)
+    own = intermediates(hybrid.graph_module, [r.join[0]], with_output=False)
+    theirs = intermediates(guide.graph_module, [r.guide_join], with_output=False)
     data = inputs_of(guide, 4)
     solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-3)
     got = torch.cat([own(**x)[r.join[0]] for x in data]).flatten(0, 1)

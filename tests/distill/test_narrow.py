@@ -18,16 +18,18 @@ from tests.models import vectors
 from tests.tolerances import VALUE, relative_error
 from thesean.deploy.export import export
 from thesean.distill.closed_form import solve_parts
-from thesean.passes.capture import Captured, capture, probe_sizes
-from thesean.passes.draft import make_draft
-from thesean.passes.flow import data_flow
-from thesean.passes.graph import record
-from thesean.passes.hybrid import Hybrid, build_hybrid
-from thesean.passes.mlp_anatomy import find_mlp
-from thesean.passes.partition import partition
-from thesean.passes.tap import tap
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.mlp import find_mlp
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.capture.probe import probe_sizes
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.record import record
+from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.make_plan import make_plan
+from thesean.passes.plan.partition import partition
 from thesean.targets import PartFacts, Target, build_module
-from thesean.targets.base import TargetModule
+from thesean.targets.shared.module import TargetModule
 
 
 def narrowed(guide: Captured, **options: Any) -> Hybrid:
@@ -45,12 +47,12 @@ def narrowed(guide: Captured, **options: Any) -> Hybrid:
             p.region for p in partition(data_flow(guide.graph_module.graph), "sublayer") if p.path == part.path
         )
         ends = [region.entry.name, region.exit.name]
-        activations = [tap(guide.graph_module, ends, with_output=False)(**inputs) for inputs in sizes]
+        activations = [intermediates(guide.graph_module, ends, with_output=False)(**inputs) for inputs in sizes]
         module.prepare(facts, [(a[ends[0]].detach(), a[ends[1]].detach()) for a in activations])
         return module
 
     found = {path: Target("narrowed", build=build) for path, facts in mlps.items() if facts is not None}
-    return build_hybrid(make_draft(guide, found, granularity="sublayer"))
+    return build_hybrid(make_plan(guide, found, granularity="sublayer"))
 
 
 @torch.no_grad()
@@ -119,10 +121,10 @@ def test_the_closed_form_solves_what_was_copied_and_corrects_earlier_parts():
 
 def test_fewer_heads_take_the_place_of_a_plain_attention():
     guide = captured.gpt2()
-    hybrid = build_hybrid(make_draft(guide, Target("narrow-heads", ratio=1)))
+    hybrid = build_hybrid(make_plan(guide, Target("narrow-heads", ratio=1)))
     assert [r.copied for r in hybrid.replacements] == [("query", "key", "value")] * 2
     assert error_of(hybrid, guide) < 10 * VALUE[torch.float32]
-    one = build_hybrid(make_draft(guide, "narrow-heads"))
+    one = build_hybrid(make_plan(guide, "narrow-heads"))
     assert 0.01 < error_of(one, guide) < 1
 
 
@@ -131,7 +133,7 @@ def test_fewer_heads_take_the_place_of_a_plain_attention():
 def test_the_exported_file_equals_torch(guide, part, tmp_path: Path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    hybrid = narrowed(guide()) if part == "neurons" else build_hybrid(make_draft(guide(), "narrow-heads"))
+    hybrid = narrowed(guide()) if part == "neurons" else build_hybrid(make_plan(guide(), "narrow-heads"))
     report = export(hybrid.graph_module.eval(), guide().signature, tmp_path / "narrow.onnx")
     assert not report.stateful
     assert {(2, 19), (5, 3), (1, 1)} <= {check.shape for check in report.checks}

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tests import models
-from thesean.distill.evaluate import Batch, Task
-from thesean.passes.capture import Captured
-from thesean.passes.draft import make_draft
-from thesean.passes.drafter import Draft
-from thesean.passes.hybrid import Hybrid, build_hybrid
+from thesean.distill.task import Batch, Task
+from thesean.passes.capture.captured import Captured
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.recipe import Alignment, FineTuning, Recipe
 
 
@@ -39,10 +39,10 @@ def task(loss: Any = None, metric: Any = None, kind: Any = "features") -> Task:
     return Task(loss=loss, metric=metric, kind=kind, wrap=lambda output: output)
 
 
-def drafted(captured: Captured, target: Any = "mlp", seed: int = 0, **settings: Any) -> tuple[Draft, Hybrid]:
-    draft = make_draft(captured, target, **settings)
+def drafted(captured: Captured, target: Any = "mlp", seed: int = 0, **settings: Any) -> tuple[BoundPlan, Hybrid]:
+    bound_plan = make_plan(captured, target, **settings)
     torch.manual_seed(seed)
-    return draft, build_hybrid(draft)
+    return bound_plan, build_hybrid(bound_plan)
 
 
 def batches_of(captured: Captured, count: int = 4, batch: int = 16, time: int = 8, seed: int = 0) -> list[Batch]:

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from tests import models
 from thesean.errors import PassRefused
-from thesean.passes import graph_json
 from thesean.passes.bound_positions import BoundPositions, table_rows
-from thesean.passes.capture import capture
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
+from thesean.passes.capture.capture import capture
+from thesean.passes.graph import graph_json
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 
 ROWS = 6
 
@@ -107,7 +107,7 @@ def test_lengths_inside_the_table_give_the_same_numbers_bit_for_bit(guide, mode)
 
 def test_a_hybrid_runs_past_the_guides_table_with_and_without_metadata():
     captured = capture(models.gpt2(), {"input_ids": models.tokens()})
-    module = build_hybrid(make_draft(captured, "mingru")).graph_module
+    module = build_hybrid(make_plan(captured, "mingru")).graph_module
     bare = fx.GraphModule(module, graph_json.load(graph_json.dump(module.graph)))
     for one in (module, bare):
         assert BoundPositions()(one).modified

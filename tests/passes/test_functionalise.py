@@ -6,7 +6,7 @@ from torch import nn
 from tests import captured
 from tests.captured import text, traced
 from tests.models import vectors
-from thesean.passes.capture import capture
+from thesean.passes.capture.capture import capture
 from thesean.passes.functionalise import Functionalise, writes
 
 

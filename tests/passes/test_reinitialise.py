@@ -6,10 +6,10 @@ from torch import fx, nn
 
 from tests import captured
 from tests.models import VOCABULARY, tokens
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
+from thesean.passes.graph.surgery import clone
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.reinitialise import Reinitialise
-from thesean.passes.substitute import clone
 
 
 def fresh(guide) -> fx.GraphModule:
@@ -72,7 +72,7 @@ def test_masks_and_constants_stay():
 
 def test_target_modules_keep_what_their_family_gave_them():
     torch.manual_seed(0)
-    hybrid = build_hybrid(make_draft(captured.gpt2(), "gru"), copy_weights=False)
+    hybrid = build_hybrid(make_plan(captured.gpt2(), "gru"), copy_weights=False)
     before = [{k: v.clone() for k, v in hybrid.module(r).state_dict().items()} for r in hybrid.replacements]
     Reinitialise()(hybrid.graph_module)
     for replacement, state in zip(hybrid.replacements, before, strict=True):

@@ -10,14 +10,17 @@ from tests import captured
 from tests.captured import text
 from tests.models import tokens, vectors
 from thesean.errors import PassRefused
-from thesean.passes.capture import Captured, capture
-from thesean.passes.draft import make_draft
-from thesean.passes.flow import data_flow
-from thesean.passes.hybrid import build_hybrid
-from thesean.passes.partition import partition
-from thesean.passes.regions import Region
-from thesean.passes.remove import Remove, removal, without_parts
-from thesean.passes.substitute import clone
+from thesean.passes.analyse.bypass import removal
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.regions import Region
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.surgery import clone
+from thesean.passes.plan.ceiling import without_parts
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
+from thesean.passes.plan.partition import partition
+from thesean.passes.remove import Remove
 from thesean.targets.identity import Identity
 
 
@@ -90,12 +93,12 @@ def test_a_region_of_another_graph_is_refused():
 @pytest.mark.parametrize(("name", "target"), [("gpt2", "gru"), ("bert", "gru"), ("encoder", "rnn"), ("resnet", "mlp")])
 def test_the_ceiling_keeps_nothing_of_what_is_replaced_and_all_else(name, target, granularity):
     guide = getattr(captured, name)()
-    draft = make_draft(guide, target, granularity=granularity)
-    ceiling = without_parts(draft)
+    bound_plan = make_plan(guide, target, granularity=granularity)
+    ceiling = without_parts(bound_plan)
     out, want = ceiling(**guide.example), guide.graph_module(**guide.example)
     first, second = (next(iter(o.values())) if isinstance(o, dict) else o for o in (out, want))
     assert first.shape == second.shape
-    gone = {n.name for p in draft.parts for s in p.sites for n in s.region.nodes}
+    gone = {n.name for p in bound_plan.parts for s in p.sites for n in s.region.nodes}
     left = {n.name for n in ceiling.graph.nodes}
     assert not gone & left
     sums = [p.numel() for p in ceiling.parameters()]
@@ -104,10 +107,10 @@ def test_the_ceiling_keeps_nothing_of_what_is_replaced_and_all_else(name, target
 
 def test_dropping_with_identity_computes_what_the_ceiling_computes():
     guide = captured.gpt2(3)
-    draft = make_draft(guide, {"*attn*": "identity", "*mlp*": "keep"})
+    bound_plan = make_plan(guide, {"*attn*": "identity", "*mlp*": "keep"})
     ids = tokens(3, 7)
-    hybrid = build_hybrid(draft)
-    assert torch.equal(hybrid.graph_module(ids)["logits"], without_parts(draft)(ids)["logits"])
+    hybrid = build_hybrid(bound_plan)
+    assert torch.equal(hybrid.graph_module(ids)["logits"], without_parts(bound_plan)(ids)["logits"])
     first = hybrid.replacements[0]
     assert (first.guide_entry, first.guide_exit) == ("add_1", "add_4")  # the stream before and after
     assert hybrid.boundaries[0] == (first.exit, "add_4")
@@ -136,14 +139,18 @@ def stack(block: type[nn.Module]) -> tuple[nn.Sequential, Captured]:
 
 def test_of_two_parallel_branches_both_may_go():
     model, guide = stack(Parallel)
-    draft = make_draft(guide, "identity", granularity="sublayer")
-    assert len(draft.parts) == 6
-    hybrid = build_hybrid(draft)
+    bound_plan = make_plan(guide, "identity", granularity="sublayer")
+    assert len(bound_plan.parts) == 6
+    hybrid = build_hybrid(bound_plan)
     x = vectors(2, 7, 8)
     expected = model[4](model[0](x))
     assert torch.equal(hybrid.graph_module(x), expected)
-    assert torch.equal(without_parts(draft)(x), expected)
-    assert draft.plan.new_params == sum(p.numel() for p in hybrid.graph_module.parameters()) == 8 * 16 + 16 + 16 * 5 + 5
+    assert torch.equal(without_parts(bound_plan)(x), expected)
+    assert (
+        bound_plan.plan.new_params
+        == sum(p.numel() for p in hybrid.graph_module.parameters())
+        == 8 * 16 + 16 + 16 * 5 + 5
+    )
     nodes = {n.name for n in hybrid.graph_module.graph.nodes}
     theirs = {n.name for n in guide.graph_module.graph.nodes}
     assert all(own in nodes and other in theirs for own, other in hybrid.boundaries)
@@ -151,13 +158,13 @@ def test_of_two_parallel_branches_both_may_go():
 
 def test_of_two_parallel_branches_one_may_go_and_the_other_become_something_else():
     model, guide = stack(Parallel)
-    draft = make_draft(guide, {"*mlp": "identity", "*mix": "keep"}, granularity="sublayer")
+    bound_plan = make_plan(guide, {"*mlp": "identity", "*mix": "keep"}, granularity="sublayer")
     x = vectors(2, 7, 8)
     expected = model[0](x)
     for block in list(model)[1:4]:
         expected = expected + block.mix(block.norm(expected)).cumsum(1) * 0.1
-    torch.testing.assert_close(build_hybrid(draft).graph_module(x), model[4](expected))
-    both = make_draft(guide, {"*mlp": "identity", "*mix": "gru"}, granularity="sublayer")
+    torch.testing.assert_close(build_hybrid(bound_plan).graph_module(x), model[4](expected))
+    both = make_plan(guide, {"*mlp": "identity", "*mix": "gru"}, granularity="sublayer")
     hybrid = build_hybrid(both)
     assert both.plan.new_params == sum(p.numel() for p in hybrid.graph_module.parameters())
     assert hybrid.graph_module(x).shape == (2, 7, 5)
@@ -175,14 +182,14 @@ def test_a_map_inside_of_a_branch_goes_alone():
             return x + self.b(torch.tanh(self.a(x)))
 
     model, guide = stack(Inner)
-    draft = make_draft(guide, {"*.b": "identity", "*.a": "keep"}, granularity="finest")
-    hybrid = build_hybrid(draft)
+    bound_plan = make_plan(guide, {"*.b": "identity", "*.a": "keep"}, granularity="finest")
+    hybrid = build_hybrid(bound_plan)
     x = vectors(2, 7, 8)
     expected = model[0](x)
     for block in list(model)[1:4]:
         expected = expected + torch.tanh(block.a(expected))
     torch.testing.assert_close(hybrid.graph_module(x), model[4](expected))
-    replaced = make_draft(guide, {"*.b": "identity", "*.a": "linear"}, granularity="finest")
+    replaced = make_plan(guide, {"*.b": "identity", "*.a": "linear"}, granularity="finest")
     assert replaced.plan.new_params == sum(p.numel() for p in build_hybrid(replaced).graph_module.parameters())
 
 
@@ -196,7 +203,7 @@ def test_a_sum_that_scales_its_stream_is_no_residual_one():
             return torch.add(self.mlp(x), x, alpha=2)
 
     _, guide = stack(Scaled)
-    for part in make_draft(guide, "linear", granularity="sublayer").parts:
+    for part in make_plan(guide, "linear", granularity="sublayer").parts:
         found = removal(part.region)
         assert found is None or found[1] is part.region.entry
         assert found is None or found[0] is part.region.exit

@@ -10,11 +10,12 @@ from tests import captured
 from tests.captured import text
 from tests.models import tokens, vectors
 from thesean.errors import PassRefused
-from thesean.passes.flow import data_flow
-from thesean.passes.partition import partition
-from thesean.passes.regions import Region
-from thesean.passes.substitute import Substitute, clone, input_of, output_of
-from thesean.passes.tap import tap
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.regions import Region
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.surgery import clone
+from thesean.passes.plan.partition import partition
+from thesean.passes.substitute import Substitute, input_of, output_of
 
 
 class Stateful(nn.Module):
@@ -83,7 +84,7 @@ def test_replacing_one_part_leaves_the_others_bit_identical():
     upstream = upstream[: upstream.index(entry) + 1]
     assert len(upstream) > 15
     ids = tokens(3, 7)
-    expected, actual = (tap(g, upstream, with_output=False)(ids) for g in (guide, hybrid))
+    expected, actual = (intermediates(g, upstream, with_output=False)(ids) for g in (guide, hybrid))
     assert all(torch.equal(actual[n], expected[n]) for n in upstream)
 
 
@@ -97,7 +98,7 @@ def test_replacing_a_part_by_zero_leaves_what_is_beside_it():
     nn.init.zeros_(zero.weight)
     nn.init.zeros_(zero.bias)
     Substitute("attn", region, "part_0", zero)(hybrid)
-    values = tap(hybrid, [total.name, stream.name], with_output=False)(tokens(2, 5))
+    values = intermediates(hybrid, [total.name, stream.name], with_output=False)(tokens(2, 5))
     assert torch.equal(values[total.name], values[stream.name])
 
 
@@ -113,7 +114,7 @@ def test_a_module_with_a_state_gives_its_first_output():
         f"part_0 = part_0({entry.name})",
         f"{out.name} = <built-in function getitem>(part_0, 0)",
     ]
-    values = tap(hybrid, [entry.name, out.name], with_output=False)(tokens(2, 5))
+    values = intermediates(hybrid, [entry.name, out.name], with_output=False)(tokens(2, 5))
     assert torch.equal(values[out.name], module(values[entry.name])[0])
 
 

@@ -14,12 +14,13 @@ from torch import fx, nn
 
 from tests import models
 from thesean.errors import PassRefused
-from thesean.passes import graph_json
+from thesean.passes.analyse.chunks import join, run_in_chunks
 from thesean.passes.bound_positions import BoundPositions
-from thesean.passes.capture import Captured, capture
-from thesean.passes.chunks import join, run_in_chunks
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.graph import graph_json
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
 from thesean.targets import Target
 
@@ -31,7 +32,7 @@ def converted(
 ) -> tuple[fx.GraphModule, Captured]:
     captured = capture(guide, inputs)
     torch.manual_seed(0)
-    return build_hybrid(make_draft(captured, target), count).graph_module.eval(), captured
+    return build_hybrid(make_plan(captured, target), count).graph_module.eval(), captured
 
 
 def ids(time: int = sum(CHUNKS), batch: int = 3) -> dict[str, torch.Tensor]:
@@ -237,6 +238,6 @@ class LooksAhead(nn.Module):
 def test_a_kernel_that_looks_far_ahead_is_seen(ahead):
     torch.manual_seed(0)
     captured = capture(LooksAhead(ahead).eval(), {"input_ids": torch.randint(0, 16, (3, 12))})
-    hybrid = build_hybrid(make_draft(captured, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
+    hybrid = build_hybrid(make_plan(captured, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
     with pytest.raises(PassRefused, match=r"kernel .*mixes time outside of the converted parts"):
         ThreadState(captured.signature)(hybrid)

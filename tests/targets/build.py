@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from thesean.targets import PartFacts, Target, build_module
-from thesean.targets.base import Scope, State
+from thesean.targets.shared.family import Scope
+from thesean.targets.shared.module import State
 
 
 def build(name: str, part: PartFacts, *, scope: Scope | None = None, **options: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from tests.targets.build import build
 from tests.targets.spatial_parts import map_part
 from thesean.targets import PartFacts, TargetModule
-from thesean.targets.base import Mixing
+from thesean.targets.shared.facts import Mixing
 
 DEPTH = 24
 

@@ -8,7 +8,7 @@ import torch
 from tests.targets.build import build
 from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts
-from thesean.targets.linear_attention_options import MEMORY, SHARPNESS
+from thesean.targets.shared.heads import MEMORY, SHARPNESS
 
 
 def quadratic(facts: AttentionFacts, x_BTD: torch.Tensor, mask_TT: torch.Tensor, gain: float = 1.0) -> torch.Tensor:

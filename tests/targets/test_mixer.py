@@ -11,9 +11,9 @@ from tests import models
 from tests.models import vectors
 from tests.targets.build import build
 from thesean.errors import TargetMismatchError
-from thesean.passes.capture import capture
-from thesean.passes.draft import make_draft
-from thesean.passes.hybrid import build_hybrid
+from thesean.passes.capture.capture import capture
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 
 MIXING = pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
 
@@ -74,7 +74,7 @@ def test_a_guide_that_is_wrapped_as_the_refusal_says_can_be_converted():
     with pytest.raises(TargetMismatchError, match="fixed length"):
         thesean.plan(guide, "mixer", example_inputs=vectors(3, 6, 8))
     captured = capture(models.FixedLength(guide, 6, 8), vectors(3, 6, 8))
-    hybrid = build_hybrid(make_draft(captured, "mixer")).graph_module
+    hybrid = build_hybrid(make_plan(captured, "mixer")).graph_module
     assert hybrid(vectors(5, 6, 8)).shape == (5, 6, 8)
 
 

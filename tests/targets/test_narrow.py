@@ -15,9 +15,8 @@ from tests.targets.build import build
 from tests.tolerances import VALUE, relative_error
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import Affine, PartFacts, rebuild
-from thesean.targets.activations import ACTIVATIONS
-from thesean.targets.base import MLPFacts
-from thesean.targets.narrow import hidden
+from thesean.targets.shared.activations import ACTIVATIONS
+from thesean.targets.shared.facts import MLPFacts
 
 
 def mlp_facts(width=16, neurons=24, width_out=16, activation="gelu", gated=False, seed=0) -> MLPFacts:
@@ -45,7 +44,7 @@ def part_of(facts: MLPFacts | None, shape=("batch", "time")) -> PartFacts:
 
 
 def guide_of(facts: MLPFacts, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(hidden(facts, x), *facts.down)
+    return nn.functional.linear(facts.hidden(x), *facts.down)
 
 
 def examples_of(facts: MLPFacts, count=4, seed=1, tokens=64) -> list[tuple[torch.Tensor, torch.Tensor]]:

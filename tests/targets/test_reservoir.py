@@ -10,7 +10,7 @@ from tests.distill.tools import batches_of, drafted
 from tests.targets.build import build
 from thesean.distill.closed_form import solve_parts
 from thesean.errors import TargetMismatchError
-from thesean.passes.tap import tap
+from thesean.passes.graph.intermediates import intermediates
 from thesean.targets import get_family
 
 
@@ -92,8 +92,8 @@ def test_solved_in_closed_form_it_comes_near_to_the_guide(guide):
         own, theirs = hybrid.boundaries[part]
         ((_, fresh),) = batches_of(guide(), 1, 64, seed=9)
         with torch.no_grad():
-            y = tap(hybrid.graph_module, [own], with_output=False)(**fresh)[own]
-            g = tap(guide().graph_module, [theirs], with_output=False)(**fresh)[theirs]
+            y = intermediates(hybrid.graph_module, [own], with_output=False)(**fresh)[own]
+            g = intermediates(guide().graph_module, [theirs], with_output=False)(**fresh)[theirs]
         return float((y - g).square().sum() / (g - g.mean(0)).square().sum())
 
     before = [error(k) for k in range(len(hybrid.parts))]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tests.targets.build import build
 from thesean.errors import TargetMismatchError
 from thesean.targets import get_family
-from thesean.targets.base import parse_options
+from thesean.targets.shared.family import parse_options
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from thesean.errors import PlanError, TargetMismatchError
-from thesean.passes.drafter import Draft, Drafter, DraftPart
-from thesean.passes.merge import Group
-from thesean.passes.partition import NamedRegion, exact_signature
-from thesean.passes.plan import KEEP, Plan
+from thesean.passes.analyse.fingerprint import fingerprint
+from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
+from thesean.passes.plan.merge import Group
+from thesean.passes.plan.partition import NamedRegion
+from thesean.passes.plan.plan import Plan
+from thesean.passes.plan.rows import KEEP
 from thesean.targets import Target, resolve
 
 # Keep, drop, and in between a recurrence, a convolution or fewer heads for what mixes, fewer neurons for what doesn't.
@@ -35,33 +37,33 @@ class Candidates:
 
     names: tuple[str, ...]
     targets: tuple[Target | None, ...]
-    options: tuple[tuple[DraftPart | None, ...], ...]
-    kept: tuple[DraftPart, ...]  # every part as the guide has it
+    options: tuple[tuple[BoundPart | None, ...], ...]
+    kept: tuple[BoundPart, ...]  # every part as the guide has it
     classes: tuple[int, ...]
-    drafter: Drafter
+    binder: Binder
     settings: Plan
 
-    def draft(self, choice: Sequence[int]) -> Draft:
+    def bind(self, choice: Sequence[int]) -> BoundPlan:
         """The plan in which part p becomes candidate `choice[p]`."""
         parts = []
         for row, c in zip(self.options, choice, strict=True):
             part = row[c]
             assert part is not None
             parts.append(part)
-        return self.drafter.draft(parts, self.settings)
+        return self.binder.bind(parts, self.settings)
 
-    def alone(self, part: int, candidate: int) -> Draft:
+    def alone(self, part: int, candidate: int) -> BoundPlan:
         """The plan in which only this part is replaced."""
         option = self.options[part][candidate]
         assert option is not None
-        return self.drafter.draft([option if p == part else kept for p, kept in enumerate(self.kept)], self.settings)
+        return self.binder.bind([option if p == part else kept for p, kept in enumerate(self.kept)], self.settings)
 
     def fitting(self, part: int) -> list[int]:
         return [c for c, option in enumerate(self.options[part]) if option is not None]
 
 
 def find_candidates(
-    drafter: Drafter,
+    binder: Binder,
     groups: Sequence[Group],
     kept: Sequence[NamedRegion],
     given: Sequence[str | Target] | None,
@@ -76,34 +78,34 @@ def find_candidates(
     if not words:
         raise PlanError("candidates: expected at least one target, found none.")
     targets = tuple(None if w == KEEP else resolve(w) for w in words)
-    options: list[tuple[DraftPart | None, ...]] = []
+    options: list[tuple[BoundPart | None, ...]] = []
     reasons: dict[str, str] = {}
     for group, member in zip(groups, kept, strict=True):
-        row: list[DraftPart | None] = []
+        row: list[BoundPart | None] = []
         for target in targets:
             if target is None or keep.get(group.path, False):
-                row.append(drafter.part(group, None, member) if target is None else None)
+                row.append(binder.part(group, None, member) if target is None else None)
                 continue
             try:
-                row.append(drafter.part(group, target, member))
+                row.append(binder.part(group, target, member))
             except TargetMismatchError as error:
                 reasons[str(target)] = str(error)
                 row.append(None)
         if not any(row):  # "keep" is not among the candidates, and none of them fits
-            row.append(drafter.part(group, None, member))
+            row.append(binder.part(group, None, member))
         else:
             row.append(None)
         options.append(tuple(row))
     if not any(option is not None and option.target is not None for row in options for option in row):
         raise PlanError(f"no candidate fits any part: {'; '.join(reasons.values()) or 'all parts are kept'}")
-    signatures = [exact_signature(g.region) for g in groups]
+    signatures = [fingerprint(g.region) for g in groups]
     order = {s: i for i, s in enumerate(dict.fromkeys(signatures))}
     return Candidates(
         names=(*(KEEP if t is None else str(t) for t in targets), KEEP),
         targets=(*targets, None),
         options=tuple(options),
-        kept=tuple(drafter.part(g, None, k) for g, k in zip(groups, kept, strict=True)),
+        kept=tuple(binder.part(g, None, k) for g, k in zip(groups, kept, strict=True)),
         classes=tuple(order[s] for s in signatures),
-        drafter=drafter,
+        binder=binder,
         settings=settings,
     )

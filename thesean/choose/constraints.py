@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thesean.errors import PlanError
 
-Kind = Literal["prefill", "token"]
+LatencyKind = Literal["prefill", "token"]
 
 
 class Constraints(BaseModel):
@@ -27,7 +27,7 @@ class Constraints(BaseModel):
     flops: int | None = Field(default=None, gt=0, description="of one forward at the plan's sizes")
     context: int | None = Field(default=None, gt=0)
     batch: int = Field(default=1, gt=0)
-    kind: Kind = "prefill"
+    kind: LatencyKind = "prefill"
 
     @property
     def measures(self) -> bool:

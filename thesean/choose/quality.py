@@ -13,13 +13,14 @@ from torch import nn
 from thesean.choose.candidates import Candidates
 from thesean.distill.align import examples as rows_of
 from thesean.distill.closed_form import solve_alone, solve_parts
-from thesean.distill.evaluate import Batch, Evaluation, Judge, Task
-from thesean.distill.finetune import fine_tune
+from thesean.distill.evaluate import Evaluation, Judge
+from thesean.distill.fine_tune import fine_tune
 from thesean.distill.observer import Observer
-from thesean.distill.optimise import train
-from thesean.passes.drafter import Draft
-from thesean.passes.hybrid import Hybrid, Replacement, build_hybrid
-from thesean.passes.tap import tap
+from thesean.distill.task import Batch, Task
+from thesean.distill.train import train
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
 from thesean.recipe import Recipe
 from thesean.similarity import get_measure
 from thesean.targets import TargetModule
@@ -57,21 +58,21 @@ class Prober:
         self.candidates, self.task, self.batches = candidates, task, list(batches)
         self.inputs = [inputs for _, inputs in batches]
         self.recipe, self.effort, self.seed, self.observer = recipe, effort, seed, observer
-        self.guide = candidates.drafter.graph_module
+        self.guide = candidates.binder.graph_module
         self.judge = Judge(self.guide, task, held_out)
         self._cached: tuple[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self.states: dict[tuple[int, int], State] = {}
 
     def part(self, part: int, candidate: int) -> float:
         """The divergence of the guide with this one part replaced; 0 where it is kept."""
-        draft = self.candidates.alone(part, candidate)
-        if not draft.plan.replaced:
+        bound_plan = self.candidates.alone(part, candidate)
+        if not bound_plan.plan.replaced:
             return 0.0
-        path, name = draft.plan.parts[part].path, self.candidates.names[candidate]
-        self.observer.begin(f"probe {name}", path, part + 1, len(draft.parts), self.effort.part_steps)
+        path, name = bound_plan.plan.parts[part].path, self.candidates.names[candidate]
+        self.observer.begin(f"probe {name}", path, part + 1, len(bound_plan.parts), self.effort.part_steps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            hybrid = build_hybrid(draft)
+            hybrid = build_hybrid(bound_plan)
             for replacement in hybrid.replacements:
                 self._fit(hybrid.module(replacement), replacement)
         hybrid.graph_module.eval()
@@ -82,11 +83,11 @@ class Prober:
 
     def whole(self, choice: Sequence[int]) -> Evaluation:
         """All parts of a choice together, with the modules that were fitted alone, tuned end to end for a few steps."""
-        draft = self.candidates.draft(choice)
+        bound_plan = self.candidates.bind(choice)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            hybrid = build_hybrid(draft)
-            self._load(hybrid, draft, choice)
+            hybrid = build_hybrid(bound_plan)
+            self._load(hybrid, bound_plan, choice)
             # part after part on what the ones before it give by now
             parts = range(len(hybrid.parts))
             ridge = self.recipe.closed_form.ridge
@@ -97,8 +98,8 @@ class Prober:
                 fine_tune(self.guide, hybrid, self.task, self.recipe, forever, steps, observer, phase="finalist")
         return self.judge(hybrid.graph_module)
 
-    def _load(self, hybrid: Hybrid, draft: Draft, choice: Sequence[int]) -> None:
-        replaced = [(p, c) for p, c in enumerate(choice) if draft.parts[p].target is not None]
+    def _load(self, hybrid: Hybrid, bound_plan: BoundPlan, choice: Sequence[int]) -> None:
+        replaced = [(p, c) for p, c in enumerate(choice) if bound_plan.parts[p].target is not None]
         for number, key in enumerate(replaced):
             for replacement, state in zip(hybrid.of_part(number), self.states[key], strict=True):
                 hybrid.module(replacement).load_state_dict(state)
@@ -140,7 +141,7 @@ class Prober:
     def _examples(self, entry: str, exit_: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The guide's activations at a part's ends, of one part at a time."""
         if self._cached is None or self._cached[0] != (entry, exit_):
-            ends = tap(self.guide, [entry, exit_], with_output=False)
+            ends = intermediates(self.guide, [entry, exit_], with_output=False)
             values = [ends(**inputs) for inputs in self.inputs]
             self._cached = ((entry, exit_), [(v[entry], v[exit_]) for v in values])
         return self._cached[1]

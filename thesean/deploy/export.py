@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import fx
 
-from thesean.deploy.exporter import DEFAULT_OPSET, flatten_outputs, output_names, to_onnx
-from thesean.deploy.parity import Check, Sizes, compare_chunks, compare_whole, runnable, sizes_to_check
+from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, flatten_outputs, output_names, to_onnx
+from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, runnable, sizes_to_check
 from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
-from thesean.passes.attention_products import WriteOutAttention
-from thesean.passes.positions import table_rows
-from thesean.passes.signature import InputSpec, Signature
-from thesean.passes.substitute import clone
+from thesean.passes.analyse.positions import table_rows
+from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.graph.surgery import clone
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState
+from thesean.passes.write_out_attention import WriteOutAttention
 
 Stateful = Literal["auto", "yes", "no"] | bool
 
@@ -122,7 +122,7 @@ def export(
 def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:
     """Inputs of several lengths, where time is dynamic."""
     lengths = (1, 7, 19, train_length or 64) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
-    return tuple(signature.random_inputs(Sizes(batch=2, length=length).of(signature)) for length in lengths)
+    return tuple(signature.random_inputs(CheckSizes(batch=2, length=length).of(signature)) for length in lengths)
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def _example(
     """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
     lengths = [None] if all(s.startswith("batch") for s in signature.symbols) else [7, 19, train_length]
     for length in lengths:
-        sizes = Sizes(batch=2, length=length)
+        sizes = CheckSizes(batch=2, length=length)
         if runnable(module, signature, sizes):
             break
     else:

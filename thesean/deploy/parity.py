@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from thesean.deploy.session import Session
-from thesean.passes.chunks import join, run_in_chunks, split_inputs
-from thesean.passes.reach import reach
-from thesean.passes.signature import Signature
+from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
+from thesean.passes.analyse.receptive_field import receptive_field
+from thesean.passes.graph.signature import Signature
 from thesean.passes.thread_state import leaf_values, zero_states
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class CheckSizes:
     """Sizes of the dynamic dimensions to compare at; `length` is None where time is not dynamic."""
 
     batch: int
@@ -51,7 +51,7 @@ class Sizes:
         return {s: self.batch if s.startswith("batch") else self.length or 1 for s in signature.symbols}
 
 
-def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: Sizes) -> bool:
+def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: CheckSizes) -> bool:
     """Whether the torch module itself runs at these sizes: a short input may not fill a kernel, a long one a table."""
     try:
         with torch.no_grad():
@@ -64,14 +64,16 @@ def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: Sizes) -
 
 def sizes_to_check(
     graph_module: fx.GraphModule, signature: Signature, long: int | None
-) -> tuple[list[Sizes], list[str]]:
+) -> tuple[list[CheckSizes], list[str]]:
     """Sizes that the module runs at, and a note for each that it doesn't."""
     if any(not s.startswith("batch") for s in signature.symbols):
-        wanted = [Sizes(batch=b, length=t) for b, t in _SIZES] + ([Sizes(batch=1, length=long)] if long else [])
+        wanted = [CheckSizes(batch=b, length=t) for b, t in _SIZES] + (
+            [CheckSizes(batch=1, length=long)] if long else []
+        )
     elif signature.symbols:
-        wanted = [Sizes(batch=b, length=None) for b in _BATCHES]
+        wanted = [CheckSizes(batch=b, length=None) for b in _BATCHES]
     else:
-        wanted = [Sizes(batch=1, length=None)]
+        wanted = [CheckSizes(batch=1, length=None)]
     sizes = [s for s in wanted if runnable(graph_module, signature, s)]
     return sizes, [
         f"not checked at {s.shape}: the torch module doesn't run there either" for s in wanted if s not in sizes
@@ -80,7 +82,7 @@ def sizes_to_check(
 
 @torch.no_grad()
 def compare_whole(
-    session: Session, module: fx.GraphModule, signature: Signature, sizes: Sizes, outputs: Sequence[str]
+    session: Session, module: fx.GraphModule, signature: Signature, sizes: CheckSizes, outputs: Sequence[str]
 ) -> Check:
     """The file against the stateless torch module."""
     inputs = _with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
@@ -100,10 +102,10 @@ def compare_chunks(
     longest: int | None,
 ) -> list[Check]:
     """Chunks with the state carried against the whole sequence, in onnxruntime and in torch."""
-    batch, length = _CHUNKED[0], max(_CHUNKED[1], reach(module.graph) + 2)
+    batch, length = _CHUNKED[0], max(_CHUNKED[1], receptive_field(module.graph) + 2)
     length = min(length, longest or length)
     chunks = _cut(length)
-    sizes = Sizes(batch=batch, length=length)
+    sizes = CheckSizes(batch=batch, length=length)
     inputs = signature.random_inputs(sizes.of(signature), seed=2)
     whole = leaf_values(module(**inputs))
     in_torch, _ = run_in_chunks(threaded, signature, inputs, zero_states(threaded, batch), chunks)

@@ -18,13 +18,13 @@ import torch
 from torch import fx, nn
 
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.evaluate import Batch
 from thesean.distill.observer import Observer
-from thesean.distill.optimise import train
 from thesean.distill.stopping import Plateau
+from thesean.distill.task import Batch
+from thesean.distill.train import train
 from thesean.errors import DataError, NumericalError
-from thesean.passes.hybrid import Hybrid
-from thesean.passes.tap import tap
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.plan.hybrid import Hybrid
 from thesean.recipe import Recipe
 from thesean.similarity import Measure, get_measure
 
@@ -182,8 +182,8 @@ class Aligner:
             raise type(error)(f"{self.hybrid.parts[part]}: {error}") from error
 
     def _taps(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
-        own = tap(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
-        theirs = tap(self.guide, [self.hybrid.boundaries[k][1] for k in parts], with_output=False)
+        own = intermediates(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
+        theirs = intermediates(self.guide, [self.hybrid.boundaries[k][1] for k in parts], with_output=False)
         return own, theirs
 
     def _loss(self, stage: Stage) -> Any:
@@ -210,7 +210,7 @@ class Aligner:
         # a part that was only dropped has nothing to train
         replacements = [r for r in self.hybrid.replacements if any(True for _ in self.hybrid.module(r).parameters())]
         names = [n for r in replacements for n in (r.guide_entry, r.guide_exit)]
-        theirs = tap(self.guide, names, with_output=False)
+        theirs = intermediates(self.guide, names, with_output=False)
 
         def loss(step: int, batch: Batch) -> torch.Tensor:
             with torch.no_grad():

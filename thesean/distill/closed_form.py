@@ -17,9 +17,9 @@ import torch
 from torch import fx
 
 from thesean.errors import NumericalError
-from thesean.passes.capture import evaluating
-from thesean.passes.hybrid import Hybrid, Replacement
-from thesean.passes.tap import tap
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.modes import evaluating
+from thesean.passes.plan.hybrid import Hybrid, Replacement
 from thesean.targets import TargetModule
 
 Inputs = dict[str, torch.Tensor]
@@ -50,9 +50,9 @@ def _solve(guide: fx.GraphModule, hybrid: Hybrid, r: Replacement, batches: Seque
     if not isinstance(module, TargetModule) or not hasattr(module, "last"):
         return False  # no last layer to solve
     own_names = [r.entry] + ([r.join[1]] if r.join else [])
-    own = tap(hybrid.graph_module, own_names, with_output=False)
+    own = intermediates(hybrid.graph_module, own_names, with_output=False)
     want = r.guide_join if r.join and r.guide_join else r.guide_exit
-    theirs = tap(guide, [want], with_output=False)
+    theirs = intermediates(guide, [want], with_output=False)
     sums = _Sums(module.last)
     for inputs in batches:
         mine, target = own(**inputs), theirs(**inputs)[want]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +10,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from thesean.distill.outputs import Kind, match_loss
+from thesean.distill.task import Batch, Task, match_loss
 from thesean.errors import NumericalError
-
-Batch = tuple[Any, dict[str, torch.Tensor]]
-Loss = Callable[[Any, Any], torch.Tensor]
-Metric = Callable[[Any, Any], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What the user asked for: `loss(output, batch)`, `metric(output, batch)`, and how outputs are compared.
-
-    `wrap` turns the graph's output into what the guide would have returned.
-    """
-
-    loss: Loss | None
-    metric: Metric | None
-    kind: Kind
-    wrap: Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)

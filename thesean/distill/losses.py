@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from thesean.distill.data import LABELS
-from thesean.distill.outputs import primary
+from thesean.distill.task import primary
 from thesean.errors import DataError
 
 

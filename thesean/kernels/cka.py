@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import accumulator, centred, full_precision, widen
+from thesean.kernels.shared.dispatch import Backend, choose, load
+from thesean.kernels.shared.precision import accumulator, centred, full_precision, widen
 
 Form = Literal["gram", "feature"]
 _DOT_ELEMENTS = 1 << 20  # of a matrix that are widened to float64 at a time

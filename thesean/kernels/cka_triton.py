@@ -14,10 +14,10 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from thesean.kernels.cka import CentredGram
-from thesean.kernels.device_triton import device_of, interpreting
-from thesean.kernels.gram_triton import SUMS, apart_kernel, join_kernel, pair_kernel, slice_kernel
-from thesean.kernels.launches import HALF, Launch, launch, slices
-from thesean.kernels.precision import centred, full_precision
+from thesean.kernels.shared.device_triton import device_of, interpreting
+from thesean.kernels.shared.gram_triton import SUMS, apart_kernel, join_kernel, pair_kernel, slice_kernel
+from thesean.kernels.shared.launches import HALF, Launch, launch, slices
+from thesean.kernels.shared.precision import centred, full_precision
 
 
 def cka(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from thesean.kernels.linear_attention import decay_between
-from thesean.kernels.precision import full_precision, widen
+from thesean.kernels.shared.precision import full_precision, widen
 
 
 def delta_rule(

@@ -24,8 +24,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import accumulator, centred, full_precision, widen
+from thesean.kernels.shared.dispatch import Backend, choose, load
+from thesean.kernels.shared.precision import accumulator, centred, full_precision, widen
 
 TEMPERATURE = 0.1
 

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from thesean.kernels.cka_triton import gram_pair
-from thesean.kernels.device_triton import device_of
 from thesean.kernels.dmnn import directions
-from thesean.kernels.launches import launch
-from thesean.kernels.precision import full_precision, widen
+from thesean.kernels.shared.device_triton import device_of
+from thesean.kernels.shared.launches import launch
+from thesean.kernels.shared.precision import full_precision, widen
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import full_precision, widen
+from thesean.kernels.shared.precision import full_precision, widen
 
 
 def leaky_recurrence(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import full_precision, widen
+from thesean.kernels.shared.dispatch import Backend, choose, load
+from thesean.kernels.shared.precision import full_precision, widen
 
 
 def linear_attention(

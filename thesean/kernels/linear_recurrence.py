@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from thesean.kernels.dispatch import Backend, choose, load
-from thesean.kernels.precision import widen
+from thesean.kernels.shared.dispatch import Backend, choose, load
+from thesean.kernels.shared.precision import widen
 
 
 class _LinearRecurrence(torch.autograd.Function):

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from thesean.kernels.device_triton import device_of
-from thesean.kernels.launches import launch
+from thesean.kernels.shared.device_triton import device_of
+from thesean.kernels.shared.launches import launch
 
 
 @triton.jit(do_not_specialize=["T"])

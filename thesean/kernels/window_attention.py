@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import full_precision, widen
+from thesean.kernels.shared.precision import full_precision, widen
 
 # Fewer queries a block than this cost more in calls than they save in masked scores.
 LEAST_BLOCK = 32

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from thesean.errors import PassRefused
+from thesean.passes.analyse.positions import Table, prefix_dim, table_rows, tables
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.positions import Table, prefix_dim, table_rows, tables
 
 __all__ = ["BoundPositions", "table_rows"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph import is_write
+from thesean.passes.graph.nodes import is_write
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph import attribute, erase_dead
+from thesean.passes.graph.nodes import attribute
+from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
 

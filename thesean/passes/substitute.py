@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from operator import getitem
 
 from torch import fx, nn
 
 from thesean.errors import PassRefused
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.regions import Region, is_single_entry_single_exit
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.flow import data_flow
-from thesean.passes.graph import attribute, erase_dead
-from thesean.passes.regions import Region, is_single_entry_single_exit
+from thesean.passes.graph.surgery import clean
 
 
 @dataclass(frozen=True)
@@ -75,32 +74,3 @@ def input_of(graph_module: fx.GraphModule, name: str) -> fx.Node:
     entry = call.args[0]
     assert isinstance(entry, fx.Node)
     return entry
-
-
-def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with parameters of its own and the same node names; tied parameters stay tied."""
-    new = copy.deepcopy(graph_module)
-    for node in new.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = attribute(new, str(node.target))
-    return new
-
-
-def clean(graph_module: fx.GraphModule) -> None:
-    """Erase what nothing reads any more, nodes and parameters.
-
-    With its exit all of a region is dead, and what took no more than a size of it. Where such a size is read elsewhere,
-    it stays, and what it was taken of.
-    """
-    erase_dead(graph_module.graph)
-    drop_unread(graph_module)
-
-
-def drop_unread(graph_module: fx.GraphModule) -> None:
-    """Delete parameters and buffers that no node reads any more, then empty containers."""
-    read = {str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr"}
-    called = tuple(f"{n.target}." for n in graph_module.graph.nodes if n.op == "call_module")
-    for path in [n for n, _ in (*graph_module.named_parameters(remove_duplicate=False), *graph_module.named_buffers())]:
-        if path not in read and not path.startswith(called):
-            holder, _, leaf = path.rpartition(".")
-            delattr(graph_module.get_submodule(holder), leaf)
-    graph_module.delete_all_unused_submodules()

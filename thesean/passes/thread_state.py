@@ -14,13 +14,15 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from thesean.errors import PassRefused
+from thesean.passes.analyse.chunks import Difference, join, run_in_chunks, same_in_chunks
+from thesean.passes.analyse.positions import Counter, Table, counters, prefix_dim, table_rows, tables
+from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.capture import evaluating
-from thesean.passes.chunks import Difference, join, run_in_chunks, same_in_chunks
-from thesean.passes.graph import erase_dead, leaf_nodes, owner, record
-from thesean.passes.positions import Counter, Table, counters, prefix_dim, table_rows, tables
-from thesean.passes.reach import reach
-from thesean.passes.signature import InputSpec, Signature
+from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.nodes import leaf_nodes, owner
+from thesean.passes.graph.record import record
+from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
 
@@ -185,7 +187,7 @@ class ThreadState(Pass):
 
 def _long_enough(graph_module: fx.GraphModule) -> int:
     """Steps in which a kernel that looks far along time is seen."""
-    length = max(_LENGTH, reach(graph_module.graph) + 2)
+    length = max(_LENGTH, receptive_field(graph_module.graph) + 2)
     return min(length, table_rows(graph_module) or length)
 
 

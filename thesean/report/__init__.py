@@ -1,9 +1,9 @@
 """Progress while it runs, a table and a file afterwards."""
 
 from thesean.report.environment import environment
-from thesean.report.file import read_report, write_report
 from thesean.report.markdown import markdown_table
 from thesean.report.progress import NullObserver, PlainObserver, RichObserver, make_observer
+from thesean.report.report_json import read_report, write_report
 from thesean.report.table import Row, render, verdict
 
 __all__ = [

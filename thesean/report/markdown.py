@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from thesean.report.file import report_rows
-from thesean.report.table import measures, sort_rows, verdict
+from thesean.report.report_json import report_rows
+from thesean.report.table import lines, sort_rows, verdict
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
@@ -16,19 +16,19 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     Raises ArtifactError for rows that aren't of this version.
     """
     rows = sort_rows(report_rows(report))
-    lines = [
+    written = [
         "| | " + " | ".join(row.name for row in rows) + " |",
         "|---|" + "---:|" * len(rows),
         *(
             f"| {_cell(label)} | " + " | ".join(map(_cell, cells)) + " |"
-            for label, cells in measures(rows, str(report.get("metric_name", "metric")))
+            for label, cells in lines(rows, str(report.get("metric_name", "metric")))
         ),
         "",
         verdict(rows),
         "",
         provenance(report),
     ]
-    return "\n".join(lines)
+    return "\n".join(written)
 
 
 def provenance(report: Mapping[str, Any]) -> str:

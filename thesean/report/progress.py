@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from thesean.report.units import duration
+from thesean.units import duration
 
 
 def make_observer(progress: bool) -> RichObserver | PlainObserver | NullObserver:

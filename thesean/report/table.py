@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from thesean.report.units import decimal, duration, milliseconds, quantity
+from thesean.units import decimal, duration, milliseconds, quantity
 
 BASELINES = ("scratch", "distillation")
 ORDER = ("guide", "converted", *BASELINES)
@@ -53,7 +53,7 @@ def render(rows: Sequence[Row], *, title: str = "Guide and converted", metric_na
     table.add_column("")
     for row in rows:
         table.add_column(row.name, justify="right", style="bold green" if row.name == "converted" else None)
-    for label, cells in measures(rows, metric_name):
+    for label, cells in lines(rows, metric_name):
         table.add_row(label, *cells)
     return Group(table, Text(verdict(rows)))
 
@@ -63,7 +63,7 @@ def sort_rows(rows: Iterable[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: ORDER.index(row.name) if row.name in ORDER else len(ORDER))
 
 
-def measures(rows: Sequence[Row], metric_name: str = "metric") -> list[tuple[str, list[str]]]:
+def lines(rows: Sequence[Row], metric_name: str = "metric") -> list[tuple[str, list[str]]]:
     """The table's lines, a label and a cell a row, in human units."""
     lines = [
         ("loss", [decimal(row.loss) for row in rows]),

@@ -6,9 +6,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from thesean.similarity.accumulators import accumulate
-from thesean.similarity.base import EvaluationOnlyError, Measure
-from thesean.similarity.registry import get_measure, measures, similarity
+from thesean.similarity.shared.accumulate import accumulate
+from thesean.similarity.shared.measure import EvaluationOnlyError, Measure
+from thesean.similarity.shared.registry import get_measure, measures, similarity
 
 __all__ = ["EvaluationOnlyError", "Measure", "accumulate", "get_measure", "measures", "similarity"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from thesean.kernels.cka import cka, cka_distance, prepare
-from thesean.similarity.base import Measure
+from thesean.similarity.shared.measure import Measure
 
 MEASURE = Measure(
     name="cka-debiased",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import normalize
 
-from thesean.similarity.base import Measure
+from thesean.similarity.shared.measure import Measure
 
 
 def cosine(x_NP: torch.Tensor, y_NP: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from thesean.kernels import dmnn as kernel
-from thesean.kernels.dispatch import Backend
-from thesean.similarity.base import Measure
+from thesean.kernels.shared.dispatch import Backend
 from thesean.similarity.kl import check_temperature
+from thesean.similarity.shared.measure import Measure
 
 
 def dmnn(x_NP: torch.Tensor, y_NQ: torch.Tensor, temperature: float = 0.1, backend: Backend = "auto") -> torch.Tensor:

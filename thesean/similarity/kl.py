@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from thesean.errors import DataError
-from thesean.kernels.precision import accumulator
-from thesean.similarity.base import Measure
+from thesean.kernels.shared.precision import accumulator
+from thesean.similarity.shared.measure import Measure
 
 _SERIES_BELOW = 0.03  # where e^r - 1 - r would lose four of float32's seven digits
 

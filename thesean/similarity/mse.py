@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from thesean.similarity.base import Measure
+from thesean.similarity.shared.measure import Measure
 
 
 def mse(x_NP: torch.Tensor, y_NP: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 from thesean.errors import DataError
-from thesean.kernels.precision import accumulator, centred
-from thesean.similarity.base import Measure
+from thesean.kernels.shared.precision import accumulator, centred
+from thesean.similarity.shared.measure import Measure
 
 
 def mutual_knn(x_NP: torch.Tensor, y_NQ: torch.Tensor, k: int | None = None) -> torch.Tensor:

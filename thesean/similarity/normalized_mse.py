@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import centred
-from thesean.similarity.base import Measure
+from thesean.kernels.shared.precision import centred
+from thesean.similarity.shared.measure import Measure
 
 
 def normalized_mse(x_NP: torch.Tensor, y_NP: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import accumulator, centred
-from thesean.similarity.base import Measure
-from thesean.similarity.prepared import Prepared, preparer, side
+from thesean.kernels.shared.precision import accumulator, centred
+from thesean.similarity.shared.measure import Measure
+from thesean.similarity.shared.prepared import Prepared, preparer, side
 
 
 def unit_features(x_NP: torch.Tensor) -> torch.Tensor:

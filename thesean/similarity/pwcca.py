@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import accumulator, centred
-from thesean.similarity.base import Measure
-from thesean.similarity.cca import subspace
+from thesean.kernels.shared.precision import accumulator, centred
+from thesean.similarity.shared.cca import subspace
+from thesean.similarity.shared.measure import Measure
 
 
 def pwcca(x_NP: torch.Tensor, y_NQ: torch.Tensor) -> torch.Tensor:

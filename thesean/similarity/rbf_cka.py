@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.precision import accumulator, centred
-from thesean.similarity.base import Measure
-from thesean.similarity.prepared import Prepared, preparer, side
+from thesean.kernels.shared.precision import accumulator, centred
+from thesean.similarity.shared.measure import Measure
+from thesean.similarity.shared.prepared import Prepared, preparer, side
 
 
 def squared_distances(x_NP: torch.Tensor) -> torch.Tensor:

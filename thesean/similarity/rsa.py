@@ -14,10 +14,10 @@ import torch
 from torch.nn.functional import normalize
 
 from thesean.errors import unknown_name
-from thesean.kernels.precision import accumulator, centred
-from thesean.similarity.base import EvaluationOnlyError, Measure
-from thesean.similarity.prepared import Prepared, preparer, side
+from thesean.kernels.shared.precision import accumulator, centred
 from thesean.similarity.rbf_cka import above_diagonal, squared_distances
+from thesean.similarity.shared.measure import EvaluationOnlyError, Measure
+from thesean.similarity.shared.prepared import Prepared, preparer, side
 
 Distance = Literal["sqeuclidean", "correlation"]
 Rank = Literal["spearman"]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from thesean.similarity.base import Measure
-from thesean.similarity.cca import check_share, subspace
+from thesean.similarity.shared.cca import check_share, subspace
+from thesean.similarity.shared.measure import Measure
 
 
 def svcca(x_NP: torch.Tensor, y_NQ: torch.Tensor, variance: float = 0.99) -> torch.Tensor:

@@ -5,18 +5,10 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from thesean.targets.base import (
-    Affine,
-    AttentionFacts,
-    Family,
-    MLPFacts,
-    Options,
-    PartFacts,
-    State,
-    Target,
-    TargetModule,
-)
-from thesean.targets.registry import build_module, get_family, rebuild, register, resolve, targets
+from thesean.targets.shared.facts import Affine, AttentionFacts, MLPFacts, PartFacts
+from thesean.targets.shared.family import Family, Options, Target
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.registry import build_module, get_family, rebuild, register, resolve, targets
 
 __all__ = [
     "Affine",

@@ -10,8 +10,10 @@ from typing import Any
 from pydantic import Field
 
 from thesean.targets import conv_1d, conv_2d
-from thesean.targets.base import Family, Options, PartFacts, TargetModule, parse_options
-from thesean.targets.sequence import describe
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family, Options, parse_options
+from thesean.targets.shared.module import TargetModule
+from thesean.targets.shared.sequence import describe
 
 
 class ConvOptions(Options):

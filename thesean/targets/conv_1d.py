@@ -12,9 +12,11 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, PartFacts, State
-from thesean.targets.mingru import copy_value
-from thesean.targets.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.copying import copy_value
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.module import State
+from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
 
 # Steps over which the initial taps fall by e. Solved in closed form on the demo's guide, taps that all start alike
 # loud make the long windows worse than the short ones: benchmarks/results/convolutions.json

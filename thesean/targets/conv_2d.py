@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from thesean.targets.base import Family, Options, PartFacts
-from thesean.targets.spatial import (
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.feature_map import (
     MapNorm,
     Shortcut,
     SpatialTarget,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from thesean.targets.base import Family, Options, PartFacts, TargetModule
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.module import TargetModule
 
 
 class CopyOptions(Options):

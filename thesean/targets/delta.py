@@ -13,11 +13,12 @@ from pydantic import Field, PositiveFloat
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, PartFacts
-from thesean.targets.cores import DeltaRuleCore
-from thesean.targets.linear_attention import copy_affine
-from thesean.targets.linear_attention_options import default_heads
-from thesean.targets.sequence import (
+from thesean.targets.shared.copying import copy_affine
+from thesean.targets.shared.cores import DeltaRuleCore
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.heads import default_heads
+from thesean.targets.shared.sequence import (
     SequenceOptions,
     SequenceTarget,
     check_sequence,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from thesean.targets.base import Family, PartFacts
-from thesean.targets.cells import CellTarget, orthogonal_recurrence, spread_memories
-from thesean.targets.sequence import WidthOptions, check_sequence, sequence_config
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_config
+from thesean.targets.shared.torch_cell import CellTarget, orthogonal_recurrence, spread_memories
 
 
 class GRU(CellTarget):

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from thesean.targets.base import Family, Options, PartFacts, TargetModule
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.module import TargetModule
 
 
 class Identity(TargetModule):

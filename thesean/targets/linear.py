@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, Options, PartFacts, State, TargetModule
-from thesean.targets.sequence import check_sequence, describe, small_linear
-from thesean.targets.spatial import Windows, check_feature_map
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.feature_map import Windows, check_feature_map
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.sequence import check_sequence, describe, small_linear
 
 # What one map is applied to: each token of a sequence, each pixel of a feature map, or the whole flattened part
 Unit = Literal["token", "pixel", "whole"]

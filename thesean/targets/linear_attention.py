@@ -21,18 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.kernels.linear_attention import full_linear_attention
-from thesean.targets.base import Affine, Family, PartFacts, State
-from thesean.targets.cores import LinearAttentionCore
-from thesean.targets.linear_attention_options import (
-    MEMORY,
-    SHARPNESS,
-    LinearAttentionOptions,
-    check,
-    head_shape,
-    start_of,
-)
-from thesean.targets.sequence import SequenceTarget, sequence_config, small_linear
-from thesean.targets.window import Window
+from thesean.targets.shared.copying import copy_affine
+from thesean.targets.shared.cores import LinearAttentionCore
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptions, check, head_shape, start_of
+from thesean.targets.shared.module import State
+from thesean.targets.shared.sequence import SequenceTarget, sequence_config, small_linear
+from thesean.targets.shared.window import Window
 
 # guards the division where sharp features of a query meet none of the keys so far
 EPSILON = 1e-6
@@ -241,16 +237,6 @@ def _features(x_BTHC: torch.Tensor, map_HCC: torch.Tensor) -> torch.Tensor:
 
 def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
     return torch.cat([x_BTHC, -x_BTHC], -1).softmax(-1)
-
-
-@torch.no_grad()
-def copy_affine(linear: nn.Linear, affine: Affine) -> bool:
-    """Copy where the shapes agree; tells whether they did."""
-    if linear.weight.shape != affine.weight_OI.shape:
-        return False
-    linear.weight.copy_(affine.weight_OI)
-    linear.bias.copy_(affine.bias_O)
-    return True
 
 
 def build(part: PartFacts, options: LinearAttentionOptions) -> LinearAttention:

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, PartFacts
-from thesean.targets.cores import LinearRecurrence
-from thesean.targets.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.copying import copy_value
+from thesean.targets.shared.cores import LinearRecurrence
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
 
 
 class MinGRU(SequenceTarget):
@@ -82,21 +84,6 @@ class MinGRU(SequenceTarget):
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
         """The guide's value projection, as many whole copies as fit; nothing where the part has no attention."""
         return ("value",) if copy_value(self.value, part) else ()
-
-
-@torch.no_grad()
-def copy_value(linear: nn.Linear, part: PartFacts) -> bool:
-    """Copy the guide's value projection into the first rows, as many times as it fits; tells whether it did."""
-    if part.attention is None:
-        return False
-    weight_VD, bias_V = part.attention.value
-    copies = linear.out_features // weight_VD.shape[0]
-    if copies == 0 or weight_VD.shape[1] != linear.in_features:
-        return False
-    rows = copies * weight_VD.shape[0]
-    linear.weight[:rows] = weight_VD.repeat(copies, 1)
-    linear.bias[:rows] = bias_V.repeat(copies)
-    return True
 
 
 def build(part: PartFacts, options: WidthOptions) -> MinGRU:

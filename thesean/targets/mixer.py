@@ -12,8 +12,10 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, PartFacts, State
-from thesean.targets.sequence import (
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.module import State
+from thesean.targets.shared.sequence import (
     SequenceOptions,
     SequenceTarget,
     check_sequence,

@@ -12,8 +12,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from thesean.targets.base import Family, Options, PartFacts, State, TargetModule
-from thesean.targets.sequence import describe, small_linear
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.sequence import describe, small_linear
 
 Activation = Literal["gelu", "relu"]
 HiddenNorm = Literal["layer", "batch", "none"]

@@ -14,11 +14,13 @@ from pydantic import Field
 from torch import nn
 
 from thesean.errors import NumericalError
-from thesean.targets.activations import ACTIVATIONS
-from thesean.targets.base import Family, MLPFacts, PartFacts, State, TargetModule
 from thesean.targets.narrow_heads import NarrowHeadsOptions, build_heads, check_heads
-from thesean.targets.selection import fold, moments, select_features
-from thesean.targets.sequence import describe
+from thesean.targets.shared.activations import ACTIVATIONS
+from thesean.targets.shared.facts import MLPFacts, PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.select_features import fold, moments, select_features
+from thesean.targets.shared.sequence import describe
 
 # Tokens that the selection looks at, per neuron of the guide. From 2 to 8 a neuron the loss falls by 2% more.
 TOKENS_PER_NEURON = 4
@@ -90,7 +92,7 @@ class NarrowMLP(TargetModule):
         rows = [x.reshape(-1, x.shape[-1]) for x, _ in examples]
         stride = math.ceil(sum(len(x_ND) for x_ND in rows) / (TOKENS_PER_NEURON * facts.width))
         try:
-            known = moments(hidden(facts, x_ND[::stride]) for x_ND in rows)
+            known = moments(facts.hidden(x_ND[::stride]) for x_ND in rows)
         except ValueError as error:
             raise NumericalError(f"{part.path}: can't choose neurons, {error}. Look for NaN in the data.") from error
         kept_E = select_features(known.covariance_EE, facts.down.weight_OI, self.width)
@@ -113,12 +115,6 @@ class NarrowMLP(TargetModule):
             linear.bias.copy_(affine.bias_O[kept_E])
         self.last.weight.copy_(facts.down.weight_OI[:, kept_E])
         self.last.bias.copy_(facts.down.bias_O)
-
-
-def hidden(facts: MLPFacts, x: torch.Tensor) -> torch.Tensor:
-    """The guide's hidden activations, (..., D) -> (..., W)."""
-    act, up = ACTIVATIONS[facts.activation], nn.functional.linear(x, *facts.up)
-    return act(up) if facts.gate is None else act(nn.functional.linear(x, *facts.gate)) * up
 
 
 class NarrowOptions(NarrowHeadsOptions):

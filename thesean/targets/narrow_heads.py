@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
 from thesean.errors import NumericalError
-from thesean.targets.base import AttentionFacts, Family, Options, PartFacts, State, TargetModule
-from thesean.targets.selection import fold, moments, select_groups
-from thesean.targets.sequence import check_sequence
+from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
+from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.select_features import fold, moments, select_groups
+from thesean.targets.shared.sequence import check_sequence
 
 # Tokens that the selection looks at, per feature of the concatenated heads.
 TOKENS_PER_FEATURE = 4
@@ -98,7 +99,7 @@ class NarrowAttention(TargetModule):
         tokens = sum(x.shape[:-1].numel() for x, _ in examples)
         stride = math.ceil(tokens / (TOKENS_PER_FEATURE * facts.heads * self.value_width))
         try:
-            known = moments(mixed_values(facts, x, self.causal).flatten(0, -2)[::stride] for x, _ in examples)
+            known = moments(facts.mixed_values(x, self.causal).flatten(0, -2)[::stride] for x, _ in examples)
         except ValueError as error:
             raise NumericalError(f"{part.path}: can't choose heads, {error}. Look for NaN in the data.") from error
         kept_H = select_groups(known.covariance_EE, facts.output.weight_OI, self.value_width, self.heads)
@@ -123,21 +124,6 @@ class NarrowAttention(TargetModule):
             linear.bias.copy_(affine.bias_O[rows])
         self.last.weight.copy_(facts.output.weight_OI[:, value_rows])
         self.last.bias.copy_(facts.output.bias_O)
-
-
-def attend(
-    query_BTE: torch.Tensor, key_BTE: torch.Tensor, value_BTE: torch.Tensor, heads: int, scale: float, causal: bool
-) -> torch.Tensor:
-    """softmax(q k' scale) v of each head, concatenated: (B, T, H V)."""
-    q_BHTK, k_BHTK, v_BHTV = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_BTE, key_BTE, value_BTE))
-    mixed_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, is_causal=causal, scale=scale)
-    return mixed_BHTV.transpose(1, 2).flatten(2)
-
-
-def mixed_values(facts: AttentionFacts, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
-    """What the guide's output projection reads, (B, T, H V), where its attention is plain."""
-    query_BTE, key_BTE, value_BTE = (F.linear(x_BTD, *affine) for affine in (facts.query, facts.key, facts.value))
-    return attend(query_BTE, key_BTE, value_BTE, facts.heads, facts.scale, causal)
 
 
 def _head_widths(facts: AttentionFacts) -> tuple[int, int]:

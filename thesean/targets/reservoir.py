@@ -15,9 +15,16 @@ from pydantic import Field, PositiveFloat
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, PartFacts
-from thesean.targets.cores import LeakyRecurrence
-from thesean.targets.sequence import SequenceOptions, SequenceTarget, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.cores import LeakyRecurrence
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.sequence import (
+    SequenceOptions,
+    SequenceTarget,
+    check_sequence,
+    sequence_config,
+    small_linear,
+)
 
 # Tokens over which the first and the last unit average, the others geometrically between. Solved in closed form on the
 # demo's guide (one seed): 1.636 nats, 1.649 with 1/3 to 64.

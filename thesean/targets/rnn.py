@@ -20,8 +20,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from thesean.targets import linear_attention, mingru
-from thesean.targets.base import Family, PartFacts, TargetModule
-from thesean.targets.sequence import SequenceOptions, WidthOptions, check_sequence
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.module import TargetModule
+from thesean.targets.shared.sequence import SequenceOptions, WidthOptions, check_sequence
 
 
 class RnnOptions(SequenceOptions):

@@ -14,11 +14,12 @@ from pydantic import Field, PositiveFloat
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.base import Family, PartFacts
-from thesean.targets.cores import CausalConvolutionCore, DiagonalScanCore
-from thesean.targets.linear_attention_options import default_heads
-from thesean.targets.mingru import copy_value
-from thesean.targets.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.copying import copy_value
+from thesean.targets.shared.cores import CausalConvolutionCore, DiagonalScanCore
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.heads import default_heads
+from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
 
 TAPS = 4
 

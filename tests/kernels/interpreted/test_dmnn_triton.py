@@ -56,7 +56,7 @@ def test_a_prepared_guide_gives_the_same_value_and_gradient():
 
 def test_more_columns_than_a_block_holds_are_read_in_turn(monkeypatch):
     from thesean.kernels import dmnn_triton
-    from thesean.kernels.launches import Launch
+    from thesean.kernels.shared.launches import Launch
 
     x_NP, y_NQ = features(90, 12, 9, torch.float32, 0.0)
     whole = dmnn(x_NP, y_NQ, backend="triton")

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import thesean
+from thesean.cli.app import app
+from thesean.errors import PlanError
+
+GUIDES = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+    def forward(self, x):
+        return self.layer(x)
+
+def gpt():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=32, n_positions=128, n_embd=16, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 32, (4, 12), generator=generator)} for _ in range(4)]
+
+def loss(output, batch):
+    logits = output["logits"] if isinstance(output, dict) else output.logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+def vectors():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 4, generator=generator) for _ in range(3)]
+
+def generator():
+    yield from batches()
+
+def broken():
+    raise RuntimeError("no weights here")
+
+toy = Toy()
+number = 3
+"""
+
+
+@pytest.fixture
+def guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with guides_for_cli.py in it."""
+    (tmp_path / "guides_for_cli.py").write_text(GUIDES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("guides_for_cli", None)
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100", "NO_COLOR": "1"})
+
+
+def error_of(result: Result) -> str:
+    """The one line on stderr of a failed command."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_help_names_the_commands_and_shows_a_whole_voyage() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("convert", "plan", "export", "compare", "targets"):
+        assert f"  thesean {command} " in result.output or f"\n  {command} " in result.output
+    assert "    thesean plan models.gpt:make --target rnn\n" in result.output
+
+
+@pytest.mark.parametrize("command", ["convert", "plan", "export", "compare", "targets"])
+def test_every_command_teaches_by_an_example_that_keeps_its_line(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert any(line.startswith("    thesean ") for line in result.output.splitlines())
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert run("--version").output.startswith("thesean 0.")
+
+
+def test_a_guide_that_is_no_module_and_no_folder_says_what_is_expected(guides: Path) -> None:
+    assert "expected package.module:factory or a local Hugging Face folder" in error_of(run("plan", "gpt2"))
+
+
+def test_an_unknown_module_and_an_unknown_name_are_told_apart(guides: Path) -> None:
+    assert "no module 'nowhere'" in error_of(run("plan", "nowhere:make"))
+    assert "did you mean 'gpt'?" in error_of(run("plan", "guides_for_cli:gp"))
+
+
+def test_a_factory_that_raises_is_quoted(guides: Path) -> None:
+    assert "raised RuntimeError: no weights here" in error_of(run("plan", "guides_for_cli:broken"))
+
+
+def test_debug_shows_the_exception_itself(guides: Path) -> None:
+    result = run("plan", "guides_for_cli:broken", "--debug")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, thesean.errors.TheseanError)
+
+
+def test_a_guide_that_is_not_a_module_is_refused(guides: Path) -> None:
+    assert "expected an nn.Module, found int" in error_of(run("plan", "guides_for_cli:number"))
+
+
+def test_a_folder_without_config_is_refused(guides: Path) -> None:
+    (guides / "empty").mkdir()
+    assert "config.json" in error_of(run("plan", "empty"))
+
+
+def test_a_folder_whose_architecture_is_unknown_runs_none_of_its_code(guides: Path) -> None:
+    (guides / "mine").mkdir()
+    (guides / "mine" / "config.json").write_text(json.dumps({"architectures": ["MyModel"], "auto_map": {"A": "a.B"}}))
+    assert "has no model 'MyModel'" in error_of(run("plan", "mine"))
+
+
+def test_transformers_missing_names_the_extra(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (guides / "mine").mkdir()
+    (guides / "mine" / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "thesean[hf]" in error_of(run("plan", "mine"))
+
+
+def test_convert_without_anything_to_write_stops_before_loading_the_guide(guides: Path) -> None:
+    assert "give --out DIR, --onnx FILE or both" in error_of(run("convert", "guides_for_cli:broken"))
+
+
+def test_an_unwritable_place_stops_before_loading_the_guide(guides: Path) -> None:
+    (guides / "file").write_text("earlier result")
+    message = error_of(run("convert", "guides_for_cli:broken", "--out", "file/below"))
+    assert "not a folder that you may write" in message
+    assert "found a file" in error_of(run("convert", "guides_for_cli:broken", "--out", "file"))
+    assert (guides / "file").read_text() == "earlier result"
+
+
+def test_plan_and_target_together_are_refused(guides: Path) -> None:
+    result = run("convert", "guides_for_cli:toy", "--plan", "p.yaml", "--target", "gru", "--out", "o")
+    assert "--plan already says" in error_of(result)
+
+
+def test_data_that_can_be_read_only_once_is_refused(guides: Path) -> None:
+    result = run("convert", "guides_for_cli:toy", "--data", "guides_for_cli:generator", "--out", "o")
+    assert "Return a list or a DataLoader" in error_of(result)
+
+
+def test_a_typed_error_of_the_compiler_is_one_line_and_exit_code_2(
+    guides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PlanError("parts 'h.[9]' match nothing.\nknown: layer")
+
+    monkeypatch.setattr(thesean, "plan", refuse, raising=False)
+    message = error_of(run("plan", "guides_for_cli:toy", "--parts", "h.[9]"))
+    assert message == "error: parts 'h.[9]' match nothing. known: layer"
+
+
+def test_ctrl_c_exits_130_with_one_line(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thesean, "compile", interrupt, raising=False)
+    result = run("convert", "guides_for_cli:toy", "--out", "o")
+    assert result.exit_code == 130
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (guides / "o").exists()
+
+
+def test_convert_hands_every_choice_to_compile(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    class Stopped(PlanError):
+        pass
+
+    def record(model: object, **chosen: object) -> None:
+        seen.update(chosen, model=model)
+        raise Stopped("seen")
+
+    monkeypatch.setattr(thesean, "compile", record, raising=False)
+    words = "convert guides_for_cli:toy -t a=keep -t b.*=gru:width=2 --data guides_for_cli:batches --out o --quiet"
+    words += " --loss guides_for_cli:loss --eval-data guides_for_cli:batches --keep c --keep d --parts x.* --seed 7"
+    error_of(run(*words.split(), "--recipe", "fast", "--granularity", "sublayer"))
+    module = sys.modules["guides_for_cli"]
+    assert seen["model"] is module.toy
+    assert seen["target"] == {"a": "keep", "b.*": thesean.Target("gru", width=2)}
+    assert seen["loss"] is module.loss
+    assert len(seen["data"]) == len(seen["eval_data"]) == 4  # type: ignore[arg-type]
+    rest = {key: seen[key] for key in ("keep", "parts", "seed", "recipe", "granularity", "progress")}
+    assert rest == dict(keep=("c", "d"), parts=["x.*"], seed=7, recipe="fast", granularity="sublayer", progress=False)
+
+
+# The whole way, against the compiler itself.
+
+
+def test_targets_lists_every_family_with_its_summary() -> None:
+    result = run("targets")
+    assert result.exit_code == 0, result.output
+    for name in thesean.targets():
+        assert f"\n{name} " in result.output
+
+
+def test_an_unknown_target_is_one_line_with_a_suggestion(guides: Path) -> None:
+    message = error_of(run("plan", "guides_for_cli:gpt", "--target", "rn", "--data", "guides_for_cli:batches"))
+    assert "unknown target 'rn'; did you mean 'rnn'?" in message
+
+
+def test_compare_prints_the_table_and_writes_json_and_a_heatmap(guides: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = "compare guides_for_cli:toy guides_for_cli:Toy --data guides_for_cli:vectors --json c.json --plot c.png"
+    result = run(*words.split(), "--layers-a", "lay*")
+    assert result.exit_code == 0, result.output
+    values = json.loads((guides / "c.json").read_text())
+    assert (values["layers_a"], values["layers_b"], values["examples"]) == (["layer"], ["layer"], 48)
+    assert f"{values['matrix'][0][0]:.3f}" in result.stdout
+    assert (guides / "c.png").stat().st_size > 1000
+
+
+def test_compare_names_a_glob_without_a_match_and_an_unknown_measure(guides: Path) -> None:
+    words = "compare guides_for_cli:toy guides_for_cli:Toy --data guides_for_cli:vectors"
+    message = error_of(run(*words.split(), "--layers-b", "h.*"))
+    assert "layers_b: no module of Toy matches 'h.*'. It has: layer" in message
+    assert "did you mean 'cka'?" in error_of(run(*words.split(), "--measure", "ckaa"))
+
+
+@pytest.mark.slow
+def test_plan_prints_a_part_per_block_and_writes_yaml(guides: Path) -> None:
+    result = run("plan", "guides_for_cli:gpt", "-t", "gru", "--data", "guides_for_cli:batches", "--yaml", "plan.yaml")
+    assert result.exit_code == 0, result.output
+    assert "transformer.h.0" in result.output
+    assert "transformer.h.1" in result.output
+    assert str(thesean.Plan.from_yaml(guides / "plan.yaml")) in result.output
+
+
+@pytest.mark.slow
+def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) -> None:
+    words = "convert guides_for_cli:gpt --data guides_for_cli:batches --loss guides_for_cli:loss --recipe fast"
+    result = run(*words.split(), "--out", "out", "--onnx", "a.onnx")
+    assert result.exit_code == 0, result.output
+    assert "out" in result.stdout
+    assert (guides / "a.onnx").stat().st_size > 0
+    assert thesean.load(guides / "out") is not None
+    again = run("export", "out", "b.onnx", "--stateful", "no")
+    assert again.exit_code == 0, again.output
+    assert (guides / "b.onnx").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_an_edited_plan_of_a_hugging_face_folder_is_what_runs(guides: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(guides / "folder")
+    planned = run("plan", "folder", "-t", "mingru", "--data", "guides_for_cli:batches", "--yaml", "plan.yaml")
+    assert planned.exit_code == 0, planned.output
+    words = "convert folder --plan plan.yaml --data guides_for_cli:batches --recipe fast --quiet --out out"
+    result = run(*words.split())
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert str(thesean.load(guides / "out").plan) == str(thesean.Plan.from_yaml(guides / "plan.yaml"))
+
+
+def test_auto_chooses_for_a_budget(guides: Path) -> None:
+    result = run(
+        "plan", "guides_for_cli:gpt", "--target", "auto", "--data", "guides_for_cli:batches",
+        "--constraint", "params=8000", "--candidate", "keep", "--candidate", "identity", "--yaml", "plan.yaml",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    plan = thesean.Plan.from_yaml("plan.yaml")
+    assert plan.new_params <= 8000
+    assert {p.target for p in plan} == {"keep", "identity"}
+
+
+def test_a_budget_without_auto_and_auto_without_a_budget_are_refused(guides: Path) -> None:
+    command = ("plan", "guides_for_cli:gpt", "--data", "guides_for_cli:batches")
+    assert "belong to --target auto" in error_of(run(*command, "--constraint", "params=8000"))
+    assert "target 'auto' needs a budget" in error_of(run(*command, "--target", "auto"))
+    assert "constraints: parms" in error_of(run(*command, "--target", "auto", "--constraint", "parms=8000"))
+
+
+@pytest.mark.parametrize("option", ["--context", "--batch"])
+@pytest.mark.parametrize("word", ["12,x", "0", "128,,512", "-1", "1.5"])
+def test_sizes_that_are_no_numbers_stop_before_the_guide_is_loaded(guides: Path, option: str, word: str) -> None:
+    message = error_of(run("plan", "guides_for_cli:broken", f"{option}={word}"))
+    assert f"{option} '{word}': expected whole numbers of 1 or more with commas between" in message
+
+
+def test_a_picture_of_an_unknown_format_stops_before_the_guide_is_loaded(guides: Path) -> None:
+    message = error_of(run("plan", "guides_for_cli:broken", "--draw", "plan.gif"))
+    assert "expected a name that ends in .svg or .png, found '.gif'" in message
+
+
+@pytest.mark.slow
+def test_plan_measures_draws_and_tells_its_steps_on_stderr(guides: Path) -> None:
+    words = "plan guides_for_cli:gpt -t gru --data guides_for_cli:batches --context 8,16 --draw plan.svg"
+    result = run(*words.split())
+    assert result.exit_code == 0, result.output
+    assert "prefill of 8, batch 1" in result.stdout
+    assert "token after 16, batch 1" in result.stdout
+    assert "wrote plan.svg" in result.stdout
+    assert "exported the guide" in result.stderr
+    assert "transformer.h.1" in (guides / "plan.svg").read_text()

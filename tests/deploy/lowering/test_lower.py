@@ -1,0 +1,265 @@
+"""Lowered cells against torch, in onnxruntime.
+
+B batch, T time, D width, L layers times directions, E units
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from tests.targets.build import tensors
+from thesean.deploy.lowering.lower import cells_as_modules, lower_cells
+from thesean.errors import ExportError
+from thesean.passes.capture.capture import capture
+from thesean.passes.graph.opaque_cells import CELLS
+from thesean.targets import PartFacts, Target, TargetModule, build_module
+
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+
+# torch 2.13's exporter deep-copies a tree spec in a way that torch itself deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
+SIZES = [(2, 7), (2, 19), (5, 3), (1, 1), (1, 300)]
+D = Dim.DYNAMIC
+
+
+def export(module: nn.Module, args: tuple[torch.Tensor, ...], shapes: Any, opset: int = 18) -> Any:
+    lowered = lower_cells(module, opset=opset)
+    program = torch.onnx.export(lowered, args, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
+    assert program is not None
+    found = next(o.version for o in program.model_proto.opset_import if o.domain == "")
+    assert found == opset
+    return program.model_proto
+
+
+def run(proto: Any, args: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)})
+
+
+def assert_same(proto: Any, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    with torch.no_grad():
+        expected = module(*args)
+    for found, want in zip(run(proto, args), expected if isinstance(expected, tuple) else (expected,), strict=True):
+        np.testing.assert_allclose(found, want.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def target(name: str, mixing: Any = "causal", scope: Any = "mixing") -> Any:
+    torch.manual_seed(0)
+    part = PartFacts(
+        path="layers.0",
+        input_shape=("batch", "time", 16),
+        output_shape=("batch", "time", 16),
+        mixing=mixing,
+        params=1,
+    )
+    return build_module(Target(name, scope=scope), part).eval()
+
+
+OPERATORS = {
+    "elman": ["RNN"],
+    "gru": ["GRU"],
+    "lstm": ["LSTM"],
+    "mingru": ["Scan"],
+    "linear-attention": ["LinearAttention"],
+    "delta": ["LinearAttention"],
+    "ssm": ["CausalConvWithState", "LinearAttention"],
+    "reservoir": ["Scan"],
+}
+
+
+class Flat(nn.Module):
+    """A causal target with its states as arguments and outputs of their own, as a file has them."""
+
+    def __init__(self, module: TargetModule) -> None:
+        super().__init__()
+        self.module = module
+        self.count = len(tensors(module.initial_state(torch.zeros(1, 1, 16))))
+
+    def forward(self, x_BTD: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y_BTD, state = self.module(x_BTD, states if self.count > 1 else states[0])
+        return y_BTD, *tensors(state)
+
+
+def with_state(flat: Flat, batch: int, time: int, size: float = 0.1) -> tuple[torch.Tensor, ...]:
+    x_BTD = torch.randn(batch, time, 16)
+    return x_BTD, *(size * torch.randn_like(z).abs() for z in tensors(flat.module.initial_state(x_BTD)))
+
+
+@pytest.fixture(scope="module", params=OPERATORS)
+def exported(request: pytest.FixtureRequest) -> tuple[Flat, Any]:
+    flat = Flat(target(request.param, scope="part")).eval()
+    proto = export(flat, with_state(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count))
+    found = Counter(node.op_type for node in proto.graph.node)
+    assert [found[name] for name in OPERATORS[request.param]] == [1] * len(OPERATORS[request.param])
+    return flat, proto
+
+
+@pytest.mark.parametrize(("batch", "time"), SIZES)
+def test_a_causal_target_with_its_state_equals_torch_at_every_size(exported, batch, time):
+    module, proto = exported
+    assert_same(proto, module, with_state(module, batch, time))
+
+
+def test_one_file_serves_prefill_and_single_steps(exported):
+    flat, proto = exported
+    x_BTD, *zeros = with_state(flat, 2, 9, size=0.0)
+    full, *full_states = run(proto, (x_BTD, *zeros))
+    first, *states = run(proto, (x_BTD[:, :7], *zeros))
+    outputs = [first]
+    for t in (7, 8):
+        y, *states = run(proto, (x_BTD[:, t : t + 1], *map(torch.from_numpy, states)))
+        outputs.append(y)
+    np.testing.assert_allclose(np.concatenate(outputs, 1), full, rtol=1e-5, atol=1e-6)
+    for state, full_state in zip(states, full_states, strict=True):
+        np.testing.assert_allclose(state, full_state, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gru", "mingru", "linear-attention", "delta", "ssm", "reservoir"])
+def test_a_bidirectional_target_equals_torch_at_every_size(name):
+    module = target(name, mixing="bidirectional")
+    proto = export(module, (torch.randn(2, 7, 16),), ({0: D, 1: D},))
+    for batch, time in SIZES:
+        assert_same(proto, module, (torch.randn(batch, time, 16),))
+
+
+class Cells(nn.Module):
+    """A guide's own cell, with outputs flattened to a tuple of tensors."""
+
+    def __init__(self, cell: nn.RNNBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hx = (state if len(state) > 1 else state[0]) if state else None
+        y, last = self.cell(x, hx)
+        return (y, *last) if isinstance(last, tuple) else (y, last)
+
+
+@pytest.mark.parametrize(
+    ("cell", "opset"),
+    [
+        (nn.RNN(8, 6, nonlinearity="relu", batch_first=True), 18),
+        (nn.GRU(8, 6, num_layers=2, bidirectional=True, bias=False), 18),
+        (nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True), 22),
+    ],
+    ids=["relu", "gru without bias, time first", "lstm"],
+)
+def test_a_guides_own_cell_with_layers_directions_and_state_equals_torch(cell, opset):
+    module = Cells(cell).eval()
+    rows = cell.num_layers * (2 if cell.bidirectional else 1)
+
+    def args(batch: int, time: int) -> tuple[torch.Tensor, ...]:
+        x = torch.randn(batch, time, 8) if cell.batch_first else torch.randn(time, batch, 8)
+        return (x, *(torch.randn(rows, batch, 6) for _ in range(2 if cell.mode == "LSTM" else 1)))
+
+    states = len(args(1, 1)) - 1
+    shapes = ({0: D, 1: D}, tuple({1: D} for _ in range(states)))  # *state is one argument, a tuple
+    proto = export(module, args(2, 7), shapes, opset)
+    for batch, time in SIZES:
+        assert_same(proto, module, args(batch, time))
+
+
+def test_a_cell_without_a_state_starts_from_zeros():
+    module = nn.Sequential(nn.Linear(8, 8), Cells(nn.LSTM(8, 6, batch_first=True))).eval()
+    proto = export(module, (torch.randn(2, 7, 8),), ({0: D, 1: D},))
+    assert_same(proto, module, (torch.randn(3, 11, 8),))
+
+
+def test_cells_inside_a_graph_module_are_lowered():
+    root: Any = nn.ModuleDict({"a": target("mingru"), "b": target("linear-attention")})
+    graph = torch.fx.Graph()
+    x, state_a, state_b = (graph.placeholder(n) for n in ("x", "state_a", "state_b"))
+    a = graph.call_module("a", (x, state_a))
+    b = graph.call_module("b", (graph.call_function(lambda pair, i: pair[i], (a, 0)), state_b))
+    pick = [graph.call_function(lambda pair, i: pair[i], pair) for pair in ((b, 0), (a, 1), (b, 1))]
+    graph.output(tuple(pick))
+    module = torch.fx.GraphModule(root, graph).eval()
+
+    def args(batch: int, time: int) -> tuple[torch.Tensor, ...]:
+        x_BTD = torch.randn(batch, time, 16)
+        return x_BTD, root["a"].initial_state(x_BTD) + 0.1, root["b"].initial_state(x_BTD) + 0.1
+
+    proto = export(module, args(2, 7), ({0: D, 1: D}, {0: D}, {0: D}))
+    for batch, time in SIZES:
+        assert_same(proto, module, args(batch, time))
+
+
+def test_the_original_is_left_as_it_was():
+    module = target("gru")
+    before = copy.deepcopy(module)
+    lower_cells(module)
+    assert isinstance(module.core, nn.GRU)
+    assert all(p.requires_grad for p in module.parameters())
+    x_BTD = torch.randn(2, 5, 16)
+    torch.testing.assert_close(module(x_BTD), before(x_BTD), rtol=0, atol=0)
+
+
+def test_one_cell_used_twice_stays_one_cell():
+    cell = nn.GRU(4, 4)
+    lowered: Any = lower_cells(nn.ModuleList([cell, cell, nn.GRU(4, 4)]))
+    assert lowered[0] is lowered[1]
+    assert lowered[0] is not lowered[2]
+    assert not any(isinstance(module, nn.GRU) for module in lowered)
+
+
+def test_a_cell_itself_can_be_lowered():
+    assert not isinstance(lower_cells(nn.GRU(4, 4)), nn.GRU)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_lowered_module_refuses_to_run_outside_an_export(name):
+    with pytest.raises(ExportError, match=r"(core|convolution): a lowered cell ran outside an export"):
+        lower_cells(target(name))(torch.randn(2, 3, 16))
+
+
+def test_an_lstm_with_projections_is_refused_by_its_path():
+    module = nn.ModuleDict({"encoder": nn.LSTM(4, 4, proj_size=2)})
+    with pytest.raises(ExportError, match=r"^encoder: expected an LSTM without projections, found proj_size=2"):
+        lower_cells(module)
+
+
+class Kept(nn.Module):
+    """Every output of a cell, so that nothing of it may be lost on the way."""
+
+    def __init__(self, cell: nn.RNNBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, last = self.cell(x)
+        return (y, *(last if isinstance(last, tuple) else (last,)))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        nn.LSTM(4, 5, num_layers=2, batch_first=True),
+        nn.GRU(4, 5, batch_first=True, bidirectional=True),
+        nn.RNN(4, 5, batch_first=True, bias=False, nonlinearity="relu"),
+    ],
+)
+def test_a_guides_own_operators_become_modules_that_give_the_same(cell):
+    captured = capture(Kept(cell).eval(), torch.randn(2, 6, 4))
+    graph_module = cells_as_modules(captured.graph_module)
+    assert not [n for n in graph_module.graph.nodes if n.target in CELLS]
+    assert [n for n in captured.graph_module.graph.nodes if n.target in CELLS]  # the incoming graph stays
+    x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(graph_module(x), captured.graph_module(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_graph_without_cells_is_not_copied():
+    graph_module = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)).graph_module
+    assert cells_as_modules(graph_module) is graph_module

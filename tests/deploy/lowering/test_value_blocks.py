@@ -1,0 +1,63 @@
+"""Linear attention in the widths that onnxruntime is fast at.
+
+B batch, T time, H heads, F features, K value width
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from tests.deploy.lowering.test_lower import assert_same, export
+from thesean.deploy.lowering.cells import value_blocks
+from thesean.targets.shared.cores import DeltaRuleCore, DiagonalScanCore, LinearAttentionCore
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
+
+@pytest.mark.parametrize("width", [1, 2, 16, 31, 32, 33, 34, 63, 64, 65, 96, 97, 98, 128, 129, 200])
+def test_blocks_cover_the_width_in_columns_that_have_a_fast_path(width):
+    blocks = value_blocks(width)
+    assert sum(columns for columns, _ in blocks) == width
+    assert all(columns <= padded and padded in (1, 32, 64) for columns, padded in blocks)
+
+
+def test_a_head_of_32_and_its_normaliser_are_two_blocks_without_padding():
+    assert value_blocks(33) == [(32, 32), (1, 1)]
+
+
+class Heads(nn.Module):
+    """One of the three cores that the operator runs, with the same arguments for all."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.core = {"gated": LinearAttentionCore, "gated delta": DeltaRuleCore, "diagonal": DiagonalScanCore}[kind]()
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor):
+        if self.kind == "gated delta":
+            return self.core(q, k, v, torch.sigmoid(v[..., 0]), g, s)
+        return self.core(q, k, v, g.unsqueeze(-1) * (1 + k) if self.kind == "diagonal" else g, s)
+
+
+@pytest.mark.parametrize(("features", "width"), [(16, 33), (10, 20), (64, 65), (24, 97)])
+@pytest.mark.parametrize("kind", ["gated", "gated delta", "diagonal"])
+def test_padded_features_and_values_change_nothing(kind, features, width):
+    torch.manual_seed(0)
+
+    def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:
+        return (
+            torch.rand(batch, time, 2, features),
+            torch.rand(batch, time, 2, features) / features,
+            torch.randn(batch, time, 2, width),
+            -torch.rand(batch, time, 2),
+            torch.randn(batch, 2, features, width),
+        )
+
+    shapes = tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if i < 4 else {0: Dim.DYNAMIC} for i in range(5))
+    module = Heads(kind).eval()
+    proto = export(module, arguments(2, 7), shapes)
+    for batch, time in ((2, 7), (3, 19), (1, 1)):
+        assert_same(proto, module, arguments(batch, time))

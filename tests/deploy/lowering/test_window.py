@@ -1,0 +1,142 @@
+"""A window of softmax attention, and states that queries share, in onnxruntime.
+
+B batch, T time, D width, W window, H heads, G heads of keys and values
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.export import Dim
+
+from tests import models
+from tests.deploy.lowering.test_lower import Flat, assert_same, export, run, target, with_state
+from tests.targets.build import tensors
+from thesean.deploy.export import export as export_hybrid
+from thesean.deploy.lowering.lower import lower_cells
+from thesean.deploy.lowering.window import DOMAIN, NAME, define
+from thesean.deploy.session import Session
+from thesean.errors import ExportError
+from thesean.targets import PartFacts, Target, build_module
+from thesean.targets.shared.cores import WindowAttentionCore
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+
+D = Dim.DYNAMIC
+WINDOW = 33
+
+
+def module(window: int | None, heads: int = 4, kv_heads: int = 2) -> Any:
+    torch.manual_seed(0)
+    shape = ("batch", "time", 16)
+    part = PartFacts(path="layers.0", input_shape=shape, output_shape=shape, mixing="causal", params=1)
+    chosen = Target("linear-attention", heads=heads, kv_heads=kv_heads, window=window)
+    made: Any = build_module(chosen, part)
+    with torch.no_grad():
+        made.last.weight.normal_()
+        if made.window is not None:
+            made.window.gate_H.normal_()
+    return made.eval()
+
+
+def exported(flat: Flat, opset: int = 18) -> Any:
+    proto = export(flat, with_state(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count), opset)
+    define(proto)
+    return proto
+
+
+def some_state(flat: Flat, batch: int, time: int) -> tuple[torch.Tensor, ...]:
+    """x_BTD and the state after 50 tokens of another sequence."""
+    with torch.no_grad():
+        x_BTD = torch.randn(batch, time, 16)
+        return x_BTD, *tensors(flat.module(torch.randn(batch, 50, 16))[1])
+
+
+@pytest.fixture(scope="module")
+def windowed() -> tuple[Flat, Any]:
+    flat = Flat(module(WINDOW)).eval()
+    return flat, exported(flat)
+
+
+SIZES = [(2, 7), (2, 19), (5, 3), (1, 1), (1, 32), (2, 33), (1, 34), (2, 66), (1, 300)]
+
+
+@pytest.mark.parametrize(("batch", "time"), SIZES)
+def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_sequence(windowed, batch, time):
+    flat, proto = windowed
+    assert_same(proto, flat, with_state(flat, batch, time, size=0.0))
+    assert_same(proto, flat, some_state(flat, batch, time))
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_windows_narrower_than_a_block_equal_torch(window):
+    flat = Flat(module(window)).eval()
+    proto = exported(flat, opset=20)
+    for batch, time in SIZES:
+        assert_same(proto, flat, some_state(flat, batch, time))
+
+
+def test_the_model_carries_the_function_that_it_calls(windowed):
+    _, proto = windowed
+    assert [(f.domain, f.name) for f in proto.functions] == [(DOMAIN, NAME)]
+    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [NAME]
+    assert {n.domain for n in proto.functions[0].node} == {""}  # standard operators: any runtime has them
+
+
+def test_a_model_without_a_window_gets_no_function():
+    proto = export(torch.nn.Linear(4, 4).eval(), (torch.randn(2, 4),), ({0: D},))
+    before = proto.SerializeToString()
+    define(proto)
+    assert proto.SerializeToString() == before
+
+
+def test_one_file_serves_a_long_prefill_chunks_and_single_steps(windowed):
+    flat, proto = windowed
+    x_BTD, *zeros = with_state(flat, 2, 400, size=0.0)
+    full, *full_states = run(proto, (x_BTD, *zeros))
+    states, outputs, at = zeros, [], 0
+    for length in (300, 1, 1, 5, 33, 34, 25, 1):  # a prefill, steps, chunks shorter and longer than the window
+        y, *after = run(proto, (x_BTD[:, at : at + length], *states))
+        states = [torch.from_numpy(s) for s in after]
+        outputs.append(y)
+        at += length
+    assert at == 400
+    np.testing.assert_allclose(np.concatenate(outputs, 1), full, rtol=1e-4, atol=1e-5)
+    for state, full_state in zip(states, full_states, strict=True):
+        np.testing.assert_allclose(state, full_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_queries_that_share_a_state_equal_torch(kv_heads):
+    flat = Flat(module(None, kv_heads=kv_heads)).eval()
+    assert flat.module.initial_state(torch.zeros(1, 1, 16)).shape[1] == kv_heads
+    proto = exported(flat)
+    for batch, time in SIZES:
+        assert_same(proto, flat, some_state(flat, batch, time))
+
+
+def test_a_lowered_window_refuses_to_run_outside_an_export():
+    core = lower_cells(torch.nn.ModuleDict({"core": WindowAttentionCore()}))
+    with pytest.raises(ExportError, match="core: a lowered cell ran outside an export"):
+        core["core"](*(torch.zeros(1, 1, 1, 1),) * 4, torch.zeros(1))
+    with pytest.raises(ExportError, match="core: a lowered cell ran outside an export"):
+        lower_cells(target("linear-attention"))(torch.randn(2, 3, 16))
+
+
+@pytest.mark.parametrize("guide", [models.gpt2, models.llama])
+def test_a_converted_language_model_with_a_window_deploys_with_its_state(guide, convert, tmp_path):
+    inputs = {"input_ids": models.tokens(4, 10)}
+    hybrid, captured = convert(guide(), inputs, Target("linear-attention", window=4))
+    report = export_hybrid(hybrid, captured.signature, tmp_path / "model.onnx", stateful="yes")
+    assert max(check.max_abs_error for check in report.checks) < 1e-5
+    session = Session(tmp_path / "model.onnx")
+    ids = models.tokens(1, 30).numpy()
+    whole, _ = session.run({"input_ids": ids})
+    (prefilled, state), pieces = session.run({"input_ids": ids[:, :20]}), []
+    for t in range(20, 30):
+        logits, state = session.run({"input_ids": ids[:, t : t + 1]}, state)
+        pieces.append(logits["logits"])
+    np.testing.assert_allclose(np.concatenate([prefilled["logits"], *pieces], 1), whole["logits"], rtol=1e-4, atol=1e-5)

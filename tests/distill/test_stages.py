@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests import captured, models
+from tests.distill.tools import Recorder, batches_of, forever, recipe, task
+from thesean.distill.stages import Conversion, convert, with_state
+from thesean.errors import NumericalError
+from thesean.passes.plan.make_plan import make_plan
+from thesean.recipe import Recipe
+
+
+def cross_entropy(output, batch):
+    return F.cross_entropy(output, batch[1])
+
+
+def run(guide, target="mlp", settings=None, seed=0, what=None, observer=None, **bound_plan) -> Conversion:
+    batches = batches_of(guide)
+    torch.manual_seed(seed)
+    return convert(
+        make_plan(guide, target, **bound_plan),
+        what or task(cross_entropy, kind="logits"),
+        settings or recipe(8),
+        forever(batches),
+        batches,
+        batches_of(guide, 2, seed=7),
+        observer or Recorder(),
+    )
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "sequential", "independent", "joint", "none"])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(schedule):
+    first, second, other = (run(captured.mlp(), settings=recipe(8, schedule), seed=s) for s in (0, 0, 1))
+    state = first.hybrid.graph_module.state_dict()
+    assert models.same_state(second.hybrid.graph_module, state)
+    assert not models.same_state(other.hybrid.graph_module, state)
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "sequential", "independent", "joint", "none"])
+def test_each_part_leaves_a_snapshot_and_each_step_is_counted(schedule):
+    guide = captured.mlp()
+    conversion = run(guide, settings=recipe(8, schedule))
+    assert [s.count for s in conversion.snapshots] == [1, 2, 3]
+    assert conversion.steps == 8
+    assert all(s.evaluation.divergence >= 0 for s in conversion.snapshots)
+    assert conversion.guide.divergence == 0
+
+
+def test_every_hybrid_on_the_way_is_usable():
+    guide = captured.gpt2()
+    bound_plan = make_plan(guide, "gru")
+    conversion = run(guide, "gru", what=task(kind="logits"), settings=recipe(4))
+    (_, inputs), *_ = batches_of(guide, 1, 2)
+    for snapshot in conversion.snapshots:
+        hybrid = with_state(bound_plan, snapshot.count, snapshot.state)
+        assert len(hybrid.parts) == snapshot.count
+        assert hybrid.graph_module(**inputs)["logits"].isfinite().all()
+
+
+def test_snapshots_are_untouched_by_later_training():
+    guide = captured.mlp()
+    bound_plan = make_plan(guide, "mlp")
+    conversion = run(guide, settings=recipe(10, learning_rate=0.1))
+    assert conversion.steps == 10
+    alone = run(guide, settings=recipe(10, learning_rate=0.1, share=0.5).model_copy(
+        update={"fine_tuning": recipe().fine_tuning.model_copy(update={"share": 0})}
+    ))  # fmt: skip
+    for tuned, untuned in zip(conversion.snapshots, alone.snapshots, strict=True):
+        assert tuned.state.keys() == untuned.state.keys()
+        for name, state in tuned.state.items():
+            assert all(torch.equal(v, untuned.state[name][k]) for k, v in state.items())
+    last = with_state(bound_plan, 3, conversion.snapshots[-1].state)
+    assert not models.same_state(conversion.hybrid.graph_module, models.state_of(last.graph_module))
+
+
+def test_a_snapshot_of_k_parts_holds_k_parts_and_the_guide_elsewhere():
+    guide = captured.mlp()
+    bound_plan = make_plan(guide, "mlp")
+    conversion = run(guide)
+    hybrid = with_state(bound_plan, 1, conversion.snapshots[0].state)
+    theirs = dict(guide.graph_module.named_parameters())
+    kept = {k: v for k, v in hybrid.graph_module.named_parameters() if not k.startswith("part_")}
+    assert set(kept) == {k for k in theirs if not k.startswith("0.")}
+    assert all(torch.equal(v, theirs[k]) for k, v in kept.items())
+
+
+def test_the_guide_stays_bit_for_bit():
+    guide = captured.mlp()
+    before = models.state_of(guide.graph_module)
+    run(guide)
+    assert models.same_state(guide.graph_module, before)
+    assert all(p.requires_grad for p in guide.graph_module.parameters())
+
+
+def test_closed_form_alone_takes_no_step():
+    observer = Recorder()
+    conversion = run(captured.mlp(), settings=Recipe.named("fast"), observer=observer)
+    assert conversion.steps == 0
+    assert observer.losses == []
+    assert [p[0] for p in observer.phases] == ["solve"] * 3
+    assert [s.result for s in conversion.snapshots] == [None] * 3
+
+
+def test_the_papers_recipe_aligns_by_cka_and_then_trains_on_the_task():
+    observer = Recorder()
+    paper = Recipe.named("paper").model_copy(update={"steps": 8})
+    conversion = run(captured.mlp(), settings=paper, observer=observer)
+    assert [p[0] for p in observer.phases] == ["align"] * 3 + ["fine-tune"]
+    assert conversion.steps == 8
+    assert all(s.result is not None for s in conversion.snapshots)
+
+
+def test_steps_that_alignment_did_not_use_go_to_fine_tuning():
+    observer = Recorder()
+    settings = recipe(20, share=0.5)
+    easy = settings.model_copy(update={"alignment": settings.alignment.model_copy(update={"ceiling": 10.0})})
+    conversion = run(captured.mlp(), settings=easy, observer=observer)
+    assert observer.phases[-1] == ("fine-tune", None, 1, 1, 20)
+    assert conversion.steps == 20
+
+
+def test_the_converted_network_is_in_eval_mode_and_trainable():
+    graph_module = run(captured.mlp()).hybrid.graph_module
+    assert not graph_module.training
+    assert all(p.requires_grad for p in graph_module.parameters())
+
+
+def test_an_untrained_conversion_is_beaten():
+    guide = captured.mlp()
+    settings = recipe(60, "independent", share=0.2, learning_rate=5e-3)
+    before = run(guide, settings=recipe(0, "none").model_copy(update={
+        "closed_form": Recipe().closed_form.model_copy(update={"enabled": False}),
+    }), what=task(kind="logits"))  # fmt: skip
+    after = run(guide, settings=settings, what=task(kind="logits"))
+    assert after.final.divergence < 0.5 * before.final.divergence
+
+
+def test_metric_and_loss_are_the_users():
+    def metric(output, batch):
+        return 0.25
+
+    conversion = run(captured.mlp(), what=task(cross_entropy, metric, "logits"))
+    assert conversion.final.metric == pytest.approx(0.25)
+    assert conversion.guide.loss is not None
+    assert run(captured.mlp(), what=task(kind="logits")).final.loss is None
+
+
+def test_a_guide_that_gives_no_numbers_is_found_before_anything_trains():
+    guide = captured.mlp()
+    batches = batches_of(guide)
+    broken = [(batch, {k: v * float("nan") for k, v in inputs.items()}) for batch, inputs in batches]
+    with pytest.raises(NumericalError, match="held-out batch 0: the guide's own output"):
+        convert(make_plan(guide, "mlp"), task(kind="logits"), recipe(4), forever(batches), batches, broken, Recorder())

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.distill.tools import Recorder
+from thesean.distill.train import cosine, train
+from thesean.errors import NumericalError
+from thesean.report import NullObserver
+
+
+def quadratic(p: nn.Parameter):
+    return lambda step, batch: (p - batch).square().sum()
+
+
+def run(p: nn.Parameter, loss, steps=10, **settings):
+    given: Any = {"observer": NullObserver(), "where": "here", "learning_rate": 0.1, "warmup": 1} | settings
+    return train([p], loss, itertools.repeat(torch.ones(3)), steps=steps, **given)
+
+
+def test_the_loss_falls_and_is_told():
+    p, observer = nn.Parameter(torch.zeros(3)), Recorder()
+    assert run(p, quadratic(p), 30, observer=observer) == 30
+    assert len(observer.losses) == 30
+    assert observer.losses[-1] < 0.1 * observer.losses[0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_place_and_step_and_changes_nothing_more(bad):
+    p = nn.Parameter(torch.zeros(3))
+    seen: list[torch.Tensor] = []
+
+    def loss(step, batch):
+        seen.append(p.detach().clone())
+        return quadratic(p)(step, batch) * (bad if step == 2 else 1)
+
+    with pytest.raises(NumericalError, match=r"aligning layer3: the loss is (nan|inf) at step 2\. Lower"):
+        run(p, loss, where="aligning layer3")
+    assert torch.equal(p, seen[-1])
+
+
+def test_training_stops_when_asked():
+    p = nn.Parameter(torch.zeros(3))
+    assert run(p, quadratic(p), 10, should_stop=lambda step: step == 4) == 4
+
+
+def test_frozen_parameters_stay():
+    p, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    train(
+        [p, frozen], quadratic(p), itertools.repeat(torch.ones(3)), steps=3, learning_rate=0.1, weight_decay=0.5,
+        observer=NullObserver(), where="here",
+    )  # fmt: skip
+    assert torch.equal(frozen, torch.ones(2, 2))
+
+
+def test_weight_decay_is_for_matrices_alone():
+    bias, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))
+    train(
+        [bias, matrix], lambda step, batch: (bias.sum() + matrix.sum()) * 0, itertools.repeat(None), steps=3,
+        learning_rate=0.1, weight_decay=0.5, observer=NullObserver(), where="here",
+    )  # fmt: skip
+    assert torch.equal(bias, torch.ones(3))
+    assert (matrix < 1).all()
+
+
+def test_the_learning_rate_rises_then_falls_to_a_floor():
+    factors = [cosine(step, 100, 10) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == pytest.approx(1, abs=0.05)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0.03 <= factors[-1] < 0.04
+
+
+def test_a_single_step_has_a_learning_rate():
+    assert 0 < cosine(0, 1, 20) <= 1

@@ -1,0 +1,346 @@
+"""B batch, T time, D width"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests import models
+from tests.models import tokens, vectors
+from thesean.errors import CaptureError, DataError
+from thesean.passes.capture.capture import capture
+
+
+@torch.no_grad()
+def same_everywhere(model: nn.Module, captured, sizes, make) -> None:
+    for size in sizes:
+        x = make(*size)
+        expected = model(x)
+        expected = expected if isinstance(expected, torch.Tensor) else next(iter(expected.values()))
+        actual = captured.graph_module(x)
+        actual = actual if isinstance(actual, torch.Tensor) else next(iter(actual.values()))
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.llama, models.bert])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_language_model_runs_at_sizes_that_it_was_not_traced_with(make, attention):
+    model = make(attention=attention)
+    same_everywhere(model, capture(model, tokens(4, 10)), [(1, 1), (2, 7), (5, 3), (3, 40)], tokens)
+
+
+def test_an_encoder_runs_at_sizes_that_it_was_not_traced_with():
+    model = models.encoder()
+    captured = capture(model, vectors(2, 6, 16))
+    same_everywhere(model, captured, [(1, 1), (3, 11)], lambda b, t: vectors(b, t, 16))
+
+
+def test_a_convnet_runs_at_batches_that_it_was_not_traced_with():
+    model = models.resnet()
+    captured = capture(model, vectors(2, 1, 8, 8))
+    same_everywhere(model, captured, [(1,), (5,)], lambda b: vectors(b, 1, 8, 8))
+    assert captured.signature.inputs[0].shape == ("batch", 1, 8, 8)
+
+
+def test_a_batch_and_a_sequence_of_one_do_not_become_fixed_sizes():
+    model = models.gpt2()
+    captured = capture(model, tokens(1, 1))
+    assert captured.signature.symbols == ("batch", "time")
+    same_everywhere(model, captured, [(3, 5)], tokens)
+
+
+def test_a_length_that_the_guide_fixes_stays_fixed_and_the_batch_stays_free():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5 * 4, 3)).eval()
+    captured = capture(model, vectors(2, 5, 4))
+    assert captured.signature.inputs[0].shape == ("batch", 5, 4)
+    same_everywhere(model, captured, [(7,)], lambda b: vectors(b, 5, 4))
+
+
+def test_a_length_that_is_free_only_in_steps_is_fixed():
+    """A window of 4 with a stride of 4 gives three positions for lengths of 12 to 15, and the table has three."""
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.windows = nn.Conv1d(8, 8, 4, stride=4)
+            self.table = nn.Parameter(torch.randn(1, 3, 8))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.windows(x.transpose(1, 2)).transpose(1, 2) + self.table)
+
+    model = Windowed().eval()
+    captured = capture(model, vectors(2, 12, 8))
+    assert captured.signature.inputs[0].shape == ("batch", 12, 8)
+    same_everywhere(model, captured, [(1,), (5,)], lambda b: vectors(b, 12, 8))
+
+
+def test_a_padding_mask_is_an_input_that_counts():
+    model = models.bert()
+    mask_BT = torch.ones(3, 8, dtype=torch.long)
+    captured = capture(model, {"attention_mask": mask_BT, "input_ids": tokens(3, 8)})
+    assert [s.name for s in captured.signature.inputs] == ["input_ids", "attention_mask"]
+    ids_BT, padded_BT = tokens(2, 12, seed=3), torch.ones(2, 12, dtype=torch.long)
+    padded_BT[1, 7:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, attention_mask=padded_BT).last_hidden_state
+        actual = captured.graph_module(ids_BT, padded_BT)["last_hidden_state"]
+        unpadded = captured.graph_module(ids_BT, torch.ones_like(padded_BT))["last_hidden_state"]
+    torch.testing.assert_close(actual, expected)
+    assert not torch.allclose(unpadded[1], expected[1])
+
+
+def test_the_signature_tells_names_types_tables_and_output_class():
+    signature = capture(models.gpt2(), tokens()).signature
+    (ids,) = signature.inputs
+    assert (ids.name, ids.dtype, ids.shape, ids.high) == (
+        "input_ids",
+        torch.int64,
+        ("batch", "time"),
+        models.VOCABULARY,
+    )
+    assert signature.output_class == "transformers.modeling_outputs.CausalLMOutputWithCrossAttentions"
+
+
+def test_models_with_a_cache_are_captured_without_it():
+    model = models.gpt2(use_cache=True)
+    with torch.no_grad():
+        assert "past_key_values" in model(tokens())
+    output = capture(model, tokens()).graph_module(tokens())
+    assert set(output) == {"logits"}
+
+
+def test_each_module_gets_its_own_training_flag_back():
+    model = models.encoder().train()
+    model.encoder.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    capture(model, vectors(2, 6, 16))
+    assert [m.training for m in model.modules()] == before
+
+
+def test_flags_come_back_after_a_failure_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout()).train()
+    with pytest.raises(DataError):
+        capture(model, vectors(2, 5))
+    assert all(m.training for m in model.modules())
+
+
+def test_the_guide_is_traced_in_eval_mode_and_keeps_its_parameters():
+    model = models.resnet().train()
+    before = models.state_of(model)
+    captured = capture(model, vectors(4, 1, 8, 8))
+    assert models.same_state(model, before)  # batch-norm statistics too
+    model.eval()
+    same_everywhere(model, captured, [(3,)], lambda b: vectors(b, 1, 8, 8))
+    shared = {id(p) for p in model.parameters()}
+    assert {id(p) for p in captured.graph_module.parameters()} == shared
+
+
+def test_tied_weights_stay_one_parameter():
+    model = models.gpt2()
+    captured = capture(model, tokens())
+    assert sum(p.numel() for p in captured.graph_module.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.layer(x)
+        if h.sum() > 0:  # the line that the error names
+            return h
+        return -h
+
+
+def test_control_flow_that_depends_on_values_names_this_file_and_the_line():
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if text.endswith("# the line that the error names"))
+    with pytest.raises(CaptureError, match=f"{Path(__file__).name}, line {line}, in forward: if h.sum") as caught:
+        capture(Branching(), vectors(2, 4))
+    assert "submodule" in str(caught.value)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: type[nn.GRU] | type[nn.LSTM]) -> None:
+        super().__init__()
+        self.cell = cell(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(x)[0])
+
+
+@pytest.mark.parametrize("cell", [nn.GRU, nn.LSTM])
+def test_recurrent_guides_run_at_any_length_and_are_as_they_were(cell):
+    model = models.seeded(Recurrent, cell)
+    expected = model(vectors(2, 6, 4))
+    captured = capture(model, vectors(2, 6, 4))
+    torch.testing.assert_close(model(vectors(2, 6, 4)), expected)
+    assert captured.signature.inputs[0].shape == ("batch", "time", 4)
+    same_everywhere(model, captured, [(5, 6), (2, 11), (1, 1)], lambda b, t: vectors(b, t, 4))
+
+
+class Counting(nn.Module):
+    """Writes to a buffer in forward, in eval mode too."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.layer(x)
+
+
+def test_buffers_that_a_forward_writes_to_are_as_they_were():
+    model = Counting()
+    capture(model, vectors(2, 4))
+    assert model.calls == 0
+
+
+class Random(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_a_guide_that_is_random_in_eval_mode_is_refused():
+    with pytest.raises(CaptureError, match="random"):
+        capture(Random(), vectors(2, 4))
+
+
+def test_a_torchscript_module_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
+        scripted = torch.jit.trace(models.mlp(), vectors(2, 8))
+    with pytest.raises(CaptureError, match="TorchScript"):
+        capture(scripted, vectors(2, 8))
+
+
+def test_what_is_not_a_module_is_refused():
+    with pytest.raises(CaptureError, match="found function"):
+        capture(lambda x: x, vectors(2, 4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_parameters_of_another_type_are_refused_with_the_way_out(dtype):
+    with pytest.raises(DataError, match=f"{dtype}; expected torch.float32. Call model.float"):
+        capture(models.mlp().to(dtype), vectors(2, 8).to(dtype))
+
+
+def test_a_guide_without_values_is_refused():
+    with pytest.raises(DataError, match="meta device"):
+        capture(models.mlp().to("meta"), vectors(2, 8))
+
+
+def test_a_guide_on_two_devices_is_refused():
+    model = models.mlp()
+    model[0].to("meta")
+    with pytest.raises(DataError, match=r"cpu.*meta"):
+        capture(model, vectors(2, 8))
+
+
+def test_inputs_on_another_device_are_refused():
+    with pytest.raises(DataError, match="input 'input' is on meta, the guide on cpu"):
+        capture(models.mlp(), vectors(2, 8).to("meta"))
+
+
+def test_inputs_of_another_width_name_the_place_and_leave_the_reason():
+    with pytest.raises(DataError, match=r"does not run on the example inputs.*shapes cannot be multiplied"):
+        capture(models.mlp(), vectors(2, 7))
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (None, "no example inputs"),
+        ((), "empty"),
+        ({"pixels": vectors(2, 8)}, "takes no input 'pixels'"),
+        ((vectors(2, 8), vectors(2, 8)), "takes 1 inputs, the example has 2"),
+        (([1.0, 2.0],), "expected a tensor, found list"),
+        ({"input": None}, "expected a tensor, found NoneType"),
+        ("text", "expected a tensor, a tuple or a dict, found str"),
+        (3, "found int"),
+    ],
+)
+def test_examples_that_the_guide_does_not_take_are_refused(example, reason):
+    with pytest.raises(DataError, match=reason):
+        capture(models.mlp(), example)
+
+
+def test_a_nested_output_keeps_its_nesting():
+    model = models.seeded(models.TwoOutputs)
+    captured = capture(model, vectors(3, 8))
+    with torch.no_grad():
+        actual, expected = captured.graph_module(vectors(2, 8)), model(vectors(2, 8))
+    assert captured.signature.output_class is None
+    assert isinstance(actual["second"], tuple)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_two_inputs_are_taken_by_position_and_by_name():
+    model = models.seeded(models.TwoInputs)
+    left, right = vectors(3, 8), vectors(3, 8, seed=1)
+    captured = capture(model, {"right": right, "left": left})
+    with torch.no_grad():
+        expected = model(left, right)
+        torch.testing.assert_close(captured.graph_module(left, right), expected)
+        torch.testing.assert_close(captured.graph_module(right=right, left=left), expected)
+
+
+@dataclass
+class Record:
+    hidden: torch.Tensor
+    missing: torch.Tensor | None
+    pair: list[torch.Tensor]
+
+
+torch.export.register_dataclass(Record, serialized_type_name="tests.Record")
+
+
+class ReturnsRecord(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Record:
+        hidden = self.layer(x)
+        return Record(hidden=hidden, missing=None, pair=[hidden + 1, hidden * 2])
+
+
+def test_a_dataclass_output_becomes_a_dict_and_its_class_is_remembered():
+    model = models.seeded(ReturnsRecord)
+    captured = capture(model, vectors(3, 4))
+    with torch.no_grad():
+        actual, expected = captured.graph_module(vectors(2, 4)), model(vectors(2, 4))
+    assert captured.signature.output_class == f"{Record.__module__}.Record"
+    assert actual["missing"] is None
+    torch.testing.assert_close(actual["hidden"], expected.hidden)
+    torch.testing.assert_close(actual["pair"], expected.pair)
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, *, shift: torch.Tensor, **rest: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + shift + rest["more"]
+
+
+def test_keyword_only_and_open_ended_inputs_are_captured():
+    model = models.seeded(Keywords)
+    example = {"more": vectors(3, 4), "x": vectors(3, 4, seed=1), "shift": vectors(3, 4, seed=2)}
+    captured = capture(model, example)
+    inputs = {k: torch.cat([v, v]) for k, v in example.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(captured.graph_module(**inputs), model(**inputs))

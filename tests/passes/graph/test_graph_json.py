@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from tests import captured
+from tests.captured import text
+from thesean.errors import ArtifactError
+from thesean.passes.graph.graph_json import dump, load, resolve_target, target_name
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
+
+
+@pytest.mark.parametrize(
+    "guide", [captured.gpt2, captured.bert, captured.llama, captured.encoder, captured.resnet, captured.tied]
+)
+def test_a_graph_comes_back_from_json_as_it_was(guide):
+    graph = guide().graph_module.graph
+    again = load(json.loads(json.dumps(dump(graph))))
+    assert text(again) == text(graph)
+    assert dump(again) == dump(graph)
+
+
+def test_a_hybrid_comes_back_and_computes_the_same():
+    guide = captured.gpt2()
+    hybrid = build_hybrid(make_plan(guide, "gru")).graph_module
+    again = fx.GraphModule(hybrid, load(json.loads(json.dumps(dump(hybrid.graph)))))
+    inputs = guide.signature.random_inputs({"batch": 2, "time": 5})
+    assert torch.equal(again(**inputs)["logits"], hybrid(**inputs)["logits"])
+
+
+def test_every_kind_of_argument_comes_back():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    arguments: Any = (
+        x, None, True, 3, -0.5, math.inf, -math.inf, "tanh", torch.float16, torch.device("cpu"), torch.strided,
+        torch.channels_last, slice(None, 3, x), (1, (x, 2)), [x, [4]], {"a": x, "b": (1,)},
+    )  # fmt: skip
+    graph.output(arguments)
+    (again,) = load(json.loads(json.dumps(dump(graph)))).output_node().args
+    expected = fx.map_arg(arguments, lambda n: n.name)
+    assert fx.map_arg(again, lambda n: n.name) == expected
+
+
+def test_not_a_number_comes_back():
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"), math.nan))
+    again: Any = load(json.loads(json.dumps(dump(graph)))).output_node().args[0]
+    assert math.isnan(again[1])
+
+
+def rows() -> list[dict]:
+    """A small good graph: x -> relu(x)."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.aten.relu.default, (x,)))
+    return dump(graph)
+
+
+def altered(**changes) -> list[dict]:
+    body = copy.deepcopy(rows())
+    body[1] |= changes
+    return body
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "builtins.eval",
+        "operator.attrgetter",
+        "operator.methodcaller",
+        "operator.setitem",
+        "torch.load",
+        "torch.hub.load",
+        "aten.from_file.default",  # reads any file
+        "aten.from_file",
+        "aten.relu_.default",  # mutable
+        "aten.add.out",
+        "aten.set_.source_Tensor",
+        "aten.__class__.default",
+        "aten.relu.__class__",
+        "aten._fill_mem_eff_dropout_mask_.default",
+        "prim.device.default",
+        "prims.add.default",
+        "aten.relu",
+        "aten.relu.default.__call__",
+        "aten",
+        "",
+        None,
+        7,
+        ["aten", "relu", "default"],
+    ],
+)
+def test_operators_outside_of_the_allow_list_are_refused(target):
+    with pytest.raises(ArtifactError):
+        resolve_target(target)
+    with pytest.raises(ArtifactError):
+        load(altered(target=target))
+
+
+def test_no_operator_that_may_be_loaded_takes_a_file_name_or_writes_to_its_arguments():
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
+    allowed = 0
+    for name in names:
+        packet, _, overload = name.removeprefix("aten::").partition(".")
+        try:
+            found: Any = resolve_target(f"aten.{packet}.{overload or 'default'}")
+        except ArtifactError:
+            continue
+        allowed += 1
+        assert not found._schema.is_mutable
+        assert not any("file" in a.name for a in found._schema.arguments)
+    assert allowed > 500
+
+
+@pytest.mark.parametrize("function", [os.system, print, torch.relu, eval, torch.ops.aten.relu_.default])
+def test_what_could_not_be_loaded_is_not_saved(function):
+    with pytest.raises(ArtifactError, match="can't be saved: expected one of aten's"):
+        target_name(function)
+
+
+@pytest.mark.parametrize("name", ["aten.conv2d.padding", "aten.scatter_reduce.two", "aten.fft_fft.default"])
+def test_text_that_names_a_mode_is_harmless(name):
+    assert target_name(resolve_target(name)) == name
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", 1j, torch.ones(2)])
+def test_arguments_without_a_json_form_are_not_saved(value):
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"), value))
+    with pytest.raises(ArtifactError, match="can't be saved"):
+        dump(graph)
+
+
+BAD_NAMES = ["__class__", "a.__globals__.b", "x; import os", "x\nimport os", "a b", "", "x)", "0x.y-z"]
+
+
+@pytest.mark.parametrize("op", ["get_attr", "call_module", "placeholder"])
+@pytest.mark.parametrize("target", BAD_NAMES)
+def test_attribute_paths_that_are_not_names_are_refused(op, target):
+    with pytest.raises(ArtifactError):
+        load(altered(op=op, target=target))
+
+
+@pytest.mark.parametrize("name", ["x; import os", "a b", "", "1a", None, 3, "a\nb"])
+def test_node_names_that_are_not_names_are_refused(name):
+    with pytest.raises(ArtifactError):
+        load(altered(name=name))
+
+
+@pytest.mark.parametrize("key", ["x=1, y", "a b", "", "__import__('os')", "lambda: 0"])
+def test_keywords_that_are_not_names_are_refused(key):
+    with pytest.raises(ArtifactError):
+        load(altered(kwargs={key: 1}))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"node": "nowhere"},
+        {"dtype": "load"},
+        {"device": "meta:0"},
+        {"layout": "hub"},
+        {"float": "__import__"},
+        {"code": "1"},
+        {"node": "x", "dtype": "float32"},
+        {},
+        {"slice": [1]},
+        {"slice": 3},
+        {"tuple": 3},
+        {"dict": [1]},
+        {"node": ["x"]},
+    ],
+)
+def test_malformed_arguments_are_refused(argument):
+    with pytest.raises(ArtifactError):
+        load(altered(args=[argument]))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None, {}, [], 3, "graph", [3], [None], [["x"]], [{}], [{"op": "output"}],
+        [{"op": "placeholder", "name": "x", "target": "x"}],
+    ],
+)  # fmt: skip
+def test_what_is_not_a_graph_is_refused(body):
+    with pytest.raises(ArtifactError):
+        load(body)
+
+
+def test_truncated_graphs_are_refused():
+    whole = dump(captured.mlp().graph_module.graph)
+    for length in range(len(whole)):  # by a few nodes or by many
+        with pytest.raises(ArtifactError):
+            load(whole[:length])
+
+
+def test_nodes_after_the_output_and_names_used_twice_are_refused():
+    body = rows()
+    with pytest.raises(ArtifactError):
+        load([*body, body[1]])
+    with pytest.raises(ArtifactError):
+        load([body[0], body[1], body[1], body[2]])
+    with pytest.raises(ArtifactError):
+        load([body[0], body[2], body[2]])
+
+
+@pytest.mark.parametrize("op", ["call_method", "root", "import", None, 3])
+def test_other_kinds_of_nodes_are_refused(op):
+    with pytest.raises(ArtifactError):
+        load(altered(op=op))
+
+
+@pytest.mark.parametrize("field", ["op", "name", "target", "args"])
+def test_missing_fields_are_refused(field):
+    body = rows()
+    del body[1][field]
+    with pytest.raises(ArtifactError):
+        load(body)
+
+
+def test_nothing_is_executed_on_loading(tmp_path: Path):
+    mark = tmp_path / "mark"
+    for target, args in (
+        ("os.system", [f"touch {mark}"]),
+        ("builtins.exec", [f"open({str(mark)!r}, 'w')"]),
+        ("aten.from_file.default", [str(mark), True, 4]),
+    ):
+        with pytest.raises(ArtifactError):
+            load(altered(target=target, args=args))
+    for field in ("name", "target"):
+        with pytest.raises(ArtifactError):
+            load(altered(op="get_attr", **{field: f"x = open({str(mark)!r}, 'w')"}))
+    assert not mark.exists()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.passes.plan.test_table import PLAN
+from thesean.errors import MissingExtraError, PlanError
+from thesean.passes.plan.drawing import picture_of
+from thesean.passes.plan.plan import Plan
+from thesean.passes.plan.rows import PlannedPart
+from thesean.passes.plan.svg import Box, Picture
+
+SVG = "{http://www.w3.org/2000/svg}"
+TARGETS = ("gru", "keep", "linear-attention", "narrow")
+
+
+def long_plan(count: int = 48) -> Plan:
+    parts = tuple(
+        PlannedPart(
+            path=f"model.encoder.transformer.blocks.{i}.first..model.encoder.transformer.blocks.{i}.last",
+            target=TARGETS[i % 4], operators="attention + gated mlp", params=7_000_000 + 10_000 * i, flops=10**9,
+            new_params=5_000_000, new_flops=10**8,
+        )
+        for i in range(count)
+    )  # fmt: skip
+    return Plan(parts=parts, sizes={"batch": 1}, params=10**9, flops=10**12, new_params=10**8, new_flops=10**11)
+
+
+@pytest.mark.parametrize("plan", [PLAN, long_plan(), long_plan(1)])
+def test_the_svg_is_well_formed_and_names_every_part(plan: Plan, tmp_path: Path):
+    root = ElementTree.fromstring(plan.draw(tmp_path / "plan.svg").read_text(encoding="utf-8"))
+    assert root.tag == f"{SVG}svg"
+    hints = [t.text for t in root.iter(f"{SVG}title")]
+    for part in plan:
+        assert hints.count(part.path) == 2  # above and below
+    words = [t.text or "" for t in root.iter(f"{SVG}text")]
+    assert sum(w in TARGETS or w.startswith("gru(") for w in words) >= len(plan.replaced)
+
+
+def test_names_with_markup_in_them_are_escaped(tmp_path: Path):
+    odd = replace(PLAN.parts[0], path="a<b>&'\"]]>", options={"init": "<&>"})
+    text = replace(PLAN, parts=(odd,)).draw(tmp_path / "plan.svg").read_text(encoding="utf-8")
+    assert "a<b>&'\"]]>" in [t.text for t in ElementTree.fromstring(text).iter(f"{SVG}title")]
+
+
+def overlap(a: Box, b: Box) -> bool:
+    return a.x < b.x + b.width and b.x < a.x + a.width and a.y < b.y + b.height and b.y < a.y + a.height
+
+
+def inside(picture: Picture, box: Box) -> bool:
+    right, bottom = box.x + box.width, box.y + box.height
+    return min(box.x, box.y) >= 0 and right <= picture.width and bottom <= picture.height
+
+
+@pytest.mark.parametrize("plan", [PLAN, long_plan()])
+def test_boxes_stand_apart_and_words_stay_inside_them(plan: Plan):
+    picture = picture_of(plan)
+    assert not any(overlap(a, b) for a, b in itertools.combinations(picture.boxes, 2))
+    assert all(inside(picture, box) for box in picture.boxes)
+    for text in picture.texts:
+        left = text.x - text.width / 2 if text.centred else text.x
+        assert left >= 0
+        assert left + text.width <= picture.width
+        if text.centred:
+            assert any(
+                b.x <= left
+                and left + text.width <= b.x + b.width
+                and b.y <= text.y - text.size
+                and text.y <= b.y + b.height
+                for b in picture.boxes
+            ), text
+
+
+def test_a_long_path_breaks_after_a_dot_and_loses_nothing():
+    words = [t.words for t in picture_of(long_plan(1)).texts if t.bold and t.centred]
+    first = words[: words.index("gru")]
+    assert len(first) > 1
+    assert all(line.endswith(".") for line in first[:-1])
+    assert "".join(first) == long_plan(1).parts[0].path
+
+
+def test_long_plans_wrap_to_rows():
+    picture = picture_of(long_plan())
+    assert picture.width < 1700
+    assert len({b.y for b in picture.boxes if b.hint}) > 6
+
+
+def test_heights_grow_with_latency_and_with_parameters_where_nothing_was_measured():
+    measured = [b for b in picture_of(PLAN).boxes if b.hint == "h.0"]
+    assert measured[1].height - measured[0].height == pytest.approx((1.9 - 1.25) / 1.9 * 90)
+    plain = replace(PLAN, latencies=(), parts=tuple(replace(p, latency_ms=None, new_latency_ms=None) for p in PLAN))
+    counted = [b for b in picture_of(plain).boxes if b.hint == "h.0"]
+    assert counted[1].height - counted[0].height == pytest.approx((58 - 50) / 58 * 90)
+
+
+def test_a_kept_part_is_grey_and_targets_differ_in_colour():
+    fills = {b.hint.split(".")[-2]: b.fill for b in picture_of(long_plan(4)).boxes[1:] if b.hint.endswith(".last")}
+    assert len(set(fills.values())) == 4
+    assert fills["1"] == "#eeeeee"
+
+
+def test_another_format_is_refused_before_anything_is_drawn(tmp_path: Path):
+    with pytest.raises(PlanError, match=r"ends in \.svg or \.png, found '\.pdf'"):
+        PLAN.draw(tmp_path / "plan.pdf")
+    with pytest.raises(PlanError, match="found no ending"):
+        PLAN.draw(tmp_path / "plan")
+    with pytest.raises(PlanError, match="can't be written"):
+        PLAN.draw(tmp_path / "nowhere" / "plan.svg")
+
+
+def test_a_png_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib")
+    assert PLAN.draw(tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"thesean\[report\]"):
+        PLAN.draw(tmp_path / "plan.png")

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import captured
+from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
+from thesean.passes.capture.probe import probe_sizes
+from thesean.passes.plan.make_plan import bind_plan, make_plan
+from thesean.targets import PartFacts, Target
+
+
+def targets(guide, target, **settings):
+    return {p.path: p.target for p in make_plan(guide, target, **settings).plan}
+
+
+def test_one_target_is_for_all_parts():
+    assert targets(captured.gpt2(), "gru") == {"transformer.h.0": "gru", "transformer.h.1": "gru"}
+
+
+def test_a_mapping_gives_each_part_its_own_and_keeps_the_rest():
+    assert targets(captured.gpt2(), {"*.1": "gru"}) == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
+    assert targets(captured.gpt2(), {"*.0": "keep", "transformer.h.*": "mingru"}) == {
+        "transformer.h.0": "keep",
+        "transformer.h.1": "mingru",
+    }
+
+
+def test_the_first_glob_that_matches_wins():
+    assert targets(captured.gpt2(), {"*.1": "gru", "*": "mingru"}) == {
+        "transformer.h.0": "mingru",
+        "transformer.h.1": "gru",
+    }
+
+
+def test_globs_over_sublayers_ask_for_sublayers():
+    found = targets(captured.gpt2(), {"*.attn": "gru"})
+    assert found == {
+        "transformer.h.0.attn": "gru",
+        "transformer.h.0.mlp": "keep",
+        "transformer.h.1.attn": "gru",
+        "transformer.h.1.mlp": "keep",
+    }
+    assert targets(captured.gpt2(), {"*.mlp": Target("mlp", width=8)})["transformer.h.1.mlp"] == "mlp"
+
+
+def test_keep_leaves_parts_to_the_guide():
+    assert targets(captured.gpt2(), "gru", keep=["*.0"]) == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "reason"),
+    [
+        ("gru", {"keep": ["*.7"]}, "keep: no part matches"),
+        ({"*.7": "gru"}, {}, "target: no part matches"),
+        ({"*.7": "gru"}, {"parts": ["transformer.h.*"]}, "target: no part matches"),
+        ("gru", {"parts": ["h.*"]}, "parts: no part matches"),
+        ("gru", {"keep": ["*"]}, "nothing is replaced"),
+        ({}, {}, "nothing is replaced"),
+        ({"*": "keep"}, {}, "nothing is replaced"),
+    ],
+)
+def test_globs_without_a_match_and_plans_without_a_part_are_refused(target, settings, reason):
+    with pytest.raises(PlanError, match=reason):
+        make_plan(captured.gpt2(), target, **settings)
+
+
+@pytest.mark.parametrize("target", [None, 3, ("gru",)])
+def test_what_is_no_target_is_refused(target):
+    with pytest.raises(PlanError, match="target: expected a name, a Target or"):
+        make_plan(captured.gpt2(), target)
+
+
+def test_a_lone_glob_may_stand_for_a_list():
+    assert targets(captured.gpt2(), "gru", keep="*.0") == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
+    assert targets(captured.gpt2(), "gru", parts="*.h.1") == {"transformer.h.1": "gru"}
+
+
+def test_unknown_targets_and_options_are_refused():
+    with pytest.raises(UnknownNameError, match=r"unknown target 'rn'; did you mean 'rnn'\? known: .*gru"):
+        make_plan(captured.gpt2(), "rn")
+    with pytest.raises(UnknownNameError, match="rn"):
+        make_plan(captured.gpt2(), {"*.0": "rn"})
+    with pytest.raises(TargetMismatchError, match=r"option 'wide'.*known options: .*width"):
+        make_plan(captured.gpt2(), Target("gru", wide=3))
+
+
+def test_an_mlp_for_a_causal_part_is_refused_with_the_part_and_a_way_out():
+    with pytest.raises(TargetMismatchError, match=r"transformer\.h\.0: .*causal.*Choose target 'rnn'"):
+        make_plan(captured.gpt2(), "mlp")
+
+
+def test_an_mlp_for_an_unbounded_sequence_is_refused():
+    with pytest.raises(TargetMismatchError, match=r"encoder\.layer\.0: .*static dimensions.*unbounded"):
+        make_plan(captured.bert(), "mlp")
+
+
+def test_a_recurrence_for_feature_maps_is_refused_naming_the_part():
+    with pytest.raises(TargetMismatchError, match=r"blocks\.0.*expected a sequence .*Choose target 'mlp'"):
+        make_plan(captured.resnet(), "rnn")
+
+
+def test_a_mixing_target_asked_for_a_token_wise_part_by_name_is_refused():
+    with pytest.raises(TargetMismatchError, match=r"transformer\.h\.0\.mlp: target 'gru' has nothing to replace here"):
+        make_plan(captured.gpt2(), {"*.mlp": "gru"})
+
+
+def test_a_mixing_target_leaves_token_wise_sublayers_alone():
+    found = targets(captured.gpt2(), "gru", granularity="sublayer")
+    assert found["transformer.h.0.attn"] == "gru"
+    assert found["transformer.h.0.mlp"] == "keep"
+
+
+def test_a_mixing_target_replaces_the_attention_of_a_block_and_keeps_its_mlp():
+    bound_plan = make_plan(captured.gpt2(), "gru")
+    assert [[s.facts.path for s in p.sites] for p in bound_plan.parts] == [
+        ["transformer.h.0.attn"],
+        ["transformer.h.1.attn"],
+    ]
+    part = bound_plan.plan.parts[0]
+    assert part.replaces == ("transformer.h.0.attn",)
+    assert part.mixing == "causal"
+    assert part.input_shape == part.output_shape == ("batch", "time", 16)
+
+
+def test_scope_part_replaces_the_whole_block():
+    bound_plan = make_plan(captured.gpt2(), Target("gru", scope="part"))
+    assert [[s.facts.path for s in p.sites] for p in bound_plan.parts] == [["transformer.h.0"], ["transformer.h.1"]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_a_token_wise_target_replaces_the_mlp_of_a_block_and_keeps_its_attention(name):
+    bound_plan = make_plan(getattr(captured, name)(), Target("narrow", ratio=0.5))
+    sites = [s for p in bound_plan.parts for s in p.sites]
+    assert len(sites) == len(bound_plan.parts) == 2
+    assert all(s.facts.mixing == "none" and s.facts.mlp is not None and s.facts.attention is None for s in sites)
+    mixing = make_plan(getattr(captured, name)(), "gru")
+    assert not {n for s in sites for n in s.region.nodes} & {
+        n for p in mixing.parts for s in p.sites for n in s.region.nodes
+    }
+
+
+def test_facts_are_measured():
+    (part, _) = make_plan(captured.gpt2(), "gru").parts
+    facts = part.sites[0].facts
+    assert (facts.mixing, facts.width_in, facts.width_out) == ("causal", 16, 16)
+    assert facts.attention is not None
+    assert facts.attention.heads == 2
+    assert facts.params == 4 * 16 * 16 + 4 * 16
+
+
+def test_a_builder_of_your_own_gets_the_facts():
+    seen: list[PartFacts] = []
+
+    def build(part: PartFacts) -> nn.Module:
+        seen.append(part)
+        return nn.Linear(part.width_in, part.width_out)
+
+    bound_plan = make_plan(captured.mlp(), Target("mine", build=build))
+    assert [p.target for p in bound_plan.plan] == ["mine"] * 3
+    assert {f.input_shape for f in seen} == {("batch", 8)}
+    assert bound_plan.plan.parts[0].new_params == 8 * 8 + 8
+    again = bind_plan(captured.mlp(), bound_plan.plan)
+    assert [p.target for p in again.plan] == ["mine"] * 3
+
+
+def test_costs_add_up():
+    plan = make_plan(captured.gpt2(), "gru", keep=["*.0"]).plan
+    assert plan.params == sum(p.numel() for p in captured.gpt2().graph_module.parameters())
+    part = plan.parts[1]
+    assert plan.new_params == plan.params - part.params + part.new_params
+    assert plan.new_flops == plan.flops - part.flops + part.new_flops
+
+
+def test_drafting_draws_no_random_numbers_and_changes_no_weights():
+    guide = captured.gpt2()
+    before = {k: v.clone() for k, v in guide.graph_module.state_dict().items()}
+    torch.manual_seed(3)
+    make_plan(guide, "gru")
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(v, before[k]) for k, v in guide.graph_module.state_dict().items())
+
+
+def test_the_length_that_is_probed_at_is_no_other_dimension():
+    guide = captured.gpt2()
+    assert probe_sizes(guide) == {"batch": 2, "time": 11}

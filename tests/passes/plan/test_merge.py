@@ -1,0 +1,169 @@
+"""Fewer target parts than guide parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import captured
+from tests.captured import flow_of, recorded
+from tests.models import tokens
+from thesean.errors import PlanError, TargetMismatchError
+from thesean.passes.graph.surgery import clone
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import bind_plan, make_plan
+from thesean.passes.plan.merge import merge_by_count, merge_to_count, most_changing, regroup, singles
+from thesean.passes.plan.partition import partition
+from thesean.passes.plan.plan import Plan
+from thesean.passes.remove import Remove
+from thesean.targets import Target
+
+
+def test_pairs_of_blocks_become_one_part_with_both_as_members():
+    flow = flow_of(captured.gpt2(4))
+    groups = merge_by_count(flow, partition(flow), 2)
+    assert [g.path for g in groups] == ["transformer.h.0..1", "transformer.h.2..3"]
+    assert [m.path for m in groups[1].members] == ["transformer.h.2", "transformer.h.3"]
+    assert groups[0].region.exit is groups[1].region.entry
+
+
+def test_the_last_of_an_odd_number_stays_alone():
+    flow = flow_of(captured.gpt2(3))
+    assert [len(g.members) for g in merge_by_count(flow, partition(flow), 2)] == [2, 1]
+
+
+def test_the_neighbours_that_are_most_alike_merge_first():
+    guide = captured.gpt2(4)
+    flow, values = flow_of(guide), recorded(guide)
+    chosen = partition(flow)
+    # what block 2 gives is what block 1 gave: nothing is more alike
+    values[chosen[2].region.exit] = values[chosen[1].region.exit]
+    groups = merge_to_count(flow, chosen, 3, values)
+    assert [g.path for g in groups] == ["transformer.h.0", "transformer.h.1..2", "transformer.h.3"]
+
+
+def test_the_member_that_changes_most_is_the_one_to_keep():
+    guide = captured.gpt2(4)
+    flow, values = flow_of(guide), recorded(guide)
+    group = merge_by_count(flow, partition(flow), 3)[0]
+    first, second, third = group.members
+    values[first.region.exit] = values[first.region.entry] + 0.01
+    values[second.region.exit] = values[second.region.entry] * 1.01
+    assert most_changing(group, values) is third
+
+
+def test_two_members_that_change_the_shape_do_not_merge():
+    flow = flow_of(captured.resnet())  # blocks 2 and 4 open stages
+    groups = merge_by_count(flow, partition(flow), 3)
+    assert [[m.path.rpartition(".")[2] for m in g.members] for g in groups] == [["0", "1", "2"], ["3", "4", "5"]]
+    assert [len(g.members) for g in merge_by_count(flow, partition(flow), 6)] == [4, 2]
+
+
+def test_branches_with_a_sum_in_between_do_not_merge():
+    flow = flow_of(captured.gpt2())
+    with pytest.raises(PlanError, match=r"merge=2: no two parts follow each other: transformer\.h\.0\.attn"):
+        merge_by_count(flow, partition(flow, "sublayer"), 2)
+
+
+@pytest.mark.parametrize("wanted", [0, 5, -1])
+def test_a_number_of_parts_that_there_can_not_be_is_refused(wanted):
+    guide = captured.gpt2(4)
+    flow = flow_of(guide)
+    with pytest.raises(PlanError, match=f"target_parts: expected 1 to 4, .*found {wanted}"):
+        merge_to_count(flow, partition(flow), wanted, recorded(guide))
+
+
+def test_more_merging_than_the_graph_allows_is_refused():
+    guide = captured.resnet()
+    flow = flow_of(guide)
+    with pytest.raises(PlanError, match="no more than down to 2 parts can be merged"):
+        merge_to_count(flow, partition(flow), 1, recorded(guide))
+
+
+def test_merge_and_target_parts_together_are_refused():
+    with pytest.raises(PlanError, match="give one of them"):
+        make_plan(captured.gpt2(4), "copy", merge=2, target_parts=2)
+
+
+def test_copy_drops_all_members_but_one():
+    guide = captured.gpt2(4)
+    bound_plan = make_plan(guide, "copy", merge=2)
+    kept = [p.keeps for p in bound_plan.plan if p.keeps is not None]
+    dropped = [s.facts.path for p in bound_plan.parts for s in p.sites]
+    assert sorted([*kept, *dropped]) == [f"transformer.h.{i}" for i in range(4)]
+    hybrid = build_hybrid(bound_plan)
+    by_hand = clone(guide.graph_module)
+    for path in dropped:
+        region = next(c.region for c in partition(flow_of_module(by_hand)) if c.path == path)
+        Remove(path, region)(by_hand)
+    ids = tokens(3, 7)
+    assert torch.equal(hybrid.graph_module(ids)["logits"], by_hand(ids)["logits"])
+    assert bound_plan.plan.new_params == sum(p.numel() for p in hybrid.graph_module.parameters())
+
+
+def flow_of_module(graph_module):
+    from thesean.passes.analyse.dataflow import data_flow
+
+    return data_flow(graph_module.graph)
+
+
+def test_a_recurrence_replaces_the_attention_of_the_member_that_stays():
+    bound_plan = make_plan(captured.gpt2(4), "gru", merge=2)
+    for part in bound_plan.parts:
+        inner = [s for s in part.sites if s.target.name == "gru"]
+        assert [s.facts.path for s in inner] == [f"{part.planned.keeps}.attn"]
+        assert len(part.sites) == 2
+
+
+def test_scope_part_replaces_a_merged_part_by_one_module():
+    bound_plan = make_plan(captured.gpt2(4), Target("gru", scope="part"), target_parts=1)
+    assert [len(p.sites) for p in bound_plan.parts] == [1]
+    assert bound_plan.plan.parts[0].keeps is None
+    assert len(build_hybrid(bound_plan).replacements) == 1
+
+
+def test_copy_has_nothing_to_do_where_nothing_was_merged():
+    with pytest.raises(PlanError, match="nothing is replaced"):
+        make_plan(captured.gpt2(), "copy")
+    with pytest.raises(TargetMismatchError, match=r"transformer\.h\.0: target 'copy' has nothing .*merge parts"):
+        make_plan(captured.gpt2(), "copy", parts=["transformer.h.0"])
+
+
+def test_a_merged_plan_survives_yaml_and_an_edit_of_what_stays():
+    guide = captured.gpt2(4)
+    plan = make_plan(guide, "copy", merge=2).plan
+    again = Plan.from_yaml(plan.to_yaml())
+    assert again == plan
+    other = next(m for m in plan.parts[0].members if m != plan.parts[0].keeps)
+    edited = replace(plan, parts=(replace(plan.parts[0], keeps=other), *plan.parts[1:]))
+    bound_plan = bind_plan(guide, edited)
+    assert bound_plan.plan.parts[0].keeps == other
+    assert bound_plan.plan.parts[0].replaces == (plan.parts[0].keeps,)
+    wrong = replace(plan, parts=(replace(plan.parts[0], keeps="transformer.h.3"), *plan.parts[1:]))
+    with pytest.raises(PlanError, match=r"keeps 'transformer\.h\.3', which is none of its members"):
+        bind_plan(guide, wrong)
+
+
+def test_globs_match_a_merged_part_by_its_name_or_by_all_its_members():
+    by_members = make_plan(captured.gpt2(4), {"*.h.[01]": "keep", "*": "copy"}, merge=2).plan
+    assert [p.target for p in by_members] == ["keep", "copy"]
+    by_name = make_plan(captured.gpt2(4), {"*.h.0..1": "keep", "*": "copy"}, merge=2).plan
+    assert [p.target for p in by_name] == ["keep", "copy"]
+
+
+def test_parts_around_one_that_was_not_chosen_do_not_merge():
+    with pytest.raises(PlanError, match="merge=2: no two parts follow each other"):
+        make_plan(captured.gpt2(4), "copy", parts=["transformer.h.0", "transformer.h.2"], merge=2)
+
+
+def test_the_groups_of_a_plan_come_back():
+    flow = flow_of(captured.gpt2(4))
+    chosen = partition(flow)
+    groups = merge_by_count(flow, chosen, 2)
+    again = regroup(flow, chosen, [[m.path for m in g.members] for g in groups])
+    assert [g.region for g in again] == [g.region for g in groups]
+    assert regroup(flow, chosen, [[c.path] for c in chosen]) == singles(chosen)
+    with pytest.raises(PlanError, match="can't be merged"):
+        regroup(flow, chosen, [["transformer.h.0", "transformer.h.2"]])

@@ -1,0 +1,110 @@
+"""B batch, T time, D width"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import captured, models
+from tests.models import tokens, vectors
+from thesean.errors import PlanError
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.regions import is_single_entry_single_exit
+from thesean.passes.capture.capture import capture
+from thesean.passes.plan.partition import partition
+
+
+def paths(guide, granularity="block", parts=None):
+    return [p.path for p in partition(captured.flow_of(guide), granularity, parts)]
+
+
+def test_twelve_blocks_of_gpt2_are_twelve_parts():
+    guide = capture(models.gpt2(12, width=8), tokens())
+    assert paths(guide) == [f"transformer.h.{k}" for k in range(12)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sublayers_of_gpt2_are_its_attentions_and_mlps(attention):
+    expected = [f"transformer.h.{k}.{half}" for k in range(2) for half in ("attn", "mlp")]
+    assert paths(captured.gpt2(attention=attention), "sublayer") == expected
+
+
+@pytest.mark.parametrize(
+    ("guide", "blocks"),
+    [
+        (captured.bert, "encoder.layer"),
+        (captured.llama, "model.layers"),
+        (captured.encoder, "encoder.layers"),
+    ],
+)
+def test_blocks_of_other_transformers_are_parts(guide, blocks):
+    assert paths(guide()) == [f"{blocks}.0", f"{blocks}.1"]
+
+
+def test_sublayers_of_other_transformers_are_parts():
+    assert paths(captured.llama(), "sublayer")[:2] == ["model.layers.0.self_attn", "model.layers.0.mlp"]
+    assert paths(captured.encoder(), "sublayer")[0] == "encoder.layers.0.self_attn"
+    assert paths(captured.bert(), "sublayer")[0] == "encoder.layer.0.attention"
+
+
+def test_blocks_that_change_the_stage_of_a_resnet_are_parts_too():
+    assert paths(captured.resnet()) == [f"blocks.{k}" for k in range(6)]
+
+
+def test_layers_of_a_plain_network_are_parts_and_its_head_is_not():
+    assert paths(captured.mlp()) == ["0..1", "2..3", "4..5"]
+    assert paths(captured.convnet()) == ["0..1", "2..3", "4..5"]
+
+
+def test_blocks_without_modules_get_names_that_differ():
+    assert paths(captured.functional()) == ["region", "region#2", "region#3"]
+
+
+def test_residual_layers_without_an_exact_repeat_are_parts():
+    assert paths(captured.tied()) == ["first", "second", "third"]
+
+
+def test_branches_without_attention_are_sublayers():
+    assert paths(captured.token_mixer(), "sublayer") == ["mix.0", "wise.0", "mix.1", "wise.1"]
+
+
+def test_globs_name_the_outermost_modules_that_match():
+    assert paths(captured.gpt2(), parts=["transformer.h.*"]) == ["transformer.h.0", "transformer.h.1"]
+    assert paths(captured.gpt2(), parts=["*.mlp"]) == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
+    assert paths(captured.gpt2(), parts=["transformer.h.1", "transformer.h.0.attn"]) == [
+        "transformer.h.0.attn",
+        "transformer.h.1",
+    ]
+
+
+def test_parts_that_overlap_are_refused():
+    with pytest.raises(PlanError, match=r"parts 'transformer.h.0.*' and 'transformer.h.0.*' overlap"):
+        paths(captured.gpt2(), parts=["transformer.h.0", "transformer.h.0.mlp"])
+
+
+def test_a_glob_without_a_match_gives_the_near_name():
+    with pytest.raises(PlanError, match=r"no part matches 'transformer\.g\.0'; did you mean 'transformer\.h\.0'\?"):
+        paths(captured.gpt2(), parts=["transformer.g.0"])
+
+
+def test_an_unknown_granularity_is_refused():
+    with pytest.raises(PlanError, match="unknown granularity 'layer'; expected 'block', 'sublayer' or 'finest'"):
+        paths(captured.gpt2(), "layer")
+
+
+def test_a_network_of_one_layer_has_no_part_and_the_error_says_what_to_do():
+    guide = capture(models.mlp(depth=0), vectors(2, 8))
+    with pytest.raises(PlanError, match=r"found no repeated .* Name the parts yourself: parts=\[\.\.\.\]"):
+        paths(guide)
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer"])
+@pytest.mark.parametrize(
+    "guide", [captured.gpt2, captured.bert, captured.llama, captured.encoder, captured.resnet, captured.token_mixer]
+)
+def test_parts_are_disjoint_and_have_one_entry_and_one_exit(guide, granularity):
+    flow = data_flow(guide().graph_module.graph)
+    found = partition(flow, granularity)
+    nodes = [n for part in found for n in part.region.nodes]
+    assert len(nodes) == len(set(nodes))
+    assert all(is_single_entry_single_exit(flow, part.region) for part in found)
+    assert len({part.path for part in found}) == len(found)

@@ -1,0 +1,241 @@
+"""Linear attention that keeps the guide's softmax over the last W tokens.
+
+B batch, T time, D width, W window, H heads, G heads of keys and values, C width of a head
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.targets.build import build, tensors
+from thesean.errors import TargetMismatchError
+from thesean.targets import Affine, AttentionFacts
+from thesean.targets.shared.heads import WINDOW_MEMORY, WINDOW_SHARPNESS
+from thesean.targets.shared.registry import rebuild
+
+
+def heads_of(facts: AttentionFacts, affine: Affine, x_BTD: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, C)."""
+    return (x_BTD @ affine.weight_OI.T + affine.bias_O).unflatten(-1, (facts.heads, -1)).transpose(1, 2)
+
+
+def softmax_attention(facts: AttentionFacts, x_BTD: torch.Tensor) -> torch.Tensor:
+    """The guide's own."""
+    q, k, v = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key, facts.value))
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=facts.scale)
+    return mixed.transpose(1, 2).flatten(2) @ facts.output.weight_OI.T + facts.output.bias_O
+
+
+def phi(facts: AttentionFacts, z_BHTC: torch.Tensor) -> torch.Tensor:
+    """softmax([Wz, -Wz]) with W as copied: sharpened, and with what the guide's scale has over 1 / sqrt(C)."""
+    gain = WINDOW_SHARPNESS * (facts.scale * z_BHTC.shape[-1] ** 0.5) ** 0.5
+    return torch.cat([gain * z_BHTC, -gain * z_BHTC], -1).softmax(-1)
+
+
+def quadratic(
+    facts: AttentionFacts, x_BTD: torch.Tensor, window: int, gate: float, memory: tuple[float, float]
+) -> torch.Tensor:
+    """The target as one weighted mean over all tokens, from the guide's weights alone."""
+    q, k, v = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key, facts.value))
+
+    tokens_H = memory[0] * (memory[1] / memory[0]) ** (torch.arange(facts.heads) / (facts.heads - 1))
+    age_TT = torch.arange(x_BTD.shape[1]).view(-1, 1) - torch.arange(x_BTD.shape[1])
+    decay_HTT = torch.exp(-(age_TT - window) / tokens_H.view(-1, 1, 1))
+    older = math.exp(gate) * decay_HTT * (phi(facts, q) @ phi(facts, k).mT)
+    near = (facts.scale * q @ k.mT).exp()
+    weights = torch.where(age_TT >= window, older, near) * (age_TT >= 0)
+    mixed = weights @ v / weights.sum(-1, keepdim=True)
+    return mixed.transpose(1, 2).flatten(2) @ facts.output.weight_OI.T + facts.output.bias_O
+
+
+@pytest.fixture
+def grouped_facts(attention_facts: Any) -> AttentionFacts:
+    """Four heads of queries on two of keys and values."""
+    facts = attention_facts(scale=0.7)
+
+    def repeated(affine: Affine) -> Affine:
+        return Affine(*(rows.unflatten(0, (4, 4))[::2].repeat_interleave(2, 0).flatten(0, 1) for rows in affine))
+
+    return AttentionFacts(
+        heads=4, scale=facts.scale, query=facts.query, key=repeated(facts.key), value=repeated(facts.value),
+        output=facts.output,
+    )  # fmt: skip
+
+
+def copied(part: Any, **options: Any) -> Any:
+    module = build("linear-attention", part, **options).eval()
+    assert module.copy_from(part) == ("query", "key", "value", "output")
+    return module
+
+
+@pytest.mark.parametrize("window", [11, 12, 40])
+def test_a_window_over_everything_is_the_guides_attention(window, sequence_part, attention_facts):
+    facts = attention_facts(scale=0.7)
+    module = copied(sequence_part(attention=facts), window=window)
+    x_BTD = torch.randn(2, 11, 16)
+    torch.testing.assert_close(module(x_BTD)[0], softmax_attention(facts, x_BTD), rtol=1e-5, atol=1e-6)
+
+
+def test_a_grouped_guide_is_itself_within_the_window_too(sequence_part, grouped_facts):
+    module = copied(sequence_part(attention=grouped_facts), window=11)
+    x_BTD = torch.randn(2, 11, 16)
+    torch.testing.assert_close(module(x_BTD)[0], softmax_attention(grouped_facts, x_BTD), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+@pytest.mark.parametrize("gate", [0.0, 1.5])
+def test_older_tokens_enter_the_same_mean_as_they_leave_the_window(window, gate, sequence_part, attention_facts):
+    facts = attention_facts(scale=0.7)
+    module = copied(sequence_part(attention=facts), window=window, memory=(2.0, 30.0))
+    with torch.no_grad():
+        module.window.gate_H.fill_(gate)
+    x_BTD = torch.randn(2, 40, 16)
+    expected = quadratic(facts, x_BTD, window, gate, (2.0, 30.0))
+    torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [(1,) * 30, (30,), (1, 4, 1, 24), (5, 25), (6, 4, 7, 13), (29, 1)])
+@pytest.mark.parametrize("window", [1, 4, 5, 50])
+def test_chunks_of_any_size_equal_all_steps_at_once(window, chunks, sequence_part, grouped_facts):
+    module = copied(sequence_part(attention=grouped_facts), window=window)
+    x_BTD = torch.randn(3, 30, 16)
+    full_BTD, full_state = module(x_BTD)
+    outputs, state = [], None
+    for chunk_BTD in x_BTD.split(chunks, dim=1):
+        y_BTD, state = module(chunk_BTD, state)
+        outputs.append(y_BTD)
+    torch.testing.assert_close(torch.cat(outputs, 1), full_BTD, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, full_state, rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_is_the_linear_one_and_the_last_keys_and_values(sequence_part, grouped_facts):
+    module = copied(sequence_part(attention=grouped_facts), window=6)
+    x_BTD = torch.randn(3, 10, 16)
+    zeros = module.initial_state(x_BTD)
+    assert [tuple(s.shape) for s in tensors(zeros)] == [(3, 2, 8, 5), (3, 6, 2, 4), (3, 6, 2, 5)]
+    assert not any(s.any() for s in tensors(zeros))
+    y_BTD, (linear, key, value) = module(x_BTD, zeros)
+    torch.testing.assert_close(y_BTD, module(x_BTD)[0], rtol=0, atol=0)
+    torch.testing.assert_close(key, module.key(x_BTD)[:, -6:].unflatten(-1, (2, 4)))
+    torch.testing.assert_close(value[..., :-1], module.value(x_BTD)[:, -6:].unflatten(-1, (2, 4)))
+    assert bool((value[..., -1] == 1).all())
+    assert bool((linear[..., -1].sum(-1) > 3.8).all())  # four tokens left, each with features that sum to 1
+
+
+def test_before_a_token_leaves_the_window_the_linear_state_is_empty(sequence_part, attention_facts):
+    module = copied(sequence_part(attention=attention_facts()), window=6)
+    _, (linear, _, value) = module(torch.randn(2, 4, 16))
+    assert not linear.any()
+    assert value[0, :, 0, -1].tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_only_the_past_is_read(sequence_part, attention_facts):
+    module = copied(sequence_part(attention=attention_facts()), window=3)
+    x_BTD = torch.randn(2, 12, 16)
+    moved_BTD = x_BTD.clone()
+    moved_BTD[:, 5] += 1
+    change_T = (module(moved_BTD)[0] - module(x_BTD)[0]).abs().amax((0, 2))
+    assert not change_T[:5].any()
+    assert bool((change_T[5:] > 1e-7).all())
+
+
+def test_memories_and_sharpness_default_to_what_suits_the_window(sequence_part, attention_facts):
+    part = sequence_part(attention=attention_facts())
+    assert build("linear-attention", part, window=4).memory == WINDOW_MEMORY
+    assert build("linear-attention", part, window=4).sharpness == WINDOW_SHARPNESS
+    assert build("linear-attention", part, window=4, memory=(1.0, 2.0), sharpness=1.0).memory == (1.0, 2.0)
+    assert build("linear-attention", part).memory != WINDOW_MEMORY
+
+
+def older_share(facts: AttentionFacts, x_BTD: torch.Tensor, window: int) -> torch.Tensor:
+    """Per head, how much of softmax attention over everything falls on tokens older than the window, on average."""
+    q, k = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key))
+    age_TT = torch.arange(x_BTD.shape[1]).view(-1, 1) - torch.arange(x_BTD.shape[1])
+    weights = (facts.scale * q @ k.mT).masked_fill(age_TT < 0, -torch.inf).softmax(-1)
+    return (weights * (age_TT >= window)).sum(-1)[:, :, window:].mean((0, 2))
+
+
+def test_preparation_gives_older_tokens_the_share_that_softmax_gives_them(sequence_part, attention_facts):
+    facts = attention_facts(scale=0.7)
+    part = sequence_part(attention=facts)
+    module = copied(part, window=5, memory=(2.0, 30.0))
+    x_BTD = torch.randn(3, 60, 16)
+    module.prepare(part, [(x_BTD, x_BTD), (x_BTD[:, :4], x_BTD[:, :4])])  # the second fits in the window
+    q, k = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key))
+    age_TT = torch.arange(60).view(-1, 1) - torch.arange(60)
+
+    rate_H11 = 1 / (2.0 * 15.0 ** (torch.arange(4) / 3)).view(-1, 1, 1)
+    older = phi(facts, q) @ phi(facts, k).mT * torch.exp(-rate_H11 * (age_TT - 5)) * (age_TT >= 5)
+    near = (facts.scale * q @ k.mT).exp() * ((age_TT >= 0) & (age_TT < 5))
+    odds = module.window.gate_H.exp().view(-1, 1) * older.sum(-1) / near.sum(-1)
+    got = (odds / (1 + odds))[:, :, 5:].mean((0, 2))
+    torch.testing.assert_close(got, older_share(facts, x_BTD, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_preparation_on_sequences_within_the_window_leaves_the_gate(sequence_part, attention_facts):
+    part = sequence_part(attention=attention_facts())
+    module = copied(part, window=8)
+    module.prepare(part, [(torch.randn(2, 8, 16), torch.randn(2, 8, 16))])
+    assert not module.window.gate_H.any()
+
+
+def test_gradients_reach_every_parameter_and_are_the_numerical_ones(sequence_part, grouped_facts):
+    module = copied(sequence_part(attention=grouped_facts), window=3).double()
+    x_BTD = torch.randn(1, 8, 16, dtype=torch.float64, requires_grad=True)
+    module(x_BTD)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+    assert torch.autograd.gradcheck(lambda x: module(x)[0], x_BTD, fast_mode=True)
+    state = tuple(s.detach().requires_grad_() for s in module(x_BTD)[1])
+    assert torch.autograd.gradcheck(lambda *s: module(x_BTD.detach(), s)[0], state, fast_mode=True)
+
+
+def test_the_saved_configuration_makes_the_same_module(sequence_part, grouped_facts):
+    module = copied(sequence_part(attention=grouped_facts), window=5)
+    with torch.no_grad():
+        module.window.gate_H.normal_()
+    again = rebuild("linear-attention", module.config()).eval()
+    again.load_state_dict(module.state_dict())
+    x_BTD = torch.randn(2, 9, 16)
+    torch.testing.assert_close(again(x_BTD), module(x_BTD), rtol=0, atol=0)
+    assert again.config() == module.config()
+
+
+def test_flops_count_the_window(sequence_part, attention_facts):
+    part = sequence_part(attention=attention_facts())
+    sizes = {"batch": 1, "time": 1}
+    small, large = (build("linear-attention", part, window=w).flops(part, sizes) for w in (8, 9))
+    assert large - small == 2 * 4 * (4 + 5)  # one more q.k and one more value with its one, in each of 4 heads
+    assert small > build("linear-attention", part).flops(part, sizes)
+
+
+def test_a_window_without_attention_to_copy_has_heads_of_its_own(sequence_part):
+    module = build("linear-attention", sequence_part("none"), window=2)
+    assert module(torch.randn(2, 5, 16))[0].shape == (2, 5, 16)
+    assert module.scale == pytest.approx(16**-0.5)
+
+
+def test_a_part_that_reads_both_ways_is_refused(sequence_part, attention_facts):
+    part = sequence_part("bidirectional", attention=attention_facts())
+    with pytest.raises(TargetMismatchError, match=r"^layers\.0: .*found window=4 .* both ways\. Leave window= out"):
+        build("linear-attention", part, window=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"window": 0}, "option 'window': Input should be greater than 0"),
+        ({"window": 2.5}, "option 'window'"),
+        ({"memory": (0.0, 4.0)}, r"option 'memory\.0': Input should be greater than 0"),
+        ({"kv_heads": 0}, "option 'kv_heads'"),
+        ({"kv_heads": 3}, r"found kv_heads=3 with 4 heads\. Set kv_heads=2"),
+        ({"kv_heads": 8}, r"found kv_heads=8 with 4 heads\. Set kv_heads=4"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, told, sequence_part, attention_facts):
+    with pytest.raises(TargetMismatchError, match=told):
+        build("linear-attention", sequence_part(attention=attention_facts()), **options)

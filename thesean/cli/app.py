@@ -1,0 +1,359 @@
+"""The command line: `thesean convert | plan | export | compare | targets`. Errors are one line and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import thesean
+from thesean.cli.options import (
+    Budget,
+    Choices,
+    Data,
+    Debug,
+    ExampleInputs,
+    Flatten,
+    Grain,
+    Guide,
+    Keep,
+    Merge,
+    Parts,
+    Stateful,
+    TargetParts,
+    Targets,
+    check_writable,
+    inputs,
+    planning_arguments,
+)
+from thesean.cli.words import ArgumentError, load_data, load_guide, load_object, parse_sizes
+from thesean.errors import TheseanError
+from thesean.passes.plan.svg import check_format
+
+app = typer.Typer(
+    name="thesean",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # the examples keep their line ends, ready to copy
+    pretty_exceptions_show_locals=False,  # locals are whole networks
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"thesean {metadata.version('thesean')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Change a trained network's architecture: transformer to RNN, convnet to MLP, verified ONNX at the end.
+
+    \b
+    Look at the plan first, then convert, then export:
+      thesean plan models.gpt:make --target rnn
+      thesean convert models.gpt:make --data texts:batches --out build/rnn
+      thesean export build/rnn model.onnx
+    """
+
+
+@app.command()
+def convert(
+    guide: Guide,
+    target: Targets = None,
+    data: Data = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION", help="loss(output, batch) -> scalar (default: match the guide's outputs)."
+        ),
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="Held-out batches.")] = None,
+    example_inputs: ExampleInputs = None,
+    parts: Parts = None,
+    keep: Keep = None,
+    granularity: Grain = None,
+    merge: Merge = None,
+    target_parts: TargetParts = None,
+    constraint: Budget = None,
+    candidate: Choices = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
+    ] = "default",
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed repeats the run.")] = 0,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
+    onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Convert GUIDE to another architecture, save it, export it.
+
+    \b
+    With your data and loss, where texts.py defines batches() and loss(output, batch):
+      thesean convert models.gpt:make --data texts:batches \\
+        --loss texts:loss --out build/rnn --onnx rnn.onnx
+
+    \b
+    A local Hugging Face folder, in closed form, without gradients:
+      thesean convert ./gpt2 --data texts:batches --recipe fast --out build/fast
+
+    \b
+    The first block kept, two made recurrent, the last a wider GRU:
+      thesean convert models.gpt:make --data texts:batches --out build/mixed \\
+        -t 'transformer.h.0=keep' -t 'transformer.h.[12]=rnn' \\
+        -t 'transformer.h.3=gru:width=256'
+
+    \b
+    1.5 times as fast at 512 tokens, chosen part by part:
+      thesean convert models.gpt:make --data texts:batches --target auto \\
+        --constraint speedup=1.5 --constraint context=512 --out build/auto
+
+    \b
+    A plan that you edited:
+      thesean plan models.gpt:make --yaml plan.yaml
+      thesean convert models.gpt:make --plan plan.yaml --data texts:batches --out build/rnn
+    """
+    with one_line_errors(debug):
+        if out is None and onnx is None:
+            raise ArgumentError("nothing to write: give --out DIR, --onnx FILE or both.")
+        chosen_twice = target or parts or keep or merge or target_parts or granularity or constraint
+        if plan is not None and chosen_twice:
+            raise ArgumentError(
+                "--plan already says what replaces which part: leave --target, --parts, --keep, --granularity, --merge "
+                "and --target-parts out."
+            )
+        for option, path in (("--out", out), ("--onnx", onnx)):
+            check_writable(option, path)  # before the training, not after
+        chosen: dict[str, Any] = {"recipe": recipe, "seed": seed, "progress": not quiet}
+        if plan is not None:
+            chosen["plan"] = thesean.Plan.from_yaml(plan)
+        else:
+            chosen |= planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
+        model = load_guide(guide)
+        chosen |= inputs(data, example_inputs)
+        if loss is not None:
+            chosen["loss"] = load_object(loss, "--loss", call=False)
+            if not callable(chosen["loss"]):
+                raise ArgumentError(f"--loss {loss!r}: expected a function loss(output, batch), found a value.")
+        if eval_data is not None:
+            chosen["eval_data"] = load_data(eval_data, "--eval-data")
+        converted = thesean.compile(model, **chosen)
+        if out is not None:
+            converted.save(out)
+        exported = converted.export(onnx) if onnx is not None else None
+        if not quiet:
+            typer.echo(str(converted.report))
+            if exported is not None:
+                typer.echo(str(exported))
+            if out is not None:
+                typer.echo(f"saved {out}: thesean.load({str(out)!r}), or `thesean export {out} model.onnx`")
+
+
+@app.command()
+def plan(
+    guide: Guide,
+    target: Targets = None,
+    data: Data = None,
+    example_inputs: ExampleInputs = None,
+    parts: Parts = None,
+    keep: Keep = None,
+    granularity: Grain = None,
+    merge: Merge = None,
+    target_parts: TargetParts = None,
+    constraint: Budget = None,
+    candidate: Choices = None,
+    context: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N...]", help="Time guide, untrained plan and ceiling in onnxruntime at these tokens."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="N[,N...]", help="And at these batches (default: 1); alone, at the example's length."),
+    ] = None,
+    yaml: Annotated[Path | None, typer.Option("--yaml", metavar="FILE", help="Also write the plan, to edit.")] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw it, as .svg or .png.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print which part would become what, with parameters and FLOPs, and whether it pays. Nothing is trained.
+
+    The ceiling is the guide without the replaced parts: no replacement of them can be faster.
+
+    \b
+    Examples:
+      thesean plan models.gpt:make --target rnn
+      thesean plan ./gpt2 -t linear-attention --granularity sublayer --yaml plan.yaml
+
+    \b
+    Will it pay? At three contexts and two batches, about a minute:
+      thesean plan models.gpt:make --target rnn --context 128,512,2048 --batch 1,8 \\
+        --draw plan.svg
+    """
+    with one_line_errors(debug):
+        check_writable("--yaml", yaml)
+        check_writable("--draw", draw)
+        if draw is not None:
+            check_format(draw)
+        measured: dict[str, Any] = {
+            "context": parse_sizes(context, "--context"),
+            "batch": parse_sizes(batch, "--batch"),
+        }
+        chosen = planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
+        wanted = chosen.pop("target")
+        model = load_guide(guide)
+        with steps_told():
+            made = thesean.plan(model, wanted, **chosen, **inputs(data, example_inputs), **measured)
+        typer.echo(str(made))
+        if yaml is not None:
+            made.to_yaml(yaml)
+            typer.echo(f"wrote {yaml}: edit it, then `thesean convert {guide} --plan {yaml}`")
+        if draw is not None:
+            typer.echo(f"wrote {made.draw(draw)}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `thesean convert --out` saved.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="Takes its name once it is verified.")],
+    stateful: Annotated[
+        Stateful, typer.Option(help="State in and out, for step-by-step decoding; auto: where the model can.")
+    ] = Stateful.auto,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset (default: the exporter's).")] = None,
+    debug: Debug = False,
+) -> None:
+    """Export a saved conversion to verified ONNX.
+
+    The file takes its name after onnxruntime agreed with torch at several batch sizes and lengths.
+
+    \b
+    Examples:
+      thesean export build/rnn model.onnx
+      thesean export build/rnn step.onnx --stateful yes --opset 22
+    """
+    with one_line_errors(debug):
+        check_writable("FILE.onnx", file)
+        chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
+        typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
+
+
+@app.command()
+def compare(
+    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help="As GUIDE of the other commands.")],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="The model to compare it with.")],
+    data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches that both models take; one pass.")],
+    measure: Annotated[str, typer.Option(help="cka, or another of thesean.measures().")] = "cka",
+    layers_a: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Modules of MODEL_A (default: its blocks); * in a level, ** over levels."),
+    ] = None,
+    layers_b: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Modules of MODEL_B.")] = None,
+    flatten: Annotated[
+        Flatten, typer.Option(help="What a row is: an example, or each of its tokens.")
+    ] = Flatten.example,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the matrix.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw a heatmap.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print how similar each layer of one model is to each of another.
+
+    \b
+    Examples:
+      thesean compare models.gpt:make models.gpt:small --data texts:batches --plot heatmap.png
+      thesean compare ./bert ./student --data texts:batches --flatten token \\
+        --layers-a 'encoder.layer.*' --layers-b 'encoder.layer.*' --json cka.json
+    """
+    with one_line_errors(debug):
+        for option, path in (("--json", json), ("--plot", plot)):
+            check_writable(option, path)
+        first, second = load_guide(model_a), load_guide(model_b)
+        found = thesean.compare(
+            first,
+            second,
+            load_data(data, "--data"),
+            measure,
+            layers_a=layers_a or None,
+            layers_b=layers_b or None,
+            flatten=flatten.value,
+        )
+        typer.echo(str(found))
+        if json is not None:
+            typer.echo(f"wrote {found.to_json(json)}")
+        if plot is not None:
+            typer.echo(f"wrote {found.plot(plot)}")
+
+
+@app.command()
+def targets(debug: Debug = False) -> None:
+    """List the target architectures.
+
+    \b
+    Use one by its name, with options after a colon:
+      thesean convert GUIDE --target gru --data texts:batches --out build/gru
+      thesean convert GUIDE --target gru:width=256,scope=part --data texts:batches --out build/gru
+    """
+    with one_line_errors(debug):
+        table = Table(box=None, pad_edge=False)
+        table.add_column("target", style="bold", no_wrap=True)
+        table.add_column("what it is")
+        for name, summary in sorted(thesean.targets().items()):
+            table.add_row(name, summary)
+        Console().print(table)
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """A TheseanError becomes one red line and exit code 2, ctrl-C one line and 130, a warning one yellow line."""
+    console = Console(stderr=True, highlight=False)
+
+    def say(word: str, style: str, message: str) -> None:
+        console.print(f"[{style}]{word}:[/]", end=" ")
+        console.print(" ".join(message.split()), markup=False, soft_wrap=True)
+
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        say("warning", "yellow", str(message))
+
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = show_warning
+            yield
+    except TheseanError as error:
+        if debug:
+            raise
+        say("error", "bold red", str(error))
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        say("interrupted", "bold red", "earlier results are as they were.")
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def steps_told() -> Iterator[None]:
+    """What is being measured, a line a step on stderr: it can take minutes."""
+    logger = logging.getLogger("thesean.deploy")
+    handler, level = logging.StreamHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    app()

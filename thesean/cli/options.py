@@ -1,0 +1,142 @@
+"""The options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from thesean.cli.words import ArgumentError, load_data, load_object, parse_budget, parse_target, parse_targets
+
+
+class Granularity(enum.StrEnum):
+    block = "block"
+    sublayer = "sublayer"
+    finest = "finest"
+
+
+class Flatten(enum.StrEnum):
+    example = "example"
+    token = "token"
+
+
+class Stateful(enum.StrEnum):
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+
+Guide = Annotated[
+    str,
+    typer.Argument(
+        metavar="GUIDE",
+        help="package.module:factory (called with no arguments; an nn.Module is taken as it is) or a local "
+        "Hugging Face folder.",
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="[GLOB=]NAME[:key=value,...]",
+        help="What replaces the parts (default: rnn). Repeat with GLOB= to choose per part; the name 'keep' keeps a "
+        "part. See `thesean targets`.",
+    ),
+]
+Data = Annotated[
+    str | None, typer.Option(metavar="MODULE:FACTORY", help="Batches: a list, a DataLoader, anything re-iterable.")
+]
+ExampleInputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FACTORY",
+        help="A tuple or dict of inputs to trace with (default: the first batch, then the model's dummy_inputs).",
+    ),
+]
+Keep = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Parts that stay as they are; repeatable.")]
+Parts = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only these parts; repeatable.")]
+Grain = Annotated[
+    Granularity | None,
+    typer.Option(
+        help="Whole blocks (the default), the residual halves inside them (the default of auto), or every linear map."
+    ),
+]
+Merge = Annotated[int | None, typer.Option(metavar="N", help="Every N neighbours become one part.")]
+TargetParts = Annotated[
+    int | None, typer.Option(metavar="N", help="Merge the neighbours that are most alike until N parts are left.")
+]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--constraint",
+        metavar="KEY=VALUE",
+        help="With --target auto, the budget: latency_ms, speedup, params or flops; context, batch and kind say where "
+        "latency is measured. Repeatable.",
+    ),
+]
+Choices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--candidate",
+        metavar="NAME[:key=value,...]",
+        help="With --target auto, what parts may become (default: keep, identity, rnn, conv, half of the heads, "
+        "narrow at three widths). Repeatable.",
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+def planning_arguments(
+    target: list[str] | None,
+    parts: list[str] | None,
+    keep: list[str] | None,
+    granularity: Granularity | None,
+    merge: int | None,
+    target_parts: int | None,
+    constraint: list[str] | None,
+    candidate: list[str] | None,
+) -> dict[str, Any]:
+    """The arguments that `thesean.plan` and `thesean.compile` share."""
+    wanted = parse_targets(target or ["rnn"])
+    automatic = wanted == "auto"
+    if not automatic and (constraint or candidate):
+        raise ArgumentError("--constraint and --candidate belong to --target auto.")
+    return {
+        "target": wanted,
+        "parts": parts or None,
+        "keep": tuple(keep or ()),
+        "granularity": granularity.value if granularity is not None else None,
+        "merge": merge,
+        "target_parts": target_parts,
+        "constraints": parse_budget(constraint or []),
+        "candidates": [parse_target(word) for word in candidate] if candidate else None,
+    }
+
+
+def inputs(data: str | None, example_inputs: str | None) -> dict[str, Any]:
+    """The loaded data and example inputs."""
+    loaded: dict[str, Any] = {}
+    if data is not None:
+        loaded["data"] = load_data(data, "--data")
+    if example_inputs is not None:
+        loaded["example_inputs"] = load_object(example_inputs, "--example-inputs", call=True)
+    return loaded
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """Raises ArgumentError when the nearest folder that exists can't be written, before anything expensive starts."""
+    if path is None:
+        return
+    if option == "--out" and path.exists() and not path.is_dir():
+        raise ArgumentError(f"{option} {path}: expected a folder, found a file. Choose another name.")
+    if option != "--out" and path.is_dir():
+        raise ArgumentError(f"{option} {path}: expected a file name, found a folder. Add a name: {path / 'model.onnx'}")
+    nearest = path if path.is_dir() else path.parent
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{option} {path}: {nearest} is not a folder that you may write. Choose another.")

@@ -1,0 +1,1 @@
+"""Lowering to ONNX, export, parity with torch, onnxruntime sessions, timing."""

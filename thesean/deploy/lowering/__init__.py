@@ -1,0 +1,1 @@
+"""From graph modules to ONNX operators."""

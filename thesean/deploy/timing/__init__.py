@@ -1,0 +1,1 @@
+"""Latency in onnxruntime: of files, of parts, of plans, and what the figures say."""

@@ -1,0 +1,178 @@
+"""How long a file takes in onnxruntime: medians of interleaved runs, so that a busy machine slows all alike.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from thesean.deploy.export import export
+from thesean.deploy.session import Arrays, Session
+from thesean.errors import DataError
+from thesean.passes.graph.signature import Signature
+
+CONTEXTS = (64, 512, 2048)
+
+_WARM_UP = 2
+_TURN_MS, _MOST = 3.0, 50
+_SECONDS = 2.0  # a file
+_LEAST = 5  # repeats below which a median says little, whatever they cost
+_LONG_MS = 200.0  # a call that takes this long has warmed itself up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of a run over `repeats` turns: the median and the 20th and 80th percentile."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTimings:
+    """One file's figures. A context that the file can't run (past the guide's position table) is None.
+
+    `token` is the cost of one more token once `context` tokens are there. `token_kind` says how: "state" is one step
+    with the state carried; "recompute" reads all `context` tokens again, as a file without state or cache must; a
+    guide served with a key-value cache would be faster than that. None where no file of the comparison decodes.
+    `forward` is set instead of both where there is no time dimension.
+    """
+
+    prefill: dict[int, Timing | None]
+    token: dict[int, Timing | None]
+    token_kind: str | None
+    forward: Timing | None = None
+
+    def medians_ms(self) -> dict[str, float | None]:
+        """`{"prefill_64": 1.2, "token_64": 0.1}`, or `{"forward": 0.3}`."""
+        figures: dict[str, Timing | None] = {f"prefill_{c}": v for c, v in self.prefill.items()}
+        figures |= {f"token_{c}": v for c, v in self.token.items()}
+        if self.forward is not None:
+            figures["forward"] = self.forward
+        return {k: None if v is None else v.median_ms for k, v in figures.items()}
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]], repeats: int = 20, seconds: float = 5.0, least: int = _LEAST
+) -> dict[str, Timing]:
+    """Time each call in `repeats` turns; fewer, but at least `least`, when `seconds` are over for all together.
+
+    A turn of a short call is one that isn't timed, since the others' weights fill the cache, and then as many as take
+    3 ms: a decoder calls one model again and again (0.14 ms a step; 0.5 ms where three models alternate).
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    rows: dict[str, int] = {}
+    for name, call in calls.items():
+        for _ in range(_WARM_UP):
+            start = time.perf_counter()
+            call()
+            once_ms = (time.perf_counter() - start) * 1e3
+            if once_ms > _LONG_MS:
+                break
+        rows[name] = max(1, min(_MOST, round(_TURN_MS / max(once_ms, 1e-6))))
+    end = time.perf_counter() + seconds
+    for done in range(repeats):
+        if done >= least and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            if rows[name] > 1:  # a call of milliseconds fills the cache by itself
+                call()
+            start = time.perf_counter()
+            for _ in range(rows[name]):
+                call()
+            taken[name].append((time.perf_counter() - start) * 1e3 / rows[name])
+    return {name: _summary(values) for name, values in taken.items()}
+
+
+def latency_of_models(
+    paths: Mapping[str, str | Path],
+    signature: Signature,
+    contexts: Sequence[int] = CONTEXTS,
+    batch: int = 1,
+    repeats: int = 20,
+) -> dict[str, FileTimings]:
+    """Files that take the same inputs, side by side, on one thread.
+
+    Prefill at each context; and where at least one file carries a state, one more token at each context, for a file
+    without state by reading everything again. Without a dynamic time dimension: one forward. Raises ExportError for a
+    file that onnxruntime can't load.
+    """
+    sessions = {name: Session(path, threads=1) for name, path in paths.items()}
+    seconds = _SECONDS * max(3, len(sessions))  # for all together: many files are no reason for few turns
+    if all(s.startswith("batch") for s in signature.symbols):
+        feeds = random_feeds(signature, batch, None)
+        forward = measure({n: _prefill(s, feeds) for n, s in sessions.items()}, repeats, seconds)
+        return {n: FileTimings(prefill={}, token={}, token_kind=None, forward=v) for n, v in forward.items()}
+    decodes = any(s.is_stateful for s in sessions.values())
+    prefill: dict[str, dict[int, Timing | None]] = {n: {} for n in sessions}
+    token: dict[str, dict[int, Timing | None]] = {n: {} for n in sessions}
+    for context in contexts:
+        feeds = random_feeds(signature, batch, context)
+        states = {n: state_after(s, feeds) for n, s in sessions.items()}
+        whole = measure({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None}, repeats, seconds)
+        one = random_feeds(signature, batch, 1)
+        stateful = {n: s for n, s in sessions.items() if s.is_stateful and states[n] is not None}
+        steps = measure({n: _step(s, one, states[n]) for n, s in stateful.items()}, repeats, seconds)
+        for name, session in sessions.items():
+            prefill[name][context] = whole.get(name)
+            if decodes:
+                token[name][context] = steps.get(name) if session.is_stateful else whole.get(name)
+    kinds = {n: ("state" if s.is_stateful else "recompute") if decodes else None for n, s in sessions.items()}
+    return {n: FileTimings(prefill=prefill[n], token=token[n], token_kind=kinds[n]) for n in sessions}
+
+
+def benchmark(
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    batch: int = 1,
+    repeats: int = 20,
+    train_length: int | None = None,
+) -> dict[str, float | None]:
+    """Median milliseconds of one module in onnxruntime, one thread, keyed as `FileTimings.medians_ms` does.
+
+    Raises ExportError when the module can't be exported and MissingExtraError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = export(graph_module, signature, Path(folder) / "model.onnx", train_length=train_length)
+        found = latency_of_models({"model": report.path}, signature, contexts, batch, repeats)
+    return found["model"].medians_ms()
+
+
+def random_feeds(signature: Signature, batch: int, length: int | None) -> Arrays:
+    """Arrays of these sizes for a network with this signature."""
+    sizes = {s: batch if s.startswith("batch") else length or 1 for s in signature.symbols}
+    return {name: value.numpy() for name, value in signature.random_inputs(sizes).items()}
+
+
+def state_after(session: Session, feeds: Arrays) -> Arrays | None:
+    """The state after these inputs ({} without one); None when the file can't run them."""
+    try:
+        return session.run(feeds)[1]
+    except DataError:
+        return None
+
+
+def _prefill(session: Session, feeds: Arrays) -> Callable[[], Any]:
+    return lambda: session.run(feeds)
+
+
+def _step(session: Session, feeds: Arrays, state: Arrays | None) -> Callable[[], Any]:
+    return lambda: session.run(feeds, state)
+
+
+def _summary(values: list[float]) -> Timing:
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return Timing(median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(values))

@@ -1,0 +1,126 @@
+"""What each part of a plan takes by itself in onnxruntime, and what its replacement takes.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.deploy.export import frozen
+from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, to_onnx
+from thesean.deploy.parity import CheckSizes
+from thesean.deploy.session import Session
+from thesean.deploy.timing.latency import Timing, measure
+from thesean.errors import DataError, ExportError, PassRefused
+from thesean.passes.analyse.fingerprint import fingerprint
+from thesean.passes.graph.extract import Extract, extract
+from thesean.passes.graph.signature import Signature
+from thesean.passes.plan.bind import BoundPart, BoundPlan
+from thesean.passes.plan.hybrid import Hybrid
+from thesean.passes.write_out_attention import WriteOutAttention
+
+logger = logging.getLogger(__name__)
+
+_REPEATS, _SECONDS, _LEAST = 15, 0.3, 5  # seconds a call
+
+# Exported at sizes of which none is 1 or equal to another, so that none is taken for a constant
+_BATCH, _LENGTH = 2, 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartTiming:
+    """A part before and after its replacement, with whatever of it stays; None where it could not be measured."""
+
+    before: Timing | None = None
+    after: Timing | None = None
+
+
+def latency_of_parts(
+    bound_plan: BoundPlan, hybrid: Hybrid | None, sizes: CheckSizes
+) -> tuple[dict[str, PartTiming], list[str]]:
+    """Latencies by the parts' paths, medians of runs in turns on one thread, and a note for each that has none.
+
+    Parts of the same operators, shapes, wiring and target are measured once. `hybrid` is the untrained plan, None to
+    measure the guide's parts alone.
+    """
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    cuts: dict[tuple[object, ...], list[tuple[str, Callable[[], Extract]]]] = {}
+    for part in bound_plan.parts:
+        key = _structure(part)
+        kinds.setdefault(key, []).append(part.planned.path)
+        if len(kinds[key]) == 1:
+            cuts[key] = _cuts(bound_plan, part, hybrid)
+    calls: dict[tuple[tuple[object, ...], str], Callable[[], Any]] = {}
+    notes = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for key, wanted in cuts.items():
+            for which, cut in wanted:
+                path = Path(folder) / f"{len(calls)}.onnx"
+                try:
+                    calls[key, which] = _call(cut(), bound_plan.captured.signature, sizes, path)
+                except (DataError, ExportError, PassRefused) as error:
+                    notes.append(f"{kinds[key][0]}: the part {which} could not be measured by itself: {error}")
+            logger.info("measured alone: %s%s", kinds[key][0], _others(len(kinds[key]) - 1))
+        found = measure({str(i): c for i, c in enumerate(calls.values())}, _REPEATS, _SECONDS * len(calls), _LEAST)
+    by_cut = dict(zip(calls, found.values(), strict=True))
+    return {
+        path: PartTiming(before=by_cut.get((key, "before")), after=by_cut.get((key, "after")))
+        for key, paths in kinds.items()
+        for path in paths
+    }, notes
+
+
+def _structure(part: BoundPart) -> tuple[object, ...]:
+    """Equal for parts that take equally long, before and after."""
+    sites = tuple((fingerprint(s.region), str(s.target)) for s in part.sites)
+    return (fingerprint(part.region), str(part.target), sites)
+
+
+def _cuts(bound_plan: BoundPlan, part: BoundPart, hybrid: Hybrid | None) -> list[tuple[str, Callable[[], Extract]]]:
+    region, guide = part.region, bound_plan.captured.graph_module
+    cuts = [("before", lambda: extract(guide, region.entry, region.exit))]
+    if hybrid is not None and part.target is not None:
+        module = hybrid.graph_module
+        cuts.append(("after", lambda: extract(module, *_ends(hybrid, part))))
+    return cuts
+
+
+def _ends(hybrid: Hybrid, part: BoundPart) -> tuple[fx.Node, fx.Node]:
+    """A replaced part's entry and exit in the hybrid."""
+    nodes = {n.name: n for n in hybrid.graph_module.graph.nodes}
+    index = hybrid.parts.index(part.planned.path)
+    became = {r.guide_exit: r.exit for r in hybrid.replacements} | {g: h for h, g in hybrid.boundaries}
+    entry = became.get(part.region.entry.name, part.region.entry.name)
+    if entry not in nodes:  # the norm before a branch went with the branch
+        entry = hybrid.of_part(index)[0].entry
+    return nodes[entry], nodes[hybrid.boundaries[index][0]]
+
+
+def _call(cut: Extract, guide: Signature, sizes: CheckSizes, path: Path) -> Callable[[], Any]:
+    """The excerpt in onnxruntime on random hidden states."""
+    length = sizes.length if sizes.length is None or sizes.length > _BATCH else _LENGTH
+    example = cut.inputs(guide, CheckSizes(batch=_BATCH, length=length).of(guide))
+    module = frozen(cut.graph_module)
+    # the whole network's masks are sides here, with the values that they have there
+    WriteOutAttention((example,), frozenset(f"side_{i}" for i in range(len(cut.sides))))(module)
+    proto = to_onnx(module, example, cut.signature.inputs, ("output",), DEFAULT_OPSET)
+    path.write_bytes(proto.SerializeToString())
+    session = Session(path, threads=1)
+    feeds = {name: value.numpy() for name, value in cut.inputs(guide, sizes.of(guide)).items()}
+    # an input that is not read has no place in the file
+    given = {name: feeds[name] for name in session.inputs}
+    session.run(given)
+    return lambda: session.run(given)
+
+
+def _others(count: int) -> str:
+    return f" and {count} of the same structure" if count else ""

@@ -1,0 +1,112 @@
+"""What a run ends with: the converted network, its report, and the frontier of partial conversions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch import fx
+
+from thesean.converted import Converted
+from thesean.distill.evaluate import Evaluation
+from thesean.distill.stages import Conversion, Snapshot, with_state
+from thesean.errors import PassRefused
+from thesean.passes.bound_positions import BoundPositions
+from thesean.passes.plan.bind import BoundPlan, added_params
+from thesean.passes.plan.plan import Plan
+from thesean.recipe import Recipe
+from thesean.report.conversion import ConversionReport, StageRow
+from thesean.request import Run
+
+
+def _bounded(graph_module: fx.GraphModule, recipe: Recipe, notes: list[str]) -> None:
+    """Positions past the guide's table never read out of range."""
+    try:
+        result = BoundPositions(recipe.positions)(graph_module)
+    except PassRefused as refusal:
+        notes.append(str(refusal))
+        return
+    if result.modified:
+        notes.append(f"positions past the guide's table: {recipe.positions}")
+
+
+def finish(run: Run, conversion: Conversion, seed: int, start: float) -> Converted:
+    hybrid, bound_plan, recipe = conversion.hybrid, run.bound_plan, run.recipe
+    _bounded(hybrid.graph_module, recipe, run.notes)
+    report = ConversionReport(
+        guide=_figures(conversion.guide),
+        converted=_figures(conversion.final),
+        stages=_stage_rows(bound_plan, conversion, recipe),
+        steps=conversion.steps,
+        seconds=time.monotonic() - start,
+        params=sum(p.numel() for p in hybrid.graph_module.parameters()),
+        flops=bound_plan.plan.new_flops,
+        train_length=run.feed.length,
+        recipe=recipe.model_dump(),
+        seed=seed,
+        notes=tuple(run.notes),
+        copied={r.facts.path: list(r.copied) for r in hybrid.replacements if r.copied},
+    )
+    signature = bound_plan.captured.signature
+    makers: list[Callable[[], Converted]] = [partial(_hybrid, bound_plan, None, report, recipe)]
+    makers += [partial(_hybrid, bound_plan, s, report, recipe) for s in conversion.snapshots[:-1]]
+    converted = Converted(hybrid.graph_module, signature, bound_plan.plan, report)
+    return Converted(hybrid.graph_module, signature, bound_plan.plan, report, [*makers, lambda: converted])
+
+
+def _hybrid(bound_plan: BoundPlan, snapshot: Snapshot | None, report: ConversionReport, recipe: Recipe) -> Converted:
+    """The frontier's member after a stage, on demand."""
+    count = snapshot.count if snapshot is not None else 0
+    hybrid = with_state(bound_plan, count, snapshot.state if snapshot is not None else {})
+    _bounded(hybrid.graph_module, recipe, [])
+    replaced = {p.path for p in bound_plan.plan.replaced[:count]}
+    rows = tuple(
+        p if p.path in replaced else replace(p, target="keep", options={}, scope=None) for p in bound_plan.plan
+    )
+    told = replace(
+        report,
+        converted=_figures(snapshot.evaluation) if snapshot is not None else report.guide,
+        stages=report.stages[:count],
+        params=sum(p.numel() for p in hybrid.graph_module.parameters()),
+        flops=_flops_with(bound_plan.plan, count),
+    )
+    return Converted(hybrid.graph_module, bound_plan.captured.signature, replace(bound_plan.plan, parts=rows), told)
+
+
+def _flops_with(plan: Plan, count: int) -> int:
+    return plan.flops + sum(p.new_flops - p.flops for p in plan.replaced[:count])
+
+
+def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -> tuple[StageRow, ...]:
+    rows = []
+    replaced = bound_plan.plan.replaced
+    seconds = 0.0
+    for snapshot in conversion.snapshots:
+        result = snapshot.result
+        divergence = snapshot.evaluation.divergence
+        rows.append(
+            StageRow(
+                part=conversion.hybrid.parts[snapshot.count - 1],
+                replaced=snapshot.count,
+                of=len(conversion.hybrid.parts),
+                measure=recipe.alignment.measure if result else "closed form",
+                before=result.before if result else None,
+                after=result.after if result else divergence,
+                loss=snapshot.evaluation.loss,
+                metric=snapshot.evaluation.metric,
+                divergence=divergence,
+                steps=result.steps if result else 0,
+                seconds=snapshot.seconds - seconds,
+                stopped_by=result.stopped_by if result else "solved",
+                params=bound_plan.plan.params + sum(added_params(p) for p in replaced[: snapshot.count]),
+                flops=_flops_with(bound_plan.plan, snapshot.count),
+            )
+        )
+        seconds = snapshot.seconds
+    return tuple(rows)
+
+
+def _figures(evaluation: Evaluation) -> dict[str, float | None]:
+    return {"loss": evaluation.loss, "metric": evaluation.metric, "divergence": evaluation.divergence}

@@ -1,0 +1,1 @@
+"""What the kernels share: dispatch, precision, launch tables, Triton's common tiles."""

@@ -1,0 +1,226 @@
+"""Find an attention in a region and read its projections off, numerically.
+
+Where softmax(q k' scale) v stands is found in the graph. What q, k and v are is not matched against known patterns
+(packed or separate, transposed, split, grouped, repeated): each is probed as an affine map of the region's input, one
+basis vector a token, and checked on random input. What is not affine (a rotary embedding in between) is followed
+upstream to the nearest value that is.
+
+B batch, T time, D width, H heads, K head width
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.functional import linear
+
+from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
+from thesean.passes.analyse.regions import Region
+from thesean.passes.graph.record import evaluate
+from thesean.targets.shared.facts import Affine, AttentionFacts
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_PRODUCT = (aten.matmul.default, aten.bmm.default)
+
+# An affine map recovered from basis vectors reproduces fp32 outputs to rounding; a rotary embedding is off by 1.
+_EXACT = 1e-3
+
+
+def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts | None:
+    """The region's attention, or None where there is none whose output projection and values are affine."""
+    if values[region.entry].ndim != 3:
+        return None
+    found = _core(region)
+    if found is None:
+        return None
+    query, key, value, mixed, scale = found
+    q, _k, v = values[query], values[key], values[value]
+    if q.ndim != 4 or v.ndim != 4:
+        return None
+    heads = q.shape[1]
+    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    maps = []
+    for node, width in ((query, q.shape[-1]), (key, q.shape[-1]), (value, v.shape[-1])):
+        affine = _nearest_affine(region, values, node, width)
+        if affine is None:
+            return None
+        maps.append(_repeat_heads(affine, heads, width))
+    output = _output_map(region, values, mixed)
+    if output is None:
+        return None
+    facts = AttentionFacts(heads=heads, scale=float(scale), query=maps[0], key=maps[1], value=maps[2], output=output)
+    return replace(facts, plain=is_plain_attention(region, values, facts))
+
+
+def _core(region: Region) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float | None] | None:
+    """(q, k, v, mixed values, scale) of the only attention in the region."""
+    fused = [n for n in region.nodes if n.target is aten.scaled_dot_product_attention.default]
+    if len(fused) == 1:
+        node = fused[0]
+        scale = node.kwargs.get("scale")
+        q, k, v = node.args[:3]
+        return q, k, v, node, scale  # type: ignore[return-value]
+    soft = [n for n in region.nodes if n.target in _SOFTMAX]
+    if len(soft) != 1:
+        return None
+    return _written_out(region, soft[0])
+
+
+def _written_out(region: Region, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float] | None:
+    """softmax(q @ k.T * scale + mask) @ v, spelled as separate operators."""
+    inside = set(region.nodes)
+    scale = 1.0
+    node: Any = softmax.args[0]
+    while isinstance(node, fx.Node) and node in inside and node.target not in _PRODUCT:
+        factor = node.args[1] if len(node.args) > 1 else None
+        if isinstance(factor, (int, float)):
+            if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+                scale *= float(factor)
+            elif node.target in (aten.div.Tensor, aten.div.Scalar):
+                scale /= float(factor)
+        main = [a for a in node.all_input_nodes if a in inside]
+        if len(main) != 1:
+            return None
+        node = main[0]
+    if not isinstance(node, fx.Node) or node not in inside:
+        return None
+    query, key = node.args[:2]
+    after = softmax
+    while after.target not in _PRODUCT:
+        users = [u for u in after.users if u in inside]
+        if len(users) != 1:
+            return None
+        after = users[0]
+    return query, key, after.args[1], after, scale  # type: ignore[return-value]
+
+
+def _tokens_first(value: torch.Tensor, batch: int, length: int) -> torch.Tensor | None:
+    """(B, ..T..) -> (B, T, rest) with `rest` in the order of the remaining dimensions; None where T is ambiguous."""
+    at = [d for d in range(1, value.ndim) if value.shape[d] == length]
+    if value.ndim < 3 or value.shape[0] != batch or len(at) != 1:
+        return None
+    return value.movedim(at[0], 1).reshape(batch, length, -1)
+
+
+def _probe(
+    region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node, given: torch.Tensor
+) -> torch.Tensor | None:
+    result = evaluate(between(region, [source], wanted), values, {source: given}, wanted)
+    shape = values[source].shape
+    return _tokens_first(result, shape[0], _length(values[source]))
+
+
+def _length(value: torch.Tensor) -> int:
+    """The probed sequence length; recordings use one that equals no head count or width."""
+    return int(value.shape[-2])
+
+
+@torch.no_grad()
+def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node) -> Affine | None:
+    """`wanted` as a token-wise affine function of `source`, or None. Exact up to rounding, checked on fresh input."""
+    template = values[source]
+    flat = _tokens_first(template, template.shape[0], _length(template))
+    if flat is None:
+        return None
+    batch, length, width = flat.shape
+    unflatten = _unflattener(template, length)
+    rows_MI = probe_rows(template, width)
+    if len(rows_MI) <= batch * length:
+        # cheaper than a basis by far: refuses what isn't affine, and finds maps that are a weight of the guide's
+        filled = torch.nn.functional.pad(rows_MI, (0, 0, 0, batch * length - len(rows_MI)))
+        out = _probe(region, values, source, wanted, unflatten(filled.view(batch, length, width)))
+        if out is None or not is_affine(out.flatten(0, 1)[: len(rows_MI)]):
+            return None
+        shared = match_weight(between(region, [source], wanted), values, rows_MI, out.flatten(0, 1)[: len(rows_MI)])
+        if shared is not None:
+            return shared
+    zero = _probe(region, values, source, wanted, torch.zeros_like(template))
+    if zero is None:
+        return None
+    bias_O = zero[0, 0]
+    columns = []
+    per_run = batch * length
+    for start in range(0, width, per_run):
+        basis = torch.zeros(per_run, width, dtype=template.dtype, device=template.device)
+        count = min(per_run, width - start)
+        basis[torch.arange(count), start + torch.arange(count)] = 1
+        out = _probe(region, values, source, wanted, unflatten(basis.view(batch, length, width)))
+        if out is None:
+            return None
+        columns.append((out.reshape(per_run, -1) - bias_O)[:count])
+    weight_OI = torch.cat(columns).T.contiguous()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(flat.shape, generator=generator).to(template)
+    got = _probe(region, values, source, wanted, unflatten(x))
+    want = x @ weight_OI.T + bias_O
+    if got is None or (got - want).abs().max() > _EXACT * want.abs().max():
+        return None
+    return Affine(weight_OI, bias_O.clone())
+
+
+def _unflattener(template: torch.Tensor, length: int):  # type: ignore[no-untyped-def]
+    """The inverse of `_tokens_first` for this shape."""
+    at = next(d for d in range(1, template.ndim) if template.shape[d] == length)
+    rest = [s for d, s in enumerate(template.shape) if d not in (0, at)]
+    return lambda flat: flat.view(template.shape[0], length, *rest).movedim(1, at).contiguous()
+
+
+def _nearest_affine(region: Region, values: dict[fx.Node, Any], node: fx.Node, head_width: int) -> Affine | None:
+    """The affine map at `node` or at its nearest ancestor of the same head width, breadth first."""
+    inside = set(region.nodes)
+    front, seen = [node], {node}
+    while front:
+        current = front.pop(0)
+        value = values[current]
+        shaped = isinstance(value, torch.Tensor) and value.ndim == 4 and head_width in value.shape[1:]
+        if shaped and current in inside:
+            affine = _affine(region, values, region.entry, current)
+            if affine is not None:
+                return affine
+        for parent in current.all_input_nodes:
+            if parent in inside and parent not in seen:
+                seen.add(parent)
+                front.append(parent)
+    return None
+
+
+def _repeat_heads(affine: Affine, heads: int, head_width: int) -> Affine:
+    """Grouped keys and values, one copy for every query head."""
+    have = affine.weight_OI.shape[0] // head_width
+    if have == heads or have == 0 or heads % have:
+        return affine
+    weight = affine.weight_OI.view(have, head_width, -1).repeat_interleave(heads // have, 0).flatten(0, 1)
+    return Affine(weight, affine.bias_O.view(have, head_width).repeat_interleave(heads // have, 0).flatten())
+
+
+def _output_map(region: Region, values: dict[fx.Node, Any], mixed: fx.Node) -> Affine | None:
+    """The region's output as an affine map of the concatenated heads."""
+    return _affine(region, values, mixed, region.exit)
+
+
+# Of the output's largest value: two orders of summation differ by 1e-6, a rotary embedding by 1e-1.
+_EXACT = 1e-4
+
+
+@torch.no_grad()
+def is_plain_attention(region: Region, values: dict[fx.Node, Any], facts: AttentionFacts) -> bool:
+    """The region computes output(softmax(q k' scale + causal mask or none) v) on random input, within rounding.
+
+    A rotary embedding, a relative bias, a soft cap or a normalised key is seen; a window or a distance that only tells
+    past the recorded length is not, nor are masks of the guide's inputs, which recordings leave open.
+    """
+    template = values[region.entry]
+    generator = torch.Generator().manual_seed(2)
+    x_BTD = torch.randn(template.shape, generator=generator).to(template) * template.std().clamp_min(1e-3)
+    want_BTD = evaluate(region.nodes, values, {region.entry: x_BTD}, region.exit)
+    for causal in (True, False):
+        got_BTD = linear(facts.mixed_values(x_BTD, causal), *facts.output)
+        if got_BTD.shape == want_BTD.shape and (got_BTD - want_BTD).abs().max() <= _EXACT * want_BTD.abs().max():
+            return True
+    return False

@@ -1,0 +1,157 @@
+"""Does a threaded graph give in chunks what it gives at once? And if not, where does it first differ?
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.passes.graph.signature import Signature
+
+# Of a node's own largest value. Rounding moves a node by 1e-5 at most, mixing by its whole scale; the first node that
+# mixes is looked for, so nothing has been attenuated yet.
+_MOVED = 1e-2
+_NOISE = 1e-6
+
+_OTHERS = "it needs other steps than its chunk's"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The first node whose values in chunks are not those of the whole sequence."""
+
+    node: str
+    what: str
+
+
+def split_inputs(
+    signature: Signature, inputs: dict[str, torch.Tensor], chunks: Sequence[int]
+) -> list[dict[str, torch.Tensor]]:
+    """The inputs of each chunk, cut along their time dimension."""
+    pieces: list[dict[str, torch.Tensor]] = [{} for _ in chunks]
+    for spec in signature.inputs:
+        dim = next(i for i, d in enumerate(spec.shape) if isinstance(d, str) and not d.startswith("batch"))
+        for piece, part in zip(pieces, inputs[spec.name].split(list(chunks), dim), strict=True):
+            piece[spec.name] = part
+    return pieces
+
+
+@torch.no_grad()
+def run_in_chunks(
+    threaded: fx.GraphModule,
+    signature: Signature,
+    inputs: dict[str, torch.Tensor],
+    states: dict[str, torch.Tensor],
+    chunks: Sequence[int],
+) -> tuple[list[tuple[torch.Tensor, ...]], dict[str, torch.Tensor]]:
+    """The outputs of each chunk, and the states after the last one by the names of the inputs that take them."""
+    outputs = []
+    for piece in split_inputs(signature, inputs, chunks):
+        result = threaded(**piece, **states)
+        count = len(result) - len(states)
+        outputs.append(result[:count])
+        states = dict(zip(states, result[count:], strict=True))
+    return outputs, states
+
+
+def join(parts: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | str:
+    """The parts in a row along the one dimension in which they differ from `shape`; the last part where none does.
+
+    A text says why they can't be the parts of such a whole.
+    """
+    if any(p.ndim != len(shape) for p in parts):
+        return "its rank depends on the length"
+    dims = [d for d, size in enumerate(shape) if any(p.shape[d] != size for p in parts)]
+    if not dims:
+        return parts[-1]
+    if len(dims) > 1:
+        return f"shape {tuple(shape)} relates steps with each other"
+    if sum(p.shape[dims[0]] for p in parts) != shape[dims[0]]:
+        return f"shape {tuple(shape)} is not the chunks' in a row"
+    return torch.cat(list(parts), dims[0])
+
+
+@torch.no_grad()
+def same_in_chunks(
+    threaded: fx.GraphModule,
+    signature: Signature,
+    inputs: dict[str, torch.Tensor],
+    states: dict[str, torch.Tensor],
+    chunks: Sequence[int],
+) -> Difference | None:
+    """Compares every node that inputs' values enter. Batches of one only: joined rows would interleave otherwise."""
+    whole, _ = _record(threaded, {**inputs, **states})
+    runs: list[dict[fx.Node, Any]] = []
+    broken: fx.Node | None = None
+    for piece in split_inputs(signature, inputs, chunks):
+        values, broken = _record(threaded, {**piece, **states})
+        runs.append(values)
+        if broken is not None:
+            break
+        states = dict(zip(states, values[threaded.graph.output_node()][-len(states) :], strict=True))
+    entered = set(threaded.graph.find_nodes(op="placeholder"))
+    after_broken: set[fx.Node] = {broken} if broken is not None else set()
+    for node in threaded.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        if not after_broken.isdisjoint(node.all_input_nodes):
+            after_broken.add(node)
+        value = whole[node]
+        if entered.isdisjoint(node.all_input_nodes) or not isinstance(value, (torch.Tensor, tuple, list)):
+            continue  # sizes carry no values
+        entered.add(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        # what breaks is the making of a mask or an index; what it is for is where a hidden state meets it
+        if node in after_broken and any(
+            i in entered and i not in after_broken and _is_float(whole[i]) for i in node.all_input_nodes
+        ):
+            return Difference(node=node.name, what=_OTHERS)
+        parts = [run[node] for run in runs if node in run]
+        what = _difference(value, parts) if broken is None and parts else ""
+        if what:
+            return Difference(node=node.name, what=what)
+    return None if broken is None else Difference(node=broken.name, what=_OTHERS)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> tuple[dict[fx.Node, Any], fx.Node | None]:
+    """Every node's value, up to the first node that can't be computed, and that node."""
+    values: dict[fx.Node, Any] = {}
+    failed: list[fx.Node] = []
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            try:
+                values[n] = super().run_node(n)
+            except (RuntimeError, IndexError):
+                failed.append(n)
+                raise
+            return values[n]
+
+    recorder = Recorder(graph_module, garbage_collect_values=False)
+    recorder.extra_traceback = False  # the failure is a finding, not an error to report
+    try:
+        recorder.run(*inputs.values())
+    except (RuntimeError, IndexError):
+        return values, failed[0]
+    return values, None
+
+
+def _difference(whole: torch.Tensor, parts: list[torch.Tensor]) -> str:
+    """What is wrong with the parts, "" when they make up the whole."""
+    joined = join(parts, whole.shape)
+    if isinstance(joined, str) or whole.numel() == 0:
+        return joined if isinstance(joined, str) else ""
+    error = (joined.double() - whole.double()).abs().max().item()
+    scale = whole.double().abs().max().item()
+    return f"step by step it differs by {error:.1e} of {scale:.1e}" if error > _MOVED * scale + _NOISE else ""

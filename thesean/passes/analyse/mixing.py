@@ -1,0 +1,102 @@
+"""Does a region mix tokens, and does it look ahead? Perturb token t and see which outputs move.
+
+B batch, T time, D width
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.errors import PlanError
+from thesean.passes.analyse.fingerprint import exact_fingerprint
+from thesean.passes.analyse.regions import Region
+from thesean.passes.graph.record import Recorded, evaluate
+from thesean.targets.shared.facts import Mixing
+
+aten = torch.ops.aten
+
+# read (batch, channels, time) as such
+_CHANNELS_FIRST = {
+    aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default, aten.batch_norm.default,
+    aten.group_norm.default, aten.instance_norm.default, aten.max_pool1d.default, aten.avg_pool1d.default,
+    aten.adaptive_avg_pool1d.default, aten.adaptive_max_pool1d.default,
+}  # fmt: skip
+# after these the layout is another, or a matrix read the last dimension as its width
+_RELAYING = {
+    aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default,
+    aten.select.int, aten.mean.dim, aten.bmm.default, aten.lstm.input, aten.gru.input,
+}  # fmt: skip
+
+# Of the output's largest change: rounding moves other tokens by 1e-7, mixing by 1e-3 and more.
+_MOVED = 1e-5
+
+
+def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
+    """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on two examples of at least 3 tokens.
+
+    Feature maps and vectors, which have no token dimension to probe, count as "bidirectional" and "none". Raises
+    PlanError where one example changes another's output. Regions that differ in nothing but their parameters' values
+    are probed once.
+    """
+    findings = values.findings if isinstance(values, Recorded) else {}
+    key = ("mixing", region.entry, region.exit)
+    if key not in findings:
+        alike = ("mixing", exact_fingerprint(region))
+        if alike not in findings:
+            findings[alike] = _probe(region, values)
+        findings[key] = findings[alike]
+    return findings[key]
+
+
+def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
+    x, y = values[region.entry], values[region.exit]
+    if x.ndim == 2 or y.ndim == 2:
+        return "none"
+    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region):
+        return "bidirectional"
+    last = x.shape[1] - 1
+    generator = torch.Generator().manual_seed(0)
+    mixes = looks_ahead = False
+    # (example, token) moved in one run; in the second run the other example should stand still
+    for moves in (((0, 0), (1, last // 2)), ((0, last),)):
+        moved_x = x.clone()
+        for example, t in moves:
+            noise = torch.randn(x.shape[-1], generator=generator).to(x)
+            moved_x[example, t] += noise * x.std().clamp_min(1e-3)
+        change_BT = (evaluate(region.nodes, values, {region.entry: moved_x}, region.exit) - y).abs().amax(2)
+        moved_BT = change_BT > _MOVED * change_BT.max()
+        if len(moves) == 1 and bool(moved_BT[1].any()):
+            raise PlanError(
+                f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the "
+                "batch in the first dimension, found (batch, time, width) in another order or a part that mixes "
+                "examples. Set batch_first=True in the guide, or keep the part."
+            )
+        for example, t in moves:
+            mixes |= bool(moved_BT[example, :t].any() or moved_BT[example, t + 1 :].any())
+            looks_ahead |= bool(moved_BT[example, :t].any())
+    if not mixes:
+        return "none"
+    return "bidirectional" if looks_ahead else "causal"
+
+
+def is_channels_first(region: Region) -> bool:
+    """(batch, channels, time) in: a convolution or a norm over channels reads the entry in its own layout."""
+    if getattr(region.entry.meta.get("val"), "ndim", 0) != 3:
+        return False
+    inside = set(region.nodes)
+    front, seen = [region.entry], {region.entry}
+    while front:
+        node = front.pop()
+        for user in node.users:
+            if user not in inside or user in seen or user.args[:1] != (node,):
+                continue
+            if user.target in _CHANNELS_FIRST:
+                return True
+            if user.target not in _RELAYING:
+                seen.add(user)
+                front.append(user)
+    return False

@@ -1,0 +1,187 @@
+"""Single-entry single-exit regions: what can be cut out and replaced by one module.
+
+A region is (entry, exit]: all main nodes on paths from `entry`, exclusive, to `exit`, inclusive. Data comes in only
+through `entry` (side inputs aside) and leaves only through `exit`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thesean.passes.analyse.dataflow import SOURCE, DataFlow
+from thesean.passes.graph.nodes import calls_of, constants_of, owner
+
+aten = torch.ops.aten
+
+
+# move or rename values without computing
+VIEWS = {
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.contiguous.default, aten.clone.default,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.t.default, aten.flatten.using_ints,
+    aten._unsafe_view.default, aten.alias.default, aten.select.int, aten.cat.default,
+}  # fmt: skip
+
+
+def shared_path(nodes: Iterable[fx.Node]) -> str:
+    """The longest path that all of these nodes with an owner share, of a module that is called where there is one."""
+    owned = [n for n in nodes if owner(n)]
+    split = [owner(n).split(".") for n in owned]
+    shared = [names[0] for names in itertools.takewhile(lambda n: len(set(n)) == 1, zip(*split, strict=False))]
+    called = set(calls_of(owned[0])) if owned else set()
+    depth = next((d for d in range(len(shared), 0, -1) if ".".join(shared[:d]) in called), len(shared))
+    return ".".join(shared[:depth])  # a list of modules is never called: its holder is the block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Main nodes in topological order; the last one is `exit`."""
+
+    entry: fx.Node
+    exit: fx.Node
+    nodes: tuple[fx.Node, ...]
+
+    def path(self) -> str:
+        """The longest module path that all nodes with an owner share; views, which compute nothing, don't count."""
+        return shared_path(n for n in self.nodes if n.target not in VIEWS) or shared_path(self.nodes)
+
+    def is_heavy(self) -> bool:
+        """Holds a linear map with parameters: a matrix product or a convolution, not a norm or a table."""
+        return any(is_linear_map(n) for n in self.nodes)
+
+    def translate(self, by_name: dict[str, fx.Node]) -> Region:
+        """The same region in a copy of the graph; `by_name` maps this graph's names to the copy's nodes."""
+        return Region(
+            entry=by_name[self.entry.name],
+            exit=by_name[self.exit.name],
+            nodes=tuple(by_name[n.name] for n in self.nodes),
+        )
+
+    def is_fork(self) -> bool:
+        """Has parallel paths, such as a residual connection."""
+        return sum(isinstance(n.meta.get("val"), torch.Tensor) for n in self.nodes) > 1
+
+    def is_residual(self) -> bool:
+        """entry + f(entry), with linear maps in f."""
+        return self.exit.target is aten.add.Tensor and self.entry in self.exit.all_input_nodes and self.is_heavy()
+
+
+_PRODUCTS = {
+    "linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "mv", "addmv", "einsum", "bilinear", "_trilinear",
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
+    "_convolution", "lstm", "gru", "rnn_tanh", "rnn_relu",
+}  # fmt: skip
+
+
+def is_linear_map(node: fx.Node) -> bool:
+    """A product with a parameter of two dimensions or more, however that is viewed, cast or picked from a bank."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._opname not in _PRODUCTS:
+        return False
+    return any(_is_matrix(i) for i in node.all_input_nodes)
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    while node.target in VIEWS or node.target in _PICKS:
+        if not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return any(getattr(n.meta.get("val"), "ndim", 0) >= 2 for n in constants_of(node))
+
+
+_PICKS = {aten.index.Tensor, aten.index_select.default, aten.to.dtype, aten._to_copy.default, aten.numpy_T.default}
+
+
+def is_single_entry_single_exit(flow: DataFlow, region: Region) -> bool:
+    """Edges enter only from `entry` and leave only from `exit`."""
+    inside = set(region.nodes)
+    for node in region.nodes:
+        if any(p not in inside and p is not region.entry for p in flow.dag.predecessors(node)):
+            return False
+        if node is not region.exit and any(s not in inside for s in flow.dag.successors(node)):
+            return False
+    return region.exit in inside
+
+
+def join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:
+    """(sum, stream) where the exit's only use is `stream + exit`: the region is a branch beside a residual stream."""
+    return sum_of(region.exit)
+
+
+def sum_of(branch: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(sum, other) where a node's only use is the sum of it and another one, which enters as it is."""
+    users = list(branch.users)
+    if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.add_.Tensor):
+        return None
+    others = [a for a in users[0].args[:2] if a is not branch]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    if users[0].kwargs.get("alpha", 1) != 1 and users[0].args[1] is others[0]:
+        return None
+    stream, have = others[0].meta.get("val"), branch.meta.get("val")
+    same = isinstance(stream, torch.Tensor) and isinstance(have, torch.Tensor) and stream.ndim == have.ndim
+    return (users[0], others[0]) if same else None
+
+
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Both are tensors of the same symbolic shape."""
+    first, second = a.meta.get("val"), b.meta.get("val")
+    return (
+        isinstance(first, torch.Tensor)
+        and isinstance(second, torch.Tensor)
+        and [str(s) for s in first.shape] == [str(s) for s in second.shape]
+    )
+
+
+def span(flow: DataFlow, first: Region, last: Region) -> Region | None:
+    """One region from the entry of `first` to the exit of `last`, with all between; None unless it is single-entry."""
+    inside = {last.exit}
+    front = [last.exit]
+    while front:
+        for above in flow.dag.predecessors(front.pop()):
+            if above is first.entry or above in inside:
+                continue
+            if isinstance(above, str) or flow.order[above] < flow.order[first.entry]:
+                return None
+            inside.add(above)
+            front.append(above)
+    nodes = tuple(sorted(inside, key=flow.order.__getitem__))
+    region = Region(entry=first.entry, exit=last.exit, nodes=nodes)
+    return region if is_single_entry_single_exit(flow, region) else None
+
+
+def join(first: Region, last: Region, between: list[Region]) -> Region:
+    """Neighbouring segments as one region."""
+    nodes = tuple(n for r in [first, *between, *([last] if last is not first else [])] for n in r.nodes)
+    return Region(entry=first.entry, exit=last.exit, nodes=nodes)
+
+
+def module_regions(flow: DataFlow) -> dict[str, Region]:
+    """Module path -> its region, for every module of the guide whose nodes form one; path#2 for its second call."""
+    members: dict[tuple[str, str], list[fx.Node]] = defaultdict(list)
+    for node in flow.order:
+        if node not in flow.dag or node is flow.sink:
+            continue
+        names = owner(node).split(".") if owner(node) else []
+        calls = calls_of(node)
+        for depth in range(1, len(names) + 1):
+            path = ".".join(names[:depth])
+            members[path, calls.get(path, "")].append(node)
+    found = {}
+    taken: Counter[str] = Counter()
+    for (path, _), nodes in members.items():
+        inside = set(nodes)
+        entries = {p for n in nodes for p in flow.dag.predecessors(n) if p not in inside}
+        exits = [n for n in nodes if any(s not in inside for s in flow.dag.successors(n))]
+        taken[path] += 1
+        if len(entries) == 1 and len(exits) == 1 and SOURCE not in entries:
+            region = Region(entry=entries.pop(), exit=exits[0], nodes=tuple(nodes))
+            carries = all(isinstance(n.meta.get("val"), torch.Tensor) for n in (region.entry, region.exit))
+            if carries and is_single_entry_single_exit(flow, region):
+                found[path if taken[path] == 1 else f"{path}#{taken[path]}"] = region
+    return found

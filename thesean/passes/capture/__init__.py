@@ -1,0 +1,1 @@
+"""Guide -> FX graph and calling convention, checked against the guide."""

@@ -1,0 +1,19 @@
+"""A captured guide: its graph, its calling convention, and the inputs that it was traced with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from thesean.passes.graph.signature import Signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """`graph_module` shares its parameters with the guide; `example` are the inputs that it was traced with."""
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    example: dict[str, torch.Tensor]

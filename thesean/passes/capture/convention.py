@@ -1,0 +1,93 @@
+"""From torch.export's calling convention to the guide's own: inputs by name, outputs nested as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from thesean.errors import CaptureError
+from thesean.passes.capture.captured import Captured
+
+
+def plain_calling_convention(graph_module: fx.GraphModule, names: list[str], eager: Any) -> fx.GraphModule:
+    """Replace export's pytree calling convention by placeholders in order and a nested output node."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.name not in names and str(node.target) not in names:
+            if node.users:
+                raise CaptureError(f"input {node.name!r} of the graph is not one of the example inputs {names}.")
+            graph.erase_node(node)
+    output = graph.output_node()
+    leaves = list(pytree.tree_leaves(output.args[0]))
+    structure = _nest(eager, leaves)
+    if leaves:
+        raise CaptureError(f"the guide's output of type {type(eager).__name__} has a structure that can't be kept.")
+    output.args = (structure,)
+    graph.set_codegen(fx.graph.CodeGen())
+    placeholders = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    first = next(iter(graph.nodes))
+    for name in names:  # forward()'s order
+        node = placeholders[name]
+        if node is not first:
+            first.prepend(node)
+    # a new module: the exported one carries hooks that check the old convention
+    return fx.GraphModule(graph_module, graph)
+
+
+def _nest(value: Any, leaves: list[Any]) -> Any:
+    """The nesting of `value` with the graph's output nodes as leaves, consumed in order."""
+    if isinstance(value, torch.Tensor):
+        return leaves.pop(0)
+    if value is None:
+        # export keeps None among the leaves of tuples and dicts
+        if leaves and leaves[0] is None:
+            leaves.pop(0)
+        return None
+    if isinstance(value, Mapping):
+        return {k: _nest(v, leaves) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return (
+            type(value)(_nest(v, leaves) for v in value)
+            if type(value) in (tuple, list)
+            else tuple(_nest(v, leaves) for v in value)
+        )
+    if is_dataclass(value):
+        return {f.name: _nest(getattr(value, f.name), leaves) for f in fields(value)}
+    raise CaptureError(
+        f"the guide returns a {type(value).__name__}; expected tensors in tuples, lists, dicts or dataclasses."
+    )
+
+
+@torch.no_grad()
+def check_same(captured: Captured, eager: Any) -> None:
+    """The graph must compute what the guide computes: anything else is a capture that went wrong silently."""
+    graph_out = pytree.tree_leaves(captured.graph_module(**captured.example))
+    leaves: list[Any] = []
+    _collect(eager, leaves)
+    got = [v for v in graph_out if isinstance(v, torch.Tensor)]
+    for index, (a, b) in enumerate(zip(got, leaves, strict=True)):
+        if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
+            error = (a - b).abs().max().item()
+            raise CaptureError(
+                f"the captured graph disagrees with the guide by {error:.1e} in output {index}; is the guide random "
+                "in eval mode?"
+            )
+
+
+def _collect(value: Any, leaves: list[Any]) -> None:
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            _collect(v, leaves)
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            _collect(v, leaves)
+    elif is_dataclass(value):
+        for f in fields(value):
+            _collect(getattr(value, f.name), leaves)

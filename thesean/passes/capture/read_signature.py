@@ -1,0 +1,98 @@
+"""The calling convention of a captured graph: which dimensions are dynamic, and which integers are indices.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.passes.graph.signature import InputSpec, Signature
+
+aten = torch.ops.aten
+
+
+def read_signature(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor], eager: Any) -> Signature:
+    """Names for the graph's symbols ("batch", "time", "time_1"), put into its `meta["symbols"]` too, and the output's
+    class. `inputs` and `eager` are those of one run.
+    """
+    names: dict[str, str] = {}
+    taken: dict[str, int] = {}
+    specs = []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        shape: list[int | str] = []
+        for position, dim in enumerate(node.meta["val"].shape):
+            if isinstance(dim, torch.SymInt):
+                symbol = str(dim)
+                if symbol not in names:
+                    base = "batch" if position == 0 else "time"
+                    # A mask that broadcasts leaves export free to keep a batch of its own; a caller's is one.
+                    count = 0 if base == "batch" else taken.get(base, 0)
+                    taken[base] = count + 1
+                    names[symbol] = base if count == 0 else f"{base}_{count}"
+                shape.append(names[symbol])
+            else:
+                shape.append(int(dim))
+        value = inputs[str(node.target)]
+        high = _rows_indexed(graph_module, node) if not value.is_floating_point() else None
+        specs.append(InputSpec(name=str(node.target), dtype=value.dtype, shape=tuple(shape), high=high))
+    graph_module.meta["symbols"] = names
+    container = isinstance(eager, (dict, list, tuple)) and type(eager) in (dict, list, tuple)
+    plain = container or isinstance(eager, torch.Tensor)
+    path = None if plain else f"{type(eager).__module__}.{type(eager).__qualname__}"
+    return Signature(inputs=tuple(specs), output_class=path)
+
+
+# keep an index what it is, wherever it stands
+_SAME_INDEX = {
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
+    aten.slice.Tensor, aten.select.int, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.device,
+    aten.to.dtype_layout, aten._to_copy.default, aten.alias.default, aten.flatten.using_ints, aten.clamp.default,
+    aten.where.self, aten.masked_fill.Scalar, aten.transpose.int, aten.cat.default,
+}  # fmt: skip
+
+
+def _rows_indexed(graph_module: fx.GraphModule, placeholder: fx.Node) -> int | None:
+    """The rows of the smallest table that an integer input indexes; None when it indexes none.
+
+    Followed through views, casts and constant offsets alone: a running sum of a mask counts, it is not an index of the
+    caller's.
+    """
+    rows: list[int] = []
+    front: list[tuple[fx.Node, int]] = [(placeholder, 0)]
+    seen = set()
+    while front:
+        node, shift = front.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            held = _rows_of(user, node)
+            if held is not None:
+                rows.append(held - shift)
+            elif user.target in _SAME_INDEX:
+                front.append((user, shift))
+            elif user.target in (aten.add.Tensor, aten.sub.Tensor) and isinstance(user.args[1], int):
+                front.append((user, shift + (user.args[1] if user.target is aten.add.Tensor else -user.args[1])))
+    return min(rows, default=None)
+
+
+def _rows_of(reader: fx.Node, index: fx.Node) -> int | None:
+    """How many rows the table has that `reader` indexes by `index`."""
+    if reader.target is aten.one_hot.default and reader.args[0] is index:
+        classes = reader.args[1] if len(reader.args) > 1 else -1
+        return classes if isinstance(classes, int) and classes > 0 else None
+    dim: int | None = None
+    if reader.target is aten.embedding.default and reader.args[1] is index:
+        dim = 0
+    elif reader.target in (aten.index_select.default, aten.gather.default) and reader.args[2] is index:
+        dim = reader.args[1]  # type: ignore[assignment]
+    elif reader.target is aten.index.Tensor and index in reader.args[1]:  # type: ignore[operator]
+        dim = list(reader.args[1]).index(index)  # type: ignore[arg-type]
+    if dim is None or not isinstance(reader.args[0], fx.Node):
+        return None
+    size = reader.args[0].meta["val"].shape[dim]
+    return int(size) if not isinstance(size, torch.SymInt) else None

@@ -1,0 +1,1 @@
+"""Any FX graph: nodes, copies, extracts, JSON. Knows no parts and no targets."""

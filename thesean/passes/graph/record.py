@@ -1,0 +1,61 @@
+"""Run a graph and keep what its nodes were: probes replay regions on these values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class Recorded(dict[fx.Node, Any]):
+    """Every node's value in one run, and what was found out on them, so that no region is probed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.findings: dict[Any, Any] = {}
+
+
+@torch.no_grad()
+def record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> Recorded:
+    """Run once and keep every node's value: for probing on small inputs."""
+    values = Recorded()
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n] = super().run_node(n)
+            return values[n]
+
+    Recorder(graph_module, garbage_collect_values=False).run(*inputs.values())
+    return values
+
+
+@torch.no_grad()
+def evaluate(nodes: Iterable[fx.Node], values: dict[fx.Node, Any], given: dict[fx.Node, Any], wanted: fx.Node) -> Any:
+    """The value of `wanted` when `given` replaces recorded values: `nodes` are run in order, all else is recorded."""
+    if wanted in given:
+        return given[wanted]
+    found = evaluate_all(nodes, values, given, last=wanted)
+    return found[wanted] if wanted in found else values[wanted]
+
+
+@torch.no_grad()
+def evaluate_all(
+    nodes: Iterable[fx.Node],
+    values: Mapping[fx.Node, Any],
+    given: Mapping[fx.Node, Any],
+    last: fx.Node | None = None,
+) -> dict[fx.Node, Any]:
+    """The values of `given` and of all `nodes` up to `last`, as `evaluate` computes them."""
+    env = dict(given)
+    look_up: Callable[[fx.Node], Any] = lambda n: env[n] if n in env else values[n]  # noqa: E731
+    for node in nodes:
+        if node in env:
+            continue
+        args = fx.map_arg(node.args, look_up)
+        kwargs = fx.map_arg(node.kwargs, look_up)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        if node is last:
+            break
+    return env

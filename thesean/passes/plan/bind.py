@@ -1,0 +1,160 @@
+"""Bind targets to the parts of a captured guide: what each part is, what would be cut out, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from thesean.errors import PlanError, TargetMismatchError
+from thesean.passes.analyse.bypass import freed_params
+from thesean.passes.analyse.cost import SymbolicSizes, count_params, flops_by_node, remaining_params
+from thesean.passes.analyse.dataflow import DataFlow
+from thesean.passes.analyse.describe import describe_operators
+from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.regions import Region
+from thesean.passes.capture.captured import Captured
+from thesean.passes.capture.probe import probe_sizes
+from thesean.passes.graph.record import record
+from thesean.passes.plan.merge import Group
+from thesean.passes.plan.partition import NamedRegion
+from thesean.passes.plan.plan import Plan
+from thesean.passes.plan.rows import KEEP, PlannedPart
+from thesean.passes.plan.sites import Site, SiteFinder, check_built, dropped_inputs, ends_of, outline_site
+from thesean.targets import Target, TargetModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundPart:
+    planned: PlannedPart
+    region: Region  # the part: its exit is where the hybrid is compared with the guide
+    sites: tuple[Site, ...]
+    target: Target | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundPlan:
+    plan: Plan
+    captured: Captured
+    parts: tuple[BoundPart, ...]
+
+
+class Binder:
+    """Binds targets to parts of one captured guide; what costs time is measured once.
+
+    Raises nothing on its own; `part` and `bound_plan` do.
+    """
+
+    def __init__(self, captured: Captured, flow: DataFlow) -> None:
+        self.captured, self.flow = captured, flow
+        self.graph_module = captured.graph_module
+        inputs = captured.signature.random_inputs(probe_sizes(captured), device=_device(captured))
+        self.values = record(self.graph_module, inputs)
+        self.sizes = _plan_sizes(captured)
+        self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
+        self.site_finder = SiteFinder(self.graph_module, flow, self.values)
+
+    def part(self, group: Group, target: Target | None, kept: NamedRegion, strict: bool = True) -> BoundPart:
+        """One part with its target, None to keep it. Raises TargetMismatchError; unless `strict`, a part in which the
+        target has nothing to replace is kept.
+        """
+        region = group.region
+        sites, note = self.site_finder.sites(group, target, kept) if target is not None else ((), "")
+        if target is not None and not sites:
+            if strict:
+                raise TargetMismatchError(f"{group.path}: target {target.name!r} has nothing to replace here: {note}.")
+            target = None
+        merged = len(group.members) > 1
+        skeleton = kept.path if merged and target is not None and any(s.target != target for s in sites) else None
+        row = PlannedPart(
+            path=group.path,
+            target=target.name if target else KEEP,
+            options=dict(target.options) if target else {},
+            scope=target.scope if target else None,
+            members=tuple(m.path for m in group.members) if merged else (),
+            keeps=skeleton,
+            replaces=tuple(s.facts.path for s in sites),
+            operators=describe_operators(region),
+            mixing=self._describe_mixing(region),
+            input_shape=self.site_finder.shape(region.entry),
+            output_shape=self.site_finder.shape(region.exit),
+            drops=dropped_inputs([s for s in sites if not s.removes]),
+            params=count_params(self.graph_module, region.nodes),
+            flops=sum(self.flops.get(n, 0) for n in region.nodes),
+        )
+        if target is not None:
+            row = self._with_replacement(row, region, sites)
+        return BoundPart(planned=row, region=region, sites=sites, target=target)
+
+    def _describe_mixing(self, region: Region) -> str:
+        mixing, rank = probe_mixing(region, self.values), self.values[region.entry].ndim
+        if rank == 4 or is_channels_first(region):
+            return "spatial"
+        return {"none": "token-wise"}.get(mixing, mixing) if rank == 3 else "vector"
+
+    def _stays(self, region: Region, sites: Sequence[Site]) -> list[fx.Node]:
+        """The nodes of a part that its sites leave alone."""
+        cut = {n for s in sites for n in s.region.nodes}
+        return [n for n in region.nodes if n not in cut]
+
+    def _with_replacement(self, row: PlannedPart, region: Region, sites: tuple[Site, ...]) -> PlannedPart:
+        """Add what the replacement costs: the new modules and whatever of the part stays."""
+        stays = self._stays(region, sites)
+        params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
+        with torch.random.fork_rng(devices=[]):
+            for site in sites:
+                module = outline_site(site)
+                if site.target.build is not None:
+                    check_built(site, module, self.values)
+                params += sum(p.numel() for p in module.parameters())
+                if isinstance(module, TargetModule):
+                    ops += module.flops(site.facts, SymbolicSizes(self.sizes))
+        freed = sum(freed_params(self.graph_module, s.region) for s in sites if s.removes)
+        return replace(row, new_params=params, new_flops=ops, freed_params=freed)
+
+    def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
+        """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError
+        for two builders of one name.
+        """
+        builders = [p.target for p in parts if p.target is not None and p.target.build is not None]
+        for target in builders:
+            if any(other.name == target.name and other.build is not target.build for other in builders):
+                raise PlanError(f"two targets with builders of their own are named {target.name!r}. Rename one.")
+        rows = tuple(p.planned for p in parts)
+        params = sum({id(p): p.numel() for p in self.graph_module.parameters()}.values())
+        flops = sum(self.flops.values())
+        # not a sum over parts: they may share parameters, and a table that several read goes with the last of them
+        left = remaining_params(self.graph_module, dict(ends_of([s for p in parts for s in p.sites])))
+        built = sum(
+            p.planned.new_params - count_params(self.graph_module, self._stays(p.region, p.sites))
+            for p in parts
+            if p.target is not None
+        )
+        plan = replace(
+            settings,
+            parts=rows,
+            sizes=self.sizes,
+            params=params,
+            flops=flops,
+            new_params=left + built,
+            new_flops=flops + sum(r.new_flops - r.flops for r in rows if not r.kept),
+            builders={target.name: target for target in builders},
+        )
+        return BoundPlan(plan=plan, captured=self.captured, parts=tuple(parts))
+
+
+def added_params(row: PlannedPart) -> int:
+    """What a part's replacement adds to the whole network; negative where it is smaller."""
+    return 0 if row.kept else row.new_params - row.params - row.freed_params
+
+
+def _plan_sizes(captured: Captured) -> dict[str, int]:
+    """Sizes at which FLOPs are told: the example's own, one row of it."""
+    sizes = captured.signature.check(captured.example)
+    return {k: 1 if k.startswith("batch") else v for k, v in sizes.items()}
+
+
+def _device(captured: Captured) -> str:
+    return str(next(iter(captured.example.values())).device)

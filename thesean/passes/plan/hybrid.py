@@ -1,0 +1,153 @@
+"""The hybrid: a copy of the guide's graph in which some parts are target modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from thesean.passes.analyse.regions import join_of
+from thesean.passes.graph.surgery import clean, clone
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.sites import build_site, ends_of
+from thesean.passes.remove import Remove
+from thesean.passes.substitute import Substitute
+from thesean.targets import PartFacts, TargetModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacement:
+    """One module in a hybrid. Node names are the hybrid's, `guide_*` the guide's; they outlive later passes."""
+
+    part: int
+    name: str  # the module's attribute in the hybrid
+    facts: PartFacts
+    family: str
+    entry: str
+    exit: str
+    guide_entry: str
+    guide_exit: str
+    # where the exit is added to a residual stream: the node of the sum and the stream before it, in both graphs
+    join: tuple[str, str] | None
+    guide_join: str | None
+    copied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """`graph_module` has parameters of its own; `boundaries[k]` names part k's exit in the hybrid and in the guide."""
+
+    graph_module: fx.GraphModule
+    replacements: tuple[Replacement, ...]
+    boundaries: tuple[tuple[str, str], ...]
+    parts: tuple[str, ...]  # paths of the replaced parts, in order
+
+    def module(self, replacement: Replacement) -> nn.Module:
+        return self.graph_module.get_submodule(replacement.name)
+
+    def of_part(self, part: int) -> tuple[Replacement, ...]:
+        return tuple(r for r in self.replacements if r.part == part)
+
+    def parameters_of(self, parts: Sequence[int]) -> list[nn.Parameter]:
+        wanted = [self.module(r) for r in self.replacements if r.part in set(parts)]
+        return [p for m in wanted for p in m.parameters()]
+
+
+def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: bool = True) -> Hybrid:
+    """Replace the first `count` replaceable parts (all by default); fresh modules, guide's weights where they fit.
+
+    The guide's graph and parameters are untouched. Draw order of the initial weights: part by part, so the same torch
+    seed gives the same modules.
+    """
+    parts = [p for p in bound_plan.parts if p.target is not None]
+    parts = parts if count is None else parts[:count]
+    guide = bound_plan.captured.graph_module
+    graph_module = clone(guide)
+    by_name = {n.name: n for n in graph_module.graph.nodes}
+    replacements: list[Replacement] = []
+    joins: list[tuple[fx.Node, fx.Node] | None] = []
+    prefix = _free_prefix(guide)
+    ends = iter(ends_of([s for p in parts for s in p.sites]))
+    outs: list[list[tuple[fx.Node, str]]] = []  # of each part: outputs in the hybrid, what they were in the guide
+    for k, part in enumerate(parts):
+        outs.append([])
+        for i, site in enumerate(part.sites):
+            name = f"{prefix}_{k}" if len(part.sites) == 1 else f"{prefix}_{k}_{i}"
+            module = build_site(site)
+            copied: tuple[str, ...] = ()
+            if copy_weights and isinstance(module, TargetModule):
+                copied = module.copy_from(site.facts)
+            guide_exit, guide_entry = next(ends)
+            region = site.region.translate(by_name)
+            entry = by_name[guide_entry.name]
+            cut: Remove | Substitute
+            if site.removes:
+                cut = Remove(site.facts.path, region, name, module, (by_name[guide_exit.name], entry))
+            else:
+                cut = Substitute(site.facts.path, region, name, module)
+            out = cut.cut(graph_module)
+            by_name[guide_exit.name] = out  # later regions and boundaries mean the replacement's output
+            outs[-1].append((out, guide_exit.name))
+            joins.append(None if site.removes else join_of(site.region))
+            replacements.append(
+                Replacement(
+                    part=k,
+                    name=name,
+                    facts=site.facts,
+                    family=getattr(module, "family", site.target.name),
+                    entry=entry.name,
+                    exit=out.name,
+                    guide_entry=guide_entry.name,
+                    guide_exit=guide_exit.name,
+                    join=None,
+                    guide_join=None,
+                    copied=copied,
+                )
+            )
+    clean(graph_module)
+    graph_module.recompile()
+    graph_module.graph.lint()
+    # only now: the sum of one replacement may read the output of another
+    alive = set(graph_module.graph.nodes)
+    named = {n.name for n in alive}
+    # of two parallel branches that were both dropped, the first one's stand-in went with the second
+    replacements = [
+        _with_join(r, j, by_name, alive) for r, j in zip(replacements, joins, strict=True) if r.exit in named
+    ]
+    boundaries = tuple(_boundary(p.region.exit.name, outs[k:], by_name, alive) for k, p in enumerate(parts))
+    graph_module.meta["symbols"] = guide.meta["symbols"]
+    return Hybrid(
+        graph_module=graph_module,
+        replacements=tuple(replacements),
+        boundaries=boundaries,
+        parts=tuple(p.planned.path for p in parts),
+    )
+
+
+def _boundary(
+    exit_: str, outs: list[list[tuple[fx.Node, str]]], by_name: dict[str, fx.Node], alive: set[fx.Node]
+) -> tuple[str, str]:
+    """Where a part ends, in the hybrid and in the guide: a branch that was dropped ends where its sum did. `outs` are
+    those of the part and of the later ones.
+    """
+    if by_name[exit_] in alive:
+        return by_name[exit_].name, exit_
+    later = [pair for row in outs for pair in reversed(row) if pair[0] in alive]
+    return later[0][0].name, later[0][1]
+
+
+def _free_prefix(guide: fx.GraphModule) -> str:
+    """part, or part2, part3... for a guide that was itself converted."""
+    taken = {name.split("_")[0] for name, _ in guide.named_children()}
+    return next(p for p in ("part", *(f"part{n}" for n in range(2, len(taken) + 3))) if p not in taken)
+
+
+def _with_join(
+    replacement: Replacement, join: tuple[fx.Node, fx.Node] | None, by_name: dict[str, fx.Node], alive: set[fx.Node]
+) -> Replacement:
+    """`alive`: a parallel branch that was the stream of this one's sum may have been taken out."""
+    if join is None or any(by_name[n.name] not in alive for n in join):
+        return replacement
+    total, stream = join
+    return replace(replacement, join=(by_name[total.name].name, by_name[stream.name].name), guide_join=total.name)

@@ -1,0 +1,173 @@
+"""Where a target goes: the regions of a part that are cut out, and what is known of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.errors import TargetMismatchError
+from thesean.passes.analyse.attention import find_attention
+from thesean.passes.analyse.blocks import halves
+from thesean.passes.analyse.bypass import removal, removals
+from thesean.passes.analyse.cost import count_params
+from thesean.passes.analyse.dataflow import DataFlow
+from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.mlp import find_mlp
+from thesean.passes.analyse.regions import Region, join_of
+from thesean.passes.graph.nodes import named_dim
+from thesean.passes.plan.merge import Group
+from thesean.passes.plan.partition import NamedRegion, inner_names
+from thesean.targets import PartFacts, Target, build_module, get_family
+from thesean.targets.shared.facts import Dim
+from thesean.targets.shared.family import Scope
+
+_DROP = Target("identity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One region to cut out, what is known of it, and what takes its place.
+
+    A site that `removes` hands the target the stream that the region was added to.
+    """
+
+    region: Region
+    facts: PartFacts
+    target: Target
+    removes: bool = False
+
+
+class SiteFinder:
+    """Finds sites in one graph. `values` are every node's on small random inputs, for probing."""
+
+    def __init__(self, graph_module: fx.GraphModule, flow: DataFlow, values: dict[fx.Node, Any]) -> None:
+        self.graph_module, self.flow, self.values = graph_module, flow, values
+        self.symbols: dict[str, str] = graph_module.meta["symbols"]
+
+    def sites(self, group: Group, target: Target, keeps: NamedRegion) -> tuple[tuple[Site, ...], str]:
+        """The regions that `target` cuts out of a part; none, with the reason, where it has nothing to replace.
+
+        `keeps` is the member that stays where a merged part's others are dropped. Raises TargetMismatchError.
+        """
+        scope = scope_of(target)
+        if scope == "part":
+            return (self._site(group.path, group.region, target),), ""
+        dropped = tuple(self._site(m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
+        if scope == "members":
+            return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
+        inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
+        if not inner:
+            return (), "token-wise" if scope == "mixing" else "nothing token-wise in it"
+        found = [*dropped, *(self._site(path, region, target) for path, region in inner)]
+        return tuple(sorted(found, key=lambda s: self.flow.order[s.region.exit])), ""
+
+    def _branches(self, named: NamedRegion, scope: Scope, explicit: bool) -> list[tuple[str, Region]]:
+        """The branches of a part that mix over time, or those that don't; the part itself where it has none."""
+        inner = halves(self.flow, named.region) if named.region.is_fork() else []
+        regions = [(named.path, named.region)]
+        if inner and inner[0].nodes != named.region.nodes:
+            regions = list(zip(inner_names(named.path, inner), inner, strict=True))
+        return [(p, r) for p, r in regions if (probe_mixing(r, self.values) == "none") == (scope == "token-wise")]
+
+    def _site(self, path: str, region: Region, target: Target) -> Site:
+        removes = target.build is None and get_family(target.name).removes
+        into, out = region.entry, region.exit
+        if removes:
+            found = removal(region)
+            if found is None:
+                raise TargetMismatchError(
+                    f"{path}: target {target.name!r} expected a part that keeps the shape, found "
+                    f"{self.shape(into)} -> {self.shape(out)}. Choose target 'linear', or keep it with keep=[{path!r}]."
+                )
+            out, into = found
+        token_wise = scope_of(target) == "token-wise"
+        facts = PartFacts(
+            path=path,
+            input_shape=self.shape(into),
+            output_shape=self.shape(out),
+            mixing=probe_mixing(region, self.values),
+            params=count_params(self.graph_module, region.nodes),
+            attention=None if removes else find_attention(region, self.values),
+            mlp=find_mlp(region, self.values) if token_wise else None,
+            is_branch=not removes and join_of(region) is not None,
+            channels_first=is_channels_first(region),
+            nonnegative=bool((self.values[region.exit] >= 0).all()),
+        )
+        return Site(region=region, facts=facts, target=target, removes=removes)
+
+    def shape(self, node: fx.Node) -> tuple[Dim, ...]:
+        """A node's shape with the signature's names for dynamic dimensions; () for what is not a tensor."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return ()
+        return tuple(named_dim(d, self.symbols) for d in value.shape)
+
+
+def scope_of(target: Target) -> Scope:
+    """The target's own, or its family's; a user's builder replaces the whole part."""
+    return target.scope or (get_family(target.name).scope if target.build is None else "part")
+
+
+def build_site(site: Site) -> torch.nn.Module:
+    """The target's module for a site, freshly initialised, on the guide's device."""
+    module = build_module(site.target, site.facts)
+    value = site.region.exit.meta.get("val")
+    return module.to(value.device) if isinstance(value, torch.Tensor) else module
+
+
+@torch.no_grad()
+def check_built(site: Site, module: torch.nn.Module, values: dict[fx.Node, Any]) -> None:
+    """A user's module is run once on the part's recorded input. Raises TargetMismatchError."""
+    wanted = tuple(values[site.region.exit].shape)
+    try:
+        y = module.eval()(values[site.region.entry].cpu())
+    except Exception as error:
+        problem = f"one that raises {type(error).__name__}: {error}"
+    else:
+        y = y[0] if isinstance(y, tuple) else y
+        found = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        problem = "" if found == wanted else f"one that gives {found}"
+    if problem:
+        raise site.facts.mismatch(
+            site.target.name,
+            found=problem,
+            expected=f"a module that takes {tuple(values[site.region.entry].shape)} to {wanted}",
+            advice="Build it from part.input_shape and part.output_shape.",
+        )
+
+
+def outline_site(site: Site) -> torch.nn.Module:
+    """The module's shapes alone, to count: a family's weights are not drawn."""
+    with torch.device("meta" if site.target.build is None else "cpu"):
+        return build_module(site.target, site.facts)
+
+
+def ends_of(sites: Sequence[Site]) -> list[tuple[fx.Node, fx.Node]]:
+    """(exit, entry) of each site: the guide's nodes that its replacement's output and input stand for."""
+    removed = iter(removals(s.region for s in sites if s.removes))
+    return [(next(removed) if s.removes else None) or (s.region.exit, s.region.entry) for s in sites]
+
+
+def dropped_inputs(sites: Sequence[Site]) -> tuple[str, ...]:
+    """Inputs that the cut regions read past their entry (a padding mask)."""
+    dropped: dict[str, None] = {}
+    for site in sites:
+        inside = set(site.region.nodes) | {site.region.entry}
+        front = [i for n in site.region.nodes for i in n.all_input_nodes if i not in inside]
+        seen: set[fx.Node] = set()
+        while front:
+            node = front.pop()
+            if node in seen or node is site.region.entry:
+                continue
+            seen.add(node)
+            value = node.meta.get("val")
+            if node.op == "placeholder":
+                if isinstance(value, torch.Tensor):
+                    dropped[str(node.target)] = None
+            elif isinstance(value, (torch.Tensor, tuple, list)):  # sizes carry no values
+                front.extend(node.all_input_nodes)
+    return tuple(dropped)

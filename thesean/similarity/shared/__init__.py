@@ -1,0 +1,1 @@
+"""What the measures share: checks, rows, centring, sums over batches, the registry."""

@@ -1,0 +1,91 @@
+"""The measures by name, and `similarity`, which applies one.
+
+N examples, P width of x, Q width of y
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from thesean.errors import unknown_name
+from thesean.similarity.shared.gather import gather_rows
+from thesean.similarity.shared.measure import Measure
+from thesean.similarity.shared.rows import Flatten, rows
+
+
+@functools.cache
+def _registry() -> dict[str, Measure]:
+    """Every `MEASURE` in this folder: the file is the registration."""
+    found: dict[str, Measure] = {}
+    package = importlib.import_module("thesean.similarity")
+    for info in pkgutil.iter_modules(package.__path__):
+        measure = getattr(importlib.import_module(f"thesean.similarity.{info.name}"), "MEASURE", None)
+        if measure is None:
+            continue
+        if measure.name in found:
+            raise RuntimeError(f"two files in thesean/similarity define the measure {measure.name!r}.")
+        found[measure.name] = measure
+    return dict(sorted(found.items()))
+
+
+def measures() -> list[str]:
+    """The names that `similarity(..., measure=)` takes."""
+    return list(_registry())
+
+
+def get_measure(name: str) -> Measure:
+    """The measure of this name. Raises UnknownNameError, with the nearest name."""
+    try:
+        return _registry()[name]
+    except KeyError:
+        raise unknown_name("measure", name, _registry()) from None
+
+
+def similarity(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    measure: str | Measure = "cka",
+    *,
+    flatten: Flatten = "example",
+    mask: torch.Tensor | None = None,
+    gather: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """How alike two sets of activations of the same examples are: a differentiable scalar.
+
+    x (N, ...), y (N, ...) -> scalar; `flatten="example"` makes each example one row (N, P), `flatten="token"` each
+    position of (..., P) one row. `get_measure(name)` tells whether a measure takes different widths (`same_width`),
+    which way it goes (`higher_is_better`) and whether it can train (`differentiable`). `options` are the measure's own.
+
+        similarity(student_BTD, guide_BTD, "cka-debiased", flatten="token", mask=attention_mask_BT)
+
+    `mask` is True, or 1, where a row counts: (N,), or the leading shape of tokens. With `gather=True` in a process
+    group the measure is that of all processes' rows together, the same on each; a process's features get the gradient
+    that they have in it. DistributedDataParallel averages gradients: times the world size they are a single process's.
+
+    Raises UnknownNameError for an unknown measure, DataError for too few examples, constant features or shapes that do
+    not fit, NumericalError for NaN and infinities, TypeError for an option that the measure does not have.
+    """
+    chosen = measure if isinstance(measure, Measure) else get_measure(measure)
+    check_options(chosen, options)
+    x_NP, y_NQ = rows("x", x, flatten, mask), rows("y", y, flatten, mask)
+    if gather:
+        x_NP, y_NQ = gather_rows(x_NP), gather_rows(y_NQ)
+    return chosen.value(x_NP, y_NQ, **options)
+
+
+def check_options(measure: Measure, options: Mapping[str, Any]) -> None:
+    """Raises TypeError for an option that the measure does not have."""
+    known = list(inspect.signature(measure.value).parameters)[2:]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"measure {measure.name!r} has no option {unknown[0]!r}; its options: {', '.join(known) or 'none'}."
+        )

@@ -1,0 +1,146 @@
+"""What a target may know of the part that it replaces: shapes and measured facts.
+
+B batch, T time, D width of the part, H heads, K head width of queries and keys, V of values, W hidden neurons
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from thesean.errors import TargetMismatchError
+from thesean.targets.shared.activations import ACTIVATIONS
+
+Dim = int | str
+Mixing = Literal["none", "causal", "bidirectional"]
+
+
+class Affine(NamedTuple):
+    """y = x @ weight.T + bias, as in `nn.Linear`."""
+
+    weight_OI: torch.Tensor
+    bias_O: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFacts:
+    """The projections of an attention, read off the graph: all affine in the part's input, per token.
+
+    Head h of the queries is rows h*K..(h+1)*K of `query`; keys and values are repeated to as many heads where the
+    guide groups them. `output` maps the concatenated heads to the part's output. `scale` multiplies q.k. `plain`: the
+    part computes output(softmax(q k' scale) v), causal or over all tokens, and nothing else.
+    """
+
+    heads: int
+    scale: float
+    query: Affine
+    key: Affine
+    value: Affine
+    output: Affine
+    plain: bool = False
+
+    @cached_property
+    def kv_heads(self) -> int:
+        """Heads of keys and values before they were repeated: H / kv_heads queries in a row share one of each."""
+        return next(
+            count
+            for count in range(1, self.heads + 1)
+            if self.heads % count == 0 and all(_repeats(a, self.heads, count) for a in (self.key, self.value))
+        )
+
+    def grouped(self, count: int) -> tuple[Affine, Affine]:
+        """Keys and values of `count` heads, a multiple of `kv_heads` that divides `heads`."""
+        key, value = (
+            Affine(_by_group(a.weight_OI, self.heads, count)[:, 0].flatten(0, 1),
+                   _by_group(a.bias_O, self.heads, count)[:, 0].flatten())
+            for a in (self.key, self.value)
+        )  # fmt: skip
+        return key, value
+
+    def mixed_values(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
+        """What the output projection reads, (B, T, H V), where the attention is `plain`."""
+        query_BTE, key_BTE, value_BTE = (F.linear(x_BTD, *affine) for affine in (self.query, self.key, self.value))
+        return attend(query_BTE, key_BTE, value_BTE, self.heads, self.scale, causal)
+
+
+def attend(
+    query_BTE: torch.Tensor, key_BTE: torch.Tensor, value_BTE: torch.Tensor, heads: int, scale: float, causal: bool
+) -> torch.Tensor:
+    """softmax(q k' scale) v of each head, concatenated: (B, T, H V)."""
+    q_BHTK, k_BHTK, v_BHTV = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_BTE, key_BTE, value_BTE))
+    mixed_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, is_causal=causal, scale=scale)
+    return mixed_BHTV.transpose(1, 2).flatten(2)
+
+
+def _by_group(rows: torch.Tensor, heads: int, count: int) -> torch.Tensor:
+    """(heads * K, ...) -> (count, heads / count, K, ...)."""
+    return rows.unflatten(0, (count, heads // count, len(rows) // heads))
+
+
+def _repeats(affine: Affine, heads: int, count: int) -> bool:
+    """Whether the heads of a group are copies. They are copies of one number, so that equality is exact."""
+    grouped = (_by_group(rows, heads, count) for rows in affine)
+    return all(torch.equal(g, g[:, :1].expand_as(g)) for g in grouped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPFacts:
+    """A token-wise MLP, read off the graph: y = down(act(up(x))), or down(act(gate(x)) * up(x)) where it is gated.
+
+    `activation` is one of `ACTIVATIONS`.
+    """
+
+    up: Affine
+    down: Affine
+    activation: str
+    gate: Affine | None = None
+
+    @property
+    def width(self) -> int:
+        """Hidden neurons."""
+        return int(self.up.weight_OI.shape[0])
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The hidden activations, (..., D) -> (..., W)."""
+        act, up = ACTIVATIONS[self.activation], F.linear(x, *self.up)
+        return act(up) if self.gate is None else act(F.linear(x, *self.gate)) * up
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartFacts:
+    """All that a target may know of the part that it replaces: shapes and measured facts, never a class name."""
+
+    path: str
+    input_shape: tuple[Dim, ...]  # a str is a dynamic dimension, "batch" first
+    output_shape: tuple[Dim, ...]
+    mixing: Mixing  # what the probe saw along the second dimension; "none" is token-wise
+    params: int
+    attention: AttentionFacts | None = None
+    mlp: MLPFacts | None = None
+    # The output is what the whole part adds to nothing: no residual stream runs beside it. A replacement of a whole
+    # block brings its own skip connection; one of a branch must not.
+    is_branch: bool = False
+    # (batch, channels, time): a convolution or a norm reads the second dimension as channels
+    channels_first: bool = False
+    # no output is below zero: the part ends in a relu or the like
+    nonnegative: bool = False
+
+    @property
+    def is_sequence(self) -> bool:
+        """(batch, time, width) in and out."""
+        return len(self.input_shape) == len(self.output_shape) == 3 and not self.channels_first
+
+    @property
+    def width_in(self) -> int:
+        return int(self.input_shape[-1])
+
+    @property
+    def width_out(self) -> int:
+        return int(self.output_shape[-1])
+
+    def mismatch(self, target: str, found: str, expected: str, advice: str) -> TargetMismatchError:
+        return TargetMismatchError(f"{self.path}: target {target!r} expected {expected}, found {found}. {advice}")

@@ -1,0 +1,92 @@
+"""What a target is: a module that replaces a part, and the family that knows how to build it.
+
+B batch, T time, D width of the part, E width of the target's features, H heads, K head width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from thesean.errors import TargetMismatchError
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.module import TargetModule
+
+# Which regions of a part a family replaces; see Family.scope
+Scope = Literal["mixing", "token-wise", "part", "members"]
+
+
+class Options(BaseModel):
+    """The base of a family's options; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One target architecture. A file in this folder that defines `TARGET` registers it."""
+
+    name: str
+    summary: str
+    options: type[Options]
+    module: type[TargetModule]
+    build: Callable[[PartFacts, Any], TargetModule]
+    # "mixing": replaces the branches that mix over time and leaves token-wise branches (MLPs) to the guide;
+    # "token-wise": the other way round; "part": replaces the whole part; "members": drops all members of a merged part
+    # but one. The first two do that to a merged part as well, before they replace what is left.
+    scope: Scope = "part"
+    # The module stands in the residual stream where the part was, so that a branch's sum goes with the branch.
+    removes: bool = False
+    # Raises TargetMismatchError; `build` may take for granted that it passed.
+    check: Callable[[PartFacts, Any], None] = lambda part, options: None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A choice of target: a family's name with options, or a builder of your own.
+
+        Target("gru", width=256)
+        Target("mine", build=lambda part: MyModule(part.width_in, part.width_out))
+
+    `scope="part"` makes a recurrent family replace a whole block, MLP included: faster, and it loses more.
+    Raises UnknownNameError, and TargetMismatchError for options that the family doesn't have.
+    """
+
+    name: str
+    build: Callable[[PartFacts], nn.Module] | None = None
+    scope: Scope | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[PartFacts], nn.Module] | None = None,
+        *,
+        scope: Scope | None = None,
+        **options: Any,
+    ) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "build", build)
+        object.__setattr__(self, "scope", scope)
+        object.__setattr__(self, "options", dict(options))
+
+    def __str__(self) -> str:
+        extra = {**({"scope": self.scope} if self.scope else {}), **self.options}
+        return self.name + (f"({', '.join(f'{k}={v}' for k, v in extra.items())})" if extra else "")
+
+
+def parse_options(family: Family, options: dict[str, Any]) -> Options:
+    """Validated options; raises TargetMismatchError that names the wrong one and the known ones."""
+    try:
+        return family.options(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        known = ", ".join(family.options.model_fields) or "none"
+        raise TargetMismatchError(
+            f"target {family.name!r}: option {where!r}: {first['msg']}. known options: {known}"
+        ) from error

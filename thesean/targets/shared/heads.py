@@ -1,0 +1,111 @@
+"""The options of linear attention, the shape of its heads, and where they start.
+
+H heads of queries, G heads of keys and values, C width of a head's query and key, W tokens in the window
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import Field, PositiveFloat
+
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe
+
+# Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
+# the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
+# the same with long memories in benchmarks/results/recipes.json.
+MEMORY = (1 / 3, 64.0)
+SHARPNESS = 1.5
+
+# Beside a window, heads have the far past to themselves: long memories and sharper features are better there, by as
+# much as a window of twice the width (benchmarks/results/window.json).
+WINDOW_MEMORY = (90.0, 1100.0)
+WINDOW_SHARPNESS = 2.0
+
+
+class LinearAttentionOptions(SequenceOptions):
+    """Width rule: heads, groups and widths of the guide's attention. Without one, or with options, `heads` heads that
+    share `width` features; heads default to one per 32 of the part's width, and width to the part's input width.
+
+    Defaults of `memory` and `sharpness`: 1/3 to 64 tokens and 1.5; beside a window 90 to 1100 tokens past it and 2.
+    """
+
+    heads: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(
+        default=None, gt=0, description="states and heads of keys and values; the guide's, or as many as heads"
+    )
+    width: int | None = Field(default=None, gt=0)
+    window: int | None = Field(default=None, gt=0, description="last tokens that keep the guide's softmax attention")
+    memory: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None, description="tokens that the first and last head remember"
+    )
+    sharpness: float | None = Field(default=None, gt=0, description="of copied queries and keys, as a factor on W")
+
+
+class HeadShape(NamedTuple):
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    scale: float  # of q.k in the window
+
+
+def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
+    facts = part.attention
+    if facts is not None and not _asked(options):
+        key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
+        return HeadShape(facts.heads, options.kv_heads or facts.kv_heads, key_width, value_width, facts.scale)
+    width = options.width or part.width_in
+    heads = options.heads or (facts.heads if facts is not None else default_heads(width))
+    each = width // heads
+    return HeadShape(heads, options.kv_heads or heads, each, each, max(each, 1) ** -0.5)
+
+
+def start_of(options: LinearAttentionOptions) -> tuple[tuple[float, float], float]:
+    """memory and sharpness."""
+    beside = options.window is not None
+    memory = options.memory or (WINDOW_MEMORY if beside else MEMORY)
+    return memory, options.sharpness or (WINDOW_SHARPNESS if beside else SHARPNESS)
+
+
+def default_heads(width: int) -> int:
+    """One head per 32 features, fewer where that doesn't divide the width."""
+    heads = max(1, width // 32)
+    while width % heads:
+        heads -= 1
+    return heads
+
+
+def check(part: PartFacts, options: LinearAttentionOptions) -> None:
+    """Raises TargetMismatchError for a part, or for options, that linear attention can't be built for."""
+    check_sequence("linear-attention", part)
+    if options.window is not None and part.mixing == "bidirectional":
+        raise part.mismatch(
+            "linear-attention",
+            found=f"window={options.window} for a part that reads both ways",
+            expected="a causal part for a window, which holds the last tokens and passes the older ones on to a state",
+            advice="Leave window= out for it: bidirectional linear attention reads all tokens alike.",
+        )
+    width = options.width or part.width_in
+    heads, kv_heads, *_ = head_shape(part, options)
+    if _asked(options) and width % heads:
+        raise part.mismatch(
+            "linear-attention",
+            found=f"width {width} with {heads} heads for {describe(part.input_shape)}",
+            expected="a width that the heads divide",
+            advice=f"Set heads={default_heads(width)}, or another width.",
+        )
+    if heads % kv_heads:
+        nearest = next(n for n in range(min(kv_heads, heads), 0, -1) if heads % n == 0)
+        raise part.mismatch(
+            "linear-attention",
+            found=f"kv_heads={kv_heads} with {heads} heads",
+            expected="as many heads of queries for each head of keys and values",
+            advice=f"Set kv_heads={nearest}, or leave it out.",
+        )
+
+
+def _asked(options: LinearAttentionOptions) -> bool:
+    """Whether heads or width are the caller's, not the guide's."""
+    return options.heads is not None or options.width is not None

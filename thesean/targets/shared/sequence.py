@@ -1,0 +1,124 @@
+"""What the recurrent families share: the shapes they take, their options, and the residual block around a core.
+
+B batch, T time, D width of the part, E width of the target's features
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Options
+from thesean.targets.shared.module import State, TargetModule
+
+
+class SequenceOptions(Options):
+    """`residual` and `norm` make a whole block of the module: y = x + last(core(LayerNorm(x))).
+
+    The sum is left out where the part changes the width. `build_module` sets both for `Target(..., scope="part")`.
+    """
+
+    residual: bool = False
+    norm: bool = False
+
+
+class WidthOptions(SequenceOptions):
+    """Width rule: E = `width`, or `expand` times the part's input width; per direction when bidirectional."""
+
+    width: int | None = Field(default=None, gt=0)
+    expand: int = Field(default=1, gt=0)
+
+    def features_width(self, part: PartFacts) -> int:
+        return self.width or self.expand * part.width_in
+
+
+class SequenceTarget(TargetModule):
+    """A module over (B, T, D). Subclasses set `last` and define `mix` and `initial_state`.
+
+    Causal ones carry a state; a bidirectional one has nothing to carry: the future has not been read yet.
+    """
+
+    last: nn.Linear
+
+    def __init__(self, *, width_in: int, width_out: int, bidirectional: bool, residual: bool, norm: bool) -> None:
+        super().__init__()
+        self.width_in = width_in
+        self.width_out = width_out
+        self.bidirectional = bidirectional
+        self.stateful = not bidirectional
+        self.residual = residual
+        self.norm = nn.LayerNorm(width_in) if norm else None
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "width_in": self.width_in,
+            "width_out": self.width_out,
+            "bidirectional": self.bidirectional,
+            "residual": self.residual,
+            "norm": self.norm is not None,
+        }
+
+    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
+        """features_BTE and the state after them; `state` is None exactly when the module is bidirectional."""
+        raise NotImplementedError(f"{type(self).__name__}.mix")
+
+    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        if self.stateful and state is None:
+            state = self.initial_state(x)
+        return self.mix(x if self.norm is None else self.norm(x), state if self.stateful else None)
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor | None:
+        return x if self.residual and self.width_in == self.width_out else None
+
+
+def check_sequence(target: str, part: PartFacts) -> None:
+    """Raises TargetMismatchError unless the part maps (batch, time, width) to (batch, same time, width)."""
+    shapes = f"{describe(part.input_shape)} -> {describe(part.output_shape)}"
+    if not part.is_sequence:
+        raise part.mismatch(
+            target,
+            found=f"{shapes}{', channels first' if part.channels_first else ''}",
+            expected="a sequence (batch, time, width) in and out",
+            advice=f"Choose target 'mlp' for it, or keep it with keep=[{part.path!r}].",
+        )
+    if isinstance(part.input_shape[2], str) or isinstance(part.output_shape[2], str):
+        raise part.mismatch(
+            target,
+            found=shapes,
+            expected="static widths",
+            advice="Trace the guide with fixed widths: only batch and time may be dynamic.",
+        )
+    if part.input_shape[1] != part.output_shape[1]:
+        raise part.mismatch(
+            target,
+            found=shapes,
+            expected="as many steps out as in",
+            advice=f"Keep it with keep=[{part.path!r}] and convert the parts around it.",
+        )
+
+
+def describe(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def sequence_config(part: PartFacts, options: SequenceOptions) -> dict[str, Any]:
+    """The constructor arguments that all sequence targets have; token-wise parts get a causal module."""
+    return {
+        "width_in": part.width_in,
+        "width_out": part.width_out,
+        "bidirectional": part.mixing == "bidirectional",
+        "residual": options.residual,
+        "norm": options.norm,
+    }
+
+
+def small_linear(width_in: int, width_out: int) -> nn.Linear:
+    """A last layer that starts near zero: the hybrid starts near "this part says nothing", not at noise."""
+    linear = nn.Linear(width_in, width_out)
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear

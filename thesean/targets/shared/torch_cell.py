@@ -1,0 +1,70 @@
+"""The frame around torch's own recurrent cells (nn.RNN, nn.GRU, nn.LSTM): one layer, one or two directions.
+
+B batch, T time, D width of the part, E units per direction
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.targets.shared.sequence import SequenceTarget, small_linear
+
+
+class CellTarget(SequenceTarget):
+    """last(cell(x)). A subclass names its cell and spreads its initial weights."""
+
+    cell: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
+
+    def __init__(
+        self,
+        *,
+        width_in: int,
+        width_out: int,
+        width: int,
+        bidirectional: bool = False,
+        residual: bool = False,
+        norm: bool = False,
+    ) -> None:
+        super().__init__(
+            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
+        )
+        self.width = width
+        self.core = self.cell(width_in, width, batch_first=True, bidirectional=bidirectional)
+        self.last = small_linear(width * (2 if bidirectional else 1), width_out)
+        self.reset_core()
+
+    @torch.no_grad()
+    def reset_core(self) -> None:
+        """Set the core's initial weights."""
+        raise NotImplementedError(f"{type(self).__name__}.reset_core")
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "width": self.width}
+
+    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], self.width)
+
+    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # torch wants the layers first: (1, B, E)
+        features_BTE, last_1BE = self.core(x_BTD, None if state is None else state.unsqueeze(0))
+        return features_BTE, None if state is None else last_1BE.squeeze(0)
+
+
+def spread_memories(core: nn.RNNBase) -> None:
+    """Biases of the second gate (a GRU's z, an LSTM's f) that give the units memories of 1 to about 50 steps, so that
+    none has to be learnt by backpropagation through time first.
+    """
+    for name, bias in core.named_parameters():
+        if name.startswith("bias_hh"):
+            bias[core.hidden_size : 2 * core.hidden_size] = torch.linspace(-1, 4, core.hidden_size)
+
+
+def orthogonal_recurrence(core: nn.RNNBase, gain: float) -> None:
+    """Each gate's recurrent matrix orthogonal times `gain`, for all directions (Saxe et al. 2014)."""
+    for name, weight in core.named_parameters():
+        if name.startswith("weight_hh"):
+            for gate in weight.split(core.hidden_size):
+                nn.init.orthogonal_(gate, gain)
