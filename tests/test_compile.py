@@ -592,3 +592,8 @@ def test_a_plan_may_be_the_path_of_its_yaml(tmp_path: Path):
         models.gpt2(), plan=tmp_path / "plan.yaml", data=token_batches(), recipe=FAST, progress=False
     )
     assert [p.target for p in converted.plan] == ["keep", "gru"]
+
+
+def test_the_frontiers_last_member_is_the_converted_network(language):
+    assert language.frontier[-1] is language
+    assert len(language.frontier) == len(language.plan.replaced) + 1

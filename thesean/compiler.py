@@ -1,9 +1,12 @@
-"""`compile`: capture -> plan -> substitute -> align -> fine-tune, in that order."""
+"""`compile`: capture, plan, substitute, align, fine-tune, finish, in that order."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +14,32 @@ import torch
 from torch import nn
 
 from thesean.artifact import check_free
+from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints
+from thesean.choose.search import UNMET
 from thesean.converted import Converted
+from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
-from thesean.distill.data import example_inputs_of
-from thesean.distill.evaluate import Judge
-from thesean.distill.stages import Conversion, convert
-from thesean.distill.task import Loss, Metric
+from thesean.distill.data import integer_labels, make_feed
+from thesean.distill.observer import Observer
+from thesean.distill.stages import align, tune
+from thesean.distill.task import Loss, Metric, Task, output_kind
+from thesean.distill.training import Training
 from thesean.errors import DataError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.modes import seeded
+from thesean.passes.graph.signature import output_wrapper
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.make_plan import TargetSpec, bind_plan
+from thesean.passes.plan.divide import divide
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import TargetSpec, bind_plan, globs_of, plan_division
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report import make_observer
-from thesean.request import Given, Wanted, choose_for, draft_for, set_up
+from thesean.request import Request
 from thesean.targets import Target
 
 
@@ -73,42 +85,33 @@ def compile(
     Raises CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
     """
     start = time.monotonic()
-    settings = Recipe.resolve(recipe)
-    observer = make_observer(progress)
-    run = set_up(
-        model,
-        Given(data=data, example_inputs=example_inputs, loss=loss, metric=metric, eval_data=eval_data),
-        Wanted(
-            target=target,
-            parts=parts,
-            keep=keep,
-            granularity=granularity,
-            merge=merge,
-            target_parts=target_parts,
-            constraints=constraints,
-            candidates=candidates,
-            plan=Plan.from_yaml(plan) if isinstance(plan, (str, Path)) else plan,
-        ),
-        settings,
-        seed,
-        observer,
+    request = Request(
+        target=target,
+        plan=plan,
+        data=data,
+        example_inputs=example_inputs,
+        loss=loss,
+        metric=metric,
+        eval_data=eval_data,
+        parts=parts,
+        keep=keep,
+        granularity=granularity,
+        merge=merge,
+        target_parts=target_parts,
+        constraints=constraints,
+        candidates=candidates,
+        recipe=recipe,
+        seed=seed,
     )
-    folder = _prepare(workdir, run.bound_plan.plan, run.recipe)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            conversion = convert(
-                run.bound_plan,
-                run.task,
-                run.recipe,
-                run.feed.batches.forever(),
-                run.feed.batches.first(run.recipe.closed_form.batches),
-                run.feed.held_out,
-                observer,
-            )
-    finally:
-        observer.close()
-    converted = finish(run, conversion, seed, start)
+    with watched(progress) as observer:
+        captured = capture(model, request.example(model))
+        bound_plan, training = planned(captured, request, observer)
+        folder = _prepare(workdir, bound_plan.plan, request.settings)
+        with seeded(seed):
+            hybrid = build_hybrid(bound_plan)
+            aligned = align(bound_plan, hybrid, training)
+            conversion = tune(hybrid, training, aligned)
+    converted = finish(bound_plan, training, conversion, start)
     if folder is not None:
         converted.save(folder / "converted")
     return converted
@@ -143,44 +146,30 @@ def baseline(
     learning_rate: a baseline's best one is its own to tune; by default the recipe's. The rest as in `compile`.
     """
     start = time.monotonic()
-    settings = baseline_recipe(kind, Recipe.resolve(recipe), learning_rate)
-    observer = make_observer(progress)
-    run = set_up(
-        model,
-        Given(data=data, example_inputs=example_inputs, loss=loss, metric=metric, eval_data=eval_data),
-        Wanted(
-            target=target,
-            parts=parts,
-            keep=keep,
-            granularity=granularity,
-            merge=merge,
-            target_parts=target_parts,
-            constraints=constraints,
-            candidates=candidates,
-            plan=Plan.from_yaml(plan) if isinstance(plan, (str, Path)) else plan,
-        ),
-        settings,
-        seed,
-        observer,
+    request = Request(
+        target=target,
+        plan=plan,
+        data=data,
+        example_inputs=example_inputs,
+        loss=loss,
+        metric=metric,
+        eval_data=eval_data,
+        parts=parts,
+        keep=keep,
+        granularity=granularity,
+        merge=merge,
+        target_parts=target_parts,
+        constraints=constraints,
+        candidates=candidates,
+        recipe=baseline_recipe(kind, Recipe.resolve(recipe), learning_rate),
+        seed=seed,
     )
-    guide = run.bound_plan.captured.graph_module
-    judge = Judge(guide, run.task, run.feed.held_out)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            hybrid, steps = train_baseline(
-                run.bound_plan, run.task, settings, run.feed.batches.forever(), observer, kind
-            )
-    finally:
-        observer.close()
-    conversion = Conversion(
-        hybrid=hybrid,
-        snapshots=(),
-        guide=judge(guide),
-        final=judge(hybrid.graph_module),
-        steps=steps,
-    )
-    return finish(run, conversion, seed, start)
+    with watched(progress) as observer:
+        captured = capture(model, request.example(model))
+        bound_plan, training = planned(captured, request, observer)
+        with seeded(seed):
+            conversion = train_baseline(bound_plan, training, kind)
+    return finish(bound_plan, training, conversion, start)
 
 
 def plan(
@@ -215,8 +204,12 @@ def plan(
     second. Progress goes to `logging`. Also raises PlanError for wrong numbers, MissingExtraError.
     """
     contexts, batches = sizes_of("context", context), sizes_of("batch", batch)
-    wanted = Wanted(
+    request = Request(
         target=target,
+        data=data,
+        example_inputs=example_inputs,
+        loss=loss,
+        eval_data=eval_data,
         parts=parts,
         keep=keep,
         granularity=granularity,
@@ -224,19 +217,90 @@ def plan(
         target_parts=target_parts,
         constraints=constraints,
         candidates=candidates,
+        recipe=recipe,
+        seed=seed,
     )
-    if not wanted.is_auto:
-        bound_plan = draft_for(capture(model, example_inputs_of(model, data, example_inputs)), wanted)
-        return _measured(bound_plan, contexts, batches, seed)
-    given = Given(data=data, example_inputs=example_inputs, loss=loss, eval_data=eval_data)
+    captured = capture(model, request.example(model))
+    if request.is_auto:
+        with watched(progress) as observer:
+            chosen, _ = chosen_plan(captured, request, observer)
+        if not chosen.replaced or not (contexts or batches):
+            return chosen
+        bound_plan = bind_plan(captured, chosen)
+    else:
+        bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
+    if not (contexts or batches):
+        return bound_plan.plan
+    return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
+
+
+@contextmanager
+def watched(progress: bool) -> Iterator[Observer]:
+    """Whoever shows progress, closed at the end, whatever happens."""
     observer = make_observer(progress)
     try:
-        chosen, captured, _, _ = choose_for(model, given, wanted, Recipe.resolve(recipe), seed, observer)
+        yield observer
     finally:
         observer.close()
-    if not chosen.replaced or not (contexts or batches):
-        return chosen
-    return _measured(bind_plan(captured, chosen), contexts, batches, seed)
+
+
+def planned(captured: Captured, request: Request, observer: Observer) -> tuple[BoundPlan, Training]:
+    """What becomes what, and what it is trained on and for. Cheap, so that a wrong argument fails at once, unless
+    "auto" has to find a plan first.
+    """
+    if request.is_auto:
+        chosen, training = chosen_plan(captured, request, observer)
+        _warn(note for note in chosen.notes if note.startswith(UNMET))
+        if not chosen.replaced:
+            raise PlanError(f"the guide itself meets the constraints ({request.budget}): nothing to convert.")
+        return bind_plan(captured, chosen), training
+    if request.edited is not None:
+        bound_plan = bind_plan(captured, request.edited)
+    else:
+        division = divide(captured, globs_of(request.target), **request.division)
+        bound_plan = plan_division(division, request.target)
+    return bound_plan, bind_data(captured, request, observer)
+
+
+def chosen_plan(captured: Captured, request: Request, observer: Observer) -> tuple[Plan, Training]:
+    """What target "auto" finds, and what it was found with."""
+    division = divide(captured, **request.division)
+    training = bind_data(captured, request, observer)
+    return choose_plan(division, request.budget, request.candidates, training), training
+
+
+def bind_data(captured: Captured, request: Request, observer: Observer) -> Training:
+    """The user's data and task, read through the guide's signature. Warns where there is no data."""
+    feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed)
+    _warn(feed.warnings)
+    with torch.no_grad():
+        output = captured.graph_module(**captured.example)
+    task = Task(
+        loss=request.loss,
+        metric=request.metric,
+        kind=output_kind(output, integer_labels(feed.first)),
+        wrap=output_wrapper(captured.signature.output_class),
+    )
+    return Training(
+        guide=captured.graph_module,
+        task=task,
+        recipe=request.settings,
+        feed=feed,
+        observer=observer,
+        seed=request.seed,
+    )
+
+
+def _warn(messages: Iterable[str]) -> None:
+    """Points at whoever called Thesean, from whatever depth."""
+    home = str(Path(__file__).parent)
+    depth = 1
+    for frame in inspect.stack(context=0):
+        if not frame.filename.startswith(home):
+            break
+        depth += 1
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=depth)
 
 
 def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -247,14 +311,6 @@ def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise PlanError(f"{name}: expected whole numbers of 1 or more, such as {name}=128, found {given!r}.")
     return numbers
-
-
-def _measured(bound_plan: BoundPlan, contexts: Sequence[int], batches: Sequence[int], seed: int) -> Plan:
-    if not (contexts or batches):
-        return bound_plan.plan
-    from thesean.deploy.timing.plan import measure_plan
-
-    return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
 
 
 def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | None:

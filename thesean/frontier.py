@@ -9,16 +9,17 @@ from functools import partial
 
 from torch import fx
 
-from thesean.converted import Converted
+from thesean.choose.search import UNMET
+from thesean.converted import Converted, Frontier
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.stages import Conversion, Snapshot, with_state
+from thesean.distill.training import Training
 from thesean.errors import PassRefused
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report.conversion import ConversionReport, StageRow
-from thesean.request import Run
 
 
 def _bounded(graph_module: fx.GraphModule, recipe: Recipe, notes: list[str]) -> None:
@@ -32,9 +33,11 @@ def _bounded(graph_module: fx.GraphModule, recipe: Recipe, notes: list[str]) -> 
         notes.append(f"positions past the guide's table: {recipe.positions}")
 
 
-def finish(run: Run, conversion: Conversion, seed: int, start: float) -> Converted:
-    hybrid, bound_plan, recipe = conversion.hybrid, run.bound_plan, run.recipe
-    _bounded(hybrid.graph_module, recipe, run.notes)
+def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
+    """The converted network with its report; `start` is when the run began, on the monotonic clock."""
+    hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
+    notes = [*feed.notes, *(note for note in bound_plan.plan.notes if note.startswith(UNMET))]
+    _bounded(hybrid.graph_module, recipe, notes)
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),
@@ -43,17 +46,17 @@ def finish(run: Run, conversion: Conversion, seed: int, start: float) -> Convert
         seconds=time.monotonic() - start,
         params=sum(p.numel() for p in hybrid.graph_module.parameters()),
         flops=bound_plan.plan.new_flops,
-        train_length=run.feed.length,
+        train_length=feed.length,
         recipe=recipe.model_dump(),
-        seed=seed,
-        notes=tuple(run.notes),
+        seed=training.seed,
+        notes=tuple(notes),
         copied={r.facts.path: list(r.copied) for r in hybrid.replacements if r.copied},
     )
-    signature = bound_plan.captured.signature
+    converted = Converted(hybrid.graph_module, bound_plan.captured.signature, bound_plan.plan, report)
     makers: list[Callable[[], Converted]] = [partial(_hybrid, bound_plan, None, report, recipe)]
     makers += [partial(_hybrid, bound_plan, s, report, recipe) for s in conversion.snapshots[:-1]]
-    converted = Converted(hybrid.graph_module, signature, bound_plan.plan, report)
-    return Converted(hybrid.graph_module, signature, bound_plan.plan, report, [*makers, lambda: converted])
+    converted.frontier = Frontier([*makers, lambda: converted])
+    return converted
 
 
 def _hybrid(bound_plan: BoundPlan, snapshot: Snapshot | None, report: ConversionReport, recipe: Recipe) -> Converted:

@@ -1,27 +1,19 @@
-"""What a run begins with: the arguments of `compile`, `baseline` and `plan`, bound to the graph and the data."""
+"""What the user asked for: the arguments of `compile`, `baseline` and `plan`, checked once and handed on whole."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints, parse_constraints
-from thesean.choose.search import UNMET
-from thesean.distill.data import Feed, example_inputs_of, integer_labels, make_feed
-from thesean.distill.observer import Observer
-from thesean.distill.task import Loss, Metric, Task, output_kind
+from thesean.distill.data import example_inputs_of
+from thesean.distill.task import Loss, Metric
 from thesean.errors import PlanError
-from thesean.passes.capture.capture import capture
-from thesean.passes.capture.captured import Captured
-from thesean.passes.graph.signature import output_wrapper
-from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.make_plan import TargetSpec, bind_plan, make_plan
+from thesean.passes.plan.make_plan import TargetSpec, check_target
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
@@ -29,32 +21,79 @@ from thesean.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """The user's data and task."""
+class Request:
+    """Raises PlanError, UnknownNameError, TargetMismatchError and RecipeError for what no plan can be made of."""
 
-    data: Iterable[Any] | None
-    example_inputs: Any
+    target: TargetSpec = "rnn"
+    plan: Plan | str | Path | None = None  # a path is read
+    data: Iterable[Any] | None = None
+    example_inputs: Any = None
     loss: Loss | None = None
     metric: Metric | None = None
     eval_data: Iterable[Any] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """Which parts, and what they become."""
-
-    target: TargetSpec
-    parts: Sequence[str] | None
-    keep: Sequence[str]
-    granularity: Granularity | None
-    merge: int | None
-    target_parts: int | None
-    constraints: Constraints | Mapping[str, Any] | None
-    candidates: Sequence[str | Target] | None
-    plan: Plan | None = None
+    parts: Sequence[str] | None = None
+    keep: Sequence[str] = ()
+    granularity: Granularity | None = None
+    merge: int | None = None
+    target_parts: int | None = None
+    constraints: Constraints | Mapping[str, Any] | None = None  # parsed where target is "auto"
+    candidates: Sequence[str | Target] | None = None
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None  # resolved
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises PlanError for what no plan can be made of."""
+        self._resolve("recipe", Recipe.resolve(self.recipe))
+        if isinstance(self.plan, (str, Path)):
+            self._resolve("plan", Plan.from_yaml(self.plan))
+        self._check_types()
+        if self.plan is not None:
+            self._check_alone()
+        elif self.is_auto:
+            self._resolve("constraints", parse_constraints(self.constraints))
+        else:
+            check_target(self.target)
+            if self.constraints is not None or self.candidates is not None:
+                raise PlanError("constraints= and candidates= belong to target='auto', which chooses among candidates.")
+
+    @property
+    def is_auto(self) -> bool:
+        return self.plan is None and isinstance(self.target, str) and self.target == "auto"
+
+    @property
+    def settings(self) -> Recipe:
+        assert isinstance(self.recipe, Recipe)  # since __post_init__
+        return self.recipe
+
+    @property
+    def budget(self) -> Constraints:
+        assert isinstance(self.constraints, Constraints)  # since __post_init__, with target "auto"
+        return self.constraints
+
+    @property
+    def edited(self) -> Plan | None:
+        """The plan that was handed in."""
+        assert self.plan is None or isinstance(self.plan, Plan)  # since __post_init__
+        return self.plan
+
+    @property
+    def division(self) -> dict[str, Any]:
+        """How the guide is divided into parts, as `divide` takes it."""
+        return {
+            "keep": self.keep,
+            "granularity": self.granularity or ("sublayer" if self.is_auto else "block"),
+            "parts": self.parts,
+            "merge": self.merge,
+            "target_parts": self.target_parts,
+        }
+
+    def example(self, model: nn.Module) -> Any:
+        """What the guide is traced with: the example inputs, else the first batch, else its `dummy_inputs`."""
+        return example_inputs_of(model, self.data, self.example_inputs)
+
+    def _resolve(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_types(self) -> None:
         if self.plan is not None and not isinstance(self.plan, Plan):
             raise PlanError(f"plan: expected a Plan or the path of one in YAML, found {type(self.plan).__name__}.")
         for name in ("parts", "keep", "candidates"):
@@ -69,106 +108,11 @@ class Wanted:
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
                 raise PlanError(f"{name}: expected a whole number, found {number!r}.")
+
+    def _check_alone(self) -> None:
         more = ("parts", "keep", "granularity", "merge", "target_parts", "constraints", "candidates")
         given_twice = [name for name in more if getattr(self, name)] + (["target"] if self.target != "rnn" else [])
-        if self.plan is not None and given_twice:
+        if given_twice:
             raise PlanError(
                 f"plan= says what replaces which part: leave {', '.join(given_twice)} out, or edit the plan."
             )
-
-    @property
-    def is_auto(self) -> bool:
-        return self.plan is None and self.target == "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    bound_plan: BoundPlan
-    task: Task
-    recipe: Recipe
-    feed: Feed
-    notes: list[str]
-
-
-def set_up(model: nn.Module, given: Given, wanted: Wanted, settings: Recipe, seed: int, observer: Observer) -> Run:
-    """Everything before the conversion itself: cheap, so that a wrong argument fails at once, unless "auto" has to
-    find a plan first.
-    """
-    notes: list[str] = []
-    if wanted.is_auto:
-        chosen, captured, feed, task = choose_for(model, given, wanted, settings, seed, observer, notes)
-        for note in chosen.notes:
-            if note.startswith(UNMET):
-                warnings.warn(note, UserWarning, stacklevel=3)
-                notes.append(note)
-        if not chosen.replaced:
-            raise PlanError(f"the guide itself meets the constraints ({wanted.constraints}): nothing to convert.")
-        bound_plan = bind_plan(captured, chosen)
-    else:
-        captured = capture(model, example_inputs_of(model, given.data, given.example_inputs))
-        bound_plan = draft_for(captured, wanted)
-        feed, task = _feed_and_task(captured, given, seed, notes)
-    return Run(bound_plan=bound_plan, task=task, recipe=settings, feed=feed, notes=notes)
-
-
-def choose_for(
-    model: nn.Module,
-    given: Given,
-    wanted: Wanted,
-    settings: Recipe,
-    seed: int,
-    observer: Observer,
-    notes: list[str] | None = None,
-) -> tuple[Plan, Captured, Feed, Task]:
-    """What target "auto" finds, and what it was found with."""
-    bounds = parse_constraints(wanted.constraints)
-    captured = capture(model, example_inputs_of(model, given.data, given.example_inputs))
-    feed, task = _feed_and_task(captured, given, seed, notes if notes is not None else [])
-    chosen = choose_plan(
-        captured,
-        bounds,
-        wanted.candidates,
-        parts=wanted.parts,
-        keep=wanted.keep,
-        granularity=wanted.granularity or "sublayer",
-        merge=wanted.merge,
-        target_parts=wanted.target_parts,
-        task=task,
-        feed=feed,
-        recipe=settings,
-        seed=seed,
-        observer=observer,
-    )
-    return chosen, captured, feed, task
-
-
-def _feed_and_task(captured: Captured, given: Given, seed: int, notes: list[str]) -> tuple[Feed, Task]:
-    feed = make_feed(captured, given.data, given.eval_data, given.example_inputs, seed, notes)
-    task = Task(
-        loss=given.loss,
-        metric=given.metric,
-        kind=output_kind(_guide_output(captured), integer_labels(feed.first)),
-        wrap=output_wrapper(captured.signature.output_class),
-    )
-    return feed, task
-
-
-def draft_for(captured: Captured, wanted: Wanted) -> BoundPlan:
-    if wanted.plan is not None:
-        return bind_plan(captured, wanted.plan)
-    if wanted.constraints is not None or wanted.candidates is not None:
-        raise PlanError("constraints= and candidates= belong to target='auto', which chooses among candidates.")
-    return make_plan(
-        captured,
-        wanted.target,
-        keep=wanted.keep,
-        granularity=wanted.granularity or "block",
-        parts=wanted.parts,
-        merge=wanted.merge,
-        target_parts=wanted.target_parts,
-    )
-
-
-@torch.no_grad()
-def _guide_output(captured: Captured) -> Any:
-    return captured.graph_module(**captured.example)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import captured, models
-from tests.distill.tools import Recorder, batches_of, drafted, forever, recipe
+from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
 from tests.models import vectors
 from thesean.distill.align import Aligner, Stage, examples, faint, stages
 from thesean.distill.closed_form import solve_parts
@@ -53,16 +53,8 @@ def test_activations_are_faint_when_they_vary_by_less_than_a_step_of_a_weight_mo
 
 
 def aligner(guide, hybrid, settings, observer=None, held_out=None) -> Aligner:
-    batches = batches_of(guide)
-    return Aligner(
-        guide.graph_module,
-        hybrid,
-        settings,
-        forever(batches),
-        [inputs for _, inputs in batches],
-        held_out or batches_of(guide, 2, seed=7),
-        observer or Recorder(),
-    )
+    told = training(guide, task(), settings, held_out=held_out, observer=observer)
+    return Aligner(hybrid, told, [inputs for _, inputs in told.feed.batches])
 
 
 @pytest.mark.parametrize("measure", ["nmse", "cka"])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests import captured, models
-from tests.distill.tools import Recorder, batches_of, forever, recipe, task
+from tests.distill.tools import Recorder, recipe, task, training
 from thesean.distill.baselines import baseline_recipe, train_baseline
 from thesean.errors import DataError, UnknownNameError
 from thesean.passes.plan.make_plan import make_plan
@@ -44,7 +44,7 @@ def test_an_unknown_baseline_gives_the_near_name():
 def test_from_scratch_without_a_task_is_refused():
     bound_plan = make_plan(captured.mlp(), "mlp")
     with pytest.raises(DataError, match="pass loss="):
-        train_baseline(bound_plan, task(), recipe(2), forever(batches_of(captured.mlp())), Recorder(), "scratch")
+        train_baseline(bound_plan, training(captured.mlp(), task(), recipe(2)), "scratch")
 
 
 @pytest.mark.parametrize("kind", ["scratch", "distillation"])
@@ -53,18 +53,16 @@ def test_a_baseline_starts_without_a_weight_of_the_guide_and_learns(kind):
     bound_plan = make_plan(guide, "mlp")
     settings = baseline_recipe(kind, recipe(0), 1e-2)
     torch.manual_seed(0)
-    hybrid, steps = train_baseline(bound_plan, task(cross_entropy), settings, forever([]), observer, kind)
-    assert steps == 0
+    untrained = train_baseline(bound_plan, training(guide, task(cross_entropy), settings), kind)
+    assert untrained.steps == 0
     guides = dict(guide.graph_module.named_parameters())
-    head = hybrid.graph_module.get_parameter("6.weight")
+    head = untrained.hybrid.graph_module.get_parameter("6.weight")
     assert not torch.isclose(head, guides["6.weight"]).all()
 
     before = models.state_of(guide.graph_module)
     settings = baseline_recipe(kind, recipe(20), 1e-2)
-    _, steps = train_baseline(
-        bound_plan, task(cross_entropy, kind="logits"), settings, forever(batches_of(guide)), observer, kind
-    )
-    assert steps == 20
+    told = training(guide, task(cross_entropy, kind="logits"), settings, observer=observer)
+    assert train_baseline(bound_plan, told, kind).steps == 20
     assert observer.phases[-1][0] == kind
     assert models.same_state(guide.graph_module, before)
     if kind == "scratch":

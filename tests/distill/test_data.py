@@ -7,7 +7,7 @@ import torch
 
 from tests import captured
 from tests.models import tokens, vectors
-from thesean.distill.data import Batches, example_of, integer_labels, named_inputs, synthetic
+from thesean.distill.data import Batches, Feed, example_of, integer_labels, named_inputs, synthetic
 from thesean.errors import DataError
 
 CPU = torch.device("cpu")
@@ -22,7 +22,16 @@ def test_batches_are_read_as_many_times_as_asked():
     assert len(list(data)) == len(list(data)) == 3
     assert len(data.first(2)) == 2
     assert len(data.first(9)) == 3
-    assert len(list(itertools.islice(data.forever(), 7))) == 7
+    feed = Feed(batches=data, held_out=[], first=None, length=None)
+    assert len(feed.take(2)) == len(feed.take(2)) == 2
+
+
+def test_a_feed_goes_on_where_it_was_pass_after_pass():
+    batches = [(k, {"x": vectors(1, 1)}) for k in range(3)]
+    feed = Feed(batches=batches, held_out=[], first=None, length=None)
+    assert [batch for batch, _ in itertools.islice(feed.stream, 4)] == [0, 1, 2, 0]
+    assert [batch for batch, _ in itertools.islice(feed.stream, 2)] == [1, 2]
+    assert [batch for batch, _ in feed.take(2)] == [0, 1]
 
 
 @pytest.mark.parametrize(

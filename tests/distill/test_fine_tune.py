@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests import captured, models
-from tests.distill.tools import Recorder, batches_of, drafted, forever, recipe, task
+from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
 from thesean.distill.fine_tune import fine_tune
 from thesean.errors import NumericalError
 
@@ -15,15 +15,8 @@ def cross_entropy(output, batch):
 
 
 def run(guide, hybrid, what, steps=30, observer=None, batches=None, **settings):
-    return fine_tune(
-        guide.graph_module,
-        hybrid,
-        what,
-        recipe(steps, **settings),
-        forever(batches or batches_of(guide)),
-        steps,
-        observer or Recorder(),
-    )
+    told = training(guide, what, recipe(steps, **settings), batches=batches, observer=observer)
+    return fine_tune(hybrid, told, steps)
 
 
 @pytest.mark.parametrize(

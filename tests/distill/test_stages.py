@@ -5,9 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from tests import captured, models
-from tests.distill.tools import Recorder, batches_of, forever, recipe, task
-from thesean.distill.stages import Conversion, convert, with_state
+from tests.distill.tools import Recorder, batches_of, recipe, task, training
+from thesean.distill.stages import Conversion, align, tune, with_state
+from thesean.distill.training import Training
 from thesean.errors import NumericalError
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.recipe import Recipe
 
@@ -16,18 +19,15 @@ def cross_entropy(output, batch):
     return F.cross_entropy(output, batch[1])
 
 
-def run(guide, target="mlp", settings=None, seed=0, what=None, observer=None, **bound_plan) -> Conversion:
-    batches = batches_of(guide)
+def run(guide, target="mlp", settings=None, seed=0, what=None, observer=None, **division) -> Conversion:
+    told = training(guide, what or task(cross_entropy, kind="logits"), settings or recipe(8), observer=observer)
+    return converted(make_plan(guide, target, **division), told, seed)
+
+
+def converted(bound_plan: BoundPlan, told: Training, seed: int = 0) -> Conversion:
     torch.manual_seed(seed)
-    return convert(
-        make_plan(guide, target, **bound_plan),
-        what or task(cross_entropy, kind="logits"),
-        settings or recipe(8),
-        forever(batches),
-        batches,
-        batches_of(guide, 2, seed=7),
-        observer or Recorder(),
-    )
+    hybrid = build_hybrid(bound_plan)
+    return tune(hybrid, told, align(bound_plan, hybrid, told))
 
 
 @pytest.mark.parametrize("schedule", ["progressive", "sequential", "independent", "joint", "none"])
@@ -152,4 +152,4 @@ def test_a_guide_that_gives_no_numbers_is_found_before_anything_trains():
     batches = batches_of(guide)
     broken = [(batch, {k: v * float("nan") for k, v in inputs.items()}) for batch, inputs in batches]
     with pytest.raises(NumericalError, match="held-out batch 0: the guide's own output"):
-        convert(make_plan(guide, "mlp"), task(kind="logits"), recipe(4), forever(batches), batches, broken, Recorder())
+        converted(make_plan(guide, "mlp"), training(guide, task(kind="logits"), recipe(4), held_out=broken))

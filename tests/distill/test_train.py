@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.distill.tools import Recorder
-from thesean.distill.train import cosine, train
+from thesean.distill.train import Trainer, cosine
 from thesean.errors import NumericalError
 from thesean.report import NullObserver
 
@@ -18,8 +18,9 @@ def quadratic(p: nn.Parameter):
 
 
 def run(p: nn.Parameter, loss, steps=10, **settings):
-    given: Any = {"observer": NullObserver(), "where": "here", "learning_rate": 0.1, "warmup": 1} | settings
-    return train([p], loss, itertools.repeat(torch.ones(3)), steps=steps, **given)
+    trainer = Trainer(observer=settings.pop("observer", NullObserver()), warmup=1)
+    given: Any = {"where": "here", "learning_rate": 0.1} | settings
+    return trainer.train([p], loss, itertools.repeat(torch.ones(3)), steps=steps, **given)
 
 
 def test_the_loss_falls_and_is_told():
@@ -50,18 +51,18 @@ def test_training_stops_when_asked():
 
 def test_frozen_parameters_stay():
     p, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2, 2), requires_grad=False)
-    train(
+    Trainer(observer=NullObserver()).train(
         [p, frozen], quadratic(p), itertools.repeat(torch.ones(3)), steps=3, learning_rate=0.1, weight_decay=0.5,
-        observer=NullObserver(), where="here",
+        where="here",
     )  # fmt: skip
     assert torch.equal(frozen, torch.ones(2, 2))
 
 
 def test_weight_decay_is_for_matrices_alone():
     bias, matrix = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 3))
-    train(
+    Trainer(observer=NullObserver()).train(
         [bias, matrix], lambda step, batch: (bias.sum() + matrix.sum()) * 0, itertools.repeat(None), steps=3,
-        learning_rate=0.1, weight_decay=0.5, observer=NullObserver(), where="here",
+        learning_rate=0.1, weight_decay=0.5, where="here",
     )  # fmt: skip
     assert torch.equal(bias, torch.ones(3))
     assert (matrix < 1).all()

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from tests import models
+from thesean.distill.data import Feed
 from thesean.distill.task import Batch, Task
+from thesean.distill.training import Training
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -56,9 +58,14 @@ def batches_of(captured: Captured, count: int = 4, batch: int = 16, time: int = 
     return found
 
 
-def forever(batches: list[Batch]) -> Any:
-    while True:
-        yield from batches
+def training(
+    guide: Captured, what: Task, recipe: Recipe, *, batches: Any = None, held_out: Any = None, observer: Any = None
+) -> Training:
+    """On `batches_of` the guide unless told otherwise."""
+    batches = batches_of(guide) if batches is None else batches
+    held = batches_of(guide, 2, seed=7) if held_out is None else held_out
+    feed = Feed(batches=batches, held_out=held, first=batches[0][0] if batches else None, length=None)
+    return Training(guide=guide.graph_module, task=what, recipe=recipe, feed=feed, observer=observer or Recorder())
 
 
 def recipe(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.fingerprint import fingerprint
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
-from thesean.passes.plan.merge import Group
-from thesean.passes.plan.partition import NamedRegion
+from thesean.passes.plan.divide import Division
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP
 from thesean.targets import Target, resolve
@@ -62,15 +61,8 @@ class Candidates:
         return [c for c, option in enumerate(self.options[part]) if option is not None]
 
 
-def find_candidates(
-    binder: Binder,
-    groups: Sequence[Group],
-    kept: Sequence[NamedRegion],
-    given: Sequence[str | Target] | None,
-    keep: Mapping[str, bool],
-    settings: Plan,
-) -> Candidates:
-    """`keep[path]` leaves a part no choice. Raises PlanError where no candidate but the guide's own fits anywhere,
+def find_candidates(division: Division, given: Sequence[str | Target] | None) -> Candidates:
+    """Parts that keep= names have no choice. Raises PlanError where no candidate but the guide's own fits anywhere,
     UnknownNameError, and TargetMismatchError for options that a family doesn't have.
     """
     given = (given,) if isinstance(given, (str, Target)) else given  # a lone name is not a sequence of letters
@@ -78,12 +70,14 @@ def find_candidates(
     if not words:
         raise PlanError("candidates: expected at least one target, found none.")
     targets = tuple(None if w == KEEP else resolve(w) for w in words)
+    binder = Binder(division.captured, division.flow)
+    groups, kept = division.groups, division.members()
     options: list[tuple[BoundPart | None, ...]] = []
     reasons: dict[str, str] = {}
     for group, member in zip(groups, kept, strict=True):
         row: list[BoundPart | None] = []
         for target in targets:
-            if target is None or keep.get(group.path, False):
+            if target is None or group.path in division.kept:
                 row.append(binder.part(group, None, member) if target is None else None)
                 continue
             try:
@@ -107,5 +101,5 @@ def find_candidates(
         kept=tuple(binder.part(g, None, k) for g, k in zip(groups, kept, strict=True)),
         classes=tuple(order[s] for s in signatures),
         binder=binder,
-        settings=settings,
+        settings=division.settings,
     )

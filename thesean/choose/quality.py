@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,15 +13,13 @@ from torch import nn
 from thesean.choose.candidates import Candidates
 from thesean.distill.align import examples as rows_of
 from thesean.distill.closed_form import solve_alone, solve_parts
-from thesean.distill.evaluate import Evaluation, Judge
+from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
-from thesean.distill.observer import Observer
-from thesean.distill.task import Batch, Task
-from thesean.distill.train import train
+from thesean.distill.training import Training
 from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.modes import seeded
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
-from thesean.recipe import Recipe
 from thesean.similarity import get_measure
 from thesean.targets import TargetModule
 
@@ -44,22 +42,14 @@ class Prober:
     for a few steps on the guide's own activations, and left in the better of the two states.
     """
 
-    def __init__(
-        self,
-        candidates: Candidates,
-        task: Task,
-        batches: Sequence[Batch],
-        held_out: Sequence[Batch],
-        recipe: Recipe,
-        effort: Effort,
-        seed: int,
-        observer: Observer,
-    ) -> None:
-        self.candidates, self.task, self.batches = candidates, task, list(batches)
-        self.inputs = [inputs for _, inputs in batches]
-        self.recipe, self.effort, self.seed, self.observer = recipe, effort, seed, observer
-        self.guide = candidates.binder.graph_module
-        self.judge = Judge(self.guide, task, held_out)
+    def __init__(self, candidates: Candidates, training: Training, effort: Effort = Effort()) -> None:
+        self.candidates, self.effort = candidates, effort
+        # the first batches again and again: every candidate is fitted on the same ones
+        self.batches = training.feed.take(training.recipe.closed_form.batches)
+        self.training = replace(training, feed=replace(training.feed, batches=self.batches))
+        self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
+        self.judge = training.judge
+        self.inputs = [inputs for _, inputs in self.batches]
         self._cached: tuple[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self.states: dict[tuple[int, int], State] = {}
 
@@ -70,8 +60,7 @@ class Prober:
             return 0.0
         path, name = bound_plan.plan.parts[part].path, self.candidates.names[candidate]
         self.observer.begin(f"probe {name}", path, part + 1, len(bound_plan.parts), self.effort.part_steps)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.training.seed):
             hybrid = build_hybrid(bound_plan)
             for replacement in hybrid.replacements:
                 self._fit(hybrid.module(replacement), replacement)
@@ -84,8 +73,7 @@ class Prober:
     def whole(self, choice: Sequence[int]) -> Evaluation:
         """All parts of a choice together, with the modules that were fitted alone, tuned end to end for a few steps."""
         bound_plan = self.candidates.bind(choice)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.training.seed):
             hybrid = build_hybrid(bound_plan)
             self._load(hybrid, bound_plan, choice)
             # part after part on what the ones before it give by now
@@ -93,9 +81,13 @@ class Prober:
             ridge = self.recipe.closed_form.ridge
             solve_parts(self.guide, hybrid, parts, self.inputs, ridge=ridge, solve_copied=True)
             if self.effort.whole_steps:
-                forever = _forever(self.batches)
-                steps, observer = self.effort.whole_steps, self.observer
-                fine_tune(self.guide, hybrid, self.task, self.recipe, forever, steps, observer, phase="finalist")
+                # each finalist begins with the first batch
+                fine_tune(
+                    hybrid,
+                    replace(self.training, feed=replace(self.training.feed)),
+                    self.effort.whole_steps,
+                    phase="finalist",
+                )
         return self.judge(hybrid.graph_module)
 
     def _load(self, hybrid: Hybrid, bound_plan: BoundPlan, choice: Sequence[int]) -> None:
@@ -121,16 +113,13 @@ class Prober:
             return
         before, solved = _mean_loss(module, examples), deepcopy(module.state_dict())
         module.train()
-        train(
+        self.training.trainer.train(
             parameters,
             lambda step, pair: _loss(module, *pair),
-            _forever(examples),
+            itertools.cycle(examples),
             steps=self.effort.part_steps,
             learning_rate=self.recipe.alignment.learning_rate,
-            observer=self.observer,
             where=f"probing {where}",
-            warmup=self.recipe.warmup,
-            clip=self.recipe.clip,
         )
         module.eval()
         solve_alone(module, examples, ridge=ridge, where=where)
@@ -155,8 +144,3 @@ def _loss(module: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def _mean_loss(module: nn.Module, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return sum(_loss(module, x, wanted).item() for x, wanted in examples) / len(examples)
-
-
-def _forever(items: Sequence[Any]) -> Any:
-    while True:
-        yield from items

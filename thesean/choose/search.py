@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from thesean.choose.candidates import Candidates
 from thesean.choose.constraints import Constraints
@@ -48,34 +50,36 @@ class Measured:
     latency_ms: float | None
 
 
-def choose(candidates: Candidates, prober: Prober, constraints: Constraints, length: int | None) -> Plan:
+def choose(candidates: Candidates, prober: Prober, constraints: Constraints) -> Plan:
     """The plan with the smallest divergence that meets the constraints, or, with a note, the nearest one found.
 
-    `length` is that of the example sequences, None where there is no time. Raises PlanError, MissingExtraError.
+    Raises PlanError, MissingExtraError.
     """
-    with PlanTimer(candidates, constraints, length, prober.recipe.positions) as latencies:
-        model = fit_latency(latencies, candidates) if constraints.measures else None
-        bound_ms = _bound(constraints, model)
-        losses = _probe(candidates, prober, model)
-        measured, met = _propose(candidates, constraints, latencies, model, bound_ms, losses)
-    finalists = _finalists(measured, losses)
+    length, positions = prober.training.feed.length, prober.recipe.positions
+    with PlanTimer(candidates, constraints, length, positions) as timer:
+        model = fit_latency(timer, candidates) if constraints.measures else None
+        search = Search(candidates, constraints, model, _probe(candidates, prober, model))
+        measured, met = search.propose(timer)
+    finalists = search.finalists(measured)
     scores = {m.choice: prober.whole(m.choice).divergence for m in finalists} if len(finalists) > 1 else {}
     best = min(finalists, key=lambda m: scores.get(m.choice, 0.0)) if met else finalists[0]
+    notes = [f"chosen for {constraints}: {_described(candidates.bind(best.choice))}"]
+    if not met:
+        notes.insert(0, f"{UNMET} ({constraints}): this is the nearest one found")
+    if model is not None and best.latency_ms is not None:
+        where = "" if timer.context is None else f", {constraints.kind} at {timer.context} tokens"
+        notes.append(
+            f"measured {best.latency_ms:.3g} ms against the guide's {model.guide_ms:.3g} ms{where}, batch "
+            f"{constraints.batch} (bound {search.bound_ms:.3g} ms; the sum over parts said "
+            f"{model.of(best.choice):.3g} ms)"
+        )
+    if len(scores) > 1:
+        notes.append(
+            f"{len(scores)} finalists were tuned for a few steps; divergence {min(scores.values()):.3g} to "
+            f"{max(scores.values()):.3g}"
+        )
     plan = candidates.bind(best.choice).plan
-    return replace(
-        plan,
-        notes=(*plan.notes, *_notes(candidates, constraints, latencies, model, bound_ms, best, met, scores)),
-        candidates=_rows(candidates, losses, model, best.choice),
-    )
-
-
-def _bound(constraints: Constraints, model: AdditiveModel | None) -> float | None:
-    if model is None:
-        return None
-    bounds = [] if constraints.latency_ms is None else [constraints.latency_ms]
-    if constraints.speedup is not None:
-        bounds.append(model.guide_ms / constraints.speedup)
-    return min(bounds)
+    return replace(plan, notes=(*plan.notes, *notes), candidates=search.rows(best.choice))
 
 
 def _probe(candidates: Candidates, prober: Prober, model: AdditiveModel | None) -> list[list[float]]:
@@ -92,212 +96,172 @@ def _probe(candidates: Candidates, prober: Prober, model: AdditiveModel | None) 
     return losses
 
 
-def _propose(
-    candidates: Candidates,
-    constraints: Constraints,
-    latencies: PlanTimer,
-    model: AdditiveModel | None,
-    bound_ms: float | None,
-    losses: list[list[float]],
-) -> tuple[list[Measured], bool]:
-    """Choices that meet the constraints, measured; where none does, the nearest one and False."""
-    uniform = [u for u in _uniform(candidates, losses) if _fits_sums(candidates, constraints, u)]
-    proposed, shifts = _within_sums(candidates, constraints, losses, model, bound_ms, dict.fromkeys(_SUMS, 0.0))
-    if model is None or bound_ms is None:
-        everything = list(dict.fromkeys([*proposed, *uniform]))
-        smallest = _smallest(candidates, constraints, losses)
-        if not everything and _fits_sums(candidates, constraints, smallest):
-            everything = [smallest]
-        return [Measured(choice=c, latency_ms=None) for c in everything or [smallest]], bool(everything)
-    seen: dict[Choice, float] = {}
-    shift = 0.0
-    for number in range(_ROUNDS):
-        proposals = proposed or [_fastest(candidates, model, losses)]  # the model sees no way: the fastest it knows
-        extra = [u for u in uniform if model.of(u) <= bound_ms * (1 + _NEAR)] if number == 0 else []
-        new = [c for c in dict.fromkeys([*proposals, *extra]) if c not in seen]
-        if new:
-            guide_ms, values = latencies.measure([candidates.bind(c) for c in new])
-            seen |= {c: v * model.guide_ms / guide_ms for c, v in zip(new, values, strict=True)}
-        first = proposals[0]
-        if bound_ms * (1 - _NEAR) <= seen[first] <= bound_ms * (1 + _NOISE) or not new:
-            break
-        shift = model.of(first) - seen[first]
-        proposed, shifts = _within_sums(candidates, constraints, losses, model, bound_ms + shift, shifts)
-    meeting = [
-        Measured(choice=c, latency_ms=v)
-        for c, v in seen.items()
-        if v <= bound_ms * (1 + _NOISE) and _fits_sums(candidates, constraints, c)
-    ]
-    if meeting:
-        return meeting, True
-    nearest = min(seen, key=lambda c: (not _fits_sums(candidates, constraints, c), seen[c]))
-    return [Measured(choice=nearest, latency_ms=seen[nearest])], False
-
-
-def _within_sums(
-    candidates: Candidates,
-    constraints: Constraints,
-    losses: list[list[float]],
-    model: AdditiveModel | None,
-    bound_ms: float | None,
-    shifts: dict[str, float],
-) -> tuple[list[Choice], dict[str, float]]:
-    """The best few choices of which parameters and FLOPs, counted on the whole, are within their bounds.
-
-    Parts that share weights cost less together than their sum: a bound is moved by what the sum got wrong.
+@dataclass(frozen=True)
+class Search:
+    """Choices under the constraints; `losses[p][c]` is infinite where a candidate can't be had. `model` is None where
+    latency is no constraint.
     """
-    for _ in range(_ROUNDS):
-        found = _solve(candidates, constraints, losses, model, bound_ms, shifts)
-        fitting = [c for c in found if _fits_sums(candidates, constraints, c)]
-        if fitting or not found:
-            return fitting, shifts
-        plan = candidates.bind(found[0]).plan
-        for name in _SUMS:
-            bound = getattr(constraints, name)
-            if bound is not None:
+
+    candidates: Candidates
+    constraints: Constraints
+    model: AdditiveModel | None
+    losses: list[list[float]]
+
+    @cached_property
+    def bound_ms(self) -> float | None:
+        if self.model is None:
+            return None
+        bounds = [] if self.constraints.latency_ms is None else [self.constraints.latency_ms]
+        if self.constraints.speedup is not None:
+            bounds.append(self.model.guide_ms / self.constraints.speedup)
+        return min(bounds)
+
+    @cached_property
+    def bounded_sums(self) -> dict[str, float]:
+        """The bounds on parameters and FLOPs that there are."""
+        return {name: bound for name in _SUMS if (bound := getattr(self.constraints, name)) is not None}
+
+    def propose(self, timer: PlanTimer) -> tuple[list[Measured], bool]:
+        """Choices that meet the constraints, measured; where none does, the nearest one and False."""
+        uniform = [u for u in self.uniform() if self.fits_sums(u)]
+        proposed, shifts = self.within_sums(self.bound_ms, dict.fromkeys(_SUMS, 0.0))
+        model, bound_ms = self.model, self.bound_ms
+        if model is None or bound_ms is None:
+            everything = list(dict.fromkeys([*proposed, *uniform]))
+            smallest = self.smallest()
+            if not everything and self.fits_sums(smallest):
+                everything = [smallest]
+            return [Measured(choice=c, latency_ms=None) for c in everything or [smallest]], bool(everything)
+        seen: dict[Choice, float] = {}
+        for number in range(_ROUNDS):
+            proposals = proposed or [self.fastest(model)]  # the model sees no way: the fastest it knows
+            extra = [u for u in uniform if model.of(u) <= bound_ms * (1 + _NEAR)] if number == 0 else []
+            new = [c for c in dict.fromkeys([*proposals, *extra]) if c not in seen]
+            if new:
+                guide_ms, values = timer.measure([self.candidates.bind(c) for c in new])
+                seen |= {c: v * model.guide_ms / guide_ms for c, v in zip(new, values, strict=True)}
+            first = proposals[0]
+            if bound_ms * (1 - _NEAR) <= seen[first] <= bound_ms * (1 + _NOISE) or not new:
+                break
+            proposed, shifts = self.within_sums(bound_ms + model.of(first) - seen[first], shifts)
+        meeting = [
+            Measured(choice=c, latency_ms=v)
+            for c, v in seen.items()
+            if v <= bound_ms * (1 + _NOISE) and self.fits_sums(c)
+        ]
+        if meeting:
+            return meeting, True
+        nearest = min(seen, key=lambda c: (not self.fits_sums(c), seen[c]))
+        return [Measured(choice=nearest, latency_ms=seen[nearest])], False
+
+    def within_sums(self, bound_ms: float | None, shifts: dict[str, float]) -> tuple[list[Choice], dict[str, float]]:
+        """The best few choices of which parameters and FLOPs, counted on the whole, are within their bounds.
+
+        Parts that share weights cost less together than their sum: a bound is moved by what the sum got wrong.
+        """
+        for _ in range(_ROUNDS):
+            found = self.solve(bound_ms, shifts)
+            fitting = [c for c in found if self.fits_sums(c)]
+            if fitting or not found:
+                return fitting, shifts
+            plan = self.candidates.bind(found[0]).plan
+            for name, bound in self.bounded_sums.items():
                 shifts = shifts | {name: shifts[name] + max(0, getattr(plan, f"new_{name}") - bound)}
-    return [], shifts
+        return [], shifts
 
+    def solve(self, bound_ms: float | None, shifts: dict[str, float]) -> list[Choice]:
+        """The best few choices under the additive model; `shifts` tighten the bounds of sums."""
+        allowed = [[c for c, loss in enumerate(row) if math.isfinite(loss)] for row in self.losses]
+        budgets = []
+        if self.model is not None and bound_ms is not None:
+            costs = [[self.model.delta[p][c] for c in row] for p, row in enumerate(allowed)]
+            budgets.append(Budget(costs=costs, bound=bound_ms - self.model.base_ms))
+        for name, bound in self.bounded_sums.items():
+            costs = [[self.added(p, c, name) for c in row] for p, row in enumerate(allowed)]
+            budgets.append(Budget(costs=costs, bound=bound - shifts[name] - getattr(self.guide, name)))
+        found = solve([[self.losses[p][c] for c in row] for p, row in enumerate(allowed)], budgets, _PROPOSALS)
+        return [tuple(row[i] for row, i in zip(allowed, picked, strict=True)) for picked in found]
 
-def _solve(
-    candidates: Candidates,
-    constraints: Constraints,
-    losses: list[list[float]],
-    model: AdditiveModel | None,
-    bound_ms: float | None,
-    shifts: dict[str, float],
-) -> list[Choice]:
-    """The best few choices under the additive model; `shifts` tighten the bounds of sums."""
-    allowed = [[c for c, loss in enumerate(row) if math.isfinite(loss)] for row in losses]
-    budgets = []
-    if model is not None and bound_ms is not None:
-        costs = [[model.delta[p][c] for c in row] for p, row in enumerate(allowed)]
-        budgets.append(Budget(costs=costs, bound=bound_ms - model.base_ms))
-    for name in _SUMS:
-        bound = getattr(constraints, name)
-        if bound is not None:
-            costs = [[_added(candidates, p, c, name) for c in row] for p, row in enumerate(allowed)]
-            left = bound - shifts[name] - getattr(candidates.bind(_kept(candidates)).plan, name)
-            budgets.append(Budget(costs=costs, bound=left))
-    found = solve([[losses[p][c] for c in row] for p, row in enumerate(allowed)], budgets, _PROPOSALS)
-    return [tuple(row[i] for row, i in zip(allowed, picked, strict=True)) for picked in found]
+    @cached_property
+    def guide(self) -> Plan:
+        """A plan to read the guide's totals off, whatever it chooses."""
+        parts = range(len(self.candidates.options))
+        return self.candidates.bind([self.candidates.fitting(p)[0] for p in parts]).plan
 
+    def added(self, part: int, candidate: int, name: str) -> float:
+        """Parameters or FLOPs that a candidate adds to the whole."""
+        option = self.candidates.options[part][candidate]
+        assert option is not None
+        row = option.planned
+        if name == "params":
+            return float(added_params(row))
+        return 0.0 if row.kept else float(row.new_flops - row.flops)
 
-def _added(candidates: Candidates, part: int, candidate: int, name: str) -> float:
-    option = candidates.options[part][candidate]
-    assert option is not None
-    row = option.planned
-    if name == "params":
-        return float(added_params(row))
-    return 0.0 if row.kept else float(row.new_flops - row.flops)
+    def fits_sums(self, choice: Choice) -> bool:
+        if not self.bounded_sums:
+            return True
+        plan = self.candidates.bind(choice).plan
+        return all(getattr(plan, f"new_{name}") <= bound for name, bound in self.bounded_sums.items())
 
+    def uniform(self) -> list[Choice]:
+        """Every candidate wherever it fits, the guide's own part elsewhere: what one would try by hand."""
+        candidates, found = self.candidates, []
+        for c in range(len(candidates.names)):
+            choice = []
+            for p, row in enumerate(self.losses):
+                kept = [k for k in candidates.fitting(p) if candidates.targets[k] is None and math.isfinite(row[k])]
+                if c < len(row) and math.isfinite(row[c]):
+                    choice.append(c)
+                elif kept:
+                    choice.append(kept[0])
+            if len(choice) == len(self.losses):
+                found.append(tuple(choice))
+        return list(dict.fromkeys(found))
 
-def _kept(candidates: Candidates) -> list[int]:
-    """Some choice, to read the guide's totals off."""
-    return [candidates.fitting(p)[0] for p in range(len(candidates.options))]
+    def fastest(self, model: AdditiveModel) -> Choice:
+        return self._least(lambda part, candidate: model.delta[part][candidate])
 
+    def smallest(self) -> Choice:
+        """The least parameters and FLOPs, each in units of its bound."""
+        bounds = self.bounded_sums.items()
+        return self._least(lambda p, c: sum(self.added(p, c, name) / bound for name, bound in bounds))
 
-def _fits_sums(candidates: Candidates, constraints: Constraints, choice: Choice) -> bool:
-    plan = candidates.bind(choice).plan
-    params_fit = constraints.params is None or plan.new_params <= constraints.params
-    return params_fit and (constraints.flops is None or plan.new_flops <= constraints.flops)
-
-
-def _uniform(candidates: Candidates, losses: list[list[float]]) -> list[Choice]:
-    """Every candidate wherever it fits, the guide's own part elsewhere: what one would try by hand."""
-    found = []
-    for c in range(len(candidates.names)):
-        choice = []
-        for p, row in enumerate(losses):
-            kept = [k for k in candidates.fitting(p) if candidates.targets[k] is None and math.isfinite(row[k])]
-            if c < len(row) and math.isfinite(row[c]):
-                choice.append(c)
-            elif kept:
-                choice.append(kept[0])
-        if len(choice) == len(losses):
-            found.append(tuple(choice))
-    return list(dict.fromkeys(found))
-
-
-def _fastest(candidates: Candidates, model: AdditiveModel, losses: list[list[float]]) -> Choice:
-    return tuple(
-        min((c for c, loss in enumerate(row) if math.isfinite(loss)), key=lambda c, p=p: model.delta[p][c])  # type: ignore[misc]
-        for p, row in enumerate(losses)
-    )
-
-
-def _smallest(candidates: Candidates, constraints: Constraints, losses: list[list[float]]) -> Choice:
-    """The least parameters and FLOPs, each in units of its bound."""
-    bounds = {name: bound for name in _SUMS if (bound := getattr(constraints, name)) is not None}
-
-    def added(part: int, candidate: int) -> float:
-        return sum(_added(candidates, part, candidate, name) / bound for name, bound in bounds.items())
-
-    return tuple(
-        min((c for c, loss in enumerate(row) if math.isfinite(loss)), key=lambda c, p=p: added(p, c))  # type: ignore[misc]
-        for p, row in enumerate(losses)
-    )
-
-
-def _finalists(measured: Sequence[Measured], losses: list[list[float]]) -> list[Measured]:
-    """The most promising by the sum of their parts' divergences."""
-    return sorted(measured, key=lambda m: sum(row[c] for row, c in zip(losses, m.choice, strict=True)))[:_FINALISTS]
-
-
-def _notes(
-    candidates: Candidates,
-    constraints: Constraints,
-    latencies: PlanTimer,
-    model: AdditiveModel | None,
-    bound_ms: float | None,
-    best: Measured,
-    met: bool,
-    scores: dict[Choice, float],
-) -> list[str]:
-    bound_plan = candidates.bind(best.choice)
-    told = [f"chosen for {constraints}: {_described(bound_plan)}"]
-    if model is not None and best.latency_ms is not None:
-        where = "" if latencies.context is None else f", {constraints.kind} at {latencies.context} tokens"
-        told.append(
-            f"measured {best.latency_ms:.3g} ms against the guide's {model.guide_ms:.3g} ms{where}, batch "
-            f"{constraints.batch} (bound {bound_ms:.3g} ms; the sum over parts said {model.of(best.choice):.3g} ms)"
+    def _least(self, cost: Callable[[int, int], float]) -> Choice:
+        return tuple(
+            min((cost(p, c), c) for c, loss in enumerate(row) if math.isfinite(loss))[1]
+            for p, row in enumerate(self.losses)
         )
-    if not met:
-        told.insert(0, f"{UNMET} ({constraints}): this is the nearest one found")
-    if len(scores) > 1:
-        told.append(
-            f"{len(scores)} finalists were tuned for a few steps; divergence {min(scores.values()):.3g} to "
-            f"{max(scores.values()):.3g}"
-        )
-    return told
+
+    def finalists(self, measured: Sequence[Measured]) -> list[Measured]:
+        """The most promising by the sum of their parts' divergences."""
+
+        def total(m: Measured) -> float:
+            return sum(row[c] for row, c in zip(self.losses, m.choice, strict=True))
+
+        return sorted(measured, key=total)[:_FINALISTS]
+
+    def rows(self, choice: Choice) -> tuple[ProbedCandidate, ...]:
+        """What was found out of each candidate, for the plan."""
+        rows = []
+        for p, row in enumerate(self.candidates.options):
+            for c, option in enumerate(row):
+                if option is None or not math.isfinite(self.losses[p][c]):
+                    continue
+                planned = option.planned
+                rows.append(
+                    ProbedCandidate(
+                        path=planned.path,
+                        target=self.candidates.names[c],
+                        divergence=self.losses[p][c],
+                        added_ms=self.model.delta[p][c] if self.model is not None else None,
+                        params=planned.params if planned.kept else planned.new_params,
+                        flops=planned.flops if planned.kept else planned.new_flops,
+                        chosen=choice[p] == c,
+                    )
+                )
+        return tuple(rows)
 
 
 def _described(bound_plan: BoundPlan) -> str:
-    counts: dict[str, int] = {}
-    for part in bound_plan.parts:
-        name = "keep" if part.target is None else str(part.target)
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter("keep" if part.target is None else str(part.target) for part in bound_plan.parts)
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
-
-
-def _rows(
-    candidates: Candidates, losses: list[list[float]], model: AdditiveModel | None, choice: Choice
-) -> tuple[ProbedCandidate, ...]:
-    rows = []
-    for p, row in enumerate(candidates.options):
-        for c, option in enumerate(row):
-            if option is None or not math.isfinite(losses[p][c]):
-                continue
-            planned = option.planned
-            rows.append(
-                ProbedCandidate(
-                    path=planned.path,
-                    target=candidates.names[c],
-                    divergence=losses[p][c],
-                    added_ms=model.delta[p][c] if model is not None else None,
-                    params=planned.params if planned.kept else planned.new_params,
-                    flops=planned.flops if planned.kept else planned.new_flops,
-                    chosen=choice[p] == c,
-                )
-            )
-    return tuple(rows)

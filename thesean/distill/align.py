@@ -9,7 +9,7 @@ N examples (tokens of a sequence, images of a batch), P features
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,20 +18,21 @@ import torch
 from torch import fx, nn
 
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.observer import Observer
 from thesean.distill.stopping import Plateau
 from thesean.distill.task import Batch
-from thesean.distill.train import train
+from thesean.distill.training import Training
 from thesean.errors import DataError, NumericalError
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
-from thesean.recipe import Recipe
 from thesean.similarity import Measure, get_measure
 
 # CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
 _MAX_EXAMPLES = 4096
 
 _FAINT = 1e-8
+
+# Held-out batches that decide when a stage ends; the whole set is measured once a stage is over.
+_CHECK_BATCHES = 4
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +76,14 @@ def stages(schedule: str, parts: int, steps: int) -> list[Stage]:
 
 
 class Aligner:
-    """Runs stages on one hybrid. `held_out` batches decide when a stage ends, `solving` ones feed the closed form."""
+    """Runs stages on one hybrid. Some held-out batches decide when a stage ends; `solving` feed the closed form."""
 
-    def __init__(
-        self,
-        guide: fx.GraphModule,
-        hybrid: Hybrid,
-        recipe: Recipe,
-        batches: Iterator[Batch],
-        solving: Sequence[dict[str, torch.Tensor]],
-        held_out: Sequence[Batch],
-        observer: Observer,
-    ) -> None:
-        self.guide, self.hybrid, self.recipe = guide, hybrid, recipe
-        self.batches, self.solving, self.held_out = batches, solving, held_out
-        self.observer = observer
-        self.measure: Measure = get_measure(recipe.alignment.measure)
-        self.own_inputs = recipe.alignment.schedule != "independent"
+    def __init__(self, hybrid: Hybrid, training: Training, solving: Sequence[dict[str, torch.Tensor]]) -> None:
+        self.hybrid, self.training, self.solving = hybrid, training, solving
+        self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
+        self.held_out = training.feed.held_out[:_CHECK_BATCHES]
+        self.measure: Measure = get_measure(self.recipe.alignment.measure)
+        self.own_inputs = self.recipe.alignment.schedule != "independent"
 
     def run(self, stage: Stage) -> StageResult:
         """Train a stage, refit, and leave the hybrid in the best refitted state that was seen."""
@@ -129,16 +121,13 @@ class Aligner:
         steps = 0
         if stage.steps and not plateau.done and parameters:
             graph_module.train()
-            steps = train(
+            steps = self.training.trainer.train(
                 parameters,
                 loss_of,
-                self.batches,
+                self.training.feed.stream,
                 steps=stage.steps,
                 learning_rate=settings.learning_rate,
-                observer=self.observer,
                 where=f"aligning {where}",
-                warmup=self.recipe.warmup,
-                clip=self.recipe.clip,
                 should_stop=check,
             )
         best.restore()

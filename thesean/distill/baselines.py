@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 from thesean.distill.fine_tune import fine_tune
-from thesean.distill.observer import Observer
-from thesean.distill.task import Batch, Task
+from thesean.distill.stages import Conversion
+from thesean.distill.training import Training
 from thesean.errors import DataError, unknown_name
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.reinitialise import Reinitialise
 from thesean.recipe import Recipe
 
@@ -32,15 +31,12 @@ def baseline_recipe(kind: BaselineKind, recipe: Recipe, learning_rate: float | N
     return recipe.model_copy(update={"name": kind, "fine_tuning": tuning.model_copy(update=settings)})
 
 
-def train_baseline(
-    bound_plan: BoundPlan, task: Task, recipe: Recipe, batches: Iterator[Batch], observer: Observer, kind: BaselineKind
-) -> tuple[Hybrid, int]:
-    """The fully replaced architecture with nothing of the guide's weights, trained for `recipe.steps`."""
-    if kind == "scratch" and task.loss is None:
+def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind) -> Conversion:
+    """The fully replaced architecture with nothing of the guide's weights, trained for the recipe's steps."""
+    if kind == "scratch" and training.task.loss is None:
         raise DataError("the baseline 'scratch' needs a task: pass loss=.")
     hybrid = build_hybrid(bound_plan, copy_weights=False)
     Reinitialise()(hybrid.graph_module)
-    steps = fine_tune(
-        bound_plan.captured.graph_module, hybrid, task, recipe, batches, recipe.steps, observer, phase=kind
-    )
-    return hybrid, steps
+    guide = training.judge(training.guide)  # first: a guide that returns NaN should not cost a training
+    steps = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
+    return Conversion(hybrid=hybrid, snapshots=(), guide=guide, final=training.judge(hybrid.graph_module), steps=steps)

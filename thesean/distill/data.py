@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,11 +46,6 @@ class Batches:
                     )
             # autograd can't save tensors that were made in inference mode
             yield batch, {k: v.clone() if v.is_inference() else v for k, v in inputs.items()}
-
-    def forever(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
-        """Pass after pass."""
-        while True:
-            yield from self
 
     def first(self, count: int) -> list[tuple[Any, dict[str, torch.Tensor]]]:
         """At most `count` batches of one pass."""
@@ -126,12 +121,30 @@ _SYNTHETIC_BATCHES, _SYNTHETIC_SIZE, _SYNTHETIC_LENGTH = 16, 8, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """`first` is the first batch as it came; `length` that of its sequences, None where there is no time."""
+    """Batches to train on, each time from the start, and batches held out. `first` is the first one as it came,
+    `length` that of its sequences, None where there is no time. `notes` say where they are from, `warnings` what a
+    person should know before anything is trained on them.
+    """
 
-    batches: Batches
-    held_out: list[Batch]
+    batches: Iterable[Batch]
+    held_out: Sequence[Batch]
     first: Any
     length: int | None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def stream(self) -> Iterator[Batch]:
+        """Pass after pass; one place in the data for all phases of a run."""
+        return self._forever()
+
+    def _forever(self) -> Iterator[Batch]:
+        while True:
+            yield from self.batches
+
+    def take(self, count: int) -> list[Batch]:
+        """At most `count` batches of one pass, from its start."""
+        return list(itertools.islice(self.batches, count))
 
 
 def example_inputs_of(model: nn.Module, data: Iterable[Any] | None, example_inputs: Any) -> Any:
@@ -144,35 +157,29 @@ def example_inputs_of(model: nn.Module, data: Iterable[Any] | None, example_inpu
 
 
 def make_feed(
-    captured: Captured,
-    data: Iterable[Any] | None,
-    eval_data: Iterable[Any] | None,
-    example_inputs: Any,
-    seed: int,
-    notes: list[str],
+    captured: Captured, data: Iterable[Any] | None, eval_data: Iterable[Any] | None, example_inputs: Any, seed: int
 ) -> Feed:
-    """Warns, and adds to `notes`, where no data was given. Raises DataError for batches that don't fit."""
+    """Without data, random inputs of the guide's shapes, and a warning. Raises DataError for batches that don't fit."""
     signature = captured.signature
     device = next(iter(captured.example.values())).device
-    synthesised = data is None
+    notes: list[str] = []
+    warnings: list[str] = []
     if data is None:
         sizes = signature.check(captured.example)
         if example_inputs is None:  # a model's dummy inputs are too few to solve for anything
             length = _longest(captured)
             sizes = {k: _SYNTHETIC_SIZE if k.startswith("batch") else length for k in sizes}
         shapes = ", ".join(f"{k} {v}" for k, v in sizes.items())
-        told = (
+        warnings.append(
             f"no data given: parts are aligned on synthetic inputs ({shapes}). The figures say nothing about real "
             "data; pass data=."
         )
-        warnings.warn(told, UserWarning, stacklevel=5)
-        notes.append(told)
         data = synthetic(signature, sizes, device, _SYNTHETIC_BATCHES, seed)
     held_source = eval_data
     if held_source is None and isinstance(data, (list, tuple)) and len(data) >= 8:
         count = min(_STAGE_BATCHES, len(data) // 8)
         data, held_source = data[:-count], data[-count:]
-        if not synthesised:
+        if not warnings:
             notes.append(f"no eval_data given: the last {count} batches of data were held out")
     batches = Batches(data, signature, device)
     if held_source is None:
@@ -181,7 +188,14 @@ def make_feed(
     else:
         held_out = list(Batches(held_source, signature, device))
     first, inputs = batches.first(1)[0]
-    return Feed(batches=batches, held_out=held_out, first=first, length=signature.check(inputs).get("time"))
+    return Feed(
+        batches=batches,
+        held_out=held_out,
+        first=first,
+        length=signature.check(inputs).get("time"),
+        notes=(*warnings, *notes),
+        warnings=tuple(warnings),
+    )
 
 
 def _longest(captured: Captured) -> int:

@@ -6,42 +6,29 @@ loss = (1 - w) task(output) + w KL_T(guide | output) + h sum_k nmse(exit_k), w a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
 
 from thesean.distill.align import examples, faint
-from thesean.distill.observer import Observer
 from thesean.distill.task import Batch, Task, match_loss
-from thesean.distill.train import train
+from thesean.distill.training import Training
 from thesean.errors import DataError
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
-from thesean.recipe import Recipe
 from thesean.similarity import get_measure
 
 
-def fine_tune(
-    guide: fx.GraphModule,
-    hybrid: Hybrid,
-    task: Task,
-    recipe: Recipe,
-    batches: Iterator[Batch],
-    steps: int,
-    observer: Observer,
-    phase: str = "fine-tune",
-) -> int:
+def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine-tune") -> int:
     """Train all of the hybrid's parameters for `steps`; leaves it in eval mode. Returns the steps taken."""
-    settings = recipe.fine_tuning
+    task, settings, observer = training.task, training.recipe.fine_tuning, training.observer
     nmse = get_measure("nmse")
     own_names = [own for own, _ in hybrid.boundaries]
     guide_names = [theirs for _, theirs in hybrid.boundaries]
     use_hidden = settings.hidden > 0
     use_guide = settings.distillation > 0 or use_hidden or task.loss is None
     own = intermediates(hybrid.graph_module, own_names if use_hidden else [])
-    theirs = intermediates(guide, guide_names if use_hidden else [])
+    theirs = intermediates(training.guide, guide_names if use_hidden else [])
 
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch
@@ -68,17 +55,14 @@ def fine_tune(
     hybrid.graph_module.train()
     taken = 0
     if steps:
-        taken = train(
+        taken = training.trainer.train(
             list(hybrid.graph_module.parameters()),
             loss_of,
-            batches,
+            training.feed.stream,
             steps=steps,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            observer=observer,
             where="fine-tuning",
-            warmup=recipe.warmup,
-            clip=recipe.clip,
         )
     hybrid.graph_module.eval()
     observer.end({})

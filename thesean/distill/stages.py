@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -12,18 +12,13 @@ from torch import fx
 
 from thesean.distill.align import Aligner, StageResult, stages
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.evaluate import Evaluation, Judge
+from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
-from thesean.distill.observer import Observer
-from thesean.distill.task import Batch, Task
+from thesean.distill.training import Training
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
-from thesean.recipe import Recipe
 from thesean.targets import TargetModule
-
-# Held-out batches that decide when a stage ends; the whole set is measured once a stage is over.
-_CHECK_BATCHES = 4
 
 State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
 
@@ -40,6 +35,15 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aligned:
+    """What alignment leaves beside the hybrid: a snapshot a part, the guide's own figures, and the steps it took."""
+
+    snapshots: tuple[Snapshot, ...]
+    guide: Evaluation
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
     hybrid: Hybrid
     snapshots: tuple[Snapshot, ...]  # one a part, in order
@@ -48,80 +52,81 @@ class Conversion:
     steps: int
 
 
-def convert(
-    bound_plan: BoundPlan,
-    task: Task,
-    recipe: Recipe,
-    batches: Iterator[Batch],
-    solving: Sequence[Batch],
-    held_out: Sequence[Batch],
-    observer: Observer,
-) -> Conversion:
-    """Run a recipe on a bound_plan. The guide is frozen; torch's seed decides the initial weights."""
-    guide = bound_plan.captured.graph_module
-    hybrid = build_hybrid(bound_plan)
-    count = len(hybrid.parts)
-    solving_inputs = [inputs for _, inputs in solving]
-    schedule = recipe.alignment.schedule
-    snapshots: list[Snapshot] = []
-    judge = Judge(guide, task, held_out)
-    told = judge(guide)  # first: a guide that returns NaN should not cost a conversion
-    start = time.monotonic()
+def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
+    """Bring the hybrid's parts near the guide: initialise with its activations, solve, align stage by stage.
 
-    prepare(guide, hybrid, solving_inputs)
-
-    def snapshot(parts: int, result: StageResult | None) -> None:
-        state = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts}
-        partial = with_state(bound_plan, parts, state)
-        snapshots.append(
-            Snapshot(
-                count=parts,
-                state=state,
-                evaluation=judge(partial.graph_module),
-                result=result,
-                seconds=time.monotonic() - start,
-            )
-        )
-
-    def solve(parts: Sequence[int]) -> None:
-        form = recipe.closed_form
-        if form.enabled:
-            solve_parts(guide, hybrid, parts, solving_inputs, ridge=form.ridge, solve_copied=form.solve_copied)
-
-    taken = 0
-    budget = round(recipe.steps * recipe.alignment.share)
+    A snapshot is taken after each part. Raises NumericalError for a guide that returns NaN, before anything else.
+    """
+    guide = training.judge(training.guide)
+    aligning = _Aligning(bound_plan, hybrid, training)
+    schedule, count = training.recipe.alignment.schedule, len(hybrid.parts)
+    budget = round(training.recipe.steps * training.recipe.alignment.share)
+    prepare(training.guide, hybrid, aligning.solving)
     if schedule == "none" or budget == 0:
         for k in range(count):
-            observer.begin("solve", hybrid.parts[k], k + 1, count, 0)
-            solve([k])
-            snapshot(k + 1, None)
-            observer.end({"divergence": snapshots[-1].evaluation.divergence})
+            training.observer.begin("solve", hybrid.parts[k], k + 1, count, 0)
+            aligning.solve([k])
+            aligning.snapshot(k + 1, None)
+            training.observer.end({"divergence": aligning.snapshots[-1].evaluation.divergence})
     else:
         if schedule in ("joint", "independent"):
-            solve(range(count))
-        aligner = Aligner(guide, hybrid, recipe, batches, solving_inputs, held_out[:_CHECK_BATCHES], observer)
+            aligning.solve(range(count))
+        aligner = Aligner(hybrid, training, aligning.solving)
         for stage in stages(schedule, count, budget):
             if schedule in ("progressive", "sequential"):
-                solve([stage.number])  # on what the parts before it have become by now
+                aligning.solve([stage.number])  # on what the parts before it have become by now
             result = aligner.run(stage)
-            taken += result.steps
-            done = range(count) if stage.count == 1 else [stage.number]
-            for k in done:
-                snapshot(k + 1, result)
-    # what alignment did not use goes to fine-tuning: plateaus shift steps, they don't lose them
-    share = recipe.fine_tuning.share
-    remaining = recipe.steps - taken if share > 0 else 0
-    if remaining > 0:
-        taken += fine_tune(guide, hybrid, task, recipe, batches, remaining, observer)
+            for k in range(count) if stage.count == 1 else [stage.number]:
+                aligning.snapshot(k + 1, result)
+    results = {id(s.result): s.result for s in aligning.snapshots if s.result is not None}
+    return Aligned(
+        snapshots=tuple(aligning.snapshots), guide=guide, steps=sum(result.steps for result in results.values())
+    )
+
+
+def tune(hybrid: Hybrid, training: Training, aligned: Aligned) -> Conversion:
+    """Fine-tune end to end with the steps that alignment left over: plateaus shift steps, they don't lose them."""
+    steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
+    taken = fine_tune(hybrid, training, steps) if steps > 0 else 0
     hybrid.graph_module.eval()
     hybrid.graph_module.requires_grad_(True)
     return Conversion(
         hybrid=hybrid,
-        snapshots=tuple(snapshots),
-        guide=told,
-        final=judge(hybrid.graph_module),
-        steps=taken,
+        snapshots=aligned.snapshots,
+        guide=aligned.guide,
+        final=training.judge(hybrid.graph_module),
+        steps=aligned.steps + taken,
     )
+
+
+class _Aligning:
+    """One alignment under way: what feeds the closed form, and the snapshots so far."""
+
+    def __init__(self, bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> None:
+        self.bound_plan, self.hybrid, self.training = bound_plan, hybrid, training
+        self.solving = [inputs for _, inputs in training.feed.take(training.recipe.closed_form.batches)]
+        self.snapshots: list[Snapshot] = []
+        self._start = time.monotonic()
+
+    def solve(self, parts: Sequence[int]) -> None:
+        form = self.training.recipe.closed_form
+        if form.enabled:
+            ridge, copied = form.ridge, form.solve_copied
+            solve_parts(self.training.guide, self.hybrid, parts, self.solving, ridge=ridge, solve_copied=copied)
+
+    def snapshot(self, parts: int, result: StageResult | None) -> None:
+        hybrid = self.hybrid
+        state = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts}
+        partial = with_state(self.bound_plan, parts, state)
+        self.snapshots.append(
+            Snapshot(
+                count=parts,
+                state=state,
+                evaluation=self.training.judge(partial.graph_module),
+                result=result,
+                seconds=time.monotonic() - self._start,
+            )
+        )
 
 
 @torch.no_grad()

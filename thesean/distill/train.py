@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,43 +23,49 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
-@torch.enable_grad()  # a caller's no_grad should not stop training
-def train(
-    parameters: Sequence[nn.Parameter],
-    loss_of: Callable[[int, Any], torch.Tensor],
-    batches: Iterator[Any],
-    *,
-    steps: int,
-    learning_rate: float,
-    observer: Observer,
-    where: str,
-    weight_decay: float = 0.0,
-    warmup: int = 20,
-    clip: float = 1.0,
-    should_stop: Callable[[int], bool] = lambda step: False,
-) -> int:
-    """Minimise `loss_of(step, batch)`; returns the steps taken. Raises NumericalError naming `where` and the step."""
-    parameters = [p for p in parameters if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    )
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * cosine(step, steps, warmup)
-        loss = loss_of(step, next(batches))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NumericalError(
-                f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for NaN in "
-                "the data."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        observer.step(step + 1, {"loss": value})
-        if should_stop(step + 1):
-            return step + 1
-    return steps
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What all phases of a run train alike: warm-up steps, the gradient's norm, and who is told."""
+
+    observer: Observer
+    warmup: int = 20
+    clip: float = 1.0
+
+    @torch.enable_grad()  # a caller's no_grad should not stop training
+    def train(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss_of: Callable[[int, Any], torch.Tensor],
+        batches: Iterator[Any],
+        *,
+        steps: int,
+        learning_rate: float,
+        where: str,
+        weight_decay: float = 0.0,
+        should_stop: Callable[[int], bool] = lambda step: False,
+    ) -> int:
+        """Minimise `loss_of(step, batch)`; returns the steps taken. Raises NumericalError with `where` and the step."""
+        parameters = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim >= 2]
+        others = [p for p in parameters if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        )
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * cosine(step, steps, self.warmup)
+            loss = loss_of(step, next(batches))
+            value = loss.item()
+            if not math.isfinite(value):
+                raise NumericalError(
+                    f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for NaN "
+                    "in the data."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, self.clip)
+            optimizer.step()
+            self.observer.step(step + 1, {"loss": value})
+            if should_stop(step + 1):
+                return step + 1
+        return steps

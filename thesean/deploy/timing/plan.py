@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from thesean.deploy.export import export
@@ -28,6 +27,7 @@ from thesean.passes.analyse.positions import table_rows
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import decodes
+from thesean.passes.graph.modes import seeded
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.ceiling import without_parts
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -69,8 +69,7 @@ def measure_plan(
     plan, captured = bound_plan.plan, bound_plan.captured
     notes: list[str] = []
     lengths, rows = _sizes(plan, captured, contexts, batches, notes)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as folder, seeded(seed):
         hybrid = build_hybrid(bound_plan)
         with suppress(PassRefused):  # as in every conversion: a recurrence runs on past the guide's table
             BoundPositions()(hybrid.graph_module)

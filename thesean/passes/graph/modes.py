@@ -1,4 +1,4 @@
-"""Eval mode for a while: flags and buffers come back as they were."""
+"""Another mode for a while, and then all as it was: eval flags and buffers, the random state."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's random numbers from this seed inside; afterwards the caller's go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,36 @@
+"""All that training a hybrid needs beside the hybrid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import fx
+
+from thesean.distill.data import Feed
+from thesean.distill.evaluate import Judge
+from thesean.distill.observer import Observer
+from thesean.distill.task import Task
+from thesean.distill.train import Trainer
+from thesean.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The guide, the task, how and on what it is trained, and who watches. `guide` is frozen."""
+
+    guide: fx.GraphModule
+    task: Task
+    recipe: Recipe
+    feed: Feed
+    observer: Observer
+    seed: int = 0
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Evaluates hybrids on the held-out batches."""
+        return Judge(self.guide, self.task, self.feed.held_out)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        return Trainer(observer=self.observer, warmup=self.recipe.warmup, clip=self.recipe.clip)
