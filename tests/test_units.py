@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from thesean.units import decimal, duration, milliseconds, quantity
+from thesean.units import decimal, duration, milliseconds, quantity, times
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,10 @@ from thesean.units import decimal, duration, milliseconds, quantity
         (0, "", "0"),
         (7, "", "7"),
         (999, "", "999"),
+        (1_000, "", "1 k"),
+        (1_234_567, "", "1.23 M"),
+        (2 * 10**9, "", "2 G"),
+        (3 * 10**12, "", "3 T"),
         (842_240, "", "842 k"),
         (999_999, "", "1 M"),
         (1_500_000_000, "FLOP", "1.5 GFLOP"),
@@ -31,6 +35,14 @@ def test_quantities_have_three_digits_and_a_prefix(value: float | None, unit: st
 )
 def test_latencies_choose_their_unit(value: float | None, text: str) -> None:
     assert milliseconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("slow", "fast", "text"),
+    [(1.0, 0.74, "1.35x"), (6.0, 1.0, "6x"), (241.0, 2.0, "120x"), (None, 1.0, ""), (1.0, None, "")],
+)
+def test_speed_is_told_in_times(slow: float | None, fast: float | None, text: str) -> None:
+    assert times(slow, fast) == text
 
 
 @pytest.mark.parametrize(

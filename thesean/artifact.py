@@ -110,6 +110,20 @@ def load(folder: str | Path) -> Artifact:
     return Artifact(graph_module=graph_module, signature=signature, plan=plan, report=report)
 
 
+def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
+    """What a conversion became and what it cost, without its weights. Raises ArtifactError, PlanError."""
+    folder = Path(folder)
+    try:
+        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+        return Plan.from_yaml(folder / _PLAN), ConversionReport.from_dict(report)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder}: {_REPORT} is missing; this is not a complete conversion.") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, TheseanError):
+            raise
+        raise ArtifactError(f"{folder / _REPORT} can't be read: {type(error).__name__}: {error}.") from error
+
+
 def _swap(made: Path, folder: Path, earlier: Path) -> None:
     """`made` takes the place of `folder`; when that fails, what was there comes back."""
     replaced = folder.exists()

@@ -29,6 +29,13 @@ def milliseconds(value: float | None) -> str:
     return f"{_three_digits(value)} ms" if value >= 0.1 else f"{_three_digits(value * 1000)} us"
 
 
+def times(slow: float | None, fast: float | None) -> str:
+    """How many times as fast: "1.35x", "120x"; "" where either was not measured."""
+    if slow is None or not fast:
+        return ""
+    return f"{_three_digits(slow / fast)}x"
+
+
 def duration(seconds: float | None) -> str:
     """4.25 -> "4.2 s", 75 -> "1 min 15 s", 4000 -> "1 h 7 min"."""
     if seconds is None or not math.isfinite(seconds):

@@ -1,32 +1,30 @@
-"""The command line: `thesean convert | plan | export | compare | targets`. Errors are one line and exit code 2."""
+"""The command line: `thesean plan | convert | export`, and the commands of `look`. Errors are one line, exit code 2."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import thesean
+from thesean.cli.look import PASSED_ON, bench, compare, measures, report, targets
 from thesean.cli.options import (
     Budget,
     Choices,
     Data,
     Debug,
+    EvalData,
     ExampleInputs,
-    Flatten,
     Grain,
     Guide,
     Keep,
+    LossFunction,
     Merge,
     Parts,
+    RecipeName,
+    Seed,
     Stateful,
     TargetParts,
     Targets,
@@ -34,8 +32,8 @@ from thesean.cli.options import (
     inputs,
     planning_arguments,
 )
-from thesean.cli.words import ArgumentError, load_data, load_guide, load_object, parse_sizes
-from thesean.errors import TheseanError
+from thesean.cli.telling import one_line_errors, steps_told
+from thesean.cli.words import ArgumentError, load_guide, parse_sizes
 from thesean.passes.plan.svg import check_format
 
 app = typer.Typer(
@@ -74,13 +72,8 @@ def convert(
     guide: Guide,
     target: Targets = None,
     data: Data = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION", help="loss(output, batch) -> scalar (default: match the guide's outputs)."
-        ),
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="Held-out batches.")] = None,
+    loss: LossFunction = None,
+    eval_data: EvalData = None,
     example_inputs: ExampleInputs = None,
     parts: Parts = None,
     keep: Keep = None,
@@ -89,13 +82,11 @@ def convert(
     target_parts: TargetParts = None,
     constraint: Budget = None,
     candidate: Choices = None,
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
-    ] = "default",
+    recipe: RecipeName = "default",
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed repeats the run.")] = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
@@ -145,13 +136,7 @@ def convert(
         else:
             chosen |= planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
         model = load_guide(guide)
-        chosen |= inputs(data, example_inputs)
-        if loss is not None:
-            chosen["loss"] = load_object(loss, "--loss", call=False)
-            if not callable(chosen["loss"]):
-                raise ArgumentError(f"--loss {loss!r}: expected a function loss(output, batch), found a value.")
-        if eval_data is not None:
-            chosen["eval_data"] = load_data(eval_data, "--eval-data")
+        chosen |= inputs(data, example_inputs, loss, eval_data)
         converted = thesean.compile(model, **chosen)
         if out is not None:
             converted.save(out)
@@ -169,6 +154,8 @@ def plan(
     guide: Guide,
     target: Targets = None,
     data: Data = None,
+    loss: LossFunction = None,
+    eval_data: EvalData = None,
     example_inputs: ExampleInputs = None,
     parts: Parts = None,
     keep: Keep = None,
@@ -177,6 +164,8 @@ def plan(
     target_parts: TargetParts = None,
     constraint: Budget = None,
     candidate: Choices = None,
+    recipe: RecipeName = "default",
+    seed: Seed = 0,
     context: Annotated[
         str | None,
         typer.Option(metavar="N[,N...]", help="Time guide, untrained plan and ceiling in onnxruntime at these tokens."),
@@ -191,7 +180,8 @@ def plan(
 ) -> None:
     """Print which part would become what, with parameters and FLOPs, and whether it pays. Nothing is trained.
 
-    The ceiling is the guide without the replaced parts: no replacement of them can be faster.
+    The ceiling is the guide without the replaced parts: no replacement of them can be faster. With --target auto
+    candidates are probed first, for which --data, --loss, --eval-data, --recipe and --seed are there.
 
     \b
     Examples:
@@ -213,10 +203,10 @@ def plan(
             "batch": parse_sizes(batch, "--batch"),
         }
         chosen = planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
-        wanted = chosen.pop("target")
+        chosen |= {"recipe": recipe, "seed": seed, **measured}
         model = load_guide(guide)
         with steps_told():
-            made = thesean.plan(model, wanted, **chosen, **inputs(data, example_inputs), **measured)
+            made = thesean.plan(model, **chosen, **inputs(data, example_inputs, loss, eval_data))
         typer.echo(str(made))
         if yaml is not None:
             made.to_yaml(yaml)
@@ -250,110 +240,7 @@ def export(
         typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
 
 
-@app.command()
-def compare(
-    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help="As GUIDE of the other commands.")],
-    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="The model to compare it with.")],
-    data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches that both models take; one pass.")],
-    measure: Annotated[str, typer.Option(help="cka, or another of thesean.measures().")] = "cka",
-    layers_a: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Modules of MODEL_A (default: its blocks); * in a level, ** over levels."),
-    ] = None,
-    layers_b: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Modules of MODEL_B.")] = None,
-    flatten: Annotated[
-        Flatten, typer.Option(help="What a row is: an example, or each of its tokens.")
-    ] = Flatten.example,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the matrix.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw a heatmap.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Print how similar each layer of one model is to each of another.
-
-    \b
-    Examples:
-      thesean compare models.gpt:make models.gpt:small --data texts:batches --plot heatmap.png
-      thesean compare ./bert ./student --data texts:batches --flatten token \\
-        --layers-a 'encoder.layer.*' --layers-b 'encoder.layer.*' --json cka.json
-    """
-    with one_line_errors(debug):
-        for option, path in (("--json", json), ("--plot", plot)):
-            check_writable(option, path)
-        first, second = load_guide(model_a), load_guide(model_b)
-        found = thesean.compare(
-            first,
-            second,
-            load_data(data, "--data"),
-            measure,
-            layers_a=layers_a or None,
-            layers_b=layers_b or None,
-            flatten=flatten.value,
-        )
-        typer.echo(str(found))
-        if json is not None:
-            typer.echo(f"wrote {found.to_json(json)}")
-        if plot is not None:
-            typer.echo(f"wrote {found.plot(plot)}")
-
-
-@app.command()
-def targets(debug: Debug = False) -> None:
-    """List the target architectures.
-
-    \b
-    Use one by its name, with options after a colon:
-      thesean convert GUIDE --target gru --data texts:batches --out build/gru
-      thesean convert GUIDE --target gru:width=256,scope=part --data texts:batches --out build/gru
-    """
-    with one_line_errors(debug):
-        table = Table(box=None, pad_edge=False)
-        table.add_column("target", style="bold", no_wrap=True)
-        table.add_column("what it is")
-        for name, summary in sorted(thesean.targets().items()):
-            table.add_row(name, summary)
-        Console().print(table)
-
-
-@contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
-    """A TheseanError becomes one red line and exit code 2, ctrl-C one line and 130, a warning one yellow line."""
-    console = Console(stderr=True, highlight=False)
-
-    def say(word: str, style: str, message: str) -> None:
-        console.print(f"[{style}]{word}:[/]", end=" ")
-        console.print(" ".join(message.split()), markup=False, soft_wrap=True)
-
-    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        say("warning", "yellow", str(message))
-
-    try:
-        with warnings.catch_warnings():
-            if not debug:
-                warnings.showwarning = show_warning
-            yield
-    except TheseanError as error:
-        if debug:
-            raise
-        say("error", "bold red", str(error))
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        say("interrupted", "bold red", "earlier results are as they were.")
-        raise typer.Exit(130) from error
-
-
-@contextmanager
-def steps_told() -> Iterator[None]:
-    """What is being measured, a line a step on stderr: it can take minutes."""
-    logger = logging.getLogger("thesean.deploy")
-    handler, level = logging.StreamHandler(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-if __name__ == "__main__":
-    app()
+# the commands of look.py are the same program's
+for command in (report, compare, targets, measures):
+    app.command()(command)
+app.command(context_settings=PASSED_ON, add_help_option=False)(bench)

@@ -87,6 +87,19 @@ Choices = Annotated[
         "narrow at three widths). Repeatable.",
     ),
 ]
+LossFunction = Annotated[
+    str | None,
+    typer.Option(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="loss(output, batch) -> scalar (default: match the guide's outputs).",
+    ),
+]
+EvalData = Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="Held-out batches.")]
+RecipeName = Annotated[
+    str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
+]
+Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -117,13 +130,21 @@ def planning_arguments(
     }
 
 
-def inputs(data: str | None, example_inputs: str | None) -> dict[str, Any]:
-    """The loaded data and example inputs."""
+def inputs(
+    data: str | None, example_inputs: str | None, loss: str | None = None, eval_data: str | None = None
+) -> dict[str, Any]:
+    """The loaded data, example inputs, loss and held-out data, as far as they are given."""
     loaded: dict[str, Any] = {}
     if data is not None:
         loaded["data"] = load_data(data, "--data")
     if example_inputs is not None:
         loaded["example_inputs"] = load_object(example_inputs, "--example-inputs", call=True)
+    if loss is not None:
+        loaded["loss"] = load_object(loss, "--loss", call=False)
+        if not callable(loaded["loss"]):
+            raise ArgumentError(f"--loss {loss!r}: expected a function loss(output, batch), found a value.")
+    if eval_data is not None:
+        loaded["eval_data"] = load_data(eval_data, "--eval-data")
     return loaded
 
 

@@ -9,7 +9,6 @@ from tests import captured
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
 from thesean.passes.plan.make_plan import bind_plan, make_plan
 from thesean.passes.plan.plan import Plan
-from thesean.passes.plan.table import count
 from thesean.targets import Target
 
 
@@ -43,12 +42,6 @@ def test_a_dropped_padding_mask_is_told():
     plan = make_plan(captured.bert(), "gru").plan
     assert all(part.drops == ("attention_mask",) for part in plan)
     assert "attention_mask" in str(plan)
-
-
-def test_counts_are_short():
-    assert [count(n) for n in (0, 999, 1_000, 1_234_567, 2 * 10**9, 3 * 10**12)] == [
-        "0", "999", "1 k", "1.23 M", "2 G", "3 T",
-    ]  # fmt: skip
 
 
 def test_editing_gives_a_copy():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from thesean.deploy.timing.latency import Timing
 from thesean.passes.plan.rows import LatencyKind, PlanLatency
+from thesean.units import milliseconds, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ def slower_targets(
 
 def _slower(name: str, place: Measurement, new_ms: float, old_ms: float) -> str:
     where = f" {place}" if str(place) else ""
-    return f"warning: target {name!r} is slower than the parts it replaces{where}: {_ms(new_ms)} against {_ms(old_ms)}"
+    against = f"{milliseconds(new_ms)} against {milliseconds(old_ms)}"
+    return f"warning: target {name!r} is slower than the parts it replaces{where}: {against}"
 
 
 def _whole(place: Measurement, places: Sequence[Measurement]) -> str:
@@ -115,7 +117,7 @@ def _whole(place: Measurement, places: Sequence[Measurement]) -> str:
         share = 1 - place.ceiling.median_ms / place.guide.median_ms
         told = (
             f"the replaced parts are {share:.0%} of {of}{where}: no replacement of them can exceed "
-            f"{_times(place.guide, place.ceiling)}"
+            f"{times(place.guide.median_ms, place.ceiling.median_ms)}"
         )
     else:
         told = (
@@ -126,7 +128,7 @@ def _whole(place: Measurement, places: Sequence[Measurement]) -> str:
         told += f"; this plan {_reached(place.plan, place)}"
     elsewhere = _higher(place, places)
     if elsewhere is not None and elsewhere.ceiling is not None and not pays:
-        told += f"; {elsewhere} the ceiling is {_times(elsewhere.guide, elsewhere.ceiling)}"
+        told += f"; {elsewhere} the ceiling is {times(elsewhere.guide.median_ms, elsewhere.ceiling.median_ms)}"
     return told
 
 
@@ -135,11 +137,11 @@ def _reached(plan: Timing, place: Measurement) -> str:
         return f"is level with the guide and does not pay ({_against(plan, place)})"
     if is_slower(plan, place.guide):
         return f"is slower than the guide and does not pay ({_against(plan, place)})"
-    return f"reaches {_times(place.guide, plan)}"
+    return f"reaches {times(place.guide.median_ms, plan.median_ms)}"
 
 
 def _against(latency: Timing, place: Measurement) -> str:
-    return f"{_ms(latency.median_ms)} against {_ms(place.guide.median_ms)}"
+    return f"{milliseconds(latency.median_ms)} against {milliseconds(place.guide.median_ms)}"
 
 
 def _higher(place: Measurement, places: Sequence[Measurement]) -> Measurement | None:
@@ -163,7 +165,7 @@ def _token(place: Measurement) -> str:
     if plan is None:
         told += "this plan was not measured"
     elif not place.steps:
-        told += f"this plan carries no state and reads everything again ({_ms(plan.median_ms)})"
+        told += f"this plan carries no state and reads everything again ({milliseconds(plan.median_ms)})"
     elif floor is None:
         told += f"this plan {_reached(plan, place)}"
     elif is_level(plan, floor):
@@ -171,19 +173,10 @@ def _token(place: Measurement) -> str:
     elif is_slower(plan, floor):
         told += f"a key-value cache can be faster than this plan while the past is short ({_bounds(plan, floor)})"
     else:
-        told += f"this plan is at least {_times(floor, plan)} as fast as any key-value cache ({_bounds(plan, floor)})"
+        faster = times(floor.median_ms, plan.median_ms)
+        told += f"this plan is at least {faster} as fast as any key-value cache ({_bounds(plan, floor)})"
     return told
 
 
 def _bounds(plan: Timing, floor: Timing) -> str:
-    return f"{_ms(plan.median_ms)} against {_ms(floor.median_ms)} or more"
-
-
-def _times(slow: Timing, fast: Timing) -> str:
-    """ "1.35x", "6x", "120x"."""
-    ratio = slow.median_ms / fast.median_ms
-    return f"{ratio:.3g}x" if ratio < 100 else f"{ratio:.0f}x"
-
-
-def _ms(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"
+    return f"{milliseconds(plan.median_ms)} against {milliseconds(floor.median_ms)} or more"

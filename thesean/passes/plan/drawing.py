@@ -12,7 +12,8 @@ from pathlib import Path
 
 from thesean.passes.plan.rows import PlannedPart, PlanRows
 from thesean.passes.plan.svg import CHARACTER, Arrow, Box, Picture, Text, check_format
-from thesean.passes.plan.table import count, place_of, replaced_inside, target_of
+from thesean.passes.plan.table import place_of, replaced_inside, target_of
+from thesean.units import milliseconds, quantity
 
 # Pale fills and their edges, told apart by colour-blind eyes as well (Okabe and Ito 2008)
 _COLOURS = (
@@ -179,12 +180,12 @@ def _rest(plan: PlanRows) -> list[_Cell]:
 
 
 def _figures(params: int, flops: int, ms: float | None) -> list[str]:
-    return [f"{count(params)} params", f"{count(flops)} FLOPs", *([] if ms is None else [f"{ms:.3g} ms"])]
+    return [f"{quantity(params)} params", f"{quantity(flops)} FLOPs", *([] if ms is None else [milliseconds(ms)])]
 
 
 def _change(plan: PlanRows) -> str:
-    told = [f"{count(plan.params)} -> {count(plan.new_params)} params"]
-    told.append(f"{count(plan.flops)} -> {count(plan.new_flops)} FLOPs")
+    told = [f"{quantity(plan.params)} -> {quantity(plan.new_params)} params"]
+    told.append(f"{quantity(plan.flops)} -> {quantity(plan.new_flops)} FLOPs")
     first = plan.latencies[0] if plan.latencies else None
     if first is not None and first.guide_ms is not None and first.plan_ms is not None:
         told.append(f"{first.guide_ms:.3g} -> {first.plan_ms:.3g} ms {place_of(first)}")

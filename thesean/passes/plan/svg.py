@@ -55,10 +55,20 @@ class Arrow:
 
 
 def check_format(path: Path) -> None:
-    """Raises PlanError unless the name ends in a format that can be written."""
+    """Raises PlanError unless the name ends in a format that can be written, MissingExtraError without its writer."""
+    if path.suffix.lower() == ".png":
+        require_matplotlib()
     if path.suffix.lower() not in (".svg", ".png"):
         found = repr(path.suffix) if path.suffix else "no ending"
         raise PlanError(f"draw {path}: expected a name that ends in .svg or .png, found {found}.")
+
+
+def require_matplotlib() -> None:
+    """Raises MissingExtraError without it: before anything is computed for a picture, not after."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "report") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +122,9 @@ class Picture:
         return ElementTree.tostring(root, encoding="unicode") + "\n"
 
     def _png(self, path: Path) -> None:
-        try:
-            from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
-            from matplotlib.patches import Rectangle
-        except ImportError as error:
-            raise MissingExtraError("matplotlib", "report") from error
+        from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
+        from matplotlib.patches import Rectangle
+
         inch = 72.0  # so that a font's size in points is one in pixels
         figure = Figure(figsize=(self.width / inch, self.height / inch))
         axes = figure.add_axes((0, 0, 1, 1))

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thesean.passes.plan.rows import PlanLatency, PlannedPart, PlanRows, ProbedCandidate
+from thesean.units import quantity, times
 
 _RIGHT = {"params", "FLOPs", "ms"}
 
@@ -54,8 +55,16 @@ def _parts(plan: PlanRows, width: int) -> Table:
     first = plan.latencies[0] if plan.latencies else None
     common = bool(_dropped_by_all(plan))
     rows = [_row(part, common) for part in plan]
-    total = ["whole model", "", "", "", count(plan.params), count(plan.flops), _ms(first.guide_ms if first else None)]
-    total += ["", count(plan.new_params), count(plan.new_flops), _ms(first.plan_ms if first else None), ""]
+    total = [
+        "whole model",
+        "",
+        "",
+        "",
+        quantity(plan.params),
+        quantity(plan.flops),
+        _ms(first.guide_ms if first else None),
+    ]
+    total += ["", quantity(plan.new_params), quantity(plan.new_flops), _ms(first.plan_ms if first else None), ""]
     everything = [*rows, total]
     shown = [i for i in range(len(_NAMES)) if any(row[i] for row in everything)]
     widths = {_NAMES[i]: max(len(_NAMES[i]), *(len(row[i]) for row in everything)) for i in shown}
@@ -84,8 +93,10 @@ def _folded(widths: dict[str, int], width: int) -> dict[str, int]:
 
 
 def _row(part: PlannedPart, common: bool) -> list[str]:
-    before = [count(part.params), count(part.flops), _ms(part.latency_ms)]
-    after = ["", "", ""] if part.kept else [count(part.new_params), count(part.new_flops), _ms(part.new_latency_ms)]
+    before = [quantity(part.params), quantity(part.flops), _ms(part.latency_ms)]
+    after = (
+        ["", "", ""] if part.kept else [quantity(part.new_params), quantity(part.new_flops), _ms(part.new_latency_ms)]
+    )
     return [part.path, part.operators, part.mixing, _shape(part), *before, target_of(part), *after, _note(part, common)]
 
 
@@ -100,7 +111,7 @@ def _latencies(latencies: Sequence[PlanLatency]) -> Table:
     for v in latencies:
         rival = v.cache_floor_ms if v.cache_floor_ms is not None else v.guide_ms
         floor = [_ms(v.cache_floor_ms)] if cached else []
-        speed = [_times(rival, v.plan_ms), _times(rival, v.ceiling_ms)]
+        speed = [times(rival, v.plan_ms), times(rival, v.ceiling_ms)]
         made.add_row(_measured(v), _ms(v.guide_ms), *floor, _ms(v.plan_ms), _ms(v.ceiling_ms), *speed)
     return made
 
@@ -121,18 +132,6 @@ def place_of(latency: PlanLatency) -> str:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _times(slow: float | None, fast: float | None) -> str:
-    return "" if slow is None or not fast else f"{slow / fast:.3g}x"
-
-
-def count(n: int) -> str:
-    """1234567 -> "1.23 M"."""
-    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return str(n)
 
 
 def _shape(part: PlannedPart) -> str:

@@ -1,0 +1,173 @@
+"""Commands that change nothing: what a conversion cost, how alike two models are, what there is to choose from."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import thesean
+from thesean.artifact import read_plan_and_report
+from thesean.cli.options import Debug, Flatten, check_writable
+from thesean.cli.telling import one_line_errors
+from thesean.cli.words import ArgumentError, load_data, load_guide
+from thesean.report import markdown_table, read_report, render
+from thesean.report.report_json import report_rows
+from thesean.similarity import get_measure
+from thesean.targets import get_family
+
+# `thesean bench` hands its words on as they are
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def report(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE.json", help="A saved conversion, or a report.json.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, with its provenance.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a conversion became and what it cost, stage by stage. No weights are read.
+
+    \b
+    Examples:
+      thesean report build/rnn
+      thesean report build/demo/report.json --markdown
+    """
+    with one_line_errors(debug):
+        if path.is_dir():
+            if markdown:
+                raise ArgumentError(f"--markdown: expected a report.json of several models, found the folder {path}.")
+            plan, told = read_plan_and_report(path)
+            typer.echo(f"{plan}\n\n{told}")
+            return
+        found = read_report(path)
+        if markdown:
+            typer.echo(markdown_table(found))
+        else:
+            Console().print(render(report_rows(found), metric_name=str(found.get("metric_name", "metric"))))
+
+
+def compare(
+    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help="As GUIDE of the other commands.")],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="The model to compare it with.")],
+    data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches that both models take; one pass.")],
+    measure: Annotated[str, typer.Option(help="cka, or another of thesean.measures().")] = "cka",
+    layers_a: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Modules of MODEL_A (default: its blocks); * in a level, ** over levels."),
+    ] = None,
+    layers_b: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Modules of MODEL_B.")] = None,
+    flatten: Annotated[
+        Flatten, typer.Option(help="What a row is: an example, or each of its tokens.")
+    ] = Flatten.example,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the matrix.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw a heatmap.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print how similar each layer of one model is to each of another.
+
+    \b
+    Examples:
+      thesean compare models.gpt:make models.gpt:small --data texts:batches --plot heatmap.png
+      thesean compare ./bert ./student --data texts:batches --flatten token \\
+        --layers-a 'encoder.layer.*' --layers-b 'encoder.layer.*' --json cka.json
+    """
+    with one_line_errors(debug):
+        for option, path in (("--json", json), ("--plot", plot)):
+            check_writable(option, path)
+        first, second = load_guide(model_a), load_guide(model_b)
+        found = thesean.compare(
+            first,
+            second,
+            load_data(data, "--data"),
+            measure,
+            layers_a=layers_a or None,
+            layers_b=layers_b or None,
+            flatten=flatten.value,
+        )
+        typer.echo(str(found))
+        if json is not None:
+            typer.echo(f"wrote {found.to_json(json)}")
+        if plot is not None:
+            typer.echo(f"wrote {found.plot(plot)}")
+
+
+def targets(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Tell this one's options.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the target architectures, or the options of one.
+
+    \b
+    Use one by its name, with options after a colon:
+      thesean targets linear-attention
+      thesean convert GUIDE --target gru --data texts:batches --out build/gru
+      thesean convert GUIDE --target gru:width=256,scope=part --data texts:batches --out build/gru
+    """
+    with one_line_errors(debug):
+        if name is None:
+            _print("target", "what it is", thesean.targets())
+            return
+        family = get_family(name)
+        typer.echo(f"{name}: {family.summary}\nreplaces: {family.scope}")
+        if family.options.__doc__:
+            typer.echo(" ".join(family.options.__doc__.split()))
+        rows = {
+            f"{key}={_default(field.default)}": " ".join(filter(None, [_type(field.annotation), field.description]))
+            for key, field in family.options.model_fields.items()
+        }
+        if rows:
+            _print("option", "what it takes", rows)
+
+
+def measures(debug: Debug = False) -> None:
+    """List the measures of similarity.
+
+    \b
+    Use one by its name:
+      thesean compare models.gpt:make models.gpt:small --data texts:batches --measure dmnn
+    """
+    with one_line_errors(debug):
+        _print("measure", "what it is", {name: get_measure(name).summary for name in thesean.measures()})
+
+
+def bench(context: typer.Context) -> None:
+    """Run the benchmark suite of a checkout; `thesean bench --help` tells its own options.
+
+    \b
+    Examples:
+      thesean bench --list
+      thesean bench latency --quick
+    """
+    with one_line_errors(debug=False):
+        root = Path(thesean.__file__).resolve().parents[1]
+        if not (root / "benchmarks" / "__main__.py").is_file():
+            raise ArgumentError(
+                "the benchmarks come with a checkout of the source, not with an installed package. Clone it and run "
+                "`make bench` there."
+            )
+        sys.path.insert(0, str(root))
+        suite: Any = importlib.import_module("benchmarks.__main__")
+    raise typer.Exit(suite.main(context.args, program="thesean bench"))
+
+
+def _print(first: str, second: str, rows: dict[str, str]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, style="bold", no_wrap=True)
+    table.add_column(second)
+    for name, told in sorted(rows.items()):
+        table.add_row(name, told)
+    Console().print(table)
+
+
+def _default(value: Any) -> str:
+    return "(needed)" if "Undefined" in type(value).__name__ else str(value)
+
+
+def _type(annotation: Any) -> str:
+    """ "int | None" as "int"; None says that the default is the part's own."""
+    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "").replace(" | None", "")
