@@ -50,17 +50,10 @@ def _recurrent(
 
 
 @_recurrent.register_fake
-def _(
-    x: torch.Tensor,
-    states: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    kind: str,
-    has_biases: bool,
-    layers: int,
-    bidirectional: bool,
-) -> list[torch.Tensor]:
+def _(x: torch.Tensor, states: list[torch.Tensor], *settings: Any) -> list[torch.Tensor]:
+    """`settings` end with `bidirectional`."""
     # a projected LSTM puts out the width of its first state, not of its cell
-    width = states[0].shape[-1] * (2 if bidirectional else 1)
+    width = states[0].shape[-1] * (2 if settings[-1] else 1)
     return [x.new_empty(x.shape[0], x.shape[1], width), *[torch.empty_like(s) for s in states]]
 
 

@@ -7,7 +7,7 @@ for its words, and grows with its figure from there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from thesean.passes.plan.rows import PlannedPart, PlanRows
@@ -54,56 +54,85 @@ def picture_of(plan: PlanRows) -> Picture:
     width = min(_MOST_WIDTH, max(_LEAST_WIDTH, longest * _CHARACTER + 2 * _PAD))
     per_row = max(1, int((_ROW_WIDTH + _GAP) // (width + _GAP)))
     families = list(dict.fromkeys(c.family for c in cells if c.family is not None))
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(families)}
-    most = max(max(c.before, c.after) for c in cells) or 1.0
-    boxes: list[Box] = []
-    texts: list[Text] = []
-    arrows: list[Arrow] = []
-    columns = min(per_row, len(cells))
+    canvas = _Canvas(
+        width=width,
+        most=max(max(c.before, c.after) for c in cells) or 1.0,
+        colours={name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(families)},
+    )
     title = f"{len(plan.replaced)} of {len(plan)} parts replaced: {_change(plan)}"
-    texts.append(Text(x=_MARGIN, y=_MARGIN + 12, words=title, size=14, bold=True, centred=False))
-    y = _legend(plan, colours, any(c.family is None for c in cells), _MARGIN + 24, boxes, texts)
+    canvas.texts.append(Text(x=_MARGIN, y=_MARGIN + 12, words=title, size=14, bold=True, centred=False))
+    y = canvas.legend(plan, any(c.family is None for c in cells), _MARGIN + 24)
     for start in range(0, len(cells), per_row):
-        y = _row(cells[start : start + per_row], y, width, most, colours, boxes, texts, arrows)
-    full = max(
-        _MARGIN * 2 + columns * (width + _GAP) - _GAP, *(t.x + t.width + _MARGIN for t in texts if not t.centred)
+        y = canvas.row(cells[start : start + per_row], y)
+    full = _MARGIN * 2 + min(per_row, len(cells)) * (width + _GAP) - _GAP
+    full = max(full, *(t.x + t.width + _MARGIN for t in canvas.texts if not t.centred))
+    return Picture(
+        width=full,
+        height=y,
+        boxes=tuple(canvas.boxes),
+        texts=tuple(canvas.texts),
+        arrows=tuple(canvas.arrows),
+        title=title,
     )
-    return Picture(width=full, height=y, boxes=tuple(boxes), texts=tuple(texts), arrows=tuple(arrows), title=title)
 
 
-def _row(
-    cells: Sequence[_Cell],
-    top: float,
-    width: float,
-    most: float,
-    colours: dict[str, tuple[str, str]],
-    boxes: list[Box],
-    texts: list[Text],
-    arrows: list[Arrow],
-) -> float:
-    """Add one row of columns below `top`; returns where the next one begins."""
-    fits = int((width - 2 * _PAD) / _CHARACTER)
-    above, below = (
-        [_wrapped(words, fits) for words in side] for side in ([c.above for c in cells], [c.below for c in cells])
-    )
-    lines = max(len(words) for words in (*above, *below))
-    least = lines * _LINE + 2 * _PAD
-    base = top + least + max(c.before for c in cells) / most * _TALLEST
-    hang = base + _BETWEEN
-    for index, cell in enumerate(cells):
-        x = _MARGIN + index * (width + _GAP)
-        fill, edge = _KEPT if cell.family is None else colours[cell.family]
-        before = least + cell.before / most * _TALLEST
-        after = least + cell.after / most * _TALLEST
-        grey = _KEPT if cell.family is None else ("#ffffff", edge)
-        hint = cell.path
-        boxes.append(Box(x=x, y=base - before, width=width, height=before, fill=grey[0], edge=grey[1], hint=hint))
-        boxes.append(Box(x=x, y=hang, width=width, height=after, fill=fill, edge=edge, hint=hint))
-        arrows.append(Arrow(x=x + width / 2, y=base, end=hang))
-        first = base - _PAD - len(above[index]) * _LINE + _SIZE
-        texts.extend(_lines(above[index], x + width / 2, first))
-        texts.extend(_lines(below[index], x + width / 2, hang + _PAD + _SIZE))
-    return hang + least + max(c.after for c in cells) / most * _TALLEST + _MARGIN
+@dataclass(kw_only=True)
+class _Canvas:
+    """What is drawn so far. `width` of a column, `most` the largest figure, `colours` by target."""
+
+    width: float
+    most: float
+    colours: dict[str, tuple[str, str]]
+    boxes: list[Box] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+    arrows: list[Arrow] = field(default_factory=list)
+
+    def row(self, cells: Sequence[_Cell], top: float) -> float:
+        """Add one row of columns below `top`; returns where the next one begins."""
+        fits = int((self.width - 2 * _PAD) / _CHARACTER)
+        above, below = (
+            [_wrapped(words, fits) for words in side] for side in ([c.above for c in cells], [c.below for c in cells])
+        )
+        lines = max(len(words) for words in (*above, *below))
+        least = lines * _LINE + 2 * _PAD
+        base = top + least + max(c.before for c in cells) / self.most * _TALLEST
+        hang = base + _BETWEEN
+        for index, cell in enumerate(cells):
+            x = _MARGIN + index * (self.width + _GAP)
+            fill, edge = _KEPT if cell.family is None else self.colours[cell.family]
+            before = least + cell.before / self.most * _TALLEST
+            after = least + cell.after / self.most * _TALLEST
+            grey = _KEPT if cell.family is None else ("#ffffff", edge)
+            hint = cell.path
+            self.boxes.append(
+                Box(x=x, y=base - before, width=self.width, height=before, fill=grey[0], edge=grey[1], hint=hint)
+            )
+            self.boxes.append(Box(x=x, y=hang, width=self.width, height=after, fill=fill, edge=edge, hint=hint))
+            self.arrows.append(Arrow(x=x + self.width / 2, y=base, end=hang))
+            first = base - _PAD - len(above[index]) * _LINE + _SIZE
+            self.texts.extend(_lines(above[index], x + self.width / 2, first))
+            self.texts.extend(_lines(below[index], x + self.width / 2, hang + _PAD + _SIZE))
+        return hang + least + max(c.after for c in cells) / self.most * _TALLEST + _MARGIN
+
+    def legend(self, plan: PlanRows, kept: bool, y: float) -> float:
+        """Colours by target and what heights mean; returns where the rows begin."""
+        x = _MARGIN
+        entries = [*self.colours.items(), *([("kept", _KEPT)] if kept else [])]
+        for name, (fill, edge) in entries:
+            text = Text(x=x + 18, y=y + 11, words=name, size=_SIZE, centred=False)
+            if x > _MARGIN and text.x + text.width > _ROW_WIDTH:
+                x, y = _MARGIN, y + 20
+                text = Text(x=x + 18, y=y + 11, words=name, size=_SIZE, centred=False)
+            self.boxes.append(Box(x=x, y=y, width=12, height=12, fill=fill, edge=edge))
+            self.texts.append(text)
+            x = text.x + text.width + 18
+        timed = _timed(plan)
+        figure = f"milliseconds ({place_of(plan.latencies[0])})" if timed else "parameters"
+        told = f"guide above, target below; the taller, the more {figure}" + (
+            "; the rest has no scale" if _rest(plan) else ""
+        )
+        self.texts.append(Text(x=_MARGIN, y=y + 31, words=told, size=_SIZE, centred=False))
+        return y + 48
 
 
 def _lines(words: Sequence[tuple[str, bool]], x: float, y: float) -> list[Text]:
@@ -122,29 +151,6 @@ def _wrapped(words: Sequence[str], fits: int) -> list[tuple[str, bool]]:
             left = left[at:]
         found.append((left, not index))
     return found
-
-
-def _legend(
-    plan: PlanRows, colours: dict[str, tuple[str, str]], kept: bool, y: float, boxes: list[Box], texts: list[Text]
-) -> float:
-    """Colours by target and what heights mean; returns where the rows begin."""
-    x = _MARGIN
-    entries = [*colours.items(), *([("kept", _KEPT)] if kept else [])]
-    for name, (fill, edge) in entries:
-        text = Text(x=x + 18, y=y + 11, words=name, size=_SIZE, centred=False)
-        if x > _MARGIN and text.x + text.width > _ROW_WIDTH:
-            x, y = _MARGIN, y + 20
-            text = Text(x=x + 18, y=y + 11, words=name, size=_SIZE, centred=False)
-        boxes.append(Box(x=x, y=y, width=12, height=12, fill=fill, edge=edge))
-        texts.append(text)
-        x = text.x + text.width + 18
-    timed = _timed(plan)
-    figure = f"milliseconds ({place_of(plan.latencies[0])})" if timed else "parameters"
-    told = f"guide above, target below; the taller, the more {figure}" + (
-        "; the rest has no scale" if _rest(plan) else ""
-    )
-    texts.append(Text(x=_MARGIN, y=y + 31, words=told, size=_SIZE, centred=False))
-    return y + 48
 
 
 def _timed(plan: PlanRows) -> bool:
