@@ -26,10 +26,15 @@ def cka(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool) ->
     Features are read in their own dtype: half precision runs on the tensor cores as it is, float32 as three tf32
     products. Raises ValueError for float64.
     """
-    return similarity(x_NP, y, debiased=debiased, distance=False)
+    return _run(x_NP, y, debiased, distance=False)
 
 
-def similarity(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool, distance: bool) -> torch.Tensor:
+def cka_distance(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool) -> torch.Tensor:
+    """As `thesean.kernels.cka.cka_distance`: half the squared distance of the normalised Grams, a float32 scalar."""
+    return _run(x_NP, y, debiased, distance=True)
+
+
+def _run(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, debiased: bool, distance: bool) -> torch.Tensor:
     gram = None
     if isinstance(y, CentredGram):
         y_NQ, gram = y.centred_NP, y.gram if y.form == "gram" else None
