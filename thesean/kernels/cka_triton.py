@@ -122,6 +122,13 @@ def gram_pair(
     return gram_x_NN, gram_y_NN, sums_TS.sum(0)
 
 
+def lower_slices(x_NP: torch.Tensor) -> torch.Tensor:
+    """Slices over the features of the centred Gram, which they add up to: x_NP -> (S, N, N), lower triangles only."""
+    x_NP = _aligned(_centre(x_NP))
+    entry = launch("cka", x_NP.device, x_NP.dtype)
+    return _sliced(x_NP, _tiles(x_NP.shape[0], entry.block), entry)
+
+
 def _aligned(x_NP: torch.Tensor) -> torch.Tensor:
     """Zeros up to a multiple of 16 features: they add nothing, and rows that aren't aligned are loaded singly."""
     missing = -x_NP.shape[1] % 16
