@@ -17,7 +17,7 @@ from thesean.errors import unknown_name
 from thesean.kernels.precision import accumulator, centred
 from thesean.similarity.base import EvaluationOnlyError, Measure
 from thesean.similarity.prepared import Prepared, preparer, side
-from thesean.similarity.rbf_cka import above_diagonal, squared_distances
+from thesean.similarity.shared.distances import above_diagonal, squared_distances
 
 Distance = Literal["sqeuclidean", "correlation"]
 Rank = Literal["spearman"]
@@ -84,4 +84,5 @@ MEASURE = Measure(
     prepare=preparer(unit_rdm),
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
 )
