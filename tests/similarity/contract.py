@@ -30,8 +30,9 @@ def features(size: Size, seed: int, dtype: torch.dtype = torch.float64) -> torch
 def fitting(measure: Measure, size: Size) -> Size:
     """`size`, with enough examples: more than both sides' features where a measure has no answer for wide ones."""
     n, p = max(size[0], measure.min_examples), size[1]
+    few = max(8, measure.min_examples)
     try:
-        measure.value(features((n, 2 * n), 0), features((n, 2 * n), 1))
+        measure.value(features((few, 8 * few), 0), features((few, 8 * few), 1))
     except DataError:
         # canonical correlations: where the two spaces must meet, some are 1 and their directions are arbitrary
         return n + 2 * p, p
