@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from thesean.kernels import cka_triton, dmnn_distance_triton, dmnn_triton, linear_recurrence_triton
+from thesean.kernels import cka_triton, dmnn_triton, linear_recurrence_triton
 from thesean.kernels.shared import launches
 from thesean.kernels.shared.launches import HARDWARE, Arch
 
@@ -128,7 +128,7 @@ def run_apart() -> None:
 def run_dmnn(prepared: bool) -> None:
     x_NP, y_NQ = (torch.rand(256, 32, requires_grad=True) for _ in range(2))
     y = torch.rand(256, 256) if prepared else y_NQ
-    dmnn_distance_triton.dmnn_distance(x_NP, y, temperature=0.1, prepared=prepared).backward()
+    dmnn_triton.dmnn_distance(x_NP, y, temperature=0.1, prepared=prepared).backward()
 
 
 def runs() -> Iterator[tuple[str, torch.dtype, str, Callable[[], None]]]:

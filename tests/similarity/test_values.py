@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from thesean.errors import DataError, UnknownNameError
-from thesean.similarity import EvaluationOnlyError, get_measure, measures, similarity
-
-EVALUATION_ONLY = ["mutual-knn", "pwcca", "svcca"]
+from thesean.similarity import EvaluationOnlyError, get_measure, similarity
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -18,9 +16,9 @@ def features(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_evaluation_measures_carry_no_gradient_and_refuse_to_be_a_loss():
-    assert [name for name in measures() if not get_measure(name).differentiable] == EVALUATION_ONLY
     x_NP, y_NP = features(20, 4).requires_grad_(), features(20, 4, seed=1)
-    for name in EVALUATION_ONLY:
+    for name in ("mutual-knn", "pwcca", "svcca"):
+        assert not get_measure(name).differentiable
         assert not similarity(x_NP, y_NP, name).requires_grad
         with pytest.raises(EvaluationOnlyError, match=f"{name}: evaluation only, .* Train on 'cka'"):
             get_measure(name).loss(x_NP, y_NP)

@@ -82,8 +82,8 @@ def _run(op: str, x_NP: torch.Tensor, y: torch.Tensor | CentredGram, debiased: b
         if form == "feature" or torch.float64 in (x_NP.dtype, y.dtype):
             backend = "torch"  # the kernels make Grams, in float32
     result: torch.Tensor
-    if choose(backend, op, x_NP.device) == "triton":
-        result = load(op)(x_NP, y, debiased=debiased)
+    if choose(backend, "cka", x_NP.device) == "triton":
+        result = load("cka", op)(x_NP, y, debiased=debiased)  # in the features' own dtype
     elif isinstance(y, CentredGram):
         dtype = torch.promote_types(x_NP.dtype, y.dtype)
         result = _CKA.apply(x_NP.to(dtype), None, y.to(dtype), y.form, debiased, op == "cka_distance")

@@ -26,10 +26,15 @@ def cka(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool) ->
     Features are read in their own dtype: half precision runs on the tensor cores as it is, float32 as three tf32
     products. Raises ValueError for float64.
     """
-    return similarity(x_NP, y, debiased=debiased, distance=False)
+    return _run(x_NP, y, debiased, distance=False)
 
 
-def similarity(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool, distance: bool) -> torch.Tensor:
+def cka_distance(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, *, debiased: bool) -> torch.Tensor:
+    """As `thesean.kernels.cka.cka_distance`: half the squared distance of the normalised Grams, a float32 scalar."""
+    return _run(x_NP, y, debiased, distance=True)
+
+
+def _run(x_NP: torch.Tensor, y: torch.Tensor | CentredGram, debiased: bool, distance: bool) -> torch.Tensor:
     gram = None
     if isinstance(y, CentredGram):
         y_NQ, gram = y.centred_NP, y.gram if y.form == "gram" else None
@@ -115,6 +120,13 @@ def gram_pair(
             **join.options,
         )
     return gram_x_NN, gram_y_NN, sums_TS.sum(0)
+
+
+def lower_slices(x_NP: torch.Tensor) -> torch.Tensor:
+    """Slices over the features of the centred Gram, which they add up to: x_NP -> (S, N, N), lower triangles only."""
+    x_NP = _aligned(_centre(x_NP))
+    entry = launch("cka", x_NP.device, x_NP.dtype)
+    return _sliced(x_NP, _tiles(x_NP.shape[0], entry.block), entry)
 
 
 def _aligned(x_NP: torch.Tensor) -> torch.Tensor:

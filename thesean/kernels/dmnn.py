@@ -82,8 +82,8 @@ def _run(
     if backend == "auto" and torch.float64 in (x_NP.dtype, y.dtype):
         backend = "torch"  # the kernels compute in float32
     result: torch.Tensor
-    if choose(backend, op, x_NP.device) == "triton":
-        result = load(op)(x_NP, y, temperature=temperature, prepared=prepared)
+    if choose(backend, "dmnn", x_NP.device) == "triton":
+        result = load("dmnn", op)(x_NP, y, temperature=temperature, prepared=prepared)
     else:
         x_NP, y = widen(x_NP, y)
         y_NQ, cosines_y_NN = (None, y.detach()) if prepared else (directions(y), None)

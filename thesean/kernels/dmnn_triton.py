@@ -149,12 +149,15 @@ def weights_kernel(
 
 def dmnn(x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool = False) -> torch.Tensor:
     """As `thesean.kernels.dmnn.dmnn`: x_NP, and y_NQ or its cosines -> float32 scalar. ValueError for float64."""
-    return agreement(x_NP, y, temperature=temperature, prepared=prepared, distance=False)
+    return _run(x_NP, y, temperature, prepared, distance=False)
 
 
-def agreement(
-    x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool, distance: bool
-) -> torch.Tensor:
+def dmnn_distance(x_NP: torch.Tensor, y: torch.Tensor, *, temperature: float, prepared: bool = False) -> torch.Tensor:
+    """As `thesean.kernels.dmnn.dmnn_distance`: half the squared distance of the normalised M, a float32 scalar."""
+    return _run(x_NP, y, temperature, prepared, distance=True)
+
+
+def _run(x_NP: torch.Tensor, y: torch.Tensor, temperature: float, prepared: bool, distance: bool) -> torch.Tensor:
     # in float32 whatever the features were: a temperature of 0.1 makes a cosine's error ten times larger
     x_NP, y = widen(x_NP, y)
     launch("dmnn", x_NP.device, x_NP.dtype)  # refuses float64 by this operation's name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.shared.dispatch import Backend, choose, load
 from thesean.kernels.shared.precision import full_precision, widen
 
 
@@ -20,7 +19,6 @@ def linear_attention(
     state_BGFK: torch.Tensor,
     *,
     chunk: int = 64,
-    backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal linear attention over a sequence, and the state after it (Yang et al. 2024, the chunked form).
 
@@ -32,12 +30,6 @@ def linear_attention(
     """
     _check(query_BTHF, key_BTGF, value_BTGK, log_decay_BTG, state_BGFK, chunk)
     dtype, groups = value_BTGK.dtype, key_BTGF.shape[2]
-    if choose(backend, "linear_attention", query_BTHF.device) == "triton" and query_BTHF.shape[2] == groups:
-        out_BTHK, state_BGFK = load("linear_attention")(
-            query_BTHF, key_BTGF, value_BTGK, log_decay_BTG, state_BGFK, chunk=chunk
-        )
-        return out_BTHK.to(dtype), state_BGFK
-
     query_BTHF, key_BTGF, value_BTGK, state_BGFK = widen(query_BTHF, key_BTGF, value_BTGK, state_BGFK)
     # split, not slices: the backward of a slice fills a tensor of the whole length, once per chunk
     queries = query_BTHF.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).split(chunk, dim=3)

@@ -15,4 +15,6 @@ MEASURE = Measure(
     prepare=prepare,
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
+    takes_half=True,
 )

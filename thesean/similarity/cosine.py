@@ -27,5 +27,6 @@ MEASURE = Measure(
     value=cosine,
     loss=cosine_distance,
     same_width=True,
+    blind_to=frozenset({"scale"}),
     additive=True,
 )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from thesean.similarity.kl import check_temperature, divergence
 from thesean.similarity.shared.measure import Measure
+from thesean.similarity.shared.softmax import check_temperature, divergence
 
 
 def js(x_NV: torch.Tensor, y_NV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -41,4 +41,5 @@ MEASURE = Measure(
     value=mutual_knn,
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
 )

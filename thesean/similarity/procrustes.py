@@ -68,4 +68,5 @@ MEASURE = Measure(
     prepare=preparer(unit_features),
     min_examples=2,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
 )

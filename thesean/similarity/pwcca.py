@@ -32,4 +32,5 @@ MEASURE = Measure(
     value=pwcca,
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"scale", "shift"}),  # and to a rotation of y, but not of x
 )

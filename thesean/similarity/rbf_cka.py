@@ -3,36 +3,28 @@
     k(x_i, x_j) = exp(-|x_i - x_j|^2 / (2 bandwidth^2 m)),   m: the median of |x_i - x_j|^2 over i < j
     CKA = <HKH, HLH> / (|HKH| |HLH|)                         (Kornblith et al. 2019, eqs. 3 and 4)
 
-N examples, P width
+N examples, P width, K pairs
 """
 
 from __future__ import annotations
 
 import torch
 
-from thesean.kernels.shared.precision import accumulator, centred
+from thesean.similarity.shared.distances import above_diagonal, squared_distances
 from thesean.similarity.shared.measure import Measure
 from thesean.similarity.shared.prepared import Prepared, preparer, side
 
-
-def squared_distances(x_NP: torch.Tensor) -> torch.Tensor:
-    """|x_i - x_j|^2, exactly 0 on the diagonal. x_NP -> (N, N) in float64; one matrix product, in x's own dtype."""
-    x_NP = centred(x_NP)
-    gram_NN = (x_NP @ x_NP.mT).to(accumulator(x_NP.device))
-    squares_N = gram_NN.diagonal()
-    return (squares_N.unsqueeze(1) + squares_N - 2 * gram_NN).clamp_min(0)
-
-
-def above_diagonal(x_NN: torch.Tensor) -> torch.Tensor:
-    """The entries of each pair i < j once."""
-    rows, columns = torch.triu_indices(x_NN.shape[0], x_NN.shape[1], 1, device=x_NN.device)
-    return x_NN[rows, columns]
+_TIED = 1e-6  # of the median: what float32 rounds in a squared distance
 
 
 def unit_kernel(x_NP: torch.Tensor, bandwidth: float = 1.0) -> torch.Tensor:
     """HKH / |HKH|. x_NP -> (N, N), in float64. The median has its gradient too, so that scale has none."""
     distances_NN = squared_distances(x_NP)
-    median = above_diagonal(distances_NN).median()
+    pairs_K = above_diagonal(distances_NN)
+    middle = pairs_K.detach().median()
+    # features of half precision lie on a grid and make ties, which rounding would break: all of them have a share in
+    # the gradient
+    median = pairs_K[(pairs_K - middle).abs() <= _TIED * middle].mean()
     kernel_NN = (distances_NN / (-2 * bandwidth**2 * median)).exp()
     kernel_NN = kernel_NN - kernel_NN.mean(0)
     kernel_NN = kernel_NN - kernel_NN.mean(1, keepdim=True)
@@ -60,4 +52,5 @@ MEASURE = Measure(
     prepare=preparer(unit_kernel),
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
 )

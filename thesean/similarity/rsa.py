@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from thesean.errors import unknown_name
 from thesean.kernels.shared.precision import accumulator, centred
-from thesean.similarity.rbf_cka import above_diagonal, squared_distances
+from thesean.similarity.shared.distances import above_diagonal, squared_distances
 from thesean.similarity.shared.measure import EvaluationOnlyError, Measure
 from thesean.similarity.shared.prepared import Prepared, preparer, side
 
@@ -84,4 +84,5 @@ MEASURE = Measure(
     prepare=preparer(unit_rdm),
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
 )

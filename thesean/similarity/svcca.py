@@ -27,4 +27,5 @@ MEASURE = Measure(
     value=svcca,
     min_examples=4,
     must_vary=("x", "y"),
+    blind_to=frozenset({"rotation", "scale", "shift"}),
 )

@@ -18,7 +18,9 @@ from thesean.kernels.shared.dispatch import choose
 @pytest.fixture
 def doubling_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file `doubling_triton.py` in a folder that the kernels' namespace reaches."""
-    (tmp_path / "doubling_triton.py").write_text("def doubling(x):\n    return 2 * x\n")
+    (tmp_path / "doubling_triton.py").write_text(
+        "def doubling(x):\n    return 2 * x\n\n\ndef twice(x):\n    return 4 * x\n"
+    )
     monkeypatch.setattr(thesean.kernels, "__path__", [*thesean.kernels.__path__, str(tmp_path)])
     return "doubling"
 
@@ -39,6 +41,7 @@ def test_a_file_beside_the_reference_registers_a_kernel(doubling_kernel, monkeyp
     assert choose("triton", doubling_kernel) == "triton"
     assert choose("auto", doubling_kernel, torch.device("cuda")) == "triton"
     assert dispatch.load(doubling_kernel)(21) == 42
+    assert dispatch.load(doubling_kernel, "twice")(21) == 84
 
 
 def test_a_kernel_without_triton_says_which_extra_to_install(doubling_kernel, monkeypatch):

@@ -6,28 +6,11 @@ import pytest
 import torch
 
 from thesean.errors import DataError
-from thesean.similarity import measures, similarity
+from thesean.similarity import similarity
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("name", measures())
-def test_masked_rows_are_as_if_they_were_not_there_even_when_nan(name):
-    x_NP, y_NP = features(24, 5), features(24, 5, seed=1)
-    keep_N = torch.arange(24) % 4 != 0
-    expected = similarity(x_NP[keep_N], y_NP[keep_N], name)
-    x_NP[~keep_N] = torch.nan
-    x_NP.requires_grad_()
-    value = similarity(x_NP, y_NP, name, mask=keep_N)
-    assert torch.equal(value.detach(), expected)
-    if value.requires_grad:
-        value.backward()
-        assert x_NP.grad is not None
-        assert x_NP.grad.isfinite().all()
-        assert (x_NP.grad[~keep_N] == 0).all()
-        assert (x_NP.grad[keep_N] != 0).any()
 
 
 def test_an_attention_mask_of_ones_and_zeros_masks_tokens():

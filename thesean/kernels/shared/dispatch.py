@@ -1,7 +1,8 @@
 """Which implementation of an operation runs: the torch reference, or the Triton kernel in the file beside it.
 
 The file name is the registry: `cka_triton.py` next to `cka.py`, defining a function `cka`, is the Triton kernel of the
-operation "cka". It is imported at its first use only, so that triton is needed by those who ask for it and no one else.
+operation "cka"; `cka_distance`, a variant of it, stands in the same two files. A kernel is imported at its first use
+only, so that triton is needed by those who ask for it and no one else.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def choose(backend: Backend, op: str, device: torch.device | None = None) -> Lit
     return "triton"
 
 
-def load(op: str) -> Callable[..., Any]:
-    """The Triton kernel's function: `op` in `thesean.kernels.<op>_triton`."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"thesean.kernels.{op}_triton"), op)
+def load(op: str, variant: str | None = None) -> Callable[..., Any]:
+    """The Triton kernel's function: `op`, or a `variant` of it, in `thesean.kernels.<op>_triton`."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"thesean.kernels.{op}_triton"), variant or op)
     return function

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from thesean.errors import DataError, NumericalError
+from thesean.kernels.shared.dispatch import Backend
 from thesean.similarity.shared.covariance import Moments
 from thesean.similarity.shared.hsic import u_centred
 from thesean.similarity.shared.measure import Measure
-from thesean.similarity.shared.registry import check_options, get_measure
+from thesean.similarity.shared.registry import check_options, get_measure, measures
 from thesean.similarity.shared.rows import Flatten, rows
 
 
@@ -64,14 +65,15 @@ class _Mean(Accumulator):
 class _Minibatch(Accumulator):
     """Debiased CKA of debiased HSICs, each averaged over the batches (Nguyen et al. 2021, eq. 4)."""
 
-    def __init__(self, measure: Measure, flatten: Flatten) -> None:
+    def __init__(self, measure: Measure, flatten: Flatten, backend: Backend) -> None:
         super().__init__(measure, flatten)
+        self.backend = backend
         self.hsic = torch.zeros(3, dtype=torch.float64)  # xy, xx, yy
 
     def _add(self, x_NP: torch.Tensor, y_NQ: torch.Tensor) -> None:
-        self.measure.value(x_NP, y_NQ)  # its checks: width, dtype, N, NaN, features that don't vary
+        self.measure.value(x_NP, y_NQ, backend=self.backend)  # its checks: width, N, NaN, features that don't vary
         n = x_NP.shape[0]
-        u, v = (u_centred(z).cpu().double().flatten() for z in (x_NP, y_NQ))
+        u, v = (u_centred(z, backend=self.backend).cpu().double().flatten() for z in (x_NP, y_NQ))
         # HSIC divides by n (n - 3); a batch counts by its examples, so that a short last one does not by more
         self.hsic += torch.stack([u.dot(v), u.dot(u), v.dot(v)]) / (n - 3)
 
@@ -132,9 +134,9 @@ def accumulate(
             running.update(x, y)
         print(running.compute())
 
-    "mse", "nmse", "cosine", "kl" and "js" are those of all examples at once. "cka-debiased" averages the debiased HSIC
-    over batches of at least 4 examples and keeps three numbers; the batches' size does not bias it, their number makes
-    it precise. `exact=True` gives it of all examples at once, from float64 sums of (P + Q)^2 numbers; only so does
+    `additive` measures and "nmse" are those of all examples at once. "cka-debiased" averages the debiased HSIC over
+    batches of at least 4 examples and keeps its three sums; the batches' size does not bias it, their number makes it
+    precise. `exact=True` gives it of all examples at once, from float64 sums of (P + Q)^2 numbers; only so does
     "cka", whose bias depends on the batches' size. Nothing carries a gradient.
 
     Raises UnknownNameError, TypeError for an option that the measure does not have, and DataError for a measure that
@@ -146,18 +148,20 @@ def accumulate(
         return _Mean(chosen, flatten, options)
     if chosen.name == "nmse":
         return _NormalizedError(chosen, flatten)
-    if options.pop("backend", "auto") == "triton":
-        raise DataError(f"{chosen.name}: accumulating runs in torch. Leave backend='triton' out.")
+    backend = options.pop("backend", "auto")
     if chosen.name in ("cka", "cka-debiased") and not options:
         if exact:
+            if backend == "triton":
+                raise DataError(f"{chosen.name}: exact=True adds up in torch. Leave backend='triton' out.")
             return _Covariance(chosen, flatten)
         if chosen.name == "cka-debiased":
-            return _Minibatch(chosen, flatten)
+            return _Minibatch(chosen, flatten, backend)
         raise DataError(
             "cka: its bias depends on the size of the batches, so they can't be averaged. Use 'cka-debiased', or "
             "exact=True, which holds the features' covariances."
         )
+    means = ", ".join(name for name in measures() if name == "nmse" or get_measure(name).additive)
     raise DataError(
         f"{chosen.name}: the value of all examples does not follow from batches. Use 'cka-debiased', or a measure that "
-        "is a mean over examples: mse, nmse, cosine, kl, js."
+        f"is a mean over examples: {means}."
     )

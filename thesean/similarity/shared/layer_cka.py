@@ -47,7 +47,7 @@ def layer_cka(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Ten
         dtype = widen(*(x_NP.flatten()[:1] for x_NP in features))[0].dtype
         grams_LNN = features[0].new_empty(len(features), len(features[0]), len(features[0]), dtype=dtype)
         for x_NP, gram_NN in zip(features, grams_LNN, strict=True):
-            u_centred(x_NP.to(dtype), out=gram_NN)
+            u_centred(x_NP, out=gram_NN)
         sides.append(grams_LNN)
     with torch.no_grad():
         running._add(*widen(*sides))

@@ -62,7 +62,9 @@ def similarity(
 
     x (N, ...), y (N, ...) -> scalar; `flatten="example"` makes each example one row (N, P), `flatten="token"` each
     position of (..., P) one row. `get_measure(name)` tells whether a measure takes different widths (`same_width`),
-    which way it goes (`higher_is_better`) and whether it can train (`differentiable`). `options` are the measure's own.
+    which way it goes (`higher_is_better`), whether it can train (`differentiable`) and which changes of one side it
+    does not see (`blind_to`). `options` are the measure's own. Half precision reaches the kernels as it is and is added
+    up in float32; the result is in float32, or in float64 where a side is.
 
         similarity(student_BTD, guide_BTD, "cka-debiased", flatten="token", mask=attention_mask_BT)
 
