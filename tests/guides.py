@@ -30,7 +30,7 @@ from tests.hand_written import (
     TwoOutputs,
     post_norm_encoder,
 )
-from tests.models import VOCABULARY, _spread, vectors
+from tests.models import VOCABULARY, spread, vectors
 
 LENGTH = 12
 _WIDTH, _HEADS, _LAYERS = 16, 2, 2
@@ -48,7 +48,7 @@ class Guide:
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
-        return _spread(self.build().eval())
+        return spread(self.build().eval())
 
     def example(self) -> Inputs:
         return self.inputs(3, LENGTH, 0)

@@ -45,7 +45,7 @@ def gpt2(layers: int = 2, width: int = 16, heads: int = 2, attention: str = "sdp
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCABULARY, n_positions=64, n_embd=width, n_layer=layers, n_head=heads)
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, attn_implementation=attention, **settings)
-    return _spread(GPT2LMHeadModel(config).eval())
+    return spread(GPT2LMHeadModel(config).eval())
 
 
 def bert(layers: int = 2, width: int = 16, heads: int = 2, attention: str = "sdpa") -> nn.Module:
@@ -57,7 +57,7 @@ def bert(layers: int = 2, width: int = 16, heads: int = 2, attention: str = "sdp
     config = BertConfig(
         vocab_size=VOCABULARY, max_position_embeddings=64, attn_implementation=attention, pad_token_id=0, **sizes
     )
-    return _spread(BertModel(config, add_pooling_layer=False).eval())
+    return spread(BertModel(config, add_pooling_layer=False).eval())
 
 
 def llama(layers: int = 2, width: int = 32, heads: int = 4, groups: int = 2, attention: str = "sdpa") -> nn.Module:
@@ -74,11 +74,11 @@ def llama(layers: int = 2, width: int = 32, heads: int = 4, groups: int = 2, att
         attention_bias=True,
         **sizes,
     )
-    return _spread(LlamaForCausalLM(config).eval())
+    return spread(LlamaForCausalLM(config).eval())
 
 
 @torch.no_grad()
-def _spread(model: nn.Module) -> nn.Module:
+def spread(model: nn.Module) -> nn.Module:
     """Larger weights and biases than an initialisation's, so that no activation is nearly constant or zero."""
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
