@@ -34,7 +34,8 @@ class Gates(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(3)) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for gate, up, down in self.layers:
+        for layer in self.layers:
+            gate, up, down = layer.children()
             x = x + down(nn.functional.silu(gate(x)) * up(x))
         return x
 
@@ -117,7 +118,7 @@ def examples(conversion: thesean.Converted) -> Iterator[dict[str, torch.Tensor]]
 def make_conversions(folder: Path) -> None:
     for case in CASES:
         conversion = converted(case)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for number, inputs in enumerate(examples(conversion)):
             with torch.no_grad():
                 outputs = _pytree.tree_leaves(conversion(**inputs))

@@ -18,7 +18,7 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.capture import evaluating
 from thesean.passes.chunks import Difference, join, run_in_chunks, same_in_chunks
 from thesean.passes.graph import erase_dead, leaf_nodes, owner, record
-from thesean.passes.positions import Counter, Table, counters, prefix_dim, table_rows, tables
+from thesean.passes.positions import Counter, Table, counters, table_dim, table_rows, tables
 from thesean.passes.reach import reach
 from thesean.passes.signature import InputSpec, Signature
 
@@ -113,7 +113,7 @@ class ThreadState(Pass):
         """Add the steps so far to every count; returns the node that holds them after this chunk."""
         graph = graph_module.graph
         device = torch.device(_device(graph_module))
-        dims = {table.reader: prefix_dim(table, graph_module) for table in sliced}  # while the graph is readable
+        dims = {table.reader: table_dim(table, graph_module) for table in sliced}  # while the graph is readable
         for counter in counted:
             with graph.inserting_before(counter.node.next):
                 offset = steps_so_far
