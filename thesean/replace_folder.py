@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -78,7 +79,7 @@ def _put(made: Path, folder: Path) -> None:
 
 def exchange(a: Path, b: Path) -> bool:
     """Each of two names becomes the other's, in one step. False where system or file system can't."""
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform != "win32" else None
+    libc: Any = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(a), os.fsencode(b)
     if hasattr(libc, "renameat2"):
         failed = libc.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _EXCHANGE)
