@@ -19,7 +19,7 @@ from torch import nn
 import thesean
 from tests import captured, models
 from tests.models import tokens, vectors
-from thesean import artifact
+from thesean import artifact, replace_folder
 from thesean.artifact import Artifact
 from thesean.errors import ArtifactError
 from thesean.passes.plan.hybrid import build_hybrid
@@ -366,7 +366,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path):
         converted().save(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("at", ["save_file", "to_yaml", "rename"])
+@pytest.mark.parametrize("at", ["save_file", "to_yaml", "exchange", "rename"])
 def test_a_failure_in_the_middle_leaves_the_earlier_conversion(at, saved: Path, monkeypatch: pytest.MonkeyPatch):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
@@ -377,7 +377,10 @@ def test_a_failure_in_the_middle_leaves_the_earlier_conversion(at, saved: Path, 
         monkeypatch.setattr(artifact, "save_file", full)
     elif at == "to_yaml":
         monkeypatch.setattr(thesean.Plan, "to_yaml", full)
+    elif at == "exchange":
+        monkeypatch.setattr(replace_folder, "exchange", full)
     else:
+        monkeypatch.setattr(replace_folder, "exchange", lambda a, b: False)
         rename, calls = Path.rename, []
 
         def second(self, target):
@@ -391,6 +394,23 @@ def test_a_failure_in_the_middle_leaves_the_earlier_conversion(at, saved: Path, 
     assert saved.is_dir()
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert {p.name for p in saved.parent.iterdir()} == {"saved"}
+
+
+def test_a_conversion_loads_that_a_killed_save_had_moved_away_and_the_next_save_cleans_up(saved: Path):
+    left = saved.with_name(".saved.thesean-abcdefgh")
+    left.mkdir()
+    saved.rename(left / "earlier0")
+    (left / "made").mkdir()
+    (left / "lock").touch()
+    assert thesean.load(saved).plan == converted().plan
+    converted(captured.resnet, "mlp").save(saved)
+    assert thesean.load(saved).plan == converted(captured.resnet, "mlp").plan
+    assert {p.name for p in saved.parent.iterdir()} == {"saved"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_all_files_may_be_read_by_the_same_people(saved: Path):
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
 
 
 def test_a_module_that_could_not_be_found_again_is_not_saved(tmp_path: Path):

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import thesean
+from tests import models
 from thesean.errors import DataError, NumericalError, UnknownNameError
 from thesean.module_outputs import select_modules
 from thesean.similarity import accumulate, similarity
+from thesean.targets import Target
 
 
 class Blocks(nn.Module):
@@ -198,9 +200,43 @@ def test_a_converted_networks_parts_are_compared_with_the_modules_that_they_repl
     data = batches(64, 64)
     converted = thesean.compile(guide, "mlp", data=data, recipe="fast", progress=False)
     found = thesean.compare(guide, converted, data, layers_a=["0", "1"])
-    assert found.layers_b[:2] == ("part_0", "part_1")
+    assert (found.name_a, found.name_b) == ("Sequential", "converted")
+    assert found.layers_b[:2] == ("0 (mlp)", "1 (mlp)")
     # solved in closed form on the same inputs: each part is most like what it replaced
     assert found.matrix[0].argmax() == 0
     assert found.matrix[0, 0] > 0.9
-    with pytest.raises(UnknownNameError, match="part_0"):
+    with pytest.raises(
+        UnknownNameError, match=r"no module of the converted network .* It has: 0 = part_0, 0.first = p"
+    ):
         thesean.compare(guide, converted, data, layers_b="blocks.0")
+    for glob in ("part_*", "?"):
+        assert torch.equal(
+            thesean.compare(guide, converted, data, layers_a=["0", "1"], layers_b=glob).matrix, found.matrix
+        )
+    below = thesean.compare(converted, converted, data, layers_a="1.last", layers_b="part_1.last")
+    assert below.layers_a == below.layers_b == ("1.last (mlp)",)
+
+
+def test_parts_go_by_the_guides_paths():
+    guide, data = models.gpt2(3), models.token_batches(2, batch=8)
+    target: dict[str, str | Target] = {
+        "transformer.h.0": "rnn",
+        "transformer.h.1": Target("mingru", scope="part"),
+        "transformer.h.2": "keep",
+    }
+    converted = thesean.compile(guide, target, data=data, recipe="fast", progress=False)
+    found = thesean.compare(guide, converted, data, layers_a="transformer.h.*.attn", layers_b="transformer.h.*.attn")
+    assert found.layers_a == ("transformer.h.0.attn", "transformer.h.1.attn", "transformer.h.2.attn")
+    assert found.layers_b == ("transformer.h.0.attn (linear-attention)",)
+    both = ("transformer.h.0.attn (linear-attention)", "transformer.h.1 (mingru)")
+    assert thesean.compare(guide, converted, data).layers_b == both
+    assert thesean.compare(guide, converted, data, layers_b="transformer.h.*").layers_b == both  # the parts' own paths
+    assert thesean.compare(converted.frontier[1], converted, data).layers_a == both[:1]
+
+
+def test_both_modules_of_a_merged_part_go_by_its_path():
+    guide, data = models.gpt2(2), models.token_batches(2, batch=8)
+    converted = thesean.compile(guide, "rnn", merge=2, data=data, recipe="fast", progress=False)
+    found = thesean.compare(converted, converted, data, layers_b="transformer.h.0..1")
+    kept, dropped = sorted(converted.plan.parts[0].replaces, key=lambda path: not path.endswith("attn"))
+    assert set(found.layers_a) == set(found.layers_b) == {f"{kept} (linear-attention)", f"{dropped} (identity)"}

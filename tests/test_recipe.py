@@ -62,7 +62,7 @@ def test_settings_left_out_have_their_defaults(tmp_path: Path):
         ("steps: many", "steps"),
         ("fine_tuning: {learning_rate: 0}", "fine_tuning.learning_rate"),
         ("fine_tuning: {anneal_until: 2}", "fine_tuning.anneal_until"),
-        ("positions: drop", "positions"),
+        ("positions: drp", "positions"),
         ("- 1", "."),
         ("", "."),
         ("steps: [", "is not YAML"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.plan.plan import Plan
+from thesean.replace_folder import replacing, standing
 from thesean.report.conversion import ConversionReport
 from thesean.targets import TargetModule, rebuild
 
@@ -34,7 +34,7 @@ class Artifact:
 
 
 def save(artifact: Artifact, folder: str | Path) -> Path:
-    """Write a folder; an earlier conversion in its place is replaced at the end, all at once.
+    """Write a folder; an earlier conversion in its place is replaced at the end, in one step.
 
     Raises ArtifactError when the folder holds something else or can't be written, and for custom modules whose class
     could not be found again.
@@ -44,12 +44,10 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
     tensors, aliases = _tensors(artifact.graph_module)
     modules = _modules(artifact.graph_module)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
+        with replacing(folder) as made:
             save_file(tensors, made / _WEIGHTS)
             artifact.plan.to_yaml(made / _PLAN)
+            (made / _WEIGHTS).chmod((made / _PLAN).stat().st_mode)  # safetensors' own is for nobody but the owner
             (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
             body = {
                 "format": FORMAT,
@@ -61,7 +59,6 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
                 "nodes": graph_json.dump(artifact.graph_module.graph),
             }
             (made / _GRAPH).write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
-            _swap(made, folder, Path(scratch) / "earlier")
     except OSError as error:
         raise ArtifactError(f"can't write {folder}: {error.strerror or error}. Choose a writable folder.") from error
     return folder
@@ -77,7 +74,7 @@ def check_free(folder: Path) -> None:
 
 def load(folder: str | Path) -> Artifact:
     """Raises ArtifactError for a missing, truncated or altered folder. Runs nothing that the folder names."""
-    folder = Path(folder)
+    folder = standing(Path(folder))
     for name in (_GRAPH, _WEIGHTS, _PLAN, _REPORT):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
@@ -112,7 +109,7 @@ def load(folder: str | Path) -> Artifact:
 
 def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
     """What a conversion became and what it cost, without its weights. Raises ArtifactError, PlanError."""
-    folder = Path(folder)
+    folder = standing(Path(folder))
     try:
         report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         return Plan.from_yaml(folder / _PLAN), ConversionReport.from_dict(report)
@@ -122,19 +119,6 @@ def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
         if isinstance(error, TheseanError):
             raise
         raise ArtifactError(f"{folder / _REPORT} can't be read: {type(error).__name__}: {error}.") from error
-
-
-def _swap(made: Path, folder: Path, earlier: Path) -> None:
-    """`made` takes the place of `folder`; when that fails, what was there comes back."""
-    replaced = folder.exists()
-    if replaced:
-        folder.rename(earlier)
-    try:
-        made.rename(folder)
-    except BaseException:
-        if replaced:
-            earlier.rename(folder)
-        raise
 
 
 def _file_digest(path: Path) -> str:
@@ -158,9 +142,11 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
         *graph_module.named_buffers(remove_duplicate=False),
     ]
     # constants that export lifted are plain tensor attributes
+    names = {name for name, _ in everything}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        if name not in {n for n, _ in everything}:
+        if name not in names:
+            names.add(name)
             value: Any = graph_module
             for piece in name.split("."):
                 value = getattr(value, piece)

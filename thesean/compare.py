@@ -5,6 +5,7 @@ L layers of model a, M of model b, N examples of a batch, P width
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from thesean.similarity.shared.rows import Flatten, rows
 _CHUNK = 256  # examples of a Gram: more cost memory, fewer precision
 _GRAM_BYTES = 256 << 20  # of one batch's Grams, over all layers; smaller chunks hold it
 
+_PART = re.compile(r"part\d*_(?P<part>\d+)(_(?P<place>\d+))?")  # as build_hybrid names them
+
+Paths = dict[str, tuple[str, ...]]
 Keep = Callable[[torch.Tensor], Any]
 Outputs = dict[str, Any]
 
@@ -42,12 +46,12 @@ def compare(
 
         thesean.compare(bert, student, batches, layers_a="encoder.layer.*", flatten="token").plot("heatmap.png")
 
-    Any two models; of a Converted the target modules are the layers (`part_0`...), to be compared with what they
-    replaced: `layers_a="transformer.h.*.attn"`. `layers_a`, `layers_b`: globs of module names, `*` within a level,
-    `**` over levels; by default the blocks of the outermost nn.ModuleList, or every module with weights of its own. A
-    batch is a tensor, a tuple whose first element is the input, or a dict, of which each model takes what its forward
-    names. Both run in eval mode without gradients. `flatten="token"` makes each position of (..., P) a row; what a
-    dict's `attention_mask` hides is left out.
+    Any two models; of a Converted the target modules are the layers, to be compared with what they replaced, by whose
+    path they go too: `layers_a="transformer.h.*.attn"` and `layers_b` alike, or `layers_b="part_*"`. `layers_a`,
+    `layers_b`: globs of module names, `*` within a level, `**` over levels; by default the blocks of the outermost
+    nn.ModuleList, or every module with weights of its own. A batch is a tensor, a tuple whose first element is the
+    input, or a dict, of which each model takes what its forward names. Both run in eval mode without gradients.
+    `flatten="token"` makes each position of (..., P) a row; what a dict's `attention_mask` hides is left out.
 
     "cka" and "cka-debiased" both give the debiased minibatch estimate (Nguyen et al. 2021), from Grams of at most 256
     rows: of batches, the biased form has no meaning. Other measures are averaged over batches, weighted by rows, which
@@ -57,8 +61,9 @@ def compare(
     NumericalError for NaN and infinities; each names the layer.
     """
     chosen = get_measure(measure)
-    model_a, model_b = (m.module if isinstance(m, Converted) else m for m in (model_a, model_b))
-    names_a, names_b = select_modules(model_a, layers_a, "layers_a"), select_modules(model_b, layers_b, "layers_b")
+    (model_a, name_a, paths_a), (model_b, name_b, paths_b) = _network(model_a), _network(model_b)
+    names_a = select_modules(model_a, layers_a, "layers_a", paths_a)
+    names_b = select_modules(model_b, layers_b, "layers_b", paths_b)
     same = model_a is model_b and names_a == names_b
     by_gram = chosen.name in ("cka", "cka-debiased")
     running: LayerCKA | _Averages = LayerCKA() if by_gram else _Averages(chosen)
@@ -69,8 +74,8 @@ def compare(
             mask = batch.get("attention_mask") if flatten == "token" and isinstance(batch, Mapping) else None
             keep = _keeper(by_gram, flatten, mask, len(names_a) + len(names_b))
             try:
-                a = module_outputs(model_a, names_a, batch, keep)
-                b = a if same else module_outputs(model_b, names_b, batch, keep)
+                a = _told(module_outputs(model_a, names_a, batch, keep), model_a, paths_a)
+                b = a if same else _told(module_outputs(model_b, names_b, batch, keep), model_b, paths_b)
                 n = _rows_of(a, b)
             except (DataError, NumericalError) as error:
                 raise type(error)(f"batch {number}: {error}") from error
@@ -90,14 +95,43 @@ def compare(
     return Comparison(
         measure="cka-debiased" if by_gram else chosen.name,
         estimator="debiased HSIC over minibatches" if by_gram else "mean over batches",
-        name_a=type(model_a).__name__,
-        name_b=type(model_b).__name__,
+        name_a=name_a,
+        name_b=name_b,
         layers_a=labels[0],
         layers_b=labels[1],
         matrix=running.matrix(),
         examples=count,
         skipped=skipped,
     )
+
+
+def _network(model: nn.Module | Converted) -> tuple[nn.Module, str, Paths]:
+    """What is run, what it is called, and whose places the modules of a conversion have taken."""
+    if not isinstance(model, Converted):
+        return model, type(model).__name__, {}
+    parts = model.plan.replaced
+    paths: Paths = {}
+    for node in model.module.graph.find_nodes(op="call_module"):
+        name = str(node.target)
+        match = _PART.fullmatch(name)
+        if match and int(match["part"]) < len(parts):
+            part, place = parts[int(match["part"])], int(match["place"] or 0)
+            region = part.replaces[place] if place < len(part.replaces) else part.path
+            paths[name] = tuple(dict.fromkeys((region, part.path)))
+    return model.module, "converted" if parts else "guide", paths
+
+
+def _told(outputs: Outputs, model: nn.Module, paths: Paths) -> Outputs:
+    """By the path of what a module replaced, and its target: "h.0.attn (gru)"."""
+    told = {}
+    for name, value in outputs.items():
+        module, mark, turn = name.partition("#")
+        root, dot, below = module.partition(".")
+        if root in paths:
+            family = getattr(model.get_submodule(root), "family", None)
+            name = f"{paths[root][0]}{dot}{below}" + (f" ({family})" if family else "") + mark + turn
+        told[name] = value
+    return told
 
 
 def _keeper(by_gram: bool, flatten: Flatten, mask: torch.Tensor | None, layers: int) -> Keep:

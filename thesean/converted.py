@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -11,7 +12,9 @@ from torch import fx
 from thesean import artifact
 from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
+from thesean.report.benchmark import Benchmark
 from thesean.report.conversion import ConversionReport
+from thesean.report.environment import environment
 
 if TYPE_CHECKING:
     from thesean.deploy.export import ExportReport
@@ -75,16 +78,38 @@ class Converted:
             train_length=self.report.train_length,
         )
 
-    def benchmark(self, contexts: Sequence[int] = (64, 512, 2048), batch: int = 1, repeats: int = 20) -> dict[str, Any]:
-        """Median latency in onnxruntime, one thread, in ms: prefill at each context and, where the network carries a
-        state, one token after it. Networks without a time dimension have one figure, "forward".
+    def benchmark(
+        self, contexts: Sequence[int] = (64, 512, 2048), batch: int = 1, repeats: int = 20, guide: bool = True
+    ) -> Benchmark:
+        """Latency in onnxruntime, one thread: prefill at each context and, where the network carries a state, one token
+        after it. Networks without a time dimension have one figure, "forward". `print` it; as a mapping it has this
+        network's medians in ms.
+
+        guide: time the guide's own graph, `frontier[0]`, in the same turns; after `thesean.load` there is none, and the
+        result says so. Raises ExportError when this network can't be exported, MissingExtraError.
         """
         from thesean.deploy.timing.latency import benchmark
 
-        return benchmark(
-            self.module, self.signature, contexts=contexts, batch=batch, repeats=repeats,
+        beside = self.frontier[0].module if guide and self.frontier else None
+        found, note = benchmark(
+            self.module, self.signature, guide=beside, contexts=contexts, batch=batch, repeats=repeats,
             train_length=self.report.train_length,
         )  # fmt: skip
+        if guide and beside is None:
+            note = "the guide was not timed: it is at hand only for what `compile` returned"
+        spreads = {
+            name: {key: None if figure is None else asdict(figure) for key, figure in model.figures().items()}
+            for name, model in found.items()
+        }
+        return Benchmark(
+            converted=spreads["converted"],
+            guide=spreads.get("guide"),
+            contexts=tuple(contexts) if found["converted"].prefill else (),
+            batch=batch,
+            token_kinds={name: model.token_kind for name, model in found.items() if model.token_kind is not None},
+            environment=environment(),
+            note=note,
+        )
 
     def __repr__(self) -> str:
         replaced = ", ".join(sorted({p.target for p in self.plan.replaced}))

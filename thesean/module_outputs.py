@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,11 +18,17 @@ from thesean.distill.data import LABELS
 from thesean.errors import DataError, NumericalError, UnknownNameError
 
 
-def select_modules(model: nn.Module, globs: str | Sequence[str] | None, option: str) -> list[str]:
+def select_modules(
+    model: nn.Module,
+    globs: str | Sequence[str] | None,
+    option: str,
+    aliases: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> list[str]:
     """The names of the modules that the globs match, in the model's order; `*` is within a level, `**` any levels.
 
-    Without globs the blocks of the outermost nn.ModuleList, or every module with weights of its own. Raises
-    UnknownNameError for a glob that none matches, DataError where there is nothing to choose.
+    A glob may as well match one of a module's `aliases`, with what is below it. Without globs the blocks of the
+    outermost nn.ModuleList, or every module with weights of its own. Raises UnknownNameError for a glob that none
+    matches, DataError where there is nothing to choose.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     if isinstance(model, fx.GraphModule):
@@ -40,12 +47,24 @@ def select_modules(model: nn.Module, globs: str | Sequence[str] | None, option: 
         return found
     chosen: set[str] = set()
     for glob in [globs] if isinstance(globs, str) else globs:
-        matching = {name for name in modules if _matches(name.split("."), glob.split("."))}
+        matching = {
+            name
+            for name in modules
+            if any(_matches(known.split("."), glob.split(".")) for known in _names(name, aliases))
+        }
         if not matching:
-            some = ", ".join(list(modules)[:12]) + (", ..." if len(modules) > 12 else "")
-            raise UnknownNameError(f"{option}: no module of {type(model).__name__} matches {glob!r}. It has: {some}")
+            told = [" = ".join(reversed(_names(name, aliases)[:2])) for name in modules]
+            some = ", ".join(told[:12]) + (", ..." if len(told) > 12 else "")
+            whose = "the converted network" if aliases else type(model).__name__
+            raise UnknownNameError(f"{option}: no module of {whose} matches {glob!r}. It has: {some}")
         chosen |= matching
     return [name for name in modules if name in chosen]
+
+
+def _names(name: str, aliases: Mapping[str, Sequence[str]]) -> list[str]:
+    """The module's own name and the others that it goes by."""
+    root, dot, below = name.partition(".")
+    return [name, *(f"{alias}{dot}{below}" for alias in aliases.get(root, ()))]
 
 
 def _matches(levels: list[str], patterns: list[str]) -> bool:

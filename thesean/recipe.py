@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thesean.errors import TheseanError, unknown_name
 
+Positions = Literal["clamp", "wrap", "drop", "refuse"]
+
 
 class RecipeError(TheseanError, ValueError):
     """A recipe file that can't be read or a setting out of range."""
@@ -69,9 +71,9 @@ class Recipe(_Settings):
     fine_tuning: FineTuning = FineTuning()
     warmup: int = Field(default=20, ge=0)
     clip: float = Field(default=1.0, gt=0, description="gradient norm")
-    # Positions past the guide's table (a recurrence knows no end): "clamp" and "wrap" read the last or the next row,
-    # "drop" adds nothing, "refuse" leaves the guide's error.
-    positions: Literal["clamp", "wrap", "refuse"] = "clamp"
+    # Positions past the guide's table (a recurrence knows no end): "clamp" reads the last row, "wrap" begins again with
+    # the first, "drop" adds nothing, "refuse" leaves the guide's error.
+    positions: Positions = "clamp"
 
     @staticmethod
     def named(name: str) -> Recipe:

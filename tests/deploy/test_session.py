@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import thesean
 from tests import models
 from thesean.deploy.export import export
 from thesean.deploy.session import Session
@@ -54,6 +55,28 @@ def test_chunks_with_the_state_carried_equal_torch_on_the_whole_sequence(files):
         parts.append(outputs["logits"])
     np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=1e-4, atol=1e-4)
     assert state["state_in_2"].tolist() == [30]
+
+
+def test_dropped_positions_are_dropped_after_saving_and_in_the_file_in_one_step_or_many(tmp_path):
+    recipe = {**thesean.Recipe.named("fast").model_dump(), "positions": "drop"}
+    guide = models.gpt2(1)
+    compiled = thesean.compile(guide, "mingru", data=models.token_batches(), recipe=recipe, progress=False)
+    assert "positions past the guide's table: drop" in compiled.report.notes
+    loaded = thesean.load(compiled.save(tmp_path / "saved"))
+    ids_BT = models.tokens(2, 80)  # of a guide with 64 positions
+    with torch.no_grad():
+        expected = loaded(ids_BT).logits.numpy()
+        assert np.array_equal(compiled(ids_BT).logits.numpy(), expected)
+        assert (compiled(ids_BT).logits[:, :64] == compiled(ids_BT[:, :64]).logits).all()
+    session = Session(loaded.export(tmp_path / "m.onnx").path)
+    assert session.is_stateful
+    whole = session.run({"input_ids": ids_BT.numpy()})[0]["logits"]
+    np.testing.assert_allclose(whole, expected, rtol=1e-4, atol=1e-4)
+    state, parts = None, []
+    for piece in ids_BT.split([60, *[1] * 20], 1):
+        outputs, state = session.run({"input_ids": piece.numpy()}, state)
+        parts.append(outputs["logits"])
+    np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def greedy(module, prompt: list[int], count: int) -> list[int]:

@@ -31,6 +31,7 @@ class Counted(nn.Module):
         self.words = nn.Embedding(models.VOCABULARY, 2)
         self.table = nn.Embedding(ROWS, 2)
         self.register_buffer("ids", torch.arange(ROWS)[None])
+        self.register_buffer("buckets", torch.tensor([0, 1, 1, 2, 2, 2]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T = x.shape[1]
@@ -42,6 +43,14 @@ class Counted(nn.Module):
             at = self.table.weight[:T]
         elif self.form == "index":
             at = self.table.weight[torch.arange(T)]
+        elif self.form == "columns":
+            at = self.table.weight.T[:, torch.arange(T)].T
+        elif self.form == "select":
+            at = self.table.weight.T.index_select(1, torch.arange(T)).T
+        elif self.form == "gather":
+            at = self.table.weight.gather(0, torch.arange(T)[:, None].expand(T, 2))
+        elif self.form == "buckets":  # whole numbers that don't count
+            at = self.table(self.buckets[:T])
         elif self.form == "mask":  # counts what is visible
             visible = (x >= 0).long()
             at = self.table((visible.cumsum(1) * visible - 1).clamp(min=0))
@@ -56,19 +65,16 @@ def graph_of(form: str) -> tuple[fx.GraphModule, torch.Tensor]:
     return capture(guide, {"x": models.tokens(2, 3)}).graph_module, guide.table.weight.detach()
 
 
+FORMS = ["arange", "slice", "index", "columns", "select", "gather", "mask", "buffer"]
+
+ZEROS = ROWS  # a row of zeros, as the table's next one
 EXPECTED: dict[tuple[str, str], list[int]] = {
-    ("arange", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
-    ("arange", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+    **{(form, "clamp"): [0, 1, 2, 3, 4, 5, 5, 5] for form in FORMS},
+    **{(form, "wrap"): [0, 1, 2, 3, 4, 5, 0, 1] for form in FORMS},
+    **{(form, "drop"): [0, 1, 2, 3, 4, 5, ZEROS, ZEROS] for form in FORMS},
     ("from two", "clamp"): [2, 3, 4, 5, 5, 5, 5, 5],
     ("from two", "wrap"): [2, 3, 4, 5, 2, 3, 4, 5],
-    ("slice", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
-    ("slice", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
-    ("index", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
-    ("index", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
-    ("mask", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
-    ("mask", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
-    ("buffer", "clamp"): [0, 1, 2, 3, 4, 5, 5, 5],
-    ("buffer", "wrap"): [0, 1, 2, 3, 4, 5, 0, 1],
+    ("from two", "drop"): [2, 3, 4, 5, ZEROS, ZEROS, ZEROS, ZEROS],
 }
 
 
@@ -77,12 +83,11 @@ def test_steps_past_the_table_read_the_rows_that_the_mode_says(form, mode):
     module, table = graph_of(form)
     assert BoundPositions(mode)(module).modified
     found = module(x=models.tokens(2, 8))
-    torch.testing.assert_close(found[0], table[EXPECTED[form, mode]], rtol=0, atol=0)
+    rows = torch.cat([table, torch.zeros(1, 2)])
+    torch.testing.assert_close(found[0], rows[EXPECTED[form, mode]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("form", "rows"), [("arange", 6), ("from two", 4), ("slice", 6), ("buffer", 6), ("index", 6), ("mask", 6)]
-)
+@pytest.mark.parametrize(("form", "rows"), [*((form, 6) for form in FORMS), ("from two", 4)])
 def test_the_table_tells_how_long_a_sequence_may_be(form, rows):
     module, _ = graph_of(form)
     assert table_rows(module) == rows
@@ -94,7 +99,7 @@ def test_the_table_tells_how_long_a_sequence_may_be(form, rows):
 
 
 @pytest.mark.parametrize("guide", [models.gpt2, models.bert])
-@pytest.mark.parametrize("mode", ["clamp", "wrap"])
+@pytest.mark.parametrize("mode", ["clamp", "wrap", "drop"])
 def test_lengths_inside_the_table_give_the_same_numbers_bit_for_bit(guide, mode):
     captured = capture(guide(), {"input_ids": models.tokens()})
     inputs = {"input_ids": models.tokens(3, 64)}
@@ -139,7 +144,16 @@ def test_indices_from_the_callers_data_are_not_bounded():
         module(x=torch.full((2, 3), models.VOCABULARY))
 
 
+def test_nothing_is_dropped_from_a_table_in_which_no_row_adds_nothing():
+    module, _ = graph_of("buckets")
+    before = str(module.graph)
+    with pytest.raises(PassRefused, match=r"reads a table of torch.int64, which has no .* Use positions 'clamp'"):
+        BoundPositions("drop")(module)
+    assert str(module.graph) == before
+    assert BoundPositions("clamp")(module).modified
+
+
 def test_an_unknown_mode_is_refused():
     module, _ = graph_of("arange")
-    with pytest.raises(PassRefused, match="expected one of clamp, wrap, refuse, found 'drop'"):
-        BoundPositions("drop")(module)  # type: ignore[arg-type]
+    with pytest.raises(PassRefused, match="expected one of clamp, wrap, drop, refuse, found 'drp'"):
+        BoundPositions("drp")(module)  # type: ignore[arg-type]

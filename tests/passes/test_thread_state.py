@@ -105,9 +105,10 @@ def test_without_its_state_a_chunk_differs():
     assert (forgetful - whole).abs().max() > 1e-2
 
 
-def test_positions_go_on_counting_past_the_table_when_they_are_bounded():
+@pytest.mark.parametrize("mode", ["wrap", "drop"])
+def test_positions_go_on_counting_past_the_table_when_they_are_bounded(mode):
     stateless, captured = converted(models.gpt2(), ids())
-    assert BoundPositions("wrap")(stateless).modified
+    assert BoundPositions(mode)(stateless).modified
     threaded = ThreadState(captured.signature)(stateless).graph_module
     inputs = {"input_ids": models.tokens(2, 100)}
     pieces, states = run_in_chunks(threaded, captured.signature, inputs, zero_states(threaded, 2), (60, 1, 39))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from thesean.choose.candidates import Candidates
 from thesean.choose.constraints import Constraints
@@ -26,6 +25,7 @@ from thesean.passes.graph.surgery import clone
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.sites import build_site
+from thesean.recipe import Positions
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class PlanTimer:
     candidates: Candidates
     constraints: Constraints
     length: int | None  # of the training sequences; None where there is no time
-    positions: Literal["clamp", "wrap", "refuse"] = "clamp"  # past the guide's table, as in the recipe
+    positions: Positions = "clamp"  # past the guide's table, as in the recipe
     _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -15,7 +15,14 @@ from torch.utils import _pytree as pytree
 
 from thesean.errors import PassRefused
 from thesean.passes.analyse.chunks import Difference, join, run_in_chunks, same_in_chunks
-from thesean.passes.analyse.positions import Counter, Table, counters, prefix_dim, table_rows, tables
+from thesean.passes.analyse.positions import (
+    Counter,
+    Table,
+    counters,
+    table_dim,
+    table_rows,
+    tables,
+)
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.modes import evaluating
@@ -115,7 +122,7 @@ class ThreadState(Pass):
         """Add the steps so far to every count; returns the node that holds them after this chunk."""
         graph = graph_module.graph
         device = torch.device(_device(graph_module))
-        dims = {table.reader: prefix_dim(table, graph_module) for table in sliced}  # while the graph is readable
+        dims = {table.reader: table_dim(table, graph_module) for table in sliced}  # while the graph is readable
         for counter in counted:
             with graph.inserting_before(counter.node.next):
                 offset = steps_so_far

@@ -8,10 +8,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
+import thesean
 from tests import models
 from thesean.deploy.export import export
+from thesean.deploy.timing import latency
 from thesean.deploy.timing.latency import benchmark, latency_of_models, measure
+from thesean.errors import ExportError
 from thesean.passes.bound_positions import BoundPositions
 
 
@@ -20,9 +24,9 @@ def test_calls_take_turns_and_percentiles_are_in_order():
     found = measure({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, repeats=6)
     order = [turns[0], *(b for a, b in itertools.pairwise(turns) if a != b)]
     assert order == ["a", "b"] * 7  # the warm-up and six turns
-    for latency in found.values():
-        assert latency.repeats == 6
-        assert 0 <= latency.p20_ms <= latency.median_ms <= latency.p80_ms
+    for figures in found.values():
+        assert figures.repeats == 6
+        assert 0 <= figures.p20_ms <= figures.median_ms <= figures.p80_ms
 
 
 def test_time_that_is_over_leaves_five_repeats():
@@ -44,14 +48,69 @@ def test_a_file_with_state_steps_and_one_without_recomputes_as_far_as_its_table_
     assert rnn.prefill[128].median_ms > rnn.token[128].median_ms > 0
 
 
-def test_a_network_without_time_has_one_figure(convert):
-    module, captured = convert(models.resnet(), {"image": models.vectors(2, 1, 8, 8)}, "mlp")
-    found = benchmark(module, captured.signature, repeats=5)
+def test_a_converted_network_is_timed_beside_its_guide_and_alone_after_loading(tmp_path, monkeypatch):
+    turns = watched_turns(monkeypatch)
+    data = [models.vectors(8, 8, seed=k) for k in range(4)]
+    converted = thesean.compile(models.mlp(), "mlp", data=data, recipe="fast", progress=False)
+    found = converted.benchmark(repeats=5)
     assert list(found) == ["forward"]
     assert found["forward"] > 0
+    assert found.guide is not None
+    for column in (found.converted, found.guide):
+        figures = column["forward"]
+        assert figures is not None
+        assert 0 < figures["p20_ms"] <= figures["median_ms"] <= figures["p80_ms"]
+        assert figures["repeats"] == 5
+    assert found.environment["torch"] == torch.__version__
+    assert (found.contexts, found.token_kinds, found.note) == ((), {}, "")
+    assert turns == [["converted", "guide"]]
+    alone = thesean.load(converted.save(tmp_path / "saved")).benchmark(repeats=5)
+    assert (alone.guide, alone.note) == (
+        None,
+        "the guide was not timed: it is at hand only for what `compile` returned",
+    )
+    assert converted.benchmark(repeats=5, guide=False).note == ""
+    assert turns[1:] == [["converted"], ["converted"]]
+
+
+def watched_turns(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Which files are timed together, call by call."""
+    turns: list[list[str]] = []
+
+    def watched(calls, *settings):
+        turns.append(list(calls))
+        return measure(calls, *settings)
+
+    monkeypatch.setattr(latency, "measure", watched)
+    return turns
+
+
+def test_a_guide_that_cannot_be_exported_is_told_and_the_other_one_timed(convert, monkeypatch):
+    module, captured = convert(models.mlp(), {"input": models.vectors(3, 8)}, "mlp")
+
+    def refusing(graph_module, *arguments, **settings):
+        if graph_module is captured.graph_module:
+            raise ExportError("no such operator.")
+        return export(graph_module, *arguments, **settings)
+
+    monkeypatch.setattr(latency, "export", refusing)
+    found, note = benchmark(module, captured.signature, guide=captured.graph_module, repeats=5)
+    assert list(found) == ["converted"]
+    assert note == "the guide was not timed: no such operator."
+
+
+def test_a_converted_network_carries_a_state_where_its_guide_reads_all_again():
+    converted = thesean.compile(models.gpt2(1), "mingru", data=models.token_batches(), recipe="fast", progress=False)
+    found = converted.benchmark([8, 80], repeats=5)
+    assert found.token_kinds == {"converted": "state", "guide": "recompute"}
+    assert list(found) == ["prefill_8", "prefill_80", "token_8", "token_80"]
+    assert found.guide is not None
+    assert found.guide.keys() == found.converted.keys()
+    assert (found.contexts, found.batch) == ((8, 80), 1)
 
 
 @pytest.mark.slow
 def test_an_encoder_has_prefill_figures_alone(convert):
     module, captured = convert(models.bert(), {"input_ids": models.tokens()}, "gru")
-    assert set(benchmark(module, captured.signature, contexts=(8, 16), repeats=5)) == {"prefill_8", "prefill_16"}
+    found, _ = benchmark(module, captured.signature, contexts=(8, 16), repeats=5)
+    assert set(found["converted"].medians_ms()) == {"prefill_8", "prefill_16"}

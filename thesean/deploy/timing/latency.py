@@ -17,7 +17,7 @@ from torch import fx
 
 from thesean.deploy.export import export
 from thesean.deploy.session import Arrays, Session
-from thesean.errors import DataError
+from thesean.errors import DataError, ExportError
 from thesean.passes.graph.signature import Signature
 
 CONTEXTS = (64, 512, 2048)
@@ -54,13 +54,17 @@ class FileTimings:
     token_kind: str | None
     forward: Timing | None = None
 
-    def medians_ms(self) -> dict[str, float | None]:
-        """`{"prefill_64": 1.2, "token_64": 0.1}`, or `{"forward": 0.3}`."""
+    def figures(self) -> dict[str, Timing | None]:
+        """By "prefill_64" and "token_64", or "forward"."""
         figures: dict[str, Timing | None] = {f"prefill_{c}": v for c, v in self.prefill.items()}
         figures |= {f"token_{c}": v for c, v in self.token.items()}
         if self.forward is not None:
             figures["forward"] = self.forward
-        return {k: None if v is None else v.median_ms for k, v in figures.items()}
+        return figures
+
+    def medians_ms(self) -> dict[str, float | None]:
+        """`{"prefill_64": 1.2, "token_64": 0.1}`, or `{"forward": 0.3}`."""
+        return {k: None if v is None else v.median_ms for k, v in self.figures().items()}
 
 
 def measure(
@@ -136,19 +140,27 @@ def benchmark(
     graph_module: fx.GraphModule,
     signature: Signature,
     *,
+    guide: fx.GraphModule | None = None,
     contexts: Sequence[int] = CONTEXTS,
     batch: int = 1,
     repeats: int = 20,
     train_length: int | None = None,
-) -> dict[str, float | None]:
-    """Median milliseconds of one module in onnxruntime, one thread, keyed as `FileTimings.medians_ms` does.
+) -> tuple[dict[str, FileTimings], str]:
+    """Both modules in onnxruntime, in the same turns: "converted" and "guide", and why the guide is not among them.
 
     Raises ExportError when the module can't be exported and MissingExtraError.
     """
+    note = ""
     with tempfile.TemporaryDirectory() as folder:
-        report = export(graph_module, signature, Path(folder) / "model.onnx", train_length=train_length)
-        found = latency_of_models({"model": report.path}, signature, contexts, batch, repeats)
-    return found["model"].medians_ms()
+        paths = {
+            "converted": export(graph_module, signature, f"{folder}/converted.onnx", train_length=train_length).path
+        }
+        if guide is not None:
+            try:
+                paths["guide"] = export(guide, signature, f"{folder}/guide.onnx", train_length=train_length).path
+            except ExportError as error:
+                note = f"the guide was not timed: {error}"
+        return latency_of_models(paths, signature, contexts, batch, repeats), note
 
 
 def random_feeds(signature: Signature, batch: int, length: int | None) -> Arrays:

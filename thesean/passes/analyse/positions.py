@@ -238,8 +238,21 @@ def _is_bounded(graph_module: fx.GraphModule, indices: Any, rows: int, first: in
     return beyond is not None and bool(beyond.max() < rows)
 
 
-def prefix_dim(table: Table, graph_module: fx.GraphModule) -> int:
-    """The dimension along which a slice reads its table."""
-    source = table.reader.args[0]
-    assert isinstance(source, fx.Node)
-    return _dim(table.reader, size_values(graph_module, _SHORT)(source))
+def rows_of(table: Table, graph_module: fx.GraphModule) -> torch.Tensor:
+    """The table itself."""
+    value = size_values(graph_module, _SHORT)(table.reader.args[0])  # type: ignore[arg-type]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def table_dim(table: Table, graph_module: fx.GraphModule) -> int:
+    """The dimension of the table along which it is read."""
+    value = rows_of(table, graph_module)
+    return _dim(table.reader, value) if table.argument is None else _indexed_dim(table.reader, value)
+
+
+def dims_behind(table: Table, graph_module: fx.GraphModule) -> int:
+    """How many dimensions follow those of the positions in what the reader gives."""
+    if table.reader.target is aten.gather.default:  # whose indices have all dimensions
+        return 0
+    return rows_of(table, graph_module).ndim - table_dim(table, graph_module) - 1
