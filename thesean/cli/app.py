@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +48,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"thesean {metadata.version('thesean')}")
+        typer.echo(f"thesean {thesean.__version__}")
         raise typer.Exit
 
 
