@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from thesean.passes.graph.signature import InputSpec
 from thesean.passes.plan.rows import PlanLatency, PlannedPart, PlanRows, ProbedCandidate
@@ -73,9 +74,20 @@ def test_the_index_names_every_page():
 def test_the_formats_page_names_every_field(heading: str, kinds: tuple[type, ...]):
     section = prose(ROOT / "docs" / "formats.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     for kind in kinds:
-        names = kind.model_fields if issubclass(kind, (Recipe.__base__,)) else [f.name for f in fields(kind)]
+        names = kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in fields(kind)]
         for name in names:
             assert f"`{name}`" in section, f"{kind.__name__}.{name}"
+
+
+def test_the_formats_page_tells_every_default_of_a_recipe():
+    section = prose(ROOT / "docs" / "formats.md").split("\n## recipe.yaml\n")[1].split("\n## ")[0]
+    for kind in (Recipe, ClosedForm, Alignment, FineTuning):
+        for name, field in kind.model_fields.items():
+            value = field.default
+            told = (
+                str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+            )
+            assert f"| `{name}` | {'' if isinstance(value, BaseModel) else f'{told} '}|" in section
 
 
 def test_the_architecture_page_names_every_folder_of_the_package():
