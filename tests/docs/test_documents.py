@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -71,7 +72,7 @@ def test_the_index_names_every_page():
         ("report.json of a comparison", (Row,)),
     ],
 )
-def test_the_formats_page_names_every_field(heading: str, kinds: tuple[type, ...]):
+def test_the_formats_page_names_every_field(heading: str, kinds: tuple[Any, ...]):
     section = prose(ROOT / "docs" / "formats.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     for kind in kinds:
         names = kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in fields(kind)]
