@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What an installer is asked for. The import and the command are `thesean`, but on the package index that name is
+# another project's, with a `thesean` command of its own.
+DISTRIBUTION = "thesean-compiler"
+
 
 class TheseanError(Exception):
     """The base of every error that Thesean raises on purpose."""
@@ -53,7 +57,7 @@ class MissingExtraError(TheseanError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed. Install it with: pip install 'thesean[{extra}]'")
+        super().__init__(f"{package} is not installed. Install it with: pip install '{DISTRIBUTION}[{extra}]'")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:

@@ -251,7 +251,7 @@ def test_a_place_that_can_not_be_written_is_told_before_anything_is_exported(gru
 def test_a_missing_package_is_named_with_its_extra(gru, tmp_path, monkeypatch):
     module, captured = gru
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(MissingExtraError, match=r"onnxscript is not installed.*thesean\[onnx\]"):
+    with pytest.raises(MissingExtraError, match=r"onnxscript is not installed.*thesean-compiler\[onnx\]"):
         export(module, captured.signature, tmp_path / "m.onnx")
 
 

@@ -66,5 +66,5 @@ def test_the_heatmap_is_a_picture_with_more_than_one_colour(tmp_path, size):
 
 def test_without_matplotlib_the_plot_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'thesean\[report\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'thesean-compiler\[report\]'"):
         comparison().plot(tmp_path / "heatmap.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +46,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"thesean {metadata.version('thesean')}")
+        typer.echo(f"thesean {thesean.__version__}")
         raise typer.Exit
 
 

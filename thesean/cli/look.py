@@ -20,6 +20,7 @@ from thesean.report import markdown_table, read_report, render
 from thesean.report.report_json import report_rows
 from thesean.similarity import get_measure
 from thesean.targets import get_family
+from thesean.targets.shared.describe_options import describe_options
 
 # `thesean bench` hands its words on as they are
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -117,8 +118,7 @@ def targets(
         if family.options.__doc__:
             typer.echo(" ".join(family.options.__doc__.split()))
         rows = {
-            f"{key}={_default(field.default)}": " ".join(filter(None, [_type(field.annotation), field.description]))
-            for key, field in family.options.model_fields.items()
+            f"{o.name}={o.default}": f"{o.type}: {o.told}".removesuffix(": ") for o in describe_options(family.options)
         }
         if rows:
             _print("option", "what it takes", rows)
@@ -162,12 +162,3 @@ def _print(first: str, second: str, rows: dict[str, str]) -> None:
     for name, told in sorted(rows.items()):
         table.add_row(name, told)
     Console().print(table)
-
-
-def _default(value: Any) -> str:
-    return "(needed)" if "Undefined" in type(value).__name__ else str(value)
-
-
-def _type(annotation: Any) -> str:
-    """ "int | None" as "int"; None says that the default is the part's own."""
-    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "").replace(" | None", "")

@@ -47,7 +47,7 @@ def test_a_file_beside_the_reference_registers_a_kernel(doubling_kernel, monkeyp
 def test_a_kernel_without_triton_says_which_extra_to_install(doubling_kernel, monkeypatch):
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert choose("auto", doubling_kernel, torch.device("cuda")) == "torch"
-    with pytest.raises(MissingExtraError, match=r"pip install 'thesean\[kernels\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'thesean-compiler\[kernels\]'"):
         choose("triton", doubling_kernel)
 
 

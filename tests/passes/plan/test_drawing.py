@@ -117,5 +117,5 @@ def test_a_png_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("matplotlib")
     assert PLAN.draw(tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"thesean\[report\]"):
+    with pytest.raises(MissingExtraError, match=r"thesean-compiler\[report\]"):
         PLAN.draw(tmp_path / "plan.png")

@@ -1,0 +1,236 @@
+"""Write docs/targets.md and docs/measures.md from the families and measures themselves.
+
+python docs/generate.py            # rewrites both
+python docs/generate.py --check    # exit 1 when one is stale
+
+B batch, T time, D width of the part, H heads
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thesean.errors import TargetMismatchError
+from thesean.similarity import Measure
+from thesean.targets import Affine, AttentionFacts, Family, Options, PartFacts, Target, TargetModule, build_module
+from thesean.targets.shared.describe_options import describe_options, type_name, value_text
+
+DOCS = Path(__file__).resolve().parent
+
+WIDTH, HEADS, LENGTH = 256, 4, 128  # of the attention whose replacements' states are told
+
+
+def targets_page() -> str:
+    """Every family that comes with Thesean: what it is, what it replaces, its state and its options."""
+    families = list(_registered("thesean.targets", "TARGET", Family))
+    states = {family.name: state_of(family) for family in families}
+    overview = _table(
+        ("target", "what it is", "replaces", "carried state"),
+        [(f"[`{f.name}`](#{f.name})", f.summary, _replaces(f), states[f.name]) for f in families],
+    )
+    return "\n".join(
+        [
+            *_opening("Targets", "thesean/targets/"),
+            *_prose(
+                f"""The {len(families)} architectures that a part can become. `thesean.compile(model, target=NAME)`
+                takes the defaults, `thesean.Target(NAME, option=value)` others. On the command line it is
+                `--target NAME:option=value,option=value`, and `thesean targets` lists the names. How to bring one of
+                your own is told in the [guide](guide.md#a-target-of-your-own)."""
+            ),
+            *_prose(
+                """"Replaces" is the default: "mixing" takes what mixes over time, such as an attention, and leaves
+                token-wise MLPs to the guide; "token-wise" takes those and leaves the rest; "part" takes the whole part;
+                "members" drops all members of a merged part but one. `Target(NAME, scope="part")` makes a recurrent
+                family replace whole blocks: its module then becomes a residual block with a LayerNorm in front,
+                y = x + core(LayerNorm(x)), which is what the options `residual` and `norm` say."""
+            ),
+            *_prose(
+                f""""Carried state" is what each sequence carries from step to step, as a shape, where the target
+                replaces a causal attention of width {WIDTH} with {HEADS} heads. A bidirectional part carries none."""
+            ),
+            *overview,
+            *(line for family in families for line in _family(family, states[family.name])),
+        ]
+    )
+
+
+def measures_page() -> str:
+    """Every measure: what it takes, which way it goes, and its formula."""
+    measures = sorted(_registered("thesean.similarity", "MEASURE", Measure), key=lambda m: m.name)
+    blind = any(getattr(m, "blind_to", None) for m in measures)
+    heads = ["measure", "what it is", "trains", "same width", "better", "examples", *(["blind to"] if blind else [])]
+    rows = [
+        (
+            f"[`{m.name}`](#{m.name})",
+            m.summary,
+            "yes" if m.differentiable else "no",
+            "yes" if m.same_width else "no",
+            "higher" if m.higher_is_better else "lower",
+            str(m.min_examples),
+            *([_listed(getattr(m, "blind_to", ())) or "nothing"] if blind else []),
+        )
+        for m in measures
+    ]
+    return "\n".join(
+        [
+            *_opening("Measures", "thesean/similarity/"),
+            *_prose(
+                f"""The {len(measures)} measures that `thesean.similarity(x, y, measure=NAME)`, `thesean.compare` and a
+                recipe's `alignment: {{measure: NAME}}` take. x and y are activations of the same examples, (N, ...)
+                each; `thesean.similarity.get_measure(NAME)` is the measure itself. Its `loss(x, y)` is 0 for equal
+                activations and never below, whichever way the value goes; a measure that doesn't train has none."""
+            ),
+            *_prose(
+                """"Trains": it has a gradient. "Same width": x and y must have as many features. "Examples": the least
+                number of rows."""
+            ),
+            *_table(heads, rows),
+            *(line for measure in measures for line in _measure(measure)),
+        ]
+    )
+
+
+def state_of(family: Family) -> str:
+    """The shape of what one sequence carries, "none" for a module that carries nothing."""
+    for time in ("time", LENGTH):  # a mixer is for one fixed length
+        try:
+            module = build_module(Target(family.name), attention_part(time))
+        except TargetMismatchError:
+            continue
+        if not isinstance(module, TargetModule) or not module.stateful:
+            return "none"
+        state = module.initial_state(torch.zeros(1, 1, WIDTH))
+        tensors = state if isinstance(state, tuple) else (state,)
+        return " and ".join(" x ".join(map(str, tensor.shape[1:])) for tensor in tensors)
+    return "none"
+
+
+def attention_part(time: int | str) -> PartFacts:
+    """A causal attention with projections to copy, as the analysis of a guide would find it."""
+    generator = torch.Generator().manual_seed(0)  # equal heads would be read as grouped ones
+    projection = Affine(torch.randn(WIDTH, WIDTH, generator=generator), torch.zeros(WIDTH))
+    return PartFacts(
+        path="attention",
+        input_shape=("batch", time, WIDTH),
+        output_shape=("batch", time, WIDTH),
+        mixing="causal",
+        params=4 * WIDTH * (WIDTH + 1),
+        attention=AttentionFacts(
+            heads=HEADS,
+            scale=(WIDTH / HEADS) ** -0.5,
+            query=projection,
+            key=projection,
+            value=projection,
+            output=projection,
+            plain=True,
+        ),
+        is_branch=True,
+    )
+
+
+def _family(family: Family, state: str) -> list[str]:
+    fields = family.options.model_fields
+    lines = [
+        "",
+        f"## {family.name}",
+        "",
+        f"{_sentence(family.summary)} Replaces: {_replaces(family)}. Carried state: {state}.",
+    ]
+    module = family.module
+    if module is not TargetModule:
+        lines += ["", *_text(module.__doc__)]
+    if family.options is not Options:
+        lines += ["", *_text(family.options.__doc__)]
+    if fields:
+        rows = [(f"`{o.name}`", f"`{o.type}`", f"`{o.default}`", o.told) for o in describe_options(family.options)]
+        lines += ["", *_table(("option", "type", "default", ""), rows)]
+    return lines
+
+
+def _replaces(family: Family) -> str:
+    return "the part, dropped" if family.removes else family.scope
+
+
+def _measure(measure: Measure) -> list[str]:
+    function: Any = inspect.unwrap(measure.value)
+    fixed: set[str] = set()
+    while isinstance(function, functools.partial):
+        fixed |= function.keywords.keys()
+        function = function.func
+    hints = typing.get_type_hints(function)
+    options = [p for p in list(inspect.signature(function).parameters.values())[2:] if p.name not in fixed]
+    lines = ["", f"## {measure.name}", "", _sentence(measure.summary), "", *_text(function.__doc__)]
+    if options:
+        rows = [(f"`{p.name}`", f"`{type_name(hints[p.name])}`", f"`{value_text(p.default)}`") for p in options]
+        lines += ["", *_table(("option", "type", "default"), rows)]
+    return lines
+
+
+def _registered(package: str, name: str, kind: type) -> Iterator[Any]:
+    """What the files of a folder define, in the order of their names; what users registered stands elsewhere."""
+    folder = importlib.import_module(package)
+    for info in pkgutil.iter_modules(folder.__path__):
+        found = getattr(importlib.import_module(f"{package}.{info.name}"), name, None)
+        if isinstance(found, kind):
+            yield found
+
+
+def _text(docstring: str | None) -> list[str]:
+    """A docstring as it stands: its formulas are plain text, which Markdown would read as emphasis."""
+    return ["```text", *inspect.cleandoc(docstring or "").splitlines(), "```"]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (heads, ["---"] * len(heads), *rows))
+    return [f"| {line} |" for line in body]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names))
+
+
+def _opening(title: str, source: str) -> list[str]:
+    return [f"<!-- made by `python docs/generate.py` from {source} -->", "", f"# {title}", ""]
+
+
+def _prose(text: str) -> list[str]:
+    return [*textwrap.wrap(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False), ""]
+
+
+PAGES: dict[str, Callable[[], str]] = {"targets.md": targets_page, "measures.md": measures_page}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write docs/targets.md and docs/measures.md from the registries.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is stale")
+    chosen = parser.parse_args(arguments)
+    stale = []
+    for name, make in PAGES.items():
+        path, text = DOCS / name, make() + "\n"
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not chosen.check:
+            path.write_text(text, encoding="utf-8")
+    print(f"stale: {', '.join(stale)}: run python docs/generate.py" if stale and chosen.check else "up to date")
+    return int(bool(stale) and chosen.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

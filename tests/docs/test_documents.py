@@ -1,0 +1,98 @@
+"""What a reader meets: short pages, links that lead somewhere, words that the code still has."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from thesean.passes.graph.signature import InputSpec
+from thesean.passes.plan.rows import PlanLatency, PlannedPart, PlanRows, ProbedCandidate
+from thesean.recipe import Alignment, ClosedForm, FineTuning, Recipe
+from thesean.report.conversion import ConversionReport, StageRow
+from thesean.report.table import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")])
+
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def prose(document: Path) -> str:
+    return _FENCED.sub("", document.read_text(encoding="utf-8"))
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings as links name them: lower case, without punctuation, dashes for spaces."""
+    heads = re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_readme_is_short_and_has_one_table_of_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 8000
+    assert re.findall(r"<!-- table:([\w-]+) -->", text) == ["demo"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(document: Path):
+    for link in _LINK.findall(prose(document)):
+        path, _, anchor = link.partition("#")
+        assert "://" not in path, f"{link}: say its number or its name"
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), link
+        assert found.is_relative_to(ROOT)
+        assert not anchor or anchor in anchors(found), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_of_the_package_that_a_document_names_exist(document: Path):
+    for name in re.findall(r"\b(?:thesean|benchmarks|examples|tests|docs)/[\w/.-]*\w", document.read_text("utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index
+
+
+@pytest.mark.parametrize(
+    ("heading", "kinds"),
+    [
+        ("graph.json", (InputSpec,)),
+        ("plan.yaml", (PlanRows, PlannedPart, PlanLatency, ProbedCandidate)),
+        ("recipe.yaml", (Recipe, ClosedForm, Alignment, FineTuning)),
+        ("report.json of a conversion", (ConversionReport, StageRow)),
+        ("report.json of a comparison", (Row,)),
+    ],
+)
+def test_the_formats_page_names_every_field(heading: str, kinds: tuple[Any, ...]):
+    section = prose(ROOT / "docs" / "formats.md").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    for kind in kinds:
+        names = kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in fields(kind)]
+        for name in names:
+            assert f"`{name}`" in section, f"{kind.__name__}.{name}"
+
+
+def test_the_formats_page_tells_every_default_of_a_recipe():
+    section = prose(ROOT / "docs" / "formats.md").split("\n## recipe.yaml\n")[1].split("\n## ")[0]
+    for kind in (Recipe, ClosedForm, Alignment, FineTuning):
+        for name, field in kind.model_fields.items():
+            value = field.default
+            told = (
+                str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+            )
+            assert f"| `{name}` | {'' if isinstance(value, BaseModel) else f'{told} '}|" in section
+
+
+def test_the_architecture_page_names_every_folder_of_the_package():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    folders = (p for p in (ROOT / "thesean").rglob("*") if p.is_dir() and p.name != "__pycache__")
+    for folder in folders:
+        assert f"{folder.relative_to(ROOT)}/" in text
