@@ -19,6 +19,7 @@ def test_targets_tells_the_options_of_one_family() -> None:
     assert result.exit_code == 0, result.output
     assert "linear-attention: gated, normalised" in result.output
     assert "replaces: mixing" in result.output
+    assert "tuple[float, float] | None" in " ".join(result.output.split())
     for option in ("window", "kv_heads", "memory", "sharpness"):
         assert f"\n{option}" in result.output
     assert "did you mean 'gru'" in error_of(run("targets", "gruu"))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import thesean
@@ -160,5 +161,5 @@ def _print(first: str, second: str, rows: dict[str, str]) -> None:
     table.add_column(first, style="bold", no_wrap=True)
     table.add_column(second)
     for name, told in sorted(rows.items()):
-        table.add_row(name, told)
+        table.add_row(escape(name), escape(told))  # a type's brackets are no markup
     Console().print(table)
