@@ -24,7 +24,8 @@ from thesean.deploy.timing.latency import latency_of_models
 from thesean.report import Row, environment, render, write_report
 
 STEPS = 300
-# Each method at its own best rate of (5e-4, 1e-3, 2e-3, 4e-3), mean of three seeds: benchmarks/results/digits.json
+# Of (5e-4, 1e-3, 2e-3, 4e-3), three seeds each, this is the baselines' best rate; the conversion's is half of it, by
+# less than seeds differ: benchmarks/results/digits.json
 RATES = {"converted": 1e-3, "scratch": 1e-3, "distillation": 1e-3}
 
 
