@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS := onnx,hf,report,auto,demo,kernels,dev
 GUIDE ?= carried
+BENCH ?=
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels-interpret kernels-check lint bench bench-similarity install clean
+.PHONY: demo test kernels-interpret kernels-check lint bench install clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -22,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo_gpt2.py $(if $(filter train,$(GUIDE)),--guide train)
-	$(BIN)/python examples/demo_digits.py
+	$(BIN)/python -m examples.demo_gpt2 $(if $(filter train,$(GUIDE)),--guide train)
+	$(BIN)/python -m examples.demo_digits
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -37,7 +38,7 @@ kernels-interpret: $(STAMP)
 
 # Compiles every Triton kernel for GPUs that need not be here; the first run takes a minute.
 kernels-check: $(STAMP)
-	$(BIN)/python benchmarks/kernels_check.py
+	$(BIN)/python -m benchmarks kernels_aot
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -45,15 +46,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# `make bench BENCH="latency --quick"`, `make bench BENCH=--list`: what `python -m benchmarks` takes.
 bench: $(STAMP)
-	@mkdir -p build/bench
-	@set -e; found=; for script in benchmarks/bench_*.py; do test -f "$$script" || continue; found=1; \
-		echo "$$script"; $(BIN)/python "$$script" --out "build/bench/$$(basename "$$script" .py).json"; done; \
-		test -n "$$found" || { echo "bench: no benchmarks/bench_*.py to run" >&2; exit 1; }
-
-# Times CKA against the usual code; quiet machines give the committed figures.
-bench-similarity: $(STAMP)
-	$(BIN)/python benchmarks/bench_similarity.py --out benchmarks/results/similarity.json
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """The first half of `make demo`: a trained character-level GPT-2 becomes a recurrent network, verified in onnxruntime.
 
-    python examples/demo_gpt2.py [--out build/demo] [--guide FOLDER | --guide train] [--steps 250]
+    python -m examples.demo_gpt2 [--out build/demo] [--guide FOLDER | --guide train] [--steps 250]
 
 Converts the guide, trains the same recurrent network from scratch and by plain logit distillation for as many steps,
 exports all of them, generates text from the ONNX file alone, and prints the table.
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from rich.console import Console
 from transformers import GPT2LMHeadModel
 
 import thesean
-from cached_gpt2 import cached_step, export_cached_step
-from text import Windows, corpus, decode, encode, held_out_windows
+from examples.cached_gpt2 import cached_step, export_cached_step
+from examples.text import Windows, corpus, decode, encode, held_out_windows
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import latency_of_models, measure
 from thesean.report import Row, environment, render, write_report
@@ -34,15 +35,15 @@ CONTEXTS = (64, 512, 2048)
 # Each method at its own best rate of (1e-3, 2e-3, 4e-3): benchmarks/results/recipes.json
 BASELINE_RATES = {"scratch": 2e-3, "distillation": 2e-3}
 PROMPT = "def __init__(self"
-GENERATED = 200
 
 
-def load_guide(where: str, out: Path) -> GPT2LMHeadModel:
+def load_guide(where: str, out: Path = Path("build/demo")) -> GPT2LMHeadModel:
     """The committed guide, one from a folder, or one trained now (20 minutes)."""
     folder = HERE / "guide" if where == "committed" else Path(where)
     if where == "train":
         folder = out / "guide"
-        subprocess.run([sys.executable, str(HERE / "train_guide.py"), "--out", str(folder)], check=True)
+        command = [sys.executable, "-m", "examples.train_guide", "--out", str(folder.resolve())]
+        subprocess.run(command, check=True, cwd=HERE.parent)
     return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -56,53 +57,57 @@ def greedy(converted: thesean.Converted, prompt: list[int], count: int) -> list[
     return tokens[0, len(prompt) :].tolist()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build/demo"))
-    parser.add_argument("--guide", default="committed", help="'committed', 'train', or a Hugging Face folder")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
-    console = Console()
-    options.out.mkdir(parents=True, exist_ok=True)
+def demo(
+    guide: GPT2LMHeadModel,
+    out: Path,
+    *,
+    steps: int = 250,
+    seed: int = 0,
+    contexts: Sequence[int] = CONTEXTS,
+    every: int = 2,
+    characters: int = 200,
+) -> Path:
+    """Convert, compare, export and save into the folder `out`; the path of its report.json.
 
-    guide = load_guide(options.guide, options.out)
-    data = Windows(corpus(held_out=False), batches=max(16, options.steps), seed=options.seed)
-    recipe = thesean.Recipe.named("default").model_copy(update={"steps": options.steps})
+    One in `every` held-out windows is judged, `characters` are generated. Exits when onnxruntime writes another text.
+    """
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    data = Windows(corpus(held_out=False), batches=max(16, steps), seed=seed)
+    recipe = thesean.Recipe.named("default").model_copy(update={"steps": steps})
     arguments: dict[str, Any] = dict(
-        target="rnn", granularity="sublayer", data=data, eval_data=held_out_windows()[::2],
-        loss=thesean.cross_entropy, metric=thesean.accuracy, recipe=recipe, seed=options.seed,
+        target="rnn", granularity="sublayer", data=data, eval_data=held_out_windows()[::every],
+        loss=thesean.cross_entropy, metric=thesean.accuracy, recipe=recipe, seed=seed,
     )  # fmt: skip
     console.rule("plan")
     print(thesean.plan(guide, "rnn", granularity="sublayer", data=data))
-    console.rule(f"convert, and train the baselines, {options.steps} steps each")
+    console.rule(f"convert, and train the baselines, {steps} steps each")
     models = {"converted": thesean.compile(guide, **arguments)}
     print(models["converted"].report)
     for kind, rate in BASELINE_RATES.items():
         models[kind] = thesean.baseline(guide, kind=kind, learning_rate=rate, **arguments)  # type: ignore[arg-type]
-    models["converted"].save(options.out / "converted")
+    models["converted"].save(out / "converted")
 
     console.rule("export and verify in onnxruntime")
     models = {"guide": models["converted"].frontier[0], **models}
-    paths = {name: options.out / ("model.onnx" if name == "converted" else f"{name}.onnx") for name in models}
+    paths = {name: out / ("model.onnx" if name == "converted" else f"{name}.onnx") for name in models}
     exports = {name: model.export(paths[name]) for name, model in models.items()}
     print(exports["converted"])
     session = Session(paths["converted"])
     prompt = encode(PROMPT)
     start = time.monotonic()
-    generated = session.generate(prompt, GENERATED)
-    rate = GENERATED / (time.monotonic() - start)
-    same = generated == greedy(models["converted"], prompt, GENERATED)
-    console.rule(f"{GENERATED} characters from onnxruntime, {rate:.0f} a second")
+    generated = session.generate(prompt, characters)
+    rate = characters / (time.monotonic() - start)
+    same = generated == greedy(models["converted"], prompt, characters)
+    console.rule(f"{characters} characters from onnxruntime, {rate:.0f} a second")
     console.print(PROMPT + decode(generated), markup=False, highlight=False)
     print(f"the torch module writes {'the same text' if same else 'ANOTHER TEXT'}")
 
-    latency = latency_of_models(paths, models["guide"].signature, contexts=CONTEXTS)
+    latency = latency_of_models(paths, models["guide"].signature, contexts=contexts)
     # the strongest way to serve the guide: one step with a key-value cache
-    export_cached_step(guide, options.out / "guide_step.onnx")
-    steps = {f"cached_token_{c}": cached_step(options.out / "guide_step.onnx", guide, c) for c in CONTEXTS}
-    cached = {name: timed.median_ms for name, timed in measure(steps).items()}
+    export_cached_step(guide, out / "guide_step.onnx")
+    calls = {f"cached_token_{c}": cached_step(out / "guide_step.onnx", guide, c) for c in contexts}
+    cached = {name: timed.median_ms for name, timed in measure(calls).items()}
     rows = [
         Row(
             name=name,
@@ -118,15 +123,15 @@ def main() -> None:
         )
         for name, model in models.items()
     ]
-    write_report(
-        options.out / "report.json",
+    path = write_report(
+        out / "report.json",
         rows,
         stages=models["converted"].report.to_dict()["stages"],
         environment=environment(),
         extra={
             "title": "Character GPT-2 -> RNN",
             "metric_name": "next character",
-            "seed": options.seed,
+            "seed": seed,
             "same_text": same,
             "generated": decode(generated),
             "notes": list(models["converted"].report.notes),
@@ -135,6 +140,18 @@ def main() -> None:
     console.print(render(rows, title="Character GPT-2 -> RNN, held-out text", metric_name="next character"))
     if not same:
         raise SystemExit("onnxruntime and torch disagree on the greedy text")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/demo"))
+    parser.add_argument("--guide", default="committed", help="'committed', 'train', or a Hugging Face folder")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
+    demo(load_guide(options.guide, options.out), options.out, steps=options.steps, seed=options.seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Train the demo's guide: a character-level GPT-2 of 0.84 M parameters, and write it to a folder.
 
-    python examples/train_guide.py --out build/guide --minutes 20
+    python -m examples.train_guide --out build/guide --minutes 20
 
 The copy in `examples/guide` was made by this script; `train.log` beside it is what it printed.
 """
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from text import ALPHABET, Windows, corpus, held_out_windows
+from examples.text import ALPHABET, Windows, corpus, held_out_windows
 
 CONFIG = dict(
     vocab_size=len(ALPHABET), n_positions=256, n_embd=128, n_layer=4, n_head=4,

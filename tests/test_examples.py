@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import thesean
+from thesean.deploy.session import Session
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("transformers")
@@ -19,15 +20,30 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+def run(*command: str, cwd: Path = ROOT) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=cwd, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
+def test_the_quickstart_decodes_in_onnxruntime_what_torch_decodes(tmp_path):
+    printed = run("-W", "error", str(ROOT / "examples" / "quickstart.py"), cwd=tmp_path)
+    assert "2 of 2 parts replaced" in printed
+    tokens = printed.splitlines()[-1].split()
+    assert len(tokens) == 20
+    session = Session(tmp_path / "quickstart.onnx")
+    assert session.is_stateful
+    assert [int(t) for t in tokens] == session.generate([0], 20)
+
+
+def test_the_quickstart_is_short():
+    lines = (ROOT / "examples" / "quickstart.py").read_text().splitlines()
+    assert len([line for line in lines if line and not line.startswith(("import", "from", '"""'))]) <= 15
+
+
 def test_the_language_demo_writes_a_stateful_file_that_continues_text_as_torch_does(tmp_path):
-    printed = run("demo_gpt2.py", "--steps", "6", "--out", str(tmp_path))
+    printed = run("-m", "examples.demo_gpt2", "--steps", "6", "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["guide", "converted", "scratch", "distillation"]
@@ -46,7 +62,7 @@ def test_the_language_demo_writes_a_stateful_file_that_continues_text_as_torch_d
 
 def test_the_digits_demo_keeps_the_hybrids_afloat(tmp_path):
     pytest.importorskip("sklearn")
-    printed = run("demo_digits.py", "--out", str(tmp_path))
+    printed = run("-m", "examples.demo_digits", "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["guide"]["metric"] > 0.97

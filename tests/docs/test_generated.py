@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pydantic import Field
 
 import thesean
-from thesean.targets import Options, get_family
+from thesean.targets import get_family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,17 +63,6 @@ def test_a_state_is_that_of_the_module_that_is_built():
     assert generate.state_of(get_family("linear-attention")) == "4 x 128 x 65"
     assert generate.state_of(get_family("lstm")) == "512"
     assert generate.state_of(get_family("mixer")) == "none"
-
-
-def test_an_option_is_told_with_its_type_default_and_bounds():
-    class Some(Options):
-        window: int | None = Field(default=None, gt=0, description="last tokens")
-        share: float = Field(default=0.5, gt=0, le=1)
-
-    window, share = Some.model_fields.values()
-    assert [generate._type(window), generate._default(window)] == ["int | None", "None"]
-    assert generate._told(window) == "last tokens; above 0"
-    assert generate._told(share) == "above 0 and at most 1"
 
 
 def test_checking_writes_nothing_and_tells_what_is_stale(tmp_path, monkeypatch, capsys):

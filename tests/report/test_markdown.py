@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme_table import main, replace_table
 from thesean.report import Row, markdown_table, read_report, write_report
 
 ENVIRONMENT = {
@@ -21,7 +20,6 @@ ROWS = [
     Row(name="converted", loss=1.4, params=900_000, steps=4, seconds=1),
     Row(name="scratch", loss=1.5, params=900_000, steps=4, seconds=1),
 ]
-README = "# Thesean\n<!-- table:demo -->\nstale\n<!-- /table:demo -->\nend\n"
 
 
 @pytest.fixture
@@ -48,32 +46,3 @@ def test_the_markdown_table_with_its_provenance(report: Path) -> None:
         "",
         "Measured on Chip, 2 cores, 1 thread, Python 3.11.7, torch 2.13.0, commit abc, seed 3, 2026-01-02.",
     ]
-
-
-def test_the_script_replaces_what_is_between_the_marks_and_nothing_else(report: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    words = [str(report), "--readme", str(readme)]
-    assert main([*words, "--check"]) == 1
-    assert readme.read_text() == README
-    assert main(words) == 0
-    text = readme.read_text()
-    assert text.startswith("# Thesean\n<!-- table:demo -->\n| | guide |")
-    assert text.endswith("2026-01-02.\n<!-- /table:demo -->\nend\n")
-    assert main([*words, "--check"]) == 0
-
-
-@pytest.mark.parametrize("readme", ["", "<!-- /table:demo --><!-- table:demo -->", README + README])
-def test_marks_that_are_missing_reversed_or_doubled_are_refused(readme: str) -> None:
-    with pytest.raises(ValueError, match="once each"):
-        replace_table(readme, "demo", "x")
-
-
-def test_the_script_leaves_the_readme_alone_when_the_report_is_broken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    assert main([str(tmp_path / "none.json"), "--readme", str(readme)]) == 2
-    assert "can't be read" in capsys.readouterr().err
-    assert readme.read_text() == README

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thesean.report.report_json import report_rows
-from thesean.report.table import lines, sort_rows, verdict
+from thesean.report.table import Row, lines, sort_rows, verdict
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
@@ -15,18 +15,18 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     `report` is what `read_report` returns; "metric_name" and "seed" or "seeds" are read from it when they are there.
     Raises ArtifactError for rows that aren't of this version.
     """
-    rows = sort_rows(report_rows(report))
+    return f"{comparison(report_rows(report), str(report.get('metric_name', 'metric')))}\n\n{provenance(report)}"
+
+
+def comparison(rows: Sequence[Row], metric_name: str) -> str:
+    """The table and the verdict alone."""
+    rows = sort_rows(rows)
     written = [
         "| | " + " | ".join(row.name for row in rows) + " |",
         "|---|" + "---:|" * len(rows),
-        *(
-            f"| {_cell(label)} | " + " | ".join(map(_cell, cells)) + " |"
-            for label, cells in lines(rows, str(report.get("metric_name", "metric")))
-        ),
+        *(f"| {_cell(label)} | " + " | ".join(map(_cell, cells)) + " |" for label, cells in lines(rows, metric_name)),
         "",
         verdict(rows),
-        "",
-        provenance(report),
     ]
     return "\n".join(written)
 

@@ -8,31 +8,29 @@ memory passes the published limit, registers pass 255 a thread, or a matrix prod
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-from thesean.kernels import cka_triton, dmnn_triton, linear_recurrence_triton
+from benchmarks.suite import ROOT, Case, Run
 from thesean.kernels.shared import launches
 from thesean.kernels.shared.launches import HARDWARE, Arch
 
-RESULT = Path(__file__).parent / "results" / "kernels_aot.json"
-CACHE = Path(__file__).parents[1] / "build" / "triton"
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+
+CACHE = ROOT / "build" / "triton"
 MAX_REGISTERS = 255  # a thread's, on NVIDIA; AMD's CDNA has 256 and as many accumulators
 # mma.sync, wgmma, tcgen05 in PTX; matrix fused multiply-add in AMD's assembly
 MATRIX_INSTRUCTION = {"cuda": r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", "hip": r"\bv_mfma_\S+"}
@@ -90,6 +88,13 @@ def compiling(arch: Arch) -> Iterator[list[tuple[str, dict[str, Any], Any, float
 
     Yields the list that compiled kernels are added to: name, keyword arguments, kernel, seconds.
     """
+    # triton is for Linux alone, and this file is listed everywhere
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from thesean.kernels import cka_triton, dmnn_triton, linear_recurrence_triton
+
     hardware, launch, found = HARDWARE[arch], JITFunction.run, []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -108,6 +113,8 @@ def compiling(arch: Arch) -> Iterator[list[tuple[str, dict[str, Any], Any, float
 
 
 def run_recurrence(dtype: torch.dtype) -> None:
+    from thesean.kernels import linear_recurrence_triton
+
     decay_BTD, input_BTD = (torch.rand(2, 32, 256).to(dtype).requires_grad_() for _ in range(2))
     wide = torch.promote_types(dtype, torch.float32)
     state_BD = torch.zeros(2, 256, dtype=wide, requires_grad=True)
@@ -116,16 +123,22 @@ def run_recurrence(dtype: torch.dtype) -> None:
 
 
 def run_gram_pair(dtype: torch.dtype, slices: int, stored: bool) -> None:
+    from thesean.kernels import cka_triton
+
     x_NP = torch.rand(64, 512).to(dtype)
     with mock.patch.object(cka_triton, "slices", return_value=slices):
         cka_triton.gram_pair(x_NP, None if stored else x_NP, torch.rand(64, 64) if stored else None)
 
 
 def run_apart() -> None:
+    from thesean.kernels import cka_triton
+
     cka_triton._apart(torch.rand(64, 64), torch.rand(64, 64), torch.ones(2))
 
 
 def run_dmnn(prepared: bool) -> None:
+    from thesean.kernels import dmnn_triton
+
     x_NP, y_NQ = (torch.rand(256, 32, requires_grad=True) for _ in range(2))
     y = torch.rand(256, 256) if prepared else y_NQ
     dmnn_triton.dmnn_distance(x_NP, y, temperature=0.1, prepared=prepared).backward()
@@ -155,6 +168,8 @@ def resources(kernel: Any, arch: Arch) -> tuple[int, int]:
         spilled = 4 * (read("vgpr_spill_count") + read("sgpr_spill_count"))
         # vgpr_count holds both kinds; each kind has a file of 256
         return read("vgpr_count"), max(spilled, read("private_segment_fixed_size"))
+    import triton
+
     number = int(HARDWARE[arch].arch)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     ptxas = tools / ("ptxas-blackwell" if number >= 90 else "ptxas")
@@ -169,12 +184,14 @@ def resources(kernel: Any, arch: Arch) -> tuple[int, int]:
     return int(registers), sum(map(int, spills))
 
 
-def check(arch: Arch) -> list[Compiled]:
+def check(arch: Arch, dtypes: Sequence[torch.dtype]) -> list[Compiled]:
     rows: dict[tuple[str, ...], Compiled] = {}
     backend = HARDWARE[arch].backend
-    for op, dtype, variant, run in runs():
+    for op, dtype, variant, launch in runs():
+        if dtype not in dtypes:
+            continue
         with compiling(arch) as found:
-            run()
+            launch()
         for name, options, kernel, seconds in found:
             key = (name, kernel.hash)
             if key in rows:
@@ -198,35 +215,39 @@ def check(arch: Arch) -> list[Compiled]:
     return list(rows.values())
 
 
-def main() -> int:
-    torch.set_num_threads(1)
+def bench(run: Run) -> None:
+    import triton
+
     triton.knobs.cache.dir = str(CACHE)
-    rows, faults = [], []
-    print(f"{'kernel':32}{'variant':20}{'dtype':10}{'arch':8}{'regs':>5}{'spill':>6}{'shared':>8}  matrix instruction")
+    run.keep(
+        triton=metadata.version("triton"),
+        measured="compiled ahead of time without a GPU; no kernel has run on one",
+        max_registers=MAX_REGISTERS,
+        shared_limit_bytes={arch: HARDWARE[arch].shared_bytes for arch in HARDWARE},
+    )
+    dtypes = [getattr(torch, name) for name in run.settings["dtypes"]]
     for arch in HARDWARE:
-        for row in check(arch):
-            rows.append(row)
-            print(
-                f"{row.kernel:32}{row.variant:20}{row.dtype:10}{arch:8}{row.registers:5}{row.spilled_bytes:6}"
-                f"{row.shared_bytes:8}  {row.matrix_instruction or '-'}",
-                flush=True,
-            )
-            faults += [f"{row.kernel}, {row.variant or 'plain'}, {row.dtype}, {arch}: {f}" for f in row.faults()]
-    RESULT.parent.mkdir(exist_ok=True)
-    limits = {arch: HARDWARE[arch].shared_bytes for arch in HARDWARE}
-    report = {
-        "triton": triton.__version__,
-        "measured": "compiled ahead of time without a GPU; no kernel has run on one",
-        "max_registers": MAX_REGISTERS,
-        "shared_limit_bytes": limits,
-        "kernels": [{k: v for k, v in asdict(row).items() if k != "seconds"} for row in rows],
-    }
-    RESULT.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(rows)} kernels in {sum(row.seconds for row in rows):.0f} s -> {RESULT}")
-    for fault in faults:
-        print(f"FAULT {fault}", file=sys.stderr)
-    return 1 if faults else 0
+        if not run.wants(arch):
+            continue
+        seen: Counter[str] = Counter()
+        for row in check(arch, dtypes):
+            name = f"{arch}, {row.kernel}, {row.variant or 'plain'}, {row.dtype}"
+            seen[name] += 1
+            if seen[name] > 1:  # one operation may launch a kernel in two shapes
+                name = f"{name}, {seen[name]}"
+            # how long it took to compile depends on what the cache held
+            run.add(name, **{k: v for k, v in asdict(row).items() if k != "seconds"})
+            for fault in row.faults():
+                run.fault(f"{name}: {fault}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+CASE = Case(
+    question="What do the Triton kernels need of GPUs that are not here: registers, shared memory, tensor cores?",
+    minutes=1,
+    unit="registers and bytes",
+    run=bench,
+    settings={"dtypes": ["float32", "float16", "bfloat16", "float64"]},
+    quick={"dtypes": ["float32"]},
+    quick_only=("sm90",),
+    needs=("triton",),
+)

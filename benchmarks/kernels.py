@@ -1,4 +1,4 @@
-"""Times the Triton kernels on a GPU against torch.compile of the reference: `python benchmarks/bench_kernels.py`.
+"""Times the Triton kernels on a GPU against torch.compile of the reference.
 
 CUDA events, the cache flushed before every run, median with 20th and 80th percentile, forward plus backward; bandwidth
 counts each input and output once, arithmetic the matrix products alone. Without a GPU it says so and measures nothing.
@@ -6,22 +6,18 @@ counts each input and output once, arithmetic the matrix products alone. Without
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import torch
 
+from benchmarks.suite import Case, Run, percentiles
 from thesean.kernels.cka import cka, cka_distance
 from thesean.kernels.dmnn import dmnn
 from thesean.kernels.linear_recurrence import linear_recurrence
 from thesean.kernels.shared.dispatch import Backend
-from thesean.report.environment import environment
 
 UNROLLED = 512  # steps: torch.compile unrolls the reference's loop, and takes an hour for thousands
 NO_GPU = (
@@ -31,7 +27,7 @@ NO_GPU = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Operation:
     """One operation at one size. `run(backend)` is its forward and backward."""
 
     name: str
@@ -43,8 +39,6 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    case: str
-    implementation: str
     median_ms: float
     p20_ms: float
     p80_ms: float
@@ -52,12 +46,12 @@ class Timing:
     tflop_per_s: float
 
 
-def cases() -> Iterator[Case]:
+def operations() -> Iterator[Operation]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         for batch, time, width in ((8, 4096, 1024), (32, 512, 768)):
             elements = batch * time * width
-            yield Case(
+            yield Operation(
                 name=f"linear_recurrence B={batch} T={time} D={width} {name}",
                 run=recurrence(batch, time, width, dtype),
                 bytes_moved=(3 + 5) * elements * dtype.itemsize,  # decay, input, hidden; then 3 in and 2 out
@@ -67,14 +61,14 @@ def cases() -> Iterator[Case]:
         for n, width in ((256, 4096), (2048, 2048)):
             products = 2 * n * n * width  # multiply and add, of one Gram
             for op in (cka, cka_distance):
-                yield Case(
+                yield Operation(
                     name=f"{op.__name__} N={n} P=Q={width} {name}",
                     run=similarity(op, n, width, dtype),
                     bytes_moved=4 * n * width * dtype.itemsize,
                     flops=4 * products,
                 )
     for n, width in ((256, 4096), (2048, 2048)):
-        yield Case(
+        yield Operation(
             name=f"dmnn N={n} P=Q={width} float32",
             run=similarity(dmnn, n, width, torch.float32),
             bytes_moved=4 * n * width * 4,
@@ -109,28 +103,26 @@ def similarity(op: Callable[..., torch.Tensor], n: int, width: int, dtype: torch
     return run
 
 
-def timed(case: Case, implementation: str, repeats: int) -> Timing:
+def timed(operation: Operation, implementation: str, repeats: int) -> Timing:
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")  # larger than any cache
     for _ in range(3):
-        case.run(implementation)
+        operation.run(implementation)
     times = []
     for _ in range(repeats):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        case.run(implementation)
+        operation.run(implementation)
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    p20, median, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    median, p20, p80 = percentiles(times)
     return Timing(
-        case=case.name,
-        implementation=implementation,
         median_ms=median,
         p20_ms=p20,
         p80_ms=p80,
-        gb_per_s=case.bytes_moved / median / 1e6,
-        tflop_per_s=case.flops / median / 1e9,
+        gb_per_s=operation.bytes_moved / median / 1e6,
+        tflop_per_s=operation.flops / median / 1e9,
     )
 
 
@@ -145,36 +137,26 @@ def device_limits() -> dict[str, float | str]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    parser.add_argument("--repeats", type=int, default=50)
-    arguments = parser.parse_args(argv)
-    report: dict[str, object] = {"environment": environment()}
-    if torch.cuda.is_available():
-        limits = device_limits()
-        report |= {"device": limits, "timings": []}
-        print(f"{limits['name']}, memory at most {limits['memory_gb_per_s']:.0f} GB/s")
-        rows = []
-        for case in cases():
-            torch.compiler.reset()  # each case compiles a function of its own, and torch gives up after eight
-            for implementation in case.implementations:
-                row = timed(case, implementation, arguments.repeats)
-                rows.append(asdict(row))
-                print(
-                    f"{row.case:48}{row.implementation:15}{row.median_ms:9.3f} ms [{row.p20_ms:.3f}, {row.p80_ms:.3f}]"
-                    f"{row.gb_per_s:8.0f} GB/s{row.tflop_per_s:8.1f} TFLOP/s",
-                    flush=True,
-                )
-        report["timings"] = rows
-    else:
-        report["measured"] = None
-        report["note"] = NO_GPU
+def bench(run: Run) -> None:
+    if not torch.cuda.is_available():
+        run.keep(note=NO_GPU)
         print(NO_GPU)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+        return
+    run.keep(device=device_limits())
+    for operation in operations():
+        torch.compiler.reset()  # each case compiles a function of its own, and torch gives up after eight
+        for implementation in operation.implementations:
+            name = f"{operation.name}, {implementation}"
+            if run.wants(name):
+                run.add(name, **asdict(timed(operation, implementation, run.settings["repeats"])))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+CASE = Case(
+    question="Are the Triton kernels faster on a GPU than torch.compile of their references?",
+    minutes=10,
+    unit="ms",
+    run=bench,
+    settings={"repeats": 50},
+    quick={"repeats": 2},
+    quick_only=("linear_recurrence B=32", "cka N=256"),
+)

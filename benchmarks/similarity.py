@@ -1,7 +1,5 @@
 """CKA against the usual code, side by side: who is faster, and who is right.
 
-    python benchmarks/bench_similarity.py --out benchmarks/results/similarity.json [--rounds 31]
-
 Contenders take turns in one process, so that a busy machine slows all of them; a ratio is that of their medians. Times
 are in milliseconds on one thread. Errors are against float64, of float32 features at an offset of 300.
 
@@ -10,14 +8,9 @@ N examples, P width of x, Q width of y
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +18,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import thesean
+from benchmarks.suite import Case, Result, Run, turns
 from thesean.kernels.cka import cka, prepare
-from thesean.report import environment
 from thesean.similarity import similarity
 from thesean.similarity.shared.layer_cka import layer_cka
 
-ROOT = Path(__file__).resolve().parent.parent
 OURS = "thesean"
 
 Contenders = dict[str, Callable[[], Any]]
@@ -55,24 +47,6 @@ def features(n: int, p: int, offset: float = 0.0, seed: int = 0) -> torch.Tensor
     shared_NK = torch.randn(n, 16, generator=torch.Generator().manual_seed(99))
     g = torch.Generator().manual_seed(seed)
     return shared_NK @ torch.randn(16, p, generator=g) / 4 + torch.randn(n, p, generator=g) + offset
-
-
-def interleaved(contenders: Contenders, rounds: int) -> dict[str, dict[str, float]]:
-    """Name -> median and 20/80 percentiles in milliseconds."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, run in list(contenders.items())[:: 1 if turn % 2 else -1]:  # no one always follows the same other
-            start = time.perf_counter()
-            run()
-            if turn:  # the first is a warm-up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: _summary(values) for name, values in times.items()}
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    figures = {"median_ms": statistics.median(values), "p20_ms": cuts[0], "p80_ms": cuts[-1]}
-    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def training_step(
@@ -105,40 +79,38 @@ def pairs_by_hkh(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.
     return torch.stack([hkh(x, y) for x, y in product(a, b)]).view(len(a), len(b))
 
 
-def one_pair(rounds: int) -> list[dict[str, Any]]:
-    """Forward and backward of two sides."""
-    x, y = features(256, 4096), features(256, 4096, seed=1)
-    tall_x, tall_y = features(2048, 512), features(2048, 512, seed=1)
+def one_pair(rounds: int, width: int, tall: int) -> Iterator[dict[str, Any]]:
+    """Forward and backward of two sides of 256 examples and `width`, and of `tall` and 512."""
+    x, y = features(256, width), features(256, width, seed=1)
+    yield case(
+        f"both sides, n=256 p=q={width}",
+        {OURS: training_step(cka, x, y), "centred autograd": training_step(centred_autograd, x, y)},
+        rounds,
+        {"centred autograd": 1.3},
+    )
+    tall_x, tall_y = features(tall, 512), features(tall, 512, seed=1)
+    yield case(
+        f"both sides, n={tall} p=q=512",
+        {OURS: training_step(cka, tall_x, tall_y), "H K H": training_step(hkh, tall_x, tall_y)},
+        max(3, rounds // 6),
+        {"H K H": 2.0},
+    )
     guide = prepare(y, student_width=x.shape[1])
-    return [
-        case(
-            "both sides, n=256 p=q=4096",
-            {OURS: training_step(cka, x, y), "centred autograd": training_step(centred_autograd, x, y)},
-            rounds,
-            {"centred autograd": 1.3},
-        ),
-        case(
-            "both sides, n=2048 p=q=512",
-            {OURS: training_step(cka, tall_x, tall_y), "H K H": training_step(hkh, tall_x, tall_y)},
-            max(3, rounds // 6),
-            {"H K H": 2.0},
-        ),
-        case(
-            "student only, cached guide, n=256 p=q=4096",
-            {
-                OURS: training_step(cka, x, guide),
-                "centred autograd": training_step(centred_autograd, x, y),
-                "centred autograd, guide detached": training_step(centred_autograd, x, y, both=False),
-            },
-            rounds,
-            {"centred autograd": 2.5},
-        ),
-    ]
+    yield case(
+        f"student only, cached guide, n=256 p=q={width}",
+        {
+            OURS: training_step(cka, x, guide),
+            "centred autograd": training_step(centred_autograd, x, y),
+            "centred autograd, guide detached": training_step(centred_autograd, x, y, both=False),
+        },
+        rounds,
+        {"centred autograd": 2.5},
+    )
 
 
-def all_layers(rounds: int) -> list[dict[str, Any]]:
-    """12 x 12 layers, forward."""
-    a, b = ([features(256, 2048, seed=100 * s + i) for i in range(12)] for s in (1, 2))
+def all_layers(rounds: int, count: int) -> Iterator[dict[str, Any]]:
+    """count x count layers, forward."""
+    a, b = ([features(256, 2048, seed=100 * s + i) for i in range(count)] for s in (1, 2))
     of_features: Contenders = {OURS: lambda: layer_cka(a, b), "H K H": lambda: pairs_by_hkh(a, b)}
     models = (Replay(a), Replay(b))
     data: Any = DataLoader([torch.zeros(256, 1)], batch_size=None)  # type: ignore[arg-type]  # a list will do
@@ -149,31 +121,29 @@ def all_layers(rounds: int) -> list[dict[str, Any]]:
     except ImportError:
         print("pytorch-cka is not installed: compared with H K H alone", file=sys.stderr)
     else:
-        names = [f"layers.{i}" for i in range(12)]
+        names = [f"layers.{i}" for i in range(count)]
         of_features["pytorch-cka"] = lambda: cka_from_features(a, b)
         of_models["pytorch-cka"] = lambda: compute_cka(*models, data, layers=names, device="cpu", progress=False)
         bars["pytorch-cka"] = 1.0
-    return [
-        case("12 x 12 layers, features, n=256 p=2048", of_features, rounds, bars),
-        case(
-            "12 x 12 layers, models with hooks, n=256 p=2048",
-            of_models,
-            rounds,
-            {name: bar for name, bar in bars.items() if name in of_models},
-        ),
-    ]
+    yield case(f"{count} x {count} layers, features, n=256 p=2048", of_features, rounds, bars)
+    yield case(
+        f"{count} x {count} layers, models with hooks, n=256 p=2048",
+        of_models,
+        rounds,
+        {name: bar for name, bar in bars.items() if name in of_models},
+    )
 
 
 def case(name: str, contenders: Contenders, rounds: int, bars: dict[str, float]) -> dict[str, Any]:
     """Times, how many times faster we are than each, and whether the bars hold."""
-    times = interleaved(contenders, rounds)
+    times = turns(contenders, rounds)
     faster = {
         other: round(figures["median_ms"] / times[OURS]["median_ms"], 2)
         for other, figures in times.items()
         if other != OURS
     }
     return {
-        "case": name,
+        "name": name,
         "rounds": rounds,
         "times": times,
         "times_faster": faster,
@@ -206,29 +176,37 @@ def errors() -> dict[str, dict[str, float]]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="CKA against the usual code, side by side.")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "similarity.json")
-    parser.add_argument("--rounds", type=int, default=31)
-    chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # a second thread beside a busy process makes both slower, and figures noise
-    cases = one_pair(chosen.rounds) + all_layers(chosen.rounds)
-    wrong = errors()
-    results = {"environment": environment(), "unit": "ms", "cases": cases, "largest_error_by_offset": wrong}
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for made in cases:
-        print(made["case"])
-        for name, figures in made["times"].items():
-            bar = made["bars"].get(name)
-            verdict = "" if bar is None else f", bar {bar}: {'holds' if made['holds'][name] else 'DOES NOT HOLD'}"
-            ratio = "" if name == OURS else f"  {made['times_faster'][name]:.2f} times ours{verdict}"
-            print(f"  {name:<34} {figures['median_ms']:9.2f} ms{ratio}")
-    print("largest error against float64, by offset")
-    for offset, row in wrong.items():
-        print(f"  {offset:>4}  " + "  ".join(f"{name} {value:.1e}" for name, value in row.items()))
-    return 0
+def bench(run: Run) -> None:
+    rounds, width, tall, layers = (run.settings[key] for key in ("rounds", "width", "tall", "layers"))
+    for row in (*one_pair(rounds, width, tall), *all_layers(rounds, layers)):
+        if run.wants(row["name"]):
+            run.add(**row)
+    run.keep(largest_error_by_offset=errors())
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def table(result: Result) -> str:
+    """Medians, then errors."""
+    lines = ["| case | code | median | times ours | bar |", "|---|---|---:|---:|---:|"]
+    for row in result["cases"]:
+        for name, figures in row["times"].items():
+            bar = row["bars"].get(name)
+            verdict = "" if bar is None else f"{bar:g}, {'holds' if row['holds'][name] else 'does not hold'}"
+            ratio = "" if name == OURS else f"{row['times_faster'][name]:.2f}"
+            lines.append(f"| {row['name']} | {name} | {figures['median_ms']:.2f} ms | {ratio} | {verdict} |")
+    wrong = result["details"]["largest_error_by_offset"]
+    names = list(next(iter(wrong.values())))
+    lines += ["", "Largest error against float64, by the features' offset:", ""]
+    lines += [f"| offset | {' | '.join(names)} |", "|---:|" + "---:|" * len(names)]
+    lines += [f"| {offset} | {' | '.join(f'{row[n]:.1e}' for n in names)} |" for offset, row in wrong.items()]
+    return "\n".join(lines)
+
+
+CASE = Case(
+    question="Is CKA faster than the usual code, and is it right?",
+    minutes=2,
+    unit="ms",
+    run=bench,
+    settings={"rounds": 31, "width": 4096, "tall": 2048, "layers": 12},
+    quick={"rounds": 2, "width": 512, "tall": 512, "layers": 2},
+    table=table,
+)

@@ -1,0 +1,81 @@
+"""What the language benchmarks share: the demo's guide and data, a recipe at a budget, one conversion as a row.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+import thesean
+from examples.text import Windows, corpus, held_out_windows
+from thesean.recipe import Recipe
+
+
+def guide(layers: int | None = None) -> Any:
+    """The demo's trained GPT-2; its first `layers` alone in quick forms."""
+    from examples.demo_gpt2 import load_guide
+
+    model = load_guide("committed")
+    if layers is not None:
+        model.transformer.h = model.transformer.h[:layers]
+        model.config.n_layer = layers
+    return model
+
+
+def held_out(length: int, every: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """One in `every` groups of held-out windows."""
+    return held_out_windows(length)[::every]
+
+
+def windows(settings: dict[str, Any], seed: int) -> Windows:
+    """Training batches of settings' steps, batch and length; at least sixteen, which the closed form reads."""
+    steps, batch, length = (settings[key] for key in ("steps", "batch", "length"))
+    return Windows(corpus(held_out=False), batches=max(16, steps), batch=batch, length=length, seed=seed)
+
+
+def recipe(base: str = "default", steps: int | None = None, **changes: Any) -> Recipe:
+    """A named recipe at a budget of steps, which "fast" has none of; `section__field=value` changes one setting."""
+    data = Recipe.named(base).model_dump()
+    if steps is not None and base != "fast":
+        data["steps"] = steps
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (data[section] if section else data)[name] = value
+    return Recipe.model_validate(data)
+
+
+def convert(
+    model: nn.Module,
+    settings: dict[str, Any],
+    held_out: list[Any],
+    seed: int,
+    recipe: Recipe,
+    target: Any = "linear-attention",
+    granularity: Any = "sublayer",
+    kind: Any = None,
+    learning_rate: float | None = None,
+) -> dict[str, Any]:
+    """One conversion, or a baseline of this kind; nats per character, also after each stage, and seconds."""
+    common: dict[str, Any] = dict(
+        data=windows(settings, seed), eval_data=held_out, loss=thesean.cross_entropy, recipe=recipe, seed=seed,
+        granularity=granularity, progress=False,
+    )  # fmt: skip
+    start = time.monotonic()
+    if kind is None:
+        converted = thesean.compile(model, target, **common)
+    else:
+        converted = thesean.baseline(model, target, kind=kind, learning_rate=learning_rate, **common)
+    report = converted.report
+    return {
+        "loss": report.converted["loss"],
+        "guide": report.guide["loss"],
+        "stages": [row.loss for row in report.stages],
+        "steps": report.steps,
+        "seconds": round(time.monotonic() - start, 1),
+        "params": report.params,
+    }
