@@ -21,6 +21,7 @@ from thesean.distill.task import Loss, Metric
 from thesean.errors import DataError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
+from thesean.passes.graph.dump import dumping
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.make_plan import TargetSpec, bind_plan
 from thesean.passes.plan.partition import Granularity
@@ -52,6 +53,7 @@ def compile(
     workdir: str | Path | None = None,
     progress: bool = True,
     plan: Plan | str | Path | None = None,
+    dump_graphs: str | Path | None = None,
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -69,46 +71,48 @@ def compile(
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion.
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
+    dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
-    Raises CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
+    Raises ArtifactError, CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
     """
     start = time.monotonic()
     settings = Recipe.resolve(recipe)
     observer = make_observer(progress)
-    run = set_up(
-        model,
-        Given(data=data, example_inputs=example_inputs, loss=loss, metric=metric, eval_data=eval_data),
-        Wanted(
-            target=target,
-            parts=parts,
-            keep=keep,
-            granularity=granularity,
-            merge=merge,
-            target_parts=target_parts,
-            constraints=constraints,
-            candidates=candidates,
-            plan=Plan.from_yaml(plan) if isinstance(plan, (str, Path)) else plan,
-        ),
-        settings,
-        seed,
-        observer,
-    )
-    folder = _prepare(workdir, run.bound_plan.plan, run.recipe)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            conversion = convert(
-                run.bound_plan,
-                run.task,
-                run.recipe,
-                run.feed.batches.forever(),
-                run.feed.batches.first(run.recipe.closed_form.batches),
-                run.feed.held_out,
-                observer,
-            )
-    finally:
-        observer.close()
-    converted = finish(run, conversion, seed, start)
+    with dumping(dump_graphs):
+        run = set_up(
+            model,
+            Given(data=data, example_inputs=example_inputs, loss=loss, metric=metric, eval_data=eval_data),
+            Wanted(
+                target=target,
+                parts=parts,
+                keep=keep,
+                granularity=granularity,
+                merge=merge,
+                target_parts=target_parts,
+                constraints=constraints,
+                candidates=candidates,
+                plan=Plan.from_yaml(plan) if isinstance(plan, (str, Path)) else plan,
+            ),
+            settings,
+            seed,
+            observer,
+        )
+        folder = _prepare(workdir, run.bound_plan.plan, run.recipe)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                conversion = convert(
+                    run.bound_plan,
+                    run.task,
+                    run.recipe,
+                    run.feed.batches.forever(),
+                    run.feed.batches.first(run.recipe.closed_form.batches),
+                    run.feed.held_out,
+                    observer,
+                )
+        finally:
+            observer.close()
+        converted = finish(run, conversion, seed, start)
     if folder is not None:
         converted.save(folder / "converted")
     return converted

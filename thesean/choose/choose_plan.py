@@ -16,6 +16,7 @@ from thesean.distill.task import Task
 from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.dump import not_dumping
 from thesean.passes.plan.bind import Binder
 from thesean.passes.plan.make_plan import find_groups, group_matches, kept_members, settings_of
 from thesean.passes.plan.partition import Granularity, no_match, partition
@@ -61,4 +62,5 @@ def choose_plan(
     )
     solving = feed.batches.first(recipe.closed_form.batches)
     prober = Prober(found, task, solving, feed.held_out, recipe, Effort(), seed, observer)
-    return choose(found, prober, constraints, feed.length)
+    with not_dumping():  # trials, hundreds of them
+        return choose(found, prober, constraints, feed.length)

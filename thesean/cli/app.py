@@ -20,6 +20,7 @@ from thesean.cli.options import (
     Choices,
     Data,
     Debug,
+    DumpGraphs,
     ExampleInputs,
     Flatten,
     Grain,
@@ -98,6 +99,7 @@ def convert(
     seed: Annotated[int, typer.Option(help="The same seed repeats the run.")] = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
+    dump_graphs: DumpGraphs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -137,7 +139,7 @@ def convert(
                 "--plan already says what replaces which part: leave --target, --parts, --keep, --granularity, --merge "
                 "and --target-parts out."
             )
-        for option, path in (("--out", out), ("--onnx", onnx)):
+        for option, path in (("--out", out), ("--onnx", onnx), ("--dump-graphs", dump_graphs)):
             check_writable(option, path)  # before the training, not after
         chosen: dict[str, Any] = {"recipe": recipe, "seed": seed, "progress": not quiet}
         if plan is not None:
@@ -152,10 +154,10 @@ def convert(
                 raise ArgumentError(f"--loss {loss!r}: expected a function loss(output, batch), found a value.")
         if eval_data is not None:
             chosen["eval_data"] = load_data(eval_data, "--eval-data")
-        converted = thesean.compile(model, **chosen)
+        converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None:
             converted.save(out)
-        exported = converted.export(onnx) if onnx is not None else None
+        exported = converted.export(onnx, dump_graphs=dump_graphs) if onnx is not None else None
         if not quiet:
             typer.echo(str(converted.report))
             if exported is not None:
@@ -233,6 +235,7 @@ def export(
         Stateful, typer.Option(help="State in and out, for step-by-step decoding; auto: where the model can.")
     ] = Stateful.auto,
     opset: Annotated[int | None, typer.Option(help="ONNX opset (default: the exporter's).")] = None,
+    dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
     """Export a saved conversion to verified ONNX.
@@ -246,8 +249,10 @@ def export(
     """
     with one_line_errors(debug):
         check_writable("FILE.onnx", file)
+        check_writable("--dump-graphs", dump_graphs)
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
-        typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
+        converted = thesean.load(folder)
+        typer.echo(str(converted.export(file, stateful=chosen, opset=opset, dump_graphs=dump_graphs)))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.observer import Observer
 from thesean.distill.task import Batch, Task
+from thesean.passes.graph.dump import not_dumping
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -138,7 +139,7 @@ def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, t
 
 def with_state(bound_plan: BoundPlan, count: int, state: State) -> Hybrid:
     """The hybrid with the first `count` parts replaced by modules in this state, the rest the guide's."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), not_dumping():
         hybrid = build_hybrid(bound_plan, count)
     for replacement in hybrid.replacements:
         hybrid.module(replacement).load_state_dict(state[replacement.name])

@@ -6,7 +6,7 @@ T time
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx
@@ -15,11 +15,10 @@ from thesean.errors import PassRefused
 from thesean.passes.analyse.positions import Table, prefix_dim, table_rows, tables
 from thesean.passes.base import Pass, PassResult
 
-__all__ = ["BoundPositions", "table_rows"]
-
 aten = torch.ops.aten
 
-_MODES = ("clamp", "wrap", "refuse")
+PositionMode = Literal["clamp", "wrap", "refuse"]
+_MODES = get_args(PositionMode)
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,9 @@ class BoundPositions(Pass):
     stands. Apply it before ThreadState, whose offset then enters upstream of the bound.
     """
 
-    mode: Literal["clamp", "wrap", "refuse"] = "clamp"
+    in_place = True
+
+    mode: PositionMode = "clamp"
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         if self.mode not in _MODES:
@@ -55,7 +56,7 @@ class BoundPositions(Pass):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         super().ensures(graph_module)
-        assert table_rows(graph_module) is None, "a table is still read without a bound"
+        self._expect(table_rows(graph_module) is None, "every table to be read with a bound")
 
     def _bound(self, graph_module: fx.GraphModule, table: Table) -> None:
         graph, reader = graph_module.graph, table.reader
