@@ -14,7 +14,7 @@ from torch import fx, nn
 from tests import models
 from thesean.errors import PassRefused
 from thesean.passes.analyse.positions import table_rows
-from thesean.passes.bound_positions import BoundPositions
+from thesean.passes.bound_positions import BoundPositions, PositionMode
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.text import text
@@ -66,10 +66,11 @@ def test_the_graph_before_and_after():
         "add = aten.add.Tensor(embedding, mul)",
         "return add",
     ]
-    for mode, bounded in (
+    cases: list[tuple[PositionMode, str]] = [
         ("clamp", "clamp_default = aten.clamp.default(arange, None, 5)"),
         ("wrap", "remainder_scalar = aten.remainder.Scalar(arange, 6)"),
-    ):
+    ]
+    for mode, bounded in cases:
         module, _ = graph_of("arange")
         lines = text(module.graph)
         count = lines.index(before[0])

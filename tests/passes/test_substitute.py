@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tests import captured
 from tests.models import tokens, vectors
 from thesean.errors import PassRefused
-from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.surgery import clone
@@ -176,11 +176,16 @@ def test_a_hybrid_is_refused_such_a_region_as_well_and_reads_the_data_flow_once(
         build_hybrid(replace(bound_plan, parts=parts))
     with pytest.raises(PassRefused, match=r"h\.1\.attn: expected one entry and one exit, found more"):
         without_parts(replace(bound_plan, parts=parts))
-    read: list[int] = []
-    monkeypatch.setattr("thesean.passes.plan.hybrid.data_flow", lambda graph: (read.append(1), data_flow(graph))[1])
-    monkeypatch.setattr("thesean.passes.substitute.data_flow", None)
+    read: list[fx.Graph] = []
+
+    def counted(graph: fx.Graph) -> DataFlow:
+        read.append(graph)
+        return data_flow(graph)
+
+    for user in ("plan.hybrid", "substitute"):
+        monkeypatch.setattr(f"thesean.passes.{user}.data_flow", counted)
     build_hybrid(bound_plan)
-    assert read == [1]
+    assert len(read) == 1
 
 
 def test_a_region_of_another_graph_is_refused():

@@ -6,7 +6,7 @@ T time
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
@@ -74,7 +74,7 @@ class BoundPositions(Pass):
                 reader.replace_all_uses_with(selected)
                 graph.erase_node(reader)
             else:
-                table.read_by(self._inside(graph, table.indices, table))
+                _read_by(table, self._inside(graph, table.indices, table))
 
     def _inside(self, graph: fx.Graph, indices: fx.Node, table: Table) -> fx.Node:
         if self.mode == "clamp":
@@ -87,3 +87,11 @@ class BoundPositions(Pass):
             bounded = graph.call_function(aten.add.Tensor, (wrapped, table.first))
         bounded.meta = {k: v for k, v in indices.meta.items() if k in ("val", "nn_module_stack")}
         return bounded
+
+
+def _read_by(table: Table, indices: fx.Node) -> None:
+    """Let the table's reader read by other indices."""
+    assert table.argument is not None
+    given: Any = table.reader.args[table.argument]
+    listed = isinstance(given, (list, tuple))
+    table.reader.update_arg(table.argument, [None if i is None else indices for i in given] if listed else indices)

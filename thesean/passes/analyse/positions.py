@@ -68,13 +68,6 @@ class Table:
         (found,) = leaf_nodes(given)
         return found
 
-    def read_by(self, indices: fx.Node) -> None:
-        """Let the reader read by other indices."""
-        assert self.argument is not None
-        given: Any = self.reader.args[self.argument]
-        listed = isinstance(given, (list, tuple))
-        self.reader.update_arg(self.argument, [None if i is None else indices for i in given] if listed else indices)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Counter:

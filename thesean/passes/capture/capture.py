@@ -160,6 +160,7 @@ def _short(error: BaseException) -> str:
 def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
+    # no pass yet: it ends the tracing, and takes the hooks of torch.export's own module off
     graph_module = plain_calling_convention(graph_module, names, eager)
     dump("capture", graph_module, "as torch.export traced it")
     return run_passes(graph_module, *CANONICAL)[0]
