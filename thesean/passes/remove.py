@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
 
-from thesean.errors import PassRefused
+from thesean.errors import PassBroken, PassRefused
 from thesean.passes.analyse.bypass import Ends, removal
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import Region, check_region
@@ -39,6 +40,10 @@ class Remove(Pass):
         bypass(graph_module, self.region, self.module_name, self.module, path=self.path)
         clean(graph_module)
         return PassResult(graph_module=graph_module, modified=True)
+
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        super().ensures(graph_module)
+        check_gone(graph_module, [self.region])
 
 
 def bypass(
@@ -76,6 +81,14 @@ def bypass(
     removed.replace_all_uses_with(out)
     graph.erase_node(removed)
     return out
+
+
+def check_gone(graph_module: fx.GraphModule, regions: Iterable[Region]) -> None:
+    """What cuts promise once they are cleaned up after. Raises PassBroken."""
+    left = set(graph_module.graph.nodes)
+    for region in regions:
+        if region.exit in left:
+            raise PassBroken(f"remove: expected {region.exit.name} to be gone, found it read by something.")
 
 
 def _zeros(graph: fx.Graph, region: Region) -> fx.Node:

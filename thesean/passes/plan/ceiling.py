@@ -8,7 +8,7 @@ from thesean.passes.analyse.bypass import removals
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.graph.surgery import clean, clone
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.remove import bypass
+from thesean.passes.remove import bypass, check_gone
 
 
 def without_parts(bound_plan: BoundPlan) -> fx.GraphModule:
@@ -27,5 +27,6 @@ def without_parts(bound_plan: BoundPlan) -> fx.GraphModule:
     clean(graph_module)
     graph_module.recompile()
     graph_module.graph.lint()
+    check_gone(graph_module, [s.region.translate(nodes) for s in sites])
     graph_module.meta["symbols"] = guide.meta["symbols"]
     return graph_module

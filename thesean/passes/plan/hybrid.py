@@ -15,7 +15,7 @@ from thesean.passes.graph.dump import dump
 from thesean.passes.graph.surgery import clean, clone
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.sites import build_site, ends_of
-from thesean.passes.remove import Remove, bypass
+from thesean.passes.remove import Remove, bypass, check_gone
 from thesean.passes.substitute import Substitute, check_called_once, splice
 from thesean.targets import PartFacts, TargetModule
 
@@ -116,6 +116,7 @@ def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: 
     graph_module.recompile()
     graph_module.graph.lint()
     check_called_once(graph_module, [r.name for r, s in zip(replacements, sites, strict=True) if not s.removes])
+    check_gone(graph_module, [s.region.translate(nodes) for s in sites])
     # only now: the sum of one replacement may read the output of another
     alive = set(graph_module.graph.nodes)
     named = {n.name for n in alive}
