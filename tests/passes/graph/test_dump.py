@@ -14,7 +14,6 @@ from thesean.errors import ArtifactError, PassRefused
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.functionalise import Functionalise
 from thesean.passes.graph.dump import dump, dumping, not_dumping
-from thesean.passes.graph.surgery import clone
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
@@ -66,6 +65,11 @@ def test_a_second_story_goes_on_behind_the_first_and_overwrites_nothing(tmp_path
         with dumping(tmp_path):
             dump(step, relu, "told")
     assert names(tmp_path) == ["000-first.txt", "001-second.txt"]
+    (tmp_path / "1041-long.txt").touch()
+    (tmp_path / "7000-notes.md").touch()
+    with dumping(tmp_path):
+        dump("third", relu, "told")
+    assert (tmp_path / "1042-third.txt").exists()
     assert (tmp_path / "000-first.txt").read_text().startswith("# first: told\n")
 
 
@@ -120,4 +124,3 @@ def test_a_hybrid_is_told_part_by_part_without_what_nothing_reads_any_more(tmp_p
     assert [f[0] for f in files] == [f"# substitute {paths[0]}: modified", f"# remove {paths[1]}: modified"]
     assert files[-1][1:] == text(hybrid.graph_module.graph)
     assert len(files[0]) < len(text(guide.graph_module.graph))
-    assert clone(guide.graph_module).graph is not hybrid.graph_module.graph

@@ -32,7 +32,7 @@ class GraphDump:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):  # now, and not after the capture
                 pass
-            taken = [int(p.name[:3]) for p in self.folder.glob("[0-9][0-9][0-9]-*.txt")]
+            taken = [int(found[1]) for p in self.folder.iterdir() if (found := re.match(r"(\d{3,})-.+\.txt$", p.name))]
         except OSError as error:
             raise self._refusal(error) from error
         self.number = max(taken, default=-1) + 1
