@@ -90,19 +90,5 @@ def traced(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
     return module
 
 
-def text(graph: fx.Graph) -> list[str]:
-    """One readable line a node, without types."""
-    lines = []
-    for node in graph.nodes:
-        if node.op == "output":
-            lines.append(f"return {node.args[0]}")
-        elif node.op in ("placeholder", "get_attr"):
-            lines.append(f"{node.name} = {node.op} {node.target}")
-        else:
-            arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
-            lines.append(f"{node.name} = {node.target}({arguments})")
-    return lines
-
-
 def vector_signature(width: int, name: str = "x") -> Signature:
     return Signature(inputs=(InputSpec(name=name, dtype=torch.float32, shape=("batch", width)),))

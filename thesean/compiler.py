@@ -29,6 +29,7 @@ from thesean.errors import DataError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import seeded
 from thesean.passes.graph.signature import output_wrapper
 from thesean.passes.plan.bind import BoundPlan
@@ -64,6 +65,7 @@ def compile(
     workdir: str | Path | None = None,
     progress: bool = True,
     plan: Plan | str | Path | None = None,
+    dump_graphs: str | Path | None = None,
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -81,8 +83,9 @@ def compile(
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion.
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
+    dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
-    Raises CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
+    Raises ArtifactError, CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
     """
     start = time.monotonic()
     request = Request(
@@ -103,7 +106,7 @@ def compile(
         recipe=recipe,
         seed=seed,
     )
-    with watched(progress) as observer:
+    with dumping(dump_graphs), watched(progress) as observer:
         captured = capture(model, request.example(model))
         bound_plan, training = planned(captured, request, observer)
         folder = _prepare(workdir, bound_plan.plan, request.settings)
@@ -111,7 +114,7 @@ def compile(
             hybrid = build_hybrid(bound_plan)
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)
-    converted = finish(bound_plan, training, conversion, start)
+        converted = finish(bound_plan, training, conversion, start)
     if folder is not None:
         converted.save(folder / "converted")
     return converted

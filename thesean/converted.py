@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import fx
 
 from thesean import artifact
+from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
 from thesean.report.benchmark import Benchmark
@@ -60,23 +61,27 @@ class Converted:
         stateful: Literal["auto", "yes", "no"] | bool = "auto",
         opset: int | None = None,
         tolerance: float = 1e-4,
+        dump_graphs: str | Path | None = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
         "auto": with state inputs and outputs where the whole network is causal and recurrent, so that one file serves
-        prefill and step-by-step decoding. Raises ExportError, and then leaves no file; MissingExtraError.
+        prefill and step-by-step decoding. `dump_graphs`: a folder for the graph as text after each pass of the export,
+        numbered behind what `compile` left there. Raises ExportError, and then leaves no file; MissingExtraError;
+        ArtifactError for a folder that can't be written.
         """
         from thesean.deploy.export import export
 
-        return export(
-            self.module,
-            self.signature,
-            path,
-            stateful=stateful,
-            opset=opset,
-            tolerance=tolerance,
-            train_length=self.report.train_length,
-        )
+        with dumping(dump_graphs):
+            return export(
+                self.module,
+                self.signature,
+                path,
+                stateful=stateful,
+                opset=opset,
+                tolerance=tolerance,
+                train_length=self.report.train_length,
+            )
 
     def benchmark(
         self, contexts: Sequence[int] = (64, 512, 2048), batch: int = 1, repeats: int = 20, guide: bool = True

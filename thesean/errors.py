@@ -37,6 +37,10 @@ class PassRefused(TheseanError):
     """A pass whose precondition does not hold for this graph."""
 
 
+class PassBroken(TheseanError, AssertionError):
+    """A pass that did not do what it promises: a defect of the pass, not of the graph."""
+
+
 class DataError(TheseanError, ValueError):
     """Batches that are empty, don't fit the model, or sit on another device or dtype."""
 

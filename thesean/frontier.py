@@ -7,37 +7,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from torch import fx
-
 from thesean.choose.search import UNMET
 from thesean.converted import Converted, Frontier
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.stages import Conversion, Snapshot, with_state
 from thesean.distill.training import Training
-from thesean.errors import PassRefused
-from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.plan.bind import BoundPlan, added_params
+from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report.conversion import ConversionReport, StageRow
-
-
-def _bounded(graph_module: fx.GraphModule, recipe: Recipe, notes: list[str]) -> None:
-    """Positions past the guide's table never read out of range."""
-    try:
-        result = BoundPositions(recipe.positions)(graph_module)
-    except PassRefused as refusal:
-        notes.append(str(refusal))
-        return
-    if result.modified:
-        notes.append(f"positions past the guide's table: {recipe.positions}")
 
 
 def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
     """The converted network with its report; `start` is when the run began, on the monotonic clock."""
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
     notes = [*feed.notes, *(note for note in bound_plan.plan.notes if note.startswith(UNMET))]
-    _bounded(hybrid.graph_module, recipe, notes)
+    if told := bound_positions(hybrid.graph_module, recipe.positions):
+        notes.append(told)
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),
@@ -63,7 +50,7 @@ def _hybrid(bound_plan: BoundPlan, snapshot: Snapshot | None, report: Conversion
     """The frontier's member after a stage, on demand."""
     count = snapshot.count if snapshot is not None else 0
     hybrid = with_state(bound_plan, count, snapshot.state if snapshot is not None else {})
-    _bounded(hybrid.graph_module, recipe, [])
+    bound_positions(hybrid.graph_module, recipe.positions)
     replaced = {p.path for p in bound_plan.plan.replaced[:count]}
     rows = tuple(
         p if p.path in replaced else replace(p, target="keep", options={}, scope=None) for p in bound_plan.plan

@@ -18,11 +18,12 @@ from torch import nn
 import thesean
 from tests import models
 from thesean.deploy import parity
-from thesean.deploy.export import export
+from thesean.deploy.export import export, for_export
 from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import relative_error
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, MissingExtraError
+from thesean.passes.base import Attempt
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 
@@ -121,6 +122,15 @@ def test_a_hybrid_with_attention_left_is_exported_without_state_and_says_why(con
     with pytest.raises(ExportError, match=r"a stateful export is not possible: .*transformer\.h\.1\.attn"):
         export(module, captured.signature, tmp_path / "no.onnx", stateful=True)
     assert leftovers(tmp_path) == ["m.onnx"]
+
+
+@pytest.mark.parametrize("stateful", [True, False, None])
+def test_what_export_runs_is_one_list(gru, stateful):
+    steps = for_export(gru[1].signature, (), stateful)
+    names = [s.attempted.name if isinstance(s, Attempt) else s.name for s in steps]
+    rest = ["write-out-attention", "flatten-outputs", "cells-as-modules"]
+    assert names == ([] if stateful is False else ["thread-state"]) + rest
+    assert isinstance(steps[0], Attempt) == (stateful is None)
 
 
 def test_no_state_is_threaded_when_none_is_wanted(gru, tmp_path):

@@ -13,11 +13,14 @@ from torch import fx, nn
 
 from tests import models
 from thesean.errors import PassRefused
-from thesean.passes.bound_positions import BoundPositions, table_rows
+from thesean.passes.analyse.positions import table_rows
+from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph import graph_json
+from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
+from thesean.recipe import Positions
 
 ROWS = 6
 
@@ -76,6 +79,29 @@ EXPECTED: dict[tuple[str, str], list[int]] = {
     ("from two", "wrap"): [2, 3, 4, 5, 2, 3, 4, 5],
     ("from two", "drop"): [2, 3, 4, 5, ZEROS, ZEROS, ZEROS, ZEROS],
 }
+
+
+def test_the_graph_before_and_after():
+    before = [
+        "embedding = aten.embedding.default(table_weight, arange)",
+        "embedding_1 = aten.embedding.default(words_weight, x)",
+        "mul = aten.mul.Tensor(embedding_1, 0)",
+        "add = aten.add.Tensor(embedding, mul)",
+        "return add",
+    ]
+    cases: list[tuple[Positions, str]] = [
+        ("clamp", "clamp_default = aten.clamp.default(arange, None, 5)"),
+        ("wrap", "remainder_scalar = aten.remainder.Scalar(arange, 6)"),
+    ]
+    for mode, bounded in cases:
+        module, _ = graph_of("arange")
+        lines = text(module.graph)
+        count = lines.index(before[0])
+        assert lines[count:] == before
+        BoundPositions(mode)(module)
+        name = bounded.split(" = ")[0]
+        expected = [*lines[:count], bounded, before[0].replace("arange", name), *before[1:]]
+        assert text(module.graph) == expected
 
 
 @pytest.mark.parametrize(("form", "mode"), EXPECTED)

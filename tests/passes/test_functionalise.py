@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from tests import captured
-from tests.captured import text, traced
+from tests.captured import traced
 from tests.models import vectors
 from thesean.passes.capture.capture import capture
 from thesean.passes.functionalise import Functionalise, writes
+from thesean.passes.graph.text import text
 
 
 class Writing(nn.Module):
@@ -22,6 +23,15 @@ class Writing(nn.Module):
 
 def test_an_operator_that_writes_becomes_one_that_returns_and_later_readers_read_its_result():
     graph_module = traced(Writing(), vectors(2, 3))
+    assert text(graph_module.graph) == [
+        "x = placeholder x",
+        "mul = aten.mul.Tensor(x, 2)",
+        "exp = aten.exp.default(mul)",
+        "add_ = aten.add_.Tensor(mul, x)",
+        "relu_ = aten.relu_.default(add_)",
+        "add = aten.add.Tensor(exp, relu_)",
+        "return (add,)",
+    ]
     x = vectors(2, 3, seed=1)
     expected = Writing()(x)
     result = Functionalise()(graph_module)

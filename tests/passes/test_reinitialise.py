@@ -7,6 +7,7 @@ from torch import fx, nn
 from tests import captured
 from tests.models import VOCABULARY, tokens
 from thesean.passes.graph.surgery import clone
+from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.reinitialise import Reinitialise
@@ -28,6 +29,11 @@ def test_nothing_of_the_guide_is_left(guide):
         constant = value.unique().numel() == 1  # biases and gains: the guide's may not have been trained yet
         assert constant or not torch.equal(value, before[name]), name
         assert value.ndim < 2 or not constant
+
+
+def test_values_change_and_the_graph_does_not():
+    guide = captured.mlp().graph_module
+    assert text(fresh(captured.mlp()).graph) == text(guide.graph)
 
 
 def test_matrices_are_drawn_by_their_inputs_tables_small_norms_and_biases_plain():

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from tests import captured
-from tests.captured import text
 from tests.models import tokens, vectors
 from thesean.errors import PassRefused
 from thesean.passes.analyse.bypass import removal
@@ -16,6 +15,7 @@ from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.surgery import clone
+from thesean.passes.graph.text import text
 from thesean.passes.plan.ceiling import without_parts
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
@@ -80,6 +80,16 @@ def test_a_module_has_nothing_to_stand_for_where_the_shape_changes():
     graph_module = clone(captured.resnet().graph_module)
     with pytest.raises(PassRefused, match=r"blocks\.2: expected a part that keeps the shape"):
         Remove("blocks.2", region_of(graph_module, "blocks.2"), "part_0", Identity())(graph_module)
+
+
+def test_a_region_with_more_than_one_entry_is_refused():
+    graph_module = clone(captured.gpt2().graph_module)
+    region = region_of(graph_module, "transformer.h.0")
+    broken = Region(entry=region.entry, exit=region.exit, nodes=region.nodes[2:])
+    before = text(graph_module.graph)
+    with pytest.raises(PassRefused, match=r"transformer\.h\.0: expected one entry and one exit"):
+        Remove("transformer.h.0", broken)(graph_module)
+    assert text(graph_module.graph) == before
 
 
 def test_a_region_of_another_graph_is_refused():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.captured import text, traced
+from tests.captured import traced
 from tests.models import vectors
+from thesean.passes.graph.text import text
 from thesean.passes.simplify import Simplify
 
 

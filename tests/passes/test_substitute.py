@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tests import captured
-from tests.captured import text
 from tests.models import tokens, vectors
 from thesean.errors import PassRefused
-from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.surgery import clone
+from thesean.passes.graph.text import text
+from thesean.passes.plan.ceiling import without_parts
+from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.plan.partition import partition
-from thesean.passes.substitute import Substitute, input_of, output_of
+from thesean.passes.substitute import Substitute
 
 
 class Stateful(nn.Module):
@@ -108,14 +113,12 @@ def test_a_module_with_a_state_gives_its_first_output():
     region = region_of(hybrid, "transformer.h.0.attn", "sublayer")
     entry = region.entry
     Substitute("attn", region, "part_0", module)(hybrid)
-    out = output_of(hybrid, "part_0")
-    assert input_of(hybrid, "part_0") is entry
-    assert [f"{line}" for line in text(hybrid.graph) if "part_0" in line][:2] == [
+    assert [line for line in text(hybrid.graph) if "part_0" in line] == [
         f"part_0 = part_0({entry.name})",
-        f"{out.name} = <built-in function getitem>(part_0, 0)",
+        "getitem_6 = getitem(part_0, 0)",
     ]
-    values = intermediates(hybrid, [entry.name, out.name], with_output=False)(tokens(2, 5))
-    assert torch.equal(values[out.name], module(values[entry.name])[0])
+    values = intermediates(hybrid, [entry.name, "getitem_6"], with_output=False)(tokens(2, 5))
+    assert torch.equal(values["getitem_6"], module(values[entry.name])[0])
 
 
 def test_tied_weights_survive_and_stay_tied():
@@ -162,6 +165,27 @@ def test_a_region_with_more_than_one_entry_is_refused():
     with pytest.raises(PassRefused, match=r"transformer\.h\.0: expected one entry and one exit, found more\. Split it"):
         Substitute("transformer.h.0", broken, "part_0", nn.Linear(16, 16))(hybrid)
     assert text(hybrid.graph) == before
+
+
+def test_a_hybrid_is_refused_such_a_region_as_well_and_reads_the_data_flow_once(monkeypatch):
+    bound_plan = make_plan(captured.gpt2(), "gru")
+    (site,) = bound_plan.parts[1].sites
+    broken = replace(site, region=replace(site.region, nodes=site.region.nodes[2:]))
+    parts = (bound_plan.parts[0], replace(bound_plan.parts[1], sites=(broken,)))
+    with pytest.raises(PassRefused, match=r"h\.1\.attn: expected one entry and one exit, found more"):
+        build_hybrid(replace(bound_plan, parts=parts))
+    with pytest.raises(PassRefused, match=r"h\.1\.attn: expected one entry and one exit, found more"):
+        without_parts(replace(bound_plan, parts=parts))
+    read: list[fx.Graph] = []
+
+    def counted(graph: fx.Graph) -> DataFlow:
+        read.append(graph)
+        return data_flow(graph)
+
+    for user in ("plan.hybrid", "substitute"):
+        monkeypatch.setattr(f"thesean.passes.{user}.data_flow", counted)
+    build_hybrid(bound_plan)
+    assert len(read) == 1
 
 
 def test_a_region_of_another_graph_is_refused():

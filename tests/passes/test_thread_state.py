@@ -19,6 +19,7 @@ from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph import graph_json
+from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
@@ -65,6 +66,54 @@ def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window)
     states = [s.shape for s in threaded.meta["states"] if s.dtype == torch.float32]
     assert [shape[1] for shape in states] == [2, window, window] * 2  # two heads of keys and values, in two parts
     assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+
+
+class Words(nn.Module):
+    """ids_BT -> y_BTD: words and positions, then the layer that becomes a recurrence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.table = nn.Embedding(8, 4), nn.Embedding(12, 4)
+        self.cell = nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.cell(self.words(ids) + self.table(torch.arange(ids.shape[1])))
+
+
+def test_the_graph_before_and_after():
+    captured = capture(models.seeded(Words), {"ids": models.tokens(2, 5) % 8})
+    bound_plan = make_plan(captured, Target("gru", scope="part"), parts=["cell"])
+    stateless = build_hybrid(bound_plan).graph_module.eval()
+    before = [
+        "ids = placeholder ids",
+        "words_weight = get_attr words.weight",
+        "table_weight = get_attr table.weight",
+        "sym_size_int_2 = aten.sym_size.int(ids, 1)",
+        "embedding = aten.embedding.default(words_weight, ids)",
+        "arange = aten.arange.default(sym_size_int_2, device=cpu, pin_memory=False)",
+        "embedding_1 = aten.embedding.default(table_weight, arange)",
+        "add = aten.add.Tensor(embedding, embedding_1)",
+        "part_0 = part_0(add)",
+        "getitem = getitem(part_0, 0)",
+        "return getitem",
+    ]
+    assert text(stateless.graph) == before
+    assert text(ThreadState(captured.signature)(stateless).graph_module.graph) == [
+        "ids = placeholder ids",
+        "state_in_0 = placeholder state_in_0",
+        "state_in_1 = placeholder state_in_1",
+        *before[1:6],
+        "add_tensor = aten.add.Tensor(arange, state_in_1)",
+        "embedding_1 = aten.embedding.default(table_weight, add_tensor)",
+        "add = aten.add.Tensor(embedding, embedding_1)",
+        "part_0 = part_0(add, state_in_0)",
+        "getitem_1 = getitem(part_0, 1)",
+        "getitem = getitem(part_0, 0)",
+        "sym_size_int = aten.sym_size.int(ids, 1)",
+        "add_tensor_1 = aten.add.Tensor(state_in_1, sym_size_int)",
+        "return (getitem, getitem_1, add_tensor_1)",
+    ]
+    assert text(stateless.graph) == before
 
 
 def test_the_graph_gains_a_state_a_part_and_one_for_the_positions():

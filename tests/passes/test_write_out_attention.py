@@ -8,11 +8,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from tests import captured, models
-from tests.captured import text
 from tests.models import tokens, vectors
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.surgery import clone
+from thesean.passes.graph.text import text
 from thesean.passes.write_out_attention import WriteOutAttention
 
 LENGTHS = (1, 7, 19)
@@ -134,6 +134,14 @@ def test_a_padded_encoder_keeps_its_guards():
     graph_module, reason = written(capture(models.bert(), inputs))
     assert reason == "a query may see no key"
     assert fused(graph_module)
+
+
+def test_a_graph_that_takes_chunks_is_left_alone():
+    graph_module = clone(captured.gpt2().graph_module)
+    graph_module.meta["states"] = ()  # as ThreadState leaves it
+    result = WriteOutAttention(())(graph_module)
+    assert result.reason == "the graph takes chunks with a state"
+    assert fused(graph_module) == 2
 
 
 def test_a_graph_without_attention_is_left_alone():

@@ -11,6 +11,7 @@ from thesean.choose.search import choose
 from thesean.choose.solve import require_solver
 from thesean.deploy.session import require
 from thesean.distill.training import Training
+from thesean.passes.graph.dump import not_dumping
 from thesean.passes.plan.divide import Division
 from thesean.passes.plan.plan import Plan
 from thesean.targets import Target
@@ -24,4 +25,5 @@ def choose_plan(
     if constraints.measures:
         require("onnx", "onnxruntime", "onnxscript")
     found = find_candidates(division, candidates)
-    return choose(found, Prober(found, training), constraints)
+    with not_dumping():  # trials, hundreds of them
+        return choose(found, Prober(found, training), constraints)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +17,11 @@ from thesean.choose.candidates import Candidates
 from thesean.choose.constraints import Constraints
 from thesean.deploy.export import export
 from thesean.deploy.timing.latency import latency_of_models
-from thesean.errors import ExportError, PassRefused, PlanError
+from thesean.errors import ExportError, PlanError
 from thesean.passes.analyse.mixing import probe_mixing
-from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.graph.surgery import clone
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.hybrid import bound_positions, build_hybrid
 from thesean.passes.plan.sites import build_site
 from thesean.recipe import Positions
 
@@ -93,8 +91,7 @@ class PlanTimer:
         if key not in self._files:
             captured = self.candidates.binder.captured
             module = clone(captured.graph_module) if bound_plan is None else build_hybrid(bound_plan).graph_module
-            with suppress(PassRefused):  # then a context past the guide's table can't be measured
-                BoundPositions(self.positions)(module)
+            bound_positions(module, self.positions)  # else a context past the guide's table can't be measured
             path = Path(self._folder.name) / f"{len(self._files)}.onnx"
             export(module, captured.signature, path, train_length=self.length)
             logger.info("wrote %s", key)

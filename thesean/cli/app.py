@@ -14,6 +14,7 @@ from thesean.cli.options import (
     Choices,
     Data,
     Debug,
+    DumpGraphs,
     EvalData,
     ExampleInputs,
     Grain,
@@ -88,6 +89,7 @@ def convert(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
+    dump_graphs: DumpGraphs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -127,7 +129,7 @@ def convert(
                 "--plan already says what replaces which part: leave --target, --parts, --keep, --granularity, --merge "
                 "and --target-parts out."
             )
-        for option, path in (("--out", out), ("--onnx", onnx)):
+        for option, path in (("--out", out), ("--onnx", onnx), ("--dump-graphs", dump_graphs)):
             check_writable(option, path)  # before the training, not after
         chosen: dict[str, Any] = {"recipe": recipe, "seed": seed, "progress": not quiet}
         if plan is not None:
@@ -136,10 +138,10 @@ def convert(
             chosen |= planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
         model = load_guide(guide)
         chosen |= inputs(data, example_inputs, loss, eval_data)
-        converted = thesean.compile(model, **chosen)
+        converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None:
             converted.save(out)
-        exported = converted.export(onnx) if onnx is not None else None
+        exported = converted.export(onnx, dump_graphs=dump_graphs) if onnx is not None else None
         if not quiet:
             typer.echo(str(converted.report))
             if exported is not None:
@@ -222,6 +224,7 @@ def export(
         Stateful, typer.Option(help="State in and out, for step-by-step decoding; auto: where the model can.")
     ] = Stateful.auto,
     opset: Annotated[int | None, typer.Option(help="ONNX opset (default: the exporter's).")] = None,
+    dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
     """Export a saved conversion to verified ONNX.
@@ -235,8 +238,10 @@ def export(
     """
     with one_line_errors(debug):
         check_writable("FILE.onnx", file)
+        check_writable("--dump-graphs", dump_graphs)
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
-        typer.echo(str(thesean.load(folder).export(file, stateful=chosen, opset=opset)))
+        converted = thesean.load(folder)
+        typer.echo(str(converted.export(file, stateful=chosen, opset=opset, dump_graphs=dump_graphs)))
 
 
 # the commands of look.py are the same program's

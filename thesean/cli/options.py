@@ -100,6 +100,10 @@ RecipeName = Annotated[
     str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
 ]
 Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
+DumpGraphs = Annotated[
+    Path | None,
+    typer.Option("--dump-graphs", metavar="DIR", help="Write the graph after each pass there, as numbered text files."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
 
 
@@ -152,9 +156,10 @@ def check_writable(option: str, path: Path | None) -> None:
     """Raises ArgumentError when the nearest folder that exists can't be written, before anything expensive starts."""
     if path is None:
         return
-    if option == "--out" and path.exists() and not path.is_dir():
+    is_folder = option in ("--out", "--dump-graphs")
+    if is_folder and path.exists() and not path.is_dir():
         raise ArgumentError(f"{option} {path}: expected a folder, found a file. Choose another name.")
-    if option != "--out" and path.is_dir():
+    if not is_folder and path.is_dir():
         raise ArgumentError(f"{option} {path}: expected a file name, found a folder. Add a name: {path / 'model.onnx'}")
     nearest = path if path.is_dir() else path.parent
     while not nearest.exists():

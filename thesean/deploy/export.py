@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,22 @@ from typing import Literal
 import torch
 from torch import fx
 
-from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, flatten_outputs, output_names, to_onnx
+from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
 from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, runnable, sizes_to_check
 from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
+from thesean.passes.base import Attempt, Pass, run_passes
+from thesean.passes.cells_as_modules import CellsAsModules
+from thesean.passes.flatten_outputs import FlattenOutputs
+from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.signature import InputSpec, Signature
-from thesean.passes.graph.surgery import clone
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState
 from thesean.passes.write_out_attention import WriteOutAttention
 
 Stateful = Literal["auto", "yes", "no"] | bool
+
+_THREADING = "thread state: "  # how that pass's refusals begin
 
 _PROTOBUF_LIMIT = 2**31 - 2**24  # the weights share the file's two gigabytes with the graph
 
@@ -85,16 +90,15 @@ def export(
     _check_size(graph_module, path)
     wanted = _parse(stateful)
     with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
-        module = frozen(graph_module)
-        threaded, note = _thread(module, signature, wanted)
-        if threaded is None:
-            WriteOutAttention(_probes(signature, train_length))(module)
+        module, _ = run_passes(graph_module, FreezeOnCpu())  # what the file is compared with
+        lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
         names = output_names(module)
-        states: tuple[InputSpec, ...] = threaded.meta["states"] if threaded is not None else ()
+        states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
+        threaded = lowered if states else None
         inputs = (*signature.inputs, *states)
         outputs = (*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states))
         proto = to_onnx(
-            flatten_outputs(module) if threaded is None else threaded,
+            lowered,
             _example(module, signature, states, train_length),
             inputs,
             outputs,
@@ -116,6 +120,26 @@ def export(
         tolerance=tolerance,
         seconds=time.monotonic() - start,
         note="; ".join([*([note] if note else []), *skipped]),
+    )
+
+
+def for_export(
+    signature: Signature,
+    probes: tuple[dict[str, torch.Tensor], ...],
+    stateful: bool | None = None,
+    trusted: frozenset[str] = frozenset(),
+) -> tuple[Pass | Attempt, ...]:
+    """What export runs on a frozen copy, in order. `stateful`: True must, None may, False does not carry a state.
+
+    BoundPositions is not among them: a conversion ends with it, so that module and file are bounded alike.
+    """
+    threaded = ThreadState(signature)
+    threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: (threaded,), None: (Attempt(threaded),)}
+    return (
+        *threading.get(stateful, ()),
+        WriteOutAttention(probes, trusted),
+        FlattenOutputs(),
+        CellsAsModules(),
     )
 
 
@@ -172,27 +196,18 @@ def _parse(stateful: Stateful) -> bool | None:
     return known[stateful]
 
 
-def frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy on the CPU, in eval mode. Tensors that the graph makes are made on the CPU as well."""
-    module = clone(graph_module).cpu().eval().requires_grad_(False)
-    for node in module.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.update_kwarg("device", torch.device("cpu"))
-    module.recompile()
-    return module
-
-
-def _thread(module: fx.GraphModule, signature: Signature, wanted: bool | None) -> tuple[fx.GraphModule | None, str]:
-    if wanted is False:
-        return None, ""
+def _lower(module: fx.GraphModule, passes: Sequence[Pass | Attempt]) -> tuple[fx.GraphModule, str]:
+    """What torch's exporter is given, and why it carries no state where that was asked for. Raises ExportError."""
     try:
-        return ThreadState(signature)(module).graph_module, ""
+        lowered, notes = run_passes(module, *passes)
     except PassRefused as refusal:
-        if wanted:
+        if str(refusal).startswith(_THREADING):
             raise ExportError(
                 f"a stateful export is not possible: {refusal} Export with stateful='no', or convert what is left."
             ) from refusal
-        return None, f"without state: {str(refusal).removeprefix('thread state: ')}"
+        raise ExportError(f"the module can't be written: {refusal}") from refusal
+    refused = [n.reason.removeprefix(_THREADING) for n in notes if n.outcome == "refused"]
+    return lowered, f"without state: {refused[0]}" if refused else ""
 
 
 def _example(

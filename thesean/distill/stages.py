@@ -15,6 +15,7 @@ from thesean.distill.closed_form import solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.training import Training
+from thesean.passes.graph.dump import not_dumping
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -117,7 +118,8 @@ class _Aligning:
     def snapshot(self, parts: int, result: StageResult | None) -> None:
         hybrid = self.hybrid
         state = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts}
-        partial = with_state(self.bound_plan, parts, state)
+        with not_dumping():  # the hybrid's own cuts are told already
+            partial = with_state(self.bound_plan, parts, state)
         self.snapshots.append(
             Snapshot(
                 count=parts,
@@ -143,7 +145,7 @@ def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, t
 
 def with_state(bound_plan: BoundPlan, count: int, state: State) -> Hybrid:
     """The hybrid with the first `count` parts replaced by modules in this state, the rest the guide's."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), not_dumping():
         hybrid = build_hybrid(bound_plan, count)
     for replacement in hybrid.replacements:
         hybrid.module(replacement).load_state_dict(state[replacement.name])

@@ -6,7 +6,7 @@ T time
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import fx
@@ -22,8 +22,6 @@ from thesean.passes.analyse.positions import (
 )
 from thesean.passes.base import Pass, PassResult
 from thesean.recipe import Positions
-
-__all__ = ["BoundPositions", "table_rows"]
 
 aten = torch.ops.aten
 
@@ -41,6 +39,8 @@ class BoundPositions(Pass):
     goes on; one that is stored multiplies, and its zeros would silence what they meet: "clamp" it. A table of whole
     numbers that index another one goes on counting. Raises PassRefused for one of anything else.
     """
+
+    in_place = True
 
     mode: Positions = "clamp"
 
@@ -75,7 +75,7 @@ class BoundPositions(Pass):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         super().ensures(graph_module)
-        assert table_rows(graph_module) is None, "a table is still read without a bound"
+        self._expect(table_rows(graph_module) is None, "every table to be read with a bound")
 
     def _bound(self, graph_module: fx.GraphModule, table: Table) -> None:
         graph, reader = graph_module.graph, table.reader
@@ -95,7 +95,7 @@ class BoundPositions(Pass):
                 graph.erase_node(reader)
             else:
                 steps, selected = table.indices, reader
-                table.read_by(self._inside(graph, steps, table))
+                _read_by(table, self._inside(graph, steps, table))
         if self.mode == "drop":
             with graph.inserting_before(selected.next):
                 self._past(graph, selected, steps, table.rows, behind, added)
@@ -127,6 +127,14 @@ class BoundPositions(Pass):
             bounded = graph.call_function(aten.add.Tensor, (wrapped, table.first))
         bounded.meta = {k: v for k, v in indices.meta.items() if k in ("val", "nn_module_stack")}
         return bounded
+
+
+def _read_by(table: Table, indices: fx.Node) -> None:
+    """Let the table's reader read by other indices."""
+    assert table.argument is not None
+    given: Any = table.reader.args[table.argument]
+    listed = isinstance(given, (list, tuple))
+    table.reader.update_arg(table.argument, [None if i is None else indices for i in given] if listed else indices)
 
 
 def _is_added(table: Table, graph_module: fx.GraphModule) -> bool:

@@ -19,6 +19,8 @@ class Functionalise(Pass):
     Writes into a view of another tensor stay: what else they reach can't be read off one node. `writes` finds them.
     """
 
+    in_place = True
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         order = {n: i for i, n in enumerate(graph_module.graph.nodes)}
         changed = False

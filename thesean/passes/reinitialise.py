@@ -27,6 +27,8 @@ class Reinitialise(Pass):
     Target modules keep the initialisation that their family gave them. Draws from torch's global generator.
     """
 
+    in_place = True
+
     @torch.no_grad()
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         done: set[int] = set()

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.nodes import attribute
+from thesean.passes.graph.nodes import argument, attribute
 from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
@@ -28,6 +28,8 @@ class Simplify(Pass):
     """op(x) => x, where op is an assert, an alias, an eval-mode dropout, a cast to x's own type or a full slice; and
     transpose(transpose(x)) => x, over the same two dimensions.
     """
+
+    in_place = True
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -59,7 +61,7 @@ def _transposed_back(node: fx.Node) -> fx.Node | None:
     if not isinstance(inner, fx.Node) or inner.target is not aten.transpose.int:
         return None
     rank = node.meta["val"].ndim
-    dims = [{int(d) % rank for d in n.args[1:3]} for n in (node, inner)]  # type: ignore[arg-type]
+    dims = [{argument(n, at, f"dim{at - 1}") % rank for at in (1, 2)} for n in (node, inner)]
     source = inner.args[0]
     return source if dims[0] == dims[1] and isinstance(source, fx.Node) else None
 
@@ -78,8 +80,6 @@ def _computes_nothing(node: fx.Node) -> bool:
     if node.target in (aten.to.dtype_layout, aten.to.dtype, aten.to.device, aten._to_copy.default):
         return have.dtype == want.dtype and have.device == want.device
     if node.target is aten.slice.Tensor:
-        start = node.args[2] if len(node.args) > 2 else None
-        end = node.args[3] if len(node.args) > 3 else None
-        step = node.args[4] if len(node.args) > 4 else 1
-        return bool(start in (None, 0) and (end is None or end == sys.maxsize) and step == 1)
+        start, end = argument(node, 2, "start"), argument(node, 3, "end")
+        return start in (None, 0) and end in (None, sys.maxsize) and argument(node, 4, "step", 1) == 1
     return False

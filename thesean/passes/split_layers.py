@@ -24,6 +24,8 @@ class SplitLayers(Pass):
     its weights, where the module has several.
     """
 
+    in_place = True
+
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         stacks = graph.find_nodes(op="call_function", target=torch.ops.thesean.recurrent.default)

@@ -52,6 +52,8 @@ class ThreadState(Pass):
     names the first node that sees more than its own step (an attention that was kept, a bidirectional part).
     """
 
+    in_place = False
+
     signature: Signature
 
     def requires(self, graph_module: fx.GraphModule) -> None:

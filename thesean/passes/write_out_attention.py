@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,6 +15,7 @@ from torch import fx
 from thesean.passes.analyse.dataflow import is_size_only
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
@@ -38,10 +38,14 @@ class WriteOutAttention(Pass):
     inputs that are masks themselves and stay what they are in the probes.
     """
 
+    in_place = True
+
     probes: tuple[dict[str, torch.Tensor], ...]
     trusted: frozenset[str] = frozenset()
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if "states" in graph_module.meta:  # the probes hold no states, and no attention over time is left
+            return PassResult(graph_module=graph_module, modified=False, reason="the graph takes chunks with a state")
         graph = graph_module.graph
         found = list(graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default))
         plain = [n for n in found if _is_plain(n)]
@@ -61,12 +65,8 @@ class WriteOutAttention(Pass):
         return PassResult(graph_module=graph_module, modified=True)
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def _mask(node: fx.Node) -> fx.Node | None:
-    found = _argument(node, 3, "attn_mask", None)
+    found = argument(node, 3, "attn_mask")
     assert found is None or isinstance(found, fx.Node)
     return found
 
@@ -78,8 +78,8 @@ def _is_plain(node: fx.Node) -> bool:
         len(shapes) == 3
         and all(len(s) == 4 for s in shapes)
         and len({str(s[1]) for s in shapes}) == 1
-        and not _argument(node, 4, "dropout_p", 0.0)
-        and not _argument(node, 5, "is_causal", False)
+        and not argument(node, 4, "dropout_p", 0.0)
+        and not argument(node, 5, "is_causal", False)
     )
 
 
@@ -135,7 +135,7 @@ def _hiding(
 def _write_out(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, written: dict[fx.Node, fx.Node]) -> None:
     q, k, v = node.args[:3]
     assert isinstance(q, fx.Node)
-    scale = _argument(node, 6, "scale", None)
+    scale = argument(node, 6, "scale")
     scale = float(q.meta["val"].shape[-1]) ** -0.5 if scale is None else scale
     with graph.inserting_before(node):
         keys = graph.call_function(aten.transpose.int, (k, -2, -1))

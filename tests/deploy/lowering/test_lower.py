@@ -16,10 +16,8 @@ from torch import nn
 from torch.export import Dim
 
 from tests.targets.build import tensors
-from thesean.deploy.lowering.lower import cells_as_modules, lower_cells
+from thesean.deploy.lowering.lower import lower_cells
 from thesean.errors import ExportError
-from thesean.passes.capture.capture import capture
-from thesean.passes.graph.opaque_cells import CELLS
 from thesean.targets import PartFacts, Target, TargetModule, build_module
 
 pytest.importorskip("onnxscript")
@@ -228,38 +226,3 @@ def test_an_lstm_with_projections_is_refused_by_its_path():
     module = nn.ModuleDict({"encoder": nn.LSTM(4, 4, proj_size=2)})
     with pytest.raises(ExportError, match=r"^encoder: expected an LSTM without projections, found proj_size=2"):
         lower_cells(module)
-
-
-class Kept(nn.Module):
-    """Every output of a cell, so that nothing of it may be lost on the way."""
-
-    def __init__(self, cell: nn.RNNBase) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        y, last = self.cell(x)
-        return (y, *(last if isinstance(last, tuple) else (last,)))
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        nn.LSTM(4, 5, num_layers=2, batch_first=True),
-        nn.GRU(4, 5, batch_first=True, bidirectional=True),
-        nn.RNN(4, 5, batch_first=True, bias=False, nonlinearity="relu"),
-    ],
-)
-def test_a_guides_own_operators_become_modules_that_give_the_same(cell):
-    captured = capture(Kept(cell).eval(), torch.randn(2, 6, 4))
-    graph_module = cells_as_modules(captured.graph_module)
-    assert not [n for n in graph_module.graph.nodes if n.target in CELLS]
-    assert [n for n in captured.graph_module.graph.nodes if n.target in CELLS]  # the incoming graph stays
-    x = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(graph_module(x), captured.graph_module(x), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-def test_a_graph_without_cells_is_not_copied():
-    graph_module = capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)).graph_module
-    assert cells_as_modules(graph_module) is graph_module

@@ -11,7 +11,7 @@ from torch import fx, nn
 from tests import captured
 from tests.models import vectors
 from thesean.errors import PlanError
-from thesean.passes.analyse.chains import branches, segments
+from thesean.passes.analyse.chains import branches, chains
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import Region, is_single_entry_single_exit, module_regions
 from thesean.passes.capture.capture import capture
@@ -89,8 +89,13 @@ def replaced_by_itself(graph_module: fx.GraphModule, regions: list[Region]) -> f
     return new
 
 
+def main_chain(flow: DataFlow) -> list[Region]:
+    """The longest chain of the graph: its main stream."""
+    return max(chains(flow), key=len, default=[])
+
+
 def overlapping_regions(flow: DataFlow) -> list[Region]:
-    inner = [b for s in segments(flow) if s.is_fork() for b in branches(flow, s)]
+    inner = [b for s in main_chain(flow) if s.is_fork() for b in branches(flow, s)]
     return [*inner, *module_regions(flow).values()]
 
 
@@ -105,7 +110,7 @@ def test_a_region_of_any_network_can_be_replaced_by_itself(layers):
     for region in overlapping_regions(flow):
         assert is_single_entry_single_exit(flow, region)
         assert torch.equal(replaced_by_itself(graph_module, [region])(x), expected)
-    for disjoint in (segments(flow), *_parts(flow)):
+    for disjoint in (main_chain(flow), *_parts(flow)):
         nodes = [n for r in disjoint for n in r.nodes]
         assert len(nodes) == len(set(nodes))
         assert torch.equal(replaced_by_itself(graph_module, disjoint)(x), expected)
@@ -120,7 +125,7 @@ def _parts(flow: DataFlow) -> list[list[Region]]:
 
 def test_segments_of_gpt2_are_two_residual_halves_a_block():
     flow = captured.flow_of(captured.gpt2())
-    forks = [s for s in segments(flow) if s.is_fork() and s.is_heavy()]
+    forks = [s for s in main_chain(flow) if s.is_fork() and s.is_heavy()]
     assert [s.path() for s in forks] == [
         "transformer.h.0", "transformer.h.0", "transformer.h.1", "transformer.h.1",
     ]  # fmt: skip
@@ -129,7 +134,7 @@ def test_segments_of_gpt2_are_two_residual_halves_a_block():
 def test_a_branch_starts_after_its_norm():
     guide = captured.gpt2()
     flow = captured.flow_of(guide)
-    attention, mlp = (s for s in segments(flow) if s.is_fork() and s.path() == "transformer.h.0")
+    attention, mlp = (s for s in main_chain(flow) if s.is_fork() and s.path() == "transformer.h.0")
     (branch,) = branches(flow, attention)
     assert branch.path() == "transformer.h.0.attn"
     assert branch.entry.target is torch.ops.aten.layer_norm.default
@@ -139,7 +144,7 @@ def test_a_branch_starts_after_its_norm():
 
 def test_norms_and_tables_are_not_heavy():
     flow = captured.flow_of(captured.gpt2())
-    light = [s for s in segments(flow) if s.exit.target is torch.ops.aten.layer_norm.default]
+    light = [s for s in main_chain(flow) if s.exit.target is torch.ops.aten.layer_norm.default]
     assert light
     assert not any(s.is_heavy() for s in light)
 

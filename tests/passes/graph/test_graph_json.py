@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from tests import captured
-from tests.captured import text
 from thesean.errors import ArtifactError
 from thesean.passes.graph.graph_json import dump, load, resolve_target, target_name
+from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 

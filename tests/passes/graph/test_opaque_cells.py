@@ -13,7 +13,6 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.plan.make_plan import make_plan
-from thesean.passes.split_layers import SplitLayers
 
 CASES = [
     (nn.LSTM, {}), (nn.LSTM, dict(num_layers=2, bidirectional=True)), (nn.LSTM, dict(num_layers=3, bias=False)),
@@ -56,55 +55,6 @@ def test_layers_are_named_like_their_weights_and_those_that_hand_on_their_states
     assert [owner(n) for n in cells_of(captured)] == ["cell.l0", "cell.l1"]
     with pytest.raises(PlanError, match="found no repeated single-entry single-exit region"):
         make_plan(captured, "gru")
-
-
-class Last(nn.Module):
-    """A classifier over the last state, read in one of the usual ways."""
-
-    def __init__(self, read: str, **settings: object) -> None:
-        super().__init__()
-        self.read = read
-        self.cell = nn.GRU(4, 6, batch_first=True, **settings)
-        self.head = nn.Linear(12 if settings.get("bidirectional") else 6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _, last = self.cell(x)
-        match self.read:
-            case "last":
-                return self.head(last[-1])
-            case "squeezed":
-                return self.head(last.squeeze(0))
-            case "both":
-                return self.head(torch.cat([last[-2], last[-1]], -1))
-        return self.head(last.transpose(0, 1).flatten(1))
-
-
-@pytest.mark.parametrize(
-    ("read", "settings", "parts"),
-    [
-        ("last", dict(num_layers=2), ["cell.l0", "cell.l1"]),
-        ("squeezed", {}, ["cell"]),
-        ("both", dict(bidirectional=True), ["cell"]),
-    ],
-)
-def test_a_last_state_is_read_off_the_output_so_that_the_layer_is_a_part(read, settings, parts):
-    torch.manual_seed(0)
-    model = Last(read, **settings).eval()
-    captured = capture(model, vectors(2, 5, 4))
-    for batch, time in ((1, 1), (3, 9)):
-        x = vectors(batch, time, 4, seed=2)
-        torch.testing.assert_close(captured.graph_module(x), model(x), rtol=0, atol=1e-6)
-    plan = make_plan(captured, "rnn", parts=parts).plan
-    assert [p.path for p in plan] == parts
-    assert plan.parts[0].input_shape == ("batch", "time", 4)
-    assert plan.parts[0].mixing == ("bidirectional" if read == "both" else "causal")
-
-
-def test_a_graph_without_cells_is_left_alone():
-    captured = capture(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), vectors(2, 4))
-    result = SplitLayers()(captured.graph_module)
-    assert not result.modified
-    assert result.reason == "the graph has no recurrent cell"
 
 
 def test_a_cell_trains_inside_the_graph():

@@ -9,7 +9,7 @@ from tests import captured, models
 from tests.models import tokens, vectors
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.intermediates import intermediates
-from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.hybrid import bound_positions, build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.targets import Target
 
@@ -140,3 +140,14 @@ def test_a_hybrid_of_tied_layers_runs():
     second, head = (n.args[1] for n in hybrid.graph_module.graph.nodes if n.target is torch.ops.aten.linear.default)
     assert second.meta["val"] is head.meta["val"]
     assert second.meta["val"] is not next(iter(captured.tied().graph_module.parameters()))
+
+
+def test_positions_past_the_table_are_bounded_once_and_told():
+    graph_module = build_hybrid(make_plan(captured.gpt2(), "gru")).graph_module
+    assert bound_positions(graph_module, "cut") == (  # type: ignore[arg-type]
+        "bound positions: expected one of clamp, wrap, drop, refuse, found 'cut'."
+    )
+    assert bound_positions(graph_module, "refuse") == ""
+    assert bound_positions(graph_module, "wrap") == "positions past the guide's table: wrap"
+    assert bound_positions(graph_module, "wrap") == ""
+    assert graph_module(tokens(2, 100))["logits"].shape == (2, 100, 32)

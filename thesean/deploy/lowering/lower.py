@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from operator import getitem
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import nn
 
 from thesean.deploy.lowering.cells import LoweredCell, LoweredLinearAttention, LoweredLinearRecurrence
 from thesean.deploy.lowering.scans import (
@@ -21,9 +19,6 @@ from thesean.deploy.lowering.scans import (
     LoweredLeakyRecurrence,
 )
 from thesean.deploy.lowering.window import LoweredWindowAttention
-from thesean.passes.graph.nodes import attribute
-from thesean.passes.graph.opaque_cells import CELLS
-from thesean.passes.graph.surgery import clone
 from thesean.targets.shared.cores import (
     CausalConvolutionCore,
     DeltaRuleCore,
@@ -60,64 +55,6 @@ def lower_cells(module: nn.Module, *, opset: int = 18, path: str = "") -> nn.Mod
 
     # without gradients: torch 2.13's scan warns about .grad of inner tensors when it traces a trainable graph
     return lower(copy.deepcopy(module).requires_grad_(False), path)
-
-
-def cells_as_modules(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which a guide's own recurrent operators (aten.lstm and its kin) are calls of nn.LSTM and its kin.
-
-    As modules `lower_cells` finds them; as operators the exporter would take them apart and fix the length.
-    """
-    if not any(n.target in CELLS for n in graph_module.graph.nodes):
-        return graph_module
-    new = clone(graph_module)
-    for number, node in enumerate([n for n in new.graph.nodes if n.target in CELLS]):
-        name = f"cell_{number}"
-        while hasattr(new, name):
-            name += "_"
-        x, states, weights, has_biases, _, _, _, bidirectional, batch_first = node.args
-        tensors = [attribute(new, str(w.target)) for w in weights]
-        new.add_submodule(name, _cell(CELLS[node.target], tensors, has_biases, bidirectional, batch_first))
-        given = tuple(states) if isinstance(states, (list, tuple)) else states
-        with new.graph.inserting_before(node):
-            call = new.graph.call_module(name, (x, given))
-        call.meta = dict(node.meta)
-        for item in list(node.users):
-            _read_state(new.graph, item, call, pair=CELLS[node.target] == "LSTM")
-        new.graph.erase_node(node)
-    new.recompile()
-    return new
-
-
-def _cell(
-    kind: str, tensors: list[torch.Tensor], has_biases: bool, bidirectional: bool, batch_first: bool
-) -> nn.RNNBase:
-    """One layer with these weights, in torch's own order."""
-    per_direction = len(tensors) // (2 if bidirectional else 1)
-    projected = per_direction % 2 == 1  # matrices and biases come in pairs; a projection is one more
-    settings: dict[str, Any] = dict(bias=has_biases, bidirectional=bidirectional, batch_first=batch_first)
-    if projected:
-        settings["proj_size"] = tensors[per_direction - 1].shape[0]
-    if kind.startswith("RNN"):
-        settings["nonlinearity"] = kind.removeprefix("RNN_").lower()
-    make = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(kind, nn.RNN)
-    gates = {"LSTM": 4, "GRU": 3}.get(kind, 1)
-    cell = make(tensors[0].shape[1], tensors[0].shape[0] // gates, **settings)
-    with torch.no_grad():
-        for parameter, value in zip(cell._flat_weights, tensors, strict=True):
-            parameter.copy_(value)
-    return cell.eval()
-
-
-def _read_state(graph: fx.Graph, item: fx.Node, call: fx.Node, pair: bool) -> None:
-    """getitem(operator, k)  =>  the same of the module's (y, state) or (y, (h, c))."""
-    index = item.args[1]
-    assert isinstance(index, int)
-    with graph.inserting_before(item):
-        found = graph.call_function(getitem, (call, min(index, 1)))
-        if index and pair:
-            found = graph.call_function(getitem, (found, index - 1))
-    item.replace_all_uses_with(found)
-    graph.erase_node(item)
 
 
 def _lowered(module: nn.Module, path: str, opset: int) -> nn.Module | None:

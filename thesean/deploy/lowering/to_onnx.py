@@ -16,11 +16,10 @@ import torch
 from torch import fx
 from torch.export import Dim
 
-from thesean.deploy.lowering.lower import cells_as_modules, lower_cells
+from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.window import define
 from thesean.deploy.session import first_line
 from thesean.errors import ExportError, TheseanError
-from thesean.passes.graph.nodes import leaf_nodes
 from thesean.passes.graph.signature import InputSpec
 
 # What the operators of every target need at most; onnxruntime 1.32 runs it.
@@ -47,16 +46,6 @@ def _names(value: Any, prefix: str) -> Iterator[str]:
             yield from _names(inner, f"{prefix}.{index}" if prefix else f"output_{index}")
 
 
-def flatten_outputs(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The same computation, parameters shared, with a flat tuple of tensors as output."""
-    graph = fx.Graph()
-    output = graph.graph_copy(graph_module.graph, {})
-    graph.output(tuple(leaf_nodes(output)))
-    flat = fx.GraphModule(graph_module, graph)
-    flat.train(graph_module.training)
-    return flat
-
-
 def to_onnx(
     graph_module: fx.GraphModule,
     example: dict[str, torch.Tensor],
@@ -64,13 +53,13 @@ def to_onnx(
     outputs: Sequence[str],
     opset: int,
 ) -> Any:
-    """An ONNX ModelProto; `graph_module` returns a flat tuple. Raises ExportError when the exporter can't write it.
+    """An ONNX ModelProto of a graph that `for_export` made ready. Raises ExportError when the exporter can't write it.
 
     The dimensions that `inputs` name are dynamic and keep their names; `example` has 2 or more in each.
     """
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     try:
-        lowered = lower_cells(cells_as_modules(graph_module), opset=opset)
+        lowered = lower_cells(graph_module, opset=opset)
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 lowered,

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.deploy.export import frozen
+from thesean.deploy.export import for_export
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, to_onnx
 from thesean.deploy.parity import CheckSizes
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import Timing, measure
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.fingerprint import fingerprint
+from thesean.passes.base import run_passes
+from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.extract import Extract, extract
 from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.bind import BoundPart, BoundPlan
 from thesean.passes.plan.hybrid import Hybrid
-from thesean.passes.write_out_attention import WriteOutAttention
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +110,10 @@ def _call(cut: Extract, guide: Signature, sizes: CheckSizes, path: Path) -> Call
     """The excerpt in onnxruntime on random hidden states."""
     length = sizes.length if sizes.length is None or sizes.length > _BATCH else _LENGTH
     example = cut.inputs(guide, CheckSizes(batch=_BATCH, length=length).of(guide))
-    module = frozen(cut.graph_module)
     # the whole network's masks are sides here, with the values that they have there
-    WriteOutAttention((example,), frozenset(f"side_{i}" for i in range(len(cut.sides))))(module)
+    trusted = frozenset(f"side_{i}" for i in range(len(cut.sides)))
+    passes = for_export(cut.signature, (example,), stateful=False, trusted=trusted)
+    module, _ = run_passes(cut.graph_module, FreezeOnCpu(), *passes)
     proto = to_onnx(module, example, cut.signature.inputs, ("output",), DEFAULT_OPSET)
     path.write_bytes(proto.SerializeToString())
     session = Session(path, threads=1)

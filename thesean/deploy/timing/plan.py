@@ -9,7 +9,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from thesean.deploy.timing.parts import PartTiming, latency_of_parts
 from thesean.deploy.timing.verdicts import Measurement, slower_targets, verdicts
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
-from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import decodes
 from thesean.passes.graph.modes import seeded
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.ceiling import without_parts
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.hybrid import Hybrid, bound_positions, build_hybrid
 from thesean.passes.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -71,8 +69,7 @@ def measure_plan(
     lengths, rows = _sizes(plan, captured, contexts, batches, notes)
     with tempfile.TemporaryDirectory() as folder, seeded(seed):
         hybrid = build_hybrid(bound_plan)
-        with suppress(PassRefused):  # as in every conversion: a recurrence runs on past the guide's table
-            BoundPositions()(hybrid.graph_module)
+        bound_positions(hybrid.graph_module)  # as in every conversion: a recurrence runs on past the guide's table
         files = _export_all(bound_plan, hybrid, Path(folder), notes)
         if files is None:
             return replace(plan, latencies=(), notes=(*plan.notes, *notes))

@@ -11,6 +11,7 @@ B batch, T time, D width, H heads, K head width
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn.functional import linear
 
 from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
 from thesean.passes.analyse.regions import Region
+from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.facts import Affine, AttentionFacts
 
@@ -63,9 +65,8 @@ def _core(region: Region) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float | N
     fused = [n for n in region.nodes if n.target is aten.scaled_dot_product_attention.default]
     if len(fused) == 1:
         node = fused[0]
-        scale = node.kwargs.get("scale")
-        q, k, v = node.args[:3]
-        return q, k, v, node, scale  # type: ignore[return-value]
+        q, k, v = (argument(node, at, name) for at, name in enumerate(("query", "key", "value")))
+        return q, k, v, node, argument(node, 6, "scale")
     soft = [n for n in region.nodes if n.target in _SOFTMAX]
     if len(soft) != 1:
         return None
@@ -78,7 +79,7 @@ def _written_out(region: Region, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx
     scale = 1.0
     node: Any = softmax.args[0]
     while isinstance(node, fx.Node) and node in inside and node.target not in _PRODUCT:
-        factor = node.args[1] if len(node.args) > 1 else None
+        factor = argument(node, 1, "other")
         if isinstance(factor, (int, float)):
             if node.target in (aten.mul.Tensor, aten.mul.Scalar):
                 scale *= float(factor)
@@ -90,14 +91,14 @@ def _written_out(region: Region, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx
         node = main[0]
     if not isinstance(node, fx.Node) or node not in inside:
         return None
-    query, key = node.args[:2]
+    query, key = (argument(node, at, name) for at, name in enumerate(("self", "other")))
     after = softmax
     while after.target not in _PRODUCT:
         users = [u for u in after.users if u in inside]
         if len(users) != 1:
             return None
         after = users[0]
-    return query, key, after.args[1], after, scale  # type: ignore[return-value]
+    return query, key, argument(after, 1, "other"), after, scale
 
 
 def _tokens_first(value: torch.Tensor, batch: int, length: int) -> torch.Tensor | None:
@@ -164,7 +165,7 @@ def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted:
     return Affine(weight_OI, bias_O.clone())
 
 
-def _unflattener(template: torch.Tensor, length: int):  # type: ignore[no-untyped-def]
+def _unflattener(template: torch.Tensor, length: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of `_tokens_first` for this shape."""
     at = next(d for d in range(1, template.ndim) if template.shape[d] == length)
     rest = [s for d, s in enumerate(template.shape) if d not in (0, at)]

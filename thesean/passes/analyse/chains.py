@@ -39,11 +39,6 @@ def chains(flow: DataFlow, within: Region | None = None) -> list[list[Region]]:
     return found
 
 
-def segments(flow: DataFlow) -> list[Region]:
-    """The longest chain of the graph: its main stream."""
-    return max(chains(flow), key=len, default=[])
-
-
 def segments_of(flow: DataFlow, region: Region) -> list[Region]:
     """The chain's minimal regions that a region on it is made of, in order."""
     inside = set(region.nodes)

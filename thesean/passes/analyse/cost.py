@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from thesean.passes.graph.nodes import attribute, constants_of
+from thesean.passes.graph.nodes import argument, attribute, constants_of
 from thesean.passes.graph.signature import Signature
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.module import TargetModule
@@ -169,7 +169,7 @@ def _attention(node: fx.Node, shape: Shape) -> int:
 
 def _cell(node: fx.Node, shape: Shape) -> int:
     """Every matrix once a token; the first argument is (batch, time, width)."""
-    weights = [shape(w) for w in node.args[2]]  # type: ignore[union-attr]
+    weights = [shape(w) for w in argument(node, 2, "params")]
     return 2 * math.prod(shape(node.args[0])[:2]) * sum(math.prod(w) for w in weights if len(w) >= 2)
 
 

@@ -40,9 +40,6 @@ class DataFlow:
     side: frozenset[fx.Node]
     order: dict[fx.Node, int]  # position in the graph, a topological order
 
-    def is_main(self, node: fx.Node) -> bool:
-        return node in self.dag
-
     @cached_property
     def links(self) -> dict[fx.Node, fx.Node]:
         """a -> b where every path from the inputs to b passes a and every path from a to its output passes b.

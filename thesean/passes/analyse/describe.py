@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from torch import fx
 
 from thesean.passes.analyse.regions import Region, is_linear_map
+from thesean.passes.graph.nodes import argument
 
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
@@ -83,9 +84,7 @@ def _convolution(node: fx.Node) -> str:
     weight = node.args[1]
     shape = [int(d) for d in weight.meta["val"].shape] if isinstance(weight, fx.Node) else []
     kernel = shape[2:]
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    if _name(node) == "convolution":
-        groups = node.args[8]
+    groups = argument(node, 8 if _name(node) == "convolution" else 6, "groups", 1)
     depthwise = shape and groups == shape[0] > 1
     return f"{'depthwise ' if depthwise else ''}conv{len(kernel)}d {'x'.join(map(str, kernel))}"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph.nodes import attribute, leaf_nodes
+from thesean.passes.graph.nodes import argument, attribute, compute, leaf_nodes
 
 aten = torch.ops.aten
 
@@ -68,14 +68,6 @@ class Table:
         (found,) = leaf_nodes(given)
         return found
 
-    def read_by(self, indices: fx.Node) -> None:
-        """Let the reader read by other indices."""
-        assert self.argument is not None
-        given = self.reader.args[self.argument]
-        listed = isinstance(given, (list, tuple))
-        replaced = [None if i is None else indices for i in given] if listed else indices  # type: ignore[union-attr]
-        self.reader.update_arg(self.argument, replaced)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Counter:
@@ -94,7 +86,7 @@ def size_values(
     """
     known: dict[fx.Node, Any] = {n: torch.ones(_BATCH, time, dtype=torch.int64) for n in ones}
 
-    def compute(node: fx.Node) -> Any:
+    def value_of(node: fx.Node) -> Any:
         if node.op == "get_attr":
             return attribute(graph_module, str(node.target))
         if node.op != "call_function":
@@ -106,7 +98,7 @@ def size_values(
             return _UNKNOWN
         try:
             with torch.no_grad():
-                return node.target(*fx.map_arg(node.args, known.get), **fx.map_arg(node.kwargs, known.get))  # type: ignore[operator]
+                return compute(node, known.get)
         except (RuntimeError, IndexError, TypeError):
             return _UNKNOWN  # too short for this operator, or a shape that only real inputs have
 
@@ -118,7 +110,7 @@ def size_values(
             if node in known or not missing:
                 front.pop()
                 if node not in known:
-                    known[node] = compute(node)
+                    known[node] = value_of(node)
             else:
                 front.extend(missing)
         value = known[wanted]
@@ -201,8 +193,8 @@ def counters(graph_module: fx.GraphModule) -> list[Counter]:
 
 def _is_prefix(node: fx.Node, short: Callable[[fx.Node], Any], long: Callable[[fx.Node], Any]) -> bool:
     """table[:T], of a table that no size enters."""
-    source, _, start, end = (*node.args, None, None, None)[:4]
-    step = node.args[4] if len(node.args) > 4 else 1
+    source, start, end = node.args[0], argument(node, 2, "start"), argument(node, 3, "end")
+    step = argument(node, 4, "step", 1)
     if not isinstance(end, fx.Node) or start not in (None, 0) or step != 1 or not isinstance(source, fx.Node):
         return False
     value, again = short(source), long(source)
@@ -212,9 +204,7 @@ def _is_prefix(node: fx.Node, short: Callable[[fx.Node], Any], long: Callable[[f
 
 
 def _dim(node: fx.Node, value: torch.Tensor) -> int:
-    dim = node.args[1] if len(node.args) > 1 else 0
-    assert isinstance(dim, int)
-    return dim % value.ndim
+    return int(argument(node, 1, "dim", 0)) % value.ndim
 
 
 def _is_integer(value: Any) -> bool:
@@ -226,10 +216,8 @@ def _indexed_dim(node: fx.Node, value: torch.Tensor) -> int:
     if node.target is aten.embedding.default:
         return 0
     if node.target is aten.index.Tensor:
-        return next(d for d, i in enumerate(node.args[1]) if i is not None)  # type: ignore[arg-type]
-    dim = node.args[1]
-    assert isinstance(dim, int)
-    return dim % value.ndim
+        return next(d for d, i in enumerate(argument(node, 1, "indices")) if i is not None)
+    return int(argument(node, 1, "dim")) % value.ndim
 
 
 def _is_bounded(graph_module: fx.GraphModule, indices: Any, rows: int, first: int, masks: frozenset[fx.Node]) -> bool:

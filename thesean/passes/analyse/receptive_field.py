@@ -5,10 +5,10 @@ T time
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
+
+from thesean.passes.graph.nodes import argument
 
 aten = torch.ops.aten
 
@@ -35,6 +35,6 @@ def _span(node: fx.Node) -> int:
 
 def _only(node: fx.Node, position: int, name: str) -> int:
     """A size that is written as a number or as a list of one."""
-    value: Any = node.args[position] if len(node.args) > position else node.kwargs.get(name, 1)
+    value = argument(node, position, name, 1)
     value = value[0] if isinstance(value, (list, tuple)) else value
     return value if isinstance(value, int) else 1

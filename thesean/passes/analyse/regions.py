@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from thesean.errors import PassRefused
 from thesean.passes.analyse.dataflow import SOURCE, DataFlow
 from thesean.passes.graph.nodes import calls_of, constants_of, owner
 
@@ -106,6 +107,17 @@ def is_single_entry_single_exit(flow: DataFlow, region: Region) -> bool:
         if node is not region.exit and any(s not in inside for s in flow.dag.successors(node)):
             return False
     return region.exit in inside
+
+
+def check_region(graph_module: fx.GraphModule, region: Region, flow: DataFlow, path: str) -> None:
+    """What can be cut out. Raises PassRefused for a region of another graph, or with more than one entry or exit.
+
+    `flow` is the graph's, and may be older than the cuts that were made elsewhere in it.
+    """
+    if region.exit.graph is not graph_module.graph:
+        raise PassRefused(f"{path}: the region belongs to another graph. Plan again for this one.")
+    if not is_single_entry_single_exit(flow, region):
+        raise PassRefused(f"{path}: expected one entry and one exit, found more. Split it with parts=[...].")
 
 
 def join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:

@@ -19,12 +19,14 @@ from torch import fx, nn
 from torch.export import Dim
 
 from thesean.errors import CaptureError, DataError
+from thesean.passes.base import run_passes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, plain_calling_convention
 from thesean.passes.capture.inputs import at_least_two, check_guide, dynamic_dims, forward_parameters, named_inputs
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
+from thesean.passes.graph.dump import dump
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
@@ -33,6 +35,8 @@ from thesean.passes.split_layers import SplitLayers
 
 logger = logging.getLogger(__name__)
 
+# What makes a traced graph one that the rest of Thesean reads, in this order.
+CANONICAL = (SplitLayers(), Functionalise(), Simplify())
 
 # Serving flags of Hugging Face's forward: a key-value cache has no place in a converted model.
 _SWITCHED_OFF = ("use_cache",)
@@ -156,7 +160,7 @@ def _short(error: BaseException) -> str:
 def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
     graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
+    # no pass yet: it ends the tracing, and takes the hooks of torch.export's own module off
     graph_module = plain_calling_convention(graph_module, names, eager)
-    for canonical in (SplitLayers(), Functionalise(), Simplify()):
-        graph_module = canonical(graph_module).graph_module
-    return graph_module
+    dump("capture", graph_module, "as torch.export traced it")
+    return run_passes(graph_module, *CANONICAL)[0]

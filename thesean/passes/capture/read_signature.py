@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.signature import InputSpec, Signature
 
 aten = torch.ops.aten
@@ -83,15 +84,15 @@ def _rows_indexed(graph_module: fx.GraphModule, placeholder: fx.Node) -> int | N
 def _rows_of(reader: fx.Node, index: fx.Node) -> int | None:
     """How many rows the table has that `reader` indexes by `index`."""
     if reader.target is aten.one_hot.default and reader.args[0] is index:
-        classes = reader.args[1] if len(reader.args) > 1 else -1
+        classes = argument(reader, 1, "num_classes", -1)
         return classes if isinstance(classes, int) and classes > 0 else None
     dim: int | None = None
     if reader.target is aten.embedding.default and reader.args[1] is index:
         dim = 0
     elif reader.target in (aten.index_select.default, aten.gather.default) and reader.args[2] is index:
-        dim = reader.args[1]  # type: ignore[assignment]
-    elif reader.target is aten.index.Tensor and index in reader.args[1]:  # type: ignore[operator]
-        dim = list(reader.args[1]).index(index)  # type: ignore[arg-type]
+        dim = argument(reader, 1, "dim")
+    elif reader.target is aten.index.Tensor and index in argument(reader, 1, "indices"):
+        dim = list(argument(reader, 1, "indices")).index(index)
     if dim is None or not isinstance(reader.args[0], fx.Node):
         return None
     size = reader.args[0].meta["val"].shape[dim]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,17 @@ def attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         value = getattr(value, name)
     return value
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An operator's argument, given by position, by name or not at all."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def compute(node: fx.Node, look_up: Callable[[fx.Node], Any]) -> Any:
+    """A called function's value, where `look_up` knows its inputs'."""
+    assert callable(node.target)
+    return node.target(*fx.map_arg(node.args, look_up), **fx.map_arg(node.kwargs, look_up))
 
 
 def is_write(node: fx.Node) -> bool:

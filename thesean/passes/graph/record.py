@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
+
+from thesean.passes.graph.nodes import compute
 
 
 class Recorded(dict[fx.Node, Any]):
@@ -49,13 +51,14 @@ def evaluate_all(
 ) -> dict[fx.Node, Any]:
     """The values of `given` and of all `nodes` up to `last`, as `evaluate` computes them."""
     env = dict(given)
-    look_up: Callable[[fx.Node], Any] = lambda n: env[n] if n in env else values[n]  # noqa: E731
+
+    def look_up(node: fx.Node) -> Any:
+        return env[node] if node in env else values[node]
+
     for node in nodes:
         if node in env:
             continue
-        args = fx.map_arg(node.args, look_up)
-        kwargs = fx.map_arg(node.kwargs, look_up)
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = compute(node, look_up)
         if node is last:
             break
     return env

@@ -23,6 +23,15 @@ def erase_dead(graph: fx.Graph) -> int:
     return erased
 
 
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What `erase_dead` would leave."""
+    alive: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("placeholder", "output") or is_write(node) or not alive.isdisjoint(node.users):
+            alive.add(node)
+    return alive
+
+
 def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy with parameters of its own and the same node names; tied parameters stay tied."""
     new = copy.deepcopy(graph_module)

@@ -7,12 +7,17 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import join_of
+from thesean.passes.base import Attempt, run_passes
+from thesean.passes.bound_positions import BoundPositions
+from thesean.passes.graph.dump import dump
 from thesean.passes.graph.surgery import clean, clone
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.sites import build_site, ends_of
-from thesean.passes.remove import Remove
-from thesean.passes.substitute import Substitute
+from thesean.passes.remove import Remove, bypass, check_gone
+from thesean.passes.substitute import Substitute, check_called_once, splice
+from thesean.recipe import Positions
 from thesean.targets import PartFacts, TargetModule
 
 
@@ -62,13 +67,16 @@ def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: 
     """
     parts = [p for p in bound_plan.parts if p.target is not None]
     parts = parts if count is None else parts[:count]
+    sites = [s for p in parts for s in p.sites]
     guide = bound_plan.captured.graph_module
     graph_module = clone(guide)
-    by_name = {n.name: n for n in graph_module.graph.nodes}
+    flow = data_flow(graph_module.graph)  # once: it says of every part whether it can be cut out
+    nodes = {n.name: n for n in graph_module.graph.nodes}
+    by_name = dict(nodes)
     replacements: list[Replacement] = []
     joins: list[tuple[fx.Node, fx.Node] | None] = []
     prefix = _free_prefix(guide)
-    ends = iter(ends_of([s for p in parts for s in p.sites]))
+    guide_ends = iter(ends_of(sites))
     outs: list[list[tuple[fx.Node, str]]] = []  # of each part: outputs in the hybrid, what they were in the guide
     for k, part in enumerate(parts):
         outs.append([])
@@ -78,15 +86,15 @@ def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: 
             copied: tuple[str, ...] = ()
             if copy_weights and isinstance(module, TargetModule):
                 copied = module.copy_from(site.facts)
-            guide_exit, guide_entry = next(ends)
-            region = site.region.translate(by_name)
+            guide_exit, guide_entry = next(guide_ends)
+            region, path = site.region.translate(nodes), site.facts.path
             entry = by_name[guide_entry.name]
-            cut: Remove | Substitute
             if site.removes:
-                cut = Remove(site.facts.path, region, name, module, (by_name[guide_exit.name], entry))
+                ends = (by_name[guide_exit.name], entry)
+                out = bypass(graph_module, region, name, module, path=path, flow=flow, ends=ends)
             else:
-                cut = Substitute(site.facts.path, region, name, module)
-            out = cut.cut(graph_module)
+                out = splice(graph_module, region, name, module, path=path, flow=flow, entry=entry)
+            dump(Remove.name if site.removes else Substitute.name, graph_module, "modified", path, live=True)
             by_name[guide_exit.name] = out  # later regions and boundaries mean the replacement's output
             outs[-1].append((out, guide_exit.name))
             joins.append(None if site.removes else join_of(site.region))
@@ -108,6 +116,8 @@ def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: 
     clean(graph_module)
     graph_module.recompile()
     graph_module.graph.lint()
+    check_called_once(graph_module, [r.name for r, s in zip(replacements, sites, strict=True) if not s.removes])
+    check_gone(graph_module, [s.region.translate(nodes) for s in sites])
     # only now: the sum of one replacement may read the output of another
     alive = set(graph_module.graph.nodes)
     named = {n.name for n in alive}
@@ -123,6 +133,15 @@ def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: 
         boundaries=boundaries,
         parts=tuple(p.planned.path for p in parts),
     )
+
+
+def bound_positions(graph_module: fx.GraphModule, positions: Positions = "clamp") -> str:
+    """Every converted network ends with this: positions past the guide's table never read out of range, in place.
+
+    What to tell of it; "" where nothing was to do. A network that BoundPositions refuses stays as it is.
+    """
+    _, (note,) = run_passes(graph_module, Attempt(BoundPositions(positions)))
+    return {"modified": f"positions past the guide's table: {positions}", "refused": note.reason}.get(note.outcome, "")
 
 
 def _boundary(

@@ -1,0 +1,183 @@
+"""A conversion's graphs, written down as they change: read in order, they tell what happened to the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import thesean
+from tests.models import seeded, vectors
+from thesean.cli.app import app
+from thesean.errors import ArtifactError
+
+
+class Toy(nn.Module):
+    """x -> two layers that become something else, and a head; `x.float()` is idle and `add_` writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x.float())
+        return self.head(self.second(x).add_(1))
+
+
+def convert(folder: Path | None) -> thesean.Converted:
+    return thesean.compile(
+        seeded(Toy),
+        {"first": "linear", "second": "identity"},
+        data=[vectors(8, 4, seed=i) for i in range(3)],
+        parts=["first", "second"],
+        recipe="fast",
+        progress=False,
+        dump_graphs=folder,
+    )
+
+
+def story(folder: Path) -> dict[str, list[str]]:
+    """Each file's lines but those that read parameters."""
+    files = sorted(folder.glob("*.txt"))
+    return {p.name: [line for line in p.read_text().splitlines() if "get_attr" not in line] for p in files}
+
+
+def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
+    converted = convert(tmp_path)
+    told = story(tmp_path)
+    asserted = "_assert_tensor_metadata"
+    last = told["005-remove-second.txt"][1:]
+    assert told == {
+        "000-capture.txt": [
+            "# capture: as torch.export traced it",
+            "x = placeholder x",
+            f"{asserted}_default = aten.{asserted}.default(x, dtype=torch.float32, device=cpu, layout=torch.strided)",
+            "to = aten.to.dtype(x, torch.float32)",
+            "linear = aten.linear.default(to, first_weight, first_bias)",
+            "linear_1 = aten.linear.default(linear, second_weight, second_bias)",
+            "add_ = aten.add_.Tensor(linear_1, 1)",
+            "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
+            "return linear_2",
+        ],
+        "001-split-layers.txt": [
+            "# split-layers: unchanged: the graph has no recurrent cell",
+            *told["000-capture.txt"][1:],
+        ],
+        "002-functionalise.txt": [
+            "# functionalise: modified",
+            *(line.replace("aten.add_.", "aten.add.") for line in told["000-capture.txt"][1:]),
+        ],
+        "003-simplify.txt": [
+            "# simplify: modified",
+            "x = placeholder x",
+            "linear = aten.linear.default(x, first_weight, first_bias)",
+            "linear_1 = aten.linear.default(linear, second_weight, second_bias)",
+            "add_ = aten.add.Tensor(linear_1, 1)",
+            "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
+            "return linear_2",
+        ],
+        "004-substitute-first.txt": [
+            "# substitute first: modified",
+            "x = placeholder x",
+            "part_0 = part_0(x)",
+            "linear_1 = aten.linear.default(part_0, second_weight, second_bias)",
+            "add_ = aten.add.Tensor(linear_1, 1)",
+            "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
+            "return linear_2",
+        ],
+        "005-remove-second.txt": [
+            "# remove second: modified",
+            "x = placeholder x",
+            "part_0 = part_0(x)",
+            "part_1 = part_1(part_0)",
+            "add_ = aten.add.Tensor(part_1, 1)",
+            "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
+            "return linear_2",
+        ],
+        "006-bound-positions.txt": [
+            "# bound-positions: unchanged: no table is indexed by a growing position",
+            *last,
+        ],
+    }
+    assert len(converted.frontier) == 3
+    assert converted.frontier[1].module is not converted.module
+    assert story(tmp_path) == told  # what is made later is no step of it
+
+
+def test_the_result_is_the_same_with_and_without(tmp_path):
+    told, untold = convert(tmp_path / "graphs"), convert(None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graphs"]
+    x = vectors(5, 4)
+    assert torch.equal(told(x), untold(x))
+
+
+def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    converted = convert(tmp_path)
+    before = story(tmp_path)
+    converted.export(tmp_path / "m.onnx", dump_graphs=tmp_path)
+    told = story(tmp_path)
+    assert {k: v for k, v in told.items() if k in before} == before
+    graph = before["006-bound-positions.txt"][1:]
+    assert {k: v for k, v in told.items() if k not in before} == {
+        "007-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
+        "008-thread-state.txt": [
+            "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
+            *graph,
+        ],
+        "009-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "010-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "011-cells-as-modules.txt": [
+            "# cells-as-modules: unchanged: the graph has no recurrent operator",
+            *graph[:-1],
+            "return (linear_2,)",
+        ],
+    }
+
+
+def test_a_folder_that_can_not_be_written_costs_no_conversion(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ArtifactError, match=r"dump_graphs: .*taken can't be written"):
+        convert(tmp_path / "taken")
+    result = CliRunner().invoke(
+        app,
+        [
+            "convert",
+            "tests.test_dump_graphs:Toy",
+            "--out",
+            str(tmp_path / "out"),
+            "--dump-graphs",
+            str(tmp_path / "taken"),
+        ],
+    )
+    assert result.exit_code == 2
+    assert "--dump-graphs" in result.output
+    assert "expected a folder, found a file" in " ".join(result.output.split())
+
+
+def toy() -> nn.Module:
+    return seeded(Toy)
+
+
+def batches() -> list[torch.Tensor]:
+    return [vectors(8, 4, seed=i) for i in range(3)]
+
+
+def test_the_command_line_takes_the_folder(tmp_path):
+    here = "tests.test_dump_graphs"
+    out, graphs = tmp_path / "out", tmp_path / "graphs"
+    result = CliRunner().invoke(
+        app,
+        [
+            *("convert", f"{here}:toy", "--data", f"{here}:batches", "--target", "linear", "--recipe", "fast"),
+            *("--parts", "first", "--parts", "second", "--out", str(out), "--dump-graphs", str(graphs), "--quiet"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    names = sorted(p.name for p in graphs.iterdir())
+    assert names[0] == "000-capture.txt"
+    assert names[4:] == ["004-substitute-first.txt", "005-substitute-second.txt", "006-bound-positions.txt"]

@@ -1,0 +1,91 @@
+"""Write a graph down each time that a pass changed it, so that a person can see what happened to a network.
+
+with dumping("graphs"):
+    ...  # 000-capture.txt, 001-split-layers.txt, 002-functionalise.txt...
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from torch import fx
+
+from thesean.errors import ArtifactError
+from thesean.passes.graph.surgery import live_nodes
+from thesean.passes.graph.text import text
+
+# A part's path may be long, and a file system stops at 255 letters.
+_LONGEST = 100
+
+
+class GraphDump:
+    """A folder of numbered files, one a step. Numbers go on behind those of an earlier run: nothing is overwritten."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):  # now, and not after the capture
+                pass
+            taken = [int(found[1]) for p in self.folder.iterdir() if (found := re.match(r"(\d{3,})-.+\.txt$", p.name))]
+        except OSError as error:
+            raise self._refusal(error) from error
+        self.number = max(taken, default=-1) + 1
+
+    def write(self, step: str, graph: fx.Graph, outcome: str, part: str, live: bool) -> None:
+        title = f"{step} {part}".strip()
+        name = re.sub(r"[^\w.=-]+", "-", title)[:_LONGEST]
+        lines = [f"# {title}: {outcome}", *text(graph, live_nodes(graph) if live else None), ""]
+        try:
+            (self.folder / f"{self.number:03d}-{name}.txt").write_text("\n".join(lines), encoding="utf-8")
+        except OSError as error:
+            raise self._refusal(error) from error
+        self.number += 1
+
+    def _refusal(self, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"dump_graphs: {self.folder} can't be written: {error.strerror or error}. Choose a folder that you may "
+            "write."
+        )
+
+
+# of this thread and context alone: two conversions side by side write each their own story
+_active: ContextVar[GraphDump | None] = ContextVar("thesean_graph_dump", default=None)
+
+
+@contextmanager
+def dumping(folder: str | Path | None) -> Iterator[None]:
+    """Inside, every pass writes the graph that it leaves into `folder`; with None, as before.
+
+    Raises ArtifactError, before anything else happens, when the folder can't be written.
+    """
+    if folder is None:
+        yield
+        return
+    token = _active.set(GraphDump(folder))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+@contextmanager
+def not_dumping() -> Iterator[None]:
+    """Inside, nothing is written: trial hybrids and snapshots are no step of the story."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def dump(step: str, graph_module: fx.GraphModule, outcome: str, part: str = "", live: bool = False) -> None:
+    """Tell of one step, where someone listens. With `live`, without the nodes that nothing reads any more."""
+    active = _active.get()
+    if active is not None:
+        active.write(step, graph_module.graph, outcome, part, live)
