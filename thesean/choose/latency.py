@@ -8,15 +8,17 @@ divided by their number. What is proposed is then measured itself.
 from __future__ import annotations
 
 import logging
-import tempfile
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import fx
 
 from thesean.choose.candidates import Candidates
 from thesean.choose.constraints import Constraints
-from thesean.deploy.export import export
-from thesean.deploy.timing.latency import latency_of_models
+from thesean.deploy.timing.latency import FileTimings, Timing, latency_of_models
+from thesean.deploy.timing.networks import Networks
 from thesean.errors import ExportError, PlanError
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.graph.surgery import clone
@@ -30,73 +32,69 @@ logger = logging.getLogger(__name__)
 _REPEATS = 15
 
 
-@dataclass
 class PlanTimer:
     """Measures plans in one place and way; every figure comes with the guide's from the same turns, since a machine's
     speed drifts between runs. Milliseconds, onnxruntime, one thread. Use as a context manager.
     """
 
-    candidates: Candidates
-    constraints: Constraints
-    length: int | None  # of the training sequences; None where there is no time
-    positions: Positions = "clamp"  # past the guide's table, as in the recipe
-    _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
+    def __init__(
+        self, candidates: Candidates, constraints: Constraints, length: int | None, positions: Positions = "clamp"
+    ) -> None:
+        """`length` of the training sequences, None where there is no time; `positions` past the guide's table, as in
+        the recipe.
+        """
+        self.captured, self.constraints, self.length, self.positions = (
+            candidates.binder.captured, constraints, length, positions
+        )  # fmt: skip
+        self._networks = Networks(self.captured.signature, length)
 
     def __enter__(self) -> PlanTimer:
+        self._networks.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+    def __exit__(self, *error: object) -> None:
+        self._networks.__exit__(*error)
 
     @property
     def context(self) -> int | None:
         return None if self.length is None else self.constraints.context or self.length
 
     def measure(self, bound_plans: Sequence[BoundPlan]) -> tuple[float, list[float]]:
-        """(the guide's, each plan's), all in turns. Raises PlanError where the guide does not run at the context or a
-        plan has no such latency.
+        """(the guide's, each plan's), all in turns; infinite for a plan that has no such latency. Raises PlanError
+        where the guide does not run at the context.
         """
-        captured = self.candidates.binder.captured
-        files = {"guide": self._file(None)} | {str(i): self._file(d) for i, d in enumerate(bound_plans)}
+        files = {"guide": self._guide()} | {str(i): self.export(p) for i, p in enumerate(bound_plans)}
         contexts = [self.context] if self.context is not None else []
-        batch = self.constraints.batch
-        found = latency_of_models(files, captured.signature, contexts, batch, _REPEATS)
-        values = []
-        for name, latency in found.items():
-            if latency.forward is not None:
-                figure = latency.forward
-            else:
-                assert self.context is not None
-                table = latency.prefill if self.constraints.kind == "prefill" else latency.token
-                figure = table.get(self.context) or (latency.prefill[self.context] if name == "guide" else None)  # type: ignore[assignment]
-            if figure is None:
-                who = "the guide" if name == "guide" else "a plan"
-                raise PlanError(
-                    f"constraints: {who} has no {self.constraints.kind} latency at context {self.context}; choose one "
-                    "that it can run."
-                )
-            values.append(figure.median_ms)
-        return values[0], values[1:]
+        found = latency_of_models(files, self.captured.signature, contexts, self.constraints.batch, _REPEATS)
+        guide = self._figure(found.pop("guide"), is_guide=True)
+        if guide is None:
+            raise PlanError(
+                f"constraints: the guide has no {self.constraints.kind} latency at context {self.context}; choose one "
+                "that it can run."
+            )
+        figures = [self._figure(timings, is_guide=False) for timings in found.values()]
+        return guide.median_ms, [math.inf if f is None else f.median_ms for f in figures]
 
-    def _file(self, bound_plan: BoundPlan | None) -> Path:
-        """The ONNX file of an untrained hybrid, written once; weights do not change how long it takes."""
-        key = (
-            ("guide",)
-            if bound_plan is None
-            else tuple(f"{p.target}{p.options}{p.scope}" for p in bound_plan.plan.parts)
-        )
-        if key not in self._files:
-            captured = self.candidates.binder.captured
-            module = clone(captured.graph_module) if bound_plan is None else build_hybrid(bound_plan).graph_module
-            bound_positions(module, self.positions)  # else a context past the guide's table can't be measured
-            path = Path(self._folder.name) / f"{len(self._files)}.onnx"
-            export(module, captured.signature, path, train_length=self.length)
-            logger.info("wrote %s", key)
-            self._files[key] = path
-        return self._files[key]
+    def export(self, bound_plan: BoundPlan) -> Path:
+        """The file of a plan's hybrid, written once. Raises ExportError."""
+        key = tuple(f"{p.target}{p.options}{p.scope}" for p in bound_plan.plan.parts)
+        return self._networks.file(key, lambda: self._bounded(build_hybrid(bound_plan).graph_module))
+
+    def _guide(self) -> Path:
+        return self._networks.file("guide", lambda: self._bounded(clone(self.captured.graph_module)))
+
+    def _bounded(self, graph_module: fx.GraphModule) -> fx.GraphModule:
+        bound_positions(graph_module, self.positions)  # else a context past the guide's table can't be measured
+        return graph_module
+
+    def _figure(self, timings: FileTimings, is_guide: bool) -> Timing | None:
+        """A guide that carries no state reads everything again for one more token."""
+        if timings.forward is not None:
+            return timings.forward
+        assert self.context is not None
+        if self.constraints.kind == "prefill":
+            return timings.prefill.get(self.context)
+        return timings.token.get(self.context) or (timings.prefill.get(self.context) if is_guide else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +127,7 @@ def fit_latency(latencies: PlanTimer, candidates: Candidates) -> AdditiveModel:
             continue
         bound_plan = candidates.bind([key[1] if p in parts else c for p, c in enumerate(reference)])
         try:
-            latencies._file(bound_plan)
+            latencies.export(bound_plan)
         except ExportError as error:
             logger.warning("candidate %s is left out: %s", candidates.names[key[1]], error)
             continue
@@ -137,11 +135,17 @@ def fit_latency(latencies: PlanTimer, candidates: Candidates) -> AdditiveModel:
         members.append((key, parts))
     guide, values = latencies.measure(bound_plans)
     base = values[0]
-    share = {key: (v - base) / len(parts) for v, (key, parts) in zip(values[1:], members[1:], strict=True)}
-    delta = tuple(
-        tuple(
-            0.0 if c == reference[p] else share.get((candidates.classes[p], c), float("nan")) for c in range(len(row))
+    if not math.isfinite(base):
+        raise PlanError(
+            f"constraints: no plan has a {latencies.constraints.kind} latency at context {latencies.context}; choose "
+            "one that the candidates can run."
         )
+    share = {
+        key: (v - base) / len(parts) if math.isfinite(v) else math.nan
+        for v, (key, parts) in zip(values[1:], members[1:], strict=True)
+    }
+    delta = tuple(
+        tuple(0.0 if c == reference[p] else share.get((candidates.classes[p], c), math.nan) for c in range(len(row)))
         for p, row in enumerate(candidates.options)
     )
     return AdditiveModel(guide_ms=guide, base_ms=base, delta=delta)

@@ -140,7 +140,9 @@ class Search:
             if new:
                 guide_ms, values = timer.measure([self.candidates.bind(c) for c in new])
                 seen |= {c: v * model.guide_ms / guide_ms for c, v in zip(new, values, strict=True)}
-            first = proposals[0]
+            first = next((c for c in proposals if math.isfinite(seen[c])), None)
+            if first is None:
+                break  # none of them can take one token at a time
             if bound_ms * (1 - _NEAR) <= seen[first] <= bound_ms * (1 + _NOISE) or not new:
                 break
             proposed, shifts = self.within_sums(bound_ms + model.of(first) - seen[first], shifts)

@@ -149,7 +149,7 @@ class Aligner:
     @torch.no_grad()
     def held_out_loss(self, part: int) -> float:
         """The measure's loss at the exit of `part`, hybrid against guide, over the held-out batches."""
-        own, theirs = self._taps((part,))
+        own, theirs = self._ends((part,))
         own.eval()
         exit_own, exit_guide = self.hybrid.boundaries[part]
         total = 0.0
@@ -170,7 +170,7 @@ class Aligner:
         except (DataError, NumericalError) as error:
             raise type(error)(f"{self.hybrid.parts[part]}: {error}") from error
 
-    def _taps(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def _ends(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
         own = intermediates(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
         theirs = intermediates(self.guide, [self.hybrid.boundaries[k][1] for k in parts], with_output=False)
         return own, theirs
@@ -180,7 +180,7 @@ class Aligner:
 
     def _own_inputs_loss(self, stage: Stage) -> Any:
         """Sum over the compared parts of the measure at their exits, on the hybrid's own activations."""
-        own, theirs = self._taps(stage.compared)
+        own, theirs = self._ends(stage.compared)
         names = [self.hybrid.boundaries[k] for k in stage.compared]
 
         def loss(step: int, batch: Batch) -> torch.Tensor:

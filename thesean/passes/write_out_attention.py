@@ -119,12 +119,12 @@ def _hiding(
     if not masks or not probes:
         return {}
     names = {m.name: m for m in masks}
-    tapped = intermediates(graph_module, names, with_output=False)
+    values_of = intermediates(graph_module, names, with_output=False)
     # a window hides nothing until an input is longer than it
     hides = {m: any(_tells_positions_apart(n) for n in _upstream(m)) for m in masks}
     blind: set[fx.Node] = set()
     for inputs in probes:
-        for name, value in tapped(**inputs).items():
+        for name, value in values_of(**inputs).items():
             sees = value if value.dtype == torch.bool else value > -math.inf
             hides[names[name]] |= not bool((value if sees is value else value == 0).all())
             if not bool(sees.any(-1).all()):

@@ -107,7 +107,7 @@ def _ends(hybrid: Hybrid, part: BoundPart) -> tuple[fx.Node, fx.Node]:
 
 
 def _call(cut: Extract, guide: Signature, sizes: CheckSizes, path: Path) -> Callable[[], Any]:
-    """The excerpt in onnxruntime on random hidden states."""
+    """The part in onnxruntime on random hidden states."""
     length = sizes.length if sizes.length is None or sizes.length > _BATCH else _LENGTH
     example = cut.inputs(guide, CheckSizes(batch=_BATCH, length=length).of(guide))
     # the whole network's masks are sides here, with the values that they have there

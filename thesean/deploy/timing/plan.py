@@ -6,19 +6,18 @@ B batch, T time
 from __future__ import annotations
 
 import logging
-import tempfile
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import fx
 
-from thesean.deploy.export import export
 from thesean.deploy.parity import CheckSizes
 from thesean.deploy.session import Arrays, Session, require
 from thesean.deploy.timing.latency import Timing, measure, random_feeds, state_after
+from thesean.deploy.timing.networks import Networks
 from thesean.deploy.timing.parts import PartTiming, latency_of_parts
 from thesean.deploy.timing.verdicts import Measurement, slower_targets, verdicts
 from thesean.errors import DataError, ExportError, PassRefused
@@ -67,10 +66,10 @@ def measure_plan(
     plan, captured = bound_plan.plan, bound_plan.captured
     notes: list[str] = []
     lengths, rows = _sizes(plan, captured, contexts, batches, notes)
-    with tempfile.TemporaryDirectory() as folder, seeded(seed):
+    with seeded(seed):
         hybrid = build_hybrid(bound_plan)
         bound_positions(hybrid.graph_module)  # as in every conversion: a recurrence runs on past the guide's table
-        files = _export_all(bound_plan, hybrid, Path(folder), notes)
+        files = _export_all(bound_plan, hybrid, notes)
         if files is None:
             return replace(plan, latencies=(), notes=(*plan.notes, *notes))
         causal = lengths != [None] and decodes(captured)
@@ -122,7 +121,7 @@ def _sizes(
     return lengths, rows
 
 
-def _export_all(bound_plan: BoundPlan, hybrid: Hybrid, folder: Path, notes: list[str]) -> _Files | None:
+def _export_all(bound_plan: BoundPlan, hybrid: Hybrid, notes: list[str]) -> _Files | None:
     """Sessions of the three networks; None, with a note, when the guide itself can't be exported."""
     makers: dict[str, Callable[[], fx.GraphModule]] = {
         "guide": lambda: bound_plan.captured.graph_module,
@@ -130,21 +129,16 @@ def _export_all(bound_plan: BoundPlan, hybrid: Hybrid, folder: Path, notes: list
         "ceiling": lambda: without_parts(bound_plan),
     }
     sessions: dict[str, Session] = {}
-    for name, make in makers.items():
-        path = folder / f"{name}.onnx"
-        try:
-            report = export(
-                make(), bound_plan.captured.signature, path, train_length=_example_length(bound_plan.captured)
-            )
-            sessions[name] = Session(report.path, threads=1)
-            path.unlink()  # the session holds the weights; a disk may be small
-            logger.info("exported the %s in %.1f s", name, report.seconds)
-        except (ExportError, PassRefused) as error:
-            told = str(error).replace(f"{path}: ", "")
-            if name == "guide":
-                notes.append(f"latencies could not be measured: the guide can't be exported to ONNX: {told}")
-                return None
-            notes.append(f"the {name} could not be measured: it can't be exported to ONNX: {told}")
+    with Networks(bound_plan.captured.signature, _example_length(bound_plan.captured)) as networks:
+        for name, make in makers.items():
+            try:
+                sessions[name] = networks.session(name, make)
+            except (ExportError, PassRefused) as error:
+                told = re.sub(r"\S+\.onnx: ", "", str(error))  # the file is nothing that the caller named
+                if name == "guide":
+                    notes.append(f"latencies could not be measured: the guide can't be exported to ONNX: {told}")
+                    return None
+                notes.append(f"the {name} could not be measured: it can't be exported to ONNX: {told}")
     return _Files(guide=sessions["guide"], plan=sessions.get("plan"), ceiling=sessions.get("ceiling"))
 
 

@@ -32,7 +32,7 @@ def halves_or_whole(flow: DataFlow, block: Region) -> list[Region]:
 def find_blocks(flow: DataFlow, within: Region | None = None) -> list[Region]:
     """Disjoint single-entry single-exit regions, in order: repeats first, then what is like them, then lone residuals.
 
-    Each chain (`regions.chains`) is searched for runs of isomorphic groups of segments; the same groups are looked for
+    Each chain (`chains`) is searched for runs of isomorphic groups of segments; the same groups are looked for
     in the other chains; what is left over and residual is a part of its own, unless smaller repeats are inside of it.
     """
     rows = chains(flow, within)

@@ -44,8 +44,8 @@ class Extract:
             device = next((str(p.device) for p in self.original.parameters()), "cpu")
             given = guide.random_inputs(sizes, seed, device)
             # side nodes are few and shallow: the hidden states are not computed for them
-            tapped = intermediates(self.original, self.sides, with_output=False)
-            made = record(tapped, given)[tapped.graph.output_node()]
+            prefix = intermediates(self.original, self.sides, with_output=False)
+            made = record(prefix, given)[prefix.graph.output_node()]
             values |= {f"side_{i}": made[name].detach().cpu() for i, name in enumerate(self.sides)}
         return values
 
@@ -58,7 +58,7 @@ def extract(graph_module: fx.GraphModule, entry: fx.Node, exit_: fx.Node) -> Ext
     graph = graph_module.graph
     inside = _downstream(graph, entry)
     if exit_ not in inside or exit_ is entry:
-        raise PassRefused(f"excerpt: {exit_.name} is not computed from {entry.name}.")
+        raise PassRefused(f"extract: {exit_.name} is not computed from {entry.name}.")
     constant = _constants(graph)
     copied: set[fx.Node] = set()
     sides: dict[fx.Node, None] = {}
