@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_affine
-from thesean.targets.shared.cores import DeltaRuleCore
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
@@ -74,7 +74,7 @@ class Delta(SequenceTarget):
         self.value = nn.Linear(width_in, heads * value_width)
         self.rate = nn.Linear(width_in, heads)
         self.decay = nn.Linear(width_in, heads)
-        self.core = DeltaRuleCore()
+        self.core = Core("delta_rule")
         self.last = small_linear(heads * value_width, width_out)
         self.reset_projections()
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from thesean.kernels.linear_attention import full_linear_attention
 from thesean.targets.shared.copying import copy_affine
-from thesean.targets.shared.cores import LinearAttentionCore
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptions, check, head_shape, start_of
@@ -82,7 +82,7 @@ class LinearAttention(SequenceTarget):
         self.map_query_HCC = nn.Parameter(torch.eye(key_width).repeat(heads, 1, 1))
         self.map_key_GCC = nn.Parameter(torch.eye(key_width).repeat(self.kv_heads, 1, 1))
         self.decay = None if bidirectional else nn.Linear(width_in, self.kv_heads)
-        self.core = LinearAttentionCore()
+        self.core = Core("linear_attention")
         self.window = None if window is None else Window(size=window, heads=heads, scale=self.scale)
         self.last = small_linear(heads * value_width, width_out)
         self.reset_projections()

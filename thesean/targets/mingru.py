@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_value
-from thesean.targets.shared.cores import LinearRecurrence
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
@@ -45,7 +45,7 @@ class MinGRU(SequenceTarget):
         self.gate = nn.Linear(width_in, units)
         self.value = nn.Linear(width_in, units)
         self.output_gate = nn.Linear(width_in, units)
-        self.core = LinearRecurrence()
+        self.core = Core("linear_recurrence")
         self.last = small_linear(units, width_out)
         self.reset_projections()
 

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.shared.cores import LeakyRecurrence
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.sequence import (
@@ -94,7 +94,7 @@ class Reservoir(SequenceTarget):
         self.register_buffer("recurrent_GPP", blocks_GPP)
         tokens_E = torch.logspace(math.log10(self.memory[0]), math.log10(self.memory[1]), width)
         self.register_buffer("leak_U", -torch.expm1(-1 / tokens_E).repeat(directions))
-        self.core = LeakyRecurrence()
+        self.core = Core("leaky_recurrence")
         self.last = small_linear(units + width_in, width_out)
 
     def config(self) -> dict[str, Any]:

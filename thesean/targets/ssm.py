@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_value
-from thesean.targets.shared.cores import CausalConvolutionCore, DiagonalScanCore
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
@@ -48,8 +48,8 @@ class SelectiveScan(nn.Module):
         self.step = nn.Linear(width, heads)
         self.rate_HN = nn.Parameter(torch.empty(heads, state))  # log(-A)
         self.direct_E = nn.Parameter(torch.ones(width))
-        self.convolution = CausalConvolutionCore()
-        self.core = DiagonalScanCore()
+        self.convolution = Core("causal_convolution", activation="silu")
+        self.core = Core("diagonal_scan")
         self.reset_scan(memory)
 
     @torch.no_grad()
