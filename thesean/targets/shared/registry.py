@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from thesean.errors import ArtifactError, TargetMismatchError, TheseanError, unknown_name
-from thesean.targets.shared.entry_points import load_families
+from thesean.installed import load_installed
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Target, parse_options
 from thesean.targets.shared.module import TargetModule
@@ -147,4 +147,4 @@ def _discover() -> None:
         if isinstance(family, Family):
             _add(family)
     _discovered = True  # first: an installed module may call `register` while it is imported
-    load_families(_add)
+    load_installed("thesean.targets", Family, _add)
