@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from tests import models
+from tests.passes.contract import Example
 from tests.targets.contract import stateful_modules
 from thesean.errors import PassRefused
 from thesean.passes.analyse.chunks import join, run_in_chunks
@@ -292,3 +293,9 @@ def test_a_kernel_that_looks_far_ahead_is_seen(ahead):
     hybrid = build_hybrid(make_plan(captured, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
     with pytest.raises(PassRefused, match=r"kernel .*mixes time outside of the converted parts"):
         ThreadState(captured.signature)(hybrid)
+
+
+def example() -> Example:
+    """Without states given, a threaded graph can't be called: chunks are compared above."""
+    stateless, captured = converted(models.gpt2(), ids())
+    return Example(ThreadState(captured.signature), stateless, tuple(ids().values()), same_outputs=False)
