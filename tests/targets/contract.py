@@ -21,7 +21,17 @@ from tests.tolerances import VALUE, relative_error
 from thesean.distill.closed_form import solve_alone
 from thesean.errors import TargetMismatchError
 from thesean.passes.graph.signature import InputSpec, Signature
-from thesean.targets import Affine, AttentionFacts, Family, MLPFacts, PartFacts, TargetModule, get_family, targets
+from thesean.targets import (
+    Affine,
+    AttentionFacts,
+    Family,
+    MLPFacts,
+    PartFacts,
+    State,
+    TargetModule,
+    get_family,
+    targets,
+)
 from thesean.targets.shared.facts import Dim, Mixing
 from thesean.targets.shared.family import parse_options
 
@@ -194,13 +204,14 @@ def check_steps_in_chunks_equal_all_steps_at_once(family: Family, part: PartFact
     x_BTD = inputs(part)
     whole_BTD, last = module(x_BTD)
     zeros = module.initial_state(x_BTD)
-    for state in tensors(zeros):
-        expect(state.shape[0] == 3 and not state.any(), family, "a sequence starts from zeros, batch first")
-    shapes = [[s.shape for s in tensors(state)] for state in (zeros, last)]
+    for zero in tensors(zeros):
+        expect(zero.shape[0] == 3 and not zero.any(), family, "a sequence starts from zeros, batch first")
+    shapes = [[s.shape for s in tensors(each)] for each in (zeros, last)]
     expect(shapes[0] == shapes[1], family, f"a state of {shapes[0]} becomes one of {shapes[1]}")
     same(family, module(x_BTD, zeros)[0], whole_BTD, "no state and zeros", bound=0)
     for chunks in ((1, 5, 1, 5), (1,) * 12, (11, 1)):
-        pieces, state = [], None
+        pieces: list[torch.Tensor] = []
+        state: State | None = None
         for chunk_BTD in x_BTD.split(chunks, 1):
             y_BTD, state = module(chunk_BTD, state)
             pieces.append(y_BTD)
@@ -259,7 +270,7 @@ def toy(part: PartFacts, x: torch.Tensor, mixed: bool) -> torch.Tensor:
     if len(part.input_shape) == 4:
         channels = int(part.output_shape[1]), int(part.input_shape[1])
         mix_OC = torch.randn(channels, generator=generator) * channels[1] ** -0.5
-        pooled = F.adaptive_avg_pool2d(x, [int(dim) for dim in part.output_shape[2:]])
+        pooled = F.adaptive_avg_pool2d(x, (int(part.output_shape[2]), int(part.output_shape[3])))
         wanted = torch.einsum("oc,bchw->bohw", mix_OC, pooled)
         return wanted.relu() if part.nonnegative else wanted
     mix_OD = torch.randn(part.width_out, part.width_in, generator=generator) * part.width_in**-0.5

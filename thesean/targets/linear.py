@@ -34,9 +34,9 @@ class Linear(ShapedTarget):
     def __init__(self, *, unit: Unit, **frame: Unpack[ShapedFrame]) -> None:
         super().__init__(**frame)
         self.unit = unit
-        shapes = (self.input_shape, self.output_shape)
-        self.last = small_linear(*(shape[0] if unit == "pixel" else math.prod(shape) for shape in shapes))
-        self.windows = Windows(*(shape[1:] for shape in shapes), None) if unit == "pixel" else None
+        size_in, size_out = (s[0] if unit == "pixel" else math.prod(s) for s in (self.input_shape, self.output_shape))
+        self.last = small_linear(size_in, size_out)
+        self.windows = Windows(self.input_shape[1:], self.output_shape[1:], None) if unit == "pixel" else None
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "unit": self.unit}

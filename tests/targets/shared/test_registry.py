@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.targets.build import build
 from thesean.errors import ArtifactError, TargetMismatchError, UnknownNameError
-from thesean.targets import Target, build_module, get_family, rebuild, register, resolve, targets
+from thesean.targets import Target, TargetModule, build_module, get_family, rebuild, register, resolve, targets
 from thesean.targets.shared import registry
 
 
@@ -56,14 +56,14 @@ def test_every_file_beside_shared_is_a_family_of_its_own_name():
 def test_a_builder_that_reads_values_is_told_that_a_plan_has_none(monkeypatch, sequence_part):
     """As a stranger's family would: planning builds it on the meta device."""
 
-    class Mine(nn.Linear):
-        def __init__(self, width: int) -> None:
-            super().__init__(width, width)
+    class Mine(TargetModule):
+        def __init__(self) -> None:
+            super().__init__()
             self.gain = float(torch.ones(1))
 
     gru = get_family("gru")
     monkeypatch.setattr(registry, "_families", dict(registry._families))
-    register(dataclasses.replace(gru, name="mine", build=lambda part, options: Mine(part.width_in)))
+    register(dataclasses.replace(gru, name="mine", build=lambda part, options: Mine()))
     assert build("mine", sequence_part()).gain == 1  # with values there is nothing to say
     with pytest.raises(TargetMismatchError) as caught, torch.device("meta"):
         build("mine", sequence_part())
