@@ -18,8 +18,10 @@ import pytest
 import torch
 
 import thesean
+from benchmarks.suite import Options, run_case
 from tests import models
 from tests.passes.contract import check_pass
+from tests.similarity.contract import check_measure
 from tests.targets.contract import PARTS, check_family, check_onnx, fits, sequence, stateful_modules
 from thesean.similarity import get_measure
 from thesean.similarity.shared import registry as of_measures
@@ -96,8 +98,7 @@ def test_paths_that_are_told_are_there():
     told = set(re.findall(r"`((?:tests|benchmarks|thesean)/[\w./]+)`", TEXT)) - FILES.keys()
     told = {path for path in told if "x.py" not in path.split("_")[-1].split("/")[-1:]}  # x: whatever is added
     assert {"tests/targets/contract.py", "tests/test_tree.py"} <= told
-    later = {"tests/similarity/contract.py", "tests/similarity/test_contract.py"}  # measures get theirs elsewhere
-    assert not [path for path in told - later if not (ROOT / path).exists()]
+    assert not [path for path in told if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("name", TESTS)
@@ -126,8 +127,7 @@ def test_the_core_is_lowered_by_the_file_of_its_name(folder):
 
 
 def test_the_measure_keeps_the_contract(folder):
-    contract = pytest.importorskip("tests.similarity.contract")
-    contract.check_measure(get_measure("huber"))
+    check_measure(get_measure("huber"))
 
 
 def test_the_pass_keeps_the_contract(folder):
@@ -137,9 +137,8 @@ def test_the_pass_keeps_the_contract(folder):
 
 
 def test_the_benchmark_runs_in_its_quick_form(folder, tmp_path):
-    suite = pytest.importorskip("benchmarks.suite")
     case = load(folder, "benchmarks/moving_average.py").CASE
-    result, faults = suite.run_case("moving_average", case, suite.Options(out=tmp_path, quick=True))
+    result, faults = run_case("moving_average", case, Options(out=tmp_path, quick=True))
     assert [row["name"] for row in result["cases"]] == ["width 8"]
     assert not faults
 
