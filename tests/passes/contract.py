@@ -85,8 +85,7 @@ def check_it_keeps_its_promises(
             expected = leaf_values(graph_module(*inputs))
     result = a_pass(graph_module)
     expect(result.modified, a_pass, f"the example is left alone: {result.reason}")
-    in_place = getattr(a_pass, "in_place", result.graph_module is graph_module)
-    if in_place:
+    if a_pass.in_place:
         expect(result.graph_module is graph_module, a_pass, "works in place, and gives another module")
     else:
         expect(result.graph_module is not graph_module, a_pass, "does not work in place, and gives what came in")

@@ -6,6 +6,7 @@ B batch, T time
 from __future__ import annotations
 
 import copy
+
 from torch import nn
 
 from thesean.deploy.lowering.lowered import form_of, operation_of
