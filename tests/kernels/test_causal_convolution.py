@@ -38,6 +38,13 @@ def test_it_is_a_grouped_convolution_of_the_window_and_the_inputs(time, dtype):
     assert torch.equal(after_BRE, seen_BTE[:, -3:])
 
 
+def test_the_activation_is_of_the_output_alone():
+    plain_BTE, plain_BRE = causal_convolution(*inputs(4))
+    y_BTE, after_BRE = causal_convolution(*inputs(4), activation="silu")
+    torch.testing.assert_close(y_BTE, plain_BTE * torch.sigmoid(plain_BTE))
+    assert torch.equal(after_BRE, plain_BRE)
+
+
 def test_gradients_are_the_numerical_ones():
     assert torch.autograd.gradcheck(causal_convolution, inputs(5))
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from tests import models
+from tests.passes.contract import Example
 from thesean.errors import PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.bound_positions import BoundPositions
@@ -183,3 +184,8 @@ def test_an_unknown_mode_is_refused():
     module, _ = graph_of("arange")
     with pytest.raises(PassRefused, match="expected one of clamp, wrap, drop, refuse, found 'drp'"):
         BoundPositions("drp")(module)  # type: ignore[arg-type]
+
+
+def example() -> Example:
+    captured = capture(Counted("arange").eval(), models.tokens(2, 4))
+    return Example(BoundPositions("wrap"), captured.graph_module, (models.tokens(2, 5),))

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from tests import captured
 from tests.models import seeded, vectors
+from tests.passes.contract import Example
 from thesean.errors import PassRefused
 from thesean.passes.capture.capture import capture
 from thesean.passes.cells_as_modules import CellsAsModules
@@ -86,3 +87,8 @@ def test_a_cell_whose_weights_are_computed_is_refused():
     cell.update_arg(2, [halved, *cell.args[2][1:]])
     with pytest.raises(PassRefused, match="expected weights that are parameters, found mul_tensor, which is computed"):
         CellsAsModules()(graph_module)
+
+
+def example() -> Example:
+    guide = capture(seeded(Kept, nn.GRU(4, 5, batch_first=True)), vectors(2, 6, 4)).graph_module
+    return Example(CellsAsModules(), guide, (vectors(3, 9, 4, seed=1),))

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from tests.models import vectors
+from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.graph.text import text
@@ -46,3 +47,7 @@ def test_a_single_tensor_becomes_a_tuple_of_one_and_a_flat_tuple_is_left_alone()
     again = FlattenOutputs()(once.graph_module)
     assert again.graph_module is once.graph_module
     assert again.reason == "the output is a flat tuple already"
+
+
+def example() -> Example:
+    return Example(FlattenOutputs(), capture(Nested(), vectors(2, 3)).graph_module, (vectors(2, 3, seed=1),))

@@ -4,6 +4,8 @@ import torch
 from torch import fx, nn
 
 from tests import captured
+from tests.models import tokens
+from tests.passes.contract import Example
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.surgery import clone
 from thesean.passes.graph.text import text
@@ -37,3 +39,7 @@ def test_the_copy_is_in_eval_mode_without_gradients_and_the_original_stays_as_it
     assert guide.training
     assert all(p.requires_grad for p in guide.parameters())
     assert not {id(p) for p in frozen.parameters()} & {id(p) for p in guide.parameters()}
+
+
+def example() -> Example:
+    return Example(FreezeOnCpu(), clone(captured.gpt2().graph_module), (tokens(),), applies_everywhere=True)

@@ -6,6 +6,7 @@ from torch import nn
 from tests import captured
 from tests.captured import traced
 from tests.models import vectors
+from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.text import text
@@ -91,3 +92,7 @@ def test_a_write_that_an_earlier_view_shows_is_captured_as_torch_computes_it():
     x = vectors(4, 3, seed=3)
     found = capture(ReadingAView(), vectors(2, 3))
     torch.testing.assert_close(found.graph_module(x), ReadingAView()(x), rtol=0, atol=0)
+
+
+def example() -> Example:
+    return Example(Functionalise(), traced(Writing(), vectors(2, 3)), (vectors(2, 3, seed=1),))

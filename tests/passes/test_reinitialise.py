@@ -6,6 +6,7 @@ from torch import fx, nn
 
 from tests import captured
 from tests.models import VOCABULARY, tokens
+from tests.passes.contract import Example
 from thesean.passes.graph.surgery import clone
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
@@ -97,3 +98,7 @@ def test_a_graph_without_parameters_is_left_alone():
     result = Reinitialise()(graph_module)
     assert not result.modified
     assert result.reason == "the graph reads no parameters"
+
+
+def example() -> Example:
+    return Example(Reinitialise(), clone(captured.gpt2().graph_module), (tokens(),), same_outputs=False)

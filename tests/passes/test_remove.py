@@ -8,6 +8,7 @@ from torch import nn
 
 from tests import captured
 from tests.models import tokens, vectors
+from tests.passes.contract import Example
 from thesean.errors import PassRefused
 from thesean.passes.analyse.bypass import removal
 from thesean.passes.analyse.dataflow import data_flow
@@ -217,3 +218,9 @@ def test_a_sum_that_scales_its_stream_is_no_residual_one():
         found = removal(part.region)
         assert found is None or found[1] is part.region.entry
         assert found is None or found[0] is part.region.exit
+
+
+def example() -> Example:
+    graph_module = clone(captured.token_mixer().graph_module)
+    removal_of_mix = Remove("mix.0", region_of(graph_module, "mix.0", "sublayer"))
+    return Example(removal_of_mix, graph_module, (vectors(3, 6, 8),), same_outputs=False)

@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.captured import traced
 from tests.models import vectors
+from tests.passes.contract import Example
 from thesean.passes.graph.text import text
 from thesean.passes.simplify import Simplify
 
@@ -75,3 +76,7 @@ class TrainingDropout(nn.Module):
 def test_real_casts_partial_slices_and_active_dropout_stay(model, kept):
     graph_module = Simplify()(traced(model, vectors(4, 3))).graph_module
     assert any(kept in line for line in text(graph_module.graph))
+
+
+def example() -> Example:
+    return Example(Simplify(), traced(Idle(), vectors(2, 3)), (vectors(2, 3, seed=1),))

@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tests.captured import traced
 from tests.models import seeded, vectors
+from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.opaque_cells import OpaqueCells
 from thesean.passes.graph.text import text
@@ -28,11 +29,15 @@ class Stack(nn.Module):
         return self.cell(x)[0]
 
 
-def test_the_graph_before_and_after():
+def stack() -> fx.GraphModule:
     with warnings.catch_warnings(), OpaqueCells():
         # as in capture: nn.GRU puts its weights in a list of its own in forward; torch puts it back
         warnings.filterwarnings("ignore", message="(?s).*assigned during export")
-        graph_module = traced(seeded(Stack), vectors(2, 5, 3))
+        return traced(seeded(Stack), vectors(2, 5, 3))
+
+
+def test_the_graph_before_and_after():
+    graph_module = stack()
     first, second = (f"cell_weight_ih_l{i}, cell_weight_hh_l{i}" for i in (0, 1))
     before = [line for line in text(graph_module.graph) if "get_attr" not in line]
     assert before == [
@@ -105,3 +110,7 @@ def test_a_graph_without_cells_is_left_alone():
     result = SplitLayers()(captured.graph_module)
     assert not result.modified
     assert result.reason == "the graph has no recurrent cell"
+
+
+def example() -> Example:
+    return Example(SplitLayers(), stack(), (vectors(2, 5, 3, seed=1),))

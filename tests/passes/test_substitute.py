@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from tests import captured
 from tests.models import tokens, vectors
+from tests.passes.contract import Example
 from thesean.errors import PassRefused
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import Region
@@ -198,3 +199,9 @@ def test_a_name_that_is_taken_is_refused():
     hybrid = clone(captured.gpt2().graph_module)
     with pytest.raises(PassRefused, match="attribute 'transformer' already"):
         Substitute("a", region_of(hybrid, "transformer.h.0"), "transformer", nn.Linear(16, 16))(hybrid)
+
+
+def example() -> Example:
+    graph_module = clone(captured.mlp().graph_module)
+    substitution = Substitute("2..3", region_of(graph_module, "2..3"), "part_0", nn.Linear(8, 8))
+    return Example(substitution, graph_module, (vectors(3, 8),), same_outputs=False)

@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 
 from tests import models
+from tests.passes.contract import Example
+from tests.targets.contract import stateful_modules
 from thesean.errors import PassRefused
 from thesean.passes.analyse.chunks import join, run_in_chunks
 from thesean.passes.bound_positions import BoundPositions
@@ -51,7 +53,7 @@ def assert_chunks_equal_whole(threaded: fx.GraphModule, stateless: fx.GraphModul
             torch.testing.assert_close(joined, whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["elman", "gru", "lstm", "mingru", "linear-attention", "delta", "ssm", "reservoir"])
+@pytest.mark.parametrize("target", stateful_modules())
 def test_chunks_with_state_equal_the_whole_sequence(target):
     stateless, captured = converted(models.gpt2(), ids(), target)
     threaded = ThreadState(captured.signature)(stateless).graph_module
@@ -291,3 +293,9 @@ def test_a_kernel_that_looks_far_ahead_is_seen(ahead):
     hybrid = build_hybrid(make_plan(captured, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
     with pytest.raises(PassRefused, match=r"kernel .*mixes time outside of the converted parts"):
         ThreadState(captured.signature)(hybrid)
+
+
+def example() -> Example:
+    """Without states given, a threaded graph can't be called: chunks are compared above."""
+    stateless, captured = converted(models.gpt2(), ids())
+    return Example(ThreadState(captured.signature), stateless, tuple(ids().values()), same_outputs=False)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tests import captured, models
 from tests.models import tokens, vectors
+from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.surgery import clone
@@ -146,3 +147,9 @@ def test_a_graph_that_takes_chunks_is_left_alone():
 
 def test_a_graph_without_attention_is_left_alone():
     assert written(captured.mlp())[1] == "no attention is computed"
+
+
+def example() -> Example:
+    guide = captured.gpt2()
+    probes = tuple(guide.signature.random_inputs({"batch": 2, "time": n}) for n in LENGTHS)
+    return Example(WriteOutAttention(probes), clone(guide.graph_module), (tokens(),))

@@ -5,16 +5,24 @@ B batch, T time, E channels, W taps of a channel, R = W - 1 inputs that the next
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from torch.nn import functional as F
 
 
 def causal_convolution(
-    x_BTE: torch.Tensor, weight_EW: torch.Tensor, bias_E: torch.Tensor, window_BRE: torch.Tensor
+    x_BTE: torch.Tensor,
+    weight_EW: torch.Tensor,
+    bias_E: torch.Tensor,
+    window_BRE: torch.Tensor,
+    *,
+    activation: Literal["none", "silu"] = "none",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each channel's own filter over its last W inputs, the newest under the last tap, and the window after it.
 
     x_BTE, weight_EW, bias_E, window_BRE (zeros at a sequence's start) -> y_BTE, window_BRE. T steps at once equal T
-    single steps. Raises ValueError for shapes that do not fit.
+    single steps. `activation` is of y alone. Raises ValueError for shapes that do not fit.
     """
     batch, time, channels = x_BTE.shape
     taps = weight_EW.shape[1]
@@ -27,4 +35,4 @@ def causal_convolution(
     seen = torch.cat([window_BRE, x_BTE], dim=1)
     # on the CPU as fast as torch's grouped convolution, which wants the channels first, and faster for a single step
     y_BTE = bias_E + sum(weight_EW[:, tap] * seen[:, tap : tap + time] for tap in range(taps))
-    return y_BTE, seen[:, time:]
+    return F.silu(y_BTE) if activation == "silu" else y_BTE, seen[:, time:]

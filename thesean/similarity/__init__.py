@@ -8,9 +8,18 @@ from typing import Any
 
 from thesean.similarity.shared.accumulate import accumulate
 from thesean.similarity.shared.measure import EvaluationOnlyError, Measure
-from thesean.similarity.shared.registry import get_measure, measures, similarity
+from thesean.similarity.shared.registry import MeasureError, get_measure, measures, register, similarity
 
-__all__ = ["EvaluationOnlyError", "Measure", "accumulate", "get_measure", "measures", "similarity"]
+__all__ = [
+    "EvaluationOnlyError",
+    "Measure",
+    "MeasureError",
+    "accumulate",
+    "get_measure",
+    "measures",
+    "register",
+    "similarity",
+]
 
 
 # `thesean.similarity` is this subpackage and, for users, a function: importing the one binds the name of the other.

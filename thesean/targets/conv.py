@@ -5,14 +5,12 @@ The saved configuration names the family that was picked.
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
-from thesean.targets import conv_1d, conv_2d
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options, parse_options
 from thesean.targets.shared.module import TargetModule
+from thesean.targets.shared.registry import get_family
 from thesean.targets.shared.sequence import describe
 
 
@@ -29,8 +27,8 @@ class ConvOptions(Options):
     norm: bool | None = None
 
 
-def picked(part: PartFacts, options: ConvOptions) -> tuple[Family, Any]:
-    family = conv_1d.TARGET if part.is_sequence else conv_2d.TARGET
+def picked(part: PartFacts, options: ConvOptions) -> tuple[Family, Options]:
+    family = get_family("conv-1d" if part.is_sequence else "conv-2d")
     given = options.model_dump(exclude_none=True, exclude=None if part.is_sequence else {"norm"})
     return family, parse_options(family, given)
 

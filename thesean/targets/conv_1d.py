@@ -5,7 +5,7 @@ B batch, T time, D width of the part, E channels, K taps, R steps of memory
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pydantic import Field
@@ -16,7 +16,14 @@ from thesean.targets.shared.copying import copy_value
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.module import State
-from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.sequence import (
+    SequenceFrame,
+    SequenceTarget,
+    WidthOptions,
+    check_sequence,
+    sequence_frame,
+    small_linear,
+)
 
 # Steps over which the initial taps fall by e. Solved in closed form on the demo's guide, taps that all start alike
 # loud make the long windows worse than the short ones: benchmarks/results/convolutions.json
@@ -32,32 +39,27 @@ class Conv1d(SequenceTarget):
     """
 
     family = "conv-1d"
+    saved = ("width", "kernel", "dilations")
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         width: int,
         kernel: int,
         dilations: list[int],
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
+        super().__init__(**frame)
         self.width = width
         self.kernel = kernel
         self.dilations = tuple(dilations)
         share, rest = divmod(width, len(dilations))
         self.shares = [share + (i < rest) for i in range(len(dilations))]
         self.memory = (kernel - 1) * max(dilations)
-        self.value = nn.Linear(width_in, width)
-        self.gate = nn.Linear(width_in, width)
+        self.value = nn.Linear(self.width_in, width)
+        self.gate = nn.Linear(self.width_in, width)
         self.taps_EK = nn.Parameter(torch.empty(width, kernel))
-        self.last = small_linear(width, width_out)
+        self.last = small_linear(width, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()
@@ -70,9 +72,6 @@ class Conv1d(SequenceTarget):
         steps_K = torch.arange(self.kernel) - (self.kernel // 2 if self.bidirectional else self.kernel - 1)
         loudness_K = torch.exp(-steps_K.abs() / NEAR)
         self.taps_EK.normal_().mul_(loudness_K / loudness_K.norm())
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "width": self.width, "kernel": self.kernel, "dilations": list(self.dilations)}
 
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.memory, self.width)
@@ -131,7 +130,7 @@ def build(part: PartFacts, options: Conv1dOptions) -> Conv1d:
         width=options.features_width(part),
         kernel=options.kernel + (centred and options.kernel % 2 == 0),
         dilations=list(options.dilations),
-        **sequence_config(part, options),
+        **sequence_frame(part, options),
     )
 
 

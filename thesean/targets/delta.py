@@ -5,8 +5,7 @@ B batch, T time, D width of the part, H heads, F width of a head's query and key
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Unpack
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -14,16 +13,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_affine
-from thesean.targets.shared.cores import DeltaRuleCore
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
+from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.sequence import (
+    SequenceFrame,
     SequenceOptions,
     SequenceTarget,
     check_sequence,
     describe,
-    sequence_config,
+    sequence_frame,
     small_linear,
 )
 
@@ -45,37 +46,32 @@ class Delta(SequenceTarget):
     """
 
     family = "delta"
+    saved = ("heads", "key_width", "value_width", "memory")
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         heads: int,
         key_width: int,
         value_width: int,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
         memory: tuple[float, float] = MEMORY,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
-        if bidirectional and heads < 2:
-            raise ValueError("a bidirectional delta rule needs 2 heads or more")
-        self.memory = (float(memory[0]), float(memory[1]))
+        super().__init__(**frame)
+        if self.bidirectional and heads < 2:
+            raise ValueError("a self.bidirectional delta rule needs 2 heads or more")
+        self.memory = span(memory)
         self.heads = heads
-        self.ahead = (heads + 1) // 2 if bidirectional else heads
+        self.ahead = (heads + 1) // 2 if self.bidirectional else heads
         self.key_width = key_width
         self.value_width = value_width
-        self.query = nn.Linear(width_in, heads * key_width)
-        self.key = nn.Linear(width_in, heads * key_width)
-        self.value = nn.Linear(width_in, heads * value_width)
-        self.rate = nn.Linear(width_in, heads)
-        self.decay = nn.Linear(width_in, heads)
-        self.core = DeltaRuleCore()
-        self.last = small_linear(heads * value_width, width_out)
+        self.query = nn.Linear(self.width_in, heads * key_width)
+        self.key = nn.Linear(self.width_in, heads * key_width)
+        self.value = nn.Linear(self.width_in, heads * value_width)
+        self.rate = nn.Linear(self.width_in, heads)
+        self.decay = nn.Linear(self.width_in, heads)
+        self.core = Core("delta_rule")
+        self.last = small_linear(heads * value_width, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()
@@ -87,20 +83,11 @@ class Delta(SequenceTarget):
         for linear in (self.rate, self.decay):
             nn.init.zeros_(linear.weight)
         nn.init.zeros_(self.rate.bias)
-        shortest, longest = (math.log10(tokens) for tokens in self.memory)
+        shortest, longest = self.memory
         # a head that is alone in its direction should remember
         counts = (self.ahead, self.heads - self.ahead)
-        tokens_H = torch.cat([torch.logspace(shortest if n > 1 else longest, longest, n) for n in counts])
-        self.decay.bias.copy_(torch.log(torch.expm1(1 / tokens_H)))  # softplus of it is 1 / tokens
-
-    def config(self) -> dict[str, Any]:
-        return {
-            **super().config(),
-            "heads": self.heads,
-            "key_width": self.key_width,
-            "value_width": self.value_width,
-            "memory": list(self.memory),
-        }
+        tokens_H = torch.cat([spread((shortest if n > 1 else longest, longest), n) for n in counts])
+        self.decay.bias.copy_(decay_bias(tokens_H))
 
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.heads, self.key_width, self.value_width)
@@ -139,13 +126,11 @@ class Delta(SequenceTarget):
         return tuple(name for name, (linear, affine) in pairs.items() if copy_affine(linear, affine))
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        tokens = 1
-        for dim in part.input_shape[:-1]:
-            tokens *= sizes[dim] if isinstance(dim, str) else dim
         linears = (self.query, self.key, self.value, self.rate, self.decay, self.last)
         weights = sum(linear.weight.numel() for linear in linears)
         state = self.heads * self.key_width * self.value_width
-        return 2 * tokens * (weights + 3 * state)  # what the state holds at k, the update at k, and q's reading
+        # of the state: what it holds at k, the update at k, and q's reading
+        return 2 * part.rows(sizes) * (weights + 3 * state)
 
 
 def unit(z_BTHF: torch.Tensor) -> torch.Tensor:
@@ -217,7 +202,7 @@ def build(part: PartFacts, options: DeltaOptions) -> Delta:
         key_width=key_width,
         value_width=value_width,
         memory=options.memory,
-        **sequence_config(part, options),
+        **sequence_frame(part, options),
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_config
+from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_frame
 from thesean.targets.shared.torch_cell import CellTarget, orthogonal_recurrence
 
 
@@ -27,7 +27,7 @@ class Elman(CellTarget):
 
 
 def build(part: PartFacts, options: WidthOptions) -> Elman:
-    return Elman(width=options.features_width(part), **sequence_config(part, options))
+    return Elman(width=options.features_width(part), **sequence_frame(part, options))
 
 
 TARGET = Family(

@@ -6,7 +6,7 @@ B batch, T time, D width, C channels, H height, W width of a feature map
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import nn
@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options
 from thesean.targets.shared.feature_map import Windows, check_feature_map
-from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import check_sequence, describe, small_linear
+from thesean.targets.shared.shaped import ShapedFrame, ShapedTarget
 
 # What one map is applied to: each token of a sequence, each pixel of a feature map, or the whole flattened part
 Unit = Literal["token", "pixel", "whole"]
 
 
-class Linear(TargetModule):
+class Linear(ShapedTarget):
     """y = last(x) + x, per token, per pixel (x averaged to the output's resolution) or for the part as one vector.
 
     The sum is left out for a branch, which has a stream beside it, and where shapes differ.
@@ -30,25 +31,15 @@ class Linear(TargetModule):
 
     family = "linear"
 
-    def __init__(self, *, input_shape: list[int], output_shape: list[int], unit: Unit, residual: bool = False) -> None:
-        """Shapes without the batch: (D,) of a token, (C, H, W) of a feature map, any shape of a vector."""
-        super().__init__()
-        self.input_shape, self.output_shape = tuple(input_shape), tuple(output_shape)
+    def __init__(self, *, unit: Unit, **frame: Unpack[ShapedFrame]) -> None:
+        super().__init__(**frame)
         self.unit = unit
-        self.residual = residual
-        sizes = (
-            (input_shape[0], output_shape[0]) if unit == "pixel" else (math.prod(input_shape), math.prod(output_shape))
-        )
-        self.last = small_linear(*sizes)
-        self.windows = Windows(input_shape[1:], output_shape[1:], None) if unit == "pixel" else None
+        size_in, size_out = (s[0] if unit == "pixel" else math.prod(s) for s in (self.input_shape, self.output_shape))
+        self.last = small_linear(size_in, size_out)
+        self.windows = Windows(self.input_shape[1:], self.output_shape[1:], None) if unit == "pixel" else None
 
     def config(self) -> dict[str, Any]:
-        return {
-            "input_shape": list(self.input_shape),
-            "output_shape": list(self.output_shape),
-            "unit": self.unit,
-            "residual": self.residual,
-        }
+        return {**super().config(), "unit": self.unit}
 
     def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         if self.windows is not None:
@@ -63,9 +54,6 @@ class Linear(TargetModule):
     def unshape(self, y: torch.Tensor) -> torch.Tensor:
         return y.movedim(1, -1) if self.windows is not None else y
 
-    def skip(self, x: torch.Tensor) -> torch.Tensor | None:
-        return x if self.residual and self.input_shape == self.output_shape else None
-
     def forward(self, x: torch.Tensor, state: State | None = None) -> Any:
         if self.windows is None:
             return super().forward(x)
@@ -75,9 +63,8 @@ class Linear(TargetModule):
         return y if skip is None else y + skip
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        dims = {"token": part.input_shape[:-1], "pixel": (part.input_shape[0], *self.output_shape[1:])}
-        rows = math.prod(sizes[d] if isinstance(d, str) else d for d in dims.get(self.unit, part.input_shape[:1]))
-        return 2 * rows * self.last.weight.numel()
+        pixels = math.prod(self.output_shape[1:]) if self.unit == "pixel" else 1
+        return 2 * part.rows(sizes) * pixels * self.last.weight.numel()
 
 
 class LinearOptions(Options):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -22,12 +22,13 @@ from torch.nn import functional as F
 
 from thesean.kernels.linear_attention import full_linear_attention
 from thesean.targets.shared.copying import copy_affine
-from thesean.targets.shared.cores import LinearAttentionCore
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptions, check, head_shape, start_of
+from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
-from thesean.targets.shared.sequence import SequenceTarget, sequence_config, small_linear
+from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, sequence_frame, small_linear
 from thesean.targets.shared.window import Window
 
 # guards the division where sharp features of a query meet none of the keys so far
@@ -48,43 +49,38 @@ class LinearAttention(SequenceTarget):
     """
 
     family = "linear-attention"
+    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "memory", "sharpness")
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         heads: int,
         key_width: int,
         value_width: int,
         kv_heads: int | None = None,
         window: int | None = None,
         scale: float | None = None,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
         memory: tuple[float, float] = MEMORY,
         sharpness: float = SHARPNESS,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
-        self.memory = (float(memory[0]), float(memory[1]))
+        super().__init__(**frame)
+        self.memory = span(memory)
         self.sharpness = float(sharpness)
         self.heads = heads
         self.kv_heads = kv_heads or heads
         self.key_width = key_width
         self.value_width = value_width
         self.scale = key_width**-0.5 if scale is None else float(scale)
-        self.query = nn.Linear(width_in, heads * key_width)
-        self.key = nn.Linear(width_in, self.kv_heads * key_width)
-        self.value = nn.Linear(width_in, self.kv_heads * value_width)
+        self.query = nn.Linear(self.width_in, heads * key_width)
+        self.key = nn.Linear(self.width_in, self.kv_heads * key_width)
+        self.value = nn.Linear(self.width_in, self.kv_heads * value_width)
         self.map_query_HCC = nn.Parameter(torch.eye(key_width).repeat(heads, 1, 1))
         self.map_key_GCC = nn.Parameter(torch.eye(key_width).repeat(self.kv_heads, 1, 1))
-        self.decay = None if bidirectional else nn.Linear(width_in, self.kv_heads)
-        self.core = LinearAttentionCore()
+        self.decay = None if self.bidirectional else nn.Linear(self.width_in, self.kv_heads)
+        self.core = Core("linear_attention")
         self.window = None if window is None else Window(size=window, heads=heads, scale=self.scale)
-        self.last = small_linear(heads * value_width, width_out)
+        self.last = small_linear(heads * value_width, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()
@@ -95,23 +91,12 @@ class LinearAttention(SequenceTarget):
         if self.decay is not None:
             # the same for every token until training says else
             nn.init.zeros_(self.decay.weight)
-            low, high = (math.log10(tokens) for tokens in self.memory)
-            middle = torch.tensor([10 ** ((low + high) / 2)])  # what a single head gets
-            tokens_G = torch.logspace(low, high, self.kv_heads) if self.kv_heads > 1 else middle
-            self.decay.bias.copy_(torch.log(torch.expm1(1 / tokens_G)))  # softplus of it is 1 / tokens
+            middle = torch.tensor([math.prod(self.memory) ** 0.5])  # what a single head gets
+            tokens_G = spread(self.memory, self.kv_heads) if self.kv_heads > 1 else middle
+            self.decay.bias.copy_(decay_bias(tokens_G))
 
     def config(self) -> dict[str, Any]:
-        return {
-            **super().config(),
-            "heads": self.heads,
-            "key_width": self.key_width,
-            "value_width": self.value_width,
-            "kv_heads": self.kv_heads,
-            "window": None if self.window is None else self.window.size,
-            "scale": self.scale,
-            "memory": list(self.memory),
-            "sharpness": self.sharpness,
-        }
+        return {**super().config(), "window": None if self.window is None else self.window.size}
 
     def initial_state(self, x: torch.Tensor) -> State:
         linear = x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1)
@@ -217,9 +202,6 @@ class LinearAttention(SequenceTarget):
         self.window.balance(shares)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        tokens = 1
-        for dim in part.input_shape[:-1]:
-            tokens *= sizes[dim] if isinstance(dim, str) else dim
         linears = (self.query, self.key, self.value, self.last, *((self.decay,) if self.decay is not None else ()))
         weights = sum(linear.weight.numel() for linear in linears)
         state = 2 * self.key_width * (self.value_width + 1)
@@ -227,7 +209,7 @@ class LinearAttention(SequenceTarget):
         if self.window is not None:
             work += self.map_query_HCC.numel() + self.map_key_GCC.numel()
             work += self.heads * self.window.size * (self.key_width + self.value_width + 1)
-        return 2 * tokens * work
+        return 2 * part.rows(sizes) * work
 
 
 def _features(x_BTHC: torch.Tensor, map_HCC: torch.Tensor) -> torch.Tensor:
@@ -246,7 +228,7 @@ def build(part: PartFacts, options: LinearAttentionOptions) -> LinearAttention:
         window=options.window,
         memory=memory,
         sharpness=sharpness,
-        **sequence_config(part, options),
+        **sequence_frame(part, options),
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_config
+from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_frame
 from thesean.targets.shared.torch_cell import CellTarget, orthogonal_recurrence, spread_memories
 
 
@@ -42,7 +42,7 @@ class LSTM(CellTarget):
 
 
 def build(part: PartFacts, options: WidthOptions) -> LSTM:
-    return LSTM(width=options.features_width(part), **sequence_config(part, options))
+    return LSTM(width=options.features_width(part), **sequence_frame(part, options))
 
 
 TARGET = Family(

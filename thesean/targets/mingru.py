@@ -5,17 +5,24 @@ B batch, T time, D width of the part, E units per direction
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_value
-from thesean.targets.shared.cores import LinearRecurrence
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.sequence import (
+    SequenceFrame,
+    SequenceTarget,
+    WidthOptions,
+    check_sequence,
+    sequence_frame,
+    small_linear,
+)
 
 
 class MinGRU(SequenceTarget):
@@ -26,27 +33,22 @@ class MinGRU(SequenceTarget):
     """
 
     family = "mingru"
+    saved = ("width",)
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         width: int,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
+        super().__init__(**frame)
         self.width = width
-        units = width * (2 if bidirectional else 1)
-        self.gate = nn.Linear(width_in, units)
-        self.value = nn.Linear(width_in, units)
-        self.output_gate = nn.Linear(width_in, units)
-        self.core = LinearRecurrence()
-        self.last = small_linear(units, width_out)
+        units = self.directions * width
+        self.gate = nn.Linear(self.width_in, units)
+        self.value = nn.Linear(self.width_in, units)
+        self.output_gate = nn.Linear(self.width_in, units)
+        self.core = Core("linear_recurrence")
+        self.last = small_linear(units, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()
@@ -58,9 +60,6 @@ class MinGRU(SequenceTarget):
             bias.copy_(torch.linspace(-5, 2, self.width)[torch.randperm(self.width)])
         nn.init.zeros_(self.value.bias)
         nn.init.ones_(self.output_gate.bias)  # open at the start
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "width": self.width}
 
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
@@ -87,7 +86,7 @@ class MinGRU(SequenceTarget):
 
 
 def build(part: PartFacts, options: WidthOptions) -> MinGRU:
-    return MinGRU(width=options.features_width(part), **sequence_config(part, options))
+    return MinGRU(width=options.features_width(part), **sequence_frame(part, options))
 
 
 TARGET = Family(

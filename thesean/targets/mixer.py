@@ -5,7 +5,7 @@ B batch, T time, D width of the part, M hidden units a step
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pydantic import Field
@@ -16,11 +16,12 @@ from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import (
+    SequenceFrame,
     SequenceOptions,
     SequenceTarget,
     check_sequence,
     describe,
-    sequence_config,
+    sequence_frame,
     small_linear,
 )
 
@@ -33,21 +34,16 @@ class Mixer(SequenceTarget):
     """
 
     family = "mixer"
+    saved = ("length", "expand")
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         length: int,
         expand: int,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
+        super().__init__(**frame)
         self.stateful = False
         self.length = length
         self.expand = expand
@@ -55,7 +51,7 @@ class Mixer(SequenceTarget):
         self.first_bias_MT = nn.Parameter(torch.zeros(expand, length))
         self.second_MTT = nn.Parameter(torch.empty(expand, length, length))
         self.second_bias_T = nn.Parameter(torch.zeros(length))
-        self.last = small_linear(2 * width_in, width_out)
+        self.last = small_linear(2 * self.width_in, self.width_out)
         self.reset_mixing()
 
     @torch.no_grad()
@@ -65,9 +61,6 @@ class Mixer(SequenceTarget):
         terms_T1 = (torch.full_like(steps, self.length) if self.bidirectional else steps).unsqueeze(1)
         nn.init.normal_(self.first_MTT).mul_(terms_T1**-0.5)
         nn.init.normal_(self.second_MTT).mul_((self.expand * terms_T1) ** -0.5)
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "length": self.length, "expand": self.expand}
 
     def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
         first_MTT: torch.Tensor = self.first_MTT
@@ -79,10 +72,9 @@ class Mixer(SequenceTarget):
         return torch.cat([x_BTD, mixed_BTD], -1), None
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        batch = part.input_shape[0]
         over_time = 2 * self.expand * self.length**2 * self.width_in
         a_sequence = over_time + self.length * self.last.weight.numel()
-        return 2 * (sizes[batch] if isinstance(batch, str) else batch) * a_sequence
+        return 2 * part.rows(sizes, 1) * a_sequence
 
 
 class MixerOptions(SequenceOptions):
@@ -104,7 +96,7 @@ def check(part: PartFacts, options: MixerOptions) -> None:
 
 
 def build(part: PartFacts, options: MixerOptions) -> Mixer:
-    return Mixer(length=int(part.input_shape[1]), expand=options.expand, **sequence_config(part, options))
+    return Mixer(length=int(part.input_shape[1]), expand=options.expand, **sequence_frame(part, options))
 
 
 TARGET = Family(

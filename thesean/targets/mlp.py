@@ -6,7 +6,7 @@ B batch, T time, D width, E hidden width, I flattened input, O flattened output
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -14,14 +14,15 @@ from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options
-from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import describe, small_linear
+from thesean.targets.shared.shaped import ShapedFrame, ShapedTarget
 
 Activation = Literal["gelu", "relu"]
 HiddenNorm = Literal["layer", "batch", "none"]
 
 
-class MLP(TargetModule):
+class MLP(ShapedTarget):
     """y = last(act(norm(first(x)))), on the flattened part or on each token. Stateless: returns y alone.
 
     `flatten`: x_B... -> (B, I) -> (B, E) -> (B, O) -> (B, ...). Otherwise x_BTD -> y_BTD, the same for every token.
@@ -29,31 +30,24 @@ class MLP(TargetModule):
     """
 
     family = "mlp"
-    last: nn.Linear
 
     def __init__(
         self,
         *,
-        input_shape: list[int],
-        output_shape: list[int],
         width: int,
         flatten: bool,
         rank: int | None = None,
         activation: Activation = "gelu",
         hidden_norm: HiddenNorm = "none",
-        residual: bool = False,
         norm: bool = False,
+        **frame: Unpack[ShapedFrame],
     ) -> None:
-        """`input_shape` and `output_shape` are without the batch: (C, H, W), (D,), or (D,) of a token."""
-        super().__init__()
-        self.input_shape = tuple(input_shape)
-        self.output_shape = tuple(output_shape)
+        super().__init__(**frame)
         self.width = width
         self.flatten = flatten
         self.rank = rank
         self.activation = activation
         self.hidden_norm = hidden_norm
-        self.residual = residual
         size_in, size_out = math.prod(self.input_shape), math.prod(self.output_shape)
         self.norm = nn.LayerNorm(size_in) if norm else None
         first: list[nn.Module] = (
@@ -70,14 +64,12 @@ class MLP(TargetModule):
 
     def config(self) -> dict[str, Any]:
         return {
-            "input_shape": list(self.input_shape),
-            "output_shape": list(self.output_shape),
+            **super().config(),
             "width": self.width,
             "flatten": self.flatten,
             "rank": self.rank,
             "activation": self.activation,
             "hidden_norm": self.hidden_norm,
-            "residual": self.residual,
             "norm": self.norm is not None,
         }
 
@@ -89,14 +81,10 @@ class MLP(TargetModule):
     def shape(self, y: torch.Tensor) -> torch.Tensor:
         return y.unflatten(1, self.output_shape) if self.flatten else y
 
-    def skip(self, x: torch.Tensor) -> torch.Tensor | None:
-        return x if self.residual and self.input_shape == self.output_shape else None
-
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        rows = 1
-        for dim in part.input_shape[:1] if self.flatten else part.input_shape[:-1]:
-            rows *= sizes[dim] if isinstance(dim, str) else dim
-        return 2 * rows * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        return (
+            2 * part.rows(sizes, 1 if self.flatten else -1) * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        )
 
 
 class MLPOptions(Options):

@@ -14,11 +14,12 @@ from pydantic import Field
 from torch import nn
 
 from thesean.errors import NumericalError
-from thesean.targets.narrow_heads import NarrowHeadsOptions, build_heads, check_heads
 from thesean.targets.shared.activations import ACTIVATIONS
 from thesean.targets.shared.facts import MLPFacts, PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
 from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.registry import get_family
 from thesean.targets.shared.select_features import fold, moments, select_features
 from thesean.targets.shared.sequence import describe
 
@@ -65,8 +66,7 @@ class NarrowMLP(TargetModule):
         return act(self.gate(x)) * self.up(x), None
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        tokens = math.prod(sizes[dim] if isinstance(dim, str) else dim for dim in part.input_shape[:-1])
-        return 2 * tokens * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        return 2 * part.rows(sizes, -1) * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
 def build(part: PartFacts, options: NarrowOptions) -> TargetModule:
     facts = part.mlp
     if facts is None:
-        return build_heads(part, options)
+        return get_family("narrow-heads").build(part, options)
     return NarrowMLP(
         width_in=part.width_in,
         width_out=part.width_out,

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from thesean.errors import NumericalError
 from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
-from thesean.targets.shared.family import Family, Options
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.select_features import fold, moments, select_groups
-from thesean.targets.shared.sequence import check_sequence
 
 # Tokens that the selection looks at, per feature of the concatenated heads.
 TOKENS_PER_FEATURE = 4
@@ -74,10 +73,11 @@ class NarrowAttention(TargetModule):
         return attend(self.query(x), self.key(x), self.value(x), self.heads, self.scale, self.causal), None
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        batch, time = (sizes[dim] if isinstance(dim, str) else dim for dim in part.input_shape[:2])
+        tokens = part.rows(sizes)
+        time = tokens // part.rows(sizes, 1)
         weights = sum(p.numel() for p in self.parameters() if p.ndim >= 2)
         scores = time * self.heads * (self.key_width + self.value_width)
-        return 2 * batch * time * (weights + scores)
+        return 2 * tokens * (weights + scores)
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
@@ -135,44 +135,11 @@ def _features_of(heads_H: torch.Tensor, width: int) -> torch.Tensor:
     return (heads_H.unsqueeze(1) * width + torch.arange(width, device=heads_H.device)).flatten()
 
 
-class NarrowHeadsOptions(Options):
-    """Heads: `heads`, or `ratio` times the guide's, at least one; their widths are the guide's."""
-
-    ratio: float = Field(default=0.5, gt=0, le=1)
-    heads: int | None = Field(default=None, gt=0)
-
-
-def check_heads(target: str, part: PartFacts, options: NarrowHeadsOptions) -> None:
-    """Raises TargetMismatchError unless the part is a plain attention with heads enough."""
-    check_sequence(target, part)
-    facts = part.attention
-    keep = f"Keep it with keep=[{part.path!r}]"
-    if facts is None:
-        raise part.mismatch(
-            target, found="a part without attention", expected="one attention to take heads from", advice=f"{keep}."
-        )
-    if not facts.plain:
-        raise part.mismatch(
-            target,
-            found="an attention that softmax(q k' scale) v alone does not reproduce "
-            "(a rotary embedding, a relative bias, a window or a gate)",
-            expected="one that nothing but a causal mask is added to",
-            advice=f"{keep}, or choose target 'rnn' for it.",
-        )
-    if options.heads is not None and options.heads > facts.heads:
-        raise part.mismatch(
-            target,
-            found=f"heads {options.heads}",
-            expected=f"at most the {facts.heads} heads that there are",
-            advice="Lower heads, or set ratio.",
-        )
-
-
 def check(part: PartFacts, options: NarrowHeadsOptions) -> None:
     check_heads("narrow-heads", part, options)
 
 
-def build_heads(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
+def build(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
     facts = part.attention
     assert facts is not None  # check_heads
     key_width, value_width = _head_widths(facts)
@@ -192,7 +159,7 @@ TARGET = Family(
     summary="the same attention with fewer of its heads, the rest folded in",
     options=NarrowHeadsOptions,
     module=NarrowAttention,
-    build=build_heads,
+    build=build,
     scope="mixing",
     check=check,
 )

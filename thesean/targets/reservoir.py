@@ -6,23 +6,24 @@ S = U + D what the readout reads
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import nn
 from torch.nn import functional as F
 
-from thesean.targets.shared.cores import LeakyRecurrence
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.memory import span, spread
 from thesean.targets.shared.sequence import (
+    SequenceFrame,
     SequenceOptions,
     SequenceTarget,
     check_sequence,
-    sequence_config,
+    sequence_frame,
     small_linear,
 )
 
@@ -51,61 +52,44 @@ class Reservoir(SequenceTarget):
     """
 
     family = "reservoir"
+    saved = ("width", "heads", "radius", "input_scale", "memory")
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         width: int,
         heads: int,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
         radius: float = RADIUS,
         input_scale: float = INPUT_SCALE,
         memory: tuple[float, float] = MEMORY,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
-        if norm:
-            self.norm = nn.LayerNorm(width_in, elementwise_affine=False)  # nothing to train in it
+        super().__init__(**frame)
+        if self.norm is not None:
+            self.norm = nn.LayerNorm(self.width_in, elementwise_affine=False)  # nothing to train in it
         self.width = width
         self.heads = heads
         self.radius = float(radius)
         self.input_scale = float(input_scale)
-        self.memory = (float(memory[0]), float(memory[1]))
-        directions = 2 if bidirectional else 1
-        units, blocks = directions * width, directions * heads
+        self.memory = span(memory)
+        units, blocks = self.directions * width, self.directions * heads
         self.mean_D: torch.Tensor
         self.gain_D: torch.Tensor
         self.input_UD: torch.Tensor
         self.bias_U: torch.Tensor
         self.recurrent_GPP: torch.Tensor
         self.leak_U: torch.Tensor
-        self.register_buffer("mean_D", torch.zeros(width_in))
-        self.register_buffer("gain_D", torch.ones(width_in))
-        self.register_buffer("input_UD", torch.randn(units, width_in) * self.input_scale * width_in**-0.5)
+        self.register_buffer("mean_D", torch.zeros(self.width_in))
+        self.register_buffer("gain_D", torch.ones(self.width_in))
+        self.register_buffer("input_UD", torch.randn(units, self.width_in) * self.input_scale * self.width_in**-0.5)
         self.register_buffer("bias_U", torch.empty(units).uniform_(-0.5, 0.5))
         blocks_GPP = torch.empty(blocks, width // heads, width // heads)
         for block_PP in blocks_GPP:
             nn.init.orthogonal_(block_PP, self.radius)
         self.register_buffer("recurrent_GPP", blocks_GPP)
-        tokens_E = torch.logspace(math.log10(self.memory[0]), math.log10(self.memory[1]), width)
-        self.register_buffer("leak_U", -torch.expm1(-1 / tokens_E).repeat(directions))
-        self.core = LeakyRecurrence()
-        self.last = small_linear(units + width_in, width_out)
-
-    def config(self) -> dict[str, Any]:
-        return {
-            **super().config(),
-            "width": self.width,
-            "heads": self.heads,
-            "radius": self.radius,
-            "input_scale": self.input_scale,
-            "memory": list(self.memory),
-        }
+        self.register_buffer("leak_U", -torch.expm1(-1 / spread(self.memory, width)).repeat(self.directions))
+        self.core = Core("leaky_recurrence")
+        self.last = small_linear(units + self.width_in, self.width_out)
 
     @torch.no_grad()
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -137,10 +121,7 @@ class Reservoir(SequenceTarget):
         return torch.cat([ahead_BTE, back_BTE.flip(1)], -1)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        tokens = 1
-        for dim in part.input_shape[:-1]:
-            tokens *= sizes[dim] if isinstance(dim, str) else dim
-        return 2 * tokens * (self.input_UD.numel() + self.recurrent_GPP.numel() + self.last.weight.numel())
+        return 2 * part.rows(sizes) * (self.input_UD.numel() + self.recurrent_GPP.numel() + self.last.weight.numel())
 
 
 class ReservoirOptions(SequenceOptions):
@@ -183,7 +164,7 @@ def build(part: PartFacts, options: ReservoirOptions) -> Reservoir:
         radius=options.radius,
         input_scale=options.input_scale,
         memory=options.memory,
-        **sequence_config(part, options),
+        **sequence_frame(part, options),
     )
 
 

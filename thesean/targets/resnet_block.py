@@ -5,28 +5,16 @@ B batch, C channels, H height, W width, E hidden channels
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options
-from thesean.targets.shared.feature_map import (
-    MapNorm,
-    Shortcut,
-    SpatialTarget,
-    Windows,
-    check_feature_map,
-    make_norm,
-    map_config,
-    standardise,
-)
+from thesean.targets.shared.feature_map import ConvolvedMap, MapFrame, MapNorm, check_feature_map, map_frame
 
 
-class ResNetBlock(SpatialTarget):
+class ResNetBlock(ConvolvedMap):
     """y = relu(conv3x3(relu(norm(conv3x3(x)))) + shortcut(x)) (He et al. 2015, figure 2). x_BCHW -> y_BCHW.
 
     The second convolution is `last`, on 3 x 3 patches; the first one has the stride.
@@ -34,37 +22,10 @@ class ResNetBlock(SpatialTarget):
 
     family = "resnet-block"
     window = 3
+    convolution = "first"
 
-    def __init__(
-        self,
-        *,
-        input_shape: list[int],
-        output_shape: list[int],
-        width: int,
-        shortcut: Shortcut = "none",
-        final_relu: bool = False,
-        hidden_norm: MapNorm = "batch",
-    ) -> None:
-        super().__init__(
-            input_shape=input_shape, output_shape=output_shape, width=width, shortcut=shortcut, final_relu=final_relu
-        )
-        self.places = Windows(input_shape[1:], output_shape[1:], 3)
-        self.first = nn.Conv2d(input_shape[0], width, 3, self.places.stride, self.places.padding)
-        nn.init.kaiming_normal_(self.first.weight, nonlinearity="relu")
-        assert self.first.bias is not None
-        nn.init.zeros_(self.first.bias)
-        self.hidden_norm = hidden_norm
-        self.norm = make_norm(hidden_norm, width)
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "hidden_norm": self.hidden_norm}
-
-    def hidden(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.first(self.places.place(x_BCHW))).relu()
-
-    @torch.no_grad()
-    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        standardise(self.first, [self.places.place(x) for x, _ in examples])
+    def __init__(self, *, hidden_norm: MapNorm = "batch", **frame: Unpack[MapFrame]) -> None:
+        super().__init__(kernel=3, hidden_norm=hidden_norm, depthwise=False, **frame)
 
 
 class ResNetBlockOptions(Options):
@@ -96,9 +57,8 @@ def default_width(part: PartFacts) -> int:
 
 def build(part: PartFacts, options: ResNetBlockOptions) -> ResNetBlock:
     return ResNetBlock(
-        width=options.width or default_width(part),
         hidden_norm=options.hidden_norm,
-        **map_config(part, options.residual, options.final_relu),
+        **map_frame(part, options.width or default_width(part), options.residual, options.final_relu),
     )
 
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from thesean.targets import linear_attention, mingru
 from thesean.targets.shared.facts import PartFacts
-from thesean.targets.shared.family import Family
+from thesean.targets.shared.family import Family, Options, parse_options
 from thesean.targets.shared.module import TargetModule
-from thesean.targets.shared.sequence import SequenceOptions, WidthOptions, check_sequence
+from thesean.targets.shared.registry import get_family
+from thesean.targets.shared.sequence import SequenceOptions, check_sequence
 
 
 class RnnOptions(SequenceOptions):
@@ -32,11 +32,9 @@ class RnnOptions(SequenceOptions):
     width: int | None = Field(default=None, gt=0)
 
 
-def picked(part: PartFacts, options: RnnOptions) -> tuple[Family, SequenceOptions]:
-    given = options.model_dump()
-    if part.attention is not None:
-        return linear_attention.TARGET, linear_attention.LinearAttentionOptions(**given)
-    return mingru.TARGET, WidthOptions(**given)
+def picked(part: PartFacts, options: RnnOptions) -> tuple[Family, Options]:
+    family = get_family("mingru" if part.attention is None else "linear-attention")
+    return family, parse_options(family, options.model_dump())
 
 
 def check(part: PartFacts, options: RnnOptions) -> None:

@@ -6,8 +6,7 @@ W taps of the convolution, R = W - 1
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -15,11 +14,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_value
-from thesean.targets.shared.cores import CausalConvolutionCore, DiagonalScanCore
+from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
-from thesean.targets.shared.sequence import SequenceTarget, WidthOptions, check_sequence, sequence_config, small_linear
+from thesean.targets.shared.memory import decay_bias, span, spread
+from thesean.targets.shared.sequence import (
+    SequenceFrame,
+    SequenceTarget,
+    WidthOptions,
+    check_sequence,
+    sequence_frame,
+    small_linear,
+)
 
 TAPS = 4
 
@@ -48,8 +55,8 @@ class SelectiveScan(nn.Module):
         self.step = nn.Linear(width, heads)
         self.rate_HN = nn.Parameter(torch.empty(heads, state))  # log(-A)
         self.direct_E = nn.Parameter(torch.ones(width))
-        self.convolution = CausalConvolutionCore()
-        self.core = DiagonalScanCore()
+        self.convolution = Core("causal_convolution", activation="silu")
+        self.core = Core("diagonal_scan")
         self.reset_scan(memory)
 
     @torch.no_grad()
@@ -60,8 +67,7 @@ class SelectiveScan(nn.Module):
         self.rate_HN.copy_(torch.arange(1, self.state + 1).log().expand_as(self.rate_HN))
         # a little selective from the start, around a step of 1 / tokens
         nn.init.normal_(self.step.weight, std=0.1 * self.step.in_features**-0.5)
-        tokens_H = torch.logspace(math.log10(memory[0]), math.log10(memory[1]), self.heads)
-        self.step.bias.copy_(torch.log(torch.expm1(1 / tokens_H)))  # softplus of it is 1 / tokens
+        self.step.bias.copy_(decay_bias(spread(memory, self.heads)))
 
     def zeros(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         width = self.direct_E.shape[0]
@@ -95,49 +101,34 @@ class SSM(SequenceTarget):
     """
 
     family = "ssm"
+    saved = ("width", "heads", "state", "memory")
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         width: int,
         heads: int,
         state: int,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
         memory: tuple[float, float] = MEMORY,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
+        super().__init__(**frame)
         self.width = width
         self.heads = heads
         self.state = state
-        self.memory = (float(memory[0]), float(memory[1]))
-        directions = 2 if bidirectional else 1
-        self.value = nn.Linear(width_in, directions * width)
-        self.gate = nn.Linear(width_in, directions * width)
+        self.memory = span(memory)
+        self.value = nn.Linear(self.width_in, self.directions * width)
+        self.gate = nn.Linear(self.width_in, self.directions * width)
         settings: dict[str, Any] = dict(width=width, heads=heads, state=state, memory=self.memory)
         self.ahead = SelectiveScan(**settings)
-        self.back = SelectiveScan(**settings) if bidirectional else None
-        self.last = small_linear(directions * width, width_out)
+        self.back = SelectiveScan(**settings) if self.bidirectional else None
+        self.last = small_linear(self.directions * width, self.width_out)
         # the gates begin half open: around 0 they would multiply every feature by noise. Solved in closed form on the
         # demo's guide that is 2.08 nats instead of 2.87.
-        nn.init.normal_(self.value.weight, std=width_in**-0.5)
-        nn.init.normal_(self.gate.weight, std=0.7 * width_in**-0.5)
+        nn.init.normal_(self.value.weight, std=self.width_in**-0.5)
+        nn.init.normal_(self.gate.weight, std=0.7 * self.width_in**-0.5)
         nn.init.zeros_(self.value.bias)
         nn.init.ones_(self.gate.bias)
-
-    def config(self) -> dict[str, Any]:
-        return {
-            **super().config(),
-            "width": self.width,
-            "heads": self.heads,
-            "state": self.state,
-            "memory": list(self.memory),
-        }
 
     def initial_state(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ahead.zeros(x)
@@ -162,13 +153,10 @@ class SSM(SequenceTarget):
         return ("value",) if copy_value(self.value, part) else ()
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        tokens = 1
-        for dim in part.input_shape[:-1]:
-            tokens *= sizes[dim] if isinstance(dim, str) else dim
         linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
         weights = sum(linear.weight.numel() for linear in linears)
         channels = self.last.in_features
-        return 2 * tokens * (weights + channels * (TAPS + 2 * self.state))  # into the states, and out of them
+        return 2 * part.rows(sizes) * (weights + channels * (TAPS + 2 * self.state))  # into the states, and out of them
 
 
 class SSMOptions(WidthOptions):
@@ -202,7 +190,7 @@ def build(part: PartFacts, options: SSMOptions) -> SSM:
         heads=options.heads or default_heads(width),
         state=options.state,
         memory=options.memory,
-        **sequence_config(part, options),
+        **sequence_frame(part, options),
     )
 
 

@@ -6,7 +6,10 @@ B batch, T time, D width, L layers times directions, E units
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,15 @@ from torch import nn
 from torch.export import Dim
 
 from tests.targets.build import tensors
+from tests.targets.contract import stateful_modules
+from thesean.deploy.lowering import forms
 from thesean.deploy.lowering.lower import lower_cells
+from thesean.deploy.lowering.lowered import form_of, operations
+from thesean.deploy.lowering.to_onnx import to_onnx
 from thesean.errors import ExportError
+from thesean.passes.graph.signature import InputSpec
 from thesean.targets import PartFacts, Target, TargetModule, build_module
+from thesean.targets.shared.core import Core
 
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
@@ -95,12 +104,13 @@ def with_state(flat: Flat, batch: int, time: int, size: float = 0.1) -> tuple[to
     return x_BTD, *(size * torch.randn_like(z).abs() for z in tensors(flat.module.initial_state(x_BTD)))
 
 
-@pytest.fixture(scope="module", params=OPERATORS)
+@pytest.fixture(scope="module", params=stateful_modules())
 def exported(request: pytest.FixtureRequest) -> tuple[Flat, Any]:
     flat = Flat(target(request.param, scope="part")).eval()
     proto = export(flat, with_state(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count))
     found = Counter(node.op_type for node in proto.graph.node)
-    assert [found[name] for name in OPERATORS[request.param]] == [1] * len(OPERATORS[request.param])
+    expected = OPERATORS.get(request.param, [])  # others are torch code to the exporter
+    assert [found[name] for name in expected] == [1] * len(expected)
     return flat, proto
 
 
@@ -124,7 +134,7 @@ def test_one_file_serves_prefill_and_single_steps(exported):
         np.testing.assert_allclose(state, full_state, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gru", "mingru", "linear-attention", "delta", "ssm", "reservoir"])
+@pytest.mark.parametrize("name", sorted(set(stateful_modules()) - {"elman", "lstm"}))  # gru's form is theirs
 def test_a_bidirectional_target_equals_torch_at_every_size(name):
     module = target(name, mixing="bidirectional")
     proto = export(module, (torch.randn(2, 7, 16),), ({0: D, 1: D},))
@@ -214,6 +224,56 @@ def test_one_cell_used_twice_stays_one_cell():
 
 def test_a_cell_itself_can_be_lowered():
     assert not isinstance(lower_cells(nn.GRU(4, 4)), nn.GRU)
+
+
+def test_a_core_is_lowered_by_the_file_of_its_operations_name():
+    """Each kernel that a target calls has a form, and each form a kernel, but for torch's own cells."""
+    used = {name for family in stateful_modules() for name in operations(target(family))} | {"window_attention"}
+    files = {path.stem for path in Path(str(forms.__file__)).parent.glob("*.py")} - {"__init__"}
+    assert used == files
+    for name in files:
+        form = form_of(name)
+        assert form is not None
+        assert callable(form.lower)
+    assert form_of("no_such_operation") is None
+
+
+def double(x_BTD: torch.Tensor) -> torch.Tensor:
+    return 2 * x_BTD
+
+
+def stepwise(x_BTD: torch.Tensor) -> torch.Tensor:
+    return torch.stack([2 * x_BD for x_BD in x_BTD.unbind(1)], 1)
+
+
+def exported_core(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Any:
+    """A core whose kernel nobody wrote a form for, and its file."""
+    monkeypatch.setitem(sys.modules, "thesean.kernels.double", SimpleNamespace(double=kernel))
+    graph = torch.fx.Graph()
+    graph.output((graph.call_module("core", (graph.placeholder("x"),)),))
+    module = torch.fx.GraphModule({"core": Core("double")}, graph).eval()
+    spec = InputSpec(name="x", dtype=torch.float32, shape=("batch", "time", 4))
+    return module, to_onnx(module, {"x": torch.randn(2, 7, 4)}, (spec,), ("y",), 18)
+
+
+def test_a_core_without_a_form_goes_through_the_exporter_as_torch_code(monkeypatch):
+    module, proto = exported_core(monkeypatch, double)
+    assert_same(proto, module, (torch.randn(3, 11, 4),))
+
+
+def test_where_the_exporter_fails_the_file_to_add_is_named(monkeypatch):
+    expected = (
+        r"can't write this graph .* form is known of 'double': add thesean/deploy/lowering/forms/double\.py, which"
+    )
+    with pytest.raises(ExportError, match=expected):
+        exported_core(monkeypatch, stepwise)
+
+
+def test_cores_have_nothing_to_save():
+    """So that a conversion that was saved before they were one class loads."""
+    cores = [m for name in stateful_modules() for m in target(name).modules() if isinstance(m, Core)]
+    assert len(cores) >= 5
+    assert not [core for core in cores if core.state_dict()]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -11,8 +11,8 @@ from torch import nn
 from torch.export import Dim
 
 from tests.deploy.lowering.test_lower import assert_same, export
-from thesean.deploy.lowering.cells import value_blocks
-from thesean.targets.shared.cores import DeltaRuleCore, DiagonalScanCore, LinearAttentionCore
+from thesean.deploy.lowering.value_blocks import value_blocks
+from thesean.targets.shared.core import Core
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -34,7 +34,7 @@ class Heads(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.core = {"gated": LinearAttentionCore, "gated delta": DeltaRuleCore, "diagonal": DiagonalScanCore}[kind]()
+        self.core = Core({"gated": "linear_attention", "gated delta": "delta_rule", "diagonal": "diagonal_scan"}[kind])
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor):
         if self.kind == "gated delta":

@@ -16,12 +16,12 @@ from tests import models
 from tests.deploy.lowering.test_lower import Flat, assert_same, export, run, target, with_state
 from tests.targets.build import tensors
 from thesean.deploy.export import export as export_hybrid
+from thesean.deploy.lowering.forms.window_attention import DOMAIN, NAME, define
 from thesean.deploy.lowering.lower import lower_cells
-from thesean.deploy.lowering.window import DOMAIN, NAME, define
 from thesean.deploy.session import Session
 from thesean.errors import ExportError
 from thesean.targets import PartFacts, Target, build_module
-from thesean.targets.shared.cores import WindowAttentionCore
+from thesean.targets.shared.core import Core
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
@@ -119,7 +119,7 @@ def test_queries_that_share_a_state_equal_torch(kv_heads):
 
 
 def test_a_lowered_window_refuses_to_run_outside_an_export():
-    core = lower_cells(torch.nn.ModuleDict({"core": WindowAttentionCore()}))
+    core = lower_cells(torch.nn.ModuleDict({"core": Core("window_attention")}))
     with pytest.raises(ExportError, match="core: a lowered cell ran outside an export"):
         core["core"](*(torch.zeros(1, 1, 1, 1),) * 4, torch.zeros(1))
     with pytest.raises(ExportError, match="core: a lowered cell ran outside an export"):

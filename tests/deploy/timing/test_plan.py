@@ -15,6 +15,7 @@ import thesean
 from tests import captured, models
 from thesean.deploy.export import export
 from thesean.deploy.parity import CheckSizes
+from thesean.deploy.timing import networks
 from thesean.deploy.timing import plan as payoff
 from thesean.deploy.timing.parts import latency_of_parts
 from thesean.deploy.timing.plan import measure_plan
@@ -97,7 +98,7 @@ def test_a_guide_that_cannot_be_exported_is_told_with_the_reason(monkeypatch: py
     def refuses(*_: object, **__: object) -> None:
         raise ExportError("torch's exporter can't write this graph")
 
-    monkeypatch.setattr(payoff, "export", refuses)
+    monkeypatch.setattr(networks, "export", refuses)
     bound_plan = make_plan(captured.mlp(), "mlp")
     plan = measure_plan(bound_plan)
     assert plan.notes == (
@@ -128,11 +129,11 @@ def test_an_operator_that_onnx_lacks_is_told_and_not_raised():
 @pytest.mark.slow
 def test_a_ceiling_that_cannot_be_exported_leaves_guide_and_plan(monkeypatch: pytest.MonkeyPatch):
     def refuses_the_third(module, signature, path, **settings):
-        if path.name == "ceiling.onnx":
+        if path.stem == "2":
             raise ExportError(f"{path}: no such thing")
         return export(module, signature, path, **settings)
 
-    monkeypatch.setattr(payoff, "export", refuses_the_third)
+    monkeypatch.setattr(networks, "export", refuses_the_third)
     plan = measure_plan(make_plan(captured.mlp(), "mlp"))
     (found,) = plan.latencies
     assert found.ceiling_ms is None

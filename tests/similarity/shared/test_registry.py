@@ -12,7 +12,8 @@ import torch
 
 import thesean.similarity
 from thesean.errors import DataError, UnknownNameError
-from thesean.similarity import Measure, get_measure, measures, similarity
+from thesean.similarity import Measure, MeasureError, get_measure, measures, register, similarity
+from thesean.similarity.shared import registry
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,6 +45,19 @@ def test_the_subpackage_is_the_function_too():
 def test_an_unknown_measure_gets_the_nearest_name():
     with pytest.raises(UnknownNameError, match=r"unknown measure 'ckaa'; did you mean 'cka'. known: cka, cka-deb"):
         similarity(features(8, 3), features(8, 3), "ckaa")
+
+
+def test_a_registered_measure_is_known_by_name_and_its_name_is_taken(monkeypatch):
+    measures()  # the built-in ones are found before the copy is made
+    monkeypatch.setattr(registry, "_measures", dict(registry._measures))
+    mine = Measure(name="mine", summary="largest distance", value=lambda x, y: (x - y).abs().max())
+    assert register(mine) is register(mine)
+    x_NP, y_NP = features(4, 3), features(4, 3, seed=1)
+    assert torch.equal(similarity(x_NP, y_NP, "mine"), (x_NP - y_NP).abs().max())
+    with pytest.raises(MeasureError, match="measure 'mine' is already registered"):
+        register(Measure(name="mine", summary="another", value=lambda x, y: (x - y).abs().sum()))
+    with pytest.raises(MeasureError, match="expected a Measure, found features"):
+        register(features)  # type: ignore[arg-type]
 
 
 def test_an_option_that_the_measure_does_not_have_is_named():

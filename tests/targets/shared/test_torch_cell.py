@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.targets.build import build
+from tests.targets.contract import recurrent_families
 from thesean.errors import TargetMismatchError
 
 
@@ -17,9 +18,7 @@ def test_width_follows_the_option_or_a_multiple_of_the_part(name, sequence_part)
     assert build(name, sequence_part("bidirectional"), width=5).last.in_features == 10
 
 
-@pytest.mark.parametrize(
-    "name", ["elman", "gru", "lstm", "mingru", "linear-attention", "rnn", "delta", "ssm", "reservoir"]
-)
+@pytest.mark.parametrize("name", recurrent_families())
 def test_a_width_of_zero_is_refused(name, sequence_part):
     with pytest.raises(TargetMismatchError, match="option 'width': Input should be greater than 0"):
         build(name, sequence_part(), width=0)

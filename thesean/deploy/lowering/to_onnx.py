@@ -17,7 +17,7 @@ from torch import fx
 from torch.export import Dim
 
 from thesean.deploy.lowering.lower import lower_cells
-from thesean.deploy.lowering.window import define
+from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.session import first_line
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.graph.signature import InputSpec
@@ -58,6 +58,7 @@ def to_onnx(
     The dimensions that `inputs` name are dynamic and keep their names; `example` has 2 or more in each.
     """
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
+    used = operations(graph_module)
     try:
         lowered = lower_cells(graph_module, opset=opset)
         with quiet(), torch.no_grad():
@@ -74,18 +75,30 @@ def to_onnx(
     except TheseanError:
         raise
     except Exception as error:
-        raise ExportError(f"torch's exporter can't write this graph at opset {opset}: {_cause(error)}") from error
+        message = f"torch's exporter can't write this graph at opset {opset}: {_cause(error)}"
+        raise ExportError(f"{message}{_missing_forms(used)}") from error
     assert program is not None
     proto = program.model_proto
     found = next(int(o.version) for o in proto.opset_import if o.domain == "")
     if found != opset:
         raise ExportError(f"expected opset {opset}, but the exporter could only write {found}. Ask for opset={found}.")
-    define(proto)
+    for form in map(form_of, used):
+        if form is not None and hasattr(form, "define"):
+            form.define(proto)
     _name_dims(proto, inputs)
     _drop_traces(proto.graph)
     for function in proto.functions:
         _drop_traces(function)
     return proto
+
+
+def _missing_forms(used: Sequence[str]) -> str:
+    """The likeliest reason: a kernel that went through the exporter as torch code."""
+    missing = [operation for operation in used if form_of(operation) is None]
+    if not missing:
+        return ""
+    names, files = ", ".join(map(repr, missing)), ", ".join(map(file_of, missing))
+    return f" No ONNX form is known of {names}: add {files}, which defines lower(module, path, opset)."
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Networks:
     signature: Signature
     train_length: int | None
     _files: dict[Hashable, Path] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def __enter__(self) -> Networks:
         self._folder = tempfile.TemporaryDirectory()
@@ -37,7 +39,7 @@ class Networks:
         `make` raises.
         """
         if key not in self._files:
-            path = Path(self._folder.name) / f"{len(self._files)}.onnx"
+            path = Path(self._folder.name) / f"{next(self._numbers)}.onnx"
             report = export(make(), self.signature, path, train_length=self.train_length)
             logger.info("exported the %s in %.1f s", key if isinstance(key, str) else "network", report.seconds)
             self._files[key] = path

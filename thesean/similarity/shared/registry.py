@@ -5,7 +5,6 @@ N examples, P width of x, Q width of y
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import pkgutil
@@ -14,38 +13,63 @@ from typing import Any
 
 import torch
 
-from thesean.errors import unknown_name
+from thesean.errors import TheseanError, unknown_name
+from thesean.installed import load_installed
 from thesean.similarity.shared.gather import gather_rows
 from thesean.similarity.shared.measure import Measure
 from thesean.similarity.shared.rows import Flatten, rows
 
+_measures: dict[str, Measure] = {}
+_discovered = False
 
-@functools.cache
-def _registry() -> dict[str, Measure]:
-    """Every `MEASURE` in this folder: the file is the registration."""
-    found: dict[str, Measure] = {}
-    package = importlib.import_module("thesean.similarity")
-    for info in pkgutil.iter_modules(package.__path__):
-        measure = getattr(importlib.import_module(f"thesean.similarity.{info.name}"), "MEASURE", None)
-        if measure is None:
-            continue
-        if measure.name in found:
-            raise RuntimeError(f"two files in thesean/similarity define the measure {measure.name!r}.")
-        found[measure.name] = measure
-    return dict(sorted(found.items()))
+
+class MeasureError(TheseanError, ValueError):
+    """A measure that can't be registered: it is none, or its name is taken."""
+
+
+def register(measure: Measure) -> Measure:
+    """Make a measure known by its name, to recipes too. Raises MeasureError when another one has that name."""
+    if not isinstance(measure, Measure):
+        raise MeasureError(
+            f"register: expected a Measure, found {getattr(measure, '__name__', type(measure).__name__)}. Give "
+            "Measure(name=..., summary=..., value=...)."
+        )
+    _discover()
+    return _add(measure)
 
 
 def measures() -> list[str]:
-    """The names that `similarity(..., measure=)` takes."""
-    return list(_registry())
+    """The names that `similarity(..., measure=)` takes, sorted."""
+    _discover()
+    return sorted(_measures)
 
 
 def get_measure(name: str) -> Measure:
     """The measure of this name. Raises UnknownNameError, with the nearest name."""
-    try:
-        return _registry()[name]
-    except KeyError:
-        raise unknown_name("measure", name, _registry()) from None
+    _discover()
+    if name not in _measures:
+        raise unknown_name("measure", name, _measures)
+    return _measures[name]
+
+
+def _add(measure: Measure) -> Measure:
+    if _measures.setdefault(measure.name, measure) is not measure:
+        raise MeasureError(f"measure {measure.name!r} is already registered. Choose another name.")
+    return measure
+
+
+def _discover() -> None:
+    """Every `MEASURE` in this folder, the file is the registration, and those that are installed."""
+    global _discovered
+    if _discovered:
+        return
+    package = importlib.import_module("thesean.similarity")
+    for info in pkgutil.iter_modules(package.__path__):
+        measure = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "MEASURE", None)
+        if isinstance(measure, Measure):
+            _add(measure)
+    _discovered = True  # first: an installed module may call `register` while it is imported
+    load_installed("thesean.measures", Measure, _add)
 
 
 def similarity(

@@ -5,6 +5,8 @@ B batch, T time, D width of the part, H heads, K head width of queries and keys,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -141,6 +143,13 @@ class PartFacts:
     @property
     def width_out(self) -> int:
         return int(self.output_shape[-1])
+
+    def rows(self, sizes: Mapping[str, int], dims: int | None = None) -> int:
+        """How often a part's module runs at these sizes of the dynamic dimensions: the product of the input's first
+        `dims` dimensions; by default batch and time of a sequence, the batch of anything else.
+        """
+        leading = self.input_shape[: (-1 if self.is_sequence else 1) if dims is None else dims]
+        return math.prod(sizes[dim] if isinstance(dim, str) else dim for dim in leading)
 
     def mismatch(self, target: str, found: str, expected: str, advice: str) -> TargetMismatchError:
         return TargetMismatchError(f"{self.path}: target {target!r} expected {expected}, found {found}. {advice}")

@@ -34,6 +34,7 @@ class Family:
     summary: str
     options: type[Options]
     module: type[TargetModule]
+    # A plan calls it on the meta device, to count: the constructor may draw and fill tensors, and read no values.
     build: Callable[[PartFacts, Any], TargetModule]
     # "mixing": replaces the branches that mix over time and leaves token-wise branches (MLPs) to the guide;
     # "token-wise": the other way round; "part": replaces the whole part; "members": drops all members of a merged part

@@ -6,7 +6,7 @@ B batch, C channels, H height, W width, E hidden channels, F features of the las
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Required, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -63,6 +63,16 @@ class Windows:
         """The mean of each window; what the borders lack repeats the last pixel."""
         x_BCHW = self.place(x_BCHW, "replicate")
         return F.avg_pool2d(x_BCHW, self.kernel, self.stride) if max(self.stride) > 1 else x_BCHW
+
+
+class MapFrame(TypedDict, total=False):
+    """The constructor arguments that all targets for feature maps have; shapes are (C, H, W)."""
+
+    input_shape: Required[list[int]]
+    output_shape: Required[list[int]]
+    width: Required[int]
+    shortcut: Shortcut
+    final_relu: bool
 
 
 class SpatialTarget(TargetModule):
@@ -140,10 +150,44 @@ class SpatialTarget(TargetModule):
         return y.relu() if self.final_relu else y
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        batch = part.input_shape[0]
         pixels = self.output_shape[1] * self.output_shape[2]  # every weight meets every output pixel once
-        rows = (sizes[batch] if isinstance(batch, str) else batch) * pixels
-        return 2 * rows * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        return 2 * part.rows(sizes) * pixels * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+
+
+class ConvolvedMap(SpatialTarget):
+    """hidden(x) = relu(norm(convolution(x))): one convolution that has the stride, standardised by the guide's data.
+
+    `convolution` is the attribute that holds it, and so what its weights are saved as.
+    """
+
+    convolution: ClassVar[str]
+
+    def __init__(self, *, kernel: int, hidden_norm: MapNorm, depthwise: bool, **frame: Unpack[MapFrame]) -> None:
+        super().__init__(**frame)
+        self.hidden_norm = hidden_norm
+        channels, *size_in = self.input_shape
+        self.places = Windows(size_in, self.output_shape[1:], kernel)
+        groups = channels if depthwise else 1
+        conv = nn.Conv2d(channels, self.width, kernel, self.places.stride, self.places.padding, groups=groups)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
+        self.add_module(self.convolution, conv)
+        self.norm = make_norm(hidden_norm, self.width)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "hidden_norm": self.hidden_norm}
+
+    def hidden(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        convolved_BEHW = self.get_submodule(self.convolution)(self.places.place(x_BCHW))
+        hidden_BEHW: torch.Tensor = self.norm(convolved_BEHW).relu()
+        return hidden_BEHW
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        conv = self.get_submodule(self.convolution)
+        assert isinstance(conv, nn.Conv2d)
+        standardise(conv, [self.places.place(x) for x, _ in examples])
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -208,8 +252,8 @@ def check_feature_map(target: str, part: PartFacts) -> None:
         )
 
 
-def map_config(part: PartFacts, residual: bool | None, final_relu: bool | None) -> dict[str, Any]:
-    """The constructor arguments that all targets for feature maps have.
+def map_frame(part: PartFacts, width: int, residual: bool | None, final_relu: bool | None) -> MapFrame:
+    """The frame of a part's module.
 
     `residual` None: whatever no stream outside of the part adds; `final_relu` None: where the guide has no negatives.
     """
@@ -218,6 +262,7 @@ def map_config(part: PartFacts, residual: bool | None, final_relu: bool | None) 
     return {
         "input_shape": [int(dim) for dim in part.input_shape[1:]],
         "output_shape": [int(dim) for dim in part.output_shape[1:]],
+        "width": width,
         "shortcut": "none" if not wanted else "identity" if same else "projection",
         "final_relu": part.nonnegative if final_relu is None else final_relu,
     }

@@ -73,7 +73,4 @@ class TargetModule(nn.Module):
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         """Multiply-adds times two for one forward at these sizes of the dynamic dimensions."""
-        tokens = 1
-        for dim in part.input_shape[:-1] if part.is_sequence else part.input_shape[:1]:
-            tokens *= sizes[dim] if isinstance(dim, str) else dim
-        return 2 * tokens * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        return 2 * part.rows(sizes) * sum(p.numel() for p in self.parameters() if p.ndim >= 2)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from thesean.errors import ArtifactError, TargetMismatchError, TheseanError, unknown_name
-from thesean.targets.shared.entry_points import load_families
+from thesean.installed import load_installed
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Target, parse_options
 from thesean.targets.shared.module import TargetModule
@@ -69,14 +72,8 @@ def build_module(target: Target, part: PartFacts) -> nn.Module:
     LayerNorm, unless its options say otherwise. Raises TargetMismatchError with part, found, expected, next step.
     """
     if target.build is not None:
-        try:
+        with _told(target.name, part, "build(part)"):
             module = target.build(part)
-        except TheseanError:
-            raise
-        except Exception as error:
-            raise TargetMismatchError(
-                f"{part.path}: target {target.name!r}: build(part) raised {type(error).__name__}: {error}."
-            ) from error
         if not isinstance(module, nn.Module):
             raise part.mismatch(
                 target.name,
@@ -92,7 +89,31 @@ def build_module(target: Target, part: PartFacts) -> nn.Module:
         given = {"residual": not part.is_branch, "norm": True, **given}
     options = parse_options(family, given)
     family.check(part, options)
-    return family.build(part, options)
+    with _told(family.name, part, "Family.build(part, options)"):
+        return family.build(part, options)
+
+
+@contextmanager
+def _told(name: str, part: PartFacts, what: str) -> Iterator[None]:
+    """Whatever a stranger's builder raises becomes a TargetMismatchError that names the part and the target."""
+    try:
+        yield
+    except TheseanError:
+        raise
+    except Exception as error:
+        on_meta = torch.get_default_device().type == "meta"
+        advice = (
+            "A plan builds it on the meta device, where tensors have shapes and no values: read none before `prepare`."
+            if on_meta
+            else "Let `check` refuse what it can't be built for."
+        )
+        raise TargetMismatchError(
+            f"{part.path}: target {name!r}: {what} raised {type(error).__name__}: {_first_line(error)}. {advice}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
 def rebuild(family_name: str, config: dict[str, Any]) -> TargetModule:
@@ -126,4 +147,4 @@ def _discover() -> None:
         if isinstance(family, Family):
             _add(family)
     _discovered = True  # first: an installed module may call `register` while it is imported
-    load_families(_add)
+    load_installed("thesean.targets", Family, _add)

@@ -5,7 +5,7 @@ B batch, T time, D width of the part, E width of the target's features
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Required, TypedDict
 
 import torch
 from pydantic import Field
@@ -36,30 +36,47 @@ class WidthOptions(SequenceOptions):
         return self.width or self.expand * part.width_in
 
 
+class SequenceFrame(TypedDict, total=False):
+    """The constructor arguments that all sequence targets have, beside a family's own."""
+
+    width_in: Required[int]
+    width_out: Required[int]
+    bidirectional: bool
+    residual: bool
+    norm: bool
+
+
 class SequenceTarget(TargetModule):
     """A module over (B, T, D). Subclasses set `last` and define `mix` and `initial_state`.
 
-    Causal ones carry a state; a bidirectional one has nothing to carry: the future has not been read yet.
+    Causal ones carry a state; a bidirectional one has nothing to carry: the future has not been read yet. `saved` names
+    a family's own constructor arguments, kept as attributes of these names: `config` saves them beside the frame.
     """
 
+    saved: ClassVar[tuple[str, ...]] = ()
     last: nn.Linear
 
-    def __init__(self, *, width_in: int, width_out: int, bidirectional: bool, residual: bool, norm: bool) -> None:
+    def __init__(
+        self, *, width_in: int, width_out: int, bidirectional: bool = False, residual: bool = False, norm: bool = False
+    ) -> None:
         super().__init__()
         self.width_in = width_in
         self.width_out = width_out
         self.bidirectional = bidirectional
+        self.directions = 2 if bidirectional else 1
         self.stateful = not bidirectional
         self.residual = residual
         self.norm = nn.LayerNorm(width_in) if norm else None
 
     def config(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self.saved}
         return {
             "width_in": self.width_in,
             "width_out": self.width_out,
             "bidirectional": self.bidirectional,
             "residual": self.residual,
             "norm": self.norm is not None,
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in own.items()},
         }
 
     def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
@@ -105,8 +122,8 @@ def describe(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-def sequence_config(part: PartFacts, options: SequenceOptions) -> dict[str, Any]:
-    """The constructor arguments that all sequence targets have; token-wise parts get a causal module."""
+def sequence_frame(part: PartFacts, options: SequenceOptions) -> SequenceFrame:
+    """The frame of a part's module; token-wise parts get a causal one."""
     return {
         "width_in": part.width_in,
         "width_out": part.width_out,

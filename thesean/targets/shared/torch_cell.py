@@ -5,44 +5,36 @@ B batch, T time, D width of the part, E units per direction
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
 
-from thesean.targets.shared.sequence import SequenceTarget, small_linear
+from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
 
 
 class CellTarget(SequenceTarget):
     """last(cell(x)). A subclass names its cell and spreads its initial weights."""
 
+    saved = ("width",)
     cell: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
 
     def __init__(
         self,
         *,
-        width_in: int,
-        width_out: int,
         width: int,
-        bidirectional: bool = False,
-        residual: bool = False,
-        norm: bool = False,
+        **frame: Unpack[SequenceFrame],
     ) -> None:
-        super().__init__(
-            width_in=width_in, width_out=width_out, bidirectional=bidirectional, residual=residual, norm=norm
-        )
+        super().__init__(**frame)
         self.width = width
-        self.core = self.cell(width_in, width, batch_first=True, bidirectional=bidirectional)
-        self.last = small_linear(width * (2 if bidirectional else 1), width_out)
+        self.core = self.cell(self.width_in, width, batch_first=True, bidirectional=self.bidirectional)
+        self.last = small_linear(self.directions * width, self.width_out)
         self.reset_core()
 
     @torch.no_grad()
     def reset_core(self) -> None:
         """Set the core's initial weights."""
         raise NotImplementedError(f"{type(self).__name__}.reset_core")
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "width": self.width}
 
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)

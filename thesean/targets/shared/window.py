@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from thesean.targets.shared.cores import WindowAttentionCore
+from thesean.targets.shared.core import Core
 
 # Queries of one sequence that the balance is chosen on, spread evenly: all would take memory quadratic in time.
 _QUERIES = 128
@@ -32,7 +32,7 @@ class Window(nn.Module):
         self.size = size
         self.scale = float(scale)
         self.gate_H = nn.Parameter(torch.zeros(heads))
-        self.core = WindowAttentionCore()
+        self.core = Core("window_attention")
 
     def slide(self, past_BWGX: torch.Tensor, new_BTGX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(past and new, those that left the window as each new one came, the last W), along time."""

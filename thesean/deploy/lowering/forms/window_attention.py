@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from thesean.deploy.lowering.cells import require_exporting
+from thesean.deploy.lowering.lowered import Lowered
 from thesean.kernels.window_attention import LARGEST_EXPONENT, LEAST_BLOCK
+from thesean.targets.shared.core import Core
 
 DOMAIN, NAME = "thesean", "WindowAttention"
 
@@ -122,31 +122,26 @@ _BODY = f"""
 """
 
 
-class LoweredWindowAttention(nn.Module):
-    """WindowAttentionCore as a call of the function: query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H -> mean."""
+def window_attention(
+    query_BTHC: torch.Tensor,
+    key_BSGC: torch.Tensor,
+    value_BSGk: torch.Tensor,
+    older_BTHk: torch.Tensor,
+    gate_H: torch.Tensor,
+) -> torch.Tensor:
+    """A call of the function: query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H -> mean_BTHK."""
+    mean_BTHK: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{NAME}",
+        (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H),
+        dtype=query_BTHC.dtype,
+        shape=[*query_BTHC.shape[:3], value_BSGk.shape[-1] - 1],
+        version=1,
+    )
+    return mean_BTHK
 
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
 
-    def forward(
-        self,
-        query_BTHC: torch.Tensor,
-        key_BSGC: torch.Tensor,
-        value_BSGk: torch.Tensor,
-        older_BTHk: torch.Tensor,
-        gate_H: torch.Tensor,
-    ) -> torch.Tensor:
-        require_exporting(self.path)
-        columns = value_BSGk.shape[-1]
-        mean_BTHK: torch.Tensor = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{NAME}",
-            (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H),
-            dtype=query_BTHC.dtype,
-            shape=[*query_BTHC.shape[:3], columns - 1],
-            version=1,
-        )
-        return mean_BTHK
+def lower(core: Core, path: str, opset: int) -> Lowered:
+    return Lowered(path, window_attention)
 
 
 def define(proto: Any) -> None:

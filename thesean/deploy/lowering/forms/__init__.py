@@ -1,0 +1,1 @@
+"""What an export writes in place of a core, one file per operation: the file name is the registry."""

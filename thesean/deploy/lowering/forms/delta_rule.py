@@ -1,0 +1,27 @@
+"""The gated delta rule as com.microsoft::LinearAttention with the update rule "gated_delta".
+
+B batch, T time, H heads, F features of a key, K width of a value
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thesean.deploy.lowering.lowered import Lowered
+from thesean.deploy.lowering.value_blocks import linear_attention_operator
+from thesean.targets.shared.core import Core
+
+
+def delta_rule(
+    query_BTHF: torch.Tensor,
+    key_BTHF: torch.Tensor,
+    value_BTHK: torch.Tensor,
+    beta_BTH: torch.Tensor,
+    log_decay_BTH: torch.Tensor,
+    state_BHFK: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return linear_attention_operator(query_BTHF, key_BTHF, value_BTHK, log_decay_BTH, beta_BTH, state_BHFK)
+
+
+def lower(core: Core, path: str, opset: int) -> Lowered:
+    return Lowered(path, delta_rule)

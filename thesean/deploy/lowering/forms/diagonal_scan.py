@@ -1,0 +1,30 @@
+"""The diagonal state space as com.microsoft::LinearAttention, whose decay may be one a feature.
+
+B batch, T time, H heads, N states of a channel, P channels of a head
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thesean.deploy.lowering.lowered import Lowered
+from thesean.deploy.lowering.value_blocks import linear_attention_operator
+from thesean.targets.shared.core import Core
+
+
+def diagonal_scan(
+    query_BTHN: torch.Tensor,
+    key_BTHN: torch.Tensor,
+    value_BTHP: torch.Tensor,
+    log_decay_BTHN: torch.Tensor,
+    state_BHNP: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measured in onnxruntime 1.32 (128 channels of 16 states, 512 steps, one thread): 0.95 ms with 4 heads of 32
+    channels, 8 to 12 ms with a head for each channel, and 2.1 ms for an elementwise Scan over the 2048 states, which
+    leaves the exponentials, the products with B and C and the sums over states to be computed beside it.
+    """
+    return linear_attention_operator(query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN, None, state_BHNP)
+
+
+def lower(core: Core, path: str, opset: int) -> Lowered:
+    return Lowered(path, diagonal_scan)

@@ -1,0 +1,42 @@
+"""How many of an attention's heads stay, and which attentions can lose any: narrow and narrow-heads alike."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Options
+from thesean.targets.shared.sequence import check_sequence
+
+
+class NarrowHeadsOptions(Options):
+    """Heads: `heads`, or `ratio` times the guide's, at least one; their widths are the guide's."""
+
+    ratio: float = Field(default=0.5, gt=0, le=1)
+    heads: int | None = Field(default=None, gt=0)
+
+
+def check_heads(target: str, part: PartFacts, options: NarrowHeadsOptions) -> None:
+    """Raises TargetMismatchError unless the part is a plain attention with heads enough."""
+    check_sequence(target, part)
+    facts = part.attention
+    keep = f"Keep it with keep=[{part.path!r}]"
+    if facts is None:
+        raise part.mismatch(
+            target, found="a part without attention", expected="one attention to take heads from", advice=f"{keep}."
+        )
+    if not facts.plain:
+        raise part.mismatch(
+            target,
+            found="an attention that softmax(q k' scale) v alone does not reproduce "
+            "(a rotary embedding, a relative bias, a window or a gate)",
+            expected="one that nothing but a causal mask is added to",
+            advice=f"{keep}, or choose target 'rnn' for it.",
+        )
+    if options.heads is not None and options.heads > facts.heads:
+        raise part.mismatch(
+            target,
+            found=f"heads {options.heads}",
+            expected=f"at most the {facts.heads} heads that there are",
+            advice="Lower heads, or set ratio.",
+        )
