@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from thesean.deploy.lowering import cells_as_modules, lower_cells
 from thesean.deploy.session import first_line
+from thesean.deploy.torchlib import table_kept
 from thesean.deploy.window_function import define
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.graph import leaf_nodes
@@ -71,7 +72,7 @@ def to_onnx(
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     try:
         lowered = lower_cells(cells_as_modules(graph_module), opset=opset)
-        with quiet(), torch.no_grad():
+        with quiet(), table_kept(), torch.no_grad():
             program = torch.onnx.export(
                 lowered,
                 tuple(example[spec.name] for spec in inputs),
