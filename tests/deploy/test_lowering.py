@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from tests.targets.build import tensors
 from thesean.deploy.lowering import cells_as_modules, lower_cells
+from thesean.deploy.torchlib import table_kept
 from thesean.errors import ExportError
 from thesean.passes.capture import capture
 from thesean.passes.opaque_cells import CELLS
@@ -34,17 +35,26 @@ D = Dim.DYNAMIC
 
 def export(module: nn.Module, args: tuple[torch.Tensor, ...], shapes: Any, opset: int = 18) -> Any:
     lowered = lower_cells(module, opset=opset)
-    program = torch.onnx.export(lowered, args, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
+    settings: dict[str, Any] = dict(dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
+    with table_kept():
+        program = torch.onnx.export(lowered, args, **settings)
     assert program is not None
     found = next(o.version for o in program.model_proto.opset_import if o.domain == "")
     assert found == opset
     return program.model_proto
 
 
+_sessions: dict[int, tuple[Any, Any]] = {}
+
+
 def run(proto: Any, args: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    """On a session that is made in a model's first run: nobody may change it afterwards."""
+    if id(proto) not in _sessions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        _sessions[id(proto)] = proto, session  # the model as well, or its id would be reused
+    _, session = _sessions[id(proto)]
     return session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)})
 
 

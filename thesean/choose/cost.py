@@ -84,7 +84,12 @@ class Latencies:
         return values[0], values[1:]
 
     def _file(self, draft: Draft | None) -> Path:
-        """The ONNX file of an untrained hybrid, written once; weights do not change how long it takes."""
+        """The ONNX file of an untrained hybrid, written once; weights do not change how long it takes.
+
+        A draft that replaces nothing has the guide's file.
+        """
+        if draft is not None and not draft.plan.replaced:
+            draft = None
         key = ("guide",) if draft is None else tuple(f"{p.target}{p.options}{p.scope}" for p in draft.plan.parts)
         if key not in self._files:
             captured = self.candidates.drafter.captured
