@@ -46,7 +46,9 @@ class Heads(nn.Module):
             found += self._one(core, *given[5 * i : 5 * i + 5])
         return tuple(found)
 
-    def _one(self, core: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor):
+    def _one(
+        self, core: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor
+    ):
         if self.kind == "gated delta":
             return core(q, k, v, torch.sigmoid(v[..., 0]), g, s)
         return core(q, k, v, g.unsqueeze(-1) * (1 + k) if self.kind == "diagonal" else g, s)
@@ -66,6 +68,7 @@ def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CORES)
 def test_padded_features_and_values_change_nothing(kind):
     """All widths in one file."""
