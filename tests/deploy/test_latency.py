@@ -30,6 +30,7 @@ def test_time_that_is_over_leaves_five_repeats():
 
 @pytest.mark.thorough
 def test_a_file_with_state_steps_and_one_without_recomputes_as_far_as_its_table_goes(monkeypatch: pytest.MonkeyPatch):
+    files = {"guide": exported.gpt2_guide().path, "rnn": exported.gpt2_gru().path}
     lengths: dict[bool, set[int]] = {True: set(), False: set()}  # that files with and without a state were given
     run = Session.run
 
@@ -38,7 +39,6 @@ def test_a_file_with_state_steps_and_one_without_recomputes_as_far_as_its_table_
         return run(session, inputs, state)
 
     monkeypatch.setattr(Session, "run", seen)
-    files = {"guide": exported.gpt2_guide().path, "rnn": exported.gpt2_gru().path}
     found = latency_of_models(files, captured.gpt2().signature, contexts=(16, 128), repeats=5)
     assert lengths == {True: {16, 128, 1}, False: {16, 128}}
     assert (found["guide"].token_kind, found["rnn"].token_kind) == ("recompute", "state")
