@@ -266,6 +266,7 @@ def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) 
     assert (guides / "b.onnx").stat().st_size > 0
 
 
+@pytest.mark.thorough
 def test_an_edited_plan_of_a_hugging_face_folder_is_what_runs(guides: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -280,6 +281,7 @@ def test_an_edited_plan_of_a_hugging_face_folder_is_what_runs(guides: Path) -> N
     assert str(thesean.load(guides / "out").plan) == str(thesean.Plan.from_yaml(guides / "plan.yaml"))
 
 
+@pytest.mark.thorough
 def test_auto_chooses_for_a_budget(guides: Path) -> None:
     result = run(
         "plan", "guides_for_cli:gpt", "--target", "auto", "--data", "guides_for_cli:batches",
@@ -310,6 +312,7 @@ def test_a_picture_of_an_unknown_format_stops_before_the_guide_is_loaded(guides:
     assert "expected a name that ends in .svg or .png, found '.gif'" in message
 
 
+@pytest.mark.thorough
 def test_plan_measures_draws_and_tells_its_steps_on_stderr(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (payoff, part_latency):
         monkeypatch.setattr(module, "_SECONDS", 0.0)  # as few turns as a median takes: no time is looked at

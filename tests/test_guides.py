@@ -131,7 +131,7 @@ EXPECTED = {
 }  # fmt: skip
 
 # one of a kind while one works, the others in the whole suite
-_FIRST = {"gpt2", "bert", "resnet18", "convnet1d", "lstm_tagger", "looped"}
+_FIRST = {"gpt2", "resnet18", "lstm_tagger", "looped"}
 EVERY = pytest.mark.parametrize(
     "name", [n if n in _FIRST else pytest.param(n, marks=pytest.mark.thorough) for n in GUIDES]
 )
@@ -250,6 +250,7 @@ def test_the_exported_file_gives_the_conversions_numbers(name, tmp_path):
         assert len({c.shape for c in report.checks}) >= 4  # other lengths than the traced one
 
 
+@pytest.mark.thorough
 def test_cells_of_a_guide_that_are_kept_are_exported_at_any_length(tmp_path):
     guide = GUIDES["lstm_tagger"]
     made = thesean.compile(
@@ -261,6 +262,7 @@ def test_cells_of_a_guide_that_are_kept_are_exported_at_any_length(tmp_path):
     assert "mixes time outside of the converted parts" in report.note
 
 
+@pytest.mark.thorough
 def test_attention_over_another_sequence_is_kept_and_the_reason_told():
     (note,) = converted("t5").plan.notes
     assert note.startswith("decoder.block.0.layer.1, decoder.block.1.layer.1 are left to the guide")
@@ -281,6 +283,7 @@ def test_a_causal_part_is_no_vector():
         thesean.plan(guide.model(), "mlp", example_inputs=guide.example())
 
 
+@pytest.mark.thorough
 def test_a_router_that_loops_over_the_experts_it_picked_is_refused_with_the_line():
     guide = GUIDES["mixtral"]
     with pytest.raises(CaptureError, match=r"line \d+, in forward: for expert_idx .* convert a submodule instead"):

@@ -73,6 +73,7 @@ def test_a_budget_that_nothing_meets_is_told_with_the_nearest_plan():
     assert {p.target for p in plan} == {"identity"}
 
 
+@pytest.mark.thorough
 def test_a_latency_is_measured_and_told():
     guide = models.gpt2(2)
     before = state_of(guide)
@@ -105,6 +106,7 @@ def test_kept_parts_stay():
     assert [p.path for p in plan if p.kept] == ["transformer.h.1.attn", "transformer.h.1.mlp"]
 
 
+@pytest.mark.thorough
 def test_a_chosen_plan_survives_yaml_and_converts():
     plan = chosen({"params": 6000})
     again = thesean.Plan.from_yaml(plan.to_yaml())

@@ -114,6 +114,7 @@ def test_the_module_its_flags_and_an_earlier_choice_of_threads_stay_as_they_were
     assert all(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.thorough
 def test_a_hybrid_with_attention_left_is_exported_without_state_and_says_why(tmp_path):
     guide = captured.gpt2()
     module = hybrid(guide, "gru", 1)
@@ -126,6 +127,7 @@ def test_a_hybrid_with_attention_left_is_exported_without_state_and_says_why(tmp
     assert leftovers(tmp_path) == ["m.onnx"]
 
 
+@pytest.mark.thorough
 def test_no_state_is_threaded_when_none_is_wanted(gru, tmp_path):
     module, guide = gru
     assert export(module, guide.signature, tmp_path / "yes.onnx").stateful

@@ -162,6 +162,7 @@ class Cells(nn.Module):
         return (y, *last) if isinstance(last, tuple) else (y, last)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("cell", "opset"),
     [
@@ -186,12 +187,14 @@ def test_a_guides_own_cell_with_layers_directions_and_state_equals_torch(cell, o
         assert_same(proto, module, args(batch, time))
 
 
+@pytest.mark.thorough
 def test_a_cell_without_a_state_starts_from_zeros():
     module = nn.Sequential(nn.Linear(8, 8), Cells(nn.LSTM(8, 6, batch_first=True))).eval()
     proto = export(module, (torch.randn(2, 7, 8),), ({0: D, 1: D},))
     assert_same(proto, module, (torch.randn(3, 11, 8),))
 
 
+@pytest.mark.thorough
 def test_cells_inside_a_graph_module_are_lowered():
     root: Any = nn.ModuleDict({"a": target("mingru"), "b": target("linear-attention")})
     graph = torch.fx.Graph()

@@ -16,6 +16,8 @@ from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError
 from thesean.passes.bound_positions import BoundPositions
 
+pytestmark = pytest.mark.thorough
+
 PROMPT = [3, 1, 4, 1, 5]
 
 

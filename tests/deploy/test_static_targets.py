@@ -53,6 +53,7 @@ def test_a_convolutional_language_model_is_exported_with_its_windows_as_state(br
     check_windows(module, report)
 
 
+@pytest.mark.thorough
 def test_dilated_convolutions_in_place_of_whole_parts_are_exported_with_their_windows_as_state(tmp_path):
     guide = captured.token_mixer()
     module = hybrid(guide, Target("conv", kernel=3, dilations=[1, 2], scope="part"))
@@ -73,6 +74,7 @@ def test_one_file_prefills_in_chunks_and_goes_on_step_by_step(branches):
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_an_encoder_is_exported_at_every_length(tmp_path):
     module = hybrid(captured.encoder(), {"*layers.0*": "linear", "*layers.1*": "conv"})
     report = export(module, captured.encoder().signature, tmp_path / "m.onnx")

@@ -73,6 +73,7 @@ def test_all_neurons_of_every_mlp_are_the_guide(guide):
     assert error_of(hybrid, guide()) < 10 * VALUE[torch.float32]  # two layers' rounding
 
 
+@pytest.mark.thorough
 @GUIDES
 def test_half_of_the_neurons_stay_near_the_guide_and_more_of_them_nearer(guide):
     errors = [error_of(narrowed(guide(), ratio=ratio), guide()) for ratio in (0.25, 0.5, 0.9)]
