@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--guide", default="committed", help="'committed', 'train', or a Hugging Face folder")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each latency; its median is told")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
     console = Console()
@@ -98,11 +99,11 @@ def main() -> None:
     console.print(PROMPT + decode(generated), markup=False, highlight=False)
     print(f"the torch module writes {'the same text' if same else 'ANOTHER TEXT'}")
 
-    latency = latency_of_models(paths, models["guide"].signature, contexts=CONTEXTS)
+    latency = latency_of_models(paths, models["guide"].signature, contexts=CONTEXTS, repeats=options.repeats)
     # the strongest way to serve the guide: one step with a key-value cache
     export_cached_step(guide, options.out / "guide_step.onnx")
     steps = {f"cached_token_{c}": cached_step(options.out / "guide_step.onnx", guide, c) for c in CONTEXTS}
-    cached = {name: timed.median_ms for name, timed in measure(steps).items()}
+    cached = {name: timed.median_ms for name, timed in measure(steps, options.repeats).items()}
     rows = [
         Row(
             name=name,
