@@ -1,4 +1,4 @@
-# Needs Python 3.11 and the package registries, nothing else. `make demo`, `make test`, `make kernels-check`, `make lint`, `make bench`, `make clean`.
+# Needs Python 3.11 and the package registries, nothing else. `make demo`, `make test`, `make test-fast`, `make kernels-check`, `make lint`, `make bench`, `make clean`.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ BENCH ?=
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test kernels-interpret kernels-check lint bench install clean
+.PHONY: demo test test-fast kernels-interpret kernels-check lint bench install clean
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -26,11 +26,17 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo_gpt2 $(if $(filter train,$(GUIDE)),--guide train)
 	$(BIN)/python -m examples.demo_digits
 
+# Files stay whole, so that their captures and exports are made once; what takes long by itself comes by itself.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist load -m slow
 ifeq ($(shell uname -s),Linux)  # where triton is to be had
 	$(MAKE) kernels-interpret kernels-check
 endif
+
+# While one works: under 90 seconds, every idea of the suite once, without its further guides, targets and sizes.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not thorough"
 
 # An interpreting process can't compile, and one that has imported triton can't begin to interpret: hence processes.
 kernels-interpret: $(STAMP)

@@ -66,10 +66,12 @@ def demo(
     contexts: Sequence[int] = CONTEXTS,
     every: int = 2,
     characters: int = 200,
+    repeats: int = 20,
 ) -> Path:
     """Convert, compare, export and save into the folder `out`; the path of its report.json.
 
-    One in `every` held-out windows is judged, `characters` are generated. Exits when onnxruntime writes another text.
+    One in `every` held-out windows is judged, `characters` are generated, latencies take `repeats` turns. Exits when
+    onnxruntime writes another text.
     """
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
@@ -103,11 +105,11 @@ def demo(
     console.print(PROMPT + decode(generated), markup=False, highlight=False)
     print(f"the torch module writes {'the same text' if same else 'ANOTHER TEXT'}")
 
-    latency = latency_of_models(paths, models["guide"].signature, contexts=contexts)
+    latency = latency_of_models(paths, models["guide"].signature, contexts=contexts, repeats=repeats)
     # the strongest way to serve the guide: one step with a key-value cache
     export_cached_step(guide, out / "guide_step.onnx")
     calls = {f"cached_token_{c}": cached_step(out / "guide_step.onnx", guide, c) for c in contexts}
-    cached = {name: timed.median_ms for name, timed in measure(calls).items()}
+    cached = {name: timed.median_ms for name, timed in measure(calls, repeats).items()}
     rows = [
         Row(
             name=name,
@@ -149,9 +151,11 @@ def main() -> None:
     parser.add_argument("--guide", default="committed", help="'committed', 'train', or a Hugging Face folder")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each latency; its median is told")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
-    demo(load_guide(options.guide, options.out), options.out, steps=options.steps, seed=options.seed)
+    guide = load_guide(options.guide, options.out)
+    demo(guide, options.out, steps=options.steps, seed=options.seed, repeats=options.repeats)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import fx, nn
@@ -16,59 +18,80 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import InputSpec, Signature
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-@cache
+
+def shared(make: Callable[P, R]) -> Callable[P, R]:
+    """One value for equal settings, whether they were given, and how, or are the defaults."""
+    kept, signature = cache(make), inspect.signature(make)
+
+    @wraps(make)
+    def value(*args: P.args, **settings: P.kwargs) -> R:
+        bound = signature.bind(*args, **settings)
+        bound.apply_defaults()
+        return kept(*bound.args, **bound.kwargs)
+
+    return value
+
+
+@shared
 def gpt2(layers: int = 2, attention: str = "sdpa") -> Captured:
     return capture(models.gpt2(layers, attention=attention), tokens())
 
 
-@cache
-def bert(attention: str = "sdpa") -> Captured:
+@shared
+def bert(attention: str = "sdpa", layers: int = 2) -> Captured:
     inputs = {"input_ids": tokens(), "attention_mask": torch.ones(4, models.LENGTH, dtype=torch.long)}
-    return capture(models.bert(attention=attention), inputs)
+    return capture(models.bert(layers, attention=attention), inputs)
 
 
-@cache
-def llama(attention: str = "sdpa") -> Captured:
-    return capture(models.llama(attention=attention), tokens())
+@shared
+def llama(attention: str = "sdpa", layers: int = 2) -> Captured:
+    return capture(models.llama(layers, attention=attention), tokens())
 
 
-@cache
+@shared
 def encoder() -> Captured:
     return capture(models.encoder(), vectors(3, 6, 16))
 
 
-@cache
+@shared
 def resnet() -> Captured:
     return capture(models.resnet(), vectors(3, 1, 8, 8))
 
 
-@cache
+@shared
 def mlp() -> Captured:
     return capture(models.mlp(), vectors(3, 8))
 
 
-@cache
+@shared
 def convnet() -> Captured:
     return capture(models.convnet(), vectors(3, 1, 6, 6))
 
 
-@cache
+@shared
 def functional() -> Captured:
     return capture(models.functional(), vectors(3, 8))
 
 
-@cache
+@shared
 def token_mixer() -> Captured:
     return capture(models.token_mixer(), vectors(3, 6, 8))
 
 
-@cache
+@shared
+def tabled() -> Captured:
+    return capture(models.seeded(models.Tabled), tokens())
+
+
+@shared
 def fixed_length() -> Captured:
     return capture(models.FixedLength(models.token_mixer(), 6, 8), vectors(3, 6, 8))
 
 
-@cache
+@shared
 def tied() -> Captured:
     return capture(models.seeded(models.Tied), vectors(3, 8))
 

@@ -203,6 +203,18 @@ def token_mixer(**settings: int) -> nn.Module:
     return TokenMixer(**settings).eval()
 
 
+class Tabled(nn.Module):
+    """ids_BT -> y_BTD: a TokenMixer on tokens and a table of 64 positions, the least of a causal language model."""
+
+    def __init__(self, width: int = 8, layers: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(64, width)
+        self.mixer = TokenMixer(width, layers)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.mixer(self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1])))
+
+
 class FixedLength(nn.Module):
     """A guide that takes sequences of one length and no other, so that its time dimension is static."""
 

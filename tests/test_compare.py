@@ -188,7 +188,7 @@ print((peak_kib() - before) / 1024)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twenty_thousand_examples_stay_under_a_gibibyte():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=150)

@@ -43,7 +43,7 @@ def test_the_quickstart_is_short():
 
 
 def test_the_language_demo_writes_a_stateful_file_that_continues_text_as_torch_does(tmp_path):
-    printed = run("-m", "examples.demo_gpt2", "--steps", "6", "--out", str(tmp_path))
+    printed = run("-m", "examples.demo_gpt2", "--steps", "6", "--repeats", "2", "--out", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["guide", "converted", "scratch", "distillation"]

@@ -69,7 +69,10 @@ def convert(target: Any, steps: int, solve: bool) -> thesean.Converted:
     return thesean.compile(guide(), target, data=DATA, eval_data=HELD_OUT, recipe=recipe, progress=False)
 
 
-@pytest.mark.parametrize("target", ["conv", "conv-2d", "resnet-block", "mlp", "linear"])
+@pytest.mark.parametrize(
+    "target",
+    ["mlp", *(pytest.param(t, marks=pytest.mark.thorough) for t in ("conv", "conv-2d", "resnet-block", "linear"))],
+)
 def test_divergence_falls_by_the_closed_form_and_then_by_training(target):
     raw = convert(target, 0, solve=False).report.converted["divergence"]
     report = convert(target, 30, solve=True).report
@@ -92,6 +95,7 @@ def errors(hybrid: Any, image: torch.Tensor) -> list[float]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["conv", "conv-2d", "resnet-block", "linear"])
 def test_the_closed_form_brings_every_part_of_a_residual_network_nearer(target):
     torch.manual_seed(0)

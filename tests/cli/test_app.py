@@ -11,6 +11,8 @@ from typer.testing import CliRunner, Result
 
 import thesean
 from thesean.cli.app import app
+from thesean.deploy.timing import parts as part_timing
+from thesean.deploy.timing import plan as payoff
 from thesean.errors import PlanError
 
 GUIDES = """
@@ -30,6 +32,14 @@ def gpt():
     torch.manual_seed(0)
     sizes = dict(vocab_size=32, n_positions=128, n_embd=16, n_layer=2, n_head=2)
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+def mixer():
+    from tests.models import token_mixer
+    return token_mixer()
+
+def sequences():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 12, 8, generator=generator) for _ in range(4)]
 
 def batches():
     generator = torch.Generator().manual_seed(1)
@@ -244,7 +254,6 @@ def test_compare_names_a_glob_without_a_match_and_an_unknown_measure(guides: Pat
     assert "did you mean 'cka'?" in error_of(run(*words.split(), "--measure", "ckaa"))
 
 
-@pytest.mark.slow
 def test_plan_prints_a_part_per_block_and_writes_yaml(guides: Path) -> None:
     result = run("plan", "guides_for_cli:gpt", "-t", "gru", "--data", "guides_for_cli:batches", "--yaml", "plan.yaml")
     assert result.exit_code == 0, result.output
@@ -253,7 +262,6 @@ def test_plan_prints_a_part_per_block_and_writes_yaml(guides: Path) -> None:
     assert str(thesean.Plan.from_yaml(guides / "plan.yaml")) in result.output
 
 
-@pytest.mark.slow
 def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) -> None:
     words = "convert guides_for_cli:gpt --data guides_for_cli:batches --loss guides_for_cli:loss --recipe fast"
     result = run(*words.split(), "--out", "out", "--onnx", "a.onnx")
@@ -266,7 +274,7 @@ def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) 
     assert (guides / "b.onnx").stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_edited_plan_of_a_hugging_face_folder_is_what_runs(guides: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -281,6 +289,7 @@ def test_an_edited_plan_of_a_hugging_face_folder_is_what_runs(guides: Path) -> N
     assert str(thesean.load(guides / "out").plan) == str(thesean.Plan.from_yaml(guides / "plan.yaml"))
 
 
+@pytest.mark.thorough
 def test_auto_chooses_for_a_budget(guides: Path) -> None:
     result = run(
         "plan", "guides_for_cli:gpt", "--target", "auto", "--data", "guides_for_cli:batches",
@@ -311,13 +320,15 @@ def test_a_picture_of_an_unknown_format_stops_before_the_guide_is_loaded(guides:
     assert "expected a name that ends in .svg or .png, found '.gif'" in message
 
 
-@pytest.mark.slow
-def test_plan_measures_draws_and_tells_its_steps_on_stderr(guides: Path) -> None:
-    words = "plan guides_for_cli:gpt -t gru --data guides_for_cli:batches --context 8,16 --draw plan.svg"
+@pytest.mark.thorough
+def test_plan_measures_draws_and_tells_its_steps_on_stderr(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (payoff, part_timing):
+        monkeypatch.setattr(module, "_SECONDS", 0.0)  # as few turns as a median takes: no time is looked at
+    words = "plan guides_for_cli:mixer -t gru --data guides_for_cli:sequences --context 8,16 --draw plan.svg"
     result = run(*words.split())
     assert result.exit_code == 0, result.output
     assert "prefill of 8, batch 1" in result.stdout
     assert "token after 16, batch 1" in result.stdout
     assert "wrote plan.svg" in result.stdout
     assert "exported the guide" in result.stderr
-    assert "transformer.h.1" in (guides / "plan.svg").read_text()
+    assert "mix.1" in (guides / "plan.svg").read_text()

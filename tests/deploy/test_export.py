@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import thesean
-from tests import models
+from tests import captured, exported, models
+from tests.exported import hybrid
 from thesean.deploy import parity
-from thesean.deploy.export import export, for_export
+from thesean.deploy.export import ExportReport, export, for_export
 from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import relative_error
 from thesean.deploy.session import Session
@@ -28,7 +29,6 @@ from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 
 SIZES = [(2, 7), (2, 19), (5, 3), (1, 1)]
-IDS = {"input_ids": models.tokens()}
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -44,26 +44,14 @@ def dims(path: Path) -> dict[str, list[str | int]]:
 
 
 @pytest.fixture(scope="module")
-def gru(convert):
-    return convert(models.gpt2(), IDS, "gru")
+def gru():
+    """A small hybrid with one state, for what does not depend on the network."""
+    guide = capture(models.token_mixer(layers=1), models.vectors(3, 6, 8))
+    return hybrid(guide, "gru"), guide
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "gru",
-        pytest.param("elman", marks=pytest.mark.slow),
-        pytest.param("mingru", marks=pytest.mark.slow),
-        pytest.param("lstm", marks=pytest.mark.slow),
-        "rnn",
-        pytest.param("delta", marks=pytest.mark.slow),
-        pytest.param("reservoir", marks=pytest.mark.slow),
-    ],
-)
-def test_a_converted_language_model_is_stateful_and_equals_torch_at_every_size(convert, tmp_path, target):
-    module, captured = convert(models.gpt2(), IDS, target)
-    assert BoundPositions()(module).modified
-    report = export(module, captured.signature, tmp_path / "m.onnx", train_length=30)
+def check_stateful(report: ExportReport) -> None:
+    """Of a hybrid of `captured.gpt2` with two states, exported with a training length of 30."""
     assert report.stateful
     assert report.note == ""
     assert report.inputs == ("input_ids", "state_in_0", "state_in_1", "state_in_2")
@@ -72,55 +60,72 @@ def test_a_converted_language_model_is_stateful_and_equals_torch_at_every_size(c
     assert {c.label for c in report.checks[-2:]} == {"chunks in onnxruntime vs whole", "chunks in torch vs whole"}
     assert max(c.max_abs_error for c in report.checks) < 1e-5
     assert report.bytes == report.path.stat().st_size
-    assert leftovers(tmp_path) == ["m.onnx"]
     assert "with state" in str(report)
 
 
-def test_a_part_with_two_states_has_both_in_the_file(convert, tmp_path):
-    module, captured = convert(models.gpt2(), IDS, thesean.Target("ssm", state=3))
+def test_a_converted_language_model_is_stateful_and_equals_torch_at_every_size():
+    check_stateful(exported.gpt2_gru().report)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("targets", [("elman", "mingru"), ("lstm", "rnn"), ("delta", "reservoir")])
+def test_so_is_one_with_two_kinds_of_recurrence(tmp_path, targets):
+    """Every kind that carries one state is in one of the files."""
+    guide = captured.gpt2()
+    module = hybrid(guide, dict(zip(("*.h.0*", "*.h.1*"), targets, strict=True)))
     assert BoundPositions()(module).modified
-    report = export(module, captured.signature, tmp_path / "m.onnx", stateful="yes", train_length=30)
-    assert report.inputs == ("input_ids", *(f"state_in_{k}" for k in range(5)))
-    assert report.outputs == ("logits", *(f"state_out_{k}" for k in range(5)))
+    check_stateful(export(module, guide.signature, tmp_path / "m.onnx", train_length=30))
+    assert leftovers(tmp_path) == ["m.onnx"]
+
+
+@pytest.mark.thorough
+def test_a_part_with_two_states_has_both_in_the_file(tmp_path):
+    guide = captured.gpt2(layers=1)
+    module = hybrid(guide, thesean.Target("ssm", state=3))
+    assert BoundPositions()(module).modified
+    report = export(module, guide.signature, tmp_path / "m.onnx", stateful="yes", train_length=30)
+    assert report.inputs == ("input_ids", *(f"state_in_{k}" for k in range(3)))
+    assert report.outputs == ("logits", *(f"state_out_{k}" for k in range(3)))
     found = dims(report.path)
     assert found["state_in_0"] == found["state_out_0"] == ["batch", 3, 16]  # what the convolution still reads
     assert found["state_in_1"] == found["state_out_1"] == ["batch", 1, 3, 16]  # heads, states, channels
-    assert found["state_in_4"] == found["state_out_4"] == [1]  # positions
+    assert found["state_in_2"] == found["state_out_2"] == [1]  # positions
     assert max(c.max_abs_error for c in report.checks) < 1e-5
 
 
-def test_dimensions_are_named_and_no_path_of_this_machine_is_in_the_file(gru, tmp_path):
-    module, captured = gru
-    report = export(module, captured.signature, tmp_path / "m.onnx")
-    found = dims(report.path)
+def test_dimensions_are_named_and_no_path_of_this_machine_is_in_the_file():
+    path = exported.gpt2_gru().path
+    found = dims(path)
     assert found["input_ids"] == ["batch", "time"]
     assert found["logits"] == ["batch", "time", models.VOCABULARY]
     assert found["state_in_0"] == found["state_out_0"] == ["batch", 16]
     assert found["state_in_2"] == found["state_out_2"] == [1]
-    content = report.path.read_bytes()
+    content = path.read_bytes()
     assert str(Path(exporter.__file__).parents[2]).encode() not in content
     assert b"site-packages" not in content
 
 
 def test_the_module_its_flags_and_an_earlier_choice_of_threads_stay_as_they_were(gru, tmp_path):
-    module, captured = copy.deepcopy(gru[0]), gru[1]
+    module, guide = copy.deepcopy(gru[0]), gru[1]
     module.train()
     before, nodes = models.state_of(module), [n.format_node() for n in module.graph.nodes]
-    export(module, captured.signature, tmp_path / "m.onnx")
+    export(module, guide.signature, tmp_path / "m.onnx")
     assert models.same_state(module, before)
     assert module.training
     assert [n.format_node() for n in module.graph.nodes] == nodes
     assert all(p.requires_grad for p in module.parameters())
 
 
-def test_a_hybrid_with_attention_left_is_exported_without_state_and_says_why(convert, tmp_path):
-    module, captured = convert(models.gpt2(), IDS, "gru", 1)
-    report = export(module, captured.signature, tmp_path / "m.onnx", train_length=40)
+@pytest.mark.thorough
+def test_a_hybrid_with_attention_left_is_exported_without_state_and_says_why(tmp_path):
+    guide = captured.gpt2()
+    module = hybrid(guide, "gru", 1)
+    report = export(module, guide.signature, tmp_path / "m.onnx", train_length=40)
     assert not report.stateful
     assert report.note.startswith("without state: transformer.h.1.attn")
     assert [c.shape for c in report.checks] == [*SIZES, (1, 64)]  # the table ends before 4 * 40
     with pytest.raises(ExportError, match=r"a stateful export is not possible: .*transformer\.h\.1\.attn"):
-        export(module, captured.signature, tmp_path / "no.onnx", stateful=True)
+        export(module, guide.signature, tmp_path / "no.onnx", stateful=True)
     assert leftovers(tmp_path) == ["m.onnx"]
 
 
@@ -133,18 +138,21 @@ def test_what_export_runs_is_one_list(gru, stateful):
     assert isinstance(steps[0], Attempt) == (stateful is None)
 
 
+@pytest.mark.thorough
 def test_no_state_is_threaded_when_none_is_wanted(gru, tmp_path):
-    module, captured = gru
-    report = export(module, captured.signature, tmp_path / "m.onnx", stateful="no")
+    module, guide = gru
+    assert export(module, guide.signature, tmp_path / "yes.onnx").stateful
+    report = export(module, guide.signature, tmp_path / "m.onnx", stateful="no")
     assert not report.stateful
-    assert report.inputs == ("input_ids",)
-    assert report.outputs == ("logits",)
+    assert report.inputs == ("x",)
+    assert report.outputs == ("output",)
 
 
-def test_an_encoder_with_a_mask_keeps_its_keys_and_its_mask_works(convert, tmp_path):
-    ids = models.tokens()
-    module, captured = convert(models.bert(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, "rnn", 1)
-    report = export(module, captured.signature, tmp_path / "m.onnx")
+@pytest.mark.thorough
+def test_an_encoder_with_a_mask_keeps_its_keys_and_its_mask_works(tmp_path):
+    ids, guide = models.tokens(), captured.bert()
+    module = hybrid(guide, "gru", 1)
+    report = export(module, guide.signature, tmp_path / "m.onnx")
     assert not report.stateful
     assert report.inputs == ("input_ids", "attention_mask")
     assert report.outputs == ("last_hidden_state",)
@@ -158,17 +166,17 @@ def test_an_encoder_with_a_mask_keeps_its_keys_and_its_mask_works(convert, tmp_p
     assert relative_error(padded["last_hidden_state"], visible["last_hidden_state"].numpy()) > 1e-3
 
 
-def test_a_converted_residual_network_is_checked_at_several_batches(convert, tmp_path):
-    module, captured = convert(models.resnet(), {"image": models.vectors(2, 1, 8, 8)}, "mlp")
-    report = export(module, captured.signature, tmp_path / "m.onnx")
+@pytest.mark.thorough
+def test_a_converted_residual_network_is_checked_at_several_batches(tmp_path):
+    report = export(hybrid(captured.resnet(), "mlp"), captured.resnet().signature, tmp_path / "m.onnx")
     assert [c.shape for c in report.checks] == [(1,), (2,), (5,)]
     assert dims(report.path) == {"image": ["batch", 1, 8, 8], "output": ["batch", 5]}
     assert "none" in report.note
 
 
 def test_nested_outputs_are_named_by_their_keys(tmp_path):
-    captured = capture(models.seeded(models.TwoOutputs), {"x": models.vectors(2, 8)})
-    report = export(captured.graph_module, captured.signature, tmp_path / "m.onnx")
+    guide = capture(models.seeded(models.TwoOutputs), {"x": models.vectors(2, 8)})
+    report = export(guide.graph_module, guide.signature, tmp_path / "m.onnx")
     assert report.outputs == ("first", "second.0", "second.1")
 
 
@@ -181,46 +189,46 @@ class Same(nn.Module):
 
 
 def test_one_tensor_under_two_names_and_an_input_as_output_are_kept_apart(tmp_path):
-    captured = capture(Same().eval(), {"x": models.vectors(2, 8)})
-    report = export(captured.graph_module, captured.signature, tmp_path / "m.onnx")
+    guide = capture(Same().eval(), {"x": models.vectors(2, 8)})
+    report = export(guide.graph_module, guide.signature, tmp_path / "m.onnx")
     assert report.outputs == ("a", "b", "x_out")
 
 
 @pytest.mark.parametrize("opset", [18, 22])
 def test_the_opset_is_the_one_that_was_asked_for(gru, tmp_path, opset):
-    module, captured = gru
-    report = export(module, captured.signature, tmp_path / "m.onnx", opset=opset)
+    module, guide = gru
+    report = export(module, guide.signature, tmp_path / "m.onnx", opset=opset)
     assert report.opset == opset
     assert next(o.version for o in onnx.load(report.path).opset_import if o.domain == "") == opset
 
 
 def test_an_opset_that_can_not_be_written_leaves_no_file(gru, tmp_path):
-    module, captured = gru
+    module, guide = gru
     with pytest.raises(ExportError, match="expected opset 99"):
-        export(module, captured.signature, tmp_path / "m.onnx", opset=99)
+        export(module, guide.signature, tmp_path / "m.onnx", opset=99)
     assert leftovers(tmp_path) == []
 
 
 def test_numbers_that_differ_leave_an_earlier_file_as_it_was(gru, tmp_path, monkeypatch):
-    module, captured = gru
+    module, guide = gru
     path = tmp_path / "m.onnx"
     path.write_bytes(b"earlier")
 
     def altered(graph_module, *rest):
         other = copy.deepcopy(graph_module)
         with torch.no_grad():
-            other.part_1.last.weight.mul_(1.1)
+            other.part_0.last.weight.mul_(1.1)
         return exporter.to_onnx(other, *rest)
 
     monkeypatch.setattr("thesean.deploy.export.to_onnx", altered)
     with pytest.raises(ExportError, match=r"expected an error of at most 1e-04 of the output's scale, found \d"):
-        export(module, captured.signature, path)
+        export(module, guide.signature, path)
     assert path.read_bytes() == b"earlier"
     assert leftovers(tmp_path) == ["m.onnx"]
 
 
 def test_an_interruption_leaves_an_earlier_file_as_it_was(gru, tmp_path, monkeypatch):
-    module, captured = gru
+    module, guide = gru
     path = tmp_path / "m.onnx"
     path.write_bytes(b"earlier")
 
@@ -229,7 +237,7 @@ def test_an_interruption_leaves_an_earlier_file_as_it_was(gru, tmp_path, monkeyp
 
     monkeypatch.setattr("thesean.deploy.export._compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        export(module, captured.signature, path)
+        export(module, guide.signature, path)
     assert path.read_bytes() == b"earlier"
     assert leftovers(tmp_path) == ["m.onnx"]
 
@@ -242,40 +250,40 @@ class Unwritable(nn.Module):
 
 
 def test_what_onnx_can_not_write_is_told_and_leaves_no_file(tmp_path):
-    captured = capture(Unwritable().eval(), {"x": models.vectors(2, 4, 4)})
+    guide = capture(Unwritable().eval(), {"x": models.vectors(2, 4, 4)})
     with pytest.raises(ExportError, match=r"torch's exporter can't write this graph at opset 20: .*eig"):
-        export(captured.graph_module, captured.signature, tmp_path / "m.onnx")
+        export(guide.graph_module, guide.signature, tmp_path / "m.onnx")
     assert leftovers(tmp_path) == []
 
 
 def test_a_place_that_can_not_be_written_is_told_before_anything_is_exported(gru, tmp_path, monkeypatch):
-    module, captured = gru
+    module, guide = gru
     monkeypatch.setattr("thesean.deploy.export.to_onnx", None)
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ExportError, match=r"can't write .*Choose a writable folder"):
-        export(module, captured.signature, tmp_path / "file" / "m.onnx")
+        export(module, guide.signature, tmp_path / "file" / "m.onnx")
     with pytest.raises(ExportError, match="is a folder; expected a file's name"):
-        export(module, captured.signature, tmp_path)
+        export(module, guide.signature, tmp_path)
 
 
 def test_a_missing_package_is_named_with_its_extra(gru, tmp_path, monkeypatch):
-    module, captured = gru
+    module, guide = gru
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(MissingExtraError, match=r"onnxscript is not installed.*thesean-compiler\[onnx\]"):
-        export(module, captured.signature, tmp_path / "m.onnx")
+        export(module, guide.signature, tmp_path / "m.onnx")
 
 
 def test_weights_that_one_file_can_not_hold_are_told(gru, tmp_path, monkeypatch):
-    module, captured = gru
+    module, guide = gru
     monkeypatch.setattr("thesean.deploy.export._PROTOBUF_LIMIT", 1000)
     with pytest.raises(ExportError, match="expected less than 2 GiB"):
-        export(module, captured.signature, tmp_path / "m.onnx")
+        export(module, guide.signature, tmp_path / "m.onnx")
 
 
 def test_an_unknown_wish_for_state_is_refused(gru, tmp_path):
-    module, captured = gru
+    module, guide = gru
     with pytest.raises(ExportError, match="stateful: expected 'auto', 'yes', 'no', True or False, found 'maybe'"):
-        export(module, captured.signature, tmp_path / "m.onnx", stateful="maybe")  # type: ignore[arg-type]
+        export(module, guide.signature, tmp_path / "m.onnx", stateful="maybe")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

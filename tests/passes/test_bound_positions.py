@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import fx, nn
 
-from tests import models
+from tests import captured, models
 from tests.passes.contract import Example
 from thesean.errors import PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph import graph_json
+from thesean.passes.graph.surgery import clone
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
@@ -125,21 +126,21 @@ def test_the_table_tells_how_long_a_sequence_may_be(form, rows):
     assert table_rows(module) is None
 
 
-@pytest.mark.parametrize("guide", [models.gpt2, models.bert])
+@pytest.mark.parametrize("guide", [captured.gpt2, captured.bert])
 @pytest.mark.parametrize("mode", ["clamp", "wrap", "drop"])
 def test_lengths_inside_the_table_give_the_same_numbers_bit_for_bit(guide, mode):
-    captured = capture(guide(), {"input_ids": models.tokens()})
-    inputs = {"input_ids": models.tokens(3, 64)}
-    before: Any = captured.graph_module(**inputs)
-    assert table_rows(captured.graph_module) == 64
-    assert BoundPositions(mode)(captured.graph_module).modified
-    after: Any = captured.graph_module(**inputs)
+    module = clone(guide().graph_module)
+    sizes = {symbol: 3 if symbol.startswith("batch") else 64 for symbol in guide().signature.symbols}
+    inputs = guide().signature.random_inputs(sizes)
+    before: Any = module(**inputs)
+    assert table_rows(module) == 64
+    assert BoundPositions(mode)(module).modified
+    after: Any = module(**inputs)
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_a_hybrid_runs_past_the_guides_table_with_and_without_metadata():
-    captured = capture(models.gpt2(), {"input_ids": models.tokens()})
-    module = build_hybrid(make_plan(captured, "mingru")).graph_module
+    module = build_hybrid(make_plan(captured.gpt2(), "mingru")).graph_module
     bare = fx.GraphModule(module, graph_json.load(graph_json.dump(module.graph)))
     for one in (module, bare):
         assert BoundPositions()(one).modified
@@ -154,10 +155,9 @@ def test_refusing_changes_nothing_and_says_how_far_the_table_goes():
     assert result.reason == "lengths past 6 positions are refused"
 
 
-@pytest.mark.parametrize("guide", [models.llama, models.token_mixer])
+@pytest.mark.parametrize("guide", [captured.llama, captured.token_mixer])
 def test_a_network_without_a_table_is_left_alone_with_a_reason(guide):
-    inputs = {"input_ids": models.tokens()} if guide is models.llama else {"x": models.vectors(2, 5, 8)}
-    module = capture(guide(), inputs).graph_module
+    module = guide().graph_module
     result = BoundPositions()(module)
     assert not result.modified
     assert result.reason == "no table is indexed by a growing position"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from tests import models
+from tests import captured, models
 from tests.passes.contract import Example
 from tests.targets.contract import stateful_modules
 from thesean.errors import PassRefused
@@ -21,6 +21,7 @@ from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph import graph_json
+from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
@@ -31,11 +32,10 @@ CHUNKS = (1, 5, 1, 4)
 
 
 def converted(
-    guide: nn.Module, inputs: dict[str, torch.Tensor], target: str | Target = "gru", count: int | None = None
-) -> tuple[fx.GraphModule, Captured]:
-    captured = capture(guide, inputs)
+    guide: Captured, target: str | Target = "gru", count: int | None = None
+) -> tuple[fx.GraphModule, Signature]:
     torch.manual_seed(0)
-    return build_hybrid(make_plan(captured, target), count).graph_module.eval(), captured
+    return build_hybrid(make_plan(guide, target), count).graph_module.eval(), guide.signature
 
 
 def ids(time: int = sum(CHUNKS), batch: int = 3) -> dict[str, torch.Tensor]:
@@ -55,19 +55,19 @@ def assert_chunks_equal_whole(threaded: fx.GraphModule, stateless: fx.GraphModul
 
 @pytest.mark.parametrize("target", stateful_modules())
 def test_chunks_with_state_equal_the_whole_sequence(target):
-    stateless, captured = converted(models.gpt2(), ids(), target)
-    threaded = ThreadState(captured.signature)(stateless).graph_module
-    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+    stateless, signature = converted(captured.gpt2(), target)
+    threaded = ThreadState(signature)(stateless).graph_module
+    assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
 @pytest.mark.parametrize("window", [1, 3, 20])
-@pytest.mark.parametrize("guide", [models.gpt2, models.llama])
+@pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window):
-    stateless, captured = converted(guide(), ids(), Target("linear-attention", window=window))
-    threaded = ThreadState(captured.signature)(stateless).graph_module
+    stateless, signature = converted(guide(), Target("linear-attention", window=window))
+    threaded = ThreadState(signature)(stateless).graph_module
     states = [s.shape for s in threaded.meta["states"] if s.dtype == torch.float32]
     assert [shape[1] for shape in states] == [2, window, window] * 2  # two heads of keys and values, in two parts
-    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+    assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
 class Words(nn.Module):
@@ -119,8 +119,8 @@ def test_the_graph_before_and_after():
 
 
 def test_the_graph_gains_a_state_a_part_and_one_for_the_positions():
-    stateless, captured = converted(models.gpt2(layers=2), ids())
-    threaded = ThreadState(captured.signature)(stateless).graph_module
+    stateless, signature = converted(captured.gpt2())
+    threaded = ThreadState(signature)(stateless).graph_module
     names = [str(n.target) for n in threaded.graph.find_nodes(op="placeholder")]
     assert names == ["input_ids", "state_in_0", "state_in_1", "state_in_2"]
     assert [(s.name, s.dtype, s.shape) for s in threaded.meta["states"]] == [
@@ -135,11 +135,11 @@ def test_the_graph_gains_a_state_a_part_and_one_for_the_positions():
 
 
 def test_the_incoming_graph_and_its_flags_stay_and_parameters_are_shared():
-    stateless, captured = converted(models.gpt2(), ids())
+    stateless, signature = converted(captured.gpt2())
     stateless.train()
     stateless.part_0.eval()
     before = [str(n.format_node()) for n in stateless.graph.nodes]
-    threaded = ThreadState(captured.signature)(stateless).graph_module
+    threaded = ThreadState(signature)(stateless).graph_module
     assert [str(n.format_node()) for n in stateless.graph.nodes] == before
     assert stateless.training
     assert stateless.part_1.training
@@ -148,8 +148,8 @@ def test_the_incoming_graph_and_its_flags_stay_and_parameters_are_shared():
 
 
 def test_without_its_state_a_chunk_differs():
-    stateless, captured = converted(models.gpt2(), ids())
-    threaded = ThreadState(captured.signature)(stateless).graph_module
+    stateless, signature = converted(captured.gpt2())
+    threaded = ThreadState(signature)(stateless).graph_module
     second = {k: v[:, 5:] for k, v in ids().items()}
     forgetful = threaded(**second, **zero_states(threaded, 3))[0]
     whole = stateless(**ids())["logits"][:, 5:]
@@ -158,11 +158,11 @@ def test_without_its_state_a_chunk_differs():
 
 @pytest.mark.parametrize("mode", ["wrap", "drop"])
 def test_positions_go_on_counting_past_the_table_when_they_are_bounded(mode):
-    stateless, captured = converted(models.gpt2(), ids())
+    stateless, signature = converted(captured.gpt2())
     assert BoundPositions(mode)(stateless).modified
-    threaded = ThreadState(captured.signature)(stateless).graph_module
+    threaded = ThreadState(signature)(stateless).graph_module
     inputs = {"input_ids": models.tokens(2, 100)}
-    pieces, states = run_in_chunks(threaded, captured.signature, inputs, zero_states(threaded, 2), (60, 1, 39))
+    pieces, states = run_in_chunks(threaded, signature, inputs, zero_states(threaded, 2), (60, 1, 39))
     whole = stateless(**inputs)["logits"]
     torch.testing.assert_close(torch.cat([p[0] for p in pieces], 1), whole, rtol=1e-4, atol=1e-5)
     assert states["state_in_2"].tolist() == [100]
@@ -191,44 +191,44 @@ class Lookup(nn.Module):
         return {"none": lambda: h, "last": lambda: h[:, -1], "mean": lambda: h.mean(1)}[self.pool]()
 
 
-def lookup(**settings: Any) -> tuple[fx.GraphModule, Captured]:
+def lookup(**settings: Any) -> tuple[fx.GraphModule, Signature]:
     torch.manual_seed(0)
-    return converted(Lookup(**settings).eval(), {"x": models.tokens(3, 11)})
+    return converted(capture(Lookup(**settings).eval(), {"x": models.tokens(3, 11)}))
 
 
 @pytest.mark.parametrize("positions", ["slice", "sum"])
 @pytest.mark.parametrize("pool", ["none", "last"])
 def test_positions_by_slice_and_by_running_sum_are_offset_and_a_last_step_may_be_read(positions, pool):
-    stateless, captured = lookup(positions=positions, pool=pool)
-    threaded = ThreadState(captured.signature)(stateless).graph_module
-    assert_chunks_equal_whole(threaded, stateless, captured.signature, {"x": models.tokens(3, 11)})
+    stateless, signature = lookup(positions=positions, pool=pool)
+    threaded = ThreadState(signature)(stateless).graph_module
+    assert_chunks_equal_whole(threaded, stateless, signature, {"x": models.tokens(3, 11)})
 
 
 def test_positions_that_come_from_the_data_are_refused():
-    stateless, captured = lookup(positions="data")
+    stateless, signature = lookup(positions="data")
     with pytest.raises(PassRefused, match=r"cumsum.*mixes time outside of the converted parts"):
-        ThreadState(captured.signature)(stateless)
+        ThreadState(signature)(stateless)
 
 
 def test_a_mean_over_time_is_refused_by_name():
-    stateless, captured = lookup(pool="mean")
+    stateless, signature = lookup(pool="mean")
     with pytest.raises(PassRefused, match=r"mean \(aten.mean.dim\) mixes time"):
-        ThreadState(captured.signature)(stateless)
+        ThreadState(signature)(stateless)
 
 
 def test_rotary_positions_are_gone_with_the_attention_and_need_no_counter():
-    stateless, captured = converted(models.llama(), ids())
-    threaded = ThreadState(captured.signature)(stateless).graph_module
+    stateless, signature = converted(captured.llama())
+    threaded = ThreadState(signature)(stateless).graph_module
     assert all(s.dtype == torch.float32 for s in threaded.meta["states"])
-    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+    assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("guide", [models.gpt2, models.llama])
+@pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_an_attention_that_was_kept_is_refused_by_its_path(guide, attention):
-    stateless, captured = converted(guide(attention=attention), ids(), count=1)
+    stateless, signature = converted(guide(attention=attention), count=1)
     with pytest.raises(PassRefused, match=r"(transformer\.h|model\.layers)\.1\.(self_)?attn .*Convert it too"):
-        ThreadState(captured.signature)(stateless)
+        ThreadState(signature)(stateless)
 
 
 class Backwards(nn.Module):
@@ -246,29 +246,29 @@ class Backwards(nn.Module):
 
 
 def test_a_part_that_looks_ahead_is_refused_by_name():
-    stateless, captured = converted(models.gpt2(), ids())
+    stateless, signature = converted(captured.gpt2())
     stateless.part_1 = Backwards(16)
     with pytest.raises(PassRefused, match=r"getitem\w* .*mixes time"):
-        ThreadState(captured.signature)(stateless)
+        ThreadState(signature)(stateless)
 
 
 def test_networks_without_a_state_or_without_time_are_refused():
-    stateless, captured = converted(models.bert(), ids(), "rnn")
+    stateless, signature = converted(captured.bert(), "rnn")
     with pytest.raises(PassRefused, match="no part carries a state"):
-        ThreadState(captured.signature)(stateless)
-    image = capture(models.resnet(), {"image": models.vectors(2, 1, 8, 8)})
+        ThreadState(signature)(stateless)
+    image = captured.resnet()
     with pytest.raises(PassRefused, match="expected inputs with one dynamic time dimension, found none"):
         ThreadState(image.signature)(image.graph_module)
 
 
 def test_a_graph_read_back_from_json_is_threaded_as_well():
     """It has no metadata: no shapes, no symbols."""
-    stateless, captured = converted(models.gpt2(), ids())
+    stateless, signature = converted(captured.gpt2())
     again = fx.GraphModule(stateless, graph_json.load(graph_json.dump(stateless.graph))).eval()
     assert not any("val" in n.meta for n in again.graph.nodes)
-    threaded = ThreadState(captured.signature)(again).graph_module
+    threaded = ThreadState(signature)(again).graph_module
     assert Counter(n.op for n in threaded.graph.nodes)["placeholder"] == 4
-    assert_chunks_equal_whole(threaded, stateless, captured.signature, ids())
+    assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
 class LooksAhead(nn.Module):
@@ -289,13 +289,13 @@ class LooksAhead(nn.Module):
 @pytest.mark.parametrize("ahead", [2, 16, 40])
 def test_a_kernel_that_looks_far_ahead_is_seen(ahead):
     torch.manual_seed(0)
-    captured = capture(LooksAhead(ahead).eval(), {"input_ids": torch.randint(0, 16, (3, 12))})
-    hybrid = build_hybrid(make_plan(captured, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
+    guide = capture(LooksAhead(ahead).eval(), {"input_ids": torch.randint(0, 16, (3, 12))})
+    hybrid = build_hybrid(make_plan(guide, {"cell": "gru"}, parts=["cell"])).graph_module.eval()
     with pytest.raises(PassRefused, match=r"kernel .*mixes time outside of the converted parts"):
-        ThreadState(captured.signature)(hybrid)
+        ThreadState(guide.signature)(hybrid)
 
 
 def example() -> Example:
     """Without states given, a threaded graph can't be called: chunks are compared above."""
-    stateless, captured = converted(models.gpt2(), ids())
-    return Example(ThreadState(captured.signature), stateless, tuple(ids().values()), same_outputs=False)
+    stateless, signature = converted(captured.gpt2())
+    return Example(ThreadState(signature), stateless, tuple(ids().values()), same_outputs=False)

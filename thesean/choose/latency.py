@@ -76,7 +76,9 @@ class PlanTimer:
         return guide.median_ms, [math.inf if f is None else f.median_ms for f in figures]
 
     def export(self, bound_plan: BoundPlan) -> Path:
-        """The file of a plan's hybrid, written once. Raises ExportError."""
+        """The file of a plan's hybrid, written once; the guide's where it replaces nothing. Raises ExportError."""
+        if not bound_plan.plan.replaced:
+            return self._guide()
         key = tuple(f"{p.target}{p.options}{p.scope}" for p in bound_plan.plan.parts)
         return self._networks.file(key, lambda: self._bounded(build_hybrid(bound_plan).graph_module))
 

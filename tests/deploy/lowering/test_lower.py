@@ -24,6 +24,7 @@ from thesean.deploy.lowering import forms
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.lowered import form_of, operations
 from thesean.deploy.lowering.to_onnx import to_onnx
+from thesean.deploy.torchlib import table_kept
 from thesean.errors import ExportError
 from thesean.passes.graph.signature import InputSpec
 from thesean.targets import PartFacts, Target, TargetModule, build_module
@@ -41,17 +42,26 @@ D = Dim.DYNAMIC
 
 def export(module: nn.Module, args: tuple[torch.Tensor, ...], shapes: Any, opset: int = 18) -> Any:
     lowered = lower_cells(module, opset=opset)
-    program = torch.onnx.export(lowered, args, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
+    settings: dict[str, Any] = dict(dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
+    with table_kept():
+        program = torch.onnx.export(lowered, args, **settings)
     assert program is not None
     found = next(o.version for o in program.model_proto.opset_import if o.domain == "")
     assert found == opset
     return program.model_proto
 
 
+_sessions: dict[int, tuple[Any, Any]] = {}
+
+
 def run(proto: Any, args: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    """On a session that is made in a model's first run: nobody may change it afterwards."""
+    if id(proto) not in _sessions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        _sessions[id(proto)] = proto, session  # the model as well, or its id would be reused
+    _, session = _sessions[id(proto)]
     return session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), args, strict=True)})
 
 
@@ -104,7 +114,13 @@ def with_state(flat: Flat, batch: int, time: int, size: float = 0.1) -> tuple[to
     return x_BTD, *(size * torch.randn_like(z).abs() for z in tensors(flat.module.initial_state(x_BTD)))
 
 
-@pytest.fixture(scope="module", params=stateful_modules())
+# one for each ONNX operator while one works
+EVERY = [
+    n if n in ("gru", "mingru", "ssm") else pytest.param(n, marks=pytest.mark.thorough) for n in stateful_modules()
+]
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def exported(request: pytest.FixtureRequest) -> tuple[Flat, Any]:
     flat = Flat(target(request.param, scope="part")).eval()
     proto = export(flat, with_state(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count))
@@ -134,6 +150,7 @@ def test_one_file_serves_prefill_and_single_steps(exported):
         np.testing.assert_allclose(state, full_state, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(set(stateful_modules()) - {"elman", "lstm"}))  # gru's form is theirs
 def test_a_bidirectional_target_equals_torch_at_every_size(name):
     module = target(name, mixing="bidirectional")
@@ -155,6 +172,7 @@ class Cells(nn.Module):
         return (y, *last) if isinstance(last, tuple) else (y, last)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("cell", "opset"),
     [
@@ -179,12 +197,14 @@ def test_a_guides_own_cell_with_layers_directions_and_state_equals_torch(cell, o
         assert_same(proto, module, args(batch, time))
 
 
+@pytest.mark.thorough
 def test_a_cell_without_a_state_starts_from_zeros():
     module = nn.Sequential(nn.Linear(8, 8), Cells(nn.LSTM(8, 6, batch_first=True))).eval()
     proto = export(module, (torch.randn(2, 7, 8),), ({0: D, 1: D},))
     assert_same(proto, module, (torch.randn(3, 11, 8),))
 
 
+@pytest.mark.thorough
 def test_cells_inside_a_graph_module_are_lowered():
     root: Any = nn.ModuleDict({"a": target("mingru"), "b": target("linear-attention")})
     graph = torch.fx.Graph()

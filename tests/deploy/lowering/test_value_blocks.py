@@ -28,36 +28,53 @@ def test_a_head_of_32_and_its_normaliser_are_two_blocks_without_padding():
     assert value_blocks(33) == [(32, 32), (1, 1)]
 
 
+CORES = {"gated": "linear_attention", "gated delta": "delta_rule", "diagonal": "diagonal_scan"}
+WIDTHS = [(16, 33), (10, 20), (64, 65), (24, 97)]  # features and values
+
+
 class Heads(nn.Module):
-    """One of the three cores that the operator runs, with the same arguments for all."""
+    """One of the three cores that the operator runs, once for each of WIDTHS, with the same arguments for all."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        self.core = Core({"gated": "linear_attention", "gated delta": "delta_rule", "diagonal": "diagonal_scan"}[kind])
+        self.cores = nn.ModuleList(Core(CORES[kind]) for _ in WIDTHS)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor):
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found: list[torch.Tensor] = []
+        for i, core in enumerate(self.cores):
+            found += self._one(core, *given[5 * i : 5 * i + 5])
+        return tuple(found)
+
+    def _one(
+        self, core: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor
+    ):
         if self.kind == "gated delta":
-            return self.core(q, k, v, torch.sigmoid(v[..., 0]), g, s)
-        return self.core(q, k, v, g.unsqueeze(-1) * (1 + k) if self.kind == "diagonal" else g, s)
+            return core(q, k, v, torch.sigmoid(v[..., 0]), g, s)
+        return core(q, k, v, g.unsqueeze(-1) * (1 + k) if self.kind == "diagonal" else g, s)
 
 
-@pytest.mark.parametrize(("features", "width"), [(16, 33), (10, 20), (64, 65), (24, 97)])
-@pytest.mark.parametrize("kind", ["gated", "gated delta", "diagonal"])
-def test_padded_features_and_values_change_nothing(kind, features, width):
-    torch.manual_seed(0)
-
-    def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:
-        return (
+def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:
+    """Five for each of WIDTHS."""
+    found: list[torch.Tensor] = []
+    for features, width in WIDTHS:
+        found += [
             torch.rand(batch, time, 2, features),
             torch.rand(batch, time, 2, features) / features,
             torch.randn(batch, time, 2, width),
             -torch.rand(batch, time, 2),
             torch.randn(batch, 2, features, width),
-        )
+        ]
+    return tuple(found)
 
-    shapes = tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if i < 4 else {0: Dim.DYNAMIC} for i in range(5))
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", CORES)
+def test_padded_features_and_values_change_nothing(kind):
+    """All widths in one file."""
+    torch.manual_seed(0)
+    each = tuple({0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if i < 4 else {0: Dim.DYNAMIC} for i in range(5))
     module = Heads(kind).eval()
-    proto = export(module, arguments(2, 7), shapes)
+    proto = export(module, arguments(2, 7), (each * len(WIDTHS),))
     for batch, time in ((2, 7), (3, 19), (1, 1)):
         assert_same(proto, module, arguments(batch, time))

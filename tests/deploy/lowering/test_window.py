@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.export import Dim
 
-from tests import models
+from tests import captured, models
 from tests.deploy.lowering.test_lower import Flat, assert_same, export, run, target, with_state
+from tests.exported import hybrid
 from tests.targets.build import tensors
 from thesean.deploy.export import export as export_hybrid
 from thesean.deploy.lowering.forms.window_attention import DOMAIN, NAME, define
@@ -71,6 +72,7 @@ def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_seq
     assert_same(proto, flat, some_state(flat, batch, time))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [1, 5])
 def test_windows_narrower_than_a_block_equal_torch(window):
     flat = Flat(module(window)).eval()
@@ -109,6 +111,7 @@ def test_one_file_serves_a_long_prefill_chunks_and_single_steps(windowed):
         np.testing.assert_allclose(state, full_state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_queries_that_share_a_state_equal_torch(kv_heads):
     flat = Flat(module(None, kv_heads=kv_heads)).eval()
@@ -126,11 +129,11 @@ def test_a_lowered_window_refuses_to_run_outside_an_export():
         lower_cells(target("linear-attention"))(torch.randn(2, 3, 16))
 
 
-@pytest.mark.parametrize("guide", [models.gpt2, models.llama])
-def test_a_converted_language_model_with_a_window_deploys_with_its_state(guide, convert, tmp_path):
-    inputs = {"input_ids": models.tokens(4, 10)}
-    hybrid, captured = convert(guide(), inputs, Target("linear-attention", window=4))
-    report = export_hybrid(hybrid, captured.signature, tmp_path / "model.onnx", stateful="yes")
+@pytest.mark.thorough
+@pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
+def test_a_converted_language_model_with_a_window_deploys_with_its_state(guide, tmp_path):
+    module = hybrid(guide(layers=1), Target("linear-attention", window=4))
+    report = export_hybrid(module, guide(layers=1).signature, tmp_path / "model.onnx", stateful="yes")
     assert max(check.max_abs_error for check in report.checks) < 1e-5
     session = Session(tmp_path / "model.onnx")
     ids = models.tokens(1, 30).numpy()

@@ -6,6 +6,7 @@ B batch, T time
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests import captured, models
 from thesean.deploy.export import export
 from thesean.deploy.parity import CheckSizes
 from thesean.deploy.timing import networks
+from thesean.deploy.timing import parts as part_timing
 from thesean.deploy.timing import plan as payoff
 from thesean.deploy.timing.parts import latency_of_parts
 from thesean.deploy.timing.plan import measure_plan
@@ -26,13 +28,22 @@ from thesean.passes.plan.make_plan import bind_plan, make_plan
 from thesean.passes.plan.plan import Plan
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _few_repeats() -> Iterator[None]:
+    """As few turns as a median takes: no test here looks at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payoff, "_SECONDS", 0.0)
+        patch.setattr(part_timing, "_SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def causal() -> Plan:
     """A causal guide whose table ends at 64."""
-    return measure_plan(make_plan(captured.gpt2(), "gru", keep=["*.0"]), (16, 100), (1, 2))
+    return measure_plan(make_plan(captured.tabled(), "gru", keep=["*.mix.0*"]), (16, 100), (1, 2))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_causal_guide_is_measured_at_every_place_for_whole_inputs_and_for_one_token(causal: Plan):
     places = [(v.context, v.batch, v.kind) for v in causal.latencies]
     assert places == [(16, 1, "prefill"), (16, 1, "token"), (16, 2, "prefill"), (16, 2, "token")]
@@ -41,15 +52,15 @@ def test_a_causal_guide_is_measured_at_every_place_for_whole_inputs_and_for_one_
         assert (v.cache_floor_ms is not None) == (v.kind == "token")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_token_of_a_guide_without_state_costs_its_whole_context(causal: Plan):
     prefill, token = causal.latencies[:2]
     assert token.guide_ms == prefill.guide_ms
-    assert token.plan_ms == prefill.plan_ms  # the first attention was kept
+    assert token.plan_ms == prefill.plan_ms  # the first part was kept
     assert any("carries no state and reads everything again" in note for note in causal.notes)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_parts_have_latencies_of_their_own_and_kept_ones_no_second(causal: Plan):
     kept, replaced = causal.parts
     assert kept.latency_ms is not None
@@ -58,38 +69,45 @@ def test_parts_have_latencies_of_their_own_and_kept_ones_no_second(causal: Plan)
     assert replaced.new_latency_ms is not None
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_context_past_the_guides_table_is_told_once_and_not_raised(causal: Plan):
     told = [n for n in causal.notes if "100 tokens" in n]
     assert told == ["the guide does not run at 100 tokens, past its table of 64 positions: nothing is measured there"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_measured_plan_comes_back_from_yaml_and_keeps_its_figures_until_it_is_edited(causal: Plan):
     assert Plan.from_yaml(causal.to_yaml()) == causal
-    assert bind_plan(captured.gpt2(), causal).plan == causal
-    edited = causal.edit("*.1", "mingru")
+    assert bind_plan(captured.tabled(), causal).plan == causal
+    edited = causal.edit("*.mix.1*", "mingru")
     assert edited.latencies == ()
     assert not any("latency" in note for note in edited.notes)
     by_hand = Plan.from_yaml(causal.to_yaml().replace("target: gru", "target: mingru"))
-    anew = bind_plan(captured.gpt2(), by_hand).plan
+    anew = bind_plan(captured.tabled(), by_hand).plan
     assert (anew.latencies, anew.notes, anew.parts[1].new_latency_ms) == ((), (), None)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_plan_that_carries_a_state_is_said_to_and_steps_past_the_guides_table():
-    plan = measure_plan(make_plan(captured.gpt2(), "gru"), (64,))  # its last token is the table's
+    plan = measure_plan(make_plan(captured.tabled(), "gru"), (64,))  # its last token is the table's
     (token,) = (v for v in plan.latencies if v.kind == "token")
     assert token.plan_ms is not None
     assert not any("no state" in note for note in plan.notes)
-    assert len({(p.latency_ms, p.new_latency_ms) for p in plan}) == 1  # same structure, measured once
 
 
-@pytest.mark.slow
-def test_a_guide_that_looks_ahead_has_no_tokens_and_one_without_time_one_figure():
-    plan = measure_plan(make_plan(captured.bert(), "gru"), (8,))
+@pytest.mark.thorough
+def test_a_guide_that_looks_ahead_has_no_tokens():
+    plan = measure_plan(make_plan(captured.bert(layers=1), "gru"), (8,))
     assert [v.kind for v in plan.latencies] == ["prefill"]
-    plan = thesean.plan(models.mlp(), "mlp", example_inputs=models.vectors(3, 8), context=128, batch=(2, 3))
+
+
+def test_a_guide_without_time_has_one_figure_and_progress_is_logged(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="thesean.deploy"):
+        plan = thesean.plan(models.mlp(), "mlp", example_inputs=models.vectors(3, 8), context=128, batch=(2, 3))
+    assert len({(p.latency_ms, p.new_latency_ms) for p in plan}) == 1  # same structure, measured once
+    told = [r.getMessage() for r in caplog.records]
+    assert any(line.startswith("exported the ceiling") for line in told)
+    assert "measuring at batch 3" in told
     assert [(v.context, v.batch, v.kind) for v in plan.latencies] == [(None, 2, "forward"), (None, 3, "forward")]
     assert "the guide's inputs have no dynamic time dimension: contexts are ignored" in plan.notes
 
@@ -107,7 +125,7 @@ def test_a_guide_that_cannot_be_exported_is_told_with_the_reason(monkeypatch: py
     assert (plan.latencies, plan.parts) == ((), bound_plan.plan.parts)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_operator_that_onnx_lacks_is_told_and_not_raised():
     class Spectral(nn.Module):
         """x + log det(I + w w') of a linear map's output: no ONNX form."""
@@ -126,7 +144,7 @@ def test_an_operator_that_onnx_lacks_is_told_and_not_raised():
     assert plan.notes[0].startswith("latencies could not be measured: the guide can't be exported to ONNX: ")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_ceiling_that_cannot_be_exported_leaves_guide_and_plan(monkeypatch: pytest.MonkeyPatch):
     def refuses_the_third(module, signature, path, **settings):
         if path.stem == "2":
@@ -141,10 +159,10 @@ def test_a_ceiling_that_cannot_be_exported_leaves_guide_and_plan(monkeypatch: py
     assert "the ceiling could not be measured: it can't be exported to ONNX: no such thing" in plan.notes
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["gru", "identity"])
 def test_parts_with_masks_and_removed_parts_are_measured_by_themselves(target: str):
-    bound_plan = make_plan(captured.bert(), target, granularity="sublayer")
+    bound_plan = make_plan(captured.bert(layers=1), target, granularity="sublayer")
     found, notes = latency_of_parts(bound_plan, build_hybrid(bound_plan), CheckSizes(batch=1, length=9))
     assert notes == []
     for part in bound_plan.parts:
@@ -171,12 +189,3 @@ def test_wrong_sizes_are_refused_before_the_guide_is_traced(wrong: object):
 def test_without_sizes_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(payoff, "measure_plan", lambda *_, **__: pytest.fail("measured"))
     assert thesean.plan(models.mlp(), "mlp", example_inputs=models.vectors(3, 8)).latencies == ()
-
-
-@pytest.mark.slow
-def test_progress_is_logged(caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO, logger="thesean.deploy"):
-        measure_plan(make_plan(captured.mlp(), "mlp"), batches=(3,))
-    told = [r.getMessage() for r in caplog.records]
-    assert any(line.startswith("exported the ceiling") for line in told)
-    assert "measuring at batch 3" in told

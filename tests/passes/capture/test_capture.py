@@ -30,7 +30,7 @@ def same_everywhere(model: nn.Module, captured, sizes, make) -> None:
 @pytest.mark.parametrize("make", [models.gpt2, models.llama, models.bert])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_language_model_runs_at_sizes_that_it_was_not_traced_with(make, attention):
-    model = make(attention=attention)
+    model = make(layers=1, attention=attention)
     same_everywhere(model, capture(model, tokens(4, 10)), [(1, 1), (2, 7), (5, 3), (3, 40)], tokens)
 
 
@@ -48,7 +48,7 @@ def test_a_convnet_runs_at_batches_that_it_was_not_traced_with():
 
 
 def test_a_batch_and_a_sequence_of_one_do_not_become_fixed_sizes():
-    model = models.gpt2()
+    model = models.gpt2(layers=1)
     captured = capture(model, tokens(1, 1))
     assert captured.signature.symbols == ("batch", "time")
     same_everywhere(model, captured, [(3, 5)], tokens)
@@ -81,7 +81,7 @@ def test_a_length_that_is_free_only_in_steps_is_fixed():
 
 
 def test_a_padding_mask_is_an_input_that_counts():
-    model = models.bert()
+    model = models.bert(layers=1)
     mask_BT = torch.ones(3, 8, dtype=torch.long)
     captured = capture(model, {"attention_mask": mask_BT, "input_ids": tokens(3, 8)})
     assert [s.name for s in captured.signature.inputs] == ["input_ids", "attention_mask"]
@@ -96,7 +96,7 @@ def test_a_padding_mask_is_an_input_that_counts():
 
 
 def test_the_signature_tells_names_types_tables_and_output_class():
-    signature = capture(models.gpt2(), tokens()).signature
+    signature = capture(models.gpt2(layers=1), tokens()).signature
     (ids,) = signature.inputs
     assert (ids.name, ids.dtype, ids.shape, ids.high) == (
         "input_ids",
@@ -108,7 +108,7 @@ def test_the_signature_tells_names_types_tables_and_output_class():
 
 
 def test_models_with_a_cache_are_captured_without_it():
-    model = models.gpt2(use_cache=True)
+    model = models.gpt2(layers=1, use_cache=True)
     with torch.no_grad():
         assert "past_key_values" in model(tokens())
     output = capture(model, tokens()).graph_module(tokens())
@@ -142,7 +142,7 @@ def test_the_guide_is_traced_in_eval_mode_and_keeps_its_parameters():
 
 
 def test_tied_weights_stay_one_parameter():
-    model = models.gpt2()
+    model = models.gpt2(layers=1)
     captured = capture(model, tokens())
     assert sum(p.numel() for p in captured.graph_module.parameters()) == sum(p.numel() for p in model.parameters())
 

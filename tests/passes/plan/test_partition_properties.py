@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,9 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.graph.surgery import clone
 from thesean.passes.plan.partition import partition
 from thesean.passes.substitute import Substitute
+
+# tests/passes/test_regions.py replaces regions of random networks as well
+pytestmark = pytest.mark.thorough
 
 WIDTH = 4
 
@@ -158,13 +162,20 @@ def outputs(graph_module: fx.GraphModule, x: torch.Tensor) -> list[torch.Tensor]
 
 @settings(max_examples=15, deadline=None)
 @given(net=nets)
-def test_every_part_has_one_entry_and_one_exit_and_parts_are_disjoint(net):
+def test_every_part_has_one_entry_and_one_exit_parts_are_disjoint_and_chains_hand_on_one_value(net):
     _, flow = captured_flow(net)
     for parts in all_parts(flow):
         nodes = [n for r in parts for n in r.nodes]
         assert len(nodes) == len(set(nodes))
         assert all(is_single_entry_single_exit(flow, r) for r in parts)
         assert [flow.order[r.exit] for r in parts] == sorted(flow.order[r.exit] for r in parts)
+    for row in chains(flow):
+        for before, after in itertools.pairwise(row):
+            assert before.exit is after.entry
+        nodes = [n for r in row for n in r.nodes]
+        assert len(nodes) == len(set(nodes))
+        whole = Region(entry=row[0].entry, exit=row[-1].exit, nodes=tuple(nodes))
+        assert segments_of(flow, whole) == row
 
 
 @settings(max_examples=8, deadline=None)
@@ -178,16 +189,3 @@ def test_parts_that_are_replaced_by_themselves_change_nothing(net):
     for regions in (*all_parts(flow), *alone):
         found = outputs(replaced(graph_module, regions), x)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@settings(max_examples=15, deadline=None)
-@given(net=nets)
-def test_a_chain_is_made_of_regions_that_hand_on_one_value(net):
-    _, flow = captured_flow(net)
-    for row in chains(flow):
-        for before, after in itertools.pairwise(row):
-            assert before.exit is after.entry
-        nodes = [n for r in row for n in r.nodes]
-        assert len(nodes) == len(set(nodes))
-        whole = Region(entry=row[0].entry, exit=row[-1].exit, nodes=tuple(nodes))
-        assert segments_of(flow, whole) == row

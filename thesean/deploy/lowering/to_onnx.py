@@ -19,6 +19,7 @@ from torch.export import Dim
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.session import first_line
+from thesean.deploy.torchlib import table_kept
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.graph.signature import InputSpec
 
@@ -61,7 +62,7 @@ def to_onnx(
     used = operations(graph_module)
     try:
         lowered = lower_cells(graph_module, opset=opset)
-        with quiet(), torch.no_grad():
+        with quiet(), table_kept(), torch.no_grad():
             program = torch.onnx.export(
                 lowered,
                 tuple(example[spec.name] for spec in inputs),
