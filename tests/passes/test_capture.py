@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests import models
+from tests.captured import KERNELS
 from tests.models import tokens, vectors
 from thesean.errors import CaptureError, DataError
 from thesean.passes.capture import capture
@@ -28,7 +29,7 @@ def same_everywhere(model: nn.Module, captured, sizes, make) -> None:
 
 
 @pytest.mark.parametrize("make", [models.gpt2, models.llama, models.bert])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", KERNELS)
 def test_a_language_model_runs_at_sizes_that_it_was_not_traced_with(make, attention):
     model = make(layers=1, attention=attention)
     same_everywhere(model, capture(model, tokens(4, 10)), [(1, 1), (2, 7), (5, 3), (3, 40)], tokens)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests import captured, models
+from tests.captured import KERNELS
 from thesean.passes.anatomy import find_attention
 from thesean.passes.capture import capture
 from thesean.passes.flow import data_flow
@@ -25,7 +26,7 @@ def attention_of(guide) -> AttentionFacts:
     return facts
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.bert])
 def test_attentions_with_learnt_positions_outside_are_plain(guide, kernel):
     assert attention_of(guide(attention=kernel)).plain
@@ -35,7 +36,7 @@ def test_attention_of_torch_is_plain():
     assert attention_of(captured.encoder()).plain
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_rotary_embedding_is_more(kernel):
     assert not attention_of(captured.llama(attention=kernel)).plain
 

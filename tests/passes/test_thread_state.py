@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from tests import captured, models
+from tests.captured import KERNELS
 from thesean.errors import PassRefused
 from thesean.passes import graph_json
 from thesean.passes.bound_positions import BoundPositions
@@ -56,6 +57,7 @@ def test_chunks_with_state_equal_the_whole_sequence(target):
     assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [1, 3, 20])
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window):
@@ -170,7 +172,7 @@ def test_rotary_positions_are_gone_with_the_attention_and_need_no_counter():
     assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", KERNELS)
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_an_attention_that_was_kept_is_refused_by_its_path(guide, attention):
     stateless, signature = converted(guide(attention=attention), count=1)
