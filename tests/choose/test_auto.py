@@ -68,6 +68,7 @@ def test_a_budget_that_the_guide_meets_leaves_it_alone():
     assert plan.replaced == ()
 
 
+@pytest.mark.thorough
 def test_a_budget_that_nothing_meets_is_told_with_the_nearest_plan():
     plan = chosen({"params": 10}, layers=1)
     assert any("can't be met" in note for note in plan.notes)
@@ -184,6 +185,7 @@ def test_all_bounds_hold_or_none_is_said_to_be_met():
     assert plan.notes[0].startswith("warning: the constraints can't be met")
 
 
+@pytest.mark.thorough
 def test_compiling_for_a_budget_that_can_not_be_met_warns():
     with pytest.warns(UserWarning, match="the constraints can't be met"):
         thesean.compile(

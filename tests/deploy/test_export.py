@@ -183,7 +183,7 @@ def test_one_tensor_under_two_names_and_an_input_as_output_are_kept_apart(tmp_pa
     assert report.outputs == ("a", "b", "x_out")
 
 
-@pytest.mark.parametrize("opset", [18, 22])
+@pytest.mark.parametrize("opset", [18, pytest.param(22, marks=pytest.mark.thorough)])
 def test_the_opset_is_the_one_that_was_asked_for(gru, tmp_path, opset):
     module, guide = gru
     report = export(module, guide.signature, tmp_path / "m.onnx", opset=opset)

@@ -57,6 +57,7 @@ def test_a_network_without_time_has_one_figure():
     assert found["forward"] > 0
 
 
+@pytest.mark.thorough
 def test_an_encoder_has_prefill_figures_alone():
     module = exported.hybrid(captured.encoder(), "gru")
     found = benchmark(module, captured.encoder().signature, contexts=(8, 16), repeats=5)

@@ -28,7 +28,7 @@ def same_everywhere(model: nn.Module, captured, sizes, make) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("make", [models.gpt2, models.llama, models.bert])
+@pytest.mark.parametrize("make", [models.gpt2, models.bert, pytest.param(models.llama, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("attention", KERNELS)
 def test_a_language_model_runs_at_sizes_that_it_was_not_traced_with(make, attention):
     model = make(layers=1, attention=attention)

@@ -173,7 +173,7 @@ def test_rotary_positions_are_gone_with_the_attention_and_need_no_counter():
 
 
 @pytest.mark.parametrize("attention", KERNELS)
-@pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
+@pytest.mark.parametrize("guide", [captured.gpt2, pytest.param(captured.llama, marks=pytest.mark.thorough)])
 def test_an_attention_that_was_kept_is_refused_by_its_path(guide, attention):
     stateless, signature = converted(guide(attention=attention), count=1)
     with pytest.raises(PassRefused, match=r"(transformer\.h|model\.layers)\.1\.(self_)?attn .*Convert it too"):
