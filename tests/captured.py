@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -17,6 +18,9 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import InputSpec, Signature
+
+# torch's fused attention, and softmax written out: the same checks, so that one is enough while one works
+KERNELS = ["sdpa", pytest.param("eager", marks=pytest.mark.thorough)]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -234,6 +234,7 @@ def test_parts_go_by_the_guides_paths():
     assert thesean.compare(converted.frontier[1], converted, data).layers_a == both[:1]
 
 
+@pytest.mark.thorough
 def test_both_modules_of_a_merged_part_go_by_its_path():
     guide, data = models.gpt2(2), models.token_batches(2, batch=8)
     converted = thesean.compile(guide, "rnn", merge=2, data=data, recipe="fast", progress=False)

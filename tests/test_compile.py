@@ -114,6 +114,7 @@ def test_the_frontier_holds_a_usable_hybrid_for_every_count(language: thesean.Co
     assert len(language.frontier[1:]) == 2
 
 
+@pytest.mark.thorough
 def test_a_hybrid_does_not_change_with_the_converted_network(language: thesean.Converted):
     ids = tokens(2, 7)
     before = language.frontier[1](ids).logits
@@ -274,6 +275,7 @@ def test_a_workdir_holds_plan_recipe_and_conversion(tmp_path: Path):
     assert models.same_state(again.module, converted.module.state_dict())
 
 
+@pytest.mark.thorough
 def test_positions_past_the_guides_table_are_never_read():
     converted = compile_quietly(models.gpt2(), "rnn", data=token_batches())
     assert converted(tokens(1, 80)).logits.isfinite().all()  # the table has 64 rows
@@ -576,6 +578,7 @@ def test_an_interruption_of_alignment_leaves_the_guide(monkeypatch: pytest.Monke
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.thorough
 def test_a_good_conversion_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

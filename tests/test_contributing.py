@@ -109,6 +109,7 @@ def test_the_tests_of_the_examples_pass(name, folder):
         test()
 
 
+@pytest.mark.thorough
 def test_the_targets_keep_the_contract_on_every_part_that_they_take(folder):
     taken = {name: [k for k, part in PARTS.items() if fits(get_family(name), part)] for name in NAMES}
     assert all("causal" in kinds and "token-wise" in kinds for kinds in taken.values())
@@ -117,6 +118,7 @@ def test_the_targets_keep_the_contract_on_every_part_that_they_take(folder):
             check_family(get_family(name), PARTS[kind])
 
 
+@pytest.mark.thorough
 def test_the_core_is_lowered_by_the_file_of_its_name(folder):
     assert "moving-average" in stateful_modules()
     check_onnx(get_family("moving-average"), sequence(), folder)
@@ -143,6 +145,7 @@ def test_the_benchmark_runs_in_its_quick_form(folder, tmp_path):
     assert not faults
 
 
+@pytest.mark.thorough
 def test_a_guide_is_compiled_with_them_saved_loaded_and_exported(folder, tmp_path):
     guide = models.gpt2(layers=1)
     ids = models.tokens(3, 12)

@@ -87,6 +87,7 @@ def test_the_plans_fill_each_of_their_fields():
     assert any(row["new_latency_ms"] for row in rows)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["merged-and-edited", "copies"])
 def test_a_plan_of_an_earlier_version_can_still_be_compiled(name):
     plan = thesean.Plan.from_yaml(V1 / "plans" / f"{name}.yaml")

@@ -75,6 +75,7 @@ print(line, leftovers)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("mode", ["kill", "interrupt"])

@@ -60,6 +60,7 @@ def test_two_ways_of_merging_are_refused_for_every_target(target):
         thesean.plan(models.gpt2(2), target, data=token_batches(), merge=2, target_parts=1, progress=False, **budget)
 
 
+@pytest.mark.thorough
 def test_merging_is_heeded_by_auto():
     candidates, bound = ["keep", "identity"], {"params": 10**6}
     given: Any = dict(

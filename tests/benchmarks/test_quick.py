@@ -14,6 +14,7 @@ CASES = find_cases()
 EVERY = [pytest.param(n, marks=() if n in _SOON else pytest.mark.slow) for n in CASES]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", EVERY)
 def test_the_quick_form_fills_a_result_and_its_table(name, tmp_path):
     case = CASES[name]

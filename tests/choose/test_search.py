@@ -24,9 +24,9 @@ def _little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("thesean.choose.choose_plan.Prober", few)
 
 
-def chosen(constraints, candidates=CANDIDATES, layers=2, **settings):
+def chosen(constraints, candidates=CANDIDATES, layers=2, guide=None, **settings):
     return thesean.plan(
-        models.gpt2(layers),
+        models.gpt2(layers) if guide is None else guide,
         "auto",
         data=token_batches(10),
         constraints=constraints,
@@ -63,11 +63,13 @@ def test_the_least_loss_is_chosen_where_one_part_may_go():
     assert any(alone[path] <= best for path in dropped) or len(dropped) > 1
 
 
+@pytest.mark.thorough
 def test_a_budget_that_the_guide_meets_leaves_it_alone():
     plan = chosen({"params": 10**9}, layers=1)
     assert plan.replaced == ()
 
 
+@pytest.mark.thorough
 def test_a_budget_that_nothing_meets_is_told_with_the_nearest_plan():
     plan = chosen({"params": 10}, layers=1)
     assert any("can't be met" in note for note in plan.notes)
@@ -102,6 +104,7 @@ def test_a_dropped_attention_takes_single_steps_as_well():
     ]  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_kept_parts_stay():
     plan = chosen({"params": 10}, keep=["*.h.1.*"])
     assert [p.path for p in plan if p.kept] == ["transformer.h.1.attn", "transformer.h.1.mlp"]
@@ -117,6 +120,7 @@ def test_a_chosen_plan_survives_yaml_and_converts():
     assert torch.isfinite(converted(tokens()).logits).all()
 
 
+@pytest.mark.thorough
 def test_compile_chooses_as_well():
     converted = thesean.compile(
         models.gpt2(2), "auto", data=token_batches(10), constraints={"params": 5000}, candidates=CANDIDATES,
@@ -148,18 +152,19 @@ def test_feature_maps_have_candidates_too():
 
 
 def test_wrong_words_are_refused_before_anything_is_probed():
+    guide = models.seeded(hand_written.Tied)
     with pytest.raises(PlanError, match="needs a budget"):
-        chosen(None, layers=1)
+        chosen(None, guide=guide)
     with pytest.raises(UnknownNameError, match="unknown target 'gruu'; did you mean 'gru'"):
-        chosen({"params": 10}, ["keep", "gruu"], layers=1)
+        chosen({"params": 10}, ["keep", "gruu"], guide=guide)
     with pytest.raises(PlanError, match="expected at least one target, found none"):
-        chosen({"params": 10}, [], layers=1)
+        chosen({"params": 10}, [], guide=guide)
     with pytest.raises(PlanError, match="no candidate fits any part"):
-        chosen({"params": 10}, [Target("mlp")], parts=["*attn"], layers=1)
+        chosen({"params": 10}, ["gru"], parts=["*.mlp"], guide=guide)
     with pytest.raises(PlanError, match="belong to target='auto'"):
-        thesean.plan(models.gpt2(1), "gru", data=token_batches(), constraints={"params": 10})
+        thesean.plan(guide, "gru", data=token_batches(), constraints={"params": 10})
     with pytest.raises(PlanError, match="keep: no part matches"):
-        chosen({"params": 10}, keep=["*.h.9.*"], layers=1)
+        chosen({"params": 10}, keep=["*.9.*"], guide=guide)
 
 
 @pytest.mark.thorough
@@ -181,6 +186,7 @@ def test_all_bounds_hold_or_none_is_said_to_be_met():
     assert plan.notes[0].startswith("warning: the constraints can't be met")
 
 
+@pytest.mark.thorough
 def test_compiling_for_a_budget_that_can_not_be_met_warns():
     with pytest.warns(UserWarning, match="the constraints can't be met"):
         thesean.compile(
@@ -189,6 +195,7 @@ def test_compiling_for_a_budget_that_can_not_be_met_warns():
         )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_single_steps_without_a_candidate_for_them_are_refused_at_once():
     with pytest.raises(PlanError, match=r"needs a candidate that carries a state.*h\.0\.attn.*Add 'rnn'"):
         chosen({"speedup": 1.1, "context": 16, "kind": "token"}, ["keep", Target("narrow", ratio=0.5)], layers=1)

@@ -262,6 +262,7 @@ def test_plan_prints_a_part_per_block_and_writes_yaml(guides: Path) -> None:
     assert str(thesean.Plan.from_yaml(guides / "plan.yaml")) in result.output
 
 
+@pytest.mark.thorough
 def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) -> None:
     words = "convert guides_for_cli:gpt --data guides_for_cli:batches --loss guides_for_cli:loss --recipe fast"
     result = run(*words.split(), "--out", "out", "--onnx", "a.onnx")

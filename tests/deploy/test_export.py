@@ -194,7 +194,7 @@ def test_one_tensor_under_two_names_and_an_input_as_output_are_kept_apart(tmp_pa
     assert report.outputs == ("a", "b", "x_out")
 
 
-@pytest.mark.parametrize("opset", [18, 22])
+@pytest.mark.parametrize("opset", [18, pytest.param(22, marks=pytest.mark.thorough)])
 def test_the_opset_is_the_one_that_was_asked_for(gru, tmp_path, opset):
     module, guide = gru
     report = export(module, guide.signature, tmp_path / "m.onnx", opset=opset)
@@ -202,6 +202,7 @@ def test_the_opset_is_the_one_that_was_asked_for(gru, tmp_path, opset):
     assert next(o.version for o in onnx.load(report.path).opset_import if o.domain == "") == opset
 
 
+@pytest.mark.thorough
 def test_an_opset_that_can_not_be_written_leaves_no_file(gru, tmp_path):
     module, guide = gru
     with pytest.raises(ExportError, match="expected opset 99"):

@@ -94,6 +94,7 @@ def test_a_mixer_is_exported_for_its_one_length(tmp_path):
 IN_BLOCKS = ["conv", "resnet-block", "conv", "linear", "resnet-block", "conv", "linear", "resnet-block"]
 
 
+@pytest.mark.thorough
 def test_a_residual_network_is_exported_at_every_batch(tmp_path):
     guide = capture(models.resnet(channels=(4, 8, 8, 8)), models.vectors(3, 1, 8, 8))
     module = hybrid(guide, {f"blocks.{k}": name for k, name in enumerate(IN_BLOCKS)})

@@ -57,6 +57,7 @@ def aligner(guide, hybrid, settings, observer=None, held_out=None) -> Aligner:
     return Aligner(hybrid, told, [inputs for _, inputs in told.feed.batches])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("measure", ["nmse", "cka"])
 @pytest.mark.parametrize("schedule", ["progressive", "sequential", "independent", "joint"])
 def test_a_stage_never_ends_worse_than_it_began(schedule, measure):

@@ -45,6 +45,7 @@ def test_a_linear_map_of_the_features_is_recovered_exactly():
     assert error_at(guide, hybrid, 0) < 1e-8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("guide", "target"),
     [(captured.mlp, "mlp"), (captured.resnet, "mlp"), (captured.gpt2, "gru"), (captured.bert, "mingru")],

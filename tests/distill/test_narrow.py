@@ -68,6 +68,7 @@ def error_of(hybrid: Hybrid, guide: Captured) -> float:
 GUIDES = pytest.mark.parametrize("guide", [captured.gpt2, captured.bert, captured.llama, captured.encoder])
 
 
+@pytest.mark.thorough
 @GUIDES
 def test_all_neurons_of_every_mlp_are_the_guide(guide):
     hybrid = narrowed(guide(), ratio=1)

@@ -30,6 +30,7 @@ def converted(bound_plan: BoundPlan, told: Training, seed: int = 0) -> Conversio
     return tune(hybrid, told, align(bound_plan, hybrid, told))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("schedule", ["progressive", "sequential", "independent", "joint", "none"])
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(schedule):
     first, second, other = (run(captured.mlp(), settings=recipe(8, schedule), seed=s) for s in (0, 0, 1))

@@ -45,6 +45,7 @@ def test_two_tokens_and_an_older_one_worked_by_hand():
     assert mean.item() == pytest.approx((2 * 10 + 3 * 20 + 4 * 30) / (2 + 3 + 4 * 0.5))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize(("time", "window"), [(1, 1), (1, 40), (7, 3), (33, 1), (32, 32), (70, 33), (100, 5), (5, 70)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

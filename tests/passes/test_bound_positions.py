@@ -106,6 +106,7 @@ def test_the_graph_before_and_after():
         assert text(module.graph) == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("form", "mode"), EXPECTED)
 def test_steps_past_the_table_read_the_rows_that_the_mode_says(form, mode):
     module, table = graph_of(form)

@@ -70,6 +70,7 @@ def test_running_statistics_start_anew():
     assert torch.equal(weights["blocks.0.bn1.bias"], torch.zeros(4))
 
 
+@pytest.mark.thorough
 def test_masks_and_constants_stay():
     guide = captured.bert(attention="eager")
     before = dict(guide.graph_module.named_buffers())

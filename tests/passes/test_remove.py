@@ -53,6 +53,7 @@ def test_a_branch_goes_with_its_sum_and_its_norm():
     assert not [n for n, _ in graph_module.named_parameters() if n.startswith("mix.0")]
 
 
+@pytest.mark.thorough
 def test_a_whole_block_becomes_its_entry():
     guide = captured.gpt2(3).graph_module
     graph_module = clone(guide)

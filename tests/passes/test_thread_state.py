@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from tests import captured, models
+from tests.captured import KERNELS
 from tests.passes.contract import Example
 from tests.targets.contract import stateful_modules
 from thesean.errors import PassRefused
@@ -60,6 +61,7 @@ def test_chunks_with_state_equal_the_whole_sequence(target):
     assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [1, 3, 20])
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window):
@@ -196,6 +198,7 @@ def lookup(**settings: Any) -> tuple[fx.GraphModule, Signature]:
     return converted(capture(Lookup(**settings).eval(), {"x": models.tokens(3, 11)}))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("positions", ["slice", "sum"])
 @pytest.mark.parametrize("pool", ["none", "last"])
 def test_positions_by_slice_and_by_running_sum_are_offset_and_a_last_step_may_be_read(positions, pool):
@@ -223,8 +226,8 @@ def test_rotary_positions_are_gone_with_the_attention_and_need_no_counter():
     assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
+@pytest.mark.parametrize("attention", KERNELS)
+@pytest.mark.parametrize("guide", [captured.gpt2, pytest.param(captured.llama, marks=pytest.mark.thorough)])
 def test_an_attention_that_was_kept_is_refused_by_its_path(guide, attention):
     stateless, signature = converted(guide(attention=attention), count=1)
     with pytest.raises(PassRefused, match=r"(transformer\.h|model\.layers)\.1\.(self_)?attn .*Convert it too"):

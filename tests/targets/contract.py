@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,21 @@ def fits(family: Family, part: PartFacts) -> bool:
     return True
 
 
-def recurrent_families() -> list[str]:
+def recurrent_families() -> tuple[str, ...]:
     """Those whose module for a causal part carries a state: a new one is among them without a list to edit."""
-    return [n for n in targets() if fits(get_family(n), sequence()) and build(get_family(n), sequence()).stateful]
+    return tuple(name for name, module in _causal(tuple(targets())) if module.stateful)
 
 
-def stateful_modules() -> list[str]:
+def stateful_modules() -> tuple[str, ...]:
     """The recurrent families that have a module of their own; the others pick one of these."""
-    return [n for n in recurrent_families() if build(get_family(n), sequence()).family == n]
+    return tuple(name for name, module in _causal(tuple(targets())) if module.stateful and module.family == name)
+
+
+@cache
+def _causal(names: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """A module for a causal part of each family that takes one; `names` are those registered by now."""
+    families = [(name, get_family(name)) for name in names]
+    return tuple((name, build(family, sequence())) for name, family in families if fits(family, sequence()))
 
 
 def build(family: Family, part: PartFacts, **options: Any) -> Any:

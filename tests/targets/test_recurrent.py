@@ -70,6 +70,7 @@ def test_output_is_last_of_features_plus_skip(name, sequence_part):
     assert build(name, sequence_part(width_out=3), scope="part").skip(x_BTD) is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
 def test_loss_falls_on_a_toy_part(name, mixing, sequence_part):
     module = build(name, sequence_part(mixing))
@@ -93,6 +94,7 @@ def test_loss_falls_on_a_toy_part(name, mixing, sequence_part):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("spread", "bound"), [(0.02, 2.0), (0.25, 20.0)], ids=["as built", "as trained"])
 def test_gradients_stay_healthy_through_24_blocks(name, spread, bound, sequence_part):
     blocks = [build(name, sequence_part(), scope="part") for _ in range(24)]

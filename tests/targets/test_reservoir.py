@@ -83,6 +83,7 @@ def test_prepare_standardises_what_the_units_read_however_often_it_is_called(sco
         torch.testing.assert_close(seen_ND[:, 8:].std(0), torch.ones(8), rtol=0.01, atol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.bert])
 def test_solved_in_closed_form_it_comes_near_to_the_guide(guide):
     _, hybrid = drafted(guide(), "reservoir")

@@ -114,10 +114,8 @@ def with_state(flat: Flat, batch: int, time: int, size: float = 0.1) -> tuple[to
     return x_BTD, *(size * torch.randn_like(z).abs() for z in tensors(flat.module.initial_state(x_BTD)))
 
 
-# one for each ONNX operator while one works
-EVERY = [
-    n if n in ("gru", "mingru", "ssm") else pytest.param(n, marks=pytest.mark.thorough) for n in stateful_modules()
-]
+# a cell, and a core that becomes operators of onnxruntime's own, while one works
+EVERY = [n if n in ("gru", "ssm") else pytest.param(n, marks=pytest.mark.thorough) for n in stateful_modules()]
 
 
 @pytest.fixture(scope="module", params=EVERY)

@@ -24,7 +24,7 @@ from thesean.errors import ExportError
 from thesean.targets import PartFacts, Target, build_module
 from thesean.targets.shared.core import Core
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")]
 
 D = Dim.DYNAMIC
 WINDOW = 33
@@ -72,7 +72,6 @@ def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_seq
     assert_same(proto, flat, some_state(flat, batch, time))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("window", [1, 5])
 def test_windows_narrower_than_a_block_equal_torch(window):
     flat = Flat(module(window)).eval()
@@ -111,7 +110,6 @@ def test_one_file_serves_a_long_prefill_chunks_and_single_steps(windowed):
         np.testing.assert_allclose(state, full_state, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_queries_that_share_a_state_equal_torch(kv_heads):
     flat = Flat(module(None, kv_heads=kv_heads)).eval()
@@ -129,7 +127,6 @@ def test_a_lowered_window_refuses_to_run_outside_an_export():
         lower_cells(target("linear-attention"))(torch.randn(2, 3, 16))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_a_converted_language_model_with_a_window_deploys_with_its_state(guide, tmp_path):
     module = hybrid(guide(layers=1), Target("linear-attention", window=4))

@@ -107,6 +107,7 @@ def test_a_guide_that_cannot_be_exported_is_told_and_the_other_one_timed(monkeyp
     assert note == "the guide was not timed: no such operator."
 
 
+@pytest.mark.thorough
 def test_a_converted_network_carries_a_state_where_its_guide_reads_all_again():
     converted = thesean.compile(models.gpt2(1), "mingru", data=models.token_batches(), recipe="fast", progress=False)
     found = converted.benchmark([8, 80], repeats=5)
@@ -117,6 +118,7 @@ def test_a_converted_network_carries_a_state_where_its_guide_reads_all_again():
     assert (found.contexts, found.batch) == ((8, 80), 1)
 
 
+@pytest.mark.thorough
 def test_an_encoder_has_prefill_figures_alone():
     module = exported.hybrid(captured.encoder(), "gru")
     found, _ = benchmark(module, captured.encoder().signature, contexts=(8, 16), repeats=5)

@@ -101,6 +101,7 @@ def test_a_guide_that_looks_ahead_has_no_tokens():
     assert [v.kind for v in plan.latencies] == ["prefill"]
 
 
+@pytest.mark.thorough
 def test_a_guide_without_time_has_one_figure_and_progress_is_logged(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="thesean.deploy"):
         plan = thesean.plan(models.mlp(), "mlp", example_inputs=models.vectors(3, 8), context=128, batch=(2, 3))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests import captured, models
+from tests.captured import KERNELS
 from thesean.passes.analyse.attention import find_attention
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import module_regions
@@ -28,7 +29,7 @@ def equal(affine: Affine, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) 
     torch.testing.assert_close(affine.bias_O, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_packed_projections_of_gpt2_are_read_off(kernel):
     guide, model = captured.gpt2(attention=kernel), models.gpt2(attention=kernel)
     attention = model.transformer.h[1].attn
@@ -41,7 +42,7 @@ def test_packed_projections_of_gpt2_are_read_off(kernel):
     equal(facts.output, attention.c_proj.weight.T, attention.c_proj.bias)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_separate_projections_of_bert_are_read_off(kernel):
     guide, model = captured.bert(attention=kernel), models.bert(attention=kernel)
     attention = model.encoder.layer[0].attention
@@ -59,7 +60,7 @@ def test_separate_projections_of_bert_are_read_off(kernel):
         equal(affine, layer.weight, layer.bias)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_grouped_keys_and_values_of_llama_are_repeated_for_their_queries(kernel):
     guide, model = captured.llama(attention=kernel), models.llama(attention=kernel)
     attention = model.model.layers[0].self_attn

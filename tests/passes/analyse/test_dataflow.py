@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import captured
+from tests.captured import KERNELS
 from thesean.passes.analyse.dataflow import SOURCE, side_slice
 
 
@@ -14,7 +15,7 @@ def floating(node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", KERNELS)
 def test_masks_and_positions_of_gpt2_are_on_the_side_and_hidden_states_are_not(attention):
     graph = captured.gpt2(attention=attention).graph_module.graph
     side = side_slice(graph)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests import captured, models
+from tests.captured import KERNELS
 from thesean.passes.analyse.describe import describe_operators
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -15,7 +16,7 @@ def words(guide: Captured, granularity: Granularity = "block") -> list[str]:
     return [describe_operators(p.region) for p in partition(captured.flow_of(guide), granularity)]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", KERNELS)
 def test_attention_is_seen_fused_and_written_out(attention: str):
     assert words(captured.gpt2(attention=attention)) == ["attention + mlp"] * 2
     assert words(captured.bert(attention)) == ["attention + mlp"] * 2

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests import captured
+from tests.captured import KERNELS
 from tests.models import vectors
 from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import data_flow
@@ -33,7 +34,7 @@ def test_blocks_of_encoders_look_both_ways(guide):
     assert set(mixing(guide()).values()) == {"bidirectional"}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", KERNELS)
 def test_mlps_of_a_transformer_are_token_wise(attention):
     found = mixing(captured.gpt2(attention=attention), "sublayer")
     assert {path: m for path, m in found.items() if path.endswith("mlp")} == {

@@ -194,6 +194,7 @@ def test_as_many_neurons_as_inputs_do_not_confuse_the_maps():
     equal(facts.up, branch.up.weight, branch.up.bias)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", ["chunked", "split", "interleaved"])
 @pytest.mark.parametrize(
     ("name", "f"), [("gelu", F.gelu), ("gelu_tanh", WRITTEN["cubic"][1]), ("sigmoid", torch.sigmoid)]
@@ -273,6 +274,7 @@ class Skip(nn.Module):
         return self.mlp(x) + self.beside(x)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", NOT_ONE)
 def test_what_is_no_mlp_is_none(what):
     _, facts = written(NOT_ONE[what])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests import captured, models
+from tests.captured import KERNELS
 from thesean.passes.analyse.attention import find_attention
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.capture.capture import capture
@@ -25,7 +26,7 @@ def attention_of(guide) -> AttentionFacts:
     return facts
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.bert])
 def test_attentions_with_learnt_positions_outside_are_plain(guide, kernel):
     assert attention_of(guide(attention=kernel)).plain
@@ -35,7 +36,7 @@ def test_attention_of_torch_is_plain():
     assert attention_of(captured.encoder()).plain
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_rotary_embedding_is_more(kernel):
     assert not attention_of(captured.llama(attention=kernel)).plain
 
@@ -78,6 +79,7 @@ def window(scores_BHTT: torch.Tensor) -> torch.Tensor:
     return causal(scores_BHTT).masked_fill(t.view(-1, 1) - t > 3, float("-inf"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("scores", "values", "plain"),
     [

@@ -99,6 +99,7 @@ def overlapping_regions(flow: DataFlow) -> list[Region]:
     return [*inner, *module_regions(flow).values()]
 
 
+@pytest.mark.thorough
 @settings(max_examples=10, deadline=None)
 @given(layers=nets)
 def test_a_region_of_any_network_can_be_replaced_by_itself(layers):

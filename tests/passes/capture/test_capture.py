@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests import models
+from tests.captured import KERNELS
 from tests.models import tokens, vectors
 from thesean.errors import CaptureError, DataError
 from thesean.passes.capture.capture import capture
@@ -27,8 +28,8 @@ def same_everywhere(model: nn.Module, captured, sizes, make) -> None:
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("make", [models.gpt2, models.llama, models.bert])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [models.gpt2, models.bert, pytest.param(models.llama, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("attention", KERNELS)
 def test_a_language_model_runs_at_sizes_that_it_was_not_traced_with(make, attention):
     model = make(layers=1, attention=attention)
     same_everywhere(model, capture(model, tokens(4, 10)), [(1, 1), (2, 7), (5, 3), (3, 40)], tokens)
@@ -61,6 +62,7 @@ def test_a_length_that_the_guide_fixes_stays_fixed_and_the_batch_stays_free():
     same_everywhere(model, captured, [(7,)], lambda b: vectors(b, 5, 4))
 
 
+@pytest.mark.thorough
 def test_a_length_that_is_free_only_in_steps_is_fixed():
     """A window of 4 with a stride of 4 gives three positions for lengths of 12 to 15, and the table has three."""
 

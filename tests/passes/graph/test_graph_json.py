@@ -19,6 +19,7 @@ from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "guide", [captured.gpt2, captured.bert, captured.llama, captured.encoder, captured.resnet, captured.tied]
 )

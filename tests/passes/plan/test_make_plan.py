@@ -15,6 +15,7 @@ def targets(guide, target, **settings):
     return {p.path: p.target for p in make_plan(guide, target, **settings).plan}
 
 
+@pytest.mark.thorough
 def test_one_target_is_for_all_parts():
     assert targets(captured.gpt2(), "gru") == {"transformer.h.0": "gru", "transformer.h.1": "gru"}
 
@@ -129,6 +130,7 @@ def test_scope_part_replaces_the_whole_block():
     assert [[s.facts.path for s in p.sites] for p in bound_plan.parts] == [["transformer.h.0"], ["transformer.h.1"]]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_a_token_wise_target_replaces_the_mlp_of_a_block_and_keeps_its_attention(name):
     bound_plan = make_plan(getattr(captured, name)(), Target("narrow", ratio=0.5))

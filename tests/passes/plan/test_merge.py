@@ -29,6 +29,7 @@ def test_pairs_of_blocks_become_one_part_with_both_as_members():
     assert groups[0].region.exit is groups[1].region.entry
 
 
+@pytest.mark.thorough
 def test_the_last_of_an_odd_number_stays_alone():
     flow = flow_of(captured.gpt2(3))
     assert [len(g.members) for g in merge_by_count(flow, partition(flow), 2)] == [2, 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import captured, models
+from tests.captured import KERNELS
 from tests.models import tokens, vectors
 from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import data_flow
@@ -17,12 +18,13 @@ def paths(guide, granularity="block", parts=None):
     return [p.path for p in partition(captured.flow_of(guide), granularity, parts)]
 
 
+@pytest.mark.thorough
 def test_twelve_blocks_of_gpt2_are_twelve_parts():
     guide = capture(models.gpt2(12, width=8), tokens())
     assert paths(guide) == [f"transformer.h.{k}" for k in range(12)]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", KERNELS)
 def test_sublayers_of_gpt2_are_its_attentions_and_mlps(attention):
     expected = [f"transformer.h.{k}.{half}" for k in range(2) for half in ("attn", "mlp")]
     assert paths(captured.gpt2(attention=attention), "sublayer") == expected

@@ -13,6 +13,8 @@ from tests.tolerances import relative_error
 from thesean.errors import DataError
 from thesean.similarity import similarity
 
+pytestmark = pytest.mark.thorough
+
 CASES = ["cka", "cka-debiased", "dmnn", "rsa", "procrustes"]
 SHARES = (20, 13)  # examples of each process
 
