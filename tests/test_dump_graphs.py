@@ -49,7 +49,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
     converted = convert(tmp_path)
     told = story(tmp_path)
     asserted = "_assert_tensor_metadata"
-    last = told["005-remove-second.txt"][1:]
+    last = told["006-remove-second.txt"][1:]
     assert told == {
         "000-capture.txt": [
             "# capture: as torch.export traced it",
@@ -62,15 +62,19 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "001-split-layers.txt": [
+        "001-inline-regions.txt": [
+            "# inline-regions: unchanged: the graph has no region of its own",
+            *told["000-capture.txt"][1:],
+        ],
+        "002-split-layers.txt": [
             "# split-layers: unchanged: the graph has no recurrent cell",
             *told["000-capture.txt"][1:],
         ],
-        "002-functionalise.txt": [
+        "003-functionalise.txt": [
             "# functionalise: modified",
             *(line.replace("aten.add_.", "aten.add.") for line in told["000-capture.txt"][1:]),
         ],
-        "003-simplify.txt": [
+        "004-simplify.txt": [
             "# simplify: modified",
             "x = placeholder x",
             "linear = aten.linear.default(x, first_weight, first_bias)",
@@ -79,7 +83,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "004-substitute-first.txt": [
+        "005-substitute-first.txt": [
             "# substitute first: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -88,7 +92,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "005-remove-second.txt": [
+        "006-remove-second.txt": [
             "# remove second: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -97,7 +101,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "006-bound-positions.txt": [
+        "007-bound-positions.txt": [
             "# bound-positions: unchanged: no table is indexed by a growing position",
             *last,
         ],
@@ -122,16 +126,16 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
     converted.export(tmp_path / "m.onnx", dump_graphs=tmp_path)
     told = story(tmp_path)
     assert {k: v for k, v in told.items() if k in before} == before
-    graph = before["006-bound-positions.txt"][1:]
+    graph = before["007-bound-positions.txt"][1:]
     assert {k: v for k, v in told.items() if k not in before} == {
-        "007-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
-        "008-thread-state.txt": [
+        "008-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
+        "009-thread-state.txt": [
             "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
             *graph,
         ],
-        "009-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "010-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "011-cells-as-modules.txt": [
+        "010-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "011-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "012-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",
@@ -180,4 +184,4 @@ def test_the_command_line_takes_the_folder(tmp_path):
     assert result.exit_code == 0, result.output
     names = sorted(p.name for p in graphs.iterdir())
     assert names[0] == "000-capture.txt"
-    assert names[4:] == ["004-substitute-first.txt", "005-substitute-second.txt", "006-bound-positions.txt"]
+    assert names[5:] == ["005-substitute-first.txt", "006-substitute-second.txt", "007-bound-positions.txt"]

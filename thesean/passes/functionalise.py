@@ -16,7 +16,8 @@ from thesean.passes.graph.nodes import is_write
 class Functionalise(Pass):
     """y = op_(x)  =>  y = op(x), and whatever reads x later reads y, as it would in memory.
 
-    Writes into a view of another tensor stay: what else they reach can't be read off one node. `writes` finds them.
+    What a forward would leave behind in its inputs and buffers is left out: neither is ours to change. Writes into a
+    view of another tensor stay: what else they reach can't be read off one node. `writes` finds them.
     """
 
     in_place = True
@@ -25,6 +26,10 @@ class Functionalise(Pass):
         order = {n: i for i, n in enumerate(graph_module.graph.nodes)}
         changed = False
         for node in list(graph_module.graph.nodes):
+            if _leaves_a_result_behind(node, order):
+                graph_module.graph.erase_node(node)
+                changed = True
+                continue
             twin = _twin(node)
             if twin is None or not _owns_memory(node.args[0], order[node], order):
                 continue
@@ -37,6 +42,21 @@ class Functionalise(Pass):
         if not changed:
             return PassResult(graph_module=graph_module, modified=False, reason="no operator writes into its input")
         return PassResult(graph_module=graph_module, modified=True)
+
+
+def _leaves_a_result_behind(node: fx.Node, order: dict[fx.Node, int]) -> bool:
+    """A last copy into an input or a buffer, for the caller or for the next call to find: torch.export puts it there
+    when a forward wrote into it. Neither is ours to change.
+    """
+    if node.target is not torch.ops.aten.copy_.default or node.users:
+        return False
+    kept = node.args[0]
+    return (
+        isinstance(kept, fx.Node)
+        and kept.op in ("placeholder", "get_attr")
+        and max(map(order.__getitem__, kept.users)) == order[node]
+        and _owns_memory(kept, order[node], order)
+    )
 
 
 def writes(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -346,3 +346,157 @@ def test_keyword_only_and_open_ended_inputs_are_captured():
     inputs = {k: torch.cat([v, v]) for k, v in example.items()}
     with torch.no_grad():
         torch.testing.assert_close(captured.graph_module(**inputs), model(**inputs))
+
+
+class Streaming(nn.Module):
+    """A convolution that puts what it saw last before its input, in a buffer of its own."""
+
+    past: torch.Tensor
+
+    def __init__(self, assigned: bool) -> None:
+        super().__init__()
+        self.conv, self.assigned = nn.Conv1d(8, 8, 3), assigned
+        self.register_buffer("past", torch.zeros(1, 8, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.past.expand(x.shape[0], -1, -1), x], 2)
+        if self.assigned:
+            self.past = x[:1, :, -2:].detach()
+        else:
+            self.past.copy_(x[:1, :, -2:])
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("assigned", [True, False])
+def test_a_guide_that_remembers_its_last_call_is_refused_and_forgets_ours(assigned):
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), Streaming(assigned)).eval()
+    past = model[1].past
+    with pytest.raises(CaptureError, match=r"keeps a state from call to call in its buffers 1\.past"):
+        capture(model, vectors(2, 8, 6))
+    assert model[1].past is past
+    assert not past.any()
+
+
+class CountsCalls(nn.Module):
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("nothing", torch.tensor(float("nan")))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * 2
+
+
+def test_a_buffer_that_no_output_depends_on_is_no_state():
+    model = CountsCalls().eval()
+    captured = capture(model, vectors(2, 3))
+    x = vectors(4, 3)
+    assert torch.equal(captured.graph_module(x), x * 2)
+    assert model.calls == 0
+
+
+class WritesIntoItsInput(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x -= x.mean(1, keepdim=True)
+        x[:, 0] = 0
+        return x * 2
+
+
+def test_neither_capture_nor_the_graph_writes_into_what_it_is_given():
+    given, model = vectors(3, 5, 4), WritesIntoItsInput().eval()
+    captured = capture(model, given)
+    assert torch.equal(given, vectors(3, 5, 4))
+    for x in (vectors(3, 5, 4, seed=1), vectors(2, 7, 4)):
+        kept = x.clone()
+        found = captured.graph_module(x)
+        assert torch.equal(x, kept)
+        torch.testing.assert_close(found, model(kept))
+
+
+class InAWrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.inner(input_ids)
+
+
+def test_a_cache_behind_a_wrapper_is_switched_off_for_the_trace_alone():
+    inner = models.gpt2()
+    inner.config.use_cache = True
+    model = InAWrapper(inner).eval()
+    captured = capture(model, tokens(2, 6))
+    assert inner.config.use_cache is True
+    assert set(captured.graph_module(tokens(2, 6))) == {"logits"}
+    same_everywhere(model, captured, [(1, 1), (3, 9)], tokens)
+
+
+class ClassToken(nn.Module):
+    """Its batch is asked for in one of several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.start, self.mix = way, nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count = {"len": len, "number": lambda x: 3, "shape": lambda x: x.shape[0]}[self.way](x)
+        x = torch.cat([self.start.expand(count, -1, -1), x], 1)
+        return self.mix(x)[:, 1:]
+
+
+@pytest.mark.parametrize("way", ["len", "number"])
+def test_a_batch_that_the_guide_fixes_is_told_with_line_and_mend(way):
+    with pytest.raises(CaptureError) as told:
+        capture(ClassToken(way), vectors(3, 5, 4))
+    message = str(told.value)
+    assert "fixes dimension 0 of x (batch) at 3" in message
+    assert "test_capture.py, line" in message
+    assert ("write x.shape[0]" in message) == (way == "len")
+    assert "torch.where" not in message
+    assert "dynamic={}" in message
+    fixed = capture(ClassToken(way), vectors(3, 5, 4), dynamic={})
+    assert fixed.signature.inputs[0].shape == (3, 5, 4)
+    free = capture(ClassToken(way), vectors(3, 5, 4), dynamic={"x": {1: "time"}})
+    assert free.signature.inputs[0].shape == (3, "time", 4)
+
+
+def test_watching_for_len_leaves_torch_as_it_was():
+    original = torch.Tensor.__len__
+    with pytest.raises(CaptureError):
+        capture(ClassToken("len"), vectors(3, 5, 4))
+    assert torch.Tensor.__len__ is original
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(4, 6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor, h0: torch.Tensor) -> torch.Tensor:
+        return self.cell(x, h0)[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_state_has_its_batch_where_the_other_input_has_its_size(batch):
+    model = Stateful().eval()
+    captured = capture(model, {"x": vectors(batch, 5, 4), "h0": vectors(2, batch, 6)})
+    assert [s.shape for s in captured.signature.inputs] == [("batch", "time", 4), (2, "batch", 6)]
+    x, h0 = vectors(5, 7, 4), vectors(2, 5, 6, seed=1)
+    torch.testing.assert_close(captured.graph_module(x, h0), model(x, h0))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "reason"),
+    [
+        ({"y": {0: "batch"}}, "dynamic: the guide has no input 'y'; it has: x"),
+        ({"x": {3: "time"}}, r"dynamic: 'x' has dimensions 0 to 2 \(shape \(3, 5, 4\)\), found 3"),
+        ({"x": {0: 4}}, r'dynamic: expected a name such as "batch" or "time" for x\[0\], found 4'),
+    ],
+)
+def test_dynamic_dimensions_that_are_not_there_are_refused(dynamic, reason):
+    with pytest.raises(DataError, match=reason):
+        capture(ClassToken("shape"), vectors(3, 5, 4), dynamic=dynamic)

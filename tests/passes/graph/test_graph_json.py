@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from tests import captured
+from tests.models import vectors
 from thesean.errors import ArtifactError
 from thesean.passes.graph.graph_json import dump, load, resolve_target, target_name
 from thesean.passes.graph.text import text
@@ -142,7 +143,8 @@ def test_arguments_without_a_json_form_are_not_saved(value):
         dump(graph)
 
 
-BAD_NAMES = ["__class__", "a.__globals__.b", "x; import os", "x\nimport os", "a b", "", "x)", "0x.y-z"]
+BAD_NAMES = ["__class__", "a.__globals__.b", "", "a..b", "x\nimport os", 'x"', 'x"), print("', "x\\", "x.\\u0022"]
+ODD_NAMES = ["x; import os", "a b", "x)", "y-z", "1", "[cls]", "user id", "age-group", "日本", "x'", "{x}", "#", "%s"]
 
 
 @pytest.mark.parametrize("op", ["get_attr", "call_module", "placeholder"])
@@ -150,6 +152,19 @@ BAD_NAMES = ["__class__", "a.__globals__.b", "x; import os", "x\nimport os", "a 
 def test_attribute_paths_that_are_not_names_are_refused(op, target):
     with pytest.raises(ArtifactError):
         load(altered(op=op, target=target))
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_that_a_module_may_have_are_names_and_nothing_else(name):
+    root = nn.ModuleDict({name: nn.Linear(3, 3)})
+    graph = fx.Graph()
+    graph.output(graph.call_module(name, (graph.placeholder("x"),)))
+    again = load(json.loads(json.dumps(dump(graph))))
+    x = vectors(2, 3)
+    assert torch.equal(fx.GraphModule(root, again)(x), root[name](x))
+    if not name.isidentifier():
+        with pytest.raises(ArtifactError):
+            load(altered(op="placeholder", target=name))  # a parameter of the generated function
 
 
 @pytest.mark.parametrize("name", ["x; import os", "a b", "", "1a", None, 3, "a\nb"])
@@ -239,7 +254,11 @@ def test_nothing_is_executed_on_loading(tmp_path: Path):
     ):
         with pytest.raises(ArtifactError):
             load(altered(target=target, args=args))
-    for field in ("name", "target"):
-        with pytest.raises(ArtifactError):
-            load(altered(op="get_attr", **{field: f"x = open({str(mark)!r}, 'w')"}))
+    with pytest.raises(ArtifactError):
+        load(altered(op="get_attr", name=f"x = open({str(mark)!r}, 'w')"))
+    spelled = str(mark).replace(".", "")
+    for target in (f"x = open('{spelled}', 'w')", f"'), open('{spelled}', 'w'), ('", f"{{open('{spelled}', 'w')}}"):
+        module = fx.GraphModule(nn.ModuleDict({target: nn.Identity()}), load(altered(op="call_module", target=target)))
+        module(vectors(1, 1))
+    assert not Path(spelled).exists()
     assert not mark.exists()

@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,55 +19,85 @@ from torch.export import Dim
 from thesean.errors import CaptureError, DataError
 from thesean.passes.base import run_passes
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.convention import check_same, plain_calling_convention
-from thesean.passes.capture.inputs import at_least_two, check_guide, dynamic_dims, forward_parameters, named_inputs
+from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs
+from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic, guess_dynamic
+from thesean.passes.capture.explain import explained, short, where_of
+from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.dump import dump
-from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.modes import KeptBuffers, configured, evaluating
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
+from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
 
 logger = logging.getLogger(__name__)
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (SplitLayers(), Functionalise(), Simplify())
+CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), Simplify())
 
 # Serving flags of Hugging Face's forward: a key-value cache has no place in a converted model.
 _SWITCHED_OFF = ("use_cache",)
 
 
-def capture(model: nn.Module, example_inputs: Any) -> Captured:
-    """Trace `model` in eval mode; the model's flags are restored.
+def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:
+    """Trace `model` in eval mode; the model's flags, its buffers and the inputs are left as they were.
 
     `example_inputs` is a tensor, a tuple (positional) or a dict (by name) of tensors. Batch and sequence become
-    dynamic where the model allows it. Raises CaptureError, naming the line of the user's code, when the model can't
-    be traced, and DataError for inputs that it does not take.
+    dynamic where the model allows it, or just the dimensions of `dynamic`, {"x": {0: "batch", 1: "time"}}. Raises
+    CaptureError, naming the line of the user's code, when the model can't be traced, and DataError for inputs that it
+    does not take.
     """
     check_guide(model)
     inputs = named_inputs(model, example_inputs)
-    inputs = {k: at_least_two(v) for k, v in inputs.items()}
+    free = guess_dynamic(inputs, sequence=True) if dynamic is None else check_dynamic(dynamic, inputs)
+    inputs = {k: at_least_two(v.clone(), free[k]) for k, v in inputs.items()}
     accepted = forward_parameters(model)
     constants = {k: False for k in _SWITCHED_OFF if k in accepted}
-    with evaluating(model), torch.no_grad():
-        try:
-            eager = model(**inputs, **constants)
-        except Exception as error:
-            raise DataError(f"the guide does not run on the example inputs{_where(error)}: {_short(error)}") from error
-        captured = _captured(model, inputs, constants, eager, sequence=True)
-        if not _runs_elsewhere(captured):
-            captured = _captured(model, inputs, constants, eager, sequence=False)
+    with evaluating(model), configured(model, dict.fromkeys(_SWITCHED_OFF, False)), torch.no_grad():
+        eager = _run(model, inputs, constants)
+        if dynamic is not None:
+            captured = _captured(model, inputs, constants, eager, [free])
+        else:
+            less = guess_dynamic(inputs, sequence=False)
+            captured = _captured(model, inputs, constants, eager, [free, less] if free != less else [less])
+            if not _runs_elsewhere(captured):
+                captured = _captured(model, inputs, constants, eager, [less])
     check_same(captured, eager)
     return captured
 
 
+def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any]) -> Any:
+    """The guide's output. Raises CaptureError where it depends on the calls before, through buffers that it writes."""
+    before = KeptBuffers(model)
+    try:
+        eager = model(**own_copies(inputs), **constants)
+    except Exception as error:
+        raise DataError(f"the guide does not run on the example inputs{where_of(error)}: {short(error)}") from error
+    if changed := before.changed():
+        again = model(**own_copies(inputs), **constants)
+        before.restore()
+        if not same_outputs(eager, again):
+            raise CaptureError(
+                f"the guide keeps a state from call to call in its buffers {', '.join(changed[:3])}"
+                f"{', ...' if len(changed) > 3 else ''}: the same input gave two outputs. A graph has no memory: start "
+                "every sequence inside forward (zeros), and let the converted network carry the state."
+            )
+    return eager
+
+
+def own_copies(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For a forward that may write into what it is given: the caller's tensors are not ours to change."""
+    return {name: value.clone() for name, value in inputs.items()}
+
+
 def _captured(
-    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], eager: Any, sequence: bool
+    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], eager: Any, tries: list[Dynamic]
 ) -> Captured:
-    exported = _export(model, inputs, constants, sequence)
+    exported, free = _export(model, inputs, constants, tries)
     graph_module = _plain_graph(exported, list(inputs), eager)
     if writes(graph_module):  # into views: torch's own functionalisation follows those, and splits more operators
         with warnings.catch_warnings():
@@ -77,7 +105,8 @@ def _captured(
             exported = exported.run_decompositions({})
         graph_module = _plain_graph(exported, list(inputs), eager)
     mark_constants(graph_module.graph)
-    return Captured(graph_module=graph_module, signature=read_signature(graph_module, inputs, eager), example=inputs)
+    signature = read_signature(graph_module, inputs, eager, free)
+    return Captured(graph_module=graph_module, signature=signature, example=inputs)
 
 
 def _runs_elsewhere(captured: Captured) -> bool:
@@ -90,35 +119,33 @@ def _runs_elsewhere(captured: Captured) -> bool:
     try:
         captured.graph_module(**captured.signature.random_inputs(probe_sizes(captured), device=device))
     except Exception as error:
-        logger.debug("the length is fixed: the graph does not run at another one: %s", _short(error))
+        logger.debug("the length is fixed: the graph does not run at another one: %s", short(error))
         return False
     return True
 
 
 def _export(
-    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], sequence: bool
-) -> torch.export.ExportedProgram:
-    """With a dynamic batch and, where `sequence` asks for it and the model allows it, a dynamic length."""
+    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], tries: list[Dynamic]
+) -> tuple[torch.export.ExportedProgram, Dynamic]:
+    """With the first of `tries` that the model allows, and that one."""
     failure: Exception | None = None
     traced = _with_named_inputs(model, [*inputs, *constants])
-    for dynamic in (True, False) if sequence else (False,):
+    for free in tries:
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
-        shapes: dict[str, Any] = {k: dict.fromkeys(dynamic_dims(v, dynamic), Dim.DYNAMIC) for k, v in inputs.items()}
+        shapes: dict[str, Any] = {k: dict.fromkeys(free[k], Dim.DYNAMIC) for k in inputs}
         shapes.update(dict.fromkeys(constants))
+        given = {**own_copies(inputs), **constants}
         try:
             with warnings.catch_warnings(), OpaqueCells():
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
-                return torch.export.export(traced, (), {**inputs, **constants}, dynamic_shapes=shapes, strict=False)
+                return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free
         except Exception as error:
             failure = error
-            logger.debug("export with dynamic sequence=%s failed: %s", dynamic, _short(error))
+            logger.debug("export with %s free failed: %s", free, short(error))
     # the first failure may be a fixed length alone; the last one is what stands in the way at all
     assert failure is not None
-    raise CaptureError(
-        f"the guide can't be captured{_where(failure)}: {_short(failure)}. Control flow that depends on values can't "
-        "become a graph: convert a submodule instead, or replace the branch by torch.where."
-    ) from failure
+    raise explained(failure, model, inputs, constants, tries[-1]) from failure
 
 
 def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
@@ -137,24 +164,6 @@ def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
     forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     stand_in.forward = forward
     return stand_in
-
-
-def _where(error: BaseException) -> str:
-    """` at file.py, line 12, in forward: if h.sum() > 0:`, the innermost frame outside of torch and Thesean."""
-    here = str(Path(__file__).resolve().parents[2])
-    torch_home = str(Path(torch.__file__).resolve().parent)
-    seen: BaseException | None = error
-    while seen is not None:
-        for frame in reversed(traceback.extract_tb(seen.__traceback__)):
-            if not frame.filename.startswith((here, torch_home, "<")) and "contextlib" not in frame.filename:
-                return f" at {frame.filename}, line {frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
-        seen = seen.__cause__ or seen.__context__
-    return ""
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(".")
 
 
 def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:

@@ -67,8 +67,7 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
 def check_same(captured: Captured, eager: Any) -> None:
     """The graph must compute what the guide computes: anything else is a capture that went wrong silently."""
     graph_out = pytree.tree_leaves(captured.graph_module(**captured.example))
-    leaves: list[Any] = []
-    _collect(eager, leaves)
+    leaves = _tensors(eager)
     got = [v for v in graph_out if isinstance(v, torch.Tensor)]
     for index, (a, b) in enumerate(zip(got, leaves, strict=True)):
         if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
@@ -77,6 +76,18 @@ def check_same(captured: Captured, eager: Any) -> None:
                 f"the captured graph disagrees with the guide by {error:.1e} in output {index}; is the guide random "
                 "in eval mode?"
             )
+
+
+def same_outputs(first: Any, second: Any) -> bool:
+    """Whether two runs of one guide agree, as far as rounding lets them."""
+    pairs = list(zip(_tensors(first), _tensors(second), strict=False))
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    leaves: list[torch.Tensor] = []
+    _collect(value, leaves)
+    return leaves
 
 
 def _collect(value: Any, leaves: list[Any]) -> None:

@@ -68,20 +68,3 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
         if device is not None and value.device != device:
             raise DataError(f"input {name!r} is on {value.device}, the guide on {device}. Move one of them.")
     return named
-
-
-def at_least_two(value: torch.Tensor) -> torch.Tensor:
-    """Sizes 0 and 1 specialise at export, so a batch (and a sequence) of one is doubled."""
-    if value.ndim and value.shape[0] == 1:
-        value = value.repeat(2, *[1] * (value.ndim - 1))
-    if 1 in dynamic_dims(value, sequence=True) and value.shape[1] == 1:
-        value = value.repeat(1, 2, *[1] * (value.ndim - 2))
-    return value
-
-
-def dynamic_dims(value: torch.Tensor, sequence: bool) -> tuple[int, ...]:
-    """Batch first; the second dimension of (B, T) integers and (B, T, D) floats may be a sequence."""
-    if value.ndim == 0:
-        return ()
-    looks_like_sequence = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
-    return (0, 1) if sequence and looks_like_sequence else (0,)

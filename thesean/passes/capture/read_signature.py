@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean.passes.capture.dynamic import Dynamic
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.signature import InputSpec, Signature
 
 aten = torch.ops.aten
 
 
-def read_signature(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor], eager: Any) -> Signature:
+def read_signature(
+    graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor], eager: Any, free: Dynamic
+) -> Signature:
     """Names for the graph's symbols ("batch", "time", "time_1"), put into its `meta["symbols"]` too, and the output's
-    class. `inputs` and `eager` are those of one run.
+    class. `inputs` and `eager` are those of one run, `free` names their dynamic dimensions.
     """
     names: dict[str, str] = {}
     taken: dict[str, int] = {}
@@ -29,7 +32,7 @@ def read_signature(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]
             if isinstance(dim, torch.SymInt):
                 symbol = str(dim)
                 if symbol not in names:
-                    base = "batch" if position == 0 else "time"
+                    base = free[str(node.target)][position]
                     # A mask that broadcasts leaves export free to keep a batch of its own; a caller's is one.
                     count = 0 if base == "batch" else taken.get(base, 0)
                     taken[base] = count + 1

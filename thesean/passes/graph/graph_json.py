@@ -126,9 +126,7 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
         graph.output(_decode(row["value"], nodes))
         return None
     if op in ("get_attr", "call_module", "placeholder"):
-        pieces = str(target).split(".")
-        # names end up in generated source: only attribute paths may
-        if not all(p.isidentifier() or p.isdigit() for p in pieces) or any(p.startswith("__") for p in pieces):
+        if not is_attribute_path(target) or (op == "placeholder" and not target.isidentifier()):
             raise ArtifactError(f"graph.json: {target!r} is not an attribute's path.")
         args = tuple(_decode(a, nodes) for a in row.get("args", []))
         return graph.create_node(op, target, args, name=name)
@@ -139,6 +137,17 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
             raise ArtifactError("graph.json: a keyword is not a name.")
         return graph.create_node(op, resolve_target(target), args, kwargs, name=name)
     raise ArtifactError(f"graph.json: unknown kind of node {op!r}.")
+
+
+def is_attribute_path(target: Any) -> bool:
+    """Whether FX writes this path of a module into its generated source as the name that it is, and as nothing else.
+
+    What is no identifier ("[cls]", "user id") stands there between quotes.
+    """
+    if not isinstance(target, str):
+        return False
+    names = target.split(".")
+    return all(n.isprintable() and n and not n.startswith("__") and not {'"', "\\"} & set(n) for n in names)
 
 
 def _encode(value: Any) -> Any:

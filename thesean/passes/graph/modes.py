@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,16 +14,65 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module's own flag, and buffers as they were where a forward writes to them."""
     flags = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    buffers = KeptBuffers(model)
     model.eval()
     try:
         yield
     finally:
         for module, flag in flags:
             module.training = flag
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
+        buffers.restore()
+
+
+@contextmanager
+def configured(model: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """These settings inside, in the `config` of every module that has one with such a setting; theirs afterwards.
+
+    A wrapper's forward doesn't pass on what an inner model takes as an argument; its config reaches it all the same.
+    """
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    before = [(c, k, getattr(c, k)) for c in configs.values() for k in values if k in getattr(c, "__dict__", {})]
+    for config, name, _ in before:
+        setattr(config, name, values[name])
+    try:
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+class KeptBuffers:
+    """A module's buffers as they were: the tensors that it held, by name, and their values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (f"{path}.{name}" if path else name, module, name, buffer, buffer.detach().clone())
+            for path, module in model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    def changed(self) -> list[str]:
+        """Paths of the buffers that hold other values now, written in place or assigned anew."""
+        return [path for path, module, name, _, value in self._kept if not _same(getattr(module, name, None), value)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for _, module, name, buffer, value in self._kept:
+            if not _same(buffer, value):
                 buffer.copy_(value)
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+
+
+def _same(found: object, value: torch.Tensor) -> bool:
+    """Whether this is a tensor of the same values, NaN equal to NaN."""
+    if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (value.shape, value.dtype):
+        return False
+    return torch.equal(found, value) or (
+        value.is_floating_point()
+        and torch.equal(found.isnan(), value.isnan())
+        and torch.equal(found.nan_to_num(), value.nan_to_num())
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from thesean.passes.plan.rows import PlanLatency, PlannedPart, PlanRows, ProbedCandidate
@@ -74,9 +75,9 @@ def _parts(plan: PlanRows, width: int) -> Table:
         right: Literal["left", "right"] = "right" if name.rstrip("'") in _RIGHT else "left"
         made.add_column(name, justify=right, overflow="fold", width=size)
     for row in rows:
-        made.add_row(*(row[i] for i in shown))
+        made.add_row(*(escape(row[i]) for i in shown))  # a name's brackets are no markup
     made.add_section()
-    made.add_row(*(total[i] for i in shown))
+    made.add_row(*(escape(total[i]) for i in shown))
     return made
 
 
@@ -188,7 +189,7 @@ def candidates_table(candidates: Sequence[ProbedCandidate]) -> Table:
     found = {(c.path, c.target): c for c in candidates}
     for path in dict.fromkeys(c.path for c in candidates):
         cells = (found.get((path, name)) for name in names)
-        made.add_row(path, *("" if c is None else _cell(c) for c in cells))
+        made.add_row(escape(path), *("" if c is None else _cell(c) for c in cells))
     return made
 
 

@@ -1,0 +1,115 @@
+"""Why a guide can't be traced, in the caller's terms: the line of their code, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.errors import CaptureError
+from thesean.passes.capture.dynamic import Dynamic
+
+# torch.export's own words for a size that it was to leave free, and the code fixes
+_FIXED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+
+
+def explained(
+    error: Exception,
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    constants: Mapping[str, Any],
+    dynamic: Dynamic,
+) -> CaptureError:
+    """What to raise for a failed trace. Runs the guide once more where a size that it fixes has to be found."""
+    fixed = [(name, int(dim)) for name, dim in dict.fromkeys(_FIXED.findall(str(error))) if name in inputs]
+    if "Constraints violated" in str(error) and fixed:
+        return CaptureError(_fixed_size(fixed, model, inputs, constants, dynamic))
+    return CaptureError(
+        f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
+        "become a graph: convert a submodule instead, or replace the branch by torch.where."
+    )
+
+
+def _fixed_size(
+    fixed: list[tuple[str, int]],
+    model: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    constants: Mapping[str, Any],
+    dynamic: Dynamic,
+) -> str:
+    """Names the dimensions and, where another size shows it, the line."""
+    names = [f"dimension {dim} of {name} ({dynamic[name].get(dim, 'fixed')})" for name, dim in fixed]
+    sizes = " and ".join(f"{inputs[name].shape[dim]}" for name, dim in fixed[:1])
+    line, by_len = _line_that_fixes(fixed, model, inputs, constants)
+    mend = "len(x) is a plain number: write x.shape[0]. " if by_len else ""
+    kept = {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in dynamic.items()}
+    kept = {k: dims for k, dims in kept.items() if dims}
+    other = f"dynamic={kept!r} keeps it fixed, dynamic={{}} fixes all sizes" if kept else "dynamic={} fixes all sizes"
+    return (
+        f"the guide's code fixes {' and '.join(names)} at {sizes}, the example's size{line}. {mend}Take sizes from the "
+        f"input's shape, so that any will do; or {other}."
+    )
+
+
+def _line_that_fixes(
+    fixed: list[tuple[str, int]], model: nn.Module, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
+) -> tuple[str, bool]:
+    """Where the guide asks for a length as a plain number, or fails at another size; and whether it is the former."""
+    longer = {name: value.clone() for name, value in inputs.items()}
+    for name, dim in fixed:
+        value = longer[name]
+        longer[name] = torch.cat([value, value.narrow(dim, 0, 1)], dim)
+    with _watching_len() as seen, torch.no_grad():
+        try:
+            model(**longer, **constants)
+        except Exception as error:
+            return where_of(error), False
+    return (seen[0], True) if seen else ("", False)
+
+
+@contextmanager
+def _watching_len() -> Iterator[list[str]]:
+    """The lines that ask for a tensor's length while this runs."""
+    seen: list[str] = []
+    original = torch.Tensor.__len__
+
+    def watched(self: torch.Tensor) -> int:
+        seen.append(_line(traceback.extract_stack()[:-1]))
+        return original(self)
+
+    torch.Tensor.__len__ = watched  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        torch.Tensor.__len__ = original  # type: ignore[method-assign]
+        seen[:] = [line for line in seen if line]
+
+
+def where_of(error: BaseException) -> str:
+    """` at file.py, line 12, in forward: if h.sum() > 0:`, the innermost frame outside of torch and Thesean."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if line := _line(traceback.extract_tb(seen.__traceback__)):
+            return line
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+def _line(stack: traceback.StackSummary | list[traceback.FrameSummary]) -> str:
+    here = str(Path(__file__).resolve().parents[2])
+    torch_home = str(Path(torch.__file__).resolve().parent)
+    for frame in reversed(stack):
+        if not frame.filename.startswith((here, torch_home, "<")) and "contextlib" not in frame.filename:
+            return f" at {frame.filename}, line {frame.lineno}, in {frame.name}: {(frame.line or '').strip()}"
+    return ""
+
+
+def short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(".")
