@@ -64,6 +64,14 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
     return folder
 
 
+def check_saveable(graph_module: fx.GraphModule) -> None:
+    """Raises ArtifactError for a network that `save` would refuse, or that `load` would: to be asked before training,
+    which changes neither operators nor names.
+    """
+    _modules(graph_module)
+    graph_json.load(json.loads(json.dumps(graph_json.dump(graph_module.graph))))
+
+
 def check_free(folder: Path) -> None:
     """Raises ArtifactError unless `save` may use this name: nothing there, an empty folder, or a conversion."""
     if folder.exists() and not folder.is_dir():

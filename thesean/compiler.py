@@ -7,25 +7,28 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from thesean.artifact import check_free
+from thesean.artifact import check_free, check_saveable
 from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints
 from thesean.choose.search import UNMET
 from thesean.converted import Converted
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
-from thesean.distill.data import integer_labels, make_feed
+from thesean.distill.data import different, make_feed
+from thesean.distill.losses import warn_of_chance
 from thesean.distill.observer import Observer
+from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.stages import align, tune
-from thesean.distill.task import Loss, Metric, Task, output_kind
+from thesean.distill.task import InputsOf, Loss, Metric, Task
 from thesean.distill.training import Training
-from thesean.errors import DataError, PlanError
+from thesean.errors import ArtifactError, DataError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -34,7 +37,7 @@ from thesean.passes.graph.modes import seeded
 from thesean.passes.graph.signature import output_wrapper
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
-from thesean.passes.plan.hybrid import build_hybrid
+from thesean.passes.plan.hybrid import Hybrid, build_hybrid
 from thesean.passes.plan.make_plan import TargetSpec, bind_plan, globs_of, plan_division
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
@@ -50,9 +53,12 @@ def compile(
     *,
     data: Iterable[Any] | None = None,
     example_inputs: Any = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     loss: Loss | None = None,
     metric: Metric | None = None,
     eval_data: Iterable[Any] | None = None,
+    inputs: InputsOf | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     granularity: Granularity | None = None,
@@ -72,9 +78,12 @@ def compile(
     model: the guide, any module that torch.export takes; it is not modified.
     target: a family's name, a Target, or {part glob: name | Target | "keep"}.
     data: re-iterable of batches: tensor, tuple (x, y), or dict. Without it, parts are aligned on random inputs.
-    example_inputs: tuple or dict; by default the first batch, then `model.dummy_inputs`.
+    example_inputs: tuple or dict; by default the first batch, then `model.dummy_inputs`. dynamic: the dimensions that
+    stay free and what they are, {"x": {0: "batch", 1: "time"}}, where the guess is wrong; {} fixes all.
     loss(output, batch) -> scalar; None: match the guide's outputs. metric(output, batch) -> float.
     eval_data: held-out batches for stopping and for the report; without it, some of a list's own are held out.
+    inputs(batch): the guide's inputs in a batch, a dict by name or a tuple, where the guess (told in the report) is
+    wrong. outputs: how an output is compared, by name: {"logits": "softmax", "value": "mse", "scale": "ignore"}.
     parts, keep: globs over module paths. granularity: "block" (the default), "sublayer" for residual halves (the
     default of target "auto"), "finest" for every linear map. merge: that many neighbours become one part;
     target_parts: merge the most alike until so many are left.
@@ -93,9 +102,12 @@ def compile(
         plan=plan,
         data=data,
         example_inputs=example_inputs,
+        dynamic=dynamic,
         loss=loss,
         metric=metric,
         eval_data=eval_data,
+        inputs=inputs,
+        outputs=outputs,
         parts=parts,
         keep=keep,
         granularity=granularity,
@@ -107,16 +119,20 @@ def compile(
         seed=seed,
     )
     with dumping(dump_graphs), watched(progress) as observer:
-        captured = capture(model, request.example(model))
+        captured = capture(model, request.example(model), request.dynamic)
         bound_plan, training = planned(captured, request, observer)
         folder = _prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
             hybrid = build_hybrid(bound_plan)
+            training = rehearsed(hybrid, training, must_save=folder is not None)
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
     if folder is not None:
-        converted.save(folder / "converted")
+        try:
+            converted.save(folder / "converted")
+        except ArtifactError as error:  # a full disk, say: what was trained is not thrown away
+            _warn([f"not saved: {error} What compile returns is whole: save it elsewhere."])
     return converted
 
 
@@ -128,9 +144,12 @@ def baseline(
     learning_rate: float | None = None,
     data: Iterable[Any] | None = None,
     example_inputs: Any = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     loss: Loss | None = None,
     metric: Metric | None = None,
     eval_data: Iterable[Any] | None = None,
+    inputs: InputsOf | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     granularity: Granularity | None = None,
@@ -154,9 +173,12 @@ def baseline(
         plan=plan,
         data=data,
         example_inputs=example_inputs,
+        dynamic=dynamic,
         loss=loss,
         metric=metric,
         eval_data=eval_data,
+        inputs=inputs,
+        outputs=outputs,
         parts=parts,
         keep=keep,
         granularity=granularity,
@@ -168,7 +190,7 @@ def baseline(
         seed=seed,
     )
     with watched(progress) as observer:
-        captured = capture(model, request.example(model))
+        captured = capture(model, request.example(model), request.dynamic)
         bound_plan, training = planned(captured, request, observer)
         with seeded(seed):
             conversion = train_baseline(bound_plan, training, kind)
@@ -180,9 +202,12 @@ def plan(
     target: TargetSpec = "rnn",
     *,
     example_inputs: Any = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     eval_data: Iterable[Any] | None = None,
+    inputs: InputsOf | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     granularity: Granularity | None = None,
@@ -211,8 +236,11 @@ def plan(
         target=target,
         data=data,
         example_inputs=example_inputs,
+        dynamic=dynamic,
         loss=loss,
         eval_data=eval_data,
+        inputs=inputs,
+        outputs=outputs,
         parts=parts,
         keep=keep,
         granularity=granularity,
@@ -223,7 +251,7 @@ def plan(
         recipe=recipe,
         seed=seed,
     )
-    captured = capture(model, request.example(model))
+    captured = capture(model, request.example(model), request.dynamic)
     if request.is_auto:
         with watched(progress) as observer:
             chosen, _ = chosen_plan(captured, request, observer)
@@ -274,16 +302,17 @@ def chosen_plan(captured: Captured, request: Request, observer: Observer) -> tup
 
 def bind_data(captured: Captured, request: Request, observer: Observer) -> Training:
     """The user's data and task, read through the guide's signature. Warns where there is no data."""
-    feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed)
-    _warn(feed.warnings)
+    feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed, request.inputs)
+    wrap = output_wrapper(captured.signature.output_class)
+    batch, inputs = feed.held_out[0]
     with torch.no_grad():
-        output = captured.graph_module(**captured.example)
-    task = Task(
-        loss=request.loss,
-        metric=request.metric,
-        kind=output_kind(output, integer_labels(feed.first)),
-        wrap=output_wrapper(captured.signature.output_class),
-    )
+        observed = [captured.graph_module(**x) for x in different(captured.example, inputs)]
+        told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
+    if told is not None:
+        feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
+    _warn(feed.warnings)
+    outputs = read_outputs(observed, feed.example_labels, request.outputs)
+    task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
     return Training(
         guide=captured.graph_module,
         task=task,
@@ -292,6 +321,18 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         observer=observer,
         seed=request.seed,
     )
+
+
+def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:
+    """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells."""
+    try:
+        check_saveable(hybrid.graph_module)
+    except ArtifactError as error:
+        if must_save:
+            raise
+        feed = training.feed
+        return replace(training, feed=replace(feed, notes=(*feed.notes, f"can't be saved: {error}")))
+    return training
 
 
 def _warn(messages: Iterable[str]) -> None:

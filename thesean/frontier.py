@@ -22,7 +22,14 @@ from thesean.report.conversion import ConversionReport, StageRow
 def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
     """The converted network with its report; `start` is when the run began, on the monotonic clock."""
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
-    notes = [*feed.notes, *(note for note in bound_plan.plan.notes if note.startswith(UNMET))]
+    notes = [
+        *feed.notes,
+        training.task.outputs.told,
+        *(note for note in bound_plan.plan.notes if note.startswith(UNMET)),
+    ]
+    if frozen := [name for name, p in hybrid.graph_module.named_parameters() if not p.requires_grad]:
+        some = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
+        notes.append(f"frozen in the guide and left as they were (requires_grad=False): {some}")
     if told := bound_positions(hybrid.graph_module, recipe.positions):
         notes.append(told)
     report = ConversionReport(

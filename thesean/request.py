@@ -11,7 +11,8 @@ from torch import nn
 
 from thesean.choose.constraints import Constraints, parse_constraints
 from thesean.distill.data import example_inputs_of
-from thesean.distill.task import Loss, Metric
+from thesean.distill.outputs import OutputKind
+from thesean.distill.task import InputsOf, Loss, Metric
 from thesean.errors import PlanError
 from thesean.passes.plan.make_plan import TargetSpec, check_target
 from thesean.passes.plan.partition import Granularity
@@ -28,9 +29,12 @@ class Request:
     plan: Plan | str | Path | None = None  # a path is read
     data: Iterable[Any] | None = None
     example_inputs: Any = None
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
     loss: Loss | None = None
     metric: Metric | None = None
     eval_data: Iterable[Any] | None = None
+    inputs: InputsOf | None = None
+    outputs: Mapping[str, OutputKind] | None = None
     parts: Sequence[str] | None = None
     keep: Sequence[str] = ()
     granularity: Granularity | None = None
@@ -88,7 +92,7 @@ class Request:
 
     def example(self, model: nn.Module) -> Any:
         """What the guide is traced with: the example inputs, else the first batch, else its `dummy_inputs`."""
-        return example_inputs_of(model, self.data, self.example_inputs)
+        return example_inputs_of(model, self.data, self.example_inputs, self.inputs)
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

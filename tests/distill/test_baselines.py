@@ -61,7 +61,7 @@ def test_a_baseline_starts_without_a_weight_of_the_guide_and_learns(kind):
 
     before = models.state_of(guide.graph_module)
     settings = baseline_recipe(kind, recipe(20), 1e-2)
-    told = training(guide, task(cross_entropy, kind="logits"), settings, observer=observer)
+    told = training(guide, task(cross_entropy, output="softmax"), settings, observer=observer)
     assert train_baseline(bound_plan, told, kind).steps == 20
     assert observer.phases[-1][0] == kind
     assert models.same_state(guide.graph_module, before)

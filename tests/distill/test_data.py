@@ -7,7 +7,7 @@ import torch
 
 from tests import captured
 from tests.models import tokens, vectors
-from thesean.distill.data import Batches, Feed, example_of, integer_labels, named_inputs, synthetic
+from thesean.distill.data import Batches, Feed, example_of, labels_in, named_inputs, synthetic
 from thesean.errors import DataError
 
 CPU = torch.device("cpu")
@@ -106,13 +106,41 @@ def test_examples_leave_labels_out():
     assert set(example_of(({"a": x, "labels": y}, y))) == {"a"}
 
 
-def test_class_labels_are_integers():
-    x, y = vectors(2, 8), torch.zeros(2, dtype=torch.long)
-    assert integer_labels((x, y))
-    assert integer_labels({"input": x, "labels": y})
-    assert not integer_labels((x, y.float()))
-    assert not integer_labels({"input": x, "ids": y})
-    assert not integer_labels(x)
+def test_an_example_has_what_the_guide_has_a_place_for():
+    x, lengths, y = vectors(2, 8), torch.ones(2), torch.zeros(2)
+    assert example_of((x, lengths, y), takes=2) == (x, lengths)
+    assert example_of((x, lengths, y), takes=1) == (x,)
+    assert example_of((x, y), takes=2) == (x,)
+    assert example_of((x,), takes=2) == (x,)
+    assert example_of(((x, lengths), y), takes=2) == (x, lengths)
+    assert example_of(((x, lengths), y), takes=1) == (x, lengths)
+
+
+def test_labels_are_what_the_inputs_leave():
+    x, lengths, y = vectors(2, 8), torch.ones(2), torch.zeros(2, dtype=torch.long)
+
+    def same(found, *expected):
+        return len(found) == len(expected) and all(a is b for a, b in zip(found, expected, strict=True))
+
+    assert same(labels_in((x, y)), y)
+    assert same(labels_in((x, lengths, y), inputs=2), y)
+    assert same(labels_in((x, lengths, y)), y, lengths)  # the likeliest first
+    assert same(labels_in(((x, lengths), y), inputs=2), y)
+    assert same(labels_in({"input": x, "labels": y, "label": lengths}), y, lengths)
+    assert same(labels_in({"input": x, "ids": y}))
+    assert same(labels_in(x))
+    assert same(labels_in((x, "text")))
+
+
+def test_the_callers_own_reading_of_a_batch_ends_all_guessing():
+    x, y = vectors(2, 8), torch.zeros(2)
+    read = Batches([(y, x)], captured.mlp().signature, CPU, inputs=lambda batch: {"input": batch[1]})
+    ((whole, inputs),) = read
+    assert whole[0] is y
+    assert inputs["input"] is x
+    broken = Batches([(y, x)], captured.mlp().signature, CPU, inputs=lambda batch: {"pixels": batch[1]})
+    with pytest.raises(DataError, match="batch 0: no input 'input' in the batch, which has: pixels"):
+        list(broken)
 
 
 def test_synthetic_inputs_fit_the_guide_and_follow_the_seed():

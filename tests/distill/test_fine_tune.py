@@ -28,7 +28,7 @@ def test_the_task_loss_falls(settings):
     batches = batches_of(guide)
     held = [cross_entropy(hybrid.graph_module(**i), b).item() for b, i in batches]
     # with full distillation the task comes in as the guide's weight is annealed
-    assert run(guide, hybrid, task(cross_entropy, kind="logits"), 60, learning_rate=1e-2, **settings) == 60
+    assert run(guide, hybrid, task(cross_entropy, output="softmax"), 60, learning_rate=1e-2, **settings) == 60
     after = [cross_entropy(hybrid.graph_module(**i), b).item() for b, i in batches]
     assert sum(after) < sum(held)
 
@@ -36,7 +36,7 @@ def test_the_task_loss_falls(settings):
 def test_without_a_task_the_guides_outputs_are_matched():
     guide, observer = captured.gpt2(), Recorder()
     _, hybrid = drafted(guide, "gru")
-    run(guide, hybrid, task(kind="logits"), 15, observer, batches_of(guide, 2, 4), hidden=0.0, learning_rate=3e-3)
+    run(guide, hybrid, task(logits="softmax"), 15, observer, batches_of(guide, 2, 4), hidden=0.0, learning_rate=3e-3)
     assert observer.losses[-1] < 0.8 * observer.losses[0]
 
 
@@ -60,7 +60,7 @@ def weights(steps, **settings):
         calls.append(len(calls))
         return output.sum() * 0 + 1000.0
 
-    run(guide, hybrid, task(constant, kind="logits"), steps, observer, learning_rate=1e-9, **settings)
+    run(guide, hybrid, task(constant, output="softmax"), steps, observer, learning_rate=1e-9, **settings)
     return observer.losses, len(calls)
 
 

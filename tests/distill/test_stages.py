@@ -20,7 +20,7 @@ def cross_entropy(output, batch):
 
 
 def run(guide, target="mlp", settings=None, seed=0, what=None, observer=None, **division) -> Conversion:
-    told = training(guide, what or task(cross_entropy, kind="logits"), settings or recipe(8), observer=observer)
+    told = training(guide, what or task(cross_entropy, output="softmax"), settings or recipe(8), observer=observer)
     return converted(make_plan(guide, target, **division), told, seed)
 
 
@@ -52,7 +52,7 @@ def test_each_part_leaves_a_snapshot_and_each_step_is_counted(schedule):
 def test_every_hybrid_on_the_way_is_usable():
     guide = captured.gpt2()
     bound_plan = make_plan(guide, "gru")
-    conversion = run(guide, "gru", what=task(kind="logits"), settings=recipe(4))
+    conversion = run(guide, "gru", what=task(logits="softmax"), settings=recipe(4))
     (_, inputs), *_ = batches_of(guide, 1, 2)
     for snapshot in conversion.snapshots:
         hybrid = with_state(bound_plan, snapshot.count, snapshot.state)
@@ -133,8 +133,8 @@ def test_an_untrained_conversion_is_beaten():
     settings = recipe(60, "independent", share=0.2, learning_rate=5e-3)
     before = run(guide, settings=recipe(0, "none").model_copy(update={
         "closed_form": Recipe().closed_form.model_copy(update={"enabled": False}),
-    }), what=task(kind="logits"))  # fmt: skip
-    after = run(guide, settings=settings, what=task(kind="logits"))
+    }), what=task(output="softmax"))  # fmt: skip
+    after = run(guide, settings=settings, what=task(output="softmax"))
     assert after.final.divergence < 0.5 * before.final.divergence
 
 
@@ -142,10 +142,10 @@ def test_metric_and_loss_are_the_users():
     def metric(output, batch):
         return 0.25
 
-    conversion = run(captured.mlp(), what=task(cross_entropy, metric, "logits"))
+    conversion = run(captured.mlp(), what=task(cross_entropy, metric, output="softmax"))
     assert conversion.final.metric == pytest.approx(0.25)
     assert conversion.guide.loss is not None
-    assert run(captured.mlp(), what=task(kind="logits")).final.loss is None
+    assert run(captured.mlp(), what=task(output="softmax")).final.loss is None
 
 
 def test_a_guide_that_gives_no_numbers_is_found_before_anything_trains():
@@ -153,4 +153,4 @@ def test_a_guide_that_gives_no_numbers_is_found_before_anything_trains():
     batches = batches_of(guide)
     broken = [(batch, {k: v * float("nan") for k, v in inputs.items()}) for batch, inputs in batches]
     with pytest.raises(NumericalError, match="held-out batch 0: the guide's own output"):
-        converted(make_plan(guide, "mlp"), training(guide, task(kind="logits"), recipe(4), held_out=broken))
+        converted(make_plan(guide, "mlp"), training(guide, task(output="softmax"), recipe(4), held_out=broken))

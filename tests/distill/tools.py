@@ -10,6 +10,7 @@ from torch import nn
 
 from tests import models
 from thesean.distill.data import Feed
+from thesean.distill.outputs import Outputs
 from thesean.distill.task import Batch, Task
 from thesean.distill.training import Training
 from thesean.passes.capture.captured import Captured
@@ -37,8 +38,9 @@ class Recorder:
     def close(self) -> None: ...
 
 
-def task(loss: Any = None, metric: Any = None, kind: Any = "features") -> Task:
-    return Task(loss=loss, metric=metric, kind=kind, wrap=lambda output: output)
+def task(loss: Any = None, metric: Any = None, **outputs: Any) -> Task:
+    """Outputs by name and kind; without them the one output of an anonymous guide, by its normalised MSE."""
+    return Task(loss=loss, metric=metric, outputs=Outputs(kinds=outputs or {"output": "mse"}), wrap=lambda o: o)
 
 
 def drafted(captured: Captured, target: Any = "mlp", seed: int = 0, **settings: Any) -> tuple[BoundPlan, Hybrid]:

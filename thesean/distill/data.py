@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean.distill.task import Batch
+from thesean.distill.task import Batch, InputsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.signature import Signature
@@ -27,6 +28,7 @@ class Batches:
     data: Iterable[Any]
     signature: Signature
     device: torch.device
+    inputs: InputsOf | None = None  # the caller's own reading of a batch
 
     def __post_init__(self) -> None:
         check_readable(self.data)
@@ -35,7 +37,7 @@ class Batches:
         """Pairs of the batch as it came and the graph's inputs in it."""
         for number, batch in enumerate(self.data):
             try:
-                inputs = named_inputs(batch, self.signature)
+                inputs = named_inputs(batch if self.inputs is None else self.inputs(batch), self.signature)
                 self.signature.check(inputs)
             except DataError as error:
                 raise DataError(f"batch {number}: {error}") from None
@@ -68,7 +70,7 @@ def check_readable(data: Any) -> None:
 
 
 def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
-    """The graph's inputs in a batch: a dict by name; of a tuple the first element, or the first few."""
+    """The graph's inputs in a batch: a dict by name; of a tuple the first few, or those of the first one."""
     names = [s.name for s in signature.inputs]
     if isinstance(batch, torch.Tensor):
         batch = (batch,)
@@ -89,22 +91,44 @@ def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
     raise DataError(f"expected a tensor, a tuple (x, y) or a dict, found {type(batch).__name__}.")
 
 
-def example_of(batch: Any) -> Any:
-    """Example inputs in a first batch: a dict without its labels, or x of (x, y)."""
+def example_of(batch: Any, takes: int = 1) -> Any:
+    """Example inputs in a first batch: a dict without its labels; of ((a, b), y) both; of (x, y) the first; of
+    (x, lengths, y) all but the last, as far as the guide's forward, which `takes` so many, has a place for them.
+    """
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in LABELS}
     if isinstance(batch, (tuple, list)) and batch:
-        return example_of(batch[0]) if isinstance(batch[0], (Mapping, tuple, list)) else (batch[0],)
+        if isinstance(batch[0], Mapping):
+            return example_of(batch[0])
+        if isinstance(batch[0], (tuple, list)):
+            return tuple(batch[0])
+        return tuple(batch[: max(1, min(takes, len(batch) - 1))])
     return batch
 
 
-def integer_labels(batch: Any) -> bool:
-    """Whether the batch carries class labels: integers in y of (x, y) or under a label key."""
+def labels_in(batch: Any, inputs: int = 1) -> list[torch.Tensor]:
+    """The tensors of a batch that may be labels, the likeliest first: those under a label key of a dict, or those of a
+    tuple after its `inputs`, from the end.
+    """
     if isinstance(batch, Mapping):
         found = [batch[k] for k in LABELS if k in batch]
+    elif isinstance(batch, (tuple, list)):
+        nested = batch and isinstance(batch[0], (Mapping, tuple, list))
+        found = list(batch[: (0 if nested else max(inputs, 1) - 1) : -1])
     else:
-        found = list(batch[1:]) if isinstance(batch, (tuple, list)) else []
-    return any(isinstance(y, torch.Tensor) and not y.is_floating_point() for y in found)
+        found = []
+    return [y for y in found if isinstance(y, torch.Tensor)]
+
+
+def different(example: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+    """The example, and inputs of its shapes that are not the same: the `other` ones, or its own rows in another order.
+    The example alone where there are none.
+    """
+    for found in (other, {k: v.roll(1, 0) if v.ndim else v for k, v in example.items()}):
+        alike = all(found[k].shape == v.shape for k, v in example.items())
+        if alike and any(not torch.equal(found[k], v) for k, v in example.items()):
+            return example, found
+    return (example,)
 
 
 def synthetic(signature: Signature, sizes: dict[str, int], device: torch.device, batches: int, seed: int) -> list[Any]:
@@ -130,6 +154,7 @@ class Feed:
     held_out: Sequence[Batch]
     first: Any
     length: int | None
+    example_labels: tuple[torch.Tensor, ...] = ()  # what may be labels in the first batch, the likeliest first
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -147,17 +172,30 @@ class Feed:
         return list(itertools.islice(self.batches, count))
 
 
-def example_inputs_of(model: nn.Module, data: Iterable[Any] | None, example_inputs: Any) -> Any:
+def example_inputs_of(
+    model: nn.Module, data: Iterable[Any] | None, example_inputs: Any, inputs: InputsOf | None = None
+) -> Any:
+    """What the guide is traced with: as given, else the first batch's inputs, else its own `dummy_inputs`."""
     if example_inputs is not None:
         return example_inputs
     if data is not None:
         check_readable(data)
-        return example_of(next(iter(data)))
+        if inputs is not None:
+            return inputs(next(iter(data)))
+        forward = getattr(model, "forward", None)  # what is no module is refused by the capture
+        places = inspect.signature(forward).parameters.values() if forward is not None else ()
+        takes = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in places)
+        return example_of(next(iter(data)), takes)
     return getattr(model, "dummy_inputs", None)
 
 
 def make_feed(
-    captured: Captured, data: Iterable[Any] | None, eval_data: Iterable[Any] | None, example_inputs: Any, seed: int
+    captured: Captured,
+    data: Iterable[Any] | None,
+    eval_data: Iterable[Any] | None,
+    example_inputs: Any,
+    seed: int,
+    inputs: InputsOf | None = None,
 ) -> Feed:
     """Without data, random inputs of the guide's shapes, and a warning. Raises DataError for batches that don't fit."""
     signature = captured.signature
@@ -181,18 +219,27 @@ def make_feed(
         data, held_source = data[:-count], data[-count:]
         if not warnings:
             notes.append(f"no eval_data given: the last {count} batches of data were held out")
-    batches = Batches(data, signature, device)
+    if warnings:
+        inputs = None  # random inputs are no batches of the caller's
+    batches = Batches(data, signature, device, inputs)
     if held_source is None:
         held_out = batches.first(_STAGE_BATCHES)
         notes.append("no eval_data given: measured on training batches")
     else:
-        held_out = list(Batches(held_source, signature, device))
-    first, inputs = batches.first(1)[0]
+        held_out = list(Batches(held_source, signature, device, inputs))
+    first, read = batches.first(1)[0]
+    labels = labels_in(first, len(signature.inputs))
+    if inputs is None and isinstance(first, (tuple, list)) and len(first) > 2:
+        named = ", ".join(read)
+        notes.append(
+            f"of each batch of {len(first)}: inputs {named}; labels: the last that fits. inputs= says otherwise"
+        )
     return Feed(
         batches=batches,
         held_out=held_out,
         first=first,
-        length=signature.check(inputs).get("time"),
+        length=signature.check(read).get("time"),
+        example_labels=tuple(labels),
         notes=(*warnings, *notes),
         warnings=tuple(warnings),
     )

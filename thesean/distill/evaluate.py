@@ -10,13 +10,14 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from thesean.distill.task import Batch, Task, match_loss
-from thesean.errors import NumericalError
+from thesean.distill.task import Batch, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Means over held-out batches. `divergence`: KL(guide | hybrid) in nats for logits, else the normalised MSE."""
+    """Means over held-out batches. `divergence` from the guide: KL in nats for logits, else the normalised MSE, the
+    mean over outputs where there are several.
+    """
 
     loss: float | None
     metric: float | None
@@ -50,7 +51,7 @@ class Judge:
             output = wanted if hybrid is self.guide else hybrid(**inputs)
             wrapped = self.task.wrap(output)
             if hybrid is not self.guide:
-                total["divergence"] += match_loss(output, wanted, self.task.kind).item() * size
+                total["divergence"] += self.task.outputs.distance(output, wanted).item() * size
             if self.task.loss is not None:
                 total["loss"] += float(self.task.loss(wrapped, batch)) * size
             if self.task.metric is not None:
@@ -67,12 +68,8 @@ class Judge:
         if number in self._kept:
             return self._kept[number]
         output = self.guide(**inputs)
+        self.task.outputs.check_finite(output, f"held-out batch {number}")
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
-        if not all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()):
-            raise NumericalError(
-                f"held-out batch {number}: the guide's own output holds NaN or infinity. Look for NaN in the data, or "
-                "in the guide's weights."
-            )
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes + size <= _KEPT_BYTES:
             self._kept[number] = output

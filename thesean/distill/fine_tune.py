@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from thesean.distill.align import examples, faint
-from thesean.distill.task import Batch, Task, match_loss
+from thesean.distill.task import Batch, Task
 from thesean.distill.training import Training
 from thesean.errors import DataError
 from thesean.passes.graph.intermediates import intermediates
@@ -43,7 +43,8 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
             with torch.no_grad():
                 wanted = theirs(**inputs)
             if weight > 0:
-                terms.append(weight * match_loss(got["output"], wanted["output"], task.kind, settings.temperature))
+                off = task.outputs.distance(got["output"], wanted["output"], settings.temperature)
+                terms.append(weight * off)
             if hidden > 0:
                 matched = [(y, g) for y, g in zip(own_names, guide_names, strict=True) if not faint(wanted[g])]
                 for y, g in matched:
@@ -51,12 +52,12 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
     observer.begin(phase, None, 1, 1, steps)
-    hybrid.graph_module.requires_grad_(True)
     hybrid.graph_module.train()
     taken = 0
-    if steps:
+    parameters = [p for p in hybrid.graph_module.parameters() if p.requires_grad]  # what the guide froze stays frozen
+    if steps and parameters:
         taken = training.trainer.train(
-            list(hybrid.graph_module.parameters()),
+            parameters,
             loss_of,
             training.feed.stream,
             steps=steps,

@@ -5,45 +5,95 @@ B batch, T time, V vocabulary or classes
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from thesean.distill.data import LABELS
+from thesean.distill.data import labels_in
 from thesean.distill.task import primary
 from thesean.errors import DataError
+
+_IGNORED = -100  # what torch's cross_entropy leaves out
 
 
 def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     """Mean cross-entropy of logits (..., V) against the batch's integer labels: y of (x, y), or `labels` of a dict.
 
-    For language models give the next tokens as y. Labels of -100 are ignored. Raises DataError without labels.
+    Labels of -100 are ignored. A dict whose labels are its own `input_ids` follows Hugging Face's convention for causal
+    language models: position t is asked for label t + 1. Raises DataError without labels that fit.
     """
     logits = primary(output)
-    labels = _labels(batch)
-    if labels.shape != logits.shape[:-1]:
-        raise DataError(f"labels of shape {tuple(labels.shape)} don't fit logits of {tuple(logits.shape)}.")
+    labels = _labels(batch, logits.shape[:-1])
+    if labels_are_inputs(batch):
+        logits, labels = logits[:, :-1], labels[:, 1:]
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
+def labels_are_inputs(batch: Any) -> bool:
+    """Whether a dict's labels are its `input_ids`, padding aside: a model that is asked for those copies its input."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), torch.Tensor):
+        return False
+    ids_BT, labels = batch["input_ids"], next(iter(labels_in(batch)), None)
+    if labels is None or labels.shape != ids_BT.shape or ids_BT.ndim != 2 or ids_BT.shape[1] < 2:
+        return False
+    asked = labels != _IGNORED
+    return bool(asked.any()) and bool((labels == ids_BT)[asked].all())
+
+
 def next_token(output: Any, batch: Any) -> torch.Tensor:
-    """Mean cross-entropy of logits_BTV at t against the batch's own `input_ids` at t + 1."""
+    """Mean cross-entropy of logits_BTV at t against the batch's own `input_ids` at t + 1.
+
+    Where the batch has an `attention_mask`, only between tokens that it doesn't hide: padding is neither asked for nor
+    asked.
+    """
     logits_BTV = primary(output)
     ids_BT = batch["input_ids"] if hasattr(batch, "keys") else batch[0] if isinstance(batch, (tuple, list)) else batch
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+    asked_BT = ids_BT[:, 1:]
+    mask_BT = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask_BT, torch.Tensor) and mask_BT.shape == ids_BT.shape:
+        asked_BT = asked_BT.masked_fill((mask_BT[:, 1:] == 0) | (mask_BT[:, :-1] == 0), _IGNORED)
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), asked_BT.flatten())
+
+
+_NO_BETTER = 0.99  # of a uniform guess's loss: an untrained network is within a few thousandths of it
+
+
+def warn_of_chance(loss: Any, run: Callable[[], Any], batch: Any) -> str | None:
+    """What to tell, before anything trains, of a guide that only guesses, whose output `run` gives.
+    None of one that does, and for losses of the caller's own.
+    """
+    if loss not in (cross_entropy, next_token):
+        return None
+    output = run()
+    classes = primary(output).shape[-1]
+    value, chance = loss(output, batch).item(), math.log(classes)
+    if classes < 2 or not value >= _NO_BETTER * chance:
+        return None
+    return (
+        f"the guide's loss is {value:.2f} nats on a held-out batch, no better than a uniform guess over {classes} "
+        f"classes ({chance:.2f}): the labels may not be what it was trained on, or its weights not the trained ones."
+    )
 
 
 def accuracy(output: Any, batch: Any) -> float:
-    """Share of labels that have the largest logit."""
-    return (primary(output).argmax(-1) == _labels(batch)).float().mean().item()
+    """Share of labels that have the largest logit; those of -100 are left out."""
+    logits = primary(output)
+    labels = _labels(batch, logits.shape[:-1])
+    if labels_are_inputs(batch):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    asked = labels != _IGNORED
+    return (logits.argmax(-1) == labels)[asked].float().mean().item()
 
 
-def _labels(batch: Any) -> torch.Tensor:
-    if hasattr(batch, "keys"):
-        found = [batch[k] for k in LABELS if k in batch]
-    else:
-        found = list(batch[1:]) if isinstance(batch, (tuple, list)) else []
-    if not found or not isinstance(found[0], torch.Tensor):
+def _labels(batch: Any, shape: torch.Size) -> torch.Tensor:
+    """The labels of this shape, or, of a tuple with several tensors, the last that has it."""
+    found = labels_in(batch)
+    if not found:
         raise DataError("the batch has no labels: expected (x, y), or a dict with 'labels'.")
-    return found[0]
+    fitting = [y for y in found if y.shape == shape]
+    if not fitting:
+        raise DataError(f"labels of shape {tuple(found[0].shape)} don't fit logits of {(*shape, '...')}.")
+    return fitting[0]

@@ -90,7 +90,6 @@ def tune(hybrid: Hybrid, training: Training, aligned: Aligned) -> Conversion:
     steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
     taken = fine_tune(hybrid, training, steps) if steps > 0 else 0
     hybrid.graph_module.eval()
-    hybrid.graph_module.requires_grad_(True)
     return Conversion(
         hybrid=hybrid,
         snapshots=aligned.snapshots,

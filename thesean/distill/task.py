@@ -1,24 +1,21 @@
-"""What the user asked for, what the hybrid's output should match in the guide's, and how far it is off.
-
-B batch, T time, V classes
-"""
+"""What the user asked for: loss, metric, and how outputs are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from thesean.distill.outputs import Outputs
 from thesean.errors import DataError
 
 Batch = tuple[Any, dict[str, torch.Tensor]]
 Loss = Callable[[Any, Any], torch.Tensor]
 Metric = Callable[[Any, Any], float]
-OutputKind = Literal["logits", "features"]
+InputsOf = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +27,7 @@ class Task:
 
     loss: Loss | None
     metric: Metric | None
-    kind: OutputKind
+    outputs: Outputs
     wrap: Callable[[Any], Any]
 
 
@@ -42,29 +39,3 @@ def primary(output: Any) -> torch.Tensor:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim:
             return leaf
     raise DataError("the guide's output holds no floating-point tensor; there is nothing to match.")
-
-
-def output_kind(output: Any, has_class_labels: bool) -> OutputKind:
-    """Logits where the guide says so or integer labels come with the data; features otherwise."""
-    named = isinstance(output, Mapping) and isinstance(output.get("logits"), torch.Tensor)
-    return "logits" if named or (has_class_labels and primary(output).shape[-1] > 1) else "features"
-
-
-def match_loss(output: Any, guide: Any, kind: OutputKind, temperature: float = 1.0) -> torch.Tensor:
-    """Distillation: KL(guide | hybrid) at a temperature, times its square (Hinton et al. 2015), averaged over
-    positions; for features the normalised MSE |y - g|^2 / |g - mean g|^2 of every output tensor.
-    """
-    if kind == "logits":
-        y, g = (primary(o).flatten(0, -2) / temperature for o in (output, guide))
-        kl = F.kl_div(F.log_softmax(y, -1), F.log_softmax(g, -1), log_target=True, reduction="batchmean")
-        return kl * temperature**2
-    pairs = [
-        (y, g)
-        for y, g in zip(pytree.tree_leaves(output), pytree.tree_leaves(guide), strict=True)
-        if isinstance(g, torch.Tensor) and g.is_floating_point()
-    ]
-    terms = []
-    for y, g in pairs:
-        spread = (g - g.mean(0, keepdim=True)).square().sum()
-        terms.append((y - g).square().sum() / spread.clamp_min(1e-12 * g.numel()))
-    return torch.stack(terms).mean()

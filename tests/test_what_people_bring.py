@@ -1,0 +1,239 @@
+"""Guides, batches and outputs as people have them, through `thesean.compile` whole.
+
+B batch, T time, V vocabulary
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import thesean
+from tests import models
+from tests.models import tokens, vectors
+from thesean.errors import ArtifactError, DataError
+
+FEW = {"steps": 8, "warmup": 1}
+
+
+class Cells(nn.Module):
+    """A stem, three recurrent blocks with names that are no identifiers, and a head: x_BTD -> y_BTV."""
+
+    def __init__(self, names: tuple[str, ...] = ("user id", "[cls]", "x")) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.by = nn.ModuleDict({name: nn.GRU(8, 8, batch_first=True) for name in names})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for name in self.by:
+            x = x + self.by[name](x)[0]
+        return self.out(x)
+
+
+def cells() -> Cells:
+    guide = models.seeded(Cells)
+    assert isinstance(guide, Cells)
+    return guide
+
+
+def windows(count: int = 9) -> list[torch.Tensor]:
+    return [vectors(4, 7, 6, seed=k) for k in range(count)]
+
+
+def convert(guide: nn.Module, target: str = "mingru", data=None, **settings):
+    return thesean.compile(guide, target, data=data or windows(), progress=False, **{"recipe": "fast", **settings})
+
+
+def test_names_that_are_no_identifiers_survive_plan_yaml_folder_and_file(tmp_path):
+    plan = thesean.plan(cells(), "mingru", data=windows())
+    assert all(name in str(plan) for name in ("user id", "[cls]"))
+    assert thesean.Plan.from_yaml(plan.to_yaml()) == plan
+    converted = convert(cells(), keep=[plan.parts[0].path])
+    loaded = thesean.load(converted.save(tmp_path / "saved"))
+    assert torch.equal(loaded(windows()[0]), converted(windows()[0]))
+    assert loaded.export(tmp_path / "m.onnx").checks
+
+
+def test_what_the_guide_froze_is_neither_trained_nor_thawed():
+    guide = cells()
+    guide.stem.requires_grad_(False)
+    converted = convert(guide, recipe=FEW)
+    found = dict(converted.module.named_parameters())
+    assert torch.equal(found["stem.weight"], guide.stem.weight)
+    assert not found["stem.weight"].requires_grad
+    assert not torch.equal(found["out.weight"], guide.out.weight)
+    assert all(p.requires_grad for name, p in found.items() if not name.startswith("stem"))
+    assert "frozen in the guide and left as they were (requires_grad=False): stem.weight, stem.bias" in (
+        converted.report.notes
+    )
+
+
+def test_a_guide_that_is_frozen_whole_keeps_all_but_the_new_parts():
+    guide = cells().requires_grad_(False)
+    converted = convert(guide, recipe=FEW)
+    trained = {name for name, p in converted.module.named_parameters() if p.requires_grad}
+    assert trained
+    assert not trained & dict(guide.named_parameters()).keys()
+
+
+def language_data(labels: bool) -> list[dict[str, torch.Tensor]]:
+    data = [{"input_ids": tokens(4, 10, seed=k)} for k in range(9)]
+    return [batch | {"labels": batch["input_ids"]} for batch in data] if labels else data
+
+
+def test_labels_that_are_the_inputs_are_asked_one_step_ahead_as_hugging_face_does():
+    guide = models.gpt2(1)
+    batch = language_data(labels=True)[0]
+    with torch.no_grad():
+        theirs = guide(**batch).loss
+        ours = thesean.cross_entropy(guide(batch["input_ids"]), batch)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    asked = torch.where(batch["input_ids"] % 3 == 0, -100, batch["input_ids"])  # as padding is left out
+    masked = batch | {"labels": asked}
+    with torch.no_grad():
+        theirs = guide(**masked).loss
+    assert thesean.cross_entropy(guide(batch["input_ids"]), masked).item() == pytest.approx(theirs.item(), rel=1e-5)
+    other = batch | {"labels": (batch["input_ids"] + 1) % 32}  # a tagger's: nothing is shifted
+    logits = guide(batch["input_ids"]).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), other["labels"].flatten())
+    assert thesean.cross_entropy({"logits": logits}, other).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_next_token(side):
+    batch = language_data(labels=False)[0]
+    ids, pad = batch["input_ids"], (3, 0) if side == "left" else (0, 3)
+    logits = vectors(4, 10, 32)
+    alone = thesean.next_token({"logits": logits}, {"input_ids": ids}).item()
+    padded = {"input_ids": nn.functional.pad(ids, pad), "attention_mask": nn.functional.pad(torch.ones_like(ids), pad)}
+    noise = nn.functional.pad(logits, (0, 0, *pad), value=7.0)
+    assert thesean.next_token({"logits": noise}, padded).item() == pytest.approx(alone, rel=1e-6)
+    assert thesean.next_token({"logits": noise}, {"input_ids": padded["input_ids"]}).item() != pytest.approx(alone)
+
+
+def test_a_guide_that_guesses_is_told_before_anything_trains():
+    with pytest.warns(UserWarning, match=r"the guide's loss is .* no better than a uniform guess over 32 classes"):
+        converted = thesean.compile(
+            models.gpt2(1), "gru", data=language_data(labels=False), loss=thesean.next_token, recipe="fast",
+            progress=False,
+        )  # fmt: skip
+    assert any("uniform guess" in note for note in converted.report.notes)
+
+
+def test_a_guide_that_knows_its_task_is_not_warned_of():
+    guide = models.gpt2(1)
+    data = language_data(labels=False)
+    with torch.no_grad():
+        for batch in data:  # what the guide itself would say next is what it is asked for
+            batch["labels"] = guide(batch["input_ids"]).logits.argmax(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        thesean.compile(guide, "gru", data=data, loss=thesean.cross_entropy, recipe="fast", progress=False)
+
+
+class Heads(nn.Module):
+    """Two heads and a temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.body(x)
+        return {"policy": y[..., :3], "value": y[..., 3:], "scale": self.scale.exp()}
+
+
+def test_each_output_is_compared_by_its_kind_and_the_report_says_so():
+    converted = convert(models.seeded(Heads))
+    told = "outputs: policy by normalised MSE; value by normalised MSE; scale ignored (one number for a whole batch)"
+    assert told in converted.report.notes
+    assert converted.report.converted["divergence"] < 2
+    overruled = convert(models.seeded(Heads), outputs={"policy": "softmax", "value": "ignore"})
+    assert any(note.startswith("outputs: policy by softmax over 3 (asked for); value ignored") for note in (
+        overruled.report.notes
+    ))  # fmt: skip
+    with pytest.raises(DataError, match="outputs: the guide gives no 'policies'"):
+        convert(models.seeded(Heads), outputs={"policies": "softmax"})
+
+
+def test_a_batch_is_read_as_the_caller_says():
+    batches = [{"features": x, "id": torch.arange(4), "y": torch.zeros(4)} for x in windows()]
+    with pytest.raises(DataError, match="takes no input 'features'"):
+        convert(cells(), data=batches)
+    converted = convert(cells(), data=batches, inputs=lambda batch: {"x": batch["features"]})
+    assert torch.equal(converted(windows()[0]), convert(cells())(windows()[0]))
+
+
+class Lengths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.body(x)
+        return y.sum(1) if lengths is None else (y * (torch.arange(y.shape[1]) < lengths[:, None]).unsqueeze(-1)).sum(1)
+
+
+def test_of_three_in_a_batch_what_forward_has_a_place_for_is_its_input():
+    lengths = [torch.randint(1, 8, (4,), generator=torch.Generator().manual_seed(k)) for k in range(9)]
+    data = [(x, n, torch.tensor([0, 1, 2, 3])) for x, n in zip(windows(), lengths, strict=True)]
+    guide = models.seeded(Lengths)
+    converted = convert(guide, data=data, loss=thesean.cross_entropy)
+    with torch.no_grad():
+        x, n, y = data[-1]
+        expected = nn.functional.cross_entropy(guide(x, n), y).item()
+    assert converted.report.guide["loss"] == pytest.approx(expected, rel=1e-5)
+    assert any("inputs x, lengths; labels: the last" in note for note in converted.report.notes)
+
+
+@torch.library.custom_op("thesean_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class WithAnOperatorOfItsOwn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return twice(self.body(x))
+
+
+def test_what_can_not_be_saved_is_found_before_anything_trains(tmp_path):
+    calls = []
+
+    def loss(output, batch):
+        calls.append(output)
+        return output.square().mean()
+
+    with pytest.raises(ArtifactError, match=r"operator thesean_tests\.twice\.default can't be saved"):
+        convert(WithAnOperatorOfItsOwn().eval(), loss=loss, workdir=tmp_path)
+    assert calls == []
+    converted = convert(WithAnOperatorOfItsOwn().eval(), loss=loss)
+    assert any(note.startswith("can't be saved: operator thesean_tests.twice") for note in converted.report.notes)
+
+
+def test_a_conversion_that_could_not_be_written_is_returned_all_the_same(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("thesean.artifact.save_file", full)
+    with pytest.warns(UserWarning, match=r"not saved: .*No space left on device"):
+        converted = convert(cells(), workdir=tmp_path)
+    assert converted(windows()[0]).shape == (4, 7, 4)
+
+
+def test_a_dimension_is_what_the_caller_calls_it():
+    converted = convert(cells(), dynamic={"x": {0: "batch"}})
+    assert converted.signature.inputs[0].shape == ("batch", 7, 6)

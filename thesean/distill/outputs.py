@@ -1,0 +1,180 @@
+"""What a guide's outputs are, and how far a hybrid's are from them: each by its own measure.
+
+B batch, T time, V classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch.nn import functional as F
+
+from thesean.errors import DataError, NumericalError, unknown_name
+
+OutputKind = Literal["softmax", "sigmoid", "mse", "ignore"]
+
+# Of the largest value: an output that moves by less from example to example is a constant
+_STILL = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """`kinds` by name, as an exported file names its outputs; `told` says how each is compared, for people."""
+
+    kinds: Mapping[str, OutputKind]
+    told: str = ""
+
+    @property
+    def in_nats(self) -> bool:
+        """Whether distances are Kullback-Leibler divergences alone."""
+        return {k for k in self.kinds.values() if k != "ignore"} <= {"softmax", "sigmoid"}
+
+    def check_finite(self, output: Any, where: str) -> None:
+        """Raises NumericalError for NaN and infinities that mean nothing: a class at -inf is ruled out."""
+        for name, value in named_outputs(output).items():
+            kind = self.kinds.get(name, "ignore")
+            bad = ~value.isfinite() if kind != "softmax" else value.isnan() | (value == torch.inf)
+            if kind != "ignore" and bool(bad.any()):
+                raise NumericalError(
+                    f"{where}: the guide's own output {name!r} holds NaN or infinity. Look for NaN in the data, or in "
+                    "the guide's weights."
+                )
+
+    def distance(self, output: Any, guide: Any, temperature: float = 1.0) -> torch.Tensor:
+        """The mean over the outputs that count; 0 for equal ones. The temperature is that of softmax and sigmoid alone,
+        whose divergences are multiplied by its square (Hinton et al. 2015).
+        """
+        own, theirs = named_outputs(output), named_outputs(guide)
+        terms = []
+        for name, kind in self.kinds.items():
+            if kind == "softmax":
+                terms.append(_softmax_distance(own[name], theirs[name], temperature))
+            elif kind == "sigmoid":
+                terms.append(_sigmoid_distance(own[name], theirs[name], temperature))
+            elif kind == "mse":
+                terms.append(_squared_distance(own[name], theirs[name]))
+        return torch.stack(terms).mean()
+
+
+def named_outputs(output: Any) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of an output: the guide's own keys, nested ones joined by "."; "output" or "output_0",
+    "output_1"... without keys.
+    """
+    return {name: value for name, value in _leaves(output, "") if value.is_floating_point()}
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield prefix or "output", value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, (tuple, list)):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{prefix}.{index}" if prefix else f"output_{index}")
+
+
+def read_outputs(
+    observed: Sequence[Any], labels: Sequence[torch.Tensor] = (), given: Mapping[str, OutputKind] | None = None
+) -> Outputs:
+    """What each output is, by what the guide gave on inputs of one shape that differ, and by the labels of the first.
+
+    Several values a row are logits by softmax where they are called so or integer labels have their shape, logits by
+    sigmoid where labels of 0 and 1 do; what doesn't vary is ignored, and all else compared by the normalised MSE.
+    `given` overrules, by name. Raises DataError for a name that isn't there, or where nothing is left to match;
+    UnknownNameError for a kind that isn't.
+    """
+    found = [named_outputs(output) for output in observed]
+    for name, kind in (given or {}).items():
+        if name not in found[0]:
+            raise DataError(f"outputs: the guide gives no {name!r}; it gives: {', '.join(found[0]) or 'none'}.")
+        if kind not in get_args(OutputKind):
+            raise unknown_name("kind of output", kind, get_args(OutputKind))
+    kinds: dict[str, OutputKind] = {}
+    told = []
+    main = next((n for n, v in found[0].items() if v.ndim), None)  # labels are of the first one
+    for name in found[0]:
+        values = [f[name] for f in found]
+        guessed, why = _kind(name, values, labels if name == main else ())
+        kinds[name] = (given or {}).get(name, guessed)
+        told.append(_describe(name, kinds[name], values[0], why if kinds[name] == guessed else "asked for"))
+    if given is None and all(kind == "ignore" for kind in kinds.values()):
+        # on these inputs nothing varies: better to match all of it than to refuse a guide that may vary on others
+        kinds = {name: "mse" for name in kinds if found[0][name].ndim}
+        told = [_describe(name, "mse", found[0][name], "it didn't vary") for name in kinds]
+    if not any(kind != "ignore" for kind in kinds.values()):
+        raise DataError(
+            "the guide's output holds no floating-point tensor with a batch that is to count; there is nothing to "
+            "match."
+        )
+    return Outputs(kinds=kinds, told="outputs: " + "; ".join(told))
+
+
+def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[OutputKind, str]:
+    value = values[0]
+    if value.ndim == 0:
+        return "ignore", "one number for a whole batch"
+    if _is_constant(values):
+        return "ignore", "constant"
+    several = value.ndim > 1 and value.shape[-1] > 1
+    if several and (name.rpartition(".")[2].endswith("logits") or bool((value == -torch.inf).any())):
+        return "softmax", ""  # nothing else rules values out by -inf
+    for label in labels:
+        if several and not label.is_floating_point() and label.shape == value.shape[:-1]:
+            return "softmax", ""
+        if label.shape == value.shape and bool(((label == 0) | (label == 1)).all()):
+            return "sigmoid", ""
+    return "mse", ""
+
+
+def _is_constant(values: Sequence[torch.Tensor]) -> bool:
+    """The same tensor whatever the inputs hold; of one run alone nothing can be said."""
+    first = values[0].double()
+    if len(values) < 2 or any(v.shape != first.shape for v in values):
+        return False
+    scale = first[first.isfinite()].abs().max().clamp_min(1e-30) if bool(first.isfinite().any()) else 1.0
+    return all(bool(torch.nan_to_num(v.double() - first).abs().max() <= _STILL * scale) for v in values[1:])
+
+
+def _describe(name: str, kind: OutputKind, value: torch.Tensor, why: str) -> str:
+    ways = {
+        "softmax": f"by softmax over {value.shape[-1] if value.ndim else 1}",
+        "sigmoid": "by sigmoid",
+        "mse": "by normalised MSE",
+        "ignore": "ignored",
+    }
+    return f"{name} {ways[kind]}" + (f" ({why})" if why else "")
+
+
+def _softmax_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(guide | hybrid) in nats, averaged over positions. A class at -inf, which the guide rules out, counts for
+    nothing in either.
+    """
+    y_NV, g_NV = (x.flatten(0, -2) / temperature for x in (y, g))
+    out_NV = g_NV == -torch.inf
+    if bool(out_NV.any()):
+        least = torch.finfo(g_NV.dtype).min / 4
+        y_NV, g_NV = y_NV.masked_fill(out_NV, least), g_NV.masked_fill(out_NV, least)
+    kl = F.kl_div(F.log_softmax(y_NV, -1), F.log_softmax(g_NV, -1), log_target=True, reduction="batchmean")
+    return kl * temperature**2
+
+
+def _sigmoid_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The sum over classes of each one's KL divergence, averaged over rows."""
+    y, g = y / temperature, g / temperature
+    on = g.sigmoid() * (F.logsigmoid(g) - F.logsigmoid(y))
+    off = (-g).sigmoid() * (F.logsigmoid(-g) - F.logsigmoid(-y))
+    rows = max(1, y.numel() // (y.shape[-1] if y.ndim > 1 else 1))
+    return (on + off).sum() / rows * temperature**2
+
+
+def _squared_distance(y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """|y - g|^2 / |g - mean g|^2, over what is finite in the guide's."""
+    finite = g.isfinite()
+    if not bool(finite.all()):
+        y, g = y.masked_fill(~finite, 0.0), g.masked_fill(~finite, 0.0)
+    spread = (g - g.mean(0, keepdim=True)).square().sum()
+    return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())
