@@ -16,6 +16,8 @@ from tests import models
 from tests.models import tokens, vectors
 from thesean.errors import ArtifactError, DataError
 
+pytestmark = pytest.mark.thorough  # each idea has a test of its own beside its module
+
 FEW = {"steps": 8, "warmup": 1}
 
 
