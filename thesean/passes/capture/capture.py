@@ -57,8 +57,8 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     inputs = {k: at_least_two(v.clone(), free[k]) for k, v in inputs.items()}
     accepted = forward_parameters(model)
     constants = {k: False for k in _SWITCHED_OFF if k in accepted}
-    with evaluating(model), configured(model, dict.fromkeys(_SWITCHED_OFF, False)), torch.no_grad():
-        eager = _run(model, inputs, constants)
+    with evaluating(model) as buffers, configured(model, dict.fromkeys(_SWITCHED_OFF, False)), torch.no_grad():
+        eager = _run(model, inputs, constants, buffers)
         if dynamic is not None:
             captured = _captured(model, inputs, constants, eager, [free])
         else:
@@ -70,9 +70,8 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     return captured
 
 
-def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any]) -> Any:
+def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], before: KeptBuffers) -> Any:
     """The guide's output. Raises CaptureError where it depends on the calls before, through buffers that it writes."""
-    before = KeptBuffers(model)
     try:
         eager = model(**own_copies(inputs), **constants)
     except Exception as error:

@@ -11,13 +11,16 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's own flag, and buffers as they were where a forward writes to them."""
+def evaluating(model: nn.Module) -> Iterator[KeptBuffers]:
+    """Eval mode inside; afterwards every module's own flag, and buffers as they were where a forward writes to them.
+
+    Gives those buffers, so that whoever runs the model can see what it changed.
+    """
     flags = [(m, m.training) for m in model.modules()]
     buffers = KeptBuffers(model)
     model.eval()
     try:
-        yield
+        yield buffers
     finally:
         for module, flag in flags:
             module.training = flag
