@@ -50,7 +50,7 @@ def masks_of(guide: nn.Module, *inputs: torch.Tensor) -> tuple[Padding, ...]:
 
 def masked(hide: str) -> tuple[Padding, ...]:
     mask = torch.full((3,), 7) if hide == "lengths" else torch.ones(3, 7, dtype=torch.int64)
-    return masks_of(models.seeded(lambda: Masked(hide)), vectors(3, 7, WIDTH), mask)
+    return masks_of(models.seeded(Masked, hide), vectors(3, 7, WIDTH), mask)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def grown(guide: Captured, target: Any, **settings: Any) -> Hybrid:
     hybrid = build_hybrid(make_plan(guide, target, **settings))
     with torch.no_grad():
         for r in hybrid.replacements:
-            nn.init.normal_(hybrid.module(r).last.weight, std=0.3)  # type: ignore[union-attr,arg-type]
+            nn.init.normal_(hybrid.module(r).last.weight, std=0.3)  # type: ignore[arg-type]
             for name, p in hybrid.module(r).named_parameters():
                 if name.endswith("bias"):
                     nn.init.normal_(p, std=0.3)
