@@ -239,3 +239,48 @@ def test_a_conversion_that_could_not_be_written_is_returned_all_the_same(tmp_pat
 def test_a_dimension_is_what_the_caller_calls_it():
     converted = convert(cells(), dynamic={"x": {0: "batch"}})
     assert converted.signature.inputs[0].shape == ("batch", 7, 6)
+
+
+class Texts(nn.Module):
+    """Texts one after the other in a row, and where each begins: class scores of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(50, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2))
+
+    def forward(self, text: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x = self.bag(text, offsets)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+def test_texts_in_one_row_with_their_offsets_are_converted():
+    data = [{"text": torch.randint(0, 50, (24 + k,)), "offsets": torch.arange(0, 24, 3)} for k in range(9)]
+    converted = convert(models.seeded(Texts), "narrow", data)
+    assert [p.path for p in converted.plan.replaced] == ["blocks.0", "blocks.1"]
+    assert converted(data[-1]["text"], data[-1]["offsets"]).shape == (8, 4)
+    assert thesean.plan(models.seeded(Texts), "narrow", example_inputs=data[0]).replaced
+
+
+class Powers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+
+    def forward(self, power: torch.Tensor) -> torch.Tensor:
+        return self.body(torch.log(power))
+
+
+def test_what_takes_powers_is_probed_and_checked_with_powers(tmp_path):
+    data = [x.abs() + 0.1 for x in windows()]
+    loaded = thesean.load(convert(models.seeded(Powers), data=data).save(tmp_path / "saved"))
+    report = loaded.export(tmp_path / "m.onnx")
+    assert report.stateful
+    assert 0 < max(check.max_abs_error for check in report.checks) < report.tolerance
+    with pytest.raises(DataError, match="outputs on the example inputs hold no finite number"):
+        thesean.plan(models.seeded(Powers), "mingru", data=[-x for x in data])
+    some = data[0].index_fill(1, torch.arange(1, 7), -1.0)  # finite before time 1, in what is kept of a sequence
+    with pytest.raises(DataError, match=r"not finite from .*log.* \(power \(2, \d+, 6\) from -1 to "):
+        thesean.plan(models.seeded(Powers), "mingru", data=[some])

@@ -306,7 +306,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     wrap = output_wrapper(captured.signature.output_class)
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
-        observed = [captured.graph_module(**x) for x in different(captured.example, inputs)]
+        observed = [captured.graph_module(**x) for x in different(captured, inputs)]
         told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))

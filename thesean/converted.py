@@ -49,7 +49,9 @@ class Converted:
         return self._wrap(self.module(**self.signature.bind(args, kwargs)))
 
     def save(self, folder: str | Path) -> Path:
-        """Write `graph.json`, `plan.yaml`, `report.json` and `weights.safetensors`. Raises ArtifactError."""
+        """Write `graph.json`, `plan.yaml`, `report.json`, `weights.safetensors` and, in `example.safetensors`, a few of
+        the inputs that the guide was captured with: an export is checked on such. Raises ArtifactError.
+        """
         return artifact.save(
             artifact.Artifact(graph_module=self.module, signature=self.signature, plan=self.plan, report=self.report),
             folder,

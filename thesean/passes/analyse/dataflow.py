@@ -157,7 +157,8 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
             constant.add(node)
             continue
         value = node.meta.get("val")
-        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        several = value if isinstance(value, (tuple, list)) else (value,)  # an embedding bag returns four tensors
+        is_float = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in several)
         if node.op == "placeholder":
             if not is_float:
                 side.add(node)

@@ -19,7 +19,7 @@ from torch.export import Dim
 from thesean.errors import CaptureError, DataError
 from thesean.passes.base import run_passes
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs
+from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs, void
 from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, short, where_of
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs
@@ -76,6 +76,11 @@ def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str,
         eager = model(**own_copies(inputs), **constants)
     except Exception as error:
         raise DataError(f"the guide does not run on the example inputs{where_of(error)}: {short(error)}") from error
+    if void(eager):
+        raise DataError(
+            "the guide's outputs on the example inputs hold no finite number: nothing can be compared with them. Check "
+            "the weights, and give data= or example_inputs= that the guide was trained for."
+        )
     if changed := before.changed():
         again = model(**own_copies(inputs), **constants)
         before.restore()

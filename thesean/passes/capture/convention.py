@@ -84,6 +84,12 @@ def same_outputs(first: Any, second: Any) -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs)
 
 
+def void(eager: Any) -> bool:
+    """Whether no output holds a finite number, though there are outputs."""
+    floats = [v for v in _tensors(eager) if v.is_floating_point() and v.numel()]
+    return bool(floats) and not any(bool(v.isfinite().any()) for v in floats)
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     leaves: list[torch.Tensor] = []
     _collect(value, leaves)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch.utils import _pytree as pytree
 
+from thesean.errors import DataError
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.nodes import owner
+from thesean.passes.graph.record import Recorded, record
 
 _PROBE, _LONGEST_PROBE = 11, 1025  # tokens
 
@@ -43,6 +46,36 @@ def decodes(captured: Captured) -> bool:
         return False
     changes = [(a - b).abs().transpose(0, 1).flatten(1).amax(1) for a, b in pairs]
     return all(bool(c[:-1].max() <= _MOVED * c[-1]) and bool(c[-1] > 0) for c in changes)
+
+
+def recorded_probe(captured: Captured) -> Recorded:
+    """Every node's value on small inputs that are made of the example. Raises DataError, naming the inputs and the
+    operator that is the first to fail, where the guide gives no numbers on them: what is probed on NaN is not known.
+    """
+    device = str(next(iter(captured.example.values())).device)
+    inputs = captured.signature.random_inputs(probe_sizes(captured), device=device)
+    values = record(captured.graph_module, inputs)
+    leaves = [v for v in pytree.tree_leaves(values[captured.graph_module.graph.output_node()]) if _is_float(v)]
+    if any(bool(v.isnan().any()) or not bool(v.isfinite().any()) for v in leaves if v.numel()):
+        first = next((n for n, v in values.items() if _is_float(v) and bool(v.isnan().any())), None)
+        where = f" from {owner(first) or first.name} ({first.target}) on" if first is not None else ""
+        shown = ", ".join(_described(name, value) for name, value in inputs.items())
+        raise DataError(
+            f"the guide's outputs are not finite{where} when it is probed with inputs made of the example's ({shown}). "
+            "Give data= or example_inputs= of values that it takes, several rows of them."
+        )
+    return values
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _described(name: str, value: torch.Tensor) -> str:
+    if not value.numel() or value.is_complex():
+        return f"{name} {tuple(value.shape)}"
+    low, high = (v.item() for v in value.aminmax()) if value.dtype != torch.bool else (False, True)
+    return f"{name} {tuple(value.shape)} from {low:.3g} to {high:.3g}"
 
 
 def probe_sizes(captured: Captured) -> dict[str, int]:

@@ -16,8 +16,7 @@ from thesean.passes.analyse.describe import describe_operators
 from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
 from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.probe import probe_sizes
-from thesean.passes.graph.record import record
+from thesean.passes.capture.probe import recorded_probe
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion
 from thesean.passes.plan.plan import Plan
@@ -50,8 +49,7 @@ class Binder:
     def __init__(self, captured: Captured, flow: DataFlow) -> None:
         self.captured, self.flow = captured, flow
         self.graph_module = captured.graph_module
-        inputs = captured.signature.random_inputs(probe_sizes(captured), device=_device(captured))
-        self.values = record(self.graph_module, inputs)
+        self.values = recorded_probe(captured)
         self.sizes = _plan_sizes(captured)
         self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
         self.site_finder = SiteFinder(self.graph_module, flow, self.values)
@@ -154,7 +152,3 @@ def _plan_sizes(captured: Captured) -> dict[str, int]:
     """Sizes at which FLOPs are told: the example's own, one row of it."""
     sizes = captured.signature.check(captured.example)
     return {k: 1 if k.startswith("batch") else v for k, v in sizes.items()}
-
-
-def _device(captured: Captured) -> str:
-    return str(next(iter(captured.example.values())).device)
