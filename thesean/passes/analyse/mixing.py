@@ -12,24 +12,10 @@ from torch import fx
 
 from thesean.errors import PlanError
 from thesean.passes.analyse.fingerprint import exact_fingerprint
+from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.record import Recorded, evaluate
 from thesean.targets.shared.facts import Mixing
-
-aten = torch.ops.aten
-
-# read (batch, channels, time) as such
-_CHANNELS_FIRST = {
-    aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default, aten.batch_norm.default,
-    aten.group_norm.default, aten.instance_norm.default, aten.max_pool1d.default, aten.avg_pool1d.default,
-    aten.adaptive_avg_pool1d.default, aten.adaptive_max_pool1d.default,
-}  # fmt: skip
-# after these the layout is another, or a matrix read the last dimension as its width
-_RELAYING = {
-    aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default,
-    aten.select.int, aten.mean.dim, aten.bmm.default, aten.lstm.input, aten.gru.input,
-}  # fmt: skip
 
 # Of the output's largest change: rounding moves other tokens by 1e-7, mixing by 1e-3 and more.
 _MOVED = 1e-5
@@ -56,7 +42,7 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     x, y = values[region.entry], values[region.exit]
     if x.ndim == 2 or y.ndim == 2:
         return "none"
-    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region):
+    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region, values):
         return "bidirectional"
     last = x.shape[1] - 1
     generator = torch.Generator().manual_seed(0)
@@ -82,21 +68,3 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
         return "none"
     return "bidirectional" if looks_ahead else "causal"
 
-
-def is_channels_first(region: Region) -> bool:
-    """(batch, channels, time) in: a convolution or a norm over channels reads the entry in its own layout."""
-    if getattr(region.entry.meta.get("val"), "ndim", 0) != 3:
-        return False
-    inside = set(region.nodes)
-    front, seen = [region.entry], {region.entry}
-    while front:
-        node = front.pop()
-        for user in node.users:
-            if user not in inside or user in seen or user.args[:1] != (node,):
-                continue
-            if user.target in _CHANNELS_FIRST:
-                return True
-            if user.target not in _RELAYING:
-                seen.add(user)
-                front.append(user)
-    return False

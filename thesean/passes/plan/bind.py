@@ -13,7 +13,8 @@ from thesean.passes.analyse.bypass import freed_params
 from thesean.passes.analyse.cost import SymbolicSizes, count_params, flops_by_node, remaining_params
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.describe import describe_operators
-from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.layout import is_channels_first
+from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import recorded_probe
@@ -88,7 +89,7 @@ class Binder:
 
     def _describe_mixing(self, region: Region) -> str:
         mixing, rank = probe_mixing(region, self.values), self.values[region.entry].ndim
-        if rank == 4 or is_channels_first(region):
+        if rank == 4 or is_channels_first(region, self.values):
             return "spatial"
         return {"none": "token-wise"}.get(mixing, mixing) if rank == 3 else "vector"
 

@@ -15,7 +15,8 @@ from thesean.passes.analyse.blocks import halves
 from thesean.passes.analyse.bypass import removal, removals
 from thesean.passes.analyse.cost import count_params
 from thesean.passes.analyse.dataflow import DataFlow
-from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.layout import is_channels_first
+from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.regions import Region, join_of
 from thesean.passes.graph.nodes import named_dim
@@ -94,7 +95,7 @@ class SiteFinder:
             attention=None if removes else find_attention(region, self.values),
             mlp=find_mlp(region, self.values) if token_wise else None,
             is_branch=not removes and join_of(region) is not None,
-            channels_first=is_channels_first(region),
+            channels_first=is_channels_first(region, self.values),
             nonnegative=bool((self.values[region.exit] >= 0).all()),
         )
         return Site(region=region, facts=facts, target=target, removes=removes)
