@@ -67,4 +67,3 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     if not mixes:
         return "none"
     return "bidirectional" if looks_ahead else "causal"
-
