@@ -14,7 +14,7 @@ from torch import nn
 import thesean
 from tests import models
 from tests.models import tokens, vectors
-from thesean.errors import ArtifactError, DataError
+from thesean.errors import ArtifactError, CaptureError, DataError
 
 pytestmark = pytest.mark.thorough  # each idea has a test of its own beside its module
 
@@ -222,6 +222,9 @@ def test_what_can_not_be_saved_is_found_before_anything_trains(tmp_path):
     with pytest.raises(ArtifactError, match=r"operator thesean_tests\.twice\.default can't be saved"):
         convert(WithAnOperatorOfItsOwn().eval(), loss=loss, workdir=tmp_path)
     assert calls == []
+    with pytest.raises(CaptureError, match=r"no backward pass .*thesean_tests\.twice\.default"):
+        convert(WithAnOperatorOfItsOwn().eval(), loss=loss, recipe=FEW)
+    assert calls == []
     converted = convert(WithAnOperatorOfItsOwn().eval(), loss=loss)
     assert any(note.startswith("can't be saved: operator thesean_tests.twice") for note in converted.report.notes)
 
@@ -284,3 +287,48 @@ def test_what_takes_powers_is_probed_and_checked_with_powers(tmp_path):
     some = data[0].index_fill(1, torch.arange(1, 7), -1.0)  # finite before time 1, in what is kept of a sequence
     with pytest.raises(DataError, match=r"not finite from .*log.* \(power \(2, \d+, 6\) from -1 to "):
         thesean.plan(models.seeded(Powers), "mingru", data=[some])
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x * 15) / 15
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Quantised(nn.Module):
+    """Straight through: with a backward of its own, or by a detach."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.body, self.out, self.own = cells(), nn.Linear(4, 4), own
+        self.scales = [nn.Parameter(torch.ones(4))]  # in no list of parameters
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        q = Rounded.apply(y) if self.own else y + (torch.round(y * 15) / 15 - y).detach()
+        return self.out(q * self.scales[0])
+
+
+def test_a_backward_of_ones_own_is_refused_before_anything_trains_but_solved_without_gradients():
+    guide = Quantised(own=True).eval()
+    with pytest.raises(CaptureError, match=r"and \d+ more would get no gradient, past round.*recipe='fast'"):
+        convert(guide, recipe=FEW)
+    converted = convert(guide)
+    assert any("would get no gradient" in note for note in converted.report.notes)
+    assert any("would get no gradient" in note for note in thesean.plan(guide, "mingru", data=windows()).notes)
+
+
+def test_a_straight_through_estimator_and_weights_in_a_list_are_trained_and_saved(tmp_path):
+    guide = Quantised(own=False).eval()
+    converted = convert(guide, recipe=FEW)
+    scales = next(p for n, p in converted.module.named_parameters() if "lifted" in n)
+    assert not torch.equal(scales, guide.scales[0])
+    converted(windows()[0]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in converted.module.parameters())
+    loaded = thesean.load(converted.save(tmp_path / "saved"))
+    assert torch.equal(loaded(windows()[0]), converted(windows()[0]))
+    assert loaded.export(tmp_path / "m.onnx").stateful

@@ -28,7 +28,7 @@ from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.stages import align, tune
 from thesean.distill.task import InputsOf, Loss, Metric, Task
 from thesean.distill.training import Training
-from thesean.errors import ArtifactError, DataError, PlanError
+from thesean.errors import ArtifactError, CaptureError, DataError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -120,6 +120,7 @@ def compile(
     )
     with dumping(dump_graphs), watched(progress) as observer:
         captured = capture(model, request.example(model), request.dynamic)
+        check_trainable(captured, request.settings)
         bound_plan, training = planned(captured, request, observer)
         folder = _prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
@@ -191,6 +192,7 @@ def baseline(
     )
     with watched(progress) as observer:
         captured = capture(model, request.example(model), request.dynamic)
+        check_trainable(captured, request.settings)
         bound_plan, training = planned(captured, request, observer)
         with seeded(seed):
             conversion = train_baseline(bound_plan, training, kind)
@@ -260,6 +262,9 @@ def plan(
         bound_plan = bind_plan(captured, chosen)
     else:
         bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
+    if captured.untrainable:
+        told = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, captured.untrainable))
+        bound_plan = replace(bound_plan, plan=told)
     if not (contexts or batches):
         return bound_plan.plan
     return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
@@ -310,6 +315,8 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
+    if captured.untrainable:  # and nothing trains here: whoever trains on should know
+        feed = replace(feed, notes=(*feed.notes, captured.untrainable))
     _warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
@@ -321,6 +328,12 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         observer=observer,
         seed=request.seed,
     )
+
+
+def check_trainable(captured: Captured, recipe: Recipe) -> None:
+    """Raises CaptureError where steps of gradients would not train what they would in the guide."""
+    if captured.untrainable and recipe.steps:
+        raise CaptureError(captured.untrainable)
 
 
 def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:

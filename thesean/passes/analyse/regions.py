@@ -27,6 +27,7 @@ VIEWS = {
     aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.contiguous.default, aten.clone.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.t.default, aten.flatten.using_ints,
     aten._unsafe_view.default, aten.alias.default, aten.select.int, aten.cat.default,
+    aten.detach.default,
 }  # fmt: skip
 
 

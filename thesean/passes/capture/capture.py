@@ -22,6 +22,7 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs, void
 from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, short, where_of
+from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
@@ -66,6 +67,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
             captured = _captured(model, inputs, constants, eager, [free, less] if free != less else [less])
             if not _runs_elsewhere(captured):
                 captured = _captured(model, inputs, constants, eager, [less])
+        captured = keep_training(captured, lambda given: model(**own_copies(given), **constants))
     check_same(captured, eager)
     return captured
 
@@ -140,7 +142,8 @@ def _export(
         shapes.update(dict.fromkeys(constants))
         given = {**own_copies(inputs), **constants}
         try:
-            with warnings.catch_warnings(), OpaqueCells():
+            # with gradients, so that what the guide runs without them is a region of its own
+            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad():
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free
