@@ -14,7 +14,7 @@ from torch import nn
 import thesean
 from tests import models
 from tests.models import tokens, vectors
-from thesean.errors import ArtifactError, CaptureError, DataError
+from thesean.errors import ArtifactError, CaptureError, DataError, PlanError, TargetMismatchError
 
 pytestmark = pytest.mark.thorough  # each idea has a test of its own beside its module
 
@@ -332,3 +332,122 @@ def test_a_straight_through_estimator_and_weights_in_a_list_are_trained_and_save
     loaded = thesean.load(converted.save(tmp_path / "saved"))
     assert torch.equal(loaded(windows()[0]), converted(windows()[0]))
     assert loaded.export(tmp_path / "m.onnx").stateful
+
+
+class Started(nn.Module):
+    """Two recurrent layers that start from the caller's state, and may return theirs."""
+
+    def __init__(self, returns: bool = False) -> None:
+        super().__init__()
+        self.stem, self.cell, self.out = nn.Linear(6, 8), nn.GRU(8, 8, 2, batch_first=True), nn.Linear(8, 4)
+        self.returns = returns
+
+    def forward(self, x: torch.Tensor, h0: torch.Tensor):
+        y, last = self.cell(self.stem(x), h0)
+        return (self.out(y), last) if self.returns else self.out(y)
+
+
+def test_a_state_to_start_from_is_dropped_and_the_file_has_states_of_its_own(tmp_path):
+    data = [{"x": x, "h0": torch.zeros(2, 4, 8)} for x in windows()]
+    converted = convert(Started().eval(), data=data)
+    assert [(p.path, p.drops) for p in converted.plan] == [("cell.l0", ("h0",)), ("cell.l1", ("h0",))]
+    report = converted.export(tmp_path / "m.onnx")
+    assert report.inputs == ("x", "h0", "state_in_0", "state_in_1")
+
+
+def test_a_guide_that_returns_its_state_is_told_of_the_layers_that_do():
+    data = [{"x": x, "h0": torch.zeros(2, 4, 8)} for x in windows()]
+    with pytest.raises(PlanError, match=r"cell\.l0, cell\.l1 are left to the guide: .*Return the output alone"):
+        thesean.plan(Started(returns=True).eval(), "mingru", data=data)
+
+
+class Heard(nn.Module):
+    """Convolutions, recurrent layers and a head over a waveform, with a channel of its own or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Conv1d(1, 8, 8, 4), nn.Conv1d(8, 8, 3, padding=1)
+        self.cell, self.out = nn.LSTM(8, 8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        x = self.far(torch.relu(self.near(wave if wave.ndim == 3 else wave[:, None])))
+        return self.out(self.cell(x.transpose(1, 2))[0])
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 64), 1), ((4, 1, 64), 2)])
+def test_what_a_plain_target_does_not_fit_is_listed_and_a_fixed_length_is_told(shape, dim):
+    plan = thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape))
+    assert {p.path: p.target for p in plan} == {"near": "keep", "far": "keep", "cell.l0": "rnn", "cell.l1": "rnn"}
+    fits, length = plan.notes
+    assert fits.startswith("near, far are left to the guide: near: target 'rnn' expected a sequence")
+    assert length.startswith(f"wave: dimension {dim} is fixed at 64, the example's, though the guide runs at others")
+    free = {"wave": {0: "batch", dim: "time"}}
+    assert str(free) in length
+    assert len(thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape), dynamic=free).notes) == 1
+    with pytest.raises(TargetMismatchError, match="near: target 'rnn' expected a sequence"):
+        thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape), parts=["near", "cell"])
+
+
+class Standardised(nn.Module):
+    """Each row by the statistics of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[:2]:
+            x = x + torch.relu(block((x - x.mean(0)) / (x.std(0) + 1e-3)))
+        return x + torch.relu(self.blocks[2](x))
+
+
+def test_a_part_that_mixes_the_examples_of_a_batch_is_refused_by_name_and_can_be_kept():
+    guide, data = models.seeded(Standardised), [vectors(4, 8, seed=k) for k in range(9)]
+    with pytest.raises(PlanError, match=r"blocks\.0: one example of a batch changes the output of another.*keep=\[..."):
+        thesean.plan(guide, "mlp", data=data)
+    plan = thesean.plan(guide, "mlp", data=data, keep=["blocks.[01]"])
+    assert [p.mixing for p in plan] == ["examples", "examples", "vector"]
+
+
+class Routed(nn.Module):
+    """Each token to the expert that a router picks: as many tokens as come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        picked, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            y[picked == k] = expert(x[picked == k])
+        return x + y
+
+
+def test_experts_that_get_as_many_tokens_as_come_are_counted_and_planned():
+    guide, data = nn.Sequential(Routed(), Routed()).eval(), [vectors(4, 5, 8, seed=k) for k in range(9)]
+    assert len(thesean.plan(guide, "mlp", data=data).replaced) == 2
+    with pytest.raises(TargetMismatchError, match="0: target 'narrow' expected an MLP"):
+        thesean.plan(guide, "narrow", data=data)
+
+
+class Strided(nn.Module):
+    """A table of positions over every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halve, self.table = nn.Conv1d(6, 8, 3, 2, 1), nn.Parameter(torch.randn(1, 8, 8))
+        self.blocks = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.halve(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.table[:, : x.shape[1]]
+        for block in self.blocks:
+            x = x + block(x)[0]
+        return x
+
+
+def test_past_the_end_of_a_halved_table_the_length_is_named():
+    converted = convert(models.seeded(Strided))
+    with pytest.raises(DataError, match=r"does not run at 40 steps \(.*it was converted at 7"):
+        converted(vectors(2, 40, 6))

@@ -262,9 +262,9 @@ def plan(
         bound_plan = bind_plan(captured, chosen)
     else:
         bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
-    if captured.untrainable:
-        told = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, captured.untrainable))
-        bound_plan = replace(bound_plan, plan=told)
+    if told := told_of(captured):
+        noted = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, *told))
+        bound_plan = replace(bound_plan, plan=noted)
     if not (contexts or batches):
         return bound_plan.plan
     return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
@@ -315,8 +315,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
-    if captured.untrainable:  # and nothing trains here: whoever trains on should know
-        feed = replace(feed, notes=(*feed.notes, captured.untrainable))
+    feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
     _warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
@@ -328,6 +327,13 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         observer=observer,
         seed=request.seed,
     )
+
+
+def told_of(captured: Captured) -> tuple[str, ...]:
+    """What a person should know of the guide's graph. That it can't be trained is told where nothing is: whoever trains
+    on should know.
+    """
+    return (*captured.notes, *((captured.untrainable,) if captured.untrainable else ()))
 
 
 def check_trainable(captured: Captured, recipe: Recipe) -> None:

@@ -40,6 +40,8 @@ def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
 
 def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     x, y = values[region.entry], values[region.exit]
+    if x.ndim != 3 and x.shape[0] == y.shape[0] == 2 and _moves_the_other(region, values):
+        raise _mixes_examples(region)
     if x.ndim == 2 or y.ndim == 2:
         return "none"
     if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region, values):
@@ -56,14 +58,28 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
         change_BT = (evaluate(region.nodes, values, {region.entry: moved_x}, region.exit) - y).abs().amax(2)
         moved_BT = change_BT > _MOVED * change_BT.max()
         if len(moves) == 1 and bool(moved_BT[1].any()):
-            raise PlanError(
-                f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the "
-                "batch in the first dimension, found (batch, time, width) in another order or a part that mixes "
-                "examples. Set batch_first=True in the guide, or keep the part."
-            )
+            raise _mixes_examples(region)
         for example, t in moves:
             mixes |= bool(moved_BT[example, :t].any() or moved_BT[example, t + 1 :].any())
             looks_ahead |= bool(moved_BT[example, :t].any())
     if not mixes:
         return "none"
     return "bidirectional" if looks_ahead else "causal"
+
+
+def _moves_the_other(region: Region, values: dict[fx.Node, Any]) -> bool:
+    """Whether the first of two examples changes the second one's output."""
+    x, y = values[region.entry], values[region.exit]
+    moved = x.clone()
+    noise = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0)).to(x)
+    moved[0] += noise * x.std().clamp_min(1e-3)
+    change = (evaluate(region.nodes, values, {region.entry: moved}, region.exit) - y).abs()
+    return bool(change[1].max() > _MOVED * change.max())
+
+
+def _mixes_examples(region: Region) -> PlanError:
+    return PlanError(
+        f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the batch in the "
+        "first dimension, found (batch, time, width) in another order or a part that mixes examples (statistics over "
+        "the batch). Set batch_first=True in the guide, or keep the part with keep=[...]."
+    )

@@ -14,10 +14,12 @@ from thesean.passes.graph.signature import Signature
 class Captured:
     """`graph_module` shares its parameters with the guide; `example` are the inputs that it was traced with.
 
-    `untrainable` says why training it is not training the guide, "" where it is.
+    `notes` are what a person should know of it; `untrainable` says why training it is not training the guide, "" where
+    it is.
     """
 
     graph_module: fx.GraphModule
     signature: Signature
     example: dict[str, torch.Tensor]
     untrainable: str = ""
+    notes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from thesean.errors import DataError
@@ -13,6 +14,7 @@ from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.record import Recorded, record
 
 _PROBE, _LONGEST_PROBE = 11, 1025  # tokens
+_FEWEST = 5  # that are left of them after strides: on one or two, mixing does not show
 
 # Of the change at the token itself: rounding moves earlier ones by 1e-7, a look ahead by 1e-3 and more
 _MOVED = 1e-5
@@ -89,7 +91,34 @@ def probe_sizes(captured: Captured) -> dict[str, int]:
             static.update(int(d) for d in value.shape if not isinstance(d, torch.SymInt))
     most = min(table_rows(captured.graph_module) or _LONGEST_PROBE, _LONGEST_PROBE)
     least = min(max(_PROBE, receptive_field(captured.graph_module.graph) + 2), most)
+    least = _long_enough(captured.graph_module, least, most)
     # odd ones first: a length that is twice a width is told apart less well
     lengths = [*range(least | 1, most + 1, 2), *range(least, 1, -1)]
     length = next((n for n in lengths if n not in static), least)
     return {name: 2 if name.startswith("batch") else length for name in captured.signature.symbols}
+
+
+def _long_enough(graph_module: fx.GraphModule, least: int, most: int) -> int:
+    """The length from `least` on, doubled, at which sequences behind strides still have some tokens; `least` where none
+    is up to `most`.
+    """
+    names: dict[str, str] = graph_module.meta.get("symbols", {})
+    lengths = set()
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
+            lengths.update(d.node.expr for d in value.shape[1:] if isinstance(d, torch.SymInt))
+    # what the data decide has no number yet, and a batch is not to grow
+    lengths = {
+        e
+        for e in lengths
+        if all(str(s) in names for s in e.free_symbols)
+        and any(not names[str(s)].startswith("batch") for s in e.free_symbols)
+    }
+    length = least
+    while length <= most:
+        sizes = {s: 2 if names[str(s)].startswith("batch") else length for e in lengths for s in e.free_symbols}
+        if all(int(e.subs(sizes)) >= _FEWEST for e in lengths):
+            return length
+        length *= 2
+    return least

@@ -76,7 +76,7 @@ class Binder:
             keeps=skeleton,
             replaces=tuple(s.facts.path for s in sites),
             operators=describe_operators(region),
-            mixing=self._describe_mixing(region),
+            mixing=self._describe_mixing(region, kept=target is None),
             input_shape=self.site_finder.shape(region.entry),
             output_shape=self.site_finder.shape(region.exit),
             drops=dropped_inputs([s for s in sites if not s.removes]),
@@ -87,8 +87,14 @@ class Binder:
             row = self._with_replacement(row, region, sites)
         return BoundPart(planned=row, region=region, sites=sites, target=target)
 
-    def _describe_mixing(self, region: Region) -> str:
-        mixing, rank = probe_mixing(region, self.values), self.values[region.entry].ndim
+    def _describe_mixing(self, region: Region, kept: bool) -> str:
+        rank = self.values[region.entry].ndim
+        try:
+            mixing = probe_mixing(region, self.values)
+        except PlanError:
+            if not kept:
+                raise
+            return "examples"  # of one batch, with each other: nothing takes the place of that
         if rank == 4 or is_channels_first(region, self.values):
             return "spatial"
         return {"none": "token-wise"}.get(mixing, mixing) if rank == 3 else "vector"
