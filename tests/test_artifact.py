@@ -27,7 +27,8 @@ from thesean.passes.plan.make_plan import make_plan
 from thesean.report.conversion import ConversionReport
 from thesean.targets import Target
 
-FILES = {"graph.json", "weights.safetensors", "plan.yaml", "report.json"}
+NEEDED = {"graph.json", "weights.safetensors", "plan.yaml", "report.json"}
+FILES = NEEDED | {"example.safetensors"}
 
 
 @cache
@@ -125,7 +126,7 @@ def test_a_loaded_conversion_can_be_trained_and_saved_again(saved: Path, tmp_pat
     assert models.same_state(again.module, loaded.module.state_dict())
 
 
-def test_the_folder_holds_four_readable_files_and_nothing_pickled(saved: Path):
+def test_the_folder_holds_five_readable_files_and_nothing_pickled(saved: Path):
     assert {p.name for p in saved.iterdir()} == FILES
     assert {p.name for p in saved.parent.iterdir()} == {"saved"}
     for name in ("graph.json", "report.json"):
@@ -318,11 +319,21 @@ def test_files_that_are_something_else_are_refused(name, saved: Path):
             thesean.load(saved)
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("name", sorted(NEEDED))
 def test_a_missing_file_is_named(name, saved: Path):
     (saved / name).unlink()
     with pytest.raises(ArtifactError, match=f"{name} is missing"):
         thesean.load(saved)
+
+
+def test_a_loaded_conversion_makes_up_inputs_like_the_examples_of_its_guide(saved: Path):
+    sizes = {"batch": 2, "time": 5}
+    made = converted().signature.random_inputs(sizes)["input_ids"]
+    assert torch.equal(thesean.load(saved).signature.random_inputs(sizes)["input_ids"], made)
+    (saved / "example.safetensors").unlink()  # inputs may be private
+    loaded = thesean.load(saved)
+    assert loaded.signature.inputs[0].example is None
+    assert loaded(made).logits.shape[:2] == (2, 5)
 
 
 def test_a_folder_that_is_not_there_or_is_a_file_is_refused(tmp_path: Path):

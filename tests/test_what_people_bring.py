@@ -14,7 +14,7 @@ from torch import nn
 import thesean
 from tests import models
 from tests.models import tokens, vectors
-from thesean.errors import ArtifactError, DataError
+from thesean.errors import ArtifactError, CaptureError, DataError, PlanError, TargetMismatchError
 
 pytestmark = pytest.mark.thorough  # each idea has a test of its own beside its module
 
@@ -222,6 +222,9 @@ def test_what_can_not_be_saved_is_found_before_anything_trains(tmp_path):
     with pytest.raises(ArtifactError, match=r"operator thesean_tests\.twice\.default can't be saved"):
         convert(WithAnOperatorOfItsOwn().eval(), loss=loss, workdir=tmp_path)
     assert calls == []
+    with pytest.raises(CaptureError, match=r"no backward pass .*thesean_tests\.twice\.default"):
+        convert(WithAnOperatorOfItsOwn().eval(), loss=loss, recipe=FEW)
+    assert calls == []
     converted = convert(WithAnOperatorOfItsOwn().eval(), loss=loss)
     assert any(note.startswith("can't be saved: operator thesean_tests.twice") for note in converted.report.notes)
 
@@ -239,3 +242,212 @@ def test_a_conversion_that_could_not_be_written_is_returned_all_the_same(tmp_pat
 def test_a_dimension_is_what_the_caller_calls_it():
     converted = convert(cells(), dynamic={"x": {0: "batch"}})
     assert converted.signature.inputs[0].shape == ("batch", 7, 6)
+
+
+class Texts(nn.Module):
+    """Texts one after the other in a row, and where each begins: class scores of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(50, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2))
+
+    def forward(self, text: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        x = self.bag(text, offsets)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)
+
+
+def test_texts_in_one_row_with_their_offsets_are_converted():
+    data = [{"text": torch.randint(0, 50, (24 + k,)), "offsets": torch.arange(0, 24, 3)} for k in range(9)]
+    converted = convert(models.seeded(Texts), "narrow", data)
+    assert [p.path for p in converted.plan.replaced] == ["blocks.0", "blocks.1"]
+    assert converted(data[-1]["text"], data[-1]["offsets"]).shape == (8, 4)
+    assert thesean.plan(models.seeded(Texts), "narrow", example_inputs=data[0]).replaced
+
+
+class Powers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+
+    def forward(self, power: torch.Tensor) -> torch.Tensor:
+        return self.body(torch.log(power))
+
+
+def test_what_takes_powers_is_probed_and_checked_with_powers(tmp_path):
+    data = [x.abs() + 0.1 for x in windows()]
+    loaded = thesean.load(convert(models.seeded(Powers), data=data).save(tmp_path / "saved"))
+    report = loaded.export(tmp_path / "m.onnx")
+    assert report.stateful
+    assert 0 < max(check.max_abs_error for check in report.checks) < report.tolerance
+    with pytest.raises(DataError, match="outputs on the example inputs hold no finite number"):
+        thesean.plan(models.seeded(Powers), "mingru", data=[-x for x in data])
+    some = data[0].index_fill(1, torch.arange(1, 7), -1.0)  # finite before time 1, in what is kept of a sequence
+    with pytest.raises(DataError, match=r"not finite from .*log.* \(power \(2, \d+, 6\) from -1 to "):
+        thesean.plan(models.seeded(Powers), "mingru", data=[some])
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x * 15) / 15
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Quantised(nn.Module):
+    """Straight through: with a backward of its own, or by a detach."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.body, self.out, self.own = cells(), nn.Linear(4, 4), own
+        self.scales = [nn.Parameter(torch.ones(4))]  # in no list of parameters
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        q = Rounded.apply(y) if self.own else y + (torch.round(y * 15) / 15 - y).detach()
+        return self.out(q * self.scales[0])
+
+
+def test_a_backward_of_ones_own_is_refused_before_anything_trains_but_solved_without_gradients():
+    guide = Quantised(own=True).eval()
+    with pytest.raises(CaptureError, match=r"and \d+ more would get no gradient, past round.*recipe='fast'"):
+        convert(guide, recipe=FEW)
+    converted = convert(guide)
+    assert any("would get no gradient" in note for note in converted.report.notes)
+    assert any("would get no gradient" in note for note in thesean.plan(guide, "mingru", data=windows()).notes)
+
+
+def test_a_straight_through_estimator_and_weights_in_a_list_are_trained_and_saved(tmp_path):
+    guide = Quantised(own=False).eval()
+    converted = convert(guide, recipe=FEW)
+    scales = next(p for n, p in converted.module.named_parameters() if "lifted" in n)
+    assert not torch.equal(scales, guide.scales[0])
+    converted(windows()[0]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in converted.module.parameters())
+    loaded = thesean.load(converted.save(tmp_path / "saved"))
+    assert torch.equal(loaded(windows()[0]), converted(windows()[0]))
+    assert loaded.export(tmp_path / "m.onnx").stateful
+
+
+class Started(nn.Module):
+    """Two recurrent layers that start from the caller's state, and may return theirs."""
+
+    def __init__(self, returns: bool = False) -> None:
+        super().__init__()
+        self.stem, self.cell, self.out = nn.Linear(6, 8), nn.GRU(8, 8, 2, batch_first=True), nn.Linear(8, 4)
+        self.returns = returns
+
+    def forward(self, x: torch.Tensor, h0: torch.Tensor):
+        y, last = self.cell(self.stem(x), h0)
+        return (self.out(y), last) if self.returns else self.out(y)
+
+
+def test_a_state_to_start_from_is_dropped_and_the_file_has_states_of_its_own(tmp_path):
+    data = [{"x": x, "h0": torch.zeros(2, 4, 8)} for x in windows()]
+    converted = convert(Started().eval(), data=data)
+    assert [(p.path, p.drops) for p in converted.plan] == [("cell.l0", ("h0",)), ("cell.l1", ("h0",))]
+    report = converted.export(tmp_path / "m.onnx")
+    assert report.inputs == ("x", "h0", "state_in_0", "state_in_1")
+
+
+def test_a_guide_that_returns_its_state_is_told_of_the_layers_that_do():
+    data = [{"x": x, "h0": torch.zeros(2, 4, 8)} for x in windows()]
+    with pytest.raises(PlanError, match=r"cell\.l0, cell\.l1 are left to the guide: .*Return the output alone"):
+        thesean.plan(Started(returns=True).eval(), "mingru", data=data)
+
+
+class Heard(nn.Module):
+    """Convolutions, recurrent layers and a head over a waveform, with a channel of its own or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far = nn.Conv1d(1, 8, 8, 4), nn.Conv1d(8, 8, 3, padding=1)
+        self.cell, self.out = nn.LSTM(8, 8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        x = self.far(torch.relu(self.near(wave if wave.ndim == 3 else wave[:, None])))
+        return self.out(self.cell(x.transpose(1, 2))[0])
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 64), 1), ((4, 1, 64), 2)])
+def test_what_a_plain_target_does_not_fit_is_listed_and_a_fixed_length_is_told(shape, dim):
+    plan = thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape))
+    assert {p.path: p.target for p in plan} == {"near": "keep", "far": "keep", "cell.l0": "rnn", "cell.l1": "rnn"}
+    fits, length = plan.notes
+    assert fits.startswith("near, far are left to the guide: near: target 'rnn' expected a sequence")
+    assert length.startswith(f"wave: dimension {dim} is fixed at 64, the example's, though the guide runs at others")
+    free = {"wave": {0: "batch", dim: "time"}}
+    assert str(free) in length
+    assert len(thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape), dynamic=free).notes) == 1
+    with pytest.raises(TargetMismatchError, match="near: target 'rnn' expected a sequence"):
+        thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape), parts=["near", "cell"])
+
+
+class Standardised(nn.Module):
+    """Each row by the statistics of its batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[:2]:
+            x = x + torch.relu(block((x - x.mean(0)) / (x.std(0) + 1e-3)))
+        return x + torch.relu(self.blocks[2](x))
+
+
+def test_a_part_that_mixes_the_examples_of_a_batch_is_refused_by_name_and_can_be_kept():
+    guide, data = models.seeded(Standardised), [vectors(4, 8, seed=k) for k in range(9)]
+    with pytest.raises(PlanError, match=r"blocks\.0: one example of a batch changes the output of another.*keep=\[..."):
+        thesean.plan(guide, "mlp", data=data)
+    plan = thesean.plan(guide, "mlp", data=data, keep=["blocks.[01]"])
+    assert [p.mixing for p in plan] == ["examples", "examples", "vector"]
+
+
+class Routed(nn.Module):
+    """Each token to the expert that a router picks: as many tokens as come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        picked, y = self.router(x).argmax(-1), torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            y[picked == k] = expert(x[picked == k])
+        return x + y
+
+
+def test_experts_that_get_as_many_tokens_as_come_are_counted_and_planned():
+    guide, data = nn.Sequential(Routed(), Routed()).eval(), [vectors(4, 5, 8, seed=k) for k in range(9)]
+    assert len(thesean.plan(guide, "mlp", data=data).replaced) == 2
+    with pytest.raises(TargetMismatchError, match="0: target 'narrow' expected an MLP"):
+        thesean.plan(guide, "narrow", data=data)
+
+
+class Strided(nn.Module):
+    """A table of positions over every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halve, self.table = nn.Conv1d(6, 8, 3, 2, 1), nn.Parameter(torch.randn(1, 8, 8))
+        self.blocks = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.halve(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.table[:, : x.shape[1]]
+        for block in self.blocks:
+            x = x + block(x)[0]
+        return x
+
+
+def test_past_the_end_of_a_halved_table_the_length_is_named():
+    converted = convert(models.seeded(Strided))
+    with pytest.raises(DataError, match=r"does not run at 40 steps \(.*it was converted at 7"):
+        converted(vectors(2, 40, 6))

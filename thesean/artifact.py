@@ -1,10 +1,12 @@
-"""A saved conversion: `graph.json`, `plan.yaml`, `report.json`, `weights.safetensors`. No pickle, no guide needed."""
+"""A saved conversion: `graph.json`, `plan.yaml`, `report.json`, `weights.safetensors`, and `example.safetensors`, a few
+of the inputs that the guide was captured with. No pickle, no guide needed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from thesean.targets import TargetModule, rebuild
 
 FORMAT = 1
 _GRAPH, _WEIGHTS, _PLAN, _REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
+_EXAMPLE = "example.safetensors"  # version 0.1.0 wrote none; whose inputs are nobody's business may delete it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,10 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
     try:
         with replacing(folder) as made:
             save_file(tensors, made / _WEIGHTS)
+            save_file(_examples(artifact.signature), made / _EXAMPLE)
             artifact.plan.to_yaml(made / _PLAN)
-            (made / _WEIGHTS).chmod((made / _PLAN).stat().st_mode)  # safetensors' own is for nobody but the owner
+            for name in (_WEIGHTS, _EXAMPLE):  # safetensors' own mode is for nobody but the owner
+                (made / name).chmod((made / _PLAN).stat().st_mode)
             (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
             body = {
                 "format": FORMAT,
@@ -55,7 +60,7 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
                 "symbols": artifact.graph_module.meta.get("symbols", {}),
                 "modules": modules,
                 "aliases": aliases,
-                "files_sha256": {name: _file_digest(made / name) for name in (_WEIGHTS, _PLAN, _REPORT)},
+                "files_sha256": {n: _file_digest(made / n) for n in (_WEIGHTS, _EXAMPLE, _PLAN, _REPORT)},
                 "nodes": graph_json.dump(artifact.graph_module.graph),
             }
             (made / _GRAPH).write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
@@ -97,13 +102,15 @@ def load(folder: str | Path) -> Artifact:
     if _digest(body) != document.get("sha256"):
         raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
     try:
-        for name in (_WEIGHTS, _PLAN, _REPORT):
+        has_example = _EXAMPLE in body["files_sha256"] and (folder / _EXAMPLE).exists()
+        for name in (_WEIGHTS, _PLAN, _REPORT, *((_EXAMPLE,) if has_example else ())):
             if _file_digest(folder / name) != body["files_sha256"][name]:
                 raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")
         # clones: memory of their own, aligned as torch would, so that products round as they did before saving
         tensors = {k: v.clone() for k, v in load_file(folder / _WEIGHTS).items()}
         report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
-        signature = _signature_from_json(body["signature"])
+        examples = load_file(folder / _EXAMPLE) if has_example else {}
+        signature = _signature_from_json(body["signature"], examples)
         plan = Plan.from_yaml(folder / _PLAN)
         graph_module = fx.GraphModule(_root(graph, body, tensors, folder), graph)
         graph_module.meta["symbols"] = dict(body["symbols"])
@@ -241,18 +248,28 @@ def _attach(root: nn.Module, path: str, value: Any) -> None:
         module.register_buffer(leaf, value)
 
 
+def _examples(signature: Signature) -> dict[str, torch.Tensor]:
+    return {s.name: s.example.contiguous() for s in signature.inputs if s.example is not None}
+
+
 def _signature_to_json(signature: Signature) -> dict[str, Any]:
     inputs = [
-        {**asdict(s), "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)} for s in signature.inputs
+        {"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)}
+        | {"high": s.high, "low": s.low}
+        for s in signature.inputs
     ]
     return {"inputs": inputs, "output_class": signature.output_class}
 
 
-def _signature_from_json(data: dict[str, Any]) -> Signature:
+def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]) -> Signature:
     inputs = []
     for row in data["inputs"]:
         dtype = getattr(torch, str(row["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"unknown dtype {row['dtype']!r}")
-        inputs.append(InputSpec(**{**row, "dtype": dtype, "shape": tuple(row["shape"])}))
+        row = {**row, "dtype": dtype, "shape": tuple(row["shape"])}
+        example = examples.get(row["name"])
+        if example is not None and (example.dtype != dtype or example.ndim != len(row["shape"])):
+            raise ValueError(f"the example of {row['name']!r} is not of its dtype and rank")
+        inputs.append(InputSpec(**row, example=example))
     return Signature(inputs=tuple(inputs), output_class=data["output_class"])

@@ -28,7 +28,7 @@ from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.stages import align, tune
 from thesean.distill.task import InputsOf, Loss, Metric, Task
 from thesean.distill.training import Training
-from thesean.errors import ArtifactError, DataError, PlanError
+from thesean.errors import ArtifactError, CaptureError, DataError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -120,6 +120,7 @@ def compile(
     )
     with dumping(dump_graphs), watched(progress) as observer:
         captured = capture(model, request.example(model), request.dynamic)
+        check_trainable(captured, request.settings)
         bound_plan, training = planned(captured, request, observer)
         folder = _prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
@@ -191,6 +192,7 @@ def baseline(
     )
     with watched(progress) as observer:
         captured = capture(model, request.example(model), request.dynamic)
+        check_trainable(captured, request.settings)
         bound_plan, training = planned(captured, request, observer)
         with seeded(seed):
             conversion = train_baseline(bound_plan, training, kind)
@@ -260,6 +262,9 @@ def plan(
         bound_plan = bind_plan(captured, chosen)
     else:
         bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
+    if told := told_of(captured):
+        noted = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, *told))
+        bound_plan = replace(bound_plan, plan=noted)
     if not (contexts or batches):
         return bound_plan.plan
     return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
@@ -306,10 +311,11 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     wrap = output_wrapper(captured.signature.output_class)
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
-        observed = [captured.graph_module(**x) for x in different(captured.example, inputs)]
+        observed = [captured.graph_module(**x) for x in different(captured, inputs)]
         told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
+    feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
     _warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
@@ -321,6 +327,19 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         observer=observer,
         seed=request.seed,
     )
+
+
+def told_of(captured: Captured) -> tuple[str, ...]:
+    """What a person should know of the guide's graph. That it can't be trained is told where nothing is: whoever trains
+    on should know.
+    """
+    return (*captured.notes, *((captured.untrainable,) if captured.untrainable else ()))
+
+
+def check_trainable(captured: Captured, recipe: Recipe) -> None:
+    """Raises CaptureError where steps of gradients would not train what they would in the guide."""
+    if captured.untrainable and recipe.steps:
+        raise CaptureError(captured.untrainable)
 
 
 def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import fx
 
 from thesean import artifact
+from thesean.errors import DataError
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
@@ -46,10 +47,23 @@ class Converted:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the guide is called, by position or by name. Raises DataError for inputs that don't fit."""
-        return self._wrap(self.module(**self.signature.bind(args, kwargs)))
+        inputs = self.signature.bind(args, kwargs)
+        try:
+            return self._wrap(self.module(**inputs))
+        except (IndexError, RuntimeError) as error:
+            length, trained = self.signature.check(inputs).get("time"), self.report.train_length
+            if length is None or trained is None or length <= trained:
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DataError(
+                f"the network does not run at {length} steps ({reason}); it was converted at {trained}. A table of "
+                "positions that the guide keeps ends there, or earlier by its strides: give shorter sequences."
+            ) from error
 
     def save(self, folder: str | Path) -> Path:
-        """Write `graph.json`, `plan.yaml`, `report.json` and `weights.safetensors`. Raises ArtifactError."""
+        """Write `graph.json`, `plan.yaml`, `report.json`, `weights.safetensors` and, in `example.safetensors`, a few of
+        the inputs that the guide was captured with: an export is checked on such. Raises ArtifactError.
+        """
         return artifact.save(
             artifact.Artifact(graph_module=self.module, signature=self.signature, plan=self.plan, report=self.report),
             folder,

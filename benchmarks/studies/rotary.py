@@ -125,7 +125,7 @@ def table(result: Result) -> str:
     budget, cases = result["settings"], result["cases"]
     size, seeds = f"{budget['batch']} x {budget['length']}", len({c["seed"] for c in cases})
     lines = [
-        f"Guide {cases[0]['guide']:.3f} nats; steps of {size} characters (`fast`: none); median and range over {seeds} seeds.",
+        f"Guide {cases[0]['guide']:.3f} nats; steps of {size} characters (`fast`: none); median of {seeds} seeds.",
         "",
         "| run | loss | lowest | highest |",
         "|---|---:|---:|---:|",

@@ -302,6 +302,24 @@ def test_the_error_is_relative_to_the_outputs_scale(found, expected, error):
     assert relative_error(np.array(found), np.array(expected)) == pytest.approx(error)
 
 
+def test_nan_against_nan_is_no_comparison():
+    nothing = np.array([float("nan"), float("-inf")])
+    assert np.isnan(relative_error(nothing, nothing))
+    assert relative_error(np.append(nothing, 3.0), np.append(nothing, 4.0)) == pytest.approx(0.25)
+    assert np.isnan(parity.worst([0.0, float("nan"), float("inf")]))
+
+
+def test_a_file_is_not_written_where_the_module_gives_no_numbers(gru, tmp_path):
+    module, guide = gru
+    broken = copy.deepcopy(module)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ExportError, match="expected finite numbers to compare, found none"):
+        export(broken, guide.signature, tmp_path / "m.onnx", stateful=False)
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize(("length", "chunks"), [(20, (1, 5, 1, 13)), (7, (1, 5, 1)), (4, (1, 3)), (1, (1,))])
 def test_chunks_fill_the_length(length, chunks):
     assert parity._cut(length) == chunks

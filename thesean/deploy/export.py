@@ -240,6 +240,13 @@ def _check_size(graph_module: fx.GraphModule, path: Path) -> None:
 def _refuse_errors(checks: list[Check], tolerance: float, path: Path) -> None:
     if not checks:
         raise ExportError(f"{path}: the torch module runs at none of the sizes to compare at. Pass train_length=.")
+    void = next((c for c in checks if c.max_abs_error != c.max_abs_error), None)
+    if void is not None:
+        raise ExportError(
+            f"{path}: {void.label} at {void.shape}: expected finite numbers to compare, found none in an output of the "
+            "torch module's own. No file was written. Convert with data= or example_inputs= that the network is finite "
+            "on: checks are made of them."
+        )
     worst = max(checks, key=lambda c: c.max_abs_error)
     if not worst.max_abs_error <= tolerance:
         raise ExportError(

@@ -17,6 +17,7 @@ from torch import fx
 from thesean.deploy.session import Session
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.receptive_field import receptive_field
+from thesean.passes.graph.resample import is_mask
 from thesean.passes.graph.signature import Signature
 from thesean.passes.thread_state import leaf_values, zero_states
 
@@ -29,7 +30,9 @@ _CHUNKED = (3, 20)
 
 
 class Check(NamedTuple):
-    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number."""
+    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number, NaN where
+    an output of torch's has no finite number to compare with.
+    """
 
     label: str
     shape: tuple[int, ...]
@@ -88,8 +91,8 @@ def compare_whole(
     inputs = _with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
     expected = leaf_values(module(**inputs))
     found, _ = session.run(_arrays(inputs))
-    error = max(relative_error(found[name], value.numpy()) for name, value in zip(outputs, expected, strict=True))
-    return Check("onnxruntime vs torch", sizes.shape, error)
+    errors = [relative_error(found[name], value.numpy()) for name, value in zip(outputs, expected, strict=True)]
+    return Check("onnxruntime vs torch", sizes.shape, worst(errors))
 
 
 @torch.no_grad()
@@ -119,7 +122,7 @@ def compare_chunks(
         for index, value in enumerate(whole):
             joined = join([piece[index] for piece in pieces], value.shape)
             errors.append(float("inf") if isinstance(joined, str) else relative_error(joined.numpy(), value.numpy()))
-        checks.append(Check(label, sizes.shape, max(errors)))
+        checks.append(Check(label, sizes.shape, worst(errors)))
     return checks
 
 
@@ -127,24 +130,34 @@ def _with_padding(signature: Signature, inputs: dict[str, torch.Tensor]) -> dict
     """Masks with a padded tail: an all-visible one would not show whether the file reads it."""
     for spec in signature.inputs:
         value = inputs[spec.name]
-        is_mask = spec.high is None and not value.is_floating_point() and len(spec.shape) == 2
-        if is_mask and value.shape[1] > 2:
-            value[0, -(value.shape[1] // 3) :] = 0
+        known = spec.example if spec.example is not None else value
+        integers = not value.is_floating_point() and value.dtype != torch.bool
+        if spec.high is None and integers and len(spec.shape) == 2 and is_mask(known) and value.shape[1] > 2:
+            tail = value[0, -(value.shape[1] // 3) :]
+            tail.copy_(1 - tail)
     return inputs
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """max|a - b| / max(1, max|b|); infinite where shapes differ or one side isn't finite and the other is."""
+    """max|a - b| / max(1, max|b|) where both are finite or the same infinity; infinite where shapes differ or only one
+    side is a number; NaN where nothing expected is finite, so that nothing was compared.
+    """
     if found.shape != expected.shape:
         return float("inf")
     if not expected.size:
         return 0.0
     a, b = found.astype(np.float64), expected.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        error = np.where(a == b, 0.0, np.abs(a - b))  # an infinite mask equals itself
-    error = np.where(np.isnan(a) & np.isnan(b), 0.0, error)
-    scale = max(1.0, float(np.abs(b[np.isfinite(b)]).max(initial=0.0)))
-    return float("inf") if np.isnan(error).any() else float(error.max()) / scale
+    finite = np.isfinite(b)
+    if not finite.any():
+        return float("nan")
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
+        return float("inf")
+    return float(np.abs(a[finite] - b[finite]).max()) / max(1.0, float(np.abs(b[finite]).max()))
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest; NaN, nothing compared, is worse than any."""
+    return max(errors, key=lambda e: (e != e, e))
 
 
 def _cut(length: int) -> tuple[int, ...]:

@@ -120,11 +120,13 @@ def labels_in(batch: Any, inputs: int = 1) -> list[torch.Tensor]:
     return [y for y in found if isinstance(y, torch.Tensor)]
 
 
-def different(example: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
-    """The example, and inputs of its shapes that are not the same: the `other` ones, or its own rows in another order.
-    The example alone where there are none.
+def different(captured: Captured, other: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
+    """The example, and inputs of its shapes that are not the same: the `other` ones, or some that are made of it. The
+    example alone where there are none.
     """
-    for found in (other, {k: v.roll(1, 0) if v.ndim else v for k, v in example.items()}):
+    example, signature = captured.example, captured.signature
+    device = str(next(iter(example.values())).device)
+    for found in (other, signature.random_inputs(signature.check(example), device=device)):
         alike = all(found[k].shape == v.shape for k, v in example.items())
         if alike and any(not torch.equal(found[k], v) for k, v in example.items()):
             return example, found
@@ -133,7 +135,9 @@ def different(example: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) 
 
 def synthetic(signature: Signature, sizes: dict[str, int], device: torch.device, batches: int, seed: int) -> list[Any]:
     """Random inputs of the guide's shapes, as dicts."""
-    return [signature.random_inputs(sizes, seed=seed * 1000 + i, device=str(device)) for i in range(batches)]
+    return [
+        signature.random_inputs(sizes, seed=seed * 1000 + i, device=str(device), fresh=True) for i in range(batches)
+    ]
 
 
 # Held-out batches that stages are judged by; a whole evaluation set would cost more than the stages

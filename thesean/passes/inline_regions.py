@@ -20,8 +20,9 @@ _REGION = {_AUTOCAST: 4, _GRADIENTS: 1}
 
 @dataclass(frozen=True)
 class InlineRegions(Pass):
-    """with torch.autocast(enabled=False): y = f(x)  =>  y = f(x); so for torch.no_grad, torch.enable_grad.
+    """with torch.autocast(enabled=False): y = f(x)  =>  y = f(x); so for torch.enable_grad.
 
+    with torch.no_grad(): y = f(x)  =>  y = f(x).detach(): what the guide doesn't train, its graph doesn't.
     A region that computes in half precision is refused: as a graph it would run in the guide's own.
     """
 
@@ -70,7 +71,14 @@ def _inline(graph_module: fx.GraphModule, node: fx.Node) -> None:
                 copied.target = f"{path}.{one.target}"
             known[one] = copied
     results = inner.graph.output_node().args[0]
+    stops = node.target is _GRADIENTS and node.args[0] is False
     for user in list(node.users):  # each takes one of the region's outputs
-        user.replace_all_uses_with(known[results[user.args[1]]])
+        result = known[results[user.args[1]]]
+        value = user.meta.get("val")
+        if stops and isinstance(value, torch.Tensor) and value.is_floating_point():
+            with graph.inserting_before(user):
+                source, result = result, graph.call_function(torch.ops.aten.detach.default, (result,))
+                result.meta = dict(source.meta)
+        user.replace_all_uses_with(result)
         graph.erase_node(user)
     graph.erase_node(node)

@@ -1,4 +1,6 @@
-"""Drop what computes nothing: export's asserts, casts to the same type, dropout in eval mode, full slices."""
+"""Drop what computes nothing: export's asserts, casts to the same type, dropout in eval mode, full slices, a detach of
+what no parameter flows into.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ _ASSERTS = (
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 )
-_ALIASES = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.detach_.default)
+_ALIASES = (aten.alias.default, aten.lift_fresh_copy.default, aten.detach_.default)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Simplify(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
         before = len(graph.nodes)
+        trained = _trained(graph_module)
         for node in list(graph.nodes):
             if node.op == "get_attr":
                 node.meta["val"] = attribute(graph_module, str(node.target))
@@ -44,7 +47,7 @@ class Simplify(Pass):
             elif node.target is aten.transpose.int and (source := _transposed_back(node)) is not None:
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
-            elif node.op == "call_function" and _computes_nothing(node):
+            elif node.op == "call_function" and (_computes_nothing(node) or _stops_nothing(node, trained)):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         erase_dead(graph)
@@ -64,6 +67,23 @@ def _transposed_back(node: fx.Node) -> fx.Node | None:
     dims = [{argument(n, at, f"dim{at - 1}") % rank for at in (1, 2)} for n in (node, inner)]
     source = inner.args[0]
     return source if dims[0] == dims[1] and isinstance(source, fx.Node) else None
+
+
+def _trained(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """What hangs on a parameter or on a module; empty where the graph has no detach to ask for it."""
+    found: set[fx.Node] = set()
+    graph = graph_module.graph
+    if not graph.find_nodes(op="call_function", target=aten.detach.default):
+        return found
+    for node in graph.nodes:
+        reads = node.op == "get_attr" and isinstance(attribute(graph_module, str(node.target)), torch.nn.Parameter)
+        if reads or node.op == "call_module" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _stops_nothing(node: fx.Node, trained: set[fx.Node]) -> bool:
+    return node.target is aten.detach.default and node.args[0] not in trained
 
 
 def _computes_nothing(node: fx.Node) -> bool:

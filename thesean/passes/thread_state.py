@@ -61,7 +61,9 @@ class ThreadState(Pass):
         if len(times) != 1:
             found = f"{len(times)} ({', '.join(times)})" if times else "none"
             raise PassRefused(f"thread state: expected inputs with one dynamic time dimension, found {found}.")
-        timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape]
+        read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
+        # an initial state that no replacement reads is none of the file's: it has states of its own
+        timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape and s.name in read]
         if timeless:
             raise PassRefused(f"thread state: input {timeless[0]!r} has no time dimension, so it can't come in chunks.")
         if not _stateful_calls(graph_module):

@@ -11,7 +11,8 @@ from tests.captured import KERNELS
 from tests.models import vectors
 from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import data_flow
-from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.layout import is_channels_first
+from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.capture import capture
 from thesean.passes.plan.make_plan import make_plan

@@ -50,6 +50,8 @@ def masks_of(guide: nn.Module, *inputs: torch.Tensor) -> tuple[Padding, ...]:
 
 def masked(hide: str) -> tuple[Padding, ...]:
     mask = torch.full((3,), 7) if hide == "lengths" else torch.ones(3, 7, dtype=torch.int64)
+    if hide == "hidden is one":
+        mask = torch.zeros_like(mask)
     return masks_of(models.seeded(Masked, hide), vectors(3, 7, WIDTH), mask)
 
 

@@ -7,7 +7,7 @@ import torch
 from thesean.passes.analyse.chains import branches, chains, segments_of
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.fingerprint import fingerprint, operator_kinds
-from thesean.passes.analyse.regions import Region, is_single_entry_single_exit, join
+from thesean.passes.analyse.regions import Region, is_linear_map, is_single_entry_single_exit, join
 
 # repeats that cover less than this share of the heavy segments are a coincidence, not the model's structure
 _COVERAGE = 0.6
@@ -23,6 +23,22 @@ def carries_tensors(region: Region) -> bool:
 def halves(flow: DataFlow, region: Region) -> list[Region]:
     """The residual branches inside a region, in order; empty when it has none."""
     return [b for s in segments_of(flow, region) if s.is_fork() for b in branches(flow, s)]
+
+
+def pieces(flow: DataFlow, region: Region) -> list[Region]:
+    """A region from entry to exit, in order: residual branches with or without a matrix, and each stretch between."""
+    found: list[Region] = []
+    stretch: list[Region] = []
+    for segment in [*segments_of(flow, region), None]:
+        inner = branches(flow, segment, light=True) if segment is not None and segment.is_fork() else []
+        if segment is not None and not inner:
+            stretch.append(segment)
+            continue
+        if stretch:
+            found.append(join(stretch[0], stretch[-1], stretch[1:-1]))
+            stretch = []
+        found.extend(inner)
+    return found
 
 
 def halves_or_whole(flow: DataFlow, block: Region) -> list[Region]:
@@ -78,7 +94,9 @@ def _has_residual(flow: DataFlow, block: Region) -> bool:
 
 def _repeats(row: list[Region], forked: bool) -> list[tuple[int, int, int]]:
     """(start, period, count) of the runs that cover most of a chain, by exact repeats or by kinds of operators."""
-    weight = [s.is_heavy() and (s.is_fork() or not forked) for s in row]
+    # mixing without a matrix has its place in a block beside the sums, as in x = fourier(x); x = x + mlp(x)
+    matrix = [any(is_linear_map(n) for n in s.nodes) for s in row]
+    weight = [s.is_heavy() and (s.is_fork() or not forked or not m) for s, m in zip(row, matrix, strict=True)]
     if sum(weight) < 2:
         return []
     most, best = 0, []

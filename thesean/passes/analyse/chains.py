@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.dataflow import SOURCE, DataFlow, Vertex, immediate_dominators
-from thesean.passes.analyse.regions import Region, is_linear_map, is_single_entry_single_exit, same_shape
+from thesean.passes.analyse.regions import Region, is_single_entry_single_exit, is_work, same_shape
 
 aten = torch.ops.aten
 
@@ -65,8 +65,8 @@ def _between(flow: DataFlow, entry: fx.Node, exit_: fx.Node) -> Region:
     return Region(entry=entry, exit=exit_, nodes=tuple(sorted(found, key=flow.order.__getitem__)))
 
 
-def branches(flow: DataFlow, segment: Region) -> list[Region]:
-    """The heavy branches of a residual segment, each without its leading norm.
+def branches(flow: DataFlow, segment: Region, light: bool = False) -> list[Region]:
+    """The heavy branches of a residual segment, each without its leading norm; `light` ones as well.
 
     A residual segment ends in a join of its entry with one or more branches. A branch is cut where its first linear
     map begins, so that a pre-norm stays with the guide: exactly the extent of an attention or MLP module. Branches
@@ -84,7 +84,8 @@ def branches(flow: DataFlow, segment: Region) -> list[Region]:
         nodes = [n for r in apart for n in r.nodes]
         if len(apart) < 2 or len(nodes) > len(set(nodes)) or not _all_single(flow, apart):
             whole = _branch(flow, segment, end)
-            apart = [whole] if whole is not None and whole.is_heavy() and _all_single(flow, [whole]) else []
+            kept = whole is not None and (light or whole.is_heavy()) and _all_single(flow, [whole])
+            apart = [whole] if whole is not None and kept else []
         found.extend(apart)
     return sorted(found, key=lambda r: flow.order[r.exit])
 
@@ -129,7 +130,7 @@ def _strip_light_head(flow: DataFlow, region: Region) -> Region | None:
     place = {vertex: i for i, vertex in enumerate(chain)}
     for node in region.nodes:  # a node's place is that of the chain's last node before it
         place.setdefault(node, place[nearest[node]])
-    first_heavy = min((place[n] - (n in chain) for n in region.nodes if is_linear_map(n)), default=0)
+    first_heavy = min((place[n] - (n in chain) for n in region.nodes if is_work(n)), default=0)
     start = 0
     for at in range(1, min(first_heavy, len(chain) - 2) + 1):
         # a view that flattens tokens for a matrix product belongs to the product, not to the head

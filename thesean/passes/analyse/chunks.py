@@ -33,11 +33,13 @@ class Difference:
 def split_inputs(
     signature: Signature, inputs: dict[str, torch.Tensor], chunks: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """The inputs of each chunk, cut along their time dimension."""
+    """The inputs of each chunk, cut along their time dimension; one without is whole in each."""
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in chunks]
     for spec in signature.inputs:
-        dim = next(i for i, d in enumerate(spec.shape) if isinstance(d, str) and not d.startswith("batch"))
-        for piece, part in zip(pieces, inputs[spec.name].split(list(chunks), dim), strict=True):
+        dims = [i for i, d in enumerate(spec.shape) if isinstance(d, str) and not d.startswith("batch")]
+        whole = inputs[spec.name]
+        parts = whole.split(list(chunks), dims[0]) if dims else [whole] * len(chunks)
+        for piece, part in zip(pieces, parts, strict=True):
             piece[spec.name] = part
     return pieces
 

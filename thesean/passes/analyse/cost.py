@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from thesean.passes.graph.nodes import argument, attribute, constants_of
@@ -101,10 +105,16 @@ def flops_by_node(
     if known is not None:
         return known
     inputs = signature.random_inputs(sizes)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [mode.from_tensor(v) for v in inputs.values()]
-        interpreter = _FlopInterpreter(graph_module, sizes, facts or {})
-        interpreter.run(*fake)
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(v) for v in inputs.values()]
+            interpreter = _FlopInterpreter(graph_module, sizes, facts or {})
+            interpreter.run(*fake)
+    except (DynamicOutputShapeException, DataDependentOutputException):  # a router sends tokens where they belong
+        device = next((p.device for p in graph_module.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            interpreter = _FlopInterpreter(graph_module, sizes, facts or {})
+            interpreter.run(*(v.to(device) for v in inputs.values()))
     return interpreter.flops
 
 

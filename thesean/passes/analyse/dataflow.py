@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import getitem
 
 import networkx as nx
 import torch
@@ -157,9 +158,10 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
             constant.add(node)
             continue
         value = node.meta.get("val")
-        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        several = value if isinstance(value, (tuple, list)) else (value,)  # an embedding bag returns four tensors
+        is_float = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in several)
         if node.op == "placeholder":
-            if not is_float:
+            if not is_float or _starts_recurrences(node):
                 side.add(node)
             continue
         if node.op == "call_module":  # a replaced part: one that carries a state has no single value of its own
@@ -173,6 +175,28 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
             # hidden state, such as the experts that a router picks, carry it on.
             side.add(node)
     return side
+
+
+_CELLS = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
+_PICKS = {
+    aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.contiguous.default, aten.clone.default,
+    aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
+    aten.split.Tensor, aten.chunk.default, getitem,
+}  # fmt: skip
+
+
+def _starts_recurrences(placeholder: fx.Node) -> bool:
+    """The caller's initial state: cells start from it, and nothing else reads it."""
+    front, found = [placeholder], False
+    for node in front:  # it grows
+        for user in node.users:
+            if user.target in _CELLS and user.args[0] is not node:
+                found = True
+            elif user.target in _PICKS:
+                front.append(user)
+            elif not is_size_only(user):
+                return False
+    return found
 
 
 def data_flow(graph: fx.Graph) -> DataFlow:

@@ -18,7 +18,10 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 # heavy operators without a weight of two dimensions, or with a structure that their name says best
-_OTHERS = {"cumsum", "lstm", "gru", "rnn_tanh", "rnn_relu", "fft_fft", "fft_rfft", "topk", "logcumsumexp"}
+_OTHERS = {
+    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "topk", "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "fft_ifft", "fft_irfft",
+}  # fmt: skip
 
 
 def describe_operators(region: Region) -> str:

@@ -12,24 +12,10 @@ from torch import fx
 
 from thesean.errors import PlanError
 from thesean.passes.analyse.fingerprint import exact_fingerprint
+from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.record import Recorded, evaluate
 from thesean.targets.shared.facts import Mixing
-
-aten = torch.ops.aten
-
-# read (batch, channels, time) as such
-_CHANNELS_FIRST = {
-    aten.conv1d.default, aten.conv1d.padding, aten.conv_transpose1d.default, aten.batch_norm.default,
-    aten.group_norm.default, aten.instance_norm.default, aten.max_pool1d.default, aten.avg_pool1d.default,
-    aten.adaptive_avg_pool1d.default, aten.adaptive_max_pool1d.default,
-}  # fmt: skip
-# after these the layout is another, or a matrix read the last dimension as its width
-_RELAYING = {
-    aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.linear.default, aten.matmul.default, aten.layer_norm.default, aten.rms_norm.default,
-    aten.select.int, aten.mean.dim, aten.bmm.default, aten.lstm.input, aten.gru.input,
-}  # fmt: skip
 
 # Of the output's largest change: rounding moves other tokens by 1e-7, mixing by 1e-3 and more.
 _MOVED = 1e-5
@@ -54,9 +40,11 @@ def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
 
 def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     x, y = values[region.entry], values[region.exit]
+    if x.ndim != 3 and x.shape[0] == y.shape[0] == 2 and _moves_the_other(region, values):
+        raise _mixes_examples(region)
     if x.ndim == 2 or y.ndim == 2:
         return "none"
-    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region):
+    if x.ndim != 3 or y.ndim != 3 or x.shape[1] != y.shape[1] or is_channels_first(region, values):
         return "bidirectional"
     last = x.shape[1] - 1
     generator = torch.Generator().manual_seed(0)
@@ -70,11 +58,7 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
         change_BT = (evaluate(region.nodes, values, {region.entry: moved_x}, region.exit) - y).abs().amax(2)
         moved_BT = change_BT > _MOVED * change_BT.max()
         if len(moves) == 1 and bool(moved_BT[1].any()):
-            raise PlanError(
-                f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the "
-                "batch in the first dimension, found (batch, time, width) in another order or a part that mixes "
-                "examples. Set batch_first=True in the guide, or keep the part."
-            )
+            raise _mixes_examples(region)
         for example, t in moves:
             mixes |= bool(moved_BT[example, :t].any() or moved_BT[example, t + 1 :].any())
             looks_ahead |= bool(moved_BT[example, :t].any())
@@ -83,20 +67,19 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     return "bidirectional" if looks_ahead else "causal"
 
 
-def is_channels_first(region: Region) -> bool:
-    """(batch, channels, time) in: a convolution or a norm over channels reads the entry in its own layout."""
-    if getattr(region.entry.meta.get("val"), "ndim", 0) != 3:
-        return False
-    inside = set(region.nodes)
-    front, seen = [region.entry], {region.entry}
-    while front:
-        node = front.pop()
-        for user in node.users:
-            if user not in inside or user in seen or user.args[:1] != (node,):
-                continue
-            if user.target in _CHANNELS_FIRST:
-                return True
-            if user.target not in _RELAYING:
-                seen.add(user)
-                front.append(user)
-    return False
+def _moves_the_other(region: Region, values: dict[fx.Node, Any]) -> bool:
+    """Whether the first of two examples changes the second one's output."""
+    x, y = values[region.entry], values[region.exit]
+    moved = x.clone()
+    noise = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0)).to(x)
+    moved[0] += noise * x.std().clamp_min(1e-3)
+    change = (evaluate(region.nodes, values, {region.entry: moved}, region.exit) - y).abs()
+    return bool(change[1].max() > _MOVED * change.max())
+
+
+def _mixes_examples(region: Region) -> PlanError:
+    return PlanError(
+        f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the batch in the "
+        "first dimension, found (batch, time, width) in another order or a part that mixes examples (statistics over "
+        "the batch). Set batch_first=True in the guide, or keep the part with keep=[...]."
+    )

@@ -16,7 +16,7 @@ from torch import fx
 
 from thesean.errors import PassRefused
 from thesean.passes.analyse.dataflow import SOURCE, DataFlow
-from thesean.passes.graph.nodes import calls_of, constants_of, owner
+from thesean.passes.graph.nodes import argument, calls_of, constants_of, owner
 
 aten = torch.ops.aten
 
@@ -27,6 +27,7 @@ VIEWS = {
     aten.squeeze.dim, aten.expand.default, aten.slice.Tensor, aten.contiguous.default, aten.clone.default,
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.t.default, aten.flatten.using_ints,
     aten._unsafe_view.default, aten.alias.default, aten.select.int, aten.cat.default,
+    aten.detach.default,
 }  # fmt: skip
 
 
@@ -53,8 +54,10 @@ class Region:
         return shared_path(n for n in self.nodes if n.target not in VIEWS) or shared_path(self.nodes)
 
     def is_heavy(self) -> bool:
-        """Holds a linear map with parameters: a matrix product or a convolution, not a norm or a table."""
-        return any(is_linear_map(n) for n in self.nodes)
+        """Holds a linear map with parameters (a matrix product or a convolution, not a norm or a table), or mixes over
+        time without one.
+        """
+        return any(is_work(n) for n in self.nodes)
 
     def translate(self, by_name: dict[str, fx.Node]) -> Region:
         """The same region in a copy of the graph; `by_name` maps this graph's names to the copy's nodes."""
@@ -96,6 +99,36 @@ def _is_matrix(node: fx.Node) -> bool:
 
 
 _PICKS = {aten.index.Tensor, aten.index_select.default, aten.to.dtype, aten._to_copy.default, aten.numpy_T.default}
+
+
+def is_work(node: fx.Node) -> bool:
+    """What a part is cut out for: a linear map, or mixing over time without a matrix."""
+    return is_linear_map(node) or _mixes_alone(node)
+
+
+_RUNNING = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip"}
+
+
+def _mixes_alone(node: fx.Node) -> bool:
+    """A Fourier transform, or a running sum or a shift along the second dimension of (batch, time, width)."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    if not isinstance(node.target, torch._ops.OpOverload) or getattr(value, "ndim", 0) != 3:
+        return False
+    name = node.target._opname
+    if name == "slice":
+        return any(_mixes_alone(user) for user in node.users)
+    if name.startswith("fft_") and "shift" not in name:
+        return True
+    if name in _RUNNING:
+        dims = argument(node, 2 if name == "roll" else 1, "dims" if name in ("roll", "flip") else "dim")
+    elif name in ("cat", "pad", "constant_pad_nd"):  # a shift: what it reads lost its first or last steps
+        read = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
+        cut = [i for i in read if isinstance(i, fx.Node) and i.target is aten.slice.Tensor]
+        dims = [argument(i, 1, "dim", 0) for i in cut if same_shape(node, i.all_input_nodes[0])]
+    else:
+        return False
+    return any(isinstance(d, int) and d % 3 == 1 for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
 
 
 def is_single_entry_single_exit(flow: DataFlow, region: Region) -> bool:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch.export import Dim
 from thesean.errors import CaptureError, DataError
 from thesean.passes.base import run_passes
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs
+from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs, void
 from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, short, where_of
+from thesean.passes.capture.fixed import fixed_lengths
+from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
@@ -52,13 +55,16 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     does not take.
     """
     check_guide(model)
-    inputs = named_inputs(model, example_inputs)
-    free = guess_dynamic(inputs, sequence=True) if dynamic is None else check_dynamic(dynamic, inputs)
-    inputs = {k: at_least_two(v.clone(), free[k]) for k, v in inputs.items()}
+    given = named_inputs(model, example_inputs)
+    free: Dynamic = guess_dynamic(given, sequence=True) if dynamic is None else check_dynamic(dynamic, given)
     accepted = forward_parameters(model)
     constants = {k: False for k in _SWITCHED_OFF if k in accepted}
     with evaluating(model) as buffers, configured(model, dict.fromkeys(_SWITCHED_OFF, False)), torch.no_grad():
-        eager = _run(model, inputs, constants, buffers)
+
+        def guide(inputs: dict[str, torch.Tensor]) -> Any:
+            return model(**own_copies(inputs), **constants)
+
+        inputs, eager, free = _first_run(model, given, constants, buffers, free, guessed=dynamic is None)
         if dynamic is not None:
             captured = _captured(model, inputs, constants, eager, [free])
         else:
@@ -66,8 +72,32 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
             captured = _captured(model, inputs, constants, eager, [free, less] if free != less else [less])
             if not _runs_elsewhere(captured):
                 captured = _captured(model, inputs, constants, eager, [less])
+            captured = replace(captured, notes=fixed_lengths(captured, guide))
+        captured = keep_training(captured, guide)
     check_same(captured, eager)
     return captured
+
+
+def _first_run(
+    model: nn.Module,
+    given: dict[str, torch.Tensor],
+    constants: dict[str, Any],
+    buffers: KeptBuffers,
+    free: Dynamic,
+    guessed: bool,
+) -> tuple[dict[str, torch.Tensor], Any, Dynamic]:
+    """The inputs to trace with, the guide's output on them, and what is free. What was guessed to be a sequence of one
+    step may be the one channel of a signal, and can't be doubled.
+    """
+    tries = [free, guess_dynamic(given, sequence=False)] if guessed else [free]
+    for last, attempt in zip((len(tries) == 1, True), tries, strict=False):
+        inputs = {k: at_least_two(v.clone(), attempt[k]) for k, v in given.items()}
+        try:
+            return inputs, _run(model, inputs, constants, buffers), attempt
+        except DataError:
+            if last or all(torch.Size(v.shape[1:]) == given[k].shape[1:] for k, v in inputs.items()):
+                raise
+    raise AssertionError  # the last try returns or raises
 
 
 def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], before: KeptBuffers) -> Any:
@@ -76,6 +106,11 @@ def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str,
         eager = model(**own_copies(inputs), **constants)
     except Exception as error:
         raise DataError(f"the guide does not run on the example inputs{where_of(error)}: {short(error)}") from error
+    if void(eager):
+        raise DataError(
+            "the guide's outputs on the example inputs hold no finite number: nothing can be compared with them. Check "
+            "the weights, and give data= or example_inputs= that the guide was trained for."
+        )
     if changed := before.changed():
         again = model(**own_copies(inputs), **constants)
         before.restore()
@@ -135,7 +170,8 @@ def _export(
         shapes.update(dict.fromkeys(constants))
         given = {**own_copies(inputs), **constants}
         try:
-            with warnings.catch_warnings(), OpaqueCells():
+            # with gradients, so that what the guide runs without them is a region of its own
+            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad():
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free

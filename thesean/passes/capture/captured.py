@@ -12,8 +12,14 @@ from thesean.passes.graph.signature import Signature
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """`graph_module` shares its parameters with the guide; `example` are the inputs that it was traced with."""
+    """`graph_module` shares its parameters with the guide; `example` are the inputs that it was traced with.
+
+    `notes` are what a person should know of it; `untrainable` says why training it is not training the guide, "" where
+    it is.
+    """
 
     graph_module: fx.GraphModule
     signature: Signature
     example: dict[str, torch.Tensor]
+    untrainable: str = ""
+    notes: tuple[str, ...] = ()

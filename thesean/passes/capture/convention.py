@@ -67,7 +67,7 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
 def check_same(captured: Captured, eager: Any) -> None:
     """The graph must compute what the guide computes: anything else is a capture that went wrong silently."""
     graph_out = pytree.tree_leaves(captured.graph_module(**captured.example))
-    leaves = _tensors(eager)
+    leaves = tensors(eager)
     got = [v for v in graph_out if isinstance(v, torch.Tensor)]
     for index, (a, b) in enumerate(zip(got, leaves, strict=True)):
         if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
@@ -80,11 +80,18 @@ def check_same(captured: Captured, eager: Any) -> None:
 
 def same_outputs(first: Any, second: Any) -> bool:
     """Whether two runs of one guide agree, as far as rounding lets them."""
-    pairs = list(zip(_tensors(first), _tensors(second), strict=False))
+    pairs = list(zip(tensors(first), tensors(second), strict=False))
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in pairs)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def void(eager: Any) -> bool:
+    """Whether no output holds a finite number, though there are outputs."""
+    floats = [v for v in tensors(eager) if v.is_floating_point() and v.numel()]
+    return bool(floats) and not any(bool(v.isfinite().any()) for v in floats)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of a guide's output, nested as it may be, in order."""
     leaves: list[torch.Tensor] = []
     _collect(value, leaves)
     return leaves

@@ -12,6 +12,7 @@ from torch import fx
 
 from thesean.passes.capture.dynamic import Dynamic
 from thesean.passes.graph.nodes import argument
+from thesean.passes.graph.resample import kept_example
 from thesean.passes.graph.signature import InputSpec, Signature
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ def read_signature(
     class. `inputs` and `eager` are those of one run, `free` names their dynamic dimensions.
     """
     names: dict[str, str] = {}
-    taken: dict[str, int] = {}
+    taken: dict[str, list[int]] = {}
     specs = []
     for node in graph_module.graph.find_nodes(op="placeholder"):
         shape: list[int | str] = []
@@ -33,22 +34,38 @@ def read_signature(
                 symbol = str(dim)
                 if symbol not in names:
                     base = free[str(node.target)][position]
-                    # A mask that broadcasts leaves export free to keep a batch of its own; a caller's is one.
-                    count = 0 if base == "batch" else taken.get(base, 0)
-                    taken[base] = count + 1
-                    names[symbol] = base if count == 0 else f"{base}_{count}"
+                    names[symbol] = _name(base, inputs[str(node.target)].shape[position], taken)
                 shape.append(names[symbol])
             else:
                 shape.append(int(dim))
         value = inputs[str(node.target)]
         high = _rows_indexed(graph_module, node) if not value.is_floating_point() else None
-        specs.append(InputSpec(name=str(node.target), dtype=value.dtype, shape=tuple(shape), high=high))
+        batch = next((at for at, d in enumerate(shape) if isinstance(d, str) and d.startswith("batch")), None)
+        example = kept_example(value, batch)
+        specs.append(
+            InputSpec(name=str(node.target), dtype=value.dtype, shape=tuple(shape), high=high, example=example)
+        )
     graph_module.meta["symbols"] = names
     container = isinstance(eager, (dict, list, tuple)) and type(eager) in (dict, list, tuple)
     plain = container or isinstance(eager, torch.Tensor)
     path = None if plain else f"{type(eager).__module__}.{type(eager).__qualname__}"
     return Signature(inputs=tuple(specs), output_class=path)
 
+
+def _name(base: str, size: int, taken: dict[str, list[int]]) -> str:
+    """Another dimension of a kind is "time_1", and so on; one of a batch's size is the batch."""
+    sizes = taken.setdefault(base, [])
+    # A mask that broadcasts leaves export free to keep a batch of its own; a caller's is one, but where texts are one
+    # after the other in a row there are not as many of them as of their words.
+    if base == "batch" and size in sizes:
+        count = sizes.index(size)
+    else:
+        count = len(sizes)
+        sizes.append(size)
+    return base if count == 0 else f"{base}_{count}"
+
+
+_TABLES = {aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx}
 
 # keep an index what it is, wherever it stands
 _SAME_INDEX = {
@@ -90,7 +107,7 @@ def _rows_of(reader: fx.Node, index: fx.Node) -> int | None:
         classes = argument(reader, 1, "num_classes", -1)
         return classes if isinstance(classes, int) and classes > 0 else None
     dim: int | None = None
-    if reader.target is aten.embedding.default and reader.args[1] is index:
+    if reader.target in _TABLES and reader.args[1] is index:
         dim = 0
     elif reader.target in (aten.index_select.default, aten.gather.default) and reader.args[2] is index:
         dim = argument(reader, 1, "dim")

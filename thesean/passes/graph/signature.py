@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 
 from thesean.errors import DataError
-
-Dim = int | str
+from thesean.passes.graph.resample import Dim, resampled, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,8 @@ class InputSpec:
     shape: tuple[Dim, ...]
     high: int | None = None  # integers: exclusive upper bound, the rows of the table that they index
     low: int = 0
+    # a few values that the caller gave: what is made up for probes and checks is made of them
+    example: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
     def describe(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
@@ -88,23 +89,38 @@ class Signature:
                     )
         return sizes
 
-    def random_inputs(self, sizes: dict[str, int], seed: int = 0, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Inputs of these sizes: integers uniform below `high`, floats standard normal, booleans True."""
+    def random_inputs(
+        self, sizes: dict[str, int], seed: int = 0, device: str = "cpu", fresh: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Inputs of these sizes, like the examples that the guide was captured with (`resampled`); `fresh` ones are
+        none of them. Without an example, integers are uniform below `high`, floats standard normal, booleans True.
+        """
         generator = torch.Generator().manual_seed(seed)
+        before = self.example_sizes
         made = {}
         for spec in self.inputs:
-            shape = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
-            if spec.dtype == torch.bool:
-                value = torch.ones(shape, dtype=torch.bool)
-            elif spec.dtype.is_floating_point:
-                value = torch.randn(shape, generator=generator, dtype=torch.float32).to(spec.dtype)
-            elif spec.high is None:
-                value = torch.ones(shape, dtype=spec.dtype)  # a mask: everything visible
+            if spec.example is not None:
+                value = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
             else:
-                low = min(spec.low, spec.high - 1)
-                value = torch.randint(low, spec.high, shape, generator=generator, dtype=spec.dtype)
+                value = _without_example(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape], generator)
             made[spec.name] = value.to(device)
         return made
+
+    @property
+    def example_sizes(self) -> dict[str, int]:
+        """Of the dynamic dimensions, in the kept examples."""
+        return sizes_of((s.shape, s.example) for s in self.inputs if s.example is not None)
+
+
+def _without_example(spec: InputSpec, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    if spec.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool)
+    if spec.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(spec.dtype)
+    if spec.high is None:
+        return torch.ones(shape, dtype=spec.dtype)  # a mask: everything visible
+    low = min(spec.low, spec.high - 1)
+    return torch.randint(low, spec.high, shape, generator=generator, dtype=spec.dtype)
 
 
 # Packages whose output classes may be imported when a saved conversion is loaded: naming a class in a file must not

@@ -13,12 +13,12 @@ from thesean.passes.analyse.bypass import freed_params
 from thesean.passes.analyse.cost import SymbolicSizes, count_params, flops_by_node, remaining_params
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.describe import describe_operators
-from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.layout import is_channels_first
+from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.padding import find_padding
 from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.probe import probe_sizes
-from thesean.passes.graph.record import record
+from thesean.passes.capture.probe import recorded_probe
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion
 from thesean.passes.plan.plan import Plan
@@ -51,15 +51,10 @@ class Binder:
     def __init__(self, captured: Captured, flow: DataFlow) -> None:
         self.captured, self.flow = captured, flow
         self.graph_module = captured.graph_module
-        inputs = captured.signature.random_inputs(probe_sizes(captured), device=_device(captured))
-        values = record(self.graph_module, inputs)
-        # what a mask hides can't be probed: everything is seen
-        masks = {m.node: m for m in find_padding(flow, values)}
-        seen = {n: masks[n.name].all_seen(values[n]) for n in flow.order if n.name in masks}
-        self.values = record(self.graph_module, inputs, seen) if seen else values
+        self.values, masks = recorded_probe(captured, lambda values: find_padding(flow, values))
         self.sizes = _plan_sizes(captured)
         self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
-        self.site_finder = SiteFinder(self.graph_module, flow, self.values, tuple(masks.values()))
+        self.site_finder = SiteFinder(self.graph_module, flow, self.values, masks)
 
     def part(self, group: Group, target: Target | None, kept: NamedRegion, strict: bool = True) -> BoundPart:
         """One part with its target, None to keep it. Raises TargetMismatchError; unless `strict`, a part in which the
@@ -82,7 +77,7 @@ class Binder:
             keeps=skeleton,
             replaces=tuple(s.facts.path for s in sites),
             operators=describe_operators(region),
-            mixing=self._describe_mixing(region),
+            mixing=self._describe_mixing(region, kept=target is None),
             input_shape=self.site_finder.shape(region.entry),
             output_shape=self.site_finder.shape(region.exit),
             params=count_params(self.graph_module, region.nodes),
@@ -92,9 +87,15 @@ class Binder:
             row = self._with_replacement(row, region, sites)
         return BoundPart(planned=row, region=region, sites=sites, target=target)
 
-    def _describe_mixing(self, region: Region) -> str:
-        mixing, rank = probe_mixing(region, self.values), self.values[region.entry].ndim
-        if rank == 4 or is_channels_first(region):
+    def _describe_mixing(self, region: Region, kept: bool) -> str:
+        rank = self.values[region.entry].ndim
+        try:
+            mixing = probe_mixing(region, self.values)
+        except PlanError:
+            if not kept:
+                raise
+            return "examples"  # of one batch, with each other: nothing takes the place of that
+        if rank == 4 or is_channels_first(region, self.values):
             return "spatial"
         return {"none": "token-wise"}.get(mixing, mixing) if rank == 3 else "vector"
 
@@ -162,7 +163,3 @@ def _plan_sizes(captured: Captured) -> dict[str, int]:
     """Sizes at which FLOPs are told: the example's own, one row of it."""
     sizes = captured.signature.check(captured.example)
     return {k: 1 if k.startswith("batch") else v for k, v in sizes.items()}
-
-
-def _device(captured: Captured) -> str:
-    return str(next(iter(captured.example.values())).device)

@@ -23,6 +23,7 @@ from thesean.passes.plan.partition import (
     no_match,
     partition,
     read_by_several,
+    read_twice,
 )
 from thesean.passes.plan.plan import Plan
 
@@ -150,14 +151,27 @@ def _settings(flow: DataFlow, groups: Sequence[Group], granularity: Granularity,
 
 
 def _left_out(flow: DataFlow, groups: Sequence[Group]) -> tuple[str, ...]:
-    """One note for all residual branches that are no part, and inside of none, because they read several streams."""
+    """What is no part and inside of none: one note for all residual branches that read several streams, one for all
+    cells whose states are read.
+    """
     inside = {n for g in groups for n in g.region.nodes}
-    paths = [path for path, end in read_by_several(flow) if path and end not in inside]
+    several_in = [path for path, end in read_by_several(flow) if path and end not in inside]
+    several_out = [path for path, node in read_twice(flow) if path and node not in inside]
+    return (
+        *_left(several_in, "a target has one input, found a branch that reads several"),
+        *_left(
+            several_out,
+            "a target has one output, found a last state that is read beside it. Return the output alone: a converted "
+            "network carries its own state, and its file takes and returns it",
+        ),
+    )
+
+
+def _left(paths: Sequence[str], why: str) -> tuple[str, ...]:
     if not paths:
         return ()
     named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    verb = "is" if len(paths) == 1 else "are"
-    return (f"{named} {verb} left to the guide: a target has one input, found a branch that reads several",)
+    return (f"{named} {'is' if len(paths) == 1 else 'are'} left to the guide: {why}",)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 
 from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.capture.captured import Captured
-from thesean.passes.plan.bind import Binder, BoundPlan
+from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division, divide, divide_as, group_matches
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, no_match
@@ -88,10 +88,32 @@ def _keep_measured(bound_plan: BoundPlan, plan: Plan) -> BoundPlan:
 def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool) -> BoundPlan:
     binder = Binder(division.captured, division.flow)
     kept = division.members()
-    parts = [binder.part(g, targets[g.path], k, strict) for g, k in zip(division.groups, kept, strict=True)]
+    parts: list[BoundPart] = []
+    misfits: dict[str, TargetMismatchError] = {}
+    for group, member in zip(division.groups, kept, strict=True):
+        try:
+            parts.append(binder.part(group, targets[group.path], member, strict))
+        except TargetMismatchError as error:
+            if strict:
+                raise
+            misfits[group.path] = error
+            parts.append(binder.part(group, None, member))
     if not any(p.target for p in parts):
-        raise PlanError(f"nothing is replaced: {_why(binder, division.groups, kept, targets)}")
-    return binder.bind(parts, division.settings)
+        if misfits:
+            raise next(iter(misfits.values()))
+        left = "".join(f"{note}. " for note in division.settings.notes)
+        raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
+    notes = (*division.settings.notes, *_left_to_the_guide(misfits))
+    return binder.bind(parts, replace(division.settings, notes=notes))
+
+
+def _left_to_the_guide(misfits: Mapping[str, TargetMismatchError]) -> tuple[str, ...]:
+    """One note for all parts that the target does not fit, with the first one's reason."""
+    if not misfits:
+        return ()
+    named = ", ".join(list(misfits)[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+    verb = "is" if len(misfits) == 1 else "are"
+    return (f"{named} {verb} left to the guide: {next(iter(misfits.values()))}",)
 
 
 def _why(

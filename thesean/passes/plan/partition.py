@@ -139,3 +139,15 @@ def read_by_several(flow: DataFlow) -> list[tuple[str, fx.Node]]:
         if stream in entries and len(entries) > 1 and any(is_linear_map(n) for n in inside):
             found.append((shared_path(inside), end))
     return found
+
+
+def read_twice(flow: DataFlow) -> list[tuple[str, fx.Node]]:
+    """(module path, node) of each recurrent cell that more than one of its outputs is read of: no part, for a target
+    has one output.
+    """
+    found = []
+    for node in flow.order:
+        several = isinstance(node.meta.get("val"), (tuple, list)) and is_linear_map(node)
+        if node in flow.dag and several and len(list(flow.dag.successors(node))) > 1:
+            found.append((owner(node), node))
+    return found

@@ -11,14 +11,15 @@ from torch import fx
 
 from thesean.errors import TargetMismatchError
 from thesean.passes.analyse.attention import find_attention
-from thesean.passes.analyse.blocks import halves
+from thesean.passes.analyse.blocks import halves, pieces
 from thesean.passes.analyse.bypass import removal, removals
 from thesean.passes.analyse.cost import count_params
 from thesean.passes.analyse.dataflow import DataFlow
-from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.layout import is_channels_first
+from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of
-from thesean.passes.analyse.regions import Region, join_of
+from thesean.passes.analyse.regions import Region, join_of, same_shape
 from thesean.passes.graph.nodes import ancestors, named_dim
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
@@ -68,7 +69,7 @@ class SiteFinder:
             return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
         if not inner:
-            return (), "token-wise" if scope == "mixing" else "nothing token-wise in it"
+            return (), self._nothing(keeps, target, scope)
         found = [*dropped, *(self._site(path, region, target) for path, region in inner)]
         return tuple(sorted(found, key=lambda s: self.flow.order[s.region.exit])), ""
 
@@ -78,7 +79,25 @@ class SiteFinder:
         regions = [(named.path, named.region)]
         if inner and inner[0].nodes != named.region.nodes:
             regions = list(zip(inner_names(named.path, inner), inner, strict=True))
-        return [(p, r) for p, r in regions if (probe_mixing(r, self.values) == "none") == (scope == "token-wise")]
+        wanted = [(p, r) for p, r in regions if (probe_mixing(r, self.values) == "none") == (scope == "token-wise")]
+        if wanted or scope != "mixing" or probe_mixing(named.region, self.values) == "none":
+            return wanted
+        # mixing without a matrix, in a branch of its own or between the branches
+        light = [r for r in pieces(self.flow, named.region) if same_shape(r.entry, r.exit)]
+        light = [r for r in light if self.values[r.exit].ndim == 3 and probe_mixing(r, self.values) != "none"]
+        return list(zip(inner_names(named.path, light), light, strict=True))
+
+    def _nothing(self, named: NamedRegion, target: Target, scope: Scope) -> str:
+        """Why a part has nothing to replace, from what the whole part was seen to do: as its row says."""
+        if scope != "mixing":
+            return "nothing token-wise in it"
+        mixing = probe_mixing(named.region, self.values)
+        if mixing == "none":
+            return "token-wise"
+        return (
+            f"it mixes over time ({mixing}), but in no branch that can be cut out. "
+            f"Target({target.name!r}, scope='part') replaces the whole part"
+        )
 
     def _site(self, path: str, region: Region, target: Target) -> Site:
         removes = target.build is None and get_family(target.name).removes
@@ -101,7 +120,7 @@ class SiteFinder:
             attention=None if removes else find_attention(region, self.values),
             mlp=find_mlp(region, self.values) if token_wise else None,
             is_branch=not removes and join_of(region) is not None,
-            channels_first=is_channels_first(region),
+            channels_first=is_channels_first(region, self.values),
             nonnegative=bool((self.values[region.exit] >= 0).all()),
         )
         masks = () if removes else self._masks(region)

@@ -1,0 +1,131 @@
+"""Training the graph is training the guide.
+
+B batch, D width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+from tests.models import vectors
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+
+SOMEWHERE = nn.Parameter(torch.linspace(-1, 1, 36).view(6, 6))
+
+
+class Step(nn.Module):
+    def __init__(self, compute: Callable[[Step, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.compute = nn.Linear(6, 6), nn.Linear(6, 6), compute
+        self.listed = [nn.Parameter(torch.ones(6)), torch.ones(6)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.compute(self, x))
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def capture_of(compute: Callable[[Step, torch.Tensor], torch.Tensor]) -> tuple[Step, Captured]:
+    torch.manual_seed(0)
+    guide = Step(compute).eval()
+    return guide, capture(guide, vectors(4, 6))
+
+
+def without_gradient(guide: Step, captured: Captured) -> list[set[str]]:
+    """Parameters of the guide that get none, in it and in its graph."""
+    found = []
+    for module in (guide, captured.graph_module):
+        for parameter in guide.parameters():
+            parameter.grad = None
+        module(vectors(4, 6)).square().sum().backward()
+        found.append({n for n, p in guide.named_parameters() if p.grad is None or not p.grad.any()})
+    return found
+
+
+def under_no_grad(m: Step, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return m.first(x)
+
+
+def straight_through(m: Step, x: torch.Tensor) -> torch.Tensor:
+    y = m.first(x)
+    return y + (torch.round(y) - y).detach()
+
+
+@pytest.mark.parametrize(
+    ("compute", "none"),
+    [
+        (under_no_grad, {"first.weight", "first.bias"}),
+        (straight_through, set()),
+        (lambda m, x: m.first(x).detach(), {"first.weight", "first.bias"}),
+        (lambda m, x: F.linear(x, m.first.weight.detach(), m.first.bias), {"first.weight"}),
+    ],
+)
+def test_gradients_stop_where_the_guides_do_and_nowhere_else(compute, none):
+    guide, captured = capture_of(compute)
+    assert captured.untrainable == ""
+    assert without_gradient(guide, captured) == [none, none]
+
+
+def test_a_detach_that_no_parameter_flows_into_goes():
+    _, captured = capture_of(lambda m, x: m.first(x.detach()))
+    assert not [n for n in captured.graph_module.graph.nodes if "detach" in str(n.target)]
+
+
+def test_a_forward_that_is_without_gradients_throughout_leaves_all_to_be_trained():
+    class Quiet(Step):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    guide = Quiet(lambda m, x: m.first(x).detach()).eval()
+    capture(guide, vectors(4, 6)).graph_module(vectors(4, 6)).sum().backward()
+    assert all(p.grad is not None for p in guide.parameters())
+
+
+def test_weights_in_a_list_and_a_global_are_parameters_of_the_graph():
+    guide, captured = capture_of(lambda m, x: (m.first(x) * m.listed[0] + m.listed[1]) @ SOMEWHERE)
+    strangers = {id(p) for p in captured.graph_module.parameters()} - {id(p) for p in guide.parameters()}
+    assert strangers == {id(guide.listed[0]), id(SOMEWHERE)}
+    frozen = SOMEWHERE.detach()
+    _, captured = capture_of(lambda m, x: m.first(x) @ frozen)
+    assert sum(1 for _ in captured.graph_module.parameters()) == 4
+
+
+def test_parametrised_weights_train_what_they_are_made_of():
+    torch.manual_seed(0)
+    layers = (f(nn.Linear(6, 6)) for f in (parametrizations.weight_norm, parametrizations.spectral_norm))
+    guide = nn.Sequential(*layers, parametrizations.orthogonal(nn.Linear(6, 6))).eval()
+    captured = capture(guide, vectors(4, 6))
+    assert captured.untrainable == ""
+    assert {n for n, _ in captured.graph_module.named_parameters()} == {n for n, _ in guide.named_parameters()}
+
+
+def test_a_backward_of_ones_own_is_told_with_the_parameters_that_lose_by_it():
+    _, captured = capture_of(lambda m, x: Rounded.apply(m.first(x)))
+    assert "first.bias, first.weight would get no gradient, past round" in captured.untrainable
+    assert "x + (f(x) - x).detach()" in captured.untrainable
+
+    def hooked(m: Step, x: torch.Tensor) -> torch.Tensor:
+        y = m.first(x)
+        if y.requires_grad:
+            y.register_hook(torch.neg)
+        return y
+
+    _, captured = capture_of(hooked)
+    assert "would get another gradient" in captured.untrainable
