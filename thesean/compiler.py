@@ -123,7 +123,7 @@ def compile(
         bound_plan, training = planned(captured, request, observer)
         folder = _prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
-            hybrid = build_hybrid(bound_plan)
+            hybrid = build_hybrid(bound_plan, share=True)
             training = rehearsed(hybrid, training, must_save=folder is not None)
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)

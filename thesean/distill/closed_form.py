@@ -17,15 +17,14 @@ import torch
 from torch import fx
 
 from thesean.errors import NumericalError
-from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import Hybrid, Replacement
 from thesean.targets import TargetModule
 
 Inputs = dict[str, torch.Tensor]
 
 
-@torch.no_grad()
 def solve_parts(
     guide: fx.GraphModule,
     hybrid: Hybrid,
@@ -36,33 +35,101 @@ def solve_parts(
     solve_copied: bool = True,
 ) -> list[str]:
     """Refit the last layers of `parts`, in order; returns the modules solved. Leaves train/eval flags as they were."""
-    with evaluating(hybrid.graph_module):
-        return [
+    solver = Solver(guide, hybrid, parts, batches, ridge=ridge, solve_copied=solve_copied)
+    return [name for part in parts for name in solver.solve(part)]
+
+
+class Solver:
+    """Prepares and refits modules part after part, in the order of `parts`: guide and hybrid are walked through once
+    for all of them, whatever their number.
+
+    `preparing` parts are shown the guide's activations first. Between two parts nothing else may change the hybrid.
+    """
+
+    def __init__(
+        self,
+        guide: fx.GraphModule,
+        hybrid: Hybrid,
+        parts: Sequence[int],
+        batches: Sequence[Inputs],
+        *,
+        ridge: float | None,
+        solve_copied: bool = True,
+        preparing: bool = False,
+    ) -> None:
+        """`ridge` None: prepare alone."""
+        self.hybrid, self.batches, self.ridge = hybrid, batches, ridge
+        rows = [r for part in parts for r in hybrid.of_part(part)]
+        self._prepared = {r.name for r in rows if preparing and prepares(hybrid.module(r))}
+        self._solved = {
             r.name
-            for part in parts
-            for r in hybrid.of_part(part)
-            if (solve_copied or "output" not in r.copied) and _solve(guide, hybrid, r, batches, ridge)
-        ]
+            for r in rows
+            if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
+        }
+        self._own_step = {r.name: i for i, r in enumerate(r for r in rows if r.name in self._solved)}
+        self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in rows if r.name in self._solved], batches)
+        ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
+        self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
+        self._theirs = Walk(guide, [names for _, names in ends], batches)
+
+    @torch.no_grad()
+    def solve(self, part: int) -> list[str]:
+        """The modules of this part that were solved. Leaves train/eval flags as they were."""
+        rows = self.hybrid.of_part(part)
+        for r in rows:
+            if r.name in self._prepared:
+                module = self.hybrid.module(r)
+                assert isinstance(module, TargetModule)
+                module.prepare(r.facts, self._examples(r))
+        solved = [r for r in rows if r.name in self._solved]
+        with evaluating(self.hybrid.graph_module):
+            for r in solved:
+                self._solve(r)
+        return [r.name for r in solved]
+
+    def _guide_ends(self, rows: Sequence[Replacement]) -> list[tuple[tuple[str, str], list[str]]]:
+        """The steps that a part takes through the guide, in order."""
+        prepared = [(("prepare", r.name), [r.guide_entry, r.guide_exit]) for r in rows if r.name in self._prepared]
+        return [*prepared, *((("solve", r.name), [_wanted(r)]) for r in rows if r.name in self._solved)]
+
+    def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        step = self._guide_step["prepare", r.name]
+        values = [self._theirs.get(step, number) for number in range(len(self.batches))]
+        return [(v[r.guide_entry], v[r.guide_exit]) for v in values]
+
+    def _solve(self, r: Replacement) -> None:
+        module = self.hybrid.module(r)
+        assert isinstance(module, TargetModule) and self.ridge is not None
+        own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
+        sums = _Sums(module.last)
+        for number in range(len(self.batches)):
+            mine, target = self._own.get(own_step, number), self._theirs.get(step, number)[want]
+            x = mine[r.entry]
+            features, _ = module.features(x)
+            residual = target - mine[r.join[1]] if r.join else target
+            skip = module.skip(x)
+            sums.add(features, module.unshape(residual if skip is None else residual - skip))
+        sums.solve(self.ridge, r.facts.path)
+        if self._own.has_run(r.exit, own_step):
+            self._own.forget()  # parts in an order that is not the network's
 
 
-def _solve(guide: fx.GraphModule, hybrid: Hybrid, r: Replacement, batches: Sequence[Inputs], ridge: float) -> bool:
-    module = hybrid.module(r)
-    if not isinstance(module, TargetModule) or not hasattr(module, "last"):
-        return False  # no last layer to solve
-    own_names = [r.entry] + ([r.join[1]] if r.join else [])
-    own = intermediates(hybrid.graph_module, own_names, with_output=False)
-    want = r.guide_join if r.join and r.guide_join else r.guide_exit
-    theirs = intermediates(guide, [want], with_output=False)
-    sums = _Sums(module.last)
-    for inputs in batches:
-        mine, target = own(**inputs), theirs(**inputs)[want]
-        x = mine[r.entry]
-        features, _ = module.features(x)
-        residual = target - mine[r.join[1]] if r.join else target
-        skip = module.skip(x)
-        sums.add(features, module.unshape(residual if skip is None else residual - skip))
-    sums.solve(ridge, r.facts.path)
-    return True
+def prepares(module: torch.nn.Module) -> bool:
+    """Whether it chooses anything by the guide's activations."""
+    return isinstance(module, TargetModule) and type(module).prepare is not TargetModule.prepare
+
+
+def _last(module: torch.nn.Module) -> bool:
+    """Whether there is a last layer to solve."""
+    return isinstance(module, TargetModule) and hasattr(module, "last")
+
+
+def _own_ends(r: Replacement) -> list[str]:
+    return [r.entry, *(r.join[1:] if r.join else ())]
+
+
+def _wanted(r: Replacement) -> str:
+    return r.guide_join if r.join and r.guide_join else r.guide_exit
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,27 +41,35 @@ class Judge:
         """`hybrid` may be the guide itself: its divergence is 0. Raises NumericalError when the guide's output is
         NaN or infinite; a hybrid's own loss may be anything.
         """
+        if hybrid is self.guide:
+            return self.of(None)
         was_training = hybrid.training
         hybrid.eval()
+        found = self.of(lambda number: hybrid(**self.batches[number][1]))
+        hybrid.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def of(self, output_of: Callable[[int], Any] | None, count: int | None = None) -> Evaluation:
+        """Of the outputs on the first `count` batches, all by default, by number; None: the guide's own."""
         total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}
-        count = 0
-        for number, (batch, inputs) in enumerate(self.batches):
+        rows = 0
+        for number, (batch, inputs) in enumerate(self.batches[:count]):
             size = next(iter(inputs.values())).shape[0]
             wanted = self._guide_output(number, inputs)
-            output = wanted if hybrid is self.guide else hybrid(**inputs)
+            output = wanted if output_of is None else output_of(number)
             wrapped = self.task.wrap(output)
-            if hybrid is not self.guide:
+            if output_of is not None:
                 total["divergence"] += self.task.outputs.distance(output, wanted).item() * size
             if self.task.loss is not None:
                 total["loss"] += float(self.task.loss(wrapped, batch)) * size
             if self.task.metric is not None:
                 total["metric"] += float(self.task.metric(wrapped, batch)) * size
-            count += size
-        hybrid.train(was_training)
+            rows += size
         return Evaluation(
-            loss=total["loss"] / count if self.task.loss is not None else None,
-            metric=total["metric"] / count if self.task.metric is not None else None,
-            divergence=total["divergence"] / count,
+            loss=total["loss"] / rows if self.task.loss is not None else None,
+            metric=total["metric"] / rows if self.task.metric is not None else None,
+            divergence=total["divergence"] / rows,
         )
 
     def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
