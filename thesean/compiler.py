@@ -306,14 +306,17 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     wrap = output_wrapper(captured.signature.output_class)
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
-        observed = [captured.graph_module(**x) for x in different(captured.example, inputs)]
-        told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
+        first = captured.graph_module(**inputs)
+        observed = [
+            first if x is inputs else captured.graph_module(**x) for x in different(captured.example, inputs)
+        ]
+        told = warn_of_chance(request.loss, lambda: wrap(first), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
     _warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
-    return Training(
+    training = Training(
         guide=captured.graph_module,
         task=task,
         recipe=request.settings,
@@ -321,6 +324,8 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         observer=observer,
         seed=request.seed,
     )
+    training.judge.learn(0, first)
+    return training
 
 
 def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:

@@ -101,17 +101,37 @@ class Solver:
         module = self.hybrid.module(r)
         assert isinstance(module, TargetModule) and self.ridge is not None
         own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
-        sums = _Sums(module.last)
+        sums, features_of = _Sums(module.last), _Features(self._own.budget // 2)
         for number in range(len(self.batches)):
             mine, target = self._own.get(own_step, number), self._theirs.get(step, number)[want]
             x = mine[r.entry]
-            features, _ = module.features(x)
+            features, state = module.features(x)
             residual = target - mine[r.join[1]] if r.join else target
             skip = module.skip(x)
             sums.add(features, module.unshape(residual if skip is None else residual - skip))
+            features_of.keep(number, x, features, state)
         sums.solve(self.ridge, r.facts.path)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
+        elif type(module).forward is TargetModule.forward:
+            (call,) = self.hybrid.graph_module.graph.find_nodes(op="call_module", target=r.name)
+            for number, kept in features_of.kept.items():
+                self._own.put(call.name, number, module.complete(*kept))
+
+
+class _Features:
+    """What a module made of its inputs, so that its output after solving costs no more than the last layer."""
+
+    def __init__(self, budget: int) -> None:
+        """In bytes."""
+        self.budget = budget
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor, Any]] = {}
+
+    def keep(self, number: int, x: torch.Tensor, features: torch.Tensor, state: Any) -> None:
+        """Of as many batches as fit."""
+        self.budget -= features.untyped_storage().nbytes()
+        if self.budget >= 0:
+            self.kept[number] = x, features, state
 
 
 def prepares(module: torch.nn.Module) -> bool:
@@ -157,10 +177,11 @@ class _Sums:
     def __init__(self, last: torch.nn.Linear) -> None:
         self.last = last
         self.count = 0
-        self.features_E: Any = 0
-        self.errors_O: Any = 0
-        self.covariance_EE: Any = 0
-        self.cross_EO: Any = 0
+        like = last.weight.new_zeros((), dtype=torch.float64)
+        self.features_E = like.new_zeros(last.in_features)
+        self.errors_O = like.new_zeros(last.out_features)
+        self.covariance_EE = like.new_zeros(last.in_features, last.in_features)
+        self.cross_EO = like.new_zeros(last.in_features, last.out_features)
 
     def add(self, features: torch.Tensor, residual: torch.Tensor) -> None:
         f_NE = features.reshape(-1, self.last.in_features)
@@ -168,22 +189,24 @@ class _Sums:
         error_NO = (r_NO - self.last(f_NE)).double()
         f_NE = f_NE.double()
         self.count += f_NE.shape[0]
-        self.features_E = self.features_E + f_NE.sum(0)
-        self.errors_O = self.errors_O + error_NO.sum(0)
-        self.covariance_EE = self.covariance_EE + f_NE.T @ f_NE
-        self.cross_EO = self.cross_EO + f_NE.T @ error_NO
+        self.features_E += f_NE.sum(0)
+        self.errors_O += error_NO.sum(0)
+        self.covariance_EE.addmm_(f_NE.T, f_NE)
+        self.cross_EO.addmm_(f_NE.T, error_NO)
 
     def solve(self, ridge: float, where: str) -> None:
+        """In place: what was summed up is no longer there afterwards."""
         mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
-        covariance_EE = self.covariance_EE / self.count - torch.outer(mean_E, mean_E)
-        cross_EO = self.cross_EO / self.count - torch.outer(mean_E, mean_O)
+        covariance_EE = self.covariance_EE.div_(self.count).addr_(mean_E, mean_E, alpha=-1)
+        cross_EO = self.cross_EO.div_(self.count).addr_(mean_E, mean_O, alpha=-1)
         diagonal = covariance_EE.diagonal()
         penalty = ridge * diagonal.mean().clamp_min(1e-12)
         if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
             raise NumericalError(
                 f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
             )
-        delta_EO = torch.linalg.solve(covariance_EE + penalty * torch.eye(len(diagonal)).to(covariance_EE), cross_EO)
+        diagonal.add_(penalty)
+        delta_EO = torch.linalg.solve(covariance_EE, cross_EO)
         self.last.weight.add_(delta_EO.T.to(self.last.weight.dtype))
         if self.last.bias is not None:
             self.last.bias.add_((mean_O - mean_E @ delta_EO).to(self.last.bias.dtype))

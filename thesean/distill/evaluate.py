@@ -35,6 +35,7 @@ class Judge:
         self.guide, self.task, self.batches = guide, task, batches
         self._kept: dict[int, Any] = {}
         self._bytes = 0
+        self._checked: set[int] = set()
 
     @torch.no_grad()
     def __call__(self, hybrid: fx.GraphModule) -> Evaluation:
@@ -72,14 +73,24 @@ class Judge:
             divergence=total["divergence"] / rows,
         )
 
-    def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
-        if number in self._kept:
-            return self._kept[number]
-        output = self.guide(**inputs)
-        self.task.outputs.check_finite(output, f"held-out batch {number}")
+    def learn(self, number: int, output: Any) -> None:
+        """The guide's output on a batch, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes + size <= _KEPT_BYTES:
             self._kept[number] = output
             self._bytes += size
+
+    def forget(self) -> None:
+        """Let go of the guide's outputs: nothing more is judged for now."""
+        self._kept, self._bytes = {}, 0
+
+    def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
+        output = self._kept.get(number)
+        if output is None:
+            output = self.guide(**inputs)
+            self.learn(number, output)
+        if number not in self._checked:
+            self.task.outputs.check_finite(output, f"held-out batch {number}")
+            self._checked.add(number)
         return output

@@ -109,6 +109,7 @@ def tune(hybrid: Hybrid, training: Training, aligned: Aligned) -> Conversion:
     hybrid.graph_module.eval()
     last = aligned.snapshots[-1].evaluation if aligned.snapshots else None
     final = training.judge(hybrid.graph_module) if taken or last is None or aligned.judged_on else last
+    training.judge.forget()
     unshare(hybrid.graph_module, training.guide)  # whoever gets it may train it
     return Conversion(
         hybrid=hybrid,
@@ -128,7 +129,7 @@ class _Aligning:
         self.solving = [inputs for _, inputs in training.feed.take(training.recipe.closed_form.batches)]
         self.snapshots: list[Snapshot] = []
         self._start = time.monotonic()
-        self._latest: State = {}
+        self._latest: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
         self._apart = stand_apart(bound_plan, hybrid)
         held_out = training.feed.held_out
         most = max(_JUDGED_BATCHES, _JUDGED_BATCHES * len(self.solving) // len(hybrid.parts))
@@ -173,11 +174,13 @@ class _Aligning:
         )
 
     def _state_of(self, replacement: Replacement) -> dict[str, torch.Tensor]:
-        """A copy of a module's state; the one before where nothing has changed since."""
-        now, kept = self.hybrid.module(replacement).state_dict(), self._latest.get(replacement.name)
-        if kept is None or any(not torch.equal(kept[k], v) for k, v in now.items()):
-            self._latest[replacement.name] = kept = deepcopy(now)
-        return kept
+        """A copy of a module's state; the one before where nothing was written to it since."""
+        now = self.hybrid.module(replacement).state_dict()
+        writes = [-1 if v.is_inference() else v._version for v in now.values()]
+        kept = self._latest.get(replacement.name)
+        if kept is None or -1 in writes or kept[0] != writes:
+            self._latest[replacement.name] = kept = writes, deepcopy(now)
+        return kept[1]
 
     def _evaluate(self, parts: int, state: State) -> Evaluation:
         """The hybrid with the first `parts` parts as they are now, and the guide's elsewhere."""

@@ -47,6 +47,7 @@ class Walk:
             done |= fresh
             self._runs.append(sorted(fresh, key=order.__getitem__))
         self._first = {n: step for step, run in enumerate(self._runs) for n in run}
+        self._run = {n.name: n for n in self._first}
         self._dead = last_reads(self._runs, self._ends)
         own = [*graph_module.parameters(), *graph_module.buffers(), *(t for b in batches for t in b.values())]
         self._free = {_storage(t) for t in own}  # held by others in any case
@@ -61,7 +62,7 @@ class Walk:
 
     def has_run(self, name: str, step: int) -> bool:
         """Whether the node of this name is computed by `step` or an earlier one."""
-        return any(n.name == name and first <= step for n, first in self._first.items())
+        return name in self._run and self._first[self._run[name]] <= step
 
     def get(self, step: int, number: int) -> dict[str, Any]:
         at, env = self._held[number]
@@ -75,9 +76,18 @@ class Walk:
         self._keep(step + 1, number, env)
         return values
 
+    def put(self, name: str, number: int, value: Any) -> None:
+        """The value of a node that a later step would compute, found in another way."""
+        at, env = self._held[number]
+        node = self._run.get(name)
+        if node is not None and at and self._first[node] >= at:
+            env[node] = value
+            self._keep(at, number, env)
+
     def _advance(self, step: int, env: dict[fx.Node, Any], inputs: Inputs) -> None:
         for node, dead in zip(self._runs[step], self._dead[step], strict=False):
-            env[node] = value_of(self.graph_module, node, env, inputs)
+            if node not in env:
+                env[node] = value_of(self.graph_module, node, env, inputs)
             for gone in dead:
                 env.pop(gone, None)
 

@@ -51,6 +51,10 @@ class TargetModule(nn.Module):
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Any:
         features, state = self.features(x, state)
+        return self.complete(x, features, state)
+
+    def complete(self, x: torch.Tensor, features: torch.Tensor, state: State | None) -> Any:
+        """The rest of `forward`, from what `features` gave for x."""
         y = self.shape(self.last(features))
         skip = self.skip(x)
         if skip is not None:
