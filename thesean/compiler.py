@@ -307,9 +307,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
         first = captured.graph_module(**inputs)
-        observed = [
-            first if x is inputs else captured.graph_module(**x) for x in different(captured.example, inputs)
-        ]
+        observed = [first if x is inputs else captured.graph_module(**x) for x in different(captured.example, inputs)]
         told = warn_of_chance(request.loss, lambda: wrap(first), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))

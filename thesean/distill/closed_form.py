@@ -99,7 +99,8 @@ class Solver:
 
     def _solve(self, r: Replacement) -> None:
         module = self.hybrid.module(r)
-        assert isinstance(module, TargetModule) and self.ridge is not None
+        assert isinstance(module, TargetModule)
+        assert self.ridge is not None
         own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
         sums, features_of = _Sums(module.last), _Features(self._own.budget // 2)
         for number in range(len(self.batches)):

@@ -55,9 +55,7 @@ class Partials:
 
         Constants are run: all of the guide's cast weights at once would take as much room as the weights.
         """
-        settled = {
-            n for n in self.guide.graph.nodes if n in self._reads and self._needs.get(self._stand_in(n), count + 1) <= count
-        }
+        settled = {n for n in self._reads if self._needs.get(self._stand_in(n), count + 1) <= count}
         needed = above(self.guide.graph.output_node().all_input_nodes, settled)
         ends = self.guide.graph.output_node().all_input_nodes
         known = dict.fromkeys(i for n in needed for i in n.all_input_nodes if i in settled)

@@ -130,6 +130,8 @@ class _Aligning:
         self.snapshots: list[Snapshot] = []
         self._start = time.monotonic()
         self._latest: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
+        # taken before anything is solved: in between, what stays would leave holes where the rest was
+        self._room = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements}
         self._apart = stand_apart(bound_plan, hybrid)
         held_out = training.feed.held_out
         most = max(_JUDGED_BATCHES, _JUDGED_BATCHES * len(self.solving) // len(hybrid.parts))
@@ -179,7 +181,10 @@ class _Aligning:
         writes = [-1 if v.is_inference() else v._version for v in now.values()]
         kept = self._latest.get(replacement.name)
         if kept is None or -1 in writes or kept[0] != writes:
-            self._latest[replacement.name] = kept = writes, deepcopy(now)
+            copy = self._room.pop(replacement.name, None) or deepcopy(now)
+            for name, value in now.items():
+                copy[name].copy_(value)
+            self._latest[replacement.name] = kept = writes, copy
         return kept[1]
 
     def _evaluate(self, parts: int, state: State) -> Evaluation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -51,10 +52,11 @@ def unshare(graph_module: fx.GraphModule, other: nn.Module) -> None:
     copies: dict[int, torch.Tensor] = {}  # tied ones stay tied
     for module in graph_module.modules():
         for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
+            tensors: dict[str, Any] = held
+            for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) in shared:
                     copies.setdefault(id(tensor), copy.deepcopy(tensor))
-                    held[name] = copies[id(tensor)]
+                    tensors[name] = copies[id(tensor)]
     _renew_values(graph_module)
 
 
