@@ -229,6 +229,50 @@ def check_steps_in_chunks_equal_all_steps_at_once(family: Family, part: PartFact
             same(family, one, other, f"the state after chunks of {chunks}")
 
 
+# left, right and in the middle, all seen, and a row without a token
+MASKS = [
+    [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+    [1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0],
+    [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+]
+
+
+def check_a_row_with_hidden_steps_is_what_it_is_alone(family: Family, part: PartFacts) -> None:
+    module = build(family, part).eval()
+    if not module.reads_mask:
+        return
+    mask_BT = torch.tensor(MASKS, dtype=torch.bool)
+    x_BTD = inputs(part, batch=len(mask_BT)).masked_fill(~mask_BT.unsqueeze(-1), 3.0)  # what is there makes no odds
+    given = module(x_BTD, mask=mask_BT)
+    y_BTD, state = given if module.stateful else (given, None)
+    hidden = module.skip(x_BTD) if module.skip(x_BTD) is not None else torch.zeros_like(y_BTD)
+    same(family, y_BTD[~mask_BT], hidden[~mask_BT], "what is added at hidden steps and zeros")
+    rows = [x_TD[seen_T].unsqueeze(0) for x_TD, seen_T in zip(x_BTD, mask_BT, strict=True)]
+    for row, alone_1TD in enumerate(rows):
+        if not alone_1TD.shape[1] or part.input_shape[1] != "time":
+            continue
+        alone = module(alone_1TD)
+        want_1TD, after = alone if module.stateful else (alone, None)
+        same(family, y_BTD[row, mask_BT[row]], want_1TD[0], f"row {row} of a padded batch and that row alone")
+        if after is not None and state is not None:
+            for one, other in zip(tensors(state), tensors(after), strict=True):
+                same(family, one[row], other[0], f"the state after row {row} of a padded batch and that row's alone")
+    if module.stateful:
+        start = tuple(torch.randn_like(s) for s in tensors(module.initial_state(x_BTD)))
+        start = tuple(s.abs().clamp(max=1) for s in start)
+        _, kept = module(x_BTD, start if len(start) > 1 else start[0], mask=mask_BT)
+        for one, other in zip(tensors(kept), start, strict=True):
+            same(family, one[-1], other[-1], "the state after a row without a token and before it", bound=0)
+        pieces: list[torch.Tensor] = []
+        carried: State | None = None
+        for chunk_BTD, seen_BT in zip(x_BTD.split((1, 4, 7), 1), mask_BT.split((1, 4, 7), 1), strict=True):
+            piece_BTD, carried = module(chunk_BTD, carried, mask=seen_BT)
+            pieces.append(piece_BTD)
+        same(family, torch.cat(pieces, 1), y_BTD, "chunks of a padded batch and the whole")
+
+
 def check_only_a_part_that_sees_the_future_gets_a_module_that_does(family: Family, part: PartFacts) -> None:
     if not part.is_sequence or part.mixing == "bidirectional":
         return
@@ -343,6 +387,7 @@ CHECKS: tuple[Callable[[Family, PartFacts], None], ...] = (
     check_the_meta_device_builds_the_same_shapes,
     check_a_module_is_rebuilt_from_its_json_config,
     check_steps_in_chunks_equal_all_steps_at_once,
+    check_a_row_with_hidden_steps_is_what_it_is_alone,
     check_only_a_part_that_sees_the_future_gets_a_module_that_does,
     check_the_last_layer_is_solved_in_closed_form,
     check_the_loss_falls_on_a_toy_part,

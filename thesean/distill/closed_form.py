@@ -21,6 +21,7 @@ from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import Hybrid, Replacement
 from thesean.targets import TargetModule
+from thesean.targets.shared.module import MaskReader
 
 Inputs = dict[str, torch.Tensor]
 
@@ -114,7 +115,7 @@ class Solver:
         sums.solve(self.ridge, r.facts.path)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
-        elif type(module).forward is TargetModule.forward:
+        elif not r.masks and type(module).forward in (TargetModule.forward, MaskReader.forward):
             (call,) = self.hybrid.graph_module.graph.find_nodes(op="call_module", target=r.name)
             for number, kept in features_of.kept.items():
                 self._own.put(call.name, number, module.complete(*kept))

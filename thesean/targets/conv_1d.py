@@ -24,6 +24,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
+from thesean.targets.shared.steps import Steps, hide, last
 
 # Steps over which the initial taps fall by e. Solved in closed form on the demo's guide, taps that all start alike
 # loud make the long windows worse than the short ones: benchmarks/results/convolutions.json
@@ -39,6 +40,7 @@ class Conv1d(SequenceTarget):
     """
 
     family = "conv-1d"
+    reads_mask = True
     saved = ("width", "kernel", "dilations")
 
     def __init__(
@@ -76,14 +78,14 @@ class Conv1d(SequenceTarget):
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.memory, self.width)
 
-    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
-        value_BTE = self.value(x_BTD)
+    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
+        value_BTE = hide(self.value(x_BTD), steps)
         if state is None:
             after = self.memory // 2
             past_BTE = F.pad(value_BTE, (0, 0, self.memory - after, after))
         else:
             past_BTE = torch.cat([state, value_BTE], 1)
-            state = past_BTE[:, -self.memory :]
+            state = last(past_BTE, self.memory, steps)
         mixed, start = [], 0
         for dilation, share in zip(self.dilations, self.shares, strict=True):
             columns = slice(start, start + share)

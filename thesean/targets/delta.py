@@ -27,6 +27,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
+from thesean.targets.shared.steps import Steps, flip, hide
 
 # Tokens that the first and the last head of a direction remember at the start, spread geometrically. Solved in closed
 # form on the demo's guide: 1.84 nats, against 1.98 with 2 to 256 tokens and 2.08 with 16 to 1000. Which of the guide's
@@ -46,6 +47,7 @@ class Delta(SequenceTarget):
     """
 
     family = "delta"
+    reads_mask = True
     saved = ("heads", "key_width", "value_width", "memory")
 
     def __init__(
@@ -92,24 +94,26 @@ class Delta(SequenceTarget):
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.heads, self.key_width, self.value_width)
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs = (
             unit(self.query(x_BTD).unflatten(-1, (self.heads, self.key_width))),
             unit(self.key(x_BTD).unflatten(-1, (self.heads, self.key_width))),
             self.value(x_BTD).unflatten(-1, (self.heads, self.value_width)),
-            torch.sigmoid(self.rate(x_BTD)),
-            -F.softplus(self.decay(x_BTD)),
+            hide(torch.sigmoid(self.rate(x_BTD)), steps),
+            hide(-F.softplus(self.decay(x_BTD)), steps),
         )
         if state is not None:
             out_BTHK, state = self.core(*inputs, state)
         else:
-            out_BTHK, _ = self.core(*(self.mirrored(z) for z in inputs), self.initial_state(x_BTD))
-            out_BTHK = self.mirrored(out_BTHK)
+            out_BTHK, _ = self.core(*(self.mirrored(z, steps) for z in inputs), self.initial_state(x_BTD))
+            out_BTHK = self.mirrored(out_BTHK, steps)
         return out_BTHK.flatten(-2), state
 
-    def mirrored(self, z: torch.Tensor) -> torch.Tensor:
+    def mirrored(self, z: torch.Tensor, steps: Steps | None) -> torch.Tensor:
         """(B, T, H, ...) with time reversed for the heads that read backwards; its own inverse."""
-        return torch.cat([z[:, :, : self.ahead], z[:, :, self.ahead :].flip(1)], 2)
+        return torch.cat([z[:, :, : self.ahead], flip(z[:, :, self.ahead :], steps)], 2)
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

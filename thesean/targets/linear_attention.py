@@ -29,6 +29,7 @@ from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptio
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, sequence_frame, small_linear
+from thesean.targets.shared.steps import Steps, hide
 from thesean.targets.shared.window import Window
 
 # guards the division where sharp features of a query meet none of the keys so far
@@ -49,6 +50,7 @@ class LinearAttention(SequenceTarget):
     """
 
     family = "linear-attention"
+    reads_mask = True
     saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "memory", "sharpness")
 
     def __init__(
@@ -116,25 +118,30 @@ class LinearAttention(SequenceTarget):
         projected = F.linear(x_BTD, weight_HCD.flatten(0, 1), bias_HC.flatten())
         return _signed_softmax(projected.unflatten(-1, (heads, self.key_width)))
 
-    def projected(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def projected(
+        self, x_BTD: torch.Tensor, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The guide's query_BTHC and key_BTGC, and value_BTGk with its column of ones."""
         query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(x_BTD), self.key(x_BTD)))
-        return query, key, self.values(x_BTD)
+        return query, key, self.values(x_BTD, steps)
 
-    def values(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
+    def values(self, x_BTD: torch.Tensor, steps: Steps | None) -> torch.Tensor:
+        """Zero where no token is, the column of ones too, so that whatever the key is does not count."""
+        value_BTGK = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width))
+        return hide(F.pad(value_BTGK, (0, 1), value=1.0), steps)
 
-    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
-        if self.window is not None:
-            mean_BTHK, state = self._mix_window(x_BTD, self.window, *state)
+    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
+        log_decay_BTG = None if self.decay is None else hide(self._log_decay(x_BTD), steps)
+        if self.window is not None and log_decay_BTG is not None:
+            mean_BTHK, state = self._mix_window(self.projected(x_BTD, steps), log_decay_BTG, self.window, state, steps)
             return mean_BTHK.flatten(-2), state
         query_BTHF = self.phi(x_BTD, self.query, self.map_query_HCC)
         key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
-        value_BTGk = self.values(x_BTD)
-        if self.decay is None or state is None:
+        value_BTGk = self.values(x_BTD, steps)
+        if log_decay_BTG is None or state is None:
             out_BTHk = full_linear_attention(query_BTHF, key_BTGF, value_BTGk)
         else:
-            out_BTHk, state = self.core(query_BTHF, key_BTGF, value_BTGk, self._log_decay(x_BTD), state)
+            out_BTHk, state = self.core(query_BTHF, key_BTGF, value_BTGk, log_decay_BTG, state)
         mean_BTHK = out_BTHk[..., :-1] / (out_BTHk[..., -1:] + EPSILON)
         return mean_BTHK.flatten(-2), state
 
@@ -143,23 +150,29 @@ class LinearAttention(SequenceTarget):
         return -F.softplus(self.decay(x_BTD))
 
     def _mix_window(
-        self, x_BTD: torch.Tensor, window: Window, state: torch.Tensor, past_key: torch.Tensor, past_value: torch.Tensor
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        log_decay_BTG: torch.Tensor,
+        window: Window,
+        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        steps: Steps | None,
     ) -> tuple[torch.Tensor, State]:
-        query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD)
-        key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC)
-        value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk)
-        older_BTHk, state = self._older(x_BTD, query_BTHC, left_key, left_value, state)
-        return window(query_BTHC, key_BSGC, value_BSGk, older_BTHk), (state, past_key, past_value)
+        query_BTHC, key_BTGC, value_BTGk = projected
+        linear, past_key, past_value = state
+        key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC, steps)
+        value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk, steps)
+        older_BTHk, linear = self._older(query_BTHC, left_key, hide(left_value, steps), log_decay_BTG, linear)
+        return window(query_BTHC, key_BSGC, value_BSGk, older_BTHk), (linear, past_key, past_value)
 
     def _older(
-        self, x_BTD: torch.Tensor, query_BTHC: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the tokens that left the window add up to for each query, and the state with them.
 
         Where no token left yet, the values and their column of ones are zero, so that the features of no key count.
         """
-        query_BTHF, key_BTGF = _features(query_BTHC, self.map_query_HCC), _features(key, self.map_key_GCC)
-        older_BTHk, state = self.core(query_BTHF, key_BTGF, value, self._log_decay(x_BTD), state)
+        query_BTHF, key_BTGF = _features(query, self.map_query_HCC), _features(key, self.map_key_GCC)
+        older_BTHk, state = self.core(query_BTHF, key_BTGF, value, log_decay, state)
         return older_BTHk, state
 
     @torch.no_grad()
@@ -197,7 +210,8 @@ class LinearAttention(SequenceTarget):
             linear, no_key, no_value = self.initial_state(x_BTD)
             _, left_key, _ = self.window.slide(no_key, key_BTGC)
             _, left_value, _ = self.window.slide(no_value, value_BTGk)
-            older_BTHk, _ = self._older(x_BTD, query_BTHC, left_key, left_value, linear)
+            log_decay_BTG = self._log_decay(x_BTD)
+            older_BTHk, _ = self._older(query_BTHC, left_key, left_value, log_decay_BTG, linear)
             shares.append(self.window.shares(query_BTHC, key_BTGC, older_BTHk))
         self.window.balance(shares)
 

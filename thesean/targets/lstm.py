@@ -11,7 +11,8 @@ from torch import nn
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_frame
-from thesean.targets.shared.torch_cell import CellTarget, orthogonal_recurrence, spread_memories
+from thesean.targets.shared.steps import Steps
+from thesean.targets.shared.torch_cell import CellTarget, orthogonal_recurrence, run_cell, spread_memories
 
 
 class LSTM(CellTarget):
@@ -31,13 +32,15 @@ class LSTM(CellTarget):
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], 2 * self.width)
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if state is None:
-            return self.core(x_BTD)[0], None
+            return run_cell(self.core, x_BTD, None, steps)[0], None
         hidden_BE, cell_BE = state.split(self.width, -1)
         # contiguous: cuDNN refuses views
         start = (hidden_BE.unsqueeze(0).contiguous(), cell_BE.unsqueeze(0).contiguous())
-        features_BTE, last = self.core(x_BTD, start)
+        features_BTE, last = run_cell(self.core, x_BTD, start, steps)
         return features_BTE, torch.cat(last, -1).squeeze(0)
 
 

@@ -23,6 +23,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
+from thesean.targets.shared.steps import Steps, flip, hide
 
 
 class MinGRU(SequenceTarget):
@@ -33,6 +34,7 @@ class MinGRU(SequenceTarget):
     """
 
     family = "mingru"
+    reads_mask = True
     saved = ("width",)
 
     def __init__(
@@ -64,10 +66,13 @@ class MinGRU(SequenceTarget):
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate = self.gate(x_BTD)
         # sigmoid(-gate), not 1 - sigmoid(gate): keeps its digits where the gate is nearly open
         decay, update = torch.sigmoid(-gate), torch.sigmoid(gate) * self.value(x_BTD)
+        decay, update = hide(decay, steps, 1.0), hide(update, steps)
         if state is not None:
             hidden_BTE, state = self.core(decay, update, state)
         else:
@@ -75,8 +80,8 @@ class MinGRU(SequenceTarget):
             update_ahead, update_back = update.split(self.width, -1)
             start_BE = self.initial_state(x_BTD)
             ahead_BTE, _ = self.core(decay_ahead, update_ahead, start_BE)
-            back_BTE, _ = self.core(decay_back.flip(1), update_back.flip(1), start_BE)
-            hidden_BTE = torch.cat([ahead_BTE, back_BTE.flip(1)], -1)
+            back_BTE, _ = self.core(flip(decay_back, steps), flip(update_back, steps), start_BE)
+            hidden_BTE = torch.cat([ahead_BTE, flip(back_BTE, steps)], -1)
         return hidden_BTE * F.silu(self.output_gate(x_BTD)), state
 
     @torch.no_grad()

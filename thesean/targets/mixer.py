@@ -24,6 +24,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
+from thesean.targets.shared.steps import Steps, hide
 
 
 class Mixer(SequenceTarget):
@@ -34,6 +35,7 @@ class Mixer(SequenceTarget):
     """
 
     family = "mixer"
+    reads_mask = True
     saved = ("length", "expand")
 
     def __init__(
@@ -62,7 +64,8 @@ class Mixer(SequenceTarget):
         nn.init.normal_(self.first_MTT).mul_(terms_T1**-0.5)
         nn.init.normal_(self.second_MTT).mul_((self.expand * terms_T1) ** -0.5)
 
-    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
+    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
+        x_BTD = hide(x_BTD, steps)
         first_MTT: torch.Tensor = self.first_MTT
         second_MTT: torch.Tensor = self.second_MTT
         if not self.bidirectional:

@@ -16,14 +16,14 @@ from thesean.errors import NumericalError
 from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
-from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.module import MaskReader, State
 from thesean.targets.shared.select_features import fold, moments, select_groups
 
 # Tokens that the selection looks at, per feature of the concatenated heads.
 TOKENS_PER_FEATURE = 4
 
 
-class NarrowAttention(TargetModule):
+class NarrowAttention(MaskReader):
     """y = last(concat_h softmax(q_h k_h' scale) v_h), with `heads` of the guide's own. x_BTD -> y_BTD.
 
     It is still an attention: it carries no state, so a language model with one decodes over its whole context.
@@ -32,6 +32,7 @@ class NarrowAttention(TargetModule):
     """
 
     family = "narrow-heads"
+    reads_mask = True
     last: nn.Linear
 
     def __init__(
@@ -69,8 +70,11 @@ class NarrowAttention(TargetModule):
             "causal": self.causal,
         }
 
-    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
-        return attend(self.query(x), self.key(x), self.value(x), self.heads, self.scale, self.causal), None
+    def masked_features(
+        self, x: torch.Tensor, state: State | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State | None]:
+        projected = self.query(x), self.key(x), self.value(x)
+        return attend(projected, self.heads, self.scale, self.causal, mask), None
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         tokens = part.rows(sizes)

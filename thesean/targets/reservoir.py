@@ -26,6 +26,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
+from thesean.targets.shared.steps import Steps, flip
 
 # Tokens over which the first and the last unit average, the others geometrically between. Solved in closed form on the
 # demo's guide (one seed): 1.636 nats, 1.649 with 1/3 to 64.
@@ -52,6 +53,7 @@ class Reservoir(SequenceTarget):
     """
 
     family = "reservoir"
+    reads_mask = True
     saved = ("width", "heads", "radius", "input_scale", "memory")
 
     def __init__(
@@ -104,21 +106,24 @@ class Reservoir(SequenceTarget):
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_BTD = (x_BTD - self.mean_D) * self.gain_D
         drive_BTU = F.linear(x_BTD, self.input_UD, self.bias_U)
         if state is not None:
-            hidden_BTU, state = self.core(drive_BTU, self.recurrent_GPP, self.leak_U, state)
+            hidden_BTU, after_BE = self.core(drive_BTU, self.recurrent_GPP, self.leak_U, state)
+            state = after_BE if steps is None else steps.state(hidden_BTU, state)
         else:
             start_BU = x_BTD.new_zeros(x_BTD.shape[0], 2 * self.width)
-            hidden_BTU, _ = self.core(self.mirrored(drive_BTU), self.recurrent_GPP, self.leak_U, start_BU)
-            hidden_BTU = self.mirrored(hidden_BTU)
+            hidden_BTU, _ = self.core(self.mirrored(drive_BTU, steps), self.recurrent_GPP, self.leak_U, start_BU)
+            hidden_BTU = self.mirrored(hidden_BTU, steps)
         return torch.cat([hidden_BTU, x_BTD], -1), state
 
-    def mirrored(self, z_BTU: torch.Tensor) -> torch.Tensor:
+    def mirrored(self, z_BTU: torch.Tensor, steps: Steps | None) -> torch.Tensor:
         """Time reversed for the units that read backwards; its own inverse."""
         ahead_BTE, back_BTE = z_BTU.split(self.width, -1)
-        return torch.cat([ahead_BTE, back_BTE.flip(1)], -1)
+        return torch.cat([ahead_BTE, flip(back_BTE, steps)], -1)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         return 2 * part.rows(sizes) * (self.input_UD.numel() + self.recurrent_GPP.numel() + self.last.weight.numel())

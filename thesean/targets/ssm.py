@@ -27,6 +27,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
+from thesean.targets.shared.steps import Steps, flip, hide, last
 
 TAPS = 4
 
@@ -75,10 +76,13 @@ class SelectiveScan(nn.Module):
         return window_BRE, x.new_zeros(x.shape[0], self.heads, self.state, width // self.heads)
 
     def forward(
-        self, x_BTE: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]
+        self, x_BTE: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], steps: Steps | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         window_BRE, scan_BHNP = state
+        past_BSE = None if steps is None else torch.cat([window_BRE, x_BTE], 1)
         u_BTE, window_BRE = self.convolution(x_BTE, self.weight_EW, self.bias_E, window_BRE)
+        if past_BSE is not None:
+            window_BRE = last(past_BSE, TAPS - 1, steps)
         key_BT1N, query_BT1N = (
             z.unsqueeze(-2) * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON).unsqueeze(-2)
             for z in self.selection(u_BTE).split(self.state, -1)
@@ -86,6 +90,7 @@ class SelectiveScan(nn.Module):
         step_BTH1 = F.softplus(self.step(u_BTE)).unsqueeze(-1)
         log_decay_BTHN = -self.rate_HN.exp() * step_BTH1
         value_BTHP = step_BTH1 * u_BTE.unflatten(-1, (self.heads, -1))
+        log_decay_BTHN, value_BTHP = hide(log_decay_BTHN, steps), hide(value_BTHP, steps)
         # B and C are the same for all heads
         query_BTHN, key_BTHN = query_BT1N.expand_as(log_decay_BTHN), key_BT1N.expand_as(log_decay_BTHN)
         y_BTHP, scan_BHNP = self.core(query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN, scan_BHNP)
@@ -101,6 +106,7 @@ class SSM(SequenceTarget):
     """
 
     family = "ssm"
+    reads_mask = True
     saved = ("width", "heads", "state", "memory")
 
     def __init__(
@@ -134,17 +140,17 @@ class SSM(SequenceTarget):
         return self.ahead.zeros(x)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+        self, x_BTD: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None, steps: Steps | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         value_BTU = self.value(x_BTD)  # U channels of all directions
         if state is not None:
-            features_BTU, state = self.ahead(value_BTU, state)
+            features_BTU, state = self.ahead(value_BTU, state, steps)
         else:
             assert self.back is not None
             ahead_BTE, back_BTE = value_BTU.split(self.width, -1)
-            ahead_BTE, _ = self.ahead(ahead_BTE, self.ahead.zeros(x_BTD))
-            back_BTE, _ = self.back(back_BTE.flip(1), self.back.zeros(x_BTD))
-            features_BTU = torch.cat([ahead_BTE, back_BTE.flip(1)], -1)
+            ahead_BTE, _ = self.ahead(ahead_BTE, self.ahead.zeros(x_BTD), steps)
+            back_BTE, _ = self.back(flip(back_BTE, steps), self.back.zeros(x_BTD), steps)
+            features_BTU = torch.cat([ahead_BTE, flip(back_BTE, steps)], -1)
         return features_BTU * F.silu(self.gate(x_BTD)), state
 
     @torch.no_grad()

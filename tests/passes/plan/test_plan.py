@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
 from tests import captured
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
@@ -38,10 +39,14 @@ def test_a_plan_prints_a_row_a_part_and_the_totals():
     assert max(map(len, lines)) <= 140
 
 
-def test_a_dropped_padding_mask_is_told():
-    plan = make_plan(captured.bert(), "gru").plan
+def test_a_padding_mask_that_a_replacement_does_not_read_is_told():
+    plan = make_plan(captured.bert(), Target("mine", build=lambda part: nn.Linear(part.width_in, part.width_out))).plan
     assert all(part.drops == ("attention_mask",) for part in plan)
     assert "attention_mask" in str(plan)
+
+
+def test_one_that_it_reads_is_not():
+    assert not any(part.drops for part in make_plan(captured.bert(), "gru").plan)
 
 
 def test_editing_gives_a_copy():

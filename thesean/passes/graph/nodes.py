@@ -74,6 +74,18 @@ def calls_of(node: fx.Node) -> dict[str, str]:
     return {str(path): key.partition("@")[2] for key, (path, _) in stack.items()}
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that a node is computed from."""
+    found: set[fx.Node] = set()
+    front = [node]
+    while front:
+        for above in front.pop().all_input_nodes:
+            if above not in found:
+                found.add(above)
+                front.append(above)
+    return found
+
+
 def leaf_nodes(value: Any) -> list[fx.Node]:
     """The nodes in a nested argument, in order."""
     return [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]

@@ -20,13 +20,16 @@ class Recorded(dict[fx.Node, Any]):
 
 
 @torch.no_grad()
-def record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> Recorded:
-    """Run once and keep every node's value: for probing on small inputs."""
+def record(
+    graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor], given: Mapping[fx.Node, Any] | None = None
+) -> Recorded:
+    """Run once and keep every node's value: for probing on small inputs. `given` replaces what some would be."""
     values = Recorded()
+    set_values = dict(given or {})
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            values[n] = super().run_node(n)
+            values[n] = set_values[n] if n in set_values else super().run_node(n)
             return values[n]
 
     Recorder(graph_module, garbage_collect_values=False).run(*inputs.values())

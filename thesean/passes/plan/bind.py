@@ -14,6 +14,7 @@ from thesean.passes.analyse.cost import SymbolicSizes, count_params, flops_by_no
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.describe import describe_operators
 from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
+from thesean.passes.analyse.padding import find_padding
 from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import probe_sizes
@@ -51,10 +52,14 @@ class Binder:
         self.captured, self.flow = captured, flow
         self.graph_module = captured.graph_module
         inputs = captured.signature.random_inputs(probe_sizes(captured), device=_device(captured))
-        self.values = record(self.graph_module, inputs)
+        values = record(self.graph_module, inputs)
+        # what a mask hides can't be probed: everything is seen
+        masks = {m.node: m for m in find_padding(flow, values)}
+        seen = {n: masks[n.name].all_seen(values[n]) for n in flow.order if n.name in masks}
+        self.values = record(self.graph_module, inputs, seen) if seen else values
         self.sizes = _plan_sizes(captured)
         self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
-        self.site_finder = SiteFinder(self.graph_module, flow, self.values)
+        self.site_finder = SiteFinder(self.graph_module, flow, self.values, tuple(masks.values()))
 
     def part(self, group: Group, target: Target | None, kept: NamedRegion, strict: bool = True) -> BoundPart:
         """One part with its target, None to keep it. Raises TargetMismatchError; unless `strict`, a part in which the
@@ -80,7 +85,6 @@ class Binder:
             mixing=self._describe_mixing(region),
             input_shape=self.site_finder.shape(region.entry),
             output_shape=self.site_finder.shape(region.exit),
-            drops=dropped_inputs([s for s in sites if not s.removes]),
             params=count_params(self.graph_module, region.nodes),
             flops=sum(self.flops.get(n, 0) for n in region.nodes),
         )
@@ -103,16 +107,20 @@ class Binder:
         """Add what the replacement costs: the new modules and whatever of the part stays."""
         stays = self._stays(region, sites)
         params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
+        reading = []
         with torch.random.fork_rng(devices=[]):
             for site in sites:
                 module = outline_site(site)
+                if getattr(module, "reads_mask", False):
+                    reading.append(site)
                 if site.target.build is not None:
                     check_built(site, module, self.values)
                 params += sum(p.numel() for p in module.parameters())
                 if isinstance(module, TargetModule):
                     ops += module.flops(site.facts, SymbolicSizes(self.sizes))
         freed = sum(freed_params(self.graph_module, s.region) for s in sites if s.removes)
-        return replace(row, new_params=params, new_flops=ops, freed_params=freed)
+        drops = dropped_inputs([s for s in sites if not s.removes], reading)
+        return replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed)
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.padding import Padding
 from thesean.passes.analyse.regions import join_of
 from thesean.passes.base import Attempt, run_passes
 from thesean.passes.bound_positions import BoundPositions
@@ -37,6 +38,7 @@ class Replacement:
     join: tuple[str, str] | None
     guide_join: str | None
     copied: tuple[str, ...] = ()
+    masks: tuple[Padding, ...] = ()  # that the module is given; their nodes are those of both graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,7 @@ def build_hybrid(
                 ends = (by_name[guide_exit.name], entry)
                 out = bypass(graph_module, region, name, module, path=path, flow=flow, ends=ends)
             else:
-                out = splice(graph_module, region, name, module, path=path, flow=flow, entry=entry)
+                out = splice(graph_module, region, name, module, path=path, flow=flow, entry=entry, masks=site.masks)
             dump(Remove.name if site.removes else Substitute.name, graph_module, "modified", path, live=True)
             by_name[guide_exit.name] = out  # later regions and boundaries mean the replacement's output
             outs[-1].append((out, guide_exit.name))
@@ -113,6 +115,7 @@ def build_hybrid(
                     join=None,
                     guide_join=None,
                     copied=copied,
+                    masks=site.masks if getattr(module, "reads_mask", False) else (),
                 )
             )
     clean(graph_module)

@@ -17,8 +17,9 @@ from thesean.passes.analyse.cost import count_params
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.mixing import is_channels_first, probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
+from thesean.passes.analyse.padding import Padding, padding_of
 from thesean.passes.analyse.regions import Region, join_of
-from thesean.passes.graph.nodes import named_dim
+from thesean.passes.graph.nodes import ancestors, named_dim
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
@@ -39,14 +40,20 @@ class Site:
     facts: PartFacts
     target: Target
     removes: bool = False
+    masks: tuple[Padding, ...] = ()  # of padded steps, which the region reads
 
 
 class SiteFinder:
-    """Finds sites in one graph. `values` are every node's on small random inputs, for probing."""
+    """Finds sites in one graph. `values` are every node's on small random inputs, for probing; `masks` hide nothing
+    there.
+    """
 
-    def __init__(self, graph_module: fx.GraphModule, flow: DataFlow, values: dict[fx.Node, Any]) -> None:
-        self.graph_module, self.flow, self.values = graph_module, flow, values
+    def __init__(
+        self, graph_module: fx.GraphModule, flow: DataFlow, values: dict[fx.Node, Any], masks: Sequence[Padding] = ()
+    ) -> None:
+        self.graph_module, self.flow, self.values, self.masks = graph_module, flow, values, masks
         self.symbols: dict[str, str] = graph_module.meta["symbols"]
+        self.named = {n.name: n for n in flow.order}
 
     def sites(self, group: Group, target: Target, keeps: NamedRegion) -> tuple[tuple[Site, ...], str]:
         """The regions that `target` cuts out of a part; none, with the reason, where it has nothing to replace.
@@ -97,7 +104,20 @@ class SiteFinder:
             channels_first=is_channels_first(region),
             nonnegative=bool((self.values[region.exit] >= 0).all()),
         )
-        return Site(region=region, facts=facts, target=target, removes=removes)
+        masks = () if removes else self._masks(region)
+        return Site(region=region, facts=facts, target=target, removes=removes, masks=masks)
+
+    def _masks(self, region: Region) -> tuple[Padding, ...]:
+        """Those that a region reads, or else the last one on the way to it: what is hidden from a convolution was
+        multiplied by zero before. A mask of other steps than the region's own, as a cross attention reads it, is none.
+        """
+        steps = self.shape(region.entry)[:2]
+        fitting = [m for m in self.masks if self.shape(self.named[m.node]) == steps]
+        read = padding_of(region, fitting)
+        if read or not fitting:
+            return read
+        before = ancestors(region.entry)
+        return tuple([m for m in fitting if self.named[m.node] in before][-1:])
 
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
         """A node's shape with the signature's names for dynamic dimensions; () for what is not a tensor."""
@@ -152,16 +172,19 @@ def ends_of(sites: Sequence[Site]) -> list[tuple[fx.Node, fx.Node]]:
     return [(next(removed) if s.removes else None) or (s.region.exit, s.region.entry) for s in sites]
 
 
-def dropped_inputs(sites: Sequence[Site]) -> tuple[str, ...]:
-    """Inputs that the cut regions read past their entry (a padding mask)."""
+def dropped_inputs(sites: Sequence[Site], reading: Sequence[Site] = ()) -> tuple[str, ...]:
+    """Inputs that the cut regions read past their entry, and their replacements don't; those at `reading` read the
+    masks.
+    """
     dropped: dict[str, None] = {}
     for site in sites:
         inside = set(site.region.nodes) | {site.region.entry}
+        read = {m.node for m in site.masks} if site in reading else set()
         front = [i for n in site.region.nodes for i in n.all_input_nodes if i not in inside]
         seen: set[fx.Node] = set()
         while front:
             node = front.pop()
-            if node in seen or node is site.region.entry:
+            if node in seen or node is site.region.entry or node.name in read:
                 continue
             seen.add(node)
             value = node.meta.get("val")

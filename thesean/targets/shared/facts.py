@@ -66,15 +66,28 @@ class AttentionFacts:
     def mixed_values(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
         """What the output projection reads, (B, T, H V), where the attention is `plain`."""
         query_BTE, key_BTE, value_BTE = (F.linear(x_BTD, *affine) for affine in (self.query, self.key, self.value))
-        return attend(query_BTE, key_BTE, value_BTE, self.heads, self.scale, causal)
+        return attend((query_BTE, key_BTE, value_BTE), self.heads, self.scale, causal)
 
 
 def attend(
-    query_BTE: torch.Tensor, key_BTE: torch.Tensor, value_BTE: torch.Tensor, heads: int, scale: float, causal: bool
+    projected_BTE: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    heads: int,
+    scale: float,
+    causal: bool,
+    mask_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q k' scale) v of each head, concatenated: (B, T, H V)."""
-    q_BHTK, k_BHTK, v_BHTV = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query_BTE, key_BTE, value_BTE))
-    mixed_BHTV = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTV, is_causal=causal, scale=scale)
+    """softmax(q k' scale) v of each head, concatenated: (B, T, H V). `mask_BT` is True where there is a token."""
+    q_BHTK, k_BHTK, v_BHTV = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in projected_BTE)
+    seen_B1TT = None
+    if mask_BT is not None:
+        both_TT = torch.ones(mask_BT.shape[1], mask_BT.shape[1], dtype=torch.bool, device=mask_BT.device)
+        # each step sees itself, or one before the first token would see nothing and be NaN
+        seen_BTT = mask_BT.unsqueeze(1) | (both_TT.tril() & both_TT.triu())
+        seen_B1TT = (seen_BTT & both_TT.tril() if causal else seen_BTT).unsqueeze(1)
+        causal = False
+    mixed_BHTV = F.scaled_dot_product_attention(
+        q_BHTK, k_BHTK, v_BHTV, attn_mask=seen_B1TT, is_causal=causal, scale=scale
+    )
     return mixed_BHTV.transpose(1, 2).flatten(2)
 
 

@@ -26,6 +26,7 @@ class TargetModule(nn.Module):
     """
 
     family: ClassVar[str]
+    reads_mask: ClassVar[bool] = False  # a `MaskReader` that keeps its promise
     stateful: bool = False
     last: nn.Linear  # a module without one has nothing to solve in closed form, and a forward of its own
 
@@ -50,12 +51,15 @@ class TargetModule(nn.Module):
         return None
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> Any:
-        features, state = self.features(x, state)
-        return self.complete(x, features, state)
+        return self.complete(x, *self.features(x, state))
 
-    def complete(self, x: torch.Tensor, features: torch.Tensor, state: State | None) -> Any:
-        """The rest of `forward`, from what `features` gave for x."""
+    def complete(
+        self, x: torch.Tensor, features: torch.Tensor, state: State | None, mask: torch.Tensor | None = None
+    ) -> Any:
+        """The output where the features are known; steps that `mask` hides get nothing but what is skipped."""
         y = self.shape(self.last(features))
+        if mask is not None:
+            y = y.masked_fill(~mask.unsqueeze(-1), 0.0)
         skip = self.skip(x)
         if skip is not None:
             y = y + skip
@@ -78,3 +82,23 @@ class TargetModule(nn.Module):
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         """Multiply-adds times two for one forward at these sizes of the dynamic dimensions."""
         return 2 * part.rows(sizes) * sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+
+
+class MaskReader(TargetModule):
+    """A module over (B, T, D) that can be told which steps hold a token, (B, T) booleans.
+
+    A step that `mask` hides leaves the state as it was, is not read by the others, and gives nothing, so that each row
+    is what it would be alone. A hybrid hands the mask over where the guide reads one.
+    """
+
+    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        return self.masked_features(x, state, None)
+
+    def masked_features(
+        self, x: torch.Tensor, state: State | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State | None]:
+        """`features` where some steps may hold no token; what those get makes no difference."""
+        raise NotImplementedError(f"{type(self).__name__}.masked_features")
+
+    def forward(self, x: torch.Tensor, state: State | None = None, *, mask: torch.Tensor | None = None) -> Any:
+        return self.complete(x, *self.masked_features(x, state, mask), mask)

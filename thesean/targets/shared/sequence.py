@@ -13,7 +13,8 @@ from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Options
-from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.module import MaskReader, State
+from thesean.targets.shared.steps import Steps
 
 
 class SequenceOptions(Options):
@@ -46,11 +47,12 @@ class SequenceFrame(TypedDict, total=False):
     norm: bool
 
 
-class SequenceTarget(TargetModule):
+class SequenceTarget(MaskReader):
     """A module over (B, T, D). Subclasses set `last` and define `mix` and `initial_state`.
 
     Causal ones carry a state; a bidirectional one has nothing to carry: the future has not been read yet. `saved` names
     a family's own constructor arguments, kept as attributes of these names: `config` saves them beside the frame.
+    One that `reads_mask` takes a third argument in `mix`: `steps`, None where every step holds a token.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()
@@ -79,14 +81,23 @@ class SequenceTarget(TargetModule):
             **{name: list(value) if isinstance(value, tuple) else value for name, value in own.items()},
         }
 
-    def mix(self, x_BTD: torch.Tensor, state: Any) -> tuple[torch.Tensor, State | None]:
-        """features_BTE and the state after them; `state` is None exactly when the module is bidirectional."""
+    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
+        """features_BTE and the state after them; `state` is None exactly when the module is bidirectional. Under
+        `steps` the tokens of x stand in front of what is hidden; what the features are there makes no difference.
+        """
         raise NotImplementedError(f"{type(self).__name__}.mix")
 
-    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+    def masked_features(
+        self, x: torch.Tensor, state: State | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State | None]:
         if self.stateful and state is None:
             state = self.initial_state(x)
-        return self.mix(x if self.norm is None else self.norm(x), state if self.stateful else None)
+        x, state = x if self.norm is None else self.norm(x), state if self.stateful else None
+        if mask is None:
+            return self.mix(x, state)
+        steps = Steps(mask)
+        features, state = self.mix(steps.to_front(x), state, steps)
+        return steps.back(features), state
 
     def skip(self, x: torch.Tensor) -> torch.Tensor | None:
         return x if self.residual and self.width_in == self.width_out else None

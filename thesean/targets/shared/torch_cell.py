@@ -5,18 +5,21 @@ B batch, T time, D width of the part, E units per direction
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
+from thesean.targets.shared.steps import Steps
 
 
 class CellTarget(SequenceTarget):
     """last(cell(x)). A subclass names its cell and spreads its initial weights."""
 
     saved = ("width",)
+    reads_mask = True
     cell: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
 
     def __init__(
@@ -39,10 +42,34 @@ class CellTarget(SequenceTarget):
     def initial_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
-    def mix(self, x_BTD: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # torch wants the layers first: (1, B, E)
-        features_BTE, last_1BE = self.core(x_BTD, None if state is None else state.unsqueeze(0))
+        features_BTE, last_1BE = run_cell(self.core, x_BTD, None if state is None else state.unsqueeze(0), steps)
         return features_BTE, None if state is None else last_1BE.squeeze(0)
+
+
+def run_cell(
+    cell: nn.RNN | nn.GRU | nn.LSTM, x_BTD: torch.Tensor, start: Any, steps: Steps | None
+) -> tuple[torch.Tensor, Any]:
+    """The cell's outputs and last state, each row read up to its last token; what a cell was lowered to takes the
+    lengths as they are.
+    """
+    if steps is None:
+        return cell(x_BTD, start)
+    if not isinstance(cell, nn.RNNBase):
+        return cell(x_BTD, start, steps.count_B)
+    lengths_B = steps.count_B.clamp_min(1)  # torch packs no empty row
+    packed = pack_padded_sequence(x_BTD, lengths_B.cpu(), batch_first=True, enforce_sorted=False)
+    packed, last = cell(packed, start)
+    features_BTE, _ = pad_packed_sequence(packed, batch_first=True, total_length=x_BTD.shape[1])
+    if start is None:
+        return features_BTE, last
+    empty_1B1 = (steps.count_B == 0).view(1, -1, 1)
+    if isinstance(last, tuple):
+        return features_BTE, tuple(torch.where(empty_1B1, old, new) for old, new in zip(start, last, strict=True))
+    return features_BTE, torch.where(empty_1B1, start, last)
 
 
 def spread_memories(core: nn.RNNBase) -> None:

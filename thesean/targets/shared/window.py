@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.steps import Steps, last
 
 # Queries of one sequence that the balance is chosen on, spread evenly: all would take memory quadratic in time.
 _QUERIES = 128
@@ -34,10 +35,12 @@ class Window(nn.Module):
         self.gate_H = nn.Parameter(torch.zeros(heads))
         self.core = Core("window_attention")
 
-    def slide(self, past_BWGX: torch.Tensor, new_BTGX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def slide(
+        self, past_BWGX: torch.Tensor, new_BTGX: torch.Tensor, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(past and new, those that left the window as each new one came, the last W), along time."""
         all_BSGX = torch.cat([past_BWGX, new_BTGX], 1)
-        return all_BSGX, all_BSGX[:, : -self.size], all_BSGX[:, -self.size :]
+        return all_BSGX, all_BSGX[:, : -self.size], last(all_BSGX, self.size, steps)
 
     def forward(
         self, query_BTHC: torch.Tensor, key_BSGC: torch.Tensor, value_BSGk: torch.Tensor, older_BTHk: torch.Tensor

@@ -20,7 +20,8 @@ _GATES = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 class LoweredCell(nn.Module):
     """nn.RNN, nn.GRU or nn.LSTM, any layers and directions, as ONNX RNN, GRU or LSTM (one operator a layer).
 
-    input (B, T, D) or (T, B, D) as the cell's batch_first says, hx (L, B, E) or None (zeros) -> the cell's own outputs.
+    input (B, T, D) or (T, B, D) as the cell's batch_first says, hx (L, B, E) or None (zeros), and the lengths of the
+    rows where they differ -> the cell's own outputs.
     """
 
     def __init__(self, cell: nn.RNNBase, path: str, opset: int) -> None:
@@ -61,30 +62,35 @@ class LoweredCell(nn.Module):
         weights = [getattr(cell, f"{name}_l{layer}{suffix}").detach().split(self.units) for suffix in suffixes]
         return torch.stack([torch.cat([gates[i] for i in _GATES[self.kind]]) for gates in weights])
 
-    def forward(self, input: torch.Tensor, hx: Any = None) -> tuple[torch.Tensor, Any]:
+    def forward(
+        self, input: torch.Tensor, hx: Any = None, lengths_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
         require_exporting(self.path)
         if input.ndim != 3:
             raise ExportError(f"{self.path}: expected a batch of sequences (3 dimensions), found {input.ndim}.")
         is_lstm = self.kind == "LSTM"
         states = (hx if is_lstm else (hx,)) if hx is not None else ()
         x_TBD = input.transpose(0, 1) if self.batch_first else input
+        lengths_B = None if lengths_B is None else lengths_B.to(torch.int32)
         lasts: list[list[torch.Tensor]] = [[] for _ in range(2 if is_lstm else 1)]
         for layer in range(self.layers):
             rows = slice(layer * self.directions, (layer + 1) * self.directions)
-            x_TBD, *last = self._layer(layer, x_TBD, [state[rows] for state in states])
+            x_TBD, *last = self._layer(layer, x_TBD, [state[rows] for state in states], lengths_B)
             for collected, state in zip(lasts, last, strict=True):
                 collected.append(state)
         final = tuple(torch.cat(collected) if len(collected) > 1 else collected[0] for collected in lasts)
         return x_TBD.transpose(0, 1) if self.batch_first else x_TBD, final if is_lstm else final[0]
 
-    def _layer(self, layer: int, x_TBD: torch.Tensor, states: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _layer(
+        self, layer: int, x_TBD: torch.Tensor, states: list[torch.Tensor], lengths_B: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         T, B = x_TBD.shape[:2]
         weights = [getattr(self, f"{name}_{layer}") for name in ("input", "recurrent", "bias")]
         state_shape = [self.directions, B, self.units]
         shapes = [[T, *state_shape], *([state_shape] * len(_state_names(self.kind)))]
         y_TNBE, *last = torch.onnx.ops.symbolic_multi_out(
             self.kind,
-            (x_TBD, *weights, None, *states),  # None: no sequence lengths
+            (x_TBD, *weights, lengths_B, *states),
             self.attributes,
             dtypes=[x_TBD.dtype] * len(shapes),
             shapes=shapes,
