@@ -193,14 +193,14 @@ class _Sums:
         self.count += f_NE.shape[0]
         self.features_E += f_NE.sum(0)
         self.errors_O += error_NO.sum(0)
-        self.covariance_EE.addmm_(f_NE.T, f_NE)
-        self.cross_EO.addmm_(f_NE.T, error_NO)
+        self.covariance_EE += f_NE.T @ f_NE
+        self.cross_EO += f_NE.T @ error_NO
 
     def solve(self, ridge: float, where: str) -> None:
         """In place: what was summed up is no longer there afterwards."""
         mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
-        covariance_EE = self.covariance_EE.div_(self.count).addr_(mean_E, mean_E, alpha=-1)
-        cross_EO = self.cross_EO.div_(self.count).addr_(mean_E, mean_O, alpha=-1)
+        covariance_EE = self.covariance_EE.div_(self.count).sub_(torch.outer(mean_E, mean_E))
+        cross_EO = self.cross_EO.div_(self.count).sub_(torch.outer(mean_E, mean_O))
         diagonal = covariance_EE.diagonal()
         penalty = ridge * diagonal.mean().clamp_min(1e-12)
         if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
