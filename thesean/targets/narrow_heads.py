@@ -17,6 +17,7 @@ from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
 from thesean.targets.shared.module import MaskReader, State
+from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.select_features import fold, moments, select_groups
 
 # Tokens that the selection looks at, per feature of the concatenated heads.
@@ -45,6 +46,7 @@ class NarrowAttention(MaskReader):
         value_width: int,
         scale: float,
         causal: bool,
+        rotation: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         self.width_in = width_in
@@ -54,6 +56,7 @@ class NarrowAttention(MaskReader):
         self.value_width = value_width
         self.scale = float(scale)
         self.causal = causal
+        self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
         self.query = nn.Linear(width_in, heads * key_width)
         self.key = nn.Linear(width_in, heads * key_width)
         self.value = nn.Linear(width_in, heads * value_width)
@@ -68,13 +71,18 @@ class NarrowAttention(MaskReader):
             "value_width": self.value_width,
             "scale": self.scale,
             "causal": self.causal,
+            "rotation": None if self.rotate is None else self.rotate.rotation.rows(),
         }
 
     def masked_features(
         self, x: torch.Tensor, state: State | None, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, State | None]:
-        projected = self.query(x), self.key(x), self.value(x)
-        return attend(projected, self.heads, self.scale, self.causal, mask), None
+        query_BTHK, key_BTHK, value_BTHV = (
+            linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value)
+        )
+        if self.rotate is not None:
+            query_BTHK, key_BTHK = self.rotate(query_BTHK), self.rotate(key_BTHK)
+        return attend(query_BTHK, key_BTHK, value_BTHV, self.scale, self.causal, mask), None
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         tokens = part.rows(sizes)
@@ -155,6 +163,7 @@ def build(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
         value_width=value_width,
         scale=facts.scale,
         causal=part.mixing == "causal",
+        rotation=None if facts.rotation is None else facts.rotation.rows(),
     )
 
 

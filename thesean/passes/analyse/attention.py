@@ -3,7 +3,7 @@
 Where softmax(q k' scale) v stands is found in the graph. What q, k and v are is not matched against known patterns
 (packed or separate, transposed, split, grouped, repeated): each is probed as an affine map of the region's input, one
 basis vector a token, and checked on random input. What is not affine (a rotary embedding in between) is followed
-upstream to the nearest value that is.
+upstream to the nearest value that is, and what lies between is read as a rotation where it is one.
 
 B batch, T time, D width, H heads, K head width
 """
@@ -21,11 +21,16 @@ from torch.nn.functional import linear
 
 from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
 from thesean.passes.analyse.regions import Region
+from thesean.passes.analyse.rotation import as_written, find_rotation
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.facts import Affine, AttentionFacts
+from thesean.targets.shared.rotation import Rotation
 
 aten = torch.ops.aten
+
+# what lies between a projection and its use: a rotation or none, and a scale
+Turn = tuple[Rotation | None, float]
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCT = (aten.matmul.default, aten.bmm.default)
@@ -47,17 +52,39 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
         return None
     heads = q.shape[1]
     scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    maps = []
+    maps, turns = [], []
     for node, width in ((query, q.shape[-1]), (key, q.shape[-1]), (value, v.shape[-1])):
-        affine = _nearest_affine(region, values, node, width)
-        if affine is None:
+        nearest = _nearest_affine(region, values, node, width)
+        if nearest is None:
             return None
+        affine, turned = nearest
         maps.append(_repeat_heads(affine, heads, width))
+        turns.append(turned)
     output = _output_map(region, values, mixed)
     if output is None:
         return None
-    facts = AttentionFacts(heads=heads, scale=float(scale), query=maps[0], key=maps[1], value=maps[2], output=output)
+    rotation, gain = _rotation(turns[0], turns[1], region)
+    facts = AttentionFacts(
+        heads=heads,
+        scale=float(scale) * gain,
+        query=maps[0],
+        key=maps[1],
+        value=maps[2],
+        output=output,
+        rotation=rotation,
+    )
     return replace(facts, plain=is_plain_attention(region, values, facts))
+
+
+def _rotation(query: Turn | None, key: Turn | None, region: Region) -> tuple[Rotation | None, float]:
+    """That of queries and keys, which must be one, and the scale that comes with it; none where it isn't known."""
+    if query is None or key is None:
+        return None, 1.0
+    gain = query[1] * key[1]
+    if query[0] is None or key[0] is None or query[0][:2] != key[0][:2]:
+        return None, gain if query[0] is None and key[0] is None else 1.0
+    constants = (n.meta.get("val") for n in region.exit.graph.find_nodes(op="get_attr"))
+    return as_written(query[0], [c for c in constants if isinstance(c, torch.Tensor)]), gain
 
 
 def _core(region: Region) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float | None] | None:
@@ -172,23 +199,33 @@ def _unflattener(template: torch.Tensor, length: int) -> Callable[[torch.Tensor]
     return lambda flat: flat.view(template.shape[0], length, *rest).movedim(1, at).contiguous()
 
 
-def _nearest_affine(region: Region, values: dict[fx.Node, Any], node: fx.Node, head_width: int) -> Affine | None:
-    """The affine map at `node` or at its nearest ancestor of the same head width, breadth first."""
+def _nearest_affine(
+    region: Region, values: dict[fx.Node, Any], node: fx.Node, head_width: int
+) -> tuple[Affine, Turn | None] | None:
+    """The affine map at `node`, or at its nearest ancestor of the same head width that what follows turns, or else at
+    the nearest of all, breadth first; and what follows, where it is known.
+    """
     inside = set(region.nodes)
     front, seen = [node], {node}
+    nearest: Affine | None = None
     while front:
         current = front.pop(0)
         value = values[current]
         shaped = isinstance(value, torch.Tensor) and value.ndim == 4 and head_width in value.shape[1:]
         if shaped and current in inside:
             affine = _affine(region, values, region.entry, current)
+            if affine is not None and current is node:
+                return affine, (None, 1.0)
             if affine is not None:
-                return affine
+                turn = find_rotation(values, between(region, [current], node), current, node)
+                if turn is not None:
+                    return affine, turn
+                nearest = nearest or affine
         for parent in current.all_input_nodes:
             if parent in inside and parent not in seen:
                 seen.add(parent)
                 front.append(parent)
-    return None
+    return None if nearest is None else (nearest, None)
 
 
 def _repeat_heads(affine: Affine, heads: int, head_width: int) -> Affine:
@@ -211,10 +248,11 @@ _EXACT = 1e-4
 
 @torch.no_grad()
 def is_plain_attention(region: Region, values: dict[fx.Node, Any], facts: AttentionFacts) -> bool:
-    """The region computes output(softmax(q k' scale + causal mask or none) v) on random input, within rounding.
+    """The region computes output(softmax(q k' scale + causal mask or none) v) on random input, within rounding, with q
+    and k turned where it is known how.
 
-    A rotary embedding, a relative bias, a soft cap or a normalised key is seen; a window or a distance that only tells
-    past the recorded length is not, nor are masks of the guide's inputs, which recordings leave open.
+    A relative bias, a soft cap or a normalised key is seen; a window or a distance that only tells past the recorded
+    length is not, nor are masks of the guide's inputs, which recordings leave open.
     """
     template = values[region.entry]
     generator = torch.Generator().manual_seed(2)

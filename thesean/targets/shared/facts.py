@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from thesean.errors import TargetMismatchError
 from thesean.targets.shared.activations import ACTIVATIONS
+from thesean.targets.shared.rotation import Rotate, Rotation
 
 Dim = int | str
 Mixing = Literal["none", "causal", "bidirectional"]
@@ -33,8 +34,9 @@ class AttentionFacts:
     """The projections of an attention, read off the graph: all affine in the part's input, per token.
 
     Head h of the queries is rows h*K..(h+1)*K of `query`; keys and values are repeated to as many heads where the
-    guide groups them. `output` maps the concatenated heads to the part's output. `scale` multiplies q.k. `plain`: the
-    part computes output(softmax(q k' scale) v), causal or over all tokens, and nothing else.
+    guide groups them. `output` maps the concatenated heads to the part's output. `scale` multiplies q.k. `rotation`
+    turns queries and keys by their steps before they meet. `plain`: the part computes output(softmax(q k' scale) v),
+    turned or not, causal or over all tokens, and nothing else.
     """
 
     heads: int
@@ -43,6 +45,7 @@ class AttentionFacts:
     key: Affine
     value: Affine
     output: Affine
+    rotation: Rotation | None = None
     plain: bool = False
 
     @cached_property
@@ -65,19 +68,25 @@ class AttentionFacts:
 
     def mixed_values(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
         """What the output projection reads, (B, T, H V), where the attention is `plain`."""
-        query_BTE, key_BTE, value_BTE = (F.linear(x_BTD, *affine) for affine in (self.query, self.key, self.value))
-        return attend((query_BTE, key_BTE, value_BTE), self.heads, self.scale, causal)
+        q_BTHK, k_BTHK, v_BTHV = (
+            F.linear(x_BTD, *affine).unflatten(-1, (self.heads, -1)) for affine in (self.query, self.key, self.value)
+        )
+        if self.rotation is not None:
+            rotate = Rotate(self.rotation, q_BTHK.shape[-1]).to(x_BTD.device)
+            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
+        return attend(q_BTHK, k_BTHK, v_BTHV, self.scale, causal)
 
 
 def attend(
-    projected_BTE: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    heads: int,
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
     scale: float,
     causal: bool,
     mask_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q k' scale) v of each head, concatenated: (B, T, H V). `mask_BT` is True where there is a token."""
-    q_BHTK, k_BHTK, v_BHTV = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in projected_BTE)
+    q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
     seen_B1TT = None
     if mask_BT is not None:
         both_TT = torch.ones(mask_BT.shape[1], mask_BT.shape[1], dtype=torch.bool, device=mask_BT.device)

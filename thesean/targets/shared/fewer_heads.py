@@ -29,8 +29,8 @@ def check_heads(target: str, part: PartFacts, options: NarrowHeadsOptions) -> No
         raise part.mismatch(
             target,
             found="an attention that softmax(q k' scale) v alone does not reproduce "
-            "(a rotary embedding, a relative bias, a window or a gate)",
-            expected="one that nothing but a causal mask is added to",
+            "(a relative bias, a norm of queries and keys, a window or a gate)",
+            expected="one that nothing but a causal mask is added to, with rotary positions or without",
             advice=f"{keep}, or choose target 'rnn' for it.",
         )
     if options.heads is not None and options.heads > facts.heads:

@@ -49,13 +49,15 @@ class HeadShape(NamedTuple):
     key_width: int
     value_width: int
     scale: float  # of q.k in the window
+    rotation: list[list[float]] | None = None  # of q and k there
 
 
 def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
     facts = part.attention
     if facts is not None and not _asked(options):
         key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
-        return HeadShape(facts.heads, options.kv_heads or facts.kv_heads, key_width, value_width, facts.scale)
+        turned = facts.rotation.rows() if facts.rotation is not None and options.window is not None else None
+        return HeadShape(facts.heads, options.kv_heads or facts.kv_heads, key_width, value_width, facts.scale, turned)
     width = options.width or part.width_in
     heads = options.heads or (facts.heads if facts is not None else default_heads(width))
     each = width // heads

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.rotation import Rotate
 from thesean.targets.shared.steps import Steps, last
 
 # Queries of one sequence that the balance is chosen on, spread evenly: all would take memory quadratic in time.
@@ -28,8 +29,9 @@ class Window(nn.Module):
     and values of the last W tokens, (B, W, G, C) and (B, W, G, k); a row whose last value is 0 holds no token.
     """
 
-    def __init__(self, *, size: int, heads: int, scale: float) -> None:
+    def __init__(self, *, size: int, heads: int, scale: float, rotate: Rotate | None = None) -> None:
         super().__init__()
+        self.rotate = rotate
         self.size = size
         self.scale = float(scale)
         self.gate_H = nn.Parameter(torch.zeros(heads))
@@ -45,6 +47,10 @@ class Window(nn.Module):
     def forward(
         self, query_BTHC: torch.Tensor, key_BSGC: torch.Tensor, value_BSGk: torch.Tensor, older_BTHk: torch.Tensor
     ) -> torch.Tensor:
+        if self.rotate is not None:
+            tables = self.rotate.tables(key_BSGC.shape[1], key_BSGC)
+            query_BTHC = self.rotate.turn(query_BTHC, tables, self.size)
+            key_BSGC = self.rotate.turn(key_BSGC, tables)
         return self.core(self.scale * query_BTHC, key_BSGC, value_BSGk, older_BTHk, self.gate_H)
 
     @torch.no_grad()
@@ -70,6 +76,8 @@ class Window(nn.Module):
         Both (H, M). The odds are those of a gate of 0: the gate adds to them. Whole sequences, without a state.
         """
         time = query_BTHC.shape[1]
+        if self.rotate is not None:
+            query_BTHC, key_BTGC = self.rotate(query_BTHC), self.rotate(key_BTGC)
         rows_M = torch.arange(self.size, time, max(1, (time - self.size) // _QUERIES), device=query_BTHC.device)
         groups = key_BTGC.shape[2]
         wanted, offsets = [], []
