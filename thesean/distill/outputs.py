@@ -139,7 +139,7 @@ def _is_constant(values: Sequence[torch.Tensor]) -> bool:
     if len(values) < 2 or any(v.shape != values[0].shape for v in values):
         return False
     pieces = [slice(at, at + _PIECE) for at in range(0, max(1, first.numel()), _PIECE)]
-    scale = max(_largest(first[at].double()) for at in pieces) or (0.0 if bool(first.isfinite().any()) else 1.0)
+    scale = max(_largest(first[at]) for at in pieces) or (0.0 if bool(first.isfinite().any()) else 1.0)
     most = _STILL * max(scale, 1e-30)
     others = [v.reshape(-1) for v in values[1:]]
     return all(bool(torch.nan_to_num(v[at].double() - first[at]).abs().max() <= most) for v in others for at in pieces)
@@ -147,8 +147,7 @@ def _is_constant(values: Sequence[torch.Tensor]) -> bool:
 
 def _largest(value: torch.Tensor) -> float:
     """Of what is finite in it."""
-    finite = value[value.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 0.0
+    return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0).abs().max().item() if value.numel() else 0.0
 
 
 def _describe(name: str, kind: OutputKind, value: torch.Tensor, why: str) -> str:
