@@ -124,7 +124,7 @@ def compile(
         bound_plan, training = planned(captured, request, observer)
         folder = _prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
-            hybrid = build_hybrid(bound_plan)
+            hybrid = build_hybrid(bound_plan, share=True)
             training = rehearsed(hybrid, training, must_save=folder is not None)
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)
@@ -311,15 +311,16 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     wrap = output_wrapper(captured.signature.output_class)
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
-        observed = [captured.graph_module(**x) for x in different(captured, inputs)]
-        told = warn_of_chance(request.loss, lambda: wrap(captured.graph_module(**inputs)), batch)
+        first = captured.graph_module(**inputs)
+        observed = [first if x is inputs else captured.graph_module(**x) for x in different(captured, inputs)]
+        told = warn_of_chance(request.loss, lambda: wrap(first), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
     feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
     _warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
-    return Training(
+    training = Training(
         guide=captured.graph_module,
         task=task,
         recipe=request.settings,
@@ -327,6 +328,8 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         observer=observer,
         seed=request.seed,
     )
+    training.judge.learn(0, first)
+    return training
 
 
 def told_of(captured: Captured) -> tuple[str, ...]:

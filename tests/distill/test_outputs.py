@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.models import vectors
+from thesean.distill import outputs
 from thesean.distill.outputs import Outputs, named_outputs, read_outputs
 from thesean.errors import DataError, NumericalError, UnknownNameError
 
@@ -178,3 +179,14 @@ def test_a_softmax_distance_is_torchs_own_divergence():
     own, guide = vectors(6, 5), vectors(6, 5, seed=1)
     theirs = F.kl_div(own.log_softmax(-1), guide.log_softmax(-1), log_target=True, reduction="batchmean")
     assert distance(own, guide, "softmax").item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "mse"])
+def test_large_outputs_are_looked_at_in_pieces_and_give_the_same(kind, monkeypatch):
+    own, guide = vectors(4, 6, 5), vectors(4, 6, 5, seed=1)
+    whole, told = distance(own, guide, kind, 2.0), read_outputs([own, guide]).told
+    monkeypatch.setattr(outputs, "_PIECE", 7)
+    torch.testing.assert_close(distance(own, guide, kind, 2.0), whole)
+    assert read_outputs([own, guide]).told == told
+    constant = torch.ones(4, 6)
+    assert read_outputs([{"x": own, "c": constant}, {"x": guide, "c": constant}]).kinds["c"] == "ignore"

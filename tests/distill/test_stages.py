@@ -154,3 +154,59 @@ def test_a_guide_that_gives_no_numbers_is_found_before_anything_trains():
     broken = [(batch, {k: v * float("nan") for k, v in inputs.items()}) for batch, inputs in batches]
     with pytest.raises(NumericalError, match="held-out batch 0: the guide's own output"):
         converted(make_plan(guide, "mlp"), training(guide, task(output="softmax"), recipe(4), held_out=broken))
+
+
+def test_the_last_stages_figures_are_the_conversions_own_where_nothing_follows():
+    guide = captured.gpt2()
+    told = training(guide, task(logits="softmax"), Recipe.named("fast"))
+    conversion = converted(make_plan(guide, "rnn"), told)
+    assert conversion.final is conversion.snapshots[-1].evaluation
+    again = training(guide, task(logits="softmax"), Recipe.named("fast")).judge(conversion.hybrid.graph_module)
+    assert conversion.final.divergence == pytest.approx(again.divergence, rel=1e-6)
+    assert conversion.notes == ()
+
+
+@pytest.mark.parametrize("schedule", ["none", pytest.param("progressive", marks=pytest.mark.thorough)])
+def test_each_stage_is_told_the_divergence_of_the_hybrid_that_it_left(schedule):
+    guide = captured.gpt2(3)
+    bound_plan = make_plan(guide, "rnn")
+    told = training(guide, task(logits="softmax"), recipe(6, schedule, share=0.5 if schedule != "none" else 0))
+    for snapshot in converted(bound_plan, told).snapshots:
+        built = with_state(bound_plan, snapshot.count, snapshot.state)
+        assert snapshot.evaluation.divergence == pytest.approx(told.judge(built.graph_module).divergence, rel=1e-6)
+
+
+def test_of_many_held_out_batches_stages_are_judged_on_the_first_few_and_that_is_told():
+    guide = captured.mlp()
+    held_out = batches_of(guide, 9, seed=7)
+    told = training(guide, task(output="softmax"), Recipe.named("fast"), held_out=held_out)
+    conversion = converted(make_plan(guide, "mlp"), told)
+    assert conversion.notes == ("stages were judged on the first 5 of 9 held-out batches",)
+    few = training(guide, task(output="softmax"), Recipe.named("fast"), held_out=held_out[:5]).judge
+    whole = training(guide, task(output="softmax"), Recipe.named("fast"), held_out=held_out).judge
+    graph_module = conversion.hybrid.graph_module
+    last = conversion.snapshots[-1].evaluation.divergence
+    assert last == pytest.approx(few(graph_module).divergence, rel=1e-6)
+    assert conversion.final.divergence == pytest.approx(whole(graph_module).divergence, rel=1e-6)
+
+
+def test_snapshots_hold_a_part_that_does_not_change_once():
+    conversion = run(captured.mlp(), settings=Recipe.named("fast"))
+    first, second, third = (s.state for s in conversion.snapshots)
+    assert list(third) == ["part_0", "part_1", "part_2"]
+    assert first["part_0"] is second["part_0"] is third["part_0"]
+    assert second["part_1"] is third["part_1"]
+
+
+def test_a_hybrid_that_shared_the_guides_weights_shares_none_at_the_end():
+    guide = captured.gpt2()
+    bound_plan = make_plan(guide, "rnn")
+    hybrid = build_hybrid(bound_plan, share=True)
+    theirs = {p.data_ptr() for p in guide.graph_module.parameters()}
+    assert not theirs.isdisjoint(p.data_ptr() for p in hybrid.graph_module.parameters())
+    told = training(guide, task(logits="softmax"), Recipe.named("fast"))
+    conversion = tune(hybrid, told, align(bound_plan, hybrid, told))
+    own = {p.data_ptr() for p in conversion.hybrid.graph_module.parameters()}
+    assert theirs.isdisjoint(own)
+    kept = {v.data_ptr() for s in conversion.snapshots for state in s.state.values() for v in state.values()}
+    assert kept.isdisjoint(own)

@@ -17,15 +17,15 @@ import torch
 from torch import fx
 
 from thesean.errors import NumericalError
-from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import Hybrid, Replacement
 from thesean.targets import TargetModule
+from thesean.targets.shared.module import MaskReader
 
 Inputs = dict[str, torch.Tensor]
 
 
-@torch.no_grad()
 def solve_parts(
     guide: fx.GraphModule,
     hybrid: Hybrid,
@@ -36,33 +36,122 @@ def solve_parts(
     solve_copied: bool = True,
 ) -> list[str]:
     """Refit the last layers of `parts`, in order; returns the modules solved. Leaves train/eval flags as they were."""
-    with evaluating(hybrid.graph_module):
-        return [
+    solver = Solver(guide, hybrid, parts, batches, ridge=ridge, solve_copied=solve_copied)
+    return [name for part in parts for name in solver.solve(part)]
+
+
+class Solver:
+    """Prepares and refits modules part after part, in the order of `parts`: guide and hybrid are walked through once
+    for all of them, whatever their number.
+
+    `preparing` parts are shown the guide's activations first. Between two parts nothing else may change the hybrid.
+    """
+
+    def __init__(
+        self,
+        guide: fx.GraphModule,
+        hybrid: Hybrid,
+        parts: Sequence[int],
+        batches: Sequence[Inputs],
+        *,
+        ridge: float | None,
+        solve_copied: bool = True,
+        preparing: bool = False,
+    ) -> None:
+        """`ridge` None: prepare alone."""
+        self.hybrid, self.batches, self.ridge = hybrid, batches, ridge
+        rows = [r for part in parts for r in hybrid.of_part(part)]
+        self._prepared = {r.name for r in rows if preparing and prepares(hybrid.module(r))}
+        self._solved = {
             r.name
-            for part in parts
-            for r in hybrid.of_part(part)
-            if (solve_copied or "output" not in r.copied) and _solve(guide, hybrid, r, batches, ridge)
-        ]
+            for r in rows
+            if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
+        }
+        self._own_step = {r.name: i for i, r in enumerate(r for r in rows if r.name in self._solved)}
+        self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in rows if r.name in self._solved], batches)
+        ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
+        self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
+        self._theirs = Walk(guide, [names for _, names in ends], batches)
+
+    @torch.no_grad()
+    def solve(self, part: int) -> list[str]:
+        """The modules of this part that were solved. Leaves train/eval flags as they were."""
+        rows = self.hybrid.of_part(part)
+        for r in rows:
+            if r.name in self._prepared:
+                module = self.hybrid.module(r)
+                assert isinstance(module, TargetModule)
+                module.prepare(r.facts, self._examples(r))
+        solved = [r for r in rows if r.name in self._solved]
+        with evaluating(self.hybrid.graph_module):
+            for r in solved:
+                self._solve(r)
+        return [r.name for r in solved]
+
+    def _guide_ends(self, rows: Sequence[Replacement]) -> list[tuple[tuple[str, str], list[str]]]:
+        """The steps that a part takes through the guide, in order."""
+        prepared = [(("prepare", r.name), [r.guide_entry, r.guide_exit]) for r in rows if r.name in self._prepared]
+        return [*prepared, *((("solve", r.name), [_wanted(r)]) for r in rows if r.name in self._solved)]
+
+    def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        step = self._guide_step["prepare", r.name]
+        values = [self._theirs.get(step, number) for number in range(len(self.batches))]
+        return [(v[r.guide_entry], v[r.guide_exit]) for v in values]
+
+    def _solve(self, r: Replacement) -> None:
+        module = self.hybrid.module(r)
+        assert isinstance(module, TargetModule)
+        assert self.ridge is not None
+        own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
+        sums, features_of = _Sums(module.last), _Features(self._own.budget // 2)
+        for number in range(len(self.batches)):
+            mine, target = self._own.get(own_step, number), self._theirs.get(step, number)[want]
+            x = mine[r.entry]
+            features, state = module.features(x)
+            residual = target - mine[r.join[1]] if r.join else target
+            skip = module.skip(x)
+            sums.add(features, module.unshape(residual if skip is None else residual - skip))
+            features_of.keep(number, x, features, state)
+        sums.solve(self.ridge, r.facts.path)
+        if self._own.has_run(r.exit, own_step):
+            self._own.forget()  # parts in an order that is not the network's
+        elif not r.masks and type(module).forward in (TargetModule.forward, MaskReader.forward):
+            (call,) = self.hybrid.graph_module.graph.find_nodes(op="call_module", target=r.name)
+            for number, kept in features_of.kept.items():
+                self._own.put(call.name, number, module.complete(*kept))
 
 
-def _solve(guide: fx.GraphModule, hybrid: Hybrid, r: Replacement, batches: Sequence[Inputs], ridge: float) -> bool:
-    module = hybrid.module(r)
-    if not isinstance(module, TargetModule) or not hasattr(module, "last"):
-        return False  # no last layer to solve
-    own_names = [r.entry] + ([r.join[1]] if r.join else [])
-    own = intermediates(hybrid.graph_module, own_names, with_output=False)
-    want = r.guide_join if r.join and r.guide_join else r.guide_exit
-    theirs = intermediates(guide, [want], with_output=False)
-    sums = _Sums(module.last)
-    for inputs in batches:
-        mine, target = own(**inputs), theirs(**inputs)[want]
-        x = mine[r.entry]
-        features, _ = module.features(x)
-        residual = target - mine[r.join[1]] if r.join else target
-        skip = module.skip(x)
-        sums.add(features, module.unshape(residual if skip is None else residual - skip))
-    sums.solve(ridge, r.facts.path)
-    return True
+class _Features:
+    """What a module made of its inputs, so that its output after solving costs no more than the last layer."""
+
+    def __init__(self, budget: int) -> None:
+        """In bytes."""
+        self.budget = budget
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor, Any]] = {}
+
+    def keep(self, number: int, x: torch.Tensor, features: torch.Tensor, state: Any) -> None:
+        """Of as many batches as fit."""
+        self.budget -= features.untyped_storage().nbytes()
+        if self.budget >= 0:
+            self.kept[number] = x, features, state
+
+
+def prepares(module: torch.nn.Module) -> bool:
+    """Whether it chooses anything by the guide's activations."""
+    return isinstance(module, TargetModule) and type(module).prepare is not TargetModule.prepare
+
+
+def _last(module: torch.nn.Module) -> bool:
+    """Whether there is a last layer to solve."""
+    return isinstance(module, TargetModule) and hasattr(module, "last")
+
+
+def _own_ends(r: Replacement) -> list[str]:
+    return [r.entry, *(r.join[1:] if r.join else ())]
+
+
+def _wanted(r: Replacement) -> str:
+    return r.guide_join if r.join and r.guide_join else r.guide_exit
 
 
 @torch.no_grad()
@@ -90,10 +179,11 @@ class _Sums:
     def __init__(self, last: torch.nn.Linear) -> None:
         self.last = last
         self.count = 0
-        self.features_E: Any = 0
-        self.errors_O: Any = 0
-        self.covariance_EE: Any = 0
-        self.cross_EO: Any = 0
+        like = last.weight.new_zeros((), dtype=torch.float64)
+        self.features_E = like.new_zeros(last.in_features)
+        self.errors_O = like.new_zeros(last.out_features)
+        self.covariance_EE = like.new_zeros(last.in_features, last.in_features)
+        self.cross_EO = like.new_zeros(last.in_features, last.out_features)
 
     def add(self, features: torch.Tensor, residual: torch.Tensor) -> None:
         f_NE = features.reshape(-1, self.last.in_features)
@@ -101,22 +191,24 @@ class _Sums:
         error_NO = (r_NO - self.last(f_NE)).double()
         f_NE = f_NE.double()
         self.count += f_NE.shape[0]
-        self.features_E = self.features_E + f_NE.sum(0)
-        self.errors_O = self.errors_O + error_NO.sum(0)
-        self.covariance_EE = self.covariance_EE + f_NE.T @ f_NE
-        self.cross_EO = self.cross_EO + f_NE.T @ error_NO
+        self.features_E += f_NE.sum(0)
+        self.errors_O += error_NO.sum(0)
+        self.covariance_EE += f_NE.T @ f_NE
+        self.cross_EO += f_NE.T @ error_NO
 
     def solve(self, ridge: float, where: str) -> None:
+        """In place: what was summed up is no longer there afterwards."""
         mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
-        covariance_EE = self.covariance_EE / self.count - torch.outer(mean_E, mean_E)
-        cross_EO = self.cross_EO / self.count - torch.outer(mean_E, mean_O)
+        covariance_EE = self.covariance_EE.div_(self.count).sub_(torch.outer(mean_E, mean_E))
+        cross_EO = self.cross_EO.div_(self.count).sub_(torch.outer(mean_E, mean_O))
         diagonal = covariance_EE.diagonal()
         penalty = ridge * diagonal.mean().clamp_min(1e-12)
         if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
             raise NumericalError(
                 f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
             )
-        delta_EO = torch.linalg.solve(covariance_EE + penalty * torch.eye(len(diagonal)).to(covariance_EE), cross_EO)
+        diagonal.add_(penalty)
+        delta_EO = torch.linalg.solve(covariance_EE, cross_EO)
         self.last.weight.add_(delta_EO.T.to(self.last.weight.dtype))
         if self.last.bias is not None:
             self.last.bias.add_((mean_O - mean_E @ delta_EO).to(self.last.bias.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,43 +35,62 @@ class Judge:
         self.guide, self.task, self.batches = guide, task, batches
         self._kept: dict[int, Any] = {}
         self._bytes = 0
+        self._checked: set[int] = set()
 
     @torch.no_grad()
     def __call__(self, hybrid: fx.GraphModule) -> Evaluation:
         """`hybrid` may be the guide itself: its divergence is 0. Raises NumericalError when the guide's output is
         NaN or infinite; a hybrid's own loss may be anything.
         """
+        if hybrid is self.guide:
+            return self.of(None)
         was_training = hybrid.training
         hybrid.eval()
+        found = self.of(lambda number: hybrid(**self.batches[number][1]))
+        hybrid.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def of(self, output_of: Callable[[int], Any] | None, count: int | None = None) -> Evaluation:
+        """Of the outputs on the first `count` batches, all by default, by number; None: the guide's own."""
         total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}
-        count = 0
-        for number, (batch, inputs) in enumerate(self.batches):
+        rows = 0
+        for number, (batch, inputs) in enumerate(self.batches[:count]):
             size = next(iter(inputs.values())).shape[0]
             wanted = self._guide_output(number, inputs)
-            output = wanted if hybrid is self.guide else hybrid(**inputs)
+            output = wanted if output_of is None else output_of(number)
             wrapped = self.task.wrap(output)
-            if hybrid is not self.guide:
+            if output_of is not None:
                 total["divergence"] += self.task.outputs.distance(output, wanted).item() * size
             if self.task.loss is not None:
                 total["loss"] += float(self.task.loss(wrapped, batch)) * size
             if self.task.metric is not None:
                 total["metric"] += float(self.task.metric(wrapped, batch)) * size
-            count += size
-        hybrid.train(was_training)
+            rows += size
         return Evaluation(
-            loss=total["loss"] / count if self.task.loss is not None else None,
-            metric=total["metric"] / count if self.task.metric is not None else None,
-            divergence=total["divergence"] / count,
+            loss=total["loss"] / rows if self.task.loss is not None else None,
+            metric=total["metric"] / rows if self.task.metric is not None else None,
+            divergence=total["divergence"] / rows,
         )
 
-    def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
-        if number in self._kept:
-            return self._kept[number]
-        output = self.guide(**inputs)
-        self.task.outputs.check_finite(output, f"held-out batch {number}")
+    def learn(self, number: int, output: Any) -> None:
+        """The guide's output on a batch, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes + size <= _KEPT_BYTES:
             self._kept[number] = output
             self._bytes += size
+
+    def forget(self) -> None:
+        """Let go of the guide's outputs: nothing more is judged for now."""
+        self._kept, self._bytes = {}, 0
+
+    def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
+        output = self._kept.get(number)
+        if output is None:
+            output = self.guide(**inputs)
+            self.learn(number, output)
+        if number not in self._checked:
+            self.task.outputs.check_finite(output, f"held-out batch {number}")
+            self._checked.add(number)
         return output

@@ -19,6 +19,9 @@ OutputKind = Literal["softmax", "sigmoid", "mse", "ignore"]
 # Of the largest value: an output that moves by less from example to example is a constant
 _STILL = 1e-6
 
+# Numbers that are looked at together: with a vocabulary of 50,000 each copy of the logits would weigh as much as layers
+_PIECE = 2**20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
@@ -132,11 +135,19 @@ def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tens
 
 def _is_constant(values: Sequence[torch.Tensor]) -> bool:
     """The same tensor whatever the inputs hold; of one run alone nothing can be said."""
-    first = values[0].double()
-    if len(values) < 2 or any(v.shape != first.shape for v in values):
+    first = values[0].reshape(-1)
+    if len(values) < 2 or any(v.shape != values[0].shape for v in values):
         return False
-    scale = first[first.isfinite()].abs().max().clamp_min(1e-30) if bool(first.isfinite().any()) else 1.0
-    return all(bool(torch.nan_to_num(v.double() - first).abs().max() <= _STILL * scale) for v in values[1:])
+    pieces = [slice(at, at + _PIECE) for at in range(0, max(1, first.numel()), _PIECE)]
+    scale = max(_largest(first[at]) for at in pieces) or (0.0 if bool(first.isfinite().any()) else 1.0)
+    most = _STILL * max(scale, 1e-30)
+    others = [v.reshape(-1) for v in values[1:]]
+    return all(bool(torch.nan_to_num(v[at].double() - first[at]).abs().max() <= most) for v in others for at in pieces)
+
+
+def _largest(value: torch.Tensor) -> float:
+    """Of what is finite in it."""
+    return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0).abs().max().item() if value.numel() else 0.0
 
 
 def _describe(name: str, kind: OutputKind, value: torch.Tensor, why: str) -> str:
@@ -153,13 +164,20 @@ def _softmax_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> t
     """KL(guide | hybrid) in nats, averaged over positions. A class at -inf, which the guide rules out, counts for
     nothing in either.
     """
-    y_NV, g_NV = (x.flatten(0, -2) / temperature for x in (y, g))
+    y_NV, g_NV = y.flatten(0, -2), g.flatten(0, -2)
+    rows = max(1, _PIECE // y_NV.shape[1])
+    sums = [_summed_kl(a, b, temperature) for a, b in zip(y_NV.split(rows), g_NV.split(rows), strict=True)]
+    return torch.stack(sums).sum() / len(y_NV) * temperature**2
+
+
+def _summed_kl(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    if temperature != 1:
+        y_NV, g_NV = y_NV / temperature, g_NV / temperature
     out_NV = g_NV == -torch.inf
     if bool(out_NV.any()):
         least = torch.finfo(g_NV.dtype).min / 4
         y_NV, g_NV = y_NV.masked_fill(out_NV, least), g_NV.masked_fill(out_NV, least)
-    kl = F.kl_div(F.log_softmax(y_NV, -1), F.log_softmax(g_NV, -1), log_target=True, reduction="batchmean")
-    return kl * temperature**2
+    return F.kl_div(F.log_softmax(y_NV, -1), F.log_softmax(g_NV, -1), log_target=True, reduction="sum")
 
 
 def _sigmoid_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> torch.Tensor:

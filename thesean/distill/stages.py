@@ -6,20 +6,26 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx
 
 from thesean.distill.align import Aligner, StageResult, stages
-from thesean.distill.closed_form import solve_parts
+from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
+from thesean.distill.partial import Partials, stand_apart
 from thesean.distill.training import Training
 from thesean.passes.graph.dump import not_dumping
-from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
-from thesean.targets import TargetModule
+from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
+
+# Stages are judged on so many held-out batches, or on more where that costs no more than solving does: judging each of
+# n stages runs what is left of the guide, and so grows with n times n.
+_JUDGED_BATCHES = 4
 
 State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
 
@@ -42,6 +48,7 @@ class Aligned:
     snapshots: tuple[Snapshot, ...]
     guide: Evaluation
     steps: int
+    judged_on: str = ""  # what to tell where snapshots were not judged on all held-out batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,7 @@ class Conversion:
     guide: Evaluation
     final: Evaluation
     steps: int
+    notes: tuple[str, ...] = ()
 
 
 def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
@@ -62,14 +70,16 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     aligning = _Aligning(bound_plan, hybrid, training)
     schedule, count = training.recipe.alignment.schedule, len(hybrid.parts)
     budget = round(training.recipe.steps * training.recipe.alignment.share)
-    prepare(training.guide, hybrid, aligning.solving)
     if schedule == "none" or budget == 0:
+        solver = aligning.solver(preparing=True)
         for k in range(count):
             training.observer.begin("solve", hybrid.parts[k], k + 1, count, 0)
-            aligning.solve([k])
+            solver.solve(k)
             aligning.snapshot(k + 1, None)
             training.observer.end({"divergence": aligning.snapshots[-1].evaluation.divergence})
     else:
+        unshare(hybrid.graph_module, training.guide)
+        prepare(training.guide, hybrid, aligning.solving)
         if schedule in ("joint", "independent"):
             aligning.solve(range(count))
         aligner = Aligner(hybrid, training, aligning.solving)
@@ -77,25 +87,37 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
             if schedule in ("progressive", "sequential"):
                 aligning.solve([stage.number])  # on what the parts before it have become by now
             result = aligner.run(stage)
+            aligning.partials.forget()
             for k in range(count) if stage.count == 1 else [stage.number]:
                 aligning.snapshot(k + 1, result)
     results = {id(s.result): s.result for s in aligning.snapshots if s.result is not None}
     return Aligned(
-        snapshots=tuple(aligning.snapshots), guide=guide, steps=sum(result.steps for result in results.values())
+        snapshots=tuple(aligning.snapshots),
+        guide=guide,
+        steps=sum(result.steps for result in results.values()),
+        judged_on=aligning.judged_on,
     )
 
 
 def tune(hybrid: Hybrid, training: Training, aligned: Aligned) -> Conversion:
     """Fine-tune end to end with the steps that alignment left over: plateaus shift steps, they don't lose them."""
     steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
-    taken = fine_tune(hybrid, training, steps) if steps > 0 else 0
+    taken = 0
+    if steps > 0:
+        unshare(hybrid.graph_module, training.guide)
+        taken = fine_tune(hybrid, training, steps)
     hybrid.graph_module.eval()
+    last = aligned.snapshots[-1].evaluation if aligned.snapshots else None
+    final = training.judge(hybrid.graph_module) if taken or last is None or aligned.judged_on else last
+    training.judge.forget()
+    unshare(hybrid.graph_module, training.guide)  # whoever gets it may train it
     return Conversion(
         hybrid=hybrid,
         snapshots=aligned.snapshots,
         guide=aligned.guide,
-        final=training.judge(hybrid.graph_module),
+        final=final,
         steps=aligned.steps + taken,
+        notes=(aligned.judged_on,) if aligned.judged_on else (),
     )
 
 
@@ -107,6 +129,33 @@ class _Aligning:
         self.solving = [inputs for _, inputs in training.feed.take(training.recipe.closed_form.batches)]
         self.snapshots: list[Snapshot] = []
         self._start = time.monotonic()
+        self._latest: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
+        # taken before anything is solved: in between, what stays would leave holes where the rest was
+        self._room = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements}
+        self._apart = stand_apart(bound_plan, hybrid)
+        held_out = training.feed.held_out
+        most = max(_JUDGED_BATCHES, _JUDGED_BATCHES * len(self.solving) // len(hybrid.parts))
+        self._judged = [inputs for _, inputs in held_out[:most]]
+        self.judged_on = ""
+        if len(self._judged) < len(held_out):
+            self.judged_on = f"stages were judged on the first {len(self._judged)} of {len(held_out)} held-out batches"
+
+    @cached_property
+    def partials(self) -> Partials:
+        return Partials(self.training.guide, self.hybrid, self._judged)
+
+    def solver(self, preparing: bool) -> Solver:
+        """Of all parts, in their order."""
+        form = self.training.recipe.closed_form
+        return Solver(
+            self.training.guide,
+            self.hybrid,
+            range(len(self.hybrid.parts)),
+            self.solving,
+            ridge=form.ridge if form.enabled else None,
+            solve_copied=form.solve_copied,
+            preparing=preparing,
+        )
 
     def solve(self, parts: Sequence[int]) -> None:
         form = self.training.recipe.closed_form
@@ -115,31 +164,45 @@ class _Aligning:
             solve_parts(self.training.guide, self.hybrid, parts, self.solving, ridge=ridge, solve_copied=copied)
 
     def snapshot(self, parts: int, result: StageResult | None) -> None:
-        hybrid = self.hybrid
-        state = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements if r.part < parts}
-        with not_dumping():  # the hybrid's own cuts are told already
-            partial = with_state(self.bound_plan, parts, state)
+        state = {r.name: self._state_of(r) for r in self.hybrid.replacements if r.part < parts}
         self.snapshots.append(
             Snapshot(
                 count=parts,
                 state=state,
-                evaluation=self.training.judge(partial.graph_module),
+                evaluation=self._evaluate(parts, state),
                 result=result,
                 seconds=time.monotonic() - self._start,
             )
         )
 
+    def _state_of(self, replacement: Replacement) -> dict[str, torch.Tensor]:
+        """A copy of a module's state; the one before where nothing was written to it since."""
+        now = self.hybrid.module(replacement).state_dict()
+        writes = [-1 if v.is_inference() else v._version for v in now.values()]
+        kept = self._latest.get(replacement.name)
+        if kept is None or -1 in writes or kept[0] != writes:
+            copy = self._room.pop(replacement.name, None) or deepcopy(now)
+            for name, value in now.items():
+                copy[name].copy_(value)
+            self._latest[replacement.name] = kept = writes, copy
+        return kept[1]
 
-@torch.no_grad()
+    def _evaluate(self, parts: int, state: State) -> Evaluation:
+        """The hybrid with the first `parts` parts as they are now, and the guide's elsewhere."""
+        judge = self.training.judge
+        if not self._apart:
+            partial = with_state(self.bound_plan, parts, state)
+            return judge.of(lambda number: partial.graph_module(**self._judged[number]), len(self._judged))
+        with evaluating(self.hybrid.graph_module):
+            return judge.of(lambda number: self.partials.output(parts, number), len(self._judged))
+
+
 def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, torch.Tensor]]) -> None:
     """Show the guide's activations to the modules that choose by them, part after part to hold few at a time."""
-    for r in hybrid.replacements:
-        module = hybrid.module(r)
-        if not isinstance(module, TargetModule) or type(module).prepare is TargetModule.prepare:
-            continue
-        ends = intermediates(guide, [r.guide_entry, r.guide_exit], with_output=False)
-        values = [ends(**inputs) for inputs in batches]
-        module.prepare(r.facts, [(v[r.guide_entry], v[r.guide_exit]) for v in values])
+    parts = range(len(hybrid.parts))
+    solver = Solver(guide, hybrid, parts, batches, ridge=None, preparing=True)
+    for part in parts:
+        solver.solve(part)
 
 
 def with_state(bound_plan: BoundPlan, count: int, state: State) -> Hybrid:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from thesean.passes.graph.nodes import attribute, is_write
 
@@ -32,12 +34,39 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     return alive
 
 
-def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with parameters of its own and the same node names; tied parameters stay tied."""
-    new = copy.deepcopy(graph_module)
-    for node in new.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = attribute(new, str(node.target))
+def clone(graph_module: fx.GraphModule, share: bool = False) -> fx.GraphModule:
+    """A copy with the same node names, and with parameters of its own; tied parameters stay tied.
+
+    With `share`, parameters and buffers are the same tensors: nothing may change them until `unshare`.
+    """
+    memo = {id(t): t for t in _tensors(graph_module)} if share else {}
+    new = copy.deepcopy(graph_module, memo)
+    _renew_values(new)
     return new
+
+
+@torch.no_grad()
+def unshare(graph_module: fx.GraphModule, other: nn.Module) -> None:
+    """Give a module its own copies of the parameters and buffers that `other` has too, one at a time, in place."""
+    shared = {id(t) for t in _tensors(other)}
+    copies: dict[int, torch.Tensor] = {}  # tied ones stay tied
+    for module in graph_module.modules():
+        for held in (module._parameters, module._buffers):
+            tensors: dict[str, Any] = held
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) in shared:
+                    copies.setdefault(id(tensor), copy.deepcopy(tensor))
+                    tensors[name] = copies[id(tensor)]
+    _renew_values(graph_module)
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _renew_values(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = attribute(graph_module, str(node.target))
 
 
 def clean(graph_module: fx.GraphModule) -> None:

@@ -61,17 +61,19 @@ class Hybrid:
         return [p for m in wanted for p in m.parameters()]
 
 
-def build_hybrid(bound_plan: BoundPlan, count: int | None = None, copy_weights: bool = True) -> Hybrid:
+def build_hybrid(
+    bound_plan: BoundPlan, count: int | None = None, copy_weights: bool = True, share: bool = False
+) -> Hybrid:
     """Replace the first `count` replaceable parts (all by default); fresh modules, guide's weights where they fit.
 
-    The guide's graph and parameters are untouched. Draw order of the initial weights: part by part, so the same torch
-    seed gives the same modules.
+    The guide's graph and parameters are untouched; with `share`, what is kept is the guide's own until `unshare`. Draw
+    order of the initial weights: part by part, so the same torch seed gives the same modules.
     """
     parts = [p for p in bound_plan.parts if p.target is not None]
     parts = parts if count is None else parts[:count]
     sites = [s for p in parts for s in p.sites]
     guide = bound_plan.captured.graph_module
-    graph_module = clone(guide)
+    graph_module = clone(guide, share)
     flow = data_flow(graph_module.graph)  # once: it says of every part whether it can be cut out
     nodes = {n.name: n for n in graph_module.graph.nodes}
     by_name = dict(nodes)
