@@ -15,6 +15,7 @@ from thesean.distill.align import examples as rows_of
 from thesean.distill.closed_form import solve_alone, solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
+from thesean.distill.seen import Seen
 from thesean.distill.training import Training
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.modes import seeded
@@ -50,7 +51,7 @@ class Prober:
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.judge = training.judge
         self.inputs = [inputs for _, inputs in self.batches]
-        self._cached: tuple[tuple[str, str], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self._cached: tuple[tuple[str, ...], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self.states: dict[tuple[int, int], State] = {}
 
     def part(self, part: int, candidate: int) -> float:
@@ -100,7 +101,7 @@ class Prober:
         """What a conversion would begin with, and a few steps on the guide's own activations: no other part is
         replaced, so they are the hybrid's as well.
         """
-        examples = self._examples(replacement.guide_entry, replacement.guide_exit)
+        examples = self._examples(replacement)
         ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
         if isinstance(module, TargetModule):
             module.eval()
@@ -127,12 +128,13 @@ class Prober:
             module.load_state_dict(solved)
 
     @torch.no_grad()
-    def _examples(self, entry: str, exit_: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The guide's activations at a part's ends, of one part at a time."""
-        if self._cached is None or self._cached[0] != (entry, exit_):
-            ends = intermediates(self.guide, [entry, exit_], with_output=False)
-            values = [ends(**inputs) for inputs in self.inputs]
-            self._cached = ((entry, exit_), [(v[entry], v[exit_]) for v in values])
+    def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The guide's activations at a part's ends without padded steps, of one part at a time."""
+        key = (r.guide_entry, r.guide_exit, *(m.node for m in r.masks))
+        if self._cached is None or self._cached[0] != key:
+            seen = Seen(self.guide)
+            ends = intermediates(self.guide, [r.guide_entry, r.guide_exit, *seen.names], with_output=False)
+            self._cached = (key, [pair for inputs in self.inputs for pair in seen.examples(r, ends(**inputs))])
         return self._cached[1]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from thesean.distill.closed_form import solve_parts
+from thesean.distill.seen import Seen, rows
 from thesean.distill.stopping import Plateau
 from thesean.distill.task import Batch
 from thesean.distill.training import Training
@@ -82,6 +83,7 @@ class Aligner:
         self.hybrid, self.training, self.solving = hybrid, training, solving
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.held_out = training.feed.held_out[:_CHECK_BATCHES]
+        self.seen = Seen(self.guide)
         self.measure: Measure = get_measure(self.recipe.alignment.measure)
         self.own_inputs = self.recipe.alignment.schedule != "independent"
 
@@ -154,7 +156,9 @@ class Aligner:
         exit_own, exit_guide = self.hybrid.boundaries[part]
         total = 0.0
         for _, inputs in self.held_out:
-            y, g = own(**inputs)[exit_own], theirs(**inputs)[exit_guide]
+            wanted = theirs(**inputs)
+            mask_BT = self.seen.of(exit_guide, wanted)
+            y, g = rows(own(**inputs)[exit_own], mask_BT), rows(wanted[exit_guide], mask_BT)
             total += self._compare(part, y, g).item()
         return total / len(self.held_out)
 
@@ -172,7 +176,8 @@ class Aligner:
 
     def _ends(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
         own = intermediates(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
-        theirs = intermediates(self.guide, [self.hybrid.boundaries[k][1] for k in parts], with_output=False)
+        exits = [self.hybrid.boundaries[k][1] for k in parts]
+        theirs = intermediates(self.guide, [*exits, *self.seen.names], with_output=False)
         return own, theirs
 
     def _loss(self, stage: Stage) -> Any:
@@ -188,9 +193,11 @@ class Aligner:
             with torch.no_grad():
                 wanted = theirs(**inputs)
             got = own(**inputs)
-            return torch.stack(
-                [self._compare(k, got[y], wanted[g]) for k, (y, g) in zip(stage.compared, names, strict=True)]
-            ).sum()
+            terms = []
+            for k, (y, g) in zip(stage.compared, names, strict=True):
+                mask_BT = self.seen.of(g, wanted)
+                terms.append(self._compare(k, rows(got[y], mask_BT), rows(wanted[g], mask_BT)))
+            return torch.stack(terms).sum()
 
         return loss
 
@@ -199,16 +206,17 @@ class Aligner:
         # a part that was only dropped has nothing to train
         replacements = [r for r in self.hybrid.replacements if any(True for _ in self.hybrid.module(r).parameters())]
         names = [n for r in replacements for n in (r.guide_entry, r.guide_exit)]
-        theirs = intermediates(self.guide, names, with_output=False)
+        theirs = intermediates(self.guide, [*names, *self.seen.names], with_output=False)
 
         def loss(step: int, batch: Batch) -> torch.Tensor:
             with torch.no_grad():
                 values = theirs(**batch[1])
             terms = []
             for r in replacements:
-                y = self.hybrid.module(r)(values[r.guide_entry])
+                read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
+                y = self.hybrid.module(r)(values[r.guide_entry], **({} if read is None else {"mask": read}))
                 y = y[0] if isinstance(y, tuple) else y
-                terms.append(self._compare(r.part, y, values[r.guide_exit]))
+                terms.append(self._compare(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT)))
             return torch.stack(terms).sum()
 
         return loss
@@ -224,7 +232,7 @@ def faint(guide: torch.Tensor) -> bool:
 
 def examples(value: torch.Tensor) -> torch.Tensor:
     """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
-    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)
+    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
     if flat.shape[0] > _MAX_EXAMPLES:
         flat = flat[:: -(-flat.shape[0] // _MAX_EXAMPLES)]
     return flat

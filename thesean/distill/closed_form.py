@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean.distill.seen import Seen, rows
 from thesean.errors import NumericalError
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.walk import Walk
@@ -60,43 +61,44 @@ class Solver:
     ) -> None:
         """`ridge` None: prepare alone."""
         self.hybrid, self.batches, self.ridge = hybrid, batches, ridge
-        rows = [r for part in parts for r in hybrid.of_part(part)]
-        self._prepared = {r.name for r in rows if preparing and prepares(hybrid.module(r))}
+        replaced = [r for part in parts for r in hybrid.of_part(part)]
+        self._prepared = {r.name for r in replaced if preparing and prepares(hybrid.module(r))}
         self._solved = {
             r.name
-            for r in rows
+            for r in replaced
             if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
         }
-        self._own_step = {r.name: i for i, r in enumerate(r for r in rows if r.name in self._solved)}
-        self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in rows if r.name in self._solved], batches)
+        self._own_step = {r.name: i for i, r in enumerate(r for r in replaced if r.name in self._solved)}
+        self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in replaced if r.name in self._solved], batches)
         ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
         self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
-        self._theirs = Walk(guide, [names for _, names in ends], batches)
+        self._seen = Seen(guide)
+        self._theirs = Walk(guide, [[*names, *self._seen.names] for _, names in ends], batches)
 
     @torch.no_grad()
     def solve(self, part: int) -> list[str]:
         """The modules of this part that were solved. Leaves train/eval flags as they were."""
-        rows = self.hybrid.of_part(part)
-        for r in rows:
+        replaced = self.hybrid.of_part(part)
+        for r in replaced:
             if r.name in self._prepared:
                 module = self.hybrid.module(r)
                 assert isinstance(module, TargetModule)
                 module.prepare(r.facts, self._examples(r))
-        solved = [r for r in rows if r.name in self._solved]
+        solved = [r for r in replaced if r.name in self._solved]
         with evaluating(self.hybrid.graph_module):
             for r in solved:
                 self._solve(r)
         return [r.name for r in solved]
 
-    def _guide_ends(self, rows: Sequence[Replacement]) -> list[tuple[tuple[str, str], list[str]]]:
+    def _guide_ends(self, replaced: Sequence[Replacement]) -> list[tuple[tuple[str, str], list[str]]]:
         """The steps that a part takes through the guide, in order."""
-        prepared = [(("prepare", r.name), [r.guide_entry, r.guide_exit]) for r in rows if r.name in self._prepared]
-        return [*prepared, *((("solve", r.name), [_wanted(r)]) for r in rows if r.name in self._solved)]
+        prepared = [(("prepare", r.name), [r.guide_entry, r.guide_exit]) for r in replaced if r.name in self._prepared]
+        return [*prepared, *((("solve", r.name), [_wanted(r)]) for r in replaced if r.name in self._solved)]
 
     def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
         step = self._guide_step["prepare", r.name]
-        values = [self._theirs.get(step, number) for number in range(len(self.batches))]
-        return [(v[r.guide_entry], v[r.guide_exit]) for v in values]
+        values = (self._theirs.get(step, number) for number in range(len(self.batches)))
+        return [pair for v in values for pair in self._seen.examples(r, v)]
 
     def _solve(self, r: Replacement) -> None:
         module = self.hybrid.module(r)
@@ -105,17 +107,19 @@ class Solver:
         own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
         sums, features_of = _Sums(module.last), _Features(self._own.budget // 2)
         for number in range(len(self.batches)):
-            mine, target = self._own.get(own_step, number), self._theirs.get(step, number)[want]
-            x = mine[r.entry]
-            features, state = module.features(x)
+            mine, theirs = self._own.get(own_step, number), self._theirs.get(step, number)
+            x, target, read = mine[r.entry], theirs[want], self._seen.read_by(r, theirs)
+            features, state = features_of_rows(module, x, read)
             residual = target - mine[r.join[1]] if r.join else target
             skip = module.skip(x)
-            sums.add(features, module.unshape(residual if skip is None else residual - skip))
-            features_of.keep(number, x, features, state)
+            wanted = module.unshape(residual if skip is None else residual - skip)
+            mask_BT = self._seen.of(want, theirs)
+            sums.add(rows(features, mask_BT), rows(wanted, mask_BT))
+            features_of.keep(number, (x, features, state) if read is None else (x, features, state, read))
         sums.solve(self.ridge, r.facts.path)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
-        elif not r.masks and type(module).forward in (TargetModule.forward, MaskReader.forward):
+        elif type(module).forward in (TargetModule.forward, MaskReader.forward):
             (call,) = self.hybrid.graph_module.graph.find_nodes(op="call_module", target=r.name)
             for number, kept in features_of.kept.items():
                 self._own.put(call.name, number, module.complete(*kept))
@@ -127,13 +131,21 @@ class _Features:
     def __init__(self, budget: int) -> None:
         """In bytes."""
         self.budget = budget
-        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor, Any]] = {}
+        self.kept: dict[int, tuple[Any, ...]] = {}
 
-    def keep(self, number: int, x: torch.Tensor, features: torch.Tensor, state: Any) -> None:
-        """Of as many batches as fit."""
-        self.budget -= features.untyped_storage().nbytes()
+    def keep(self, number: int, made: tuple[Any, ...]) -> None:
+        """(x, features, state), and the mask where there is one, of as many batches as fit."""
+        self.budget -= made[1].untyped_storage().nbytes()
         if self.budget >= 0:
-            self.kept[number] = x, features, state
+            self.kept[number] = made
+
+
+def features_of_rows(module: TargetModule, x: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """A module's features and state, with what it is told of padded steps."""
+    if mask_BT is None:
+        return module.features(x)
+    assert isinstance(module, MaskReader)
+    return module.masked_features(x, None, mask_BT)
 
 
 def prepares(module: torch.nn.Module) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from thesean.distill.seen import Seen
 from thesean.distill.task import Batch, Task
+from thesean.passes.graph.intermediates import intermediates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Judge:
         self._kept: dict[int, Any] = {}
         self._bytes = 0
         self._checked: set[int] = set()
+        self._shown: dict[int, dict[str, torch.Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, hybrid: fx.GraphModule) -> Evaluation:
@@ -61,7 +65,8 @@ class Judge:
             output = wanted if output_of is None else output_of(number)
             wrapped = self.task.wrap(output)
             if output_of is not None:
-                total["divergence"] += self.task.outputs.distance(output, wanted).item() * size
+                masks = self._masks(number, inputs)
+                total["divergence"] += self.task.outputs.distance(output, wanted, masks=masks).item() * size
             if self.task.loss is not None:
                 total["loss"] += float(self.task.loss(wrapped, batch)) * size
             if self.task.metric is not None:
@@ -72,6 +77,22 @@ class Judge:
             metric=total["metric"] / rows if self.task.metric is not None else None,
             divergence=total["divergence"] / rows,
         )
+
+    def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of the outputs that have padded steps."""
+        if not self._seen.names:
+            return {}
+        if number not in self._shown:
+            self._shown[number] = self._seen.of_outputs(self._mask_nodes(**inputs))
+        return self._shown[number]
+
+    @cached_property
+    def _seen(self) -> Seen:
+        return Seen(self.guide)
+
+    @cached_property
+    def _mask_nodes(self) -> fx.GraphModule:
+        return intermediates(self.guide, self._seen.names, with_output=False)
 
     def learn(self, number: int, output: Any) -> None:
         """The guide's output on a batch, where someone has it."""

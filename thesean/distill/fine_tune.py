@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from thesean.distill.align import examples, faint
+from thesean.distill.seen import Seen, rows
 from thesean.distill.task import Batch, Task
 from thesean.distill.training import Training
 from thesean.errors import DataError
@@ -27,8 +28,9 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
     guide_names = [theirs for _, theirs in hybrid.boundaries]
     use_hidden = settings.hidden > 0
     use_guide = settings.distillation > 0 or use_hidden or task.loss is None
+    seen = Seen(training.guide)
     own = intermediates(hybrid.graph_module, own_names if use_hidden else [])
-    theirs = intermediates(training.guide, guide_names if use_hidden else [])
+    theirs = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
 
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch
@@ -43,12 +45,15 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
             with torch.no_grad():
                 wanted = theirs(**inputs)
             if weight > 0:
-                off = task.outputs.distance(got["output"], wanted["output"], settings.temperature)
+                masks = seen.of_outputs(wanted)
+                off = task.outputs.distance(got["output"], wanted["output"], settings.temperature, masks)
                 terms.append(weight * off)
             if hidden > 0:
-                matched = [(y, g) for y, g in zip(own_names, guide_names, strict=True) if not faint(wanted[g])]
-                for y, g in matched:
-                    terms.append(hidden * nmse.loss(examples(got[y]), examples(wanted[g])))
+                for y, g in zip(own_names, guide_names, strict=True):
+                    mask_BT = seen.of(g, wanted)
+                    if not faint(rows(wanted[g], mask_BT)):
+                        pair = (examples(rows(z, mask_BT)) for z in (got[y], wanted[g]))
+                        terms.append(hidden * nmse.loss(*pair))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
     observer.begin(phase, None, 1, 1, steps)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from thesean.errors import DataError, NumericalError, unknown_name
 
 OutputKind = Literal["softmax", "sigmoid", "mse", "ignore"]
+Leaf = TypeVar("Leaf")
 
 # Of the largest value: an output that moves by less from example to example is a constant
 _STILL = 1e-6
@@ -46,19 +47,30 @@ class Outputs:
                     "the guide's weights."
                 )
 
-    def distance(self, output: Any, guide: Any, temperature: float = 1.0) -> torch.Tensor:
+    def distance(
+        self,
+        output: Any,
+        guide: Any,
+        temperature: float = 1.0,
+        masks: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """The mean over the outputs that count; 0 for equal ones. The temperature is that of softmax and sigmoid alone,
-        whose divergences are multiplied by its square (Hinton et al. 2015).
+        whose divergences are multiplied by its square (Hinton et al. 2015). `masks`: (B, T) booleans by name, True
+        where an output's step counts.
         """
         own, theirs = named_outputs(output), named_outputs(guide)
         terms = []
         for name, kind in self.kinds.items():
-            if kind == "softmax":
-                terms.append(_softmax_distance(own[name], theirs[name], temperature))
-            elif kind == "sigmoid":
-                terms.append(_sigmoid_distance(own[name], theirs[name], temperature))
-            elif kind == "mse":
-                terms.append(_squared_distance(own[name], theirs[name]))
+            if kind == "ignore":
+                continue
+            y, g, mask_BT = own[name], theirs[name], (masks or {}).get(name)
+            if kind == "mse":
+                terms.append(_squared_distance(y, g, mask_BT))
+                continue
+            if mask_BT is not None:
+                y, g = y[mask_BT], g[mask_BT]
+            by_kind = _softmax_distance if kind == "softmax" else _sigmoid_distance
+            terms.append(by_kind(y, g, temperature))
         return torch.stack(terms).mean()
 
 
@@ -66,18 +78,23 @@ def named_outputs(output: Any) -> dict[str, torch.Tensor]:
     """The floating-point tensors of an output: the guide's own keys, nested ones joined by "."; "output" or "output_0",
     "output_1"... without keys.
     """
-    return {name: value for name, value in _leaves(output, "") if value.is_floating_point()}
+    return {name: value for name, value in named_leaves(output, torch.Tensor).items() if value.is_floating_point()}
 
 
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
+def named_leaves(output: Any, kind: type[Leaf]) -> dict[str, Leaf]:
+    """The leaves of this kind in a nested output, by the names of `named_outputs`."""
+    return dict(_leaves(output, "", kind))
+
+
+def _leaves(value: Any, prefix: str, kind: type[Leaf]) -> Iterator[tuple[str, Leaf]]:
+    if isinstance(value, kind):
         yield prefix or "output", value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key), kind)
     elif isinstance(value, (tuple, list)):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{prefix}.{index}" if prefix else f"output_{index}")
+            yield from _leaves(inner, f"{prefix}.{index}" if prefix else f"output_{index}", kind)
 
 
 def read_outputs(
@@ -189,10 +206,16 @@ def _sigmoid_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> t
     return (on + off).sum() / rows * temperature**2
 
 
-def _squared_distance(y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """|y - g|^2 / |g - mean g|^2, over what is finite in the guide's."""
+def _squared_distance(y: torch.Tensor, g: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """|y - g|^2 / |g - mean g|^2, over what is finite in the guide's, and seen."""
     finite = g.isfinite()
     if not bool(finite.all()):
         y, g = y.masked_fill(~finite, 0.0), g.masked_fill(~finite, 0.0)
+    if mask_BT is not None:
+        seen = mask_BT.view(*mask_BT.shape, *(1,) * (g.ndim - 2))
+        y, g = y.masked_fill(~seen, 0.0), g.masked_fill(~seen, 0.0)
+        mean = g.sum(0, keepdim=True) / seen.sum(0, keepdim=True).clamp_min(1)
+        spread = (g - mean).masked_fill(~seen, 0.0).square().sum()
+        return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())
     spread = (g - g.mean(0, keepdim=True)).square().sum()
     return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())

@@ -52,6 +52,8 @@ class Binder:
         self.captured, self.flow = captured, flow
         self.graph_module = captured.graph_module
         self.values, masks = recorded_probe(captured, lambda values: find_padding(flow, values))
+        # a fact of the guide: whoever reads its activations later leaves out what is hidden
+        self.graph_module.meta["padding"] = masks
         self.sizes = _plan_sizes(captured)
         self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
         self.site_finder = SiteFinder(self.graph_module, flow, self.values, masks)
