@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -103,11 +105,12 @@ def _long_enough(graph_module: fx.GraphModule, least: int, most: int) -> int:
     is up to `most`.
     """
     names: dict[str, str] = graph_module.meta.get("symbols", {})
-    lengths = set()
+    lengths: set[Any] = set()
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
-            lengths.update(d.node.expr for d in value.shape[1:] if isinstance(d, torch.SymInt))
+            shape: tuple[Any, ...] = tuple(value.shape)
+            lengths.update(d.node.expr for d in shape[1:] if isinstance(d, torch.SymInt))
     # what the data decide has no number yet, and a batch is not to grow
     lengths = {
         e
