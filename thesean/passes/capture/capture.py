@@ -25,7 +25,7 @@ from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic,
 from thesean.passes.capture.explain import explained, short, where_of
 from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
-from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs
+from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
@@ -54,6 +54,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     CaptureError, naming the line of the user's code, when the model can't be traced, and DataError for inputs that it
     does not take.
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_guide(model)
     given = named_inputs(model, example_inputs)
     free: Dynamic = guess_dynamic(given, sequence=True) if dynamic is None else check_dynamic(dynamic, given)
@@ -188,7 +189,7 @@ def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
 
     Until torch.export takes dynamic shapes for **kwargs: 2.13 compares them with the wrong structure.
     """
-    if set(names) <= set(forward_parameters(model)):
+    if set(names) <= set(own_parameters(model)):
         return model
     stand_in = copy.copy(model)
 
