@@ -46,7 +46,7 @@ def windows(count: int = 9) -> list[torch.Tensor]:
     return [vectors(4, 7, 6, seed=k) for k in range(count)]
 
 
-def convert(guide: nn.Module, target: str = "mingru", data=None, **settings):
+def convert(guide: nn.Module, target: str | thesean.Target = "mingru", data=None, **settings):
     return thesean.compile(guide, target, data=data or windows(), progress=False, **{"recipe": "fast", **settings})
 
 
@@ -452,3 +452,31 @@ def test_past_the_end_of_a_halved_table_the_length_is_named():
     converted = convert(models.seeded(Strided))
     with pytest.raises(DataError, match=r"does not run at 40 steps \(.*it was converted at 7"):
         converted(vectors(2, 40, 6))
+
+
+class Sure(nn.Module):
+    """One class of forty-eight, nearly certain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.cells = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(8, 48, bias=False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x)[0]
+        return {"logits": 100 * self.head(x)}
+
+
+class Negative(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -x
+
+
+def test_a_conversion_that_a_uniform_guess_beats_is_a_warning():
+    opposite = thesean.Target("opposite", build=lambda part: Negative())
+    with pytest.warns(UserWarning, match=r"nats from the guide, and a uniform guess over 48 classes is nearer \(3\.87"):
+        converted = convert(models.seeded(Sure), opposite)
+    assert any("a uniform guess over 48 classes" in note for note in converted.report.notes)

@@ -130,6 +130,7 @@ def compile(
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
+    _warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
     if folder is not None:
         try:
             converted.save(folder / "converted")

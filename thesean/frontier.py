@@ -33,6 +33,8 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         notes.append(f"frozen in the guide and left as they were (requires_grad=False): {some}")
     if told := bound_positions(hybrid.graph_module, recipe.positions):
         notes.append(told)
+    if lost := training.task.outputs.lost(conversion.final.divergence):
+        notes.append(f"warning: {lost}")
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),

@@ -5,6 +5,7 @@ B batch, T time, V classes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -30,6 +31,18 @@ class Outputs:
 
     kinds: Mapping[str, OutputKind]
     told: str = ""
+    classes: int = 0  # of the widest softmax
+
+    def lost(self, divergence: float) -> str | None:
+        """What to tell of a hybrid so far from the guide that a uniform guess over the classes would be nearer."""
+        counted = {k for k in self.kinds.values() if k != "ignore"}
+        if counted != {"softmax"} or self.classes < 2 or divergence <= math.log(self.classes):
+            return None
+        return (
+            f"the conversion is {divergence:.2f} nats from the guide, and a uniform guess over {self.classes} classes "
+            f"is nearer ({math.log(self.classes):.2f} at most). Keep parts (keep=, report.stages tells which cost most), "
+            "give linear-attention a window=, or train: recipe='default'."
+        )
 
     @property
     def in_nats(self) -> bool:
@@ -130,7 +143,8 @@ def read_outputs(
             "the guide's output holds no floating-point tensor with a batch that is to count; there is nothing to "
             "match."
         )
-    return Outputs(kinds=kinds, told="outputs: " + "; ".join(told))
+    widths = [found[0][name].shape[-1] for name, kind in kinds.items() if kind == "softmax"]
+    return Outputs(kinds=kinds, told="outputs: " + "; ".join(told), classes=max(widths, default=0))
 
 
 def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[OutputKind, str]:
