@@ -49,8 +49,7 @@ def resampled(
     if _rises(example, free):
         return _counted(_continued(example, wanted), example, sizes, before, high)
     if example.ndim >= 2 and len(free) == example.ndim and high is None and is_mask(example):
-        visible = example.bool().float().mean() >= 0.5
-        return torch.full(wanted, bool(visible), dtype=example.dtype)
+        return torch.full(wanted, _visible(example), dtype=example.dtype)
     if high is not None and (fresh or len(free) == example.ndim):
         low, top = (int(v) for v in example.aminmax())
         low, top = (0, high - 1) if fresh or low == top or top >= high or low < 0 else (low, top)
@@ -61,6 +60,17 @@ def resampled(
 def is_mask(example: torch.Tensor) -> bool:
     """Booleans, or integers that are 0 and 1."""
     return example.dtype == torch.bool or bool(((example == 0) | (example == 1)).all())
+
+
+def _visible(mask: torch.Tensor) -> bool:
+    """What a mask says where it hides nothing. Integers say 1. Booleans say either: padding is at one end of the rows,
+    and the other end is visible in all of them; where that tells nothing, most are visible.
+    """
+    if mask.dtype != torch.bool:
+        return True
+    first, last = mask[..., 0], mask[..., -1]
+    ends = [bool(end.flatten()[0]) for end in (first, last) if bool(end.all()) or not bool(end.any())]
+    return ends[0] if len(ends) == 1 else bool(mask.float().mean() >= 0.5)
 
 
 def sizes_of(shapes: Iterable[tuple[Sequence[Dim], torch.Tensor]]) -> dict[str, int]:
