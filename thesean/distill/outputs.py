@@ -40,7 +40,7 @@ class Outputs:
             return None
         return (
             f"the conversion is {divergence:.2f} nats from the guide, and a uniform guess over {self.classes} classes "
-            f"is nearer ({math.log(self.classes):.2f} at most). Keep parts (keep=; report.stages tells what each costs), "
+            f"is nearer ({math.log(self.classes):.2f} at most). Keep parts (keep=; report.stages tells of each), "
             "give linear-attention a window=, or train: recipe='default'."
         )
 
