@@ -206,7 +206,8 @@ def _root(graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor
                 kind, _, path = key.partition(":")
                 if path.startswith(prefix):
                     state[path.removeprefix(prefix)] = tensors.pop(key)
-            module.load_state_dict(state)
+            # with the precision that it was saved in, tensor by tensor
+            module.load_state_dict(state, assign=True)
             root.add_module(name, module)
     except TheseanError:
         raise

@@ -17,6 +17,9 @@ def widen(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(dtype) for t in tensors)
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 def accumulator(device: torch.device) -> torch.dtype:
     """The dtype of long sums: float64, except on Apple's GPUs, which have none."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -20,10 +20,6 @@ def check_guide(model: nn.Module) -> None:
         raise CaptureError(
             "the guide is a TorchScript module, which can't be traced. Give the module it was made from."
         )
-    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if floats - {torch.float32}:
-        found = ", ".join(sorted(str(d) for d in floats))
-        raise DataError(f"the guide's parameters are {found}; expected torch.float32. Call model.float() first.")
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise DataError(f"the guide is spread over {sorted(map(str, devices))}; expected one device.")
