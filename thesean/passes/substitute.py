@@ -18,7 +18,6 @@ from thesean.passes.analyse.regions import Region, check_region
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.surgery import clean
 
-
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

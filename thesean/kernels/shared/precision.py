@@ -10,14 +10,18 @@ from functools import reduce
 
 import torch
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision in float32, all else as it is. Differentiable."""
+    return x.float() if x.dtype in HALF else x
+
 
 def widen(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in one dtype: float32 for half precision, float64 where any is double. Differentiable."""
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     return tuple(t.to(dtype) for t in tensors)
-
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def accumulator(device: torch.device) -> torch.dtype:

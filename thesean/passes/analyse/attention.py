@@ -74,8 +74,8 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
     )
     plain = is_plain_attention(region, values, facts)
     dtype = region.entry.meta["val"].dtype  # the probe may have widened it: a weight of the guide's is shared again
-    query, key, value, output = (a.to(dtype) for a in (facts.query, facts.key, facts.value, facts.output))
-    return replace(facts, query=query, key=key, value=value, output=output, plain=plain)
+    stored = {name: getattr(facts, name).to(dtype) for name in ("query", "key", "value", "output")}
+    return replace(facts, **stored, plain=plain)
 
 
 def _rotation(query: Turn | None, key: Turn | None, region: Region) -> tuple[Rotation | None, float]:

@@ -63,8 +63,8 @@ def _outputs(captured: Captured, inputs: dict[str, torch.Tensor]) -> list[Any]:
 def recorded_probe(
     captured: Captured, masks_of: Callable[[Recorded], tuple[Padding, ...]]
 ) -> tuple[Recorded, tuple[Padding, ...]]:
-    """Every node's value, in float32 at least, on small inputs that are made of the example, with nothing hidden by the masks that are found
-    in them: what padding hides can't be probed. Raises DataError, naming the inputs and the
+    """Every node's value, in float32 at least, on small inputs that are made of the example, with nothing hidden by the
+    masks that are found in them: what padding hides can't be probed. Raises DataError, naming the inputs and the
     operator that is the first to fail, where the guide gives no numbers on them: what is probed on NaN is not known.
     """
     device = str(next(iter(captured.example.values())).device)

@@ -29,8 +29,9 @@ def _wide(value: Any) -> Any:
 def compute_wide(node: fx.Node, look_up: Callable[[fx.Node], Any]) -> Any:
     """A called function's value where `look_up` gives widened inputs: what the graph casts down stays wide."""
     assert callable(node.target)
-    args, kwargs = (map_aggregate(given, _wide) for given in (node.args, node.kwargs))
-    return node.target(*fx.map_arg(args, look_up), **fx.map_arg(kwargs, look_up))
+    args: Any = fx.map_arg(map_aggregate(node.args, _wide), look_up)
+    kwargs: Any = fx.map_arg(map_aggregate(node.kwargs, _wide), look_up)
+    return node.target(*args, **kwargs)
 
 
 def call_wide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
