@@ -1,11 +1,15 @@
 """One torch thread for all tests: on shared cores a second one is slower by up to ten times."""
 
+import logging
 import os
 
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# pytest hands a handler to each logger that does not propagate; with one torch writes down each step of its traces.
+logging.getLogger("torch.__trace").propagate = True
 
 # In CI the same examples each time: a rare one that fails there would stop a change that has nothing to do with it.
 settings.register_profile("ci", derandomize=True, deadline=None)

@@ -19,6 +19,7 @@ from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints
 from thesean.choose.search import UNMET
 from thesean.converted import Converted
+from thesean.deploy.rehearse import unwritable
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
 from thesean.distill.data import different, make_feed
@@ -346,15 +347,20 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
 
 
 def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:
-    """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells."""
+    """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells. That
+    it can't be exported is a warning: not everyone does.
+    """
+    feed = training.feed
     try:
         check_saveable(hybrid.graph_module)
     except ArtifactError as error:
         if must_save:
             raise
-        feed = training.feed
-        return replace(training, feed=replace(feed, notes=(*feed.notes, f"can't be saved: {error}")))
-    return training
+        feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
+    if told := unwritable(hybrid.graph_module):
+        _warn([told])
+        feed = replace(feed, notes=(*feed.notes, told))
+    return replace(training, feed=feed)
 
 
 def _warn(messages: Iterable[str]) -> None:

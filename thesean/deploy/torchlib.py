@@ -49,6 +49,12 @@ def _table(*args: Any, **settings: Any) -> Any:
     return original.__get__(None, registry)(*args, **settings)
 
 
+def is_registered(target: Any) -> bool:
+    """Whether the table has a form of this operator; True where a torch has its table elsewhere."""
+    registry, _ = _registry()
+    return registry is None or bool(_table().is_registered(target))
+
+
 def _copy(table: Any) -> Any:
     """An export may register operators of its own."""
     new = copy.copy(table)

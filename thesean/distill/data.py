@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from thesean.distill.task import Batch, InputsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
+from thesean.passes.capture.inputs import forward_parameters, unwrapped
 from thesean.passes.graph.signature import Signature
 
 # What a Hugging Face batch carries for the loss alone; read by the graph only if the example inputs had it.
@@ -186,8 +186,8 @@ def example_inputs_of(
         check_readable(data)
         if inputs is not None:
             return inputs(next(iter(data)))
-        forward = getattr(model, "forward", None)  # what is no module is refused by the capture
-        places = inspect.signature(forward).parameters.values() if forward is not None else ()
+        # what is no module is refused by the capture
+        places = forward_parameters(unwrapped(model)).values() if isinstance(model, nn.Module) else ()
         takes = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in places)
         return example_of(next(iter(data)), takes)
     return getattr(model, "dummy_inputs", None)

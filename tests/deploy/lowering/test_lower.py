@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from tests.targets.build import tensors
 from tests.targets.contract import stateful_modules
+from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.lowering import forms
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.lowered import form_of, operations
@@ -43,7 +44,7 @@ D = Dim.DYNAMIC
 def export(module: nn.Module, args: tuple[torch.Tensor, ...], shapes: Any, opset: int = 18) -> Any:
     lowered = lower_cells(module, opset=opset)
     settings: dict[str, Any] = dict(dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
-    with table_kept():
+    with table_kept(), decomposed_where_needed():
         program = torch.onnx.export(lowered, args, **settings)
     assert program is not None
     found = next(o.version for o in program.model_proto.opset_import if o.domain == "")

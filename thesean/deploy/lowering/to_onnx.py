@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.export import Dim
 
+from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.session import first_line
@@ -62,7 +63,7 @@ def to_onnx(
     used = operations(graph_module)
     try:
         lowered = lower_cells(graph_module, opset=opset)
-        with quiet(), table_kept(), torch.no_grad():
+        with quiet(), table_kept(), decomposed_where_needed(), torch.no_grad():
             program = torch.onnx.export(
                 lowered,
                 tuple(example[spec.name] for spec in inputs),

@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic,
 from thesean.passes.capture.explain import explained, short, where_of
 from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
-from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs
+from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
@@ -54,6 +55,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     CaptureError, naming the line of the user's code, when the model can't be traced, and DataError for inputs that it
     does not take.
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     check_guide(model)
     given = named_inputs(model, example_inputs)
     free: Dynamic = guess_dynamic(given, sequence=True) if dynamic is None else check_dynamic(dynamic, given)
@@ -171,7 +173,7 @@ def _export(
         given = {**own_copies(inputs), **constants}
         try:
             # with gradients, so that what the guide runs without them is a region of its own
-            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad():
+            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad(), _fake_tensors(free):
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free
@@ -183,12 +185,20 @@ def _export(
     raise explained(failure, model, inputs, constants, tries[-1]) from failure
 
 
+def _fake_tensors(free: Dynamic) -> AbstractContextManager[Any]:
+    """Without torch's cache of fake results for sequences: with two free dimensions the lookup takes longer than the
+    operators do, a third of a GPT-2's capture in torch 2.13.
+    """
+    two = any(len(dims) > 1 for dims in free.values())
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False) if two else nullcontext()
+
+
 def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
     """The model, or where it takes some inputs through **kwargs a stand-in that names them and shares all the rest.
 
     Until torch.export takes dynamic shapes for **kwargs: 2.13 compares them with the wrong structure.
     """
-    if set(names) <= set(forward_parameters(model)):
+    if set(names) <= set(own_parameters(model)):
         return model
     stand_in = copy.copy(model)
 

@@ -12,23 +12,77 @@ from torch import nn
 from thesean.errors import CaptureError, DataError
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch's own wrappers run: the module that was compiled, or that is spread over devices."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def check_guide(model: nn.Module) -> None:
-    """Raises DataError unless all parameters are float32 and on one device."""
+    """Raises CaptureError for what is no module that can be traced, DataError unless all parameters are float32 and on
+    one device.
+    """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module as guide, found {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            "the guide is a TorchScript module, which can't be traced. Give the module it was made from."
+    for path, module in model.named_modules():
+        whose = f"the guide's {path!r}" if path else "the guide"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{whose} is a TorchScript module, which can't be traced. Give the module it was made from."
+            )
+        if any(isinstance(v, torch.ScriptObject) for v in vars(module).values()):
+            raise CaptureError(
+                f"{whose} holds packed, quantised weights, which can't be traced or trained. Give the float module it "
+                "was made from, and quantise what comes out."
+            )
+    integers = [n for n, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())]
+    if integers:
+        raise DataError(
+            f"the guide's parameter {integers[0]!r} holds integers, quantised weights as it seems; expected "
+            "torch.float32. Load the model without quantisation."
         )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
-        raise DataError(f"the guide is spread over {sorted(map(str, devices))}; expected one device.")
-    if devices and next(iter(devices)).type == "meta":
-        raise DataError("the guide's parameters are on the meta device and hold no values. Load its weights first.")
+        raise DataError(
+            f"the guide is spread over {sorted(map(str, devices))}; expected one device. Load it without a device map "
+            "or offloading, or call model.to(device)."
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    on_meta = [name for name, t in tensors if t.device.type == "meta"]
+    if on_meta:
+        raise DataError(
+            f"the guide's {on_meta[0]!r} is on the meta device and holds no values. Load its weights first."
+        )
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def own_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Of the module's own forward; none where it has no signature."""
+    try:
+        return dict(inspect.signature(model.forward).parameters)
+    except (TypeError, ValueError):
+        return {}
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(model.forward).parameters)
+    """What forward takes. A wrapper that hands on *args and **kwargs takes what the module inside takes, that with most
+    of the parameters, and keywords beside.
+    """
+    own = own_parameters(model)
+    keywords = {n: p for n, p in own.items() if p.kind is inspect.Parameter.VAR_KEYWORD}
+    inside = list(model.children())
+    if len(own) != 2 or not keywords or any(p.kind not in _VARIADIC for p in own.values()) or not inside:
+        return own
+    most = max(inside, key=lambda m: sum(p.numel() for p in m.parameters()))
+    found = forward_parameters(most)
+    return {n: p for n, p in found.items() if p.kind not in _VARIADIC} | keywords if found else own
 
 
 def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:

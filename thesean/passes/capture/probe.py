@@ -125,8 +125,8 @@ def _long_enough(graph_module: fx.GraphModule, least: int, most: int) -> int:
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.ndim == 3 and value.is_floating_point():
-            dims: list[Any] = list(value.shape[1:])
-            lengths.update(d.node.expr for d in dims if isinstance(d, torch.SymInt))
+            shape: tuple[Any, ...] = tuple(value.shape)
+            lengths.update(d.node.expr for d in shape[1:] if isinstance(d, torch.SymInt))
     # what the data decide has no number yet, and a batch is not to grow
     lengths = {
         e

@@ -1,0 +1,117 @@
+"""What is left as it is when a graph is exported, and that it comes out as torch's own decompositions have it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from tests import models
+from thesean.deploy import decomposing
+from thesean.deploy.decomposing import decomposed_where_needed, keep_operators
+from thesean.deploy.lowering.to_onnx import quiet
+from thesean.deploy.torchlib import table_kept
+
+pytest.importorskip("onnxscript")
+ort = pytest.importorskip("onnxruntime")
+aten = torch.ops.aten
+
+
+class Reshapes(nn.Module):
+    """Flattened over what is not contiguous, and taken apart again."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        mixed_BTD = x_BTD.unflatten(-1, (2, 4)).transpose(2, 3).flatten(2)
+        return mixed_BTD.reshape(x_BTD.shape[0], x_BTD.shape[1], 4, 2).mT.contiguous()
+
+
+class Computed(nn.Module):
+    """To a size that is a product, beside one that may be zero."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return x_BTD.unflatten(-1, (2, 4)).transpose(1, 2).flatten(2)
+
+
+class Aliases(nn.Module):
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        steps = torch.diff(x_BTD, prepend=x_BTD[:, :1], dim=1)
+        return torch.where((steps > 0) & (x_BTD > 0), x_BTD.square(), steps).to(torch.float64).to(torch.float32)
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8).eval()
+        with torch.no_grad():
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.norm(x_BTD.transpose(1, 2))
+
+
+class Written(nn.Module):
+    """Writes into a tensor of its own: torch's functionalisation is needed."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        y_BTD = x_BTD * 2
+        y_BTD.add_(1)
+        return y_BTD
+
+
+def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, bool]:
+    """The file, and whether the graph was kept as it was."""
+    kept: list[bool] = []
+
+    def spy(*args: Any) -> bool:
+        kept.append(keep_operators(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(decomposing, "keep_operators", spy)
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    settings: dict[str, Any] = dict(dynamo=True, dynamic_shapes=shapes, opset_version=20, verbose=False)
+    with quiet(), table_kept(), decomposed_where_needed():
+        program = torch.onnx.export(module.eval(), (models.vectors(2, 7, 8),), **settings)
+    assert program is not None
+    return program.model_proto, kept == [True]
+
+
+@pytest.mark.parametrize(
+    ("module", "kept"),
+    [(Reshapes(), True), (Aliases(), True), (Normalised(), True), (Computed(), False), (Written(), False)],
+)
+def test_a_graph_without_a_second_trace_gives_torchs_numbers_at_every_size(module, kept, monkeypatch):
+    proto, was_kept = exported(module, monkeypatch)
+    assert was_kept == kept
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch, time in [(2, 7), (1, 1), (5, 3), (3, 40)]:
+        x_BTD = models.vectors(batch, time, 8, seed=time)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x_BTD.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), module(x_BTD), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_written_in_the_operators_of_torchs_own_decomposition(monkeypatch):
+    found, kept = exported(Reshapes(), monkeypatch)
+    monkeypatch.setattr(decomposing, "_exporter", lambda: (None, None))
+    expected, _ = exported(Reshapes(), monkeypatch)
+    assert kept
+    assert Counter(n.op_type for n in found.graph.node) == Counter(n.op_type for n in expected.graph.node)
+
+
+def test_torchs_own_function_is_back_afterwards_and_after_an_error():
+    module, before = decomposing._exporter()
+    assert module is not None  # a torch that has it elsewhere exports in twice the time
+
+    def interrupted() -> None:
+        with decomposed_where_needed():
+            assert module.decompose_with_registry is not before
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert module.decompose_with_registry is before
