@@ -152,9 +152,10 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
     seen: dict[int, str] = {}
     storages: set[int] = set()
     parameters = {n for n, _ in graph_module.named_parameters(remove_duplicate=False)}
+    persistent = graph_module.state_dict().keys()  # what a module makes anew from its configuration is not saved
     everything = [
         *graph_module.named_parameters(remove_duplicate=False),
-        *graph_module.named_buffers(remove_duplicate=False),
+        *((n, b) for n, b in graph_module.named_buffers(remove_duplicate=False) if n in persistent),
     ]
     # constants that export lifted are plain tensor attributes
     names = {name for name, _ in everything}
@@ -206,7 +207,8 @@ def _root(graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor
                 kind, _, path = key.partition(":")
                 if path.startswith(prefix):
                     state[path.removeprefix(prefix)] = tensors.pop(key)
-            module.load_state_dict(state)
+            # with the precision that it was saved in, tensor by tensor
+            module.load_state_dict(state, assign=True)
             root.add_module(name, module)
     except TheseanError:
         raise

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import fx
 
 from thesean import artifact
@@ -74,13 +75,16 @@ class Converted:
         path: str | Path,
         stateful: Literal["auto", "yes", "no"] | bool = "auto",
         opset: int | None = None,
-        tolerance: float = 1e-4,
+        tolerance: float | None = None,
+        dtype: torch.dtype | None = None,
         dump_graphs: str | Path | None = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
         "auto": with state inputs and outputs where the whole network is causal and recurrent, so that one file serves
-        prefill and step-by-step decoding. `dump_graphs`: a folder for the graph as text after each pass of the export,
+        prefill and step-by-step decoding. `dtype`: torch.float32, the default whatever the network's own, or
+        torch.float16; the comparison is in that precision, to 1e-4 or 3e-2 of the output's scale unless `tolerance` is
+        given. `dump_graphs`: a folder for the graph as text after each pass of the export,
         numbered behind what `compile` left there. Raises ExportError, and then leaves no file; MissingExtraError;
         ArtifactError for a folder that can't be written.
         """
@@ -94,6 +98,7 @@ class Converted:
                 stateful=stateful,
                 opset=opset,
                 tolerance=tolerance,
+                dtype=dtype,
                 train_length=self.report.train_length,
             )
 

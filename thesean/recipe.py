@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from thesean.errors import TheseanError, unknown_name
 
 Positions = Literal["clamp", "wrap", "drop", "refuse"]
+Precision = Literal["as-is", "bfloat16"]
 
 
 class RecipeError(TheseanError, ValueError):
@@ -74,6 +75,9 @@ class Recipe(_Settings):
     # Positions past the guide's table (a recurrence knows no end): "clamp" reads the last row, "wrap" begins again with
     # the first, "drop" adds nothing, "refuse" leaves the guide's error.
     positions: Positions = "clamp"
+    # What steps compute in: "as-is" as the guide does, "bfloat16" under autocast. Weights of half precision have
+    # float32 copies while they are trained in either, or they would stand still: a step is less than they can hold.
+    precision: Precision = "as-is"
 
     @staticmethod
     def named(name: str) -> Recipe:

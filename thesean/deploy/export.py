@@ -23,6 +23,7 @@ from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
+from thesean.passes.cast_floats import CastFloats, Dtypes, cast_signature, dtypes_for
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
@@ -31,6 +32,9 @@ from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState
 from thesean.passes.write_out_attention import WriteOutAttention
 
 Stateful = Literal["auto", "yes", "no"] | bool
+
+# Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
+PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
 
 _THREADING = "thread state: "  # how that pass's refusals begin
 
@@ -51,13 +55,15 @@ class ExportReport:
     tolerance: float
     seconds: float
     note: str = ""
+    dtype: str = "float32"
 
     def __str__(self) -> str:
         worst = max(self.checks, key=lambda c: c.max_abs_error)
         kind = "with state" if self.stateful else "without state"
+        told = kind if self.dtype == "float32" else f"{self.dtype}, {kind}"
         largest = f"{worst.max_abs_error:.1e} ({worst.label} at {worst.shape})"
         lines = [
-            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {kind}, {self.seconds:.1f} s",
+            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {told}, {self.seconds:.1f} s",
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
             f"  {len(self.checks)} checks in onnxruntime; largest error {largest}, tolerance {self.tolerance:.0e}",
         ]
@@ -71,8 +77,9 @@ def export(
     *,
     stateful: Stateful = "auto",
     opset: int | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     train_length: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ExportReport:
     """Export `graph_module` in eval mode, compare with it in onnxruntime, and only then let the file take its name.
 
@@ -82,15 +89,22 @@ def export(
     Compared at (2,7), (2,19), (5,3), (1,1) and four times `train_length`, as far as the module itself runs there, and
     in chunks where it carries a state. The module, its parameters and its flags stay as they were.
 
+    `dtype`: torch.float32, the default whatever the network's own, or torch.float16; file and torch are compared in
+    that precision, by default to `PARITY` of the output's scale.
+
     Raises ExportError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     path = Path(path)
-    _check_size(graph_module, path)
+    dtypes = dtypes_for(graph_module, signature, _parse_dtype(dtype))
+    signature = cast_signature(signature, dtypes)
+    file_dtype = dtype or torch.float32
+    tolerance = PARITY[file_dtype] if tolerance is None else tolerance
+    _check_size(graph_module, path, dtypes)
     wanted = _parse(stateful)
     with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
-        module, _ = run_passes(graph_module, FreezeOnCpu())  # what the file is compared with
+        module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
         lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
         names = output_names(module)
         states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
@@ -120,6 +134,7 @@ def export(
         tolerance=tolerance,
         seconds=time.monotonic() - start,
         note="; ".join([*([note] if note else []), *skipped]),
+        dtype=str(file_dtype).removeprefix("torch."),
     )
 
 
@@ -196,6 +211,15 @@ def _parse(stateful: Stateful) -> bool | None:
     return known[stateful]
 
 
+def _parse_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and dtype not in PARITY:
+        raise ExportError(
+            f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
+            "a CPU. Leave it out for a float32 file, whatever the network's own precision is."
+        )
+    return dtype
+
+
 def _lower(module: fx.GraphModule, passes: Sequence[Pass | Attempt]) -> tuple[fx.GraphModule, str]:
     """What torch's exporter is given, and why it carries no state where that was asked for. Raises ExportError."""
     try:
@@ -227,13 +251,13 @@ def _example(
     return example
 
 
-def _check_size(graph_module: fx.GraphModule, path: Path) -> None:
+def _check_size(graph_module: fx.GraphModule, path: Path, dtypes: Dtypes) -> None:
     tensors = {id(t): t for t in (*graph_module.parameters(), *graph_module.buffers())}
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    total = sum(t.numel() * dtypes.get(t.dtype, t.dtype).itemsize for t in tensors.values())
     if total > _PROTOBUF_LIMIT:
         raise ExportError(
             f"{path}: the weights take {total / 2**30:.1f} GiB; expected less than 2 GiB, the most that one ONNX file "
-            "holds. Choose narrower targets."
+            "holds. Choose narrower targets, or write a float32 network with dtype=torch.float16."
         )
 
 

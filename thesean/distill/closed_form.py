@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from thesean.distill.seen import Seen, rows
 from thesean.errors import NumericalError
+from thesean.kernels.shared.precision import wide
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import Hybrid, Replacement
@@ -110,6 +112,7 @@ class Solver:
             mine, theirs = self._own.get(own_step, number), self._theirs.get(step, number)
             x, target, read = mine[r.entry], theirs[want], self._seen.read_by(r, theirs)
             features, state = features_of_rows(module, x, read)
+            target = wide(target)  # what is subtracted from it in half precision would be lost
             residual = target - mine[r.join[1]] if r.join else target
             skip = module.skip(x)
             wanted = module.unshape(residual if skip is None else residual - skip)
@@ -180,7 +183,8 @@ def solve_alone(
         for x, wanted in examples:
             features, _ = module.features(x)
             skip = module.skip(x)
-            sums.add(features, module.unshape(wanted if skip is None else wanted - skip))
+            want = wide(wanted)
+            sums.add(features, module.unshape(want if skip is None else want - skip))
         sums.solve(ridge, where)
     return True
 
@@ -200,7 +204,7 @@ class _Sums:
     def add(self, features: torch.Tensor, residual: torch.Tensor) -> None:
         f_NE = features.reshape(-1, self.last.in_features)
         r_NO = residual.reshape(-1, self.last.out_features)
-        error_NO = (r_NO - self.last(f_NE)).double()
+        error_NO = (r_NO - F.linear(wide(f_NE), wide(self.last.weight), self._bias)).double()
         f_NE = f_NE.double()
         self.count += f_NE.shape[0]
         self.features_E += f_NE.sum(0)
@@ -221,6 +225,12 @@ class _Sums:
             )
         diagonal.add_(penalty)
         delta_EO = torch.linalg.solve(covariance_EE, cross_EO)
-        self.last.weight.add_(delta_EO.T.to(self.last.weight.dtype))
-        if self.last.bias is not None:
-            self.last.bias.add_((mean_O - mean_E @ delta_EO).to(self.last.bias.dtype))
+        # added before it is rounded to the layer's precision
+        weight_OE = wide(self.last.weight)
+        self.last.weight.copy_(weight_OE + delta_EO.T.to(weight_OE.dtype))
+        if self._bias is not None:
+            self.last.bias.copy_(self._bias + (mean_O - mean_E @ delta_EO).to(weight_OE.dtype))
+
+    @property
+    def _bias(self) -> torch.Tensor | None:
+        return None if self.last.bias is None else wide(self.last.bias)

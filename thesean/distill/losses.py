@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from thesean.distill.data import labels_in
 from thesean.distill.task import primary
 from thesean.errors import DataError
+from thesean.kernels.shared.precision import wide
 
 _IGNORED = -100  # what torch's cross_entropy leaves out
 
@@ -29,7 +30,7 @@ def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     labels = _labels(batch, logits.shape[:-1])
     if labels_are_inputs(batch):
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+    return F.cross_entropy(wide(logits.flatten(0, -2)), labels.flatten())
 
 
 def labels_are_inputs(batch: Any) -> bool:
@@ -55,7 +56,7 @@ def next_token(output: Any, batch: Any) -> torch.Tensor:
     mask_BT = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask_BT, torch.Tensor) and mask_BT.shape == ids_BT.shape:
         asked_BT = asked_BT.masked_fill((mask_BT[:, 1:] == 0) | (mask_BT[:, :-1] == 0), _IGNORED)
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), asked_BT.flatten())
+    return F.cross_entropy(wide(logits_BTV[:, :-1].flatten(0, 1)), asked_BT.flatten())
 
 
 _NO_BETTER = 0.99  # of a uniform guess's loss: an untrained network is within a few thousandths of it

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from thesean.errors import DataError, NumericalError, unknown_name
+from thesean.kernels.shared.precision import widen
 
 OutputKind = Literal["softmax", "sigmoid", "mse", "ignore"]
 Leaf = TypeVar("Leaf")
@@ -77,6 +78,8 @@ class Outputs:
             if kind == "ignore":
                 continue
             y, g, mask_BT = own[name], theirs[name], (masks or {}).get(name)
+            if kind != "softmax":  # that one widens piece by piece
+                y, g = widen(y, g)
             if kind == "mse":
                 terms.append(_squared_distance(y, g, mask_BT))
                 continue
@@ -202,6 +205,7 @@ def _softmax_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> t
 
 
 def _summed_kl(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+    y_NV, g_NV = widen(y_NV, g_NV)
     if temperature != 1:
         y_NV, g_NV = y_NV / temperature, g_NV / temperature
     out_NV = g_NV == -torch.inf

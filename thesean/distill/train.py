@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from thesean.distill.masters import Masters
 from thesean.distill.observer import Observer
 from thesean.errors import NumericalError
+from thesean.recipe import Precision
 
 # of the peak learning rate: the schedule's last step
 _FLOOR = 0.03
@@ -25,11 +28,12 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What all phases of a run train alike: warm-up steps, the gradient's norm, and who is told."""
+    """What all phases of a run train alike: warm-up steps, the gradient's norm, the precision, and who is told."""
 
     observer: Observer
     warmup: int = 20
     clip: float = 1.0
+    precision: Precision = "as-is"
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -45,7 +49,8 @@ class Trainer:
         should_stop: Callable[[int], bool] = lambda step: False,
     ) -> int:
         """Minimise `loss_of(step, batch)`; returns the steps taken. Raises NumericalError with `where` and the step."""
-        parameters = [p for p in parameters if p.requires_grad]
+        masters = Masters([p for p in parameters if p.requires_grad])
+        parameters = masters.parameters
         matrices = [p for p in parameters if p.ndim >= 2]
         others = [p for p in parameters if p.ndim < 2]
         optimizer = torch.optim.AdamW(
@@ -54,18 +59,24 @@ class Trainer:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * cosine(step, steps, self.warmup)
-            loss = loss_of(step, next(batches))
+            with self._computing(parameters):
+                loss = loss_of(step, next(batches))
             value = loss.item()
             if not math.isfinite(value):
                 raise NumericalError(
                     f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for NaN "
                     "in the data."
                 )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, self.clip)
-            optimizer.step()
+            if masters.backward(loss):
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+                optimizer.step()
+                masters.write()
             self.observer.step(step + 1, {"loss": value})
             if should_stop(step + 1):
                 return step + 1
         return steps
+
+    def _computing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        if self.precision == "as-is" or not parameters:
+            return nullcontext()
+        return torch.autocast(parameters[0].device.type, dtype=torch.bfloat16)

@@ -33,4 +33,5 @@ class Training:
 
     @cached_property
     def trainer(self) -> Trainer:
-        return Trainer(observer=self.observer, warmup=self.recipe.warmup, clip=self.recipe.clip)
+        recipe = self.recipe
+        return Trainer(observer=self.observer, warmup=recipe.warmup, clip=recipe.clip, precision=recipe.precision)

@@ -18,6 +18,8 @@ from thesean.passes.analyse.regions import Region, check_region
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.surgery import clean
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Substitute(Pass):
@@ -82,6 +84,11 @@ def splice(
     if getattr(module, "stateful", False):
         with graph.inserting_after(call):
             out = graph.call_function(getitem, (call, 0))
+    given_dtype, wanted_dtype = (getattr(n.meta.get("val"), "dtype", None) for n in (region.entry, region.exit))
+    if given_dtype != wanted_dtype and given_dtype in _FLOATS and wanted_dtype in _FLOATS:
+        # a module computes as what it reads: what reads it in turn gets what it got
+        with graph.inserting_after(out):
+            out = graph.call_function(torch.ops.aten.to.dtype, (out, wanted_dtype))
     out.meta = {k: v for k, v in region.exit.meta.items() if k in ("val", "nn_module_stack")}
     call.meta["nn_module_stack"] = region.exit.meta.get("nn_module_stack", {})
     region.exit.replace_all_uses_with(out, delete_user_cb=lambda user: user is not call)

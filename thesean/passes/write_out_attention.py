@@ -141,7 +141,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, written: di
         keys = graph.call_function(aten.transpose.int, (k, -2, -1))
         scores = graph.call_function(aten.mul.Tensor, (graph.call_function(aten.matmul.default, (q, keys)), scale))
         if mask is not None:
-            scores = graph.call_function(aten.add.Tensor, (scores, _bias(graph, mask, written)))
+            scores = graph.call_function(aten.add.Tensor, (scores, _bias(graph, mask, q.meta["val"].dtype, written)))
         weights = graph.call_function(aten.softmax.int, (scores, -1))
         out = graph.call_function(aten.matmul.default, (weights, v))
     out.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
@@ -149,7 +149,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, written: di
     graph.erase_node(node)
 
 
-def _bias(graph: fx.Graph, mask: fx.Node, written: dict[fx.Node, fx.Node]) -> fx.Node:
+def _bias(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype, written: dict[fx.Node, fx.Node]) -> fx.Node:
     """What is added to the scores; once for all layers that share a mask."""
     if mask.meta["val"].dtype != torch.bool:
         return mask
@@ -157,7 +157,7 @@ def _bias(graph: fx.Graph, mask: fx.Node, written: dict[fx.Node, fx.Node]) -> fx
         with graph.inserting_after(mask):
             hidden = graph.call_function(aten.logical_not.default, (mask,))
         with graph.inserting_after(hidden):
-            zeros = graph.call_function(aten.zeros_like.default, (mask,), {"dtype": torch.float32})
+            zeros = graph.call_function(aten.zeros_like.default, (mask,), {"dtype": dtype})
         with graph.inserting_after(zeros):
             written[mask] = graph.call_function(aten.masked_fill.Scalar, (zeros, hidden, -math.inf))
     return written[mask]

@@ -234,9 +234,17 @@ def test_what_is_not_a_module_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_parameters_of_another_type_are_refused_with_the_way_out(dtype):
-    with pytest.raises(DataError, match=f"{dtype}; expected torch.float32. Call model.float"):
-        capture(models.mlp().to(dtype), vectors(2, 8).to(dtype))
+def test_parameters_of_another_type_are_taken_as_they_are_and_told(dtype):
+    captured = capture(models.mlp().to(dtype), vectors(2, 8).to(dtype))
+    assert captured.notes == (f"weights in {str(dtype).removeprefix('torch.')}",)
+    assert {p.dtype for p in captured.graph_module.parameters()} == {dtype}
+
+
+def test_parameters_that_are_stored_and_not_computed_with_are_refused():
+    model = models.mlp()
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(DataError, match=r"'0\.weight' is torch\.float8_e4m3fn.*Load the model in one of those"):
+        capture(model, vectors(2, 8))
 
 
 def test_a_guide_without_values_is_refused():

@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from thesean.errors import ExportError
+from thesean.kernels.shared.precision import HALF, wide
 from thesean.targets.shared.core import Core
 
 _FORMS = "thesean.deploy.lowering.forms"
 
 
 class Lowered(nn.Module):
-    """`emit` as a module: a kernel's arguments and results, ONNX operators inside. Raises ExportError where it is run
-    outside an export.
+    """`emit` as a module: a kernel's arguments and results, ONNX operators inside. Like the kernel it computes half
+    precision in float32, and what is carried on stays so where it came so. Raises ExportError where it is run outside
+    an export.
     """
 
     def __init__(self, path: str, emit: Callable[..., Any]) -> None:
@@ -29,7 +31,15 @@ class Lowered(nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         require_exporting(self.path)
-        return self.emit(*tensors)
+        given = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if not any(t.dtype in HALF for t in given):
+            return self.emit(*tensors)
+        made = self.emit(*(wide(t) if isinstance(t, torch.Tensor) else t for t in tensors))
+        dtype = given[0].dtype
+        if isinstance(made, torch.Tensor):
+            return made.to(dtype)
+        carried = dtype if all(t.dtype == dtype for t in given) else torch.float32
+        return made[0].to(dtype), *(state.to(carried) for state in made[1:])
 
 
 def require_exporting(path: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from thesean.deploy.export import export
@@ -166,7 +167,9 @@ def benchmark(
 def random_feeds(signature: Signature, batch: int, length: int | None) -> Arrays:
     """Arrays of these sizes for a network with this signature."""
     sizes = {s: batch if s.startswith("batch") else length or 1 for s in signature.symbols}
-    return {name: value.numpy() for name, value in signature.random_inputs(sizes).items()}
+    values = signature.random_inputs(sizes)
+    # numpy knows no bfloat16; a session takes what its file declares
+    return {name: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for name, v in values.items()}
 
 
 def state_after(session: Session, feeds: Arrays) -> Arrays | None:

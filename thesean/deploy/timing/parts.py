@@ -23,6 +23,7 @@ from thesean.deploy.timing.latency import Timing, measure
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.fingerprint import fingerprint
 from thesean.passes.base import run_passes
+from thesean.passes.cast_floats import CastFloats, cast_signature, cast_tensor, dtypes_for
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.extract import Extract, extract
 from thesean.passes.graph.signature import Signature
@@ -109,15 +110,21 @@ def _ends(hybrid: Hybrid, part: BoundPart) -> tuple[fx.Node, fx.Node]:
 def _call(cut: Extract, guide: Signature, sizes: CheckSizes, path: Path) -> Callable[[], Any]:
     """The part in onnxruntime on random hidden states."""
     length = sizes.length if sizes.length is None or sizes.length > _BATCH else _LENGTH
-    example = cut.inputs(guide, CheckSizes(batch=_BATCH, length=length).of(guide))
+    dtypes = dtypes_for(cut.graph_module, cut.signature, None)
+    signature = cast_signature(cut.signature, dtypes)
+
+    def inputs(sizes: CheckSizes) -> dict[str, torch.Tensor]:
+        return {name: cast_tensor(value, dtypes) for name, value in cut.inputs(guide, sizes.of(guide)).items()}
+
+    example = inputs(CheckSizes(batch=_BATCH, length=length))
     # the whole network's masks are sides here, with the values that they have there
     trusted = frozenset(f"side_{i}" for i in range(len(cut.sides)))
-    passes = for_export(cut.signature, (example,), stateful=False, trusted=trusted)
-    module, _ = run_passes(cut.graph_module, FreezeOnCpu(), *passes)
-    proto = to_onnx(module, example, cut.signature.inputs, ("output",), DEFAULT_OPSET)
+    passes = for_export(signature, (example,), stateful=False, trusted=trusted)
+    module, _ = run_passes(cut.graph_module, FreezeOnCpu(), CastFloats(dtypes), *passes)
+    proto = to_onnx(module, example, signature.inputs, ("output",), DEFAULT_OPSET)
     path.write_bytes(proto.SerializeToString())
     session = Session(path, threads=1)
-    feeds = {name: value.numpy() for name, value in cut.inputs(guide, sizes.of(guide)).items()}
+    feeds = {name: value.numpy() for name, value in inputs(sizes).items()}
     # an input that is not read has no place in the file
     given = {name: feeds[name] for name in session.inputs}
     session.run(given)

@@ -10,6 +10,13 @@ from functools import reduce
 
 import torch
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision in float32, all else as it is. Differentiable."""
+    return x.float() if x.dtype in HALF else x
+
 
 def widen(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in one dtype: float32 for half precision, float64 where any is double. Differentiable."""

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.regions import Region
-from thesean.passes.graph.record import evaluate_all
+from thesean.passes.graph.record import Recorded, evaluate_all
 from thesean.targets.shared.facts import Affine
 
 Values = Mapping[fx.Node, Any]
@@ -119,31 +119,37 @@ def read_affine(
 def match_weight(nodes: Sequence[fx.Node], values: Values, x_MI: torch.Tensor, y_MO: torch.Tensor) -> Affine | None:
     """The weight among the side inputs of `nodes` that maps `probe_rows` x to y, up to a factor; None without one."""
     bias_O, linear_MO = y_MO[0], y_MO[1:] - y_MO[0]
-    for weight_OI in _candidates(nodes, values, x_MI.shape[1], y_MO.shape[1]):
+    for weight_OI, stored_OI in _candidates(nodes, values, x_MI.shape[1], y_MO.shape[1]):
         product_MO = x_MI[1:] @ weight_OI.T
         factor = float((product_MO * linear_MO).sum() / product_MO.square().sum().clamp_min(1e-30))
         if abs(factor - 1) < _EXACT:
             factor = 1.0
         if (factor * product_MO - linear_MO).abs().max() <= _EXACT * y_MO.abs().max().clamp_min(1e-30):
-            return Affine(weight_OI if factor == 1.0 else factor * weight_OI, bias_O.clone())
+            return Affine(stored_OI if factor == 1.0 else factor * weight_OI, bias_O.clone())
     return None
 
 
-def _candidates(nodes: Sequence[fx.Node], values: Values, width_in: int, width_out: int) -> Iterator[torch.Tensor]:
-    """Matrices (O, I) among the side inputs of `nodes`: whole, transposed, and the blocks of packed ones."""
+def _candidates(
+    nodes: Sequence[fx.Node], values: Values, width_in: int, width_out: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Matrices (O, I) among the side inputs of `nodes`: whole, transposed, and the blocks of packed ones; each as the
+    probe computes with it, and as the guide has it.
+    """
     inside = set(nodes)
     sides = dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside)
     for side in sides:
         value = values[side]
         if not isinstance(value, torch.Tensor) or value.ndim != 2 or not value.is_floating_point():
             continue
-        for matrix in (value.detach(), value.detach().T):
+        stored = values.stored(side) if isinstance(values, Recorded) else value
+        for matrix, own in ((value.detach(), stored.detach()), (value.detach().T, stored.detach().T)):
             rows, columns = matrix.shape
             if columns != width_in or rows % width_out:
                 continue
             packed = rows // width_out
             for k in range(packed):
-                yield matrix[k * width_out : (k + 1) * width_out]
+                at = slice(k * width_out, (k + 1) * width_out)
+                yield matrix[at], own[at]
             if packed > 1:  # interleaved
                 for k in range(packed):
-                    yield matrix[k::packed]
+                    yield matrix[k::packed], own[k::packed]

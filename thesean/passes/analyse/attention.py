@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.functional import linear
 
 from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
 from thesean.passes.analyse.regions import Region
@@ -73,7 +72,10 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
         output=output,
         rotation=rotation,
     )
-    return replace(facts, plain=is_plain_attention(region, values, facts))
+    plain = is_plain_attention(region, values, facts)
+    dtype = region.entry.meta["val"].dtype  # the probe may have widened it: a weight of the guide's is shared again
+    stored = {name: getattr(facts, name).to(dtype) for name in ("query", "key", "value", "output")}
+    return replace(facts, **stored, plain=plain)
 
 
 def _rotation(query: Turn | None, key: Turn | None, region: Region) -> tuple[Rotation | None, float]:
@@ -259,7 +261,7 @@ def is_plain_attention(region: Region, values: dict[fx.Node, Any], facts: Attent
     x_BTD = torch.randn(template.shape, generator=generator).to(template) * template.std().clamp_min(1e-3)
     want_BTD = evaluate(region.nodes, values, {region.entry: x_BTD}, region.exit)
     for causal in (True, False):
-        got_BTD = linear(facts.mixed_values(x_BTD, causal), *facts.output)
+        got_BTD = facts.output.of(facts.mixed_values(x_BTD, causal))
         if got_BTD.shape == want_BTD.shape and (got_BTD - want_BTD).abs().max() <= _EXACT * want_BTD.abs().max():
             return True
     return False

@@ -10,12 +10,12 @@ M rows, D width, E hidden neurons
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx
-from torch.nn.functional import linear
 
 from thesean.passes.analyse.affine_maps import Values, between, is_affine, probe_rows, read_affine, run_rows, tokens_of
 from thesean.passes.analyse.regions import Region
@@ -65,8 +65,15 @@ def find_mlp(region: Region, values: dict[fx.Node, Any]) -> MLPFacts | None:
     else:
         gate, up = maps if gate_first else reversed(maps)
         facts = MLPFacts(up=up, down=down, activation=name, gate=gate)
-    got = linear(facts.hidden(x), *facts.down)
-    return facts if (got - y).abs().max() <= _EXACT * y.abs().max() else None
+    got = facts.down.of(facts.hidden(x))
+    return _stored(facts, region) if (got - y).abs().max() <= _EXACT * y.abs().max() else None
+
+
+def _stored(facts: MLPFacts, region: Region) -> MLPFacts:
+    """In the precision of the region, which the probe may have widened: a weight of the guide's is shared again."""
+    dtype = region.entry.meta["val"].dtype
+    gate = None if facts.gate is None else facts.gate.to(dtype)
+    return replace(facts, up=facts.up.to(dtype), down=facts.down.to(dtype), gate=gate)
 
 
 def _affine_nodes(region: Region, values: Values, probed: dict[fx.Node, torch.Tensor]) -> set[fx.Node]:

@@ -27,6 +27,7 @@ from thesean.passes.capture.explain import explained, short, where_of
 from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
+from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
@@ -77,7 +78,7 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
             captured = replace(captured, notes=fixed_lengths(captured, guide))
         captured = keep_training(captured, guide)
     check_same(captured, eager)
-    return captured
+    return replace(captured, notes=(*captured.notes, *told_precision(captured.graph_module)))
 
 
 def _first_run(

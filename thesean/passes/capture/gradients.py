@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from thesean.kernels.shared.precision import HALF
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import tensors
 from thesean.passes.capture.explain import short
@@ -22,6 +23,8 @@ aten = torch.ops.aten
 
 # Of a parameter's largest gradient: sums in another order differ by 1e-5, a path that is lost by all of it.
 _EXACT = 1e-2
+# In half precision the same sums are off by as much as this.
+_EXACT_IN_HALF = 0.1
 # Of the largest gradient of all: what is less has no digits left to compare.
 _FAINT = 1e-5
 
@@ -146,7 +149,8 @@ def _same(want: torch.Tensor | None, found: torch.Tensor | None, scale: float) -
         return True
     want, found = (torch.zeros(()) if g is None else g.nan_to_num() for g in (want, found))
     most = max(float(want.abs().max()), float(found.abs().max()))
-    return most <= _FAINT * scale or float((want.to(found.device) - found).abs().max()) <= _EXACT * most
+    exact = _EXACT_IN_HALF if want.dtype in HALF or found.dtype in HALF else _EXACT
+    return most <= _FAINT * scale or float((want.to(found.device) - found).abs().max()) <= exact * most
 
 
 def _told(graph_module: fx.GraphModule, lost: list[tuple[str, bool]]) -> str:

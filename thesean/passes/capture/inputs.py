@@ -24,8 +24,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def check_guide(model: nn.Module) -> None:
-    """Raises CaptureError for what is no module that can be traced, DataError unless all parameters are float32 and on
-    one device.
+    """Raises CaptureError for what is no module that can be traced, DataError unless all parameters are floats that
+    torch computes with, and on one device.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module as guide, found {type(model).__name__}.")
@@ -44,12 +44,14 @@ def check_guide(model: nn.Module) -> None:
     if integers:
         raise DataError(
             f"the guide's parameter {integers[0]!r} holds integers, quantised weights as it seems; expected "
-            "torch.float32. Load the model without quantisation."
+            "floats. Load the model without quantisation."
         )
-    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if floats - {torch.float32}:
-        found = ", ".join(sorted(str(d) for d in floats))
-        raise DataError(f"the guide's parameters are {found}; expected torch.float32. Call model.float() first.")
+    small = [(n, p.dtype) for n, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize < 2]
+    if small:
+        raise DataError(
+            f"the guide's parameter {small[0][0]!r} is {small[0][1]}, in which torch stores and does not compute; "
+            "expected float16, bfloat16, float32 or float64. Load the model in one of those."
+        )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise DataError(

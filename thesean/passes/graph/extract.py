@@ -39,7 +39,9 @@ class Extract:
         """The hidden state standard normal, the sides as the original makes them from random inputs of `sizes`."""
         symbols: dict[str, str] = self.original.meta["symbols"]
         shape = [_size(d, symbols, sizes) for d in self.dims[0]]
-        values = {_ENTRY: torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+        hidden = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        dtype = self.signature.inputs[0].dtype
+        values = {_ENTRY: hidden.to(dtype) if dtype.is_floating_point else hidden}
         if self.sides:
             device = next((str(p.device) for p in self.original.parameters()), "cpu")
             given = guide.random_inputs(sizes, seed, device)

@@ -152,18 +152,29 @@ def scope_of(target: Target) -> Scope:
 
 
 def build_site(site: Site) -> torch.nn.Module:
-    """The target's module for a site, freshly initialised, on the guide's device."""
+    """The target's module for a site, freshly initialised, on the guide's device and in its precision."""
     module = build_module(site.target, site.facts)
     value = site.region.exit.meta.get("val")
-    return module.to(value.device) if isinstance(value, torch.Tensor) else module
+    if not isinstance(value, torch.Tensor):
+        return module
+    dtype = dtype_of(site.region)
+    # what a float32 guide is given may mix precisions as it likes
+    return module.to(value.device) if dtype == torch.float32 else module.to(value.device, dtype)
+
+
+def dtype_of(region: Region) -> torch.dtype:
+    """What a module in its place computes in: as what it reads, or as what it gives where it reads no floats."""
+    dtypes = [n.meta["val"].dtype for n in (region.entry, region.exit)]
+    return next((d for d in dtypes if d.is_floating_point), torch.float32)
 
 
 @torch.no_grad()
 def check_built(site: Site, module: torch.nn.Module, values: dict[fx.Node, Any]) -> None:
     """A user's module is run once on the part's recorded input. Raises TargetMismatchError."""
     wanted = tuple(values[site.region.exit].shape)
+    x = values[site.region.entry].cpu()
     try:
-        y = module.eval()(values[site.region.entry].cpu())
+        y = (module.to(x.dtype) if x.is_floating_point() else module).eval()(x)
     except Exception as error:
         problem = f"one that raises {type(error).__name__}: {error}"
     else:

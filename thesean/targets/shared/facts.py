@@ -28,6 +28,13 @@ class Affine(NamedTuple):
     weight_OI: torch.Tensor
     bias_O: torch.Tensor
 
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """y, computed in x's dtype."""
+        return F.linear(x, *self.to(x.dtype))
+
+    def to(self, dtype: torch.dtype) -> Affine:
+        return Affine(self.weight_OI.to(dtype), self.bias_O.to(dtype))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionFacts:
@@ -69,7 +76,7 @@ class AttentionFacts:
     def mixed_values(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
         """What the output projection reads, (B, T, H V), where the attention is `plain`."""
         q_BTHK, k_BTHK, v_BTHV = (
-            F.linear(x_BTD, *affine).unflatten(-1, (self.heads, -1)) for affine in (self.query, self.key, self.value)
+            affine.of(x_BTD).unflatten(-1, (self.heads, -1)) for affine in (self.query, self.key, self.value)
         )
         if self.rotation is not None:
             rotate = Rotate(self.rotation, q_BTHK.shape[-1]).to(x_BTD.device)
@@ -130,8 +137,8 @@ class MLPFacts:
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         """The hidden activations, (..., D) -> (..., W)."""
-        act, up = ACTIVATIONS[self.activation], F.linear(x, *self.up)
-        return act(up) if self.gate is None else act(F.linear(x, *self.gate)) * up
+        act, up = ACTIVATIONS[self.activation], self.up.of(x)
+        return act(up) if self.gate is None else act(self.gate.of(x)) * up
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ S steps, C width of a head, P pairs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,11 @@ class Rotate(nn.Module):
         self.register_buffer("leading_C", torch.tensor(leading), persistent=False)
         rest = [t - l for t, l in zip(turns, leading, strict=True)]
         self.register_buffer("rest_C", torch.tensor(rest), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Rotate:
+        """Moved where the network goes, and never rounded to its precision: steps times angles need their digits."""
+        super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
+        return self
 
     def tables(self, steps: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos_S1C and sin_S1C, the latter with the sign of the pair's member; in float32 at least."""

@@ -1,0 +1,56 @@
+"""Float32 copies of half-precision weights, which an optimizer moves in their place.
+
+A step of Adam is a thousandth of a weight, and half precision rounds that off: bf16 has 8 bits, and a weight that is
+moved by less than 1/256 of itself stays where it is. So the steps are added up in float32, and the weights of the
+network are what those round to (Micikevicius et al. 2018). float16 gradients below 6e-8 vanish, so the loss is scaled
+up by what they can bear; a step that overflows is left out, and the scale halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from thesean.kernels.shared.precision import HALF
+
+_SCALE, _LARGEST, _GROWS_AFTER = 2.0**12, 2.0**16, 100
+
+
+class Masters:
+    """`parameters` are what is to be optimised: masters of half-precision weights, all other weights themselves."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        self._pairs = [(w, nn.Parameter(w.detach().float())) for w in weights if w.dtype in HALF]
+        masters = {id(w): m for w, m in self._pairs}
+        self.parameters: list[nn.Parameter] = [masters.get(id(w), w) for w in weights]
+        self._scaled = any(w.dtype == torch.float16 for w in weights)
+        self._scale, self._good = _SCALE if self._scaled else 1.0, 0
+
+    def backward(self, loss: torch.Tensor) -> bool:
+        """Gradients of `loss` for `parameters`; False where they overflowed, and the step is to be left out."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        (loss.float() * self._scale if self._scaled else loss).backward()
+        for weight, master in self._pairs:
+            if weight.grad is not None:
+                master.grad, weight.grad = weight.grad.float(), None
+        if not self._scaled:
+            return True
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not all(bool(g.isfinite().all()) for g in gradients):
+            self._scale, self._good = self._scale / 2, 0
+            return self._scale < 1  # what overflows unscaled is the network's own, and told as such
+        for gradient in gradients:
+            gradient.div_(self._scale)
+        self._good += 1
+        if self._good % _GROWS_AFTER == 0:
+            self._scale = min(2 * self._scale, _LARGEST)
+        return True
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """The network's weights become what their masters round to."""
+        for weight, master in self._pairs:
+            weight.copy_(master)

@@ -1,0 +1,111 @@
+"""The same network in another precision: what a file is written in."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from thesean.kernels.shared.precision import HALF
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.nodes import attribute
+from thesean.passes.graph.signature import Signature
+
+Dtypes = Mapping[torch.dtype, torch.dtype]  # what becomes what
+
+
+@dataclass(frozen=True)
+class CastFloats(Pass):
+    """weights and casts of one precision  =>  of another, by `dtypes`; inputs and outputs follow.
+
+    What is in none of these precisions stays: a norm that is computed in float32 beside half-precision weights is
+    still so in another half precision. Numbers past the range of the new one become its largest.
+    """
+
+    in_place = True
+
+    dtypes: Dtypes
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if not self.dtypes:
+            return PassResult(graph_module=graph_module, modified=False, reason="it has the file's precision")
+        least = min(torch.finfo(d).max for d in self.dtypes.values())
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, torch.dtype):
+                return self.dtypes.get(value, value)
+            if isinstance(value, float) and math.isfinite(value):
+                return max(-least, min(least, value))
+            return cast_tensor(value, self.dtypes) if isinstance(value, torch.Tensor) else value
+
+        graph_module._apply(cast)
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                self._constant(graph_module, str(node.target))
+                node.meta["val"] = attribute(graph_module, str(node.target))
+                continue
+            node.args, node.kwargs = (map_aggregate(given, cast) for given in (node.args, node.kwargs))
+            if "val" in node.meta:
+                node.meta["val"] = map_aggregate(node.meta["val"], lambda v: _followed(v, self.dtypes))
+        graph_module.recompile()
+        return PassResult(graph_module=graph_module, modified=True)
+
+    def _constant(self, graph_module: fx.GraphModule, path: str) -> None:
+        """A constant that is neither parameter nor buffer, which the module's own cast leaves out."""
+        value = attribute(graph_module, path)
+        if isinstance(value, torch.Tensor) and value.dtype in self.dtypes:
+            holder, _, name = path.rpartition(".")
+            setattr(graph_module.get_submodule(holder), name, cast_tensor(value, self.dtypes))
+
+
+def _followed(value: Any, dtypes: Dtypes) -> Any:
+    return value.to(dtypes.get(value.dtype, value.dtype)) if isinstance(value, torch.Tensor) else value
+
+
+def cast_tensor(value: torch.Tensor, dtypes: Dtypes) -> torch.Tensor:
+    """In its new precision; finite numbers stay finite."""
+    dtype = dtypes.get(value.dtype, value.dtype)
+    if dtype == value.dtype:
+        return value
+    limits = torch.finfo(dtype)
+    if limits.max < torch.finfo(value.dtype).max and not value.is_meta:
+        value = torch.where(value.isfinite(), value.clamp(limits.min, limits.max), value)
+    return value.to(dtype)
+
+
+def cast_signature(signature: Signature, dtypes: Dtypes) -> Signature:
+    """What the network takes once it is cast."""
+    return replace(
+        signature,
+        inputs=tuple(
+            replace(
+                spec,
+                dtype=dtypes.get(spec.dtype, spec.dtype),
+                example=None if spec.example is None else cast_tensor(spec.example, dtypes),
+            )
+            for spec in signature.inputs
+        ),
+    )
+
+
+def dtypes_for(graph_module: fx.GraphModule, signature: Signature, wanted: torch.dtype | None) -> Dtypes:
+    """What has to be cast for a file of this precision. None: float32, and nothing where the network's weights and
+    inputs have no other.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in (*graph_module.parameters(), *graph_module.buffers()):
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    inputs = {s.dtype for s in signature.inputs if s.dtype.is_floating_point}
+    found = {d for d, size in sizes.items() if size} | inputs
+    if wanted is None and found <= {torch.float32}:
+        return {}
+    wanted = wanted or torch.float32
+    main = max(found or {torch.float32}, key=lambda d: sizes[d])
+    sources = {main, torch.bfloat16, *(HALF if wanted == torch.float32 else ()), *({torch.float64} & found)}
+    return {source: wanted for source in sources if source != wanted}
