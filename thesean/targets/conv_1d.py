@@ -104,7 +104,7 @@ class Conv1d(SequenceTarget):
 
 
 class Conv1dOptions(WidthOptions):
-    """Width rule: E = `width`, or `expand` times the part's input width, shared out among the dilations.
+    """Width rule: E = `width`, or `expand` times the part's width, shared out among the dilations.
 
     A channel of dilation d sees `kernel` steps, d apart: (kernel - 1) d + 1 in all. Bidirectional windows are centred,
     so that an even kernel gets one tap more there.

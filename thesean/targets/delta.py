@@ -145,7 +145,7 @@ def unit(z_BTHF: torch.Tensor) -> torch.Tensor:
 class DeltaOptions(SequenceOptions):
     """Width rule: heads and widths of the guide's attention. Without one, or with options, `heads` heads that share
     `width` features; heads default to one per 32 of the part's width, 2 or more when bidirectional, and width to the
-    part's input width.
+    part's.
     """
 
     heads: int | None = Field(default=None, gt=0)
@@ -170,7 +170,7 @@ def head_shape(part: PartFacts, options: DeltaOptions) -> tuple[int, int, int]:
     facts = part.attention
     if facts is not None and takes_guides_heads(part, options):
         return facts.heads, facts.query.weight_OI.shape[0] // facts.heads, facts.value.weight_OI.shape[0] // facts.heads
-    width = options.width or part.width_in
+    width = options.width or part.features_width
     heads = options.heads or fitting_heads(width, max(directions(part), facts.heads if facts is not None else 1))
     return heads, width // heads, width // heads
 
@@ -187,7 +187,7 @@ def check(part: PartFacts, options: DeltaOptions) -> None:
     check_sequence("delta", part)
     if takes_guides_heads(part, options):
         return
-    width = options.width or part.width_in
+    width = options.width or part.features_width
     heads, *_ = head_shape(part, options)
     if width % heads or heads < directions(part):
         found = f"width {width} with {heads} heads for {describe(part.input_shape)}, a {part.mixing} part"

@@ -28,13 +28,16 @@ class SequenceOptions(Options):
 
 
 class WidthOptions(SequenceOptions):
-    """Width rule: E = `width`, or `expand` times the part's input width; per direction when bidirectional."""
+    """Width rule: E = `width`, or `expand` times the part's width; per direction when bidirectional.
+
+    The part's width is the larger of its input and output widths, or its hidden units where it is itself a recurrence.
+    """
 
     width: int | None = Field(default=None, gt=0)
     expand: int = Field(default=1, gt=0)
 
     def features_width(self, part: PartFacts) -> int:
-        return self.width or self.expand * part.width_in
+        return self.width or self.expand * part.features_width
 
 
 class SequenceFrame(TypedDict, total=False):
