@@ -21,6 +21,7 @@ from thesean.targets.shared.sequence import (
     SequenceTarget,
     WidthOptions,
     check_sequence,
+    reads_both_ways,
     sequence_frame,
     small_linear,
 )
@@ -127,7 +128,7 @@ def check(part: PartFacts, options: Conv1dOptions) -> None:
 
 
 def build(part: PartFacts, options: Conv1dOptions) -> Conv1d:
-    centred = part.mixing == "bidirectional"
+    centred = reads_both_ways(part, options)
     return Conv1d(
         width=options.features_width(part),
         kernel=options.kernel + (centred and options.kernel % 2 == 0),

@@ -24,6 +24,7 @@ from thesean.targets.shared.sequence import (
     SequenceTarget,
     check_sequence,
     describe,
+    reads_both_ways,
     sequence_frame,
     small_linear,
 )
@@ -158,11 +159,11 @@ class DeltaOptions(SequenceOptions):
 def takes_guides_heads(part: PartFacts, options: DeltaOptions) -> bool:
     """Whether nothing was asked for, and the guide's heads can be shared out among the directions."""
     asked = options.heads is not None or options.width is not None
-    return part.attention is not None and not asked and part.attention.heads >= directions(part)
+    return part.attention is not None and not asked and part.attention.heads >= directions(part, options)
 
 
-def directions(part: PartFacts) -> int:
-    return 2 if part.mixing == "bidirectional" else 1
+def directions(part: PartFacts, options: DeltaOptions) -> int:
+    return 2 if reads_both_ways(part, options) else 1
 
 
 def head_shape(part: PartFacts, options: DeltaOptions) -> tuple[int, int, int]:
@@ -171,7 +172,8 @@ def head_shape(part: PartFacts, options: DeltaOptions) -> tuple[int, int, int]:
     if facts is not None and takes_guides_heads(part, options):
         return facts.heads, facts.query.weight_OI.shape[0] // facts.heads, facts.value.weight_OI.shape[0] // facts.heads
     width = options.width or part.features_width
-    heads = options.heads or fitting_heads(width, max(directions(part), facts.heads if facts is not None else 1))
+    fewest = max(directions(part, options), facts.heads if facts is not None else 1)
+    heads = options.heads or fitting_heads(width, fewest)
     return heads, width // heads, width // heads
 
 
@@ -189,13 +191,14 @@ def check(part: PartFacts, options: DeltaOptions) -> None:
         return
     width = options.width or part.features_width
     heads, *_ = head_shape(part, options)
-    if width % heads or heads < directions(part):
-        found = f"width {width} with {heads} heads for {describe(part.input_shape)}, a {part.mixing} part"
+    if width % heads or heads < directions(part, options):
+        mixing = "causal" if options.causal else part.mixing
+        found = f"width {width} with {heads} heads for {describe(part.input_shape)}, a {mixing} part"
         raise part.mismatch(
             "delta",
             found=found if heads > 1 else found.replace("heads", "head"),
             expected="a width that the heads divide, and a head for each direction",
-            advice=f"Set heads={fitting_heads(width, directions(part))}, or another width.",
+            advice=f"Set heads={fitting_heads(width, directions(part, options))}, or another width.",
         )
 
 

@@ -54,6 +54,6 @@ def test_a_recurrence_is_replaced_at_its_own_width_and_told_by_its_name(kind, op
 def test_a_given_width_is_heeded():
     guide = reader("lstm")
     default, given, narrow = (
-        make_plan(guide, Target("gru", **options)).plan.new_params for options in ({}, {"width": 7}, {"width": 3})
+        make_plan(guide, target).plan.new_params for target in ("gru", Target("gru", width=7), Target("gru", width=3))
     )
     assert default == given > narrow

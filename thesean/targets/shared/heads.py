@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import Field, PositiveFloat
 
 from thesean.targets.shared.facts import PartFacts
-from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe
+from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways
 
 # Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
 # the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
@@ -82,12 +82,12 @@ def default_heads(width: int) -> int:
 def check(part: PartFacts, options: LinearAttentionOptions) -> None:
     """Raises TargetMismatchError for a part, or for options, that linear attention can't be built for."""
     check_sequence("linear-attention", part)
-    if options.window is not None and part.mixing == "bidirectional":
+    if options.window is not None and reads_both_ways(part, options):
         raise part.mismatch(
             "linear-attention",
             found=f"window={options.window} for a part that reads both ways",
             expected="a causal part for a window, which holds the last tokens and passes the older ones on to a state",
-            advice="Leave window= out for it: bidirectional linear attention reads all tokens alike.",
+            advice="Leave window= out, as bidirectional linear attention reads all tokens alike; or set causal=True.",
         )
     width = options.width or part.features_width
     heads, kv_heads, *_ = head_shape(part, options)

@@ -25,6 +25,7 @@ class SequenceOptions(Options):
 
     residual: bool = False
     norm: bool = False
+    causal: bool = Field(default=False, description="read no later step, whatever the part reads: for streams")
 
 
 class WidthOptions(SequenceOptions):
@@ -136,12 +137,17 @@ def describe(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
+def reads_both_ways(part: PartFacts, options: SequenceOptions) -> bool:
+    """Whether a part's module sees later steps: as the part does, unless a causal one is asked for."""
+    return part.mixing == "bidirectional" and not options.causal
+
+
 def sequence_frame(part: PartFacts, options: SequenceOptions) -> SequenceFrame:
     """The frame of a part's module; token-wise parts get a causal one."""
     return {
         "width_in": part.width_in,
         "width_out": part.width_out,
-        "bidirectional": part.mixing == "bidirectional",
+        "bidirectional": reads_both_ways(part, options),
         "residual": options.residual,
         "norm": options.norm,
     }
