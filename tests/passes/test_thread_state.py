@@ -25,7 +25,7 @@ from thesean.passes.graph import graph_json
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
-from thesean.passes.plan.make_plan import make_plan
+from thesean.passes.plan.make_plan import TargetSpec, make_plan
 from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
 from thesean.targets import Target
 
@@ -33,7 +33,7 @@ CHUNKS = (1, 5, 1, 4)
 
 
 def converted(
-    guide: Captured, target: str | Target = "gru", count: int | None = None
+    guide: Captured, target: TargetSpec = "gru", count: int | None = None
 ) -> tuple[fx.GraphModule, Signature]:
     torch.manual_seed(0)
     return build_hybrid(make_plan(guide, target), count).graph_module.eval(), guide.signature
@@ -255,9 +255,22 @@ def test_a_part_that_looks_ahead_is_refused_by_name():
         ThreadState(signature)(stateless)
 
 
+@pytest.mark.parametrize("target", [Target("rnn", causal=True), Target("gru", scope="part", causal=True)], ids=str)
+def test_an_encoder_whose_parts_are_made_causal_is_a_stream(target):
+    stateless, signature = converted(captured.bert(), target)
+    inputs = {**ids(), "attention_mask": torch.ones(3, sum(CHUNKS), dtype=torch.long)}
+    assert_chunks_equal_whole(ThreadState(signature)(stateless).graph_module, stateless, signature, inputs)
+
+
+def test_an_encoder_of_which_one_part_still_reads_both_ways_is_refused_with_a_way_out():
+    stateless, signature = converted(captured.bert(), {"*.0": Target("gru", causal=True), "*.1": "gru"})
+    with pytest.raises(PassRefused, match=r"part 'part_1' needs the whole sequence .* with causal=True is one"):
+        ThreadState(signature)(stateless)
+
+
 def test_networks_without_a_state_or_without_time_are_refused():
     stateless, signature = converted(captured.bert(), "rnn")
-    with pytest.raises(PassRefused, match="no part carries a state"):
+    with pytest.raises(PassRefused, match=r"no part carries a state: .* Set causal=True"):
         ThreadState(signature)(stateless)
     image = captured.resnet()
     with pytest.raises(PassRefused, match="expected inputs with one dynamic time dimension, found none"):

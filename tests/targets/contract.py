@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,15 @@ def check_only_a_part_that_sees_the_future_gets_a_module_that_does(family: Famil
     expect(bool(change_T[7] > 0), family, "a step does not read itself")
 
 
+def check_a_causal_module_is_to_be_had_for_a_part_that_reads_both_ways(family: Family, part: PartFacts) -> None:
+    if "causal" not in family.options.model_fields or not part.is_sequence or part.mixing != "bidirectional":
+        return
+    module, reference = build(family, part, causal=True), build(family, replace(part, mixing="causal"))
+    same_kind = type(module) is type(reference) and module.config() == reference.config()
+    expect(same_kind, family, "causal=True gives another module than a causal part does")
+    expect(module.stateful == reference.stateful, family, "a causal module carries no state for this part alone")
+
+
 def check_the_last_layer_is_solved_in_closed_form(family: Family, part: PartFacts) -> None:
     """What another last layer would give is found again: features, shape, unshape and skip belong together."""
     module = build(family, part).eval()
@@ -389,6 +399,7 @@ CHECKS: tuple[Callable[[Family, PartFacts], None], ...] = (
     check_steps_in_chunks_equal_all_steps_at_once,
     check_a_row_with_hidden_steps_is_what_it_is_alone,
     check_only_a_part_that_sees_the_future_gets_a_module_that_does,
+    check_a_causal_module_is_to_be_had_for_a_part_that_reads_both_ways,
     check_the_last_layer_is_solved_in_closed_form,
     check_the_loss_falls_on_a_toy_part,
     check_it_computes_in_other_dtypes,

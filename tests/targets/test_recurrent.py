@@ -134,3 +134,13 @@ def test_flops_grow_with_the_tokens(name, sequence_part):
     one = module.flops(part, {"batch": 1, "time": 1})
     assert one >= 2 * module.last.weight.numel()
     assert module.flops(part, {"batch": 3, "time": 10}) == 30 * one
+
+
+def test_a_part_that_widens_gets_features_as_wide_as_what_it_puts_out(name):
+    narrow, wide = ("batch", "time", 8), ("batch", "time", 32)
+    widths = [
+        build(name, PartFacts(path="cell", input_shape=i, output_shape=o, mixing="causal", params=1)).last.in_features
+        for i, o in ((narrow, wide), (narrow, narrow))
+    ]
+    assert widths[0] >= 32
+    assert widths[0] > widths[1]

@@ -72,7 +72,7 @@ class ThreadState(Pass):
         if not _stateful_calls(graph_module):
             raise PassRefused(
                 "thread state: no part carries a state: expected causal recurrences; a bidirectional one has to read "
-                "the end first."
+                "the end first. Set causal=True in its target."
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -231,7 +231,10 @@ def _stateful_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
 def _describe(graph_module: fx.GraphModule, difference: Difference) -> str:
     node = next(n for n in graph_module.graph.nodes if n.name == difference.node)
     if node.op == "call_module":
-        return f"part {node.target!r} needs the whole sequence ({difference.what}); it is not a causal recurrence."
+        return (
+            f"part {node.target!r} needs the whole sequence ({difference.what}); it is not a causal recurrence. "
+            "A sequence target with causal=True is one."
+        )
     place = owner(node) or node.name
     return f"{place} ({node.target}) mixes time outside of the converted parts ({difference.what}). Convert it too."
 

@@ -15,7 +15,7 @@ from thesean.targets.shared.sequence import describe
 
 
 class ConvOptions(Options):
-    """Width rule, defaults: the picked family's own. `width` and `dilations` are for sequences alone, and so is `norm`:
+    """Width rule, defaults: the picked family's own. `width`, `dilations`, `causal` and `norm` are for sequences alone:
     a feature map is normalised after its depthwise convolution.
     """
 
@@ -25,6 +25,7 @@ class ConvOptions(Options):
     expand: int | None = Field(default=None, gt=0)
     residual: bool | None = None
     norm: bool | None = None
+    causal: bool | None = Field(default=None, description="of sequences: read no later step")
 
 
 def picked(part: PartFacts, options: ConvOptions) -> tuple[Family, Options]:

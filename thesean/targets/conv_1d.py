@@ -21,6 +21,7 @@ from thesean.targets.shared.sequence import (
     SequenceTarget,
     WidthOptions,
     check_sequence,
+    reads_both_ways,
     sequence_frame,
     small_linear,
 )
@@ -104,7 +105,7 @@ class Conv1d(SequenceTarget):
 
 
 class Conv1dOptions(WidthOptions):
-    """Width rule: E = `width`, or `expand` times the part's input width, shared out among the dilations.
+    """Width rule: E = `width`, or `expand` times the part's width, shared out among the dilations.
 
     A channel of dilation d sees `kernel` steps, d apart: (kernel - 1) d + 1 in all. Bidirectional windows are centred,
     so that an even kernel gets one tap more there.
@@ -127,7 +128,7 @@ def check(part: PartFacts, options: Conv1dOptions) -> None:
 
 
 def build(part: PartFacts, options: Conv1dOptions) -> Conv1d:
-    centred = part.mixing == "bidirectional"
+    centred = reads_both_ways(part, options)
     return Conv1d(
         width=options.features_width(part),
         kernel=options.kernel + (centred and options.kernel % 2 == 0),

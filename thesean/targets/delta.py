@@ -24,6 +24,7 @@ from thesean.targets.shared.sequence import (
     SequenceTarget,
     check_sequence,
     describe,
+    reads_both_ways,
     sequence_frame,
     small_linear,
 )
@@ -145,7 +146,7 @@ def unit(z_BTHF: torch.Tensor) -> torch.Tensor:
 class DeltaOptions(SequenceOptions):
     """Width rule: heads and widths of the guide's attention. Without one, or with options, `heads` heads that share
     `width` features; heads default to one per 32 of the part's width, 2 or more when bidirectional, and width to the
-    part's input width.
+    part's.
     """
 
     heads: int | None = Field(default=None, gt=0)
@@ -158,11 +159,11 @@ class DeltaOptions(SequenceOptions):
 def takes_guides_heads(part: PartFacts, options: DeltaOptions) -> bool:
     """Whether nothing was asked for, and the guide's heads can be shared out among the directions."""
     asked = options.heads is not None or options.width is not None
-    return part.attention is not None and not asked and part.attention.heads >= directions(part)
+    return part.attention is not None and not asked and part.attention.heads >= directions(part, options)
 
 
-def directions(part: PartFacts) -> int:
-    return 2 if part.mixing == "bidirectional" else 1
+def directions(part: PartFacts, options: DeltaOptions) -> int:
+    return 2 if reads_both_ways(part, options) else 1
 
 
 def head_shape(part: PartFacts, options: DeltaOptions) -> tuple[int, int, int]:
@@ -170,8 +171,9 @@ def head_shape(part: PartFacts, options: DeltaOptions) -> tuple[int, int, int]:
     facts = part.attention
     if facts is not None and takes_guides_heads(part, options):
         return facts.heads, facts.query.weight_OI.shape[0] // facts.heads, facts.value.weight_OI.shape[0] // facts.heads
-    width = options.width or part.width_in
-    heads = options.heads or fitting_heads(width, max(directions(part), facts.heads if facts is not None else 1))
+    width = options.width or part.features_width
+    fewest = max(directions(part, options), facts.heads if facts is not None else 1)
+    heads = options.heads or fitting_heads(width, fewest)
     return heads, width // heads, width // heads
 
 
@@ -187,15 +189,16 @@ def check(part: PartFacts, options: DeltaOptions) -> None:
     check_sequence("delta", part)
     if takes_guides_heads(part, options):
         return
-    width = options.width or part.width_in
+    width = options.width or part.features_width
     heads, *_ = head_shape(part, options)
-    if width % heads or heads < directions(part):
-        found = f"width {width} with {heads} heads for {describe(part.input_shape)}, a {part.mixing} part"
+    if width % heads or heads < directions(part, options):
+        mixing = "causal" if options.causal else part.mixing
+        found = f"width {width} with {heads} heads for {describe(part.input_shape)}, a {mixing} part"
         raise part.mismatch(
             "delta",
             found=found if heads > 1 else found.replace("heads", "head"),
             expected="a width that the heads divide, and a head for each direction",
-            advice=f"Set heads={fitting_heads(width, directions(part))}, or another width.",
+            advice=f"Set heads={fitting_heads(width, directions(part, options))}, or another width.",
         )
 
 

@@ -1,5 +1,7 @@
 """Multilayer perceptrons: flattening ones for feature maps and vectors, token-wise ones for sequences.
 
+Where tokens should hear of each other and not be flattened, a rule picks token-mlp; the saved configuration names it.
+
 B batch, T time, D width, E hidden width, I flattened input, O flattened output
 """
 
@@ -13,8 +15,9 @@ from pydantic import Field
 from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
-from thesean.targets.shared.family import Family, Options
-from thesean.targets.shared.module import State
+from thesean.targets.shared.family import Family, Options, parse_options
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.registry import get_family
 from thesean.targets.shared.sequence import describe, small_linear
 from thesean.targets.shared.shaped import ShapedFrame, ShapedTarget
 
@@ -91,40 +94,83 @@ class MLPOptions(Options):
     """Width rule when flattening: min(I, O, 128), at least 32. It is itself the map's rank, which is why a feature
     map of any size gets a small module; `rank` narrows the first layer further. Token-wise: 4 D.
 
+    A sequence is flattened where its tokens see each other; `tokens="each"` applies one MLP to each token instead, as
+    for a transformer's whole block, and `mixing` lets it hear of the others: then it is token-mlp's, with its width
+    rule, and `rank` and `hidden_norm` are not for it.
+
     `hidden_norm` defaults to "layer" when flattening (no running statistics to go stale while parts are swapped) and
-    to "none" token-wise. `residual` adds the input where the shapes agree, `norm` puts a LayerNorm in front.
+    to "none" token-wise. `residual` adds the input where the shapes agree, `norm` puts a LayerNorm in front: both are
+    left out by default, but for `tokens="each"` in a part that no stream runs beside.
     """
+
+    tokens: Literal["all", "each"] | None = Field(default=None, description="of a sequence: flattened, or one by one")
+    mixing: Literal["none", "mean", "mixer"] = Field(default="none", description="what each token hears of the others")
 
     width: int | None = Field(default=None, gt=0)
     rank: int | None = Field(default=None, gt=0)
     activation: Activation = "gelu"
     hidden_norm: HiddenNorm | None = None
-    residual: bool = False
-    norm: bool = False
+    residual: bool | None = None
+    norm: bool | None = None
 
 
-def flattens(part: PartFacts) -> bool:
-    """Everything but a sequence whose tokens don't see each other."""
-    return not (part.is_sequence and part.mixing == "none")
+def flattens(part: PartFacts, options: MLPOptions) -> bool:
+    """Everything but a sequence whose tokens don't see each other, unless the options say otherwise."""
+    return options.tokens == "all" if options.tokens else not (part.is_sequence and part.mixing == "none")
+
+
+def is_whole(part: PartFacts, options: MLPOptions) -> bool:
+    """A block of tokens that see each other: its module brings the stream that no one else does."""
+    return options.tokens == "each" and part.mixing != "none" and not part.is_branch
+
+
+def token_mlp(part: PartFacts, options: MLPOptions) -> tuple[Family, Options]:
+    """The family that lets tokens hear of each other, with these options."""
+    family, given = get_family("token-mlp"), options.model_dump(exclude_none=True, exclude={"tokens"})
+    whole = is_whole(part, options)
+    return family, parse_options(family, {"residual": whole, "norm": whole, **given})
+
+
+def check_tokens(part: PartFacts, options: MLPOptions) -> None:
+    """Raises TargetMismatchError where `tokens` and `mixing` don't go together, or with the part."""
+    if options.tokens == "each" and not part.is_sequence:
+        raise part.mismatch(
+            "mlp",
+            found=f"tokens='each' for {describe(part.input_shape)} -> {describe(part.output_shape)}",
+            expected="a sequence (batch, time, width) in and out",
+            advice="Leave tokens out: the part is flattened.",
+        )
+    if options.tokens != "each" and options.mixing != "none":
+        raise part.mismatch(
+            "mlp",
+            found=f"mixing={options.mixing!r} without tokens='each'",
+            expected="tokens that are not flattened, for them to hear of each other",
+            advice="Set tokens='each', or leave mixing out.",
+        )
 
 
 def check(part: PartFacts, options: MLPOptions) -> None:
+    check_tokens(part, options)
+    if options.mixing != "none":
+        family, given = token_mlp(part, options)
+        family.check(part, given)
+        return
     shapes = f"{describe(part.input_shape)} -> {describe(part.output_shape)}"
-    shared = flattens(part)
+    shared = flattens(part, options)
     dynamic = part.input_shape[1 if shared else 2 :] + part.output_shape[1 if shared else 2 :]
     if part.is_sequence and shared and part.mixing == "causal":
         raise part.mismatch(
             "mlp",
             found="a causal part: no output sees a later token",
             expected="a part whose outputs may see all inputs",
-            advice="A flattening MLP would read the future. Choose target 'rnn'.",
+            advice="A flattening MLP would read the future. Choose target 'rnn', or set tokens='each'.",
         )
     if any(isinstance(dim, str) for dim in dynamic):
         raise part.mismatch(
             "mlp",
             found=shapes,
             expected="static dimensions after the batch",
-            advice="An MLP of fixed size can't mix an unbounded sequence: choose target 'rnn'."
+            advice="An MLP of fixed size can't mix an unbounded sequence: choose target 'rnn', or set tokens='each'."
             if part.is_sequence
             else "Trace the guide with fixed sizes: only the batch may be dynamic.",
         )
@@ -151,8 +197,12 @@ def check(part: PartFacts, options: MLPOptions) -> None:
         )
 
 
-def build(part: PartFacts, options: MLPOptions) -> MLP:
-    flatten = flattens(part)
+def build(part: PartFacts, options: MLPOptions) -> TargetModule:
+    if options.mixing != "none":
+        family, given = token_mlp(part, options)
+        return family.build(part, given)
+    flatten = flattens(part, options)
+    whole = is_whole(part, options)
     start = 1 if flatten else 2
     input_shape = [int(dim) for dim in part.input_shape[start:]]
     output_shape = [int(dim) for dim in part.output_shape[start:]]
@@ -168,8 +218,8 @@ def build(part: PartFacts, options: MLPOptions) -> MLP:
         rank=options.rank,
         activation=options.activation,
         hidden_norm=options.hidden_norm or ("layer" if flatten else "none"),
-        residual=options.residual,
-        norm=options.norm,
+        residual=whole if options.residual is None else options.residual,
+        norm=whole if options.norm is None else options.norm,
     )
 
 

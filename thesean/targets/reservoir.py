@@ -130,7 +130,7 @@ class Reservoir(SequenceTarget):
 
 
 class ReservoirOptions(SequenceOptions):
-    """Width rule: `width` units a direction, or `expand` (4) times the part's input width, in `heads` blocks that do
+    """Width rule: `width` units a direction, or `expand` (4) times the part's width, in `heads` blocks that do
     not see each other (as many as make blocks of 64 units or fewer).
     """
 
@@ -151,7 +151,7 @@ def default_blocks(width: int) -> int:
 
 def check(part: PartFacts, options: ReservoirOptions) -> None:
     check_sequence("reservoir", part)
-    width = options.width or options.expand * part.width_in
+    width = options.width or options.expand * part.features_width
     if options.heads is not None and width % options.heads:
         raise part.mismatch(
             "reservoir",
@@ -162,7 +162,7 @@ def check(part: PartFacts, options: ReservoirOptions) -> None:
 
 
 def build(part: PartFacts, options: ReservoirOptions) -> Reservoir:
-    width = options.width or options.expand * part.width_in
+    width = options.width or options.expand * part.features_width
     return Reservoir(
         width=width,
         heads=options.heads or default_blocks(width),

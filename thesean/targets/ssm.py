@@ -166,7 +166,7 @@ class SSM(SequenceTarget):
 
 
 class SSMOptions(WidthOptions):
-    """Width rule: E = `width` or `expand` times the part's input width channels a direction, in `heads` heads (one per
+    """Width rule: E = `width` or `expand` times the part's width, channels a direction, in `heads` heads (one per
     32 channels), each channel with `state` states.
     """
 

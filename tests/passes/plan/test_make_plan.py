@@ -189,3 +189,10 @@ def test_drafting_draws_no_random_numbers_and_changes_no_weights():
 def test_the_length_that_is_probed_at_is_no_other_dimension():
     guide = captured.gpt2()
     assert probe_sizes(guide) == {"batch": 2, "time": 11}
+
+
+def test_a_plan_says_which_parts_lose_sight_of_later_steps():
+    causal = Target("gru", causal=True)
+    (note,) = make_plan(captured.bert(), {"*.1": causal}).plan.notes
+    assert note.startswith("encoder.layer.1 reads both ways; causal=True replacements read no later step")
+    assert make_plan(captured.gpt2(), causal).plan.notes == ()

@@ -8,6 +8,7 @@ from thesean.passes.analyse.chains import branches, chains, segments_of
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.fingerprint import fingerprint, operator_kinds
 from thesean.passes.analyse.regions import Region, is_linear_map, is_single_entry_single_exit, join
+from thesean.passes.analyse.siblings import mend
 
 # repeats that cover less than this share of the heavy segments are a coincidence, not the model's structure
 _COVERAGE = 0.6
@@ -50,6 +51,7 @@ def find_blocks(flow: DataFlow, within: Region | None = None) -> list[Region]:
 
     Each chain (`chains`) is searched for runs of isomorphic groups of segments; the same groups are looked for
     in the other chains; what is left over and residual is a part of its own, unless smaller repeats are inside of it.
+    Where repeats cut through modules of one list, the modules win (`siblings`).
     """
     rows = chains(flow, within)
     forked = any(s.is_fork() and s.is_heavy() for row in rows for s in row)
@@ -85,6 +87,8 @@ def find_blocks(flow: DataFlow, within: Region | None = None) -> list[Region]:
     if not found and within is None and rows:  # every linear map but the last, the head
         heavy = [s for s in max(rows, key=len) if s.is_heavy()][:-1]
         found = [s for s in heavy if is_single_entry_single_exit(flow, s)]
+    if within is None:
+        found = mend(flow, rows, found)
     return sorted(found, key=lambda r: flow.order[r.exit])
 
 

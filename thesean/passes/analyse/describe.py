@@ -53,10 +53,10 @@ def describe_operators(region: Region) -> str:
     for node in region.nodes:
         if _is_convolution(node):
             found.append((order[node], _convolution(node)))
+        elif _name(node) in _OTHERS:  # before the linear maps, which a cell's matrices make it one of
+            found.append((order[node], _name(node)))
         elif node in linear - claimed:
             found.append((order[node], "linear"))
-        elif _name(node) in _OTHERS:
-            found.append((order[node], _name(node)))
         elif node.op == "call_module":  # a part that an earlier conversion replaced
             found.append((order[node], "target"))
     counts = Counter(name for _, name in sorted(found))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -48,10 +48,13 @@ class Region:
     entry: fx.Node
     exit: fx.Node
     nodes: tuple[fx.Node, ...]
+    name: str = field(default="", compare=False)  # the module that it was found as
 
     def path(self) -> str:
-        """The longest module path that all nodes with an owner share; views, which compute nothing, don't count."""
-        return shared_path(n for n in self.nodes if n.target not in VIEWS) or shared_path(self.nodes)
+        """The module that it was found as, or else the longest module path that all nodes with an owner share; views,
+        which compute nothing, don't count.
+        """
+        return self.name or shared_path(n for n in self.nodes if n.target not in VIEWS) or shared_path(self.nodes)
 
     def is_heavy(self) -> bool:
         """Holds a linear map with parameters (a matrix product or a convolution, not a norm or a table), or mixes over
@@ -65,6 +68,7 @@ class Region:
             entry=by_name[self.entry.name],
             exit=by_name[self.exit.name],
             nodes=tuple(by_name[n.name] for n in self.nodes),
+            name=self.name,
         )
 
     def is_fork(self) -> bool:

@@ -103,15 +103,33 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
             raise next(iter(misfits.values()))
         left = "".join(f"{note}. " for note in division.settings.notes)
         raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
-    notes = (*division.settings.notes, *_left_to_the_guide(misfits))
+    notes = (*division.settings.notes, *_left_to_the_guide(misfits), *_made_causal(parts))
     return binder.bind(parts, replace(division.settings, notes=notes))
+
+
+def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """One note for all parts whose replacements see less than they did: what later steps told is lost."""
+    both_ways = [
+        p.planned.path
+        for p in parts
+        if p.planned.options.get("causal") and any(s.facts.mixing == "bidirectional" for s in p.sites)
+    ]
+    if not both_ways:
+        return ()
+    verb = "reads" if len(both_ways) == 1 else "read"
+    told = "aligned with what is known by then, for streams"
+    return (f"{_listed(both_ways)} {verb} both ways; causal=True replacements read no later step, {told}",)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _left_to_the_guide(misfits: Mapping[str, TargetMismatchError]) -> tuple[str, ...]:
     """One note for all parts that the target does not fit, with the first one's reason."""
     if not misfits:
         return ()
-    named = ", ".join(list(misfits)[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+    named = _listed(list(misfits))
     verb = "is" if len(misfits) == 1 else "are"
     return (f"{named} {verb} left to the guide: {next(iter(misfits.values()))}",)
 

@@ -19,6 +19,7 @@ from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of
+from thesean.passes.analyse.recurrence import recurrent_units
 from thesean.passes.analyse.regions import Region, join_of, same_shape
 from thesean.passes.graph.nodes import ancestors, named_dim
 from thesean.passes.plan.merge import Group
@@ -121,6 +122,7 @@ class SiteFinder:
             mlp=find_mlp(region, self.values) if token_wise else None,
             is_branch=not removes and join_of(region) is not None,
             channels_first=is_channels_first(region, self.values),
+            recurrent_units=recurrent_units(region),
             nonnegative=bool((self.values[region.exit] >= 0).all()),
         )
         masks = () if removes else self._masks(region)

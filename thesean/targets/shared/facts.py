@@ -159,6 +159,8 @@ class PartFacts:
     channels_first: bool = False
     # no output is below zero: the part ends in a relu or the like
     nonnegative: bool = False
+    # hidden units, per direction, of the part's own recurrent cells; None where it has none
+    recurrent_units: int | None = None
 
     @property
     def is_sequence(self) -> bool:
@@ -172,6 +174,13 @@ class PartFacts:
     @property
     def width_out(self) -> int:
         return int(self.output_shape[-1])
+
+    @property
+    def features_width(self) -> int:
+        """Of what stands for the part, where nothing else is asked for: a recurrence's hidden units, or else the larger
+        of its widths, for a narrower one would lose what the part puts out.
+        """
+        return self.recurrent_units or max(self.width_in, self.width_out)
 
     def rows(self, sizes: Mapping[str, int], dims: int | None = None) -> int:
         """How often a part's module runs at these sizes of the dynamic dimensions: the product of the input's first

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pydantic import Field, PositiveFloat
 
 from thesean.targets.shared.facts import PartFacts
-from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe
+from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways
 
 # Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
 # the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
@@ -26,7 +26,7 @@ WINDOW_SHARPNESS = 2.0
 
 class LinearAttentionOptions(SequenceOptions):
     """Width rule: heads, groups and widths of the guide's attention. Without one, or with options, `heads` heads that
-    share `width` features; heads default to one per 32 of the part's width, and width to the part's input width.
+    share `width` features; heads default to one per 32 of the part's width, and width to the part's.
 
     Defaults of `memory` and `sharpness`: 1/3 to 64 tokens and 1.5; beside a window 90 to 1100 tokens past it and 2.
     """
@@ -58,7 +58,7 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
         key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
         turned = facts.rotation.rows() if facts.rotation is not None and options.window is not None else None
         return HeadShape(facts.heads, options.kv_heads or facts.kv_heads, key_width, value_width, facts.scale, turned)
-    width = options.width or part.width_in
+    width = options.width or part.features_width
     heads = options.heads or (facts.heads if facts is not None else default_heads(width))
     each = width // heads
     return HeadShape(heads, options.kv_heads or heads, each, each, max(each, 1) ** -0.5)
@@ -82,14 +82,14 @@ def default_heads(width: int) -> int:
 def check(part: PartFacts, options: LinearAttentionOptions) -> None:
     """Raises TargetMismatchError for a part, or for options, that linear attention can't be built for."""
     check_sequence("linear-attention", part)
-    if options.window is not None and part.mixing == "bidirectional":
+    if options.window is not None and reads_both_ways(part, options):
         raise part.mismatch(
             "linear-attention",
             found=f"window={options.window} for a part that reads both ways",
             expected="a causal part for a window, which holds the last tokens and passes the older ones on to a state",
-            advice="Leave window= out for it: bidirectional linear attention reads all tokens alike.",
+            advice="Leave window= out, as bidirectional linear attention reads all tokens alike; or set causal=True.",
         )
-    width = options.width or part.width_in
+    width = options.width or part.features_width
     heads, kv_heads, *_ = head_shape(part, options)
     if _asked(options) and width % heads:
         raise part.mismatch(

@@ -25,16 +25,20 @@ class SequenceOptions(Options):
 
     residual: bool = False
     norm: bool = False
+    causal: bool = Field(default=False, description="read no later step, whatever the part reads: for streams")
 
 
 class WidthOptions(SequenceOptions):
-    """Width rule: E = `width`, or `expand` times the part's input width; per direction when bidirectional."""
+    """Width rule: E = `width`, or `expand` times the part's width; per direction when bidirectional.
+
+    The part's width is the larger of its input and output widths, or its hidden units where it is itself a recurrence.
+    """
 
     width: int | None = Field(default=None, gt=0)
     expand: int = Field(default=1, gt=0)
 
     def features_width(self, part: PartFacts) -> int:
-        return self.width or self.expand * part.width_in
+        return self.width or self.expand * part.features_width
 
 
 class SequenceFrame(TypedDict, total=False):
@@ -133,12 +137,17 @@ def describe(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
+def reads_both_ways(part: PartFacts, options: SequenceOptions) -> bool:
+    """Whether a part's module sees later steps: as the part does, unless a causal one is asked for."""
+    return part.mixing == "bidirectional" and not options.causal
+
+
 def sequence_frame(part: PartFacts, options: SequenceOptions) -> SequenceFrame:
     """The frame of a part's module; token-wise parts get a causal one."""
     return {
         "width_in": part.width_in,
         "width_out": part.width_out,
-        "bidirectional": part.mixing == "bidirectional",
+        "bidirectional": reads_both_ways(part, options),
         "residual": options.residual,
         "norm": options.norm,
     }

@@ -1,0 +1,90 @@
+"""B batch, T time, D width"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.targets.build import build
+from tests.targets.contract import CHECKS, expect, inputs, output, sequence
+from thesean.errors import TargetMismatchError
+from thesean.targets import PartFacts, get_family
+from thesean.targets.shared.family import parse_options
+
+STATIC = sequence("bidirectional", time=12)
+
+
+def params(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("mixing", ["none", "mean", "mixer"])
+def test_a_block_of_tokens_gets_no_more_weights_than_it_had(mixing):
+    block = 12 * 16**2  # attention and MLP of a transformer 16 wide
+    module = build("mlp", STATIC, tokens="each", mixing=mixing)
+    assert params(module) < 1.1 * block
+    assert params(build("mlp", STATIC)) > 4 * block  # flattened
+    assert module.skip(inputs(STATIC)) is not None  # the stream goes on
+
+
+@pytest.mark.parametrize(("mixing", "hears"), [("none", False), ("mean", True), ("mixer", True)])
+def test_a_token_hears_of_the_others_where_it_should(mixing, hears):
+    module = build("mlp", STATIC, tokens="each", mixing=mixing).eval()
+    x_BTD = inputs(STATIC)
+    moved_BTD = x_BTD.clone()
+    moved_BTD[:, 3, 0] += 5
+    change_T = (output(module, moved_BTD) - output(module, x_BTD)).abs().amax((0, 2))
+    assert change_T[3] > 0
+    assert bool((change_T[[0, 1, 2, 4, 11]] > 0).all()) == hears
+
+
+def test_the_mean_is_that_of_what_is_seen():
+    module = build("token-mlp", sequence("bidirectional")).eval()
+    x_BTD, mask_BT = inputs(sequence()), torch.ones(3, 12, dtype=torch.bool)
+    mask_BT[:, 7:] = False
+    torch.testing.assert_close(module(x_BTD, mask=mask_BT)[:, :7], module(x_BTD[:, :7]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_mixer_keeps_every_promise(check):
+    family = get_family("token-mlp")
+    with_mixer: Any = parse_options(family, {"mixing": "mixer"})
+    mixer = type(family)(**{**vars(family), "build": lambda part, options: family.build(part, with_mixer)})
+    expect(mixer.build(STATIC, None).mixing == "mixer", family, "another module than a mixer")
+    check(mixer, STATIC)
+
+
+def test_a_branch_brings_no_stream_of_its_own():
+    branch = sequence("bidirectional", is_branch=True)
+    for mixing in ("none", "mean"):
+        module = build("mlp", branch, tokens="each", mixing=mixing)
+        assert module.skip(inputs(branch)) is None
+        assert module.norm is None
+
+
+def test_a_causal_part_gets_tokens_one_by_one_and_nothing_that_hears_of_others():
+    module = build("mlp", sequence("causal"), tokens="each")
+    assert not module.stateful
+    assert output(module, inputs(sequence("causal"))).shape == (3, 12, 16)
+    with pytest.raises(TargetMismatchError, match=r"found a causal part.*Choose Target\('mlp', tokens='each'\)"):
+        build("mlp", sequence("causal"), tokens="each", mixing="mean")
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        (sequence("bidirectional"), {"tokens": "each", "mixing": "mixer"}, "one fixed length for a mixer"),
+        (STATIC, {"mixing": "mean"}, r"mixing='mean' without tokens='each'"),
+        (STATIC, {"tokens": "each", "mixing": "mean", "rank": 3}, "option 'rank'"),
+        (
+            PartFacts(path="2", input_shape=("batch", 8), output_shape=("batch", 8), mixing="none", params=100),
+            {"tokens": "each"},
+            r"tokens='each' for \(batch, 8\)",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(part, options, message):
+    with pytest.raises(TargetMismatchError, match=message):
+        build("mlp", part, **options)
