@@ -24,6 +24,7 @@ from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.head_norm import copy_norms, head_norms
 from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptions, check, head_shape, start_of
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
@@ -52,7 +53,7 @@ class LinearAttention(SequenceTarget):
 
     family = "linear-attention"
     reads_mask = True
-    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "memory", "sharpness")
+    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "memory", "sharpness")
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class LinearAttention(SequenceTarget):
         window: int | None = None,
         scale: float | None = None,
         rotation: list[list[float]] | None = None,
+        norm_eps: list[float] | None = None,
         memory: tuple[float, float] = MEMORY,
         sharpness: float = SHARPNESS,
         **frame: Unpack[SequenceFrame],
@@ -84,6 +86,8 @@ class LinearAttention(SequenceTarget):
         self.decay = None if self.bidirectional else nn.Linear(self.width_in, self.kv_heads)
         self.core = Core("linear_attention")
         self.rotation = rotation
+        self.norm_eps = norm_eps
+        self.norms = head_norms(key_width, norm_eps)
         self.window = None
         if window is not None:
             rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
@@ -129,6 +133,8 @@ class LinearAttention(SequenceTarget):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The guide's query_BTHC and key_BTGC, and value_BTGk with its column of ones."""
         query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(x_BTD), self.key(x_BTD)))
+        if len(self.norms):
+            query, key = self.norms[0](query), self.norms[1](key)
         return query, key, self.values(x_BTD, steps)
 
     def values(self, x_BTD: torch.Tensor, steps: Steps | None) -> torch.Tensor:
@@ -141,9 +147,14 @@ class LinearAttention(SequenceTarget):
         if self.window is not None and log_decay_BTG is not None:
             mean_BTHK, state = self._mix_window(self.projected(x_BTD, steps), log_decay_BTG, self.window, state, steps)
             return mean_BTHK.flatten(-2), state
-        query_BTHF = self.phi(x_BTD, self.query, self.map_query_HCC)
-        key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
-        value_BTGk = self.values(x_BTD, steps)
+        if len(self.norms):  # between a projection and its map: nothing can be folded
+            query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD, steps)
+            query_BTHF = _features(query_BTHC, self.map_query_HCC)
+            key_BTGF = _features(key_BTGC, self.map_key_GCC)
+        else:
+            query_BTHF = self.phi(x_BTD, self.query, self.map_query_HCC)
+            key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
+            value_BTGk = self.values(x_BTD, steps)
         if log_decay_BTG is None or state is None:
             out_BTHk = full_linear_attention(query_BTHF, key_BTGF, value_BTGk)
         else:
@@ -195,6 +206,7 @@ class LinearAttention(SequenceTarget):
             if copy_affine(linear, affine):
                 copied.append(name)
         if "query" in copied and "key" in copied:
+            copy_norms(self.norms, facts.norms)
             # phi knows no scale: a guide that divides q.k by something else than sqrt(C) gets the rest in both maps
             gain = self.sharpness * (facts.scale * self.key_width**0.5) ** 0.5
             eye_CC = torch.eye(self.key_width, device=self.map_query_HCC.device)

@@ -16,6 +16,7 @@ from thesean.errors import NumericalError
 from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
+from thesean.targets.shared.head_norm import copy_norms, head_norms
 from thesean.targets.shared.module import MaskReader, State
 from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.select_features import fold, moments, select_groups
@@ -47,6 +48,7 @@ class NarrowAttention(MaskReader):
         scale: float,
         causal: bool,
         rotation: list[list[float]] | None = None,
+        norm_eps: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.width_in = width_in
@@ -57,6 +59,8 @@ class NarrowAttention(MaskReader):
         self.scale = float(scale)
         self.causal = causal
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
+        self.norm_eps = norm_eps
+        self.norms = head_norms(key_width, norm_eps)
         self.query = nn.Linear(width_in, heads * key_width)
         self.key = nn.Linear(width_in, heads * key_width)
         self.value = nn.Linear(width_in, heads * value_width)
@@ -72,6 +76,7 @@ class NarrowAttention(MaskReader):
             "scale": self.scale,
             "causal": self.causal,
             "rotation": None if self.rotate is None else self.rotate.rotation.rows(),
+            "norm_eps": self.norm_eps,
         }
 
     def masked_features(
@@ -80,6 +85,8 @@ class NarrowAttention(MaskReader):
         query_BTHK, key_BTHK, value_BTHV = (
             linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value)
         )
+        if len(self.norms):
+            query_BTHK, key_BTHK = self.norms[0](query_BTHK), self.norms[1](key_BTHK)
         if self.rotate is not None:
             query_BTHK, key_BTHK = self.rotate(query_BTHK), self.rotate(key_BTHK)
         return attend(query_BTHK, key_BTHK, value_BTHV, self.scale, self.causal, mask), None
@@ -127,6 +134,7 @@ class NarrowAttention(MaskReader):
 
     def _keep(self, facts: AttentionFacts, kept_H: torch.Tensor) -> None:
         key_rows, value_rows = _features_of(kept_H, self.key_width), _features_of(kept_H, self.value_width)
+        copy_norms(self.norms, facts.norms)
         for linear, affine, rows in (
             (self.query, facts.query, key_rows),
             (self.key, facts.key, key_rows),
@@ -164,6 +172,7 @@ def build(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
         scale=facts.scale,
         causal=part.mixing == "causal",
         rotation=None if facts.rotation is None else facts.rotation.rows(),
+        norm_eps=facts.norm_eps,
     )
 
 

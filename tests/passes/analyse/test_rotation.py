@@ -46,6 +46,9 @@ class Rotary(nn.Module):
         self.how = how
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
         self.frequency_P = nn.Buffer(torch.tensor([0.9, 0.3, 0.07, 0.002]))
+        self.norms = nn.ModuleList(nn.RMSNorm(8, eps=eps) for eps in (1e-6, 1e-2))
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 2.0)  # type: ignore[arg-type]
 
     def turned(self, x_BHTC: torch.Tensor) -> torch.Tensor:
         angle_TP = torch.arange(x_BHTC.shape[2])[:, None] * self.frequency_P
@@ -62,6 +65,8 @@ class Rotary(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        if self.how == "norms":
+            query, key = self.norms[0](query), self.norms[1](key)
         mixed = nn.functional.scaled_dot_product_attention(
             2 * self.turned(query), self.turned(key), value, is_causal=True
         )
@@ -87,6 +92,17 @@ def test_a_rotation_is_known_by_its_numbers(how, pairs, angles):
     assert list(zip(*facts.rotation[:2], strict=True)) == pairs
     assert facts.rotation.angle == pytest.approx(angles, rel=1e-5)
     assert facts.scale == pytest.approx(2 * 8**-0.5)
+
+
+def test_norms_of_queries_and_keys_before_the_rotation_are_read_off():
+    facts = rotary("norms")
+    assert facts.plain
+    assert facts.rotation is not None
+    assert facts.norms is not None
+    guide = models.seeded(Rotary, "norms")
+    for found, norm in zip(facts.norms, guide.norms, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(found.weight_C, norm.weight.detach(), rtol=1e-4, atol=1e-5)
+        assert found.eps == pytest.approx(norm.eps, rel=1e-2, abs=1e-7)
 
 
 def test_what_turns_by_the_square_of_the_step_is_no_rotation():

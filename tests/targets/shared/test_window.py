@@ -5,6 +5,7 @@ B batch, T time, D width, W window, H heads, G heads of keys and values, C width
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.nn import functional as F
 from tests.targets.build import build, tensors
 from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts
+from thesean.targets.shared.head_norm import HeadNorm
 from thesean.targets.shared.heads import WINDOW_MEMORY, WINDOW_SHARPNESS
 from thesean.targets.shared.registry import rebuild
+from thesean.targets.shared.rotation import Rotation
 
 
 def heads_of(facts: AttentionFacts, affine: Affine, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -79,6 +82,26 @@ def test_a_window_over_everything_is_the_guides_attention(window, sequence_part,
     module = copied(sequence_part(attention=facts), window=window)
     x_BTD = torch.randn(2, 11, 16)
     torch.testing.assert_close(module(x_BTD)[0], softmax_attention(facts, x_BTD), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_rotary_guide_is_itself_within_the_window_whole_or_in_chunks(normed, sequence_part, attention_facts):
+    norms = tuple(HeadNorm(torch.rand(4) + 0.5, eps) for eps in (1e-6, 1e-2)) if normed else None
+    facts = dataclasses.replace(
+        attention_facts(scale=0.7), rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)), norms=norms, plain=True
+    )
+    module = copied(sequence_part(attention=facts), window=40)
+    x_BTD = torch.randn(2, 30, 16)
+    expected = F.linear(facts.mixed_values(x_BTD, causal=True), *facts.output)
+    torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
+    pieces, state = [], None
+    for chunk_BTD in x_BTD.split((1, 11, 18), 1):
+        piece_BTD, state = module(chunk_BTD, state)
+        pieces.append(piece_BTD)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-4, atol=1e-5)
+    again = rebuild("linear-attention", module.config())
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again(x_BTD)[0], module(x_BTD)[0], rtol=0, atol=0)
 
 
 def test_a_grouped_guide_is_itself_within_the_window_too(sequence_part, grouped_facts):

@@ -13,23 +13,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
 from thesean.passes.analyse.regions import Region
-from thesean.passes.analyse.rotation import as_written, find_rotation
+from thesean.passes.analyse.rotation import as_written, find_norm, find_rotation
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.facts import Affine, AttentionFacts
+from thesean.targets.shared.head_norm import HeadNorm
 from thesean.targets.shared.rotation import Rotation
 
 aten = torch.ops.aten
 
-# what lies between a projection and its use: a rotation or none, and a scale
-Turn = tuple[Rotation | None, float]
+
+class Turn(NamedTuple):
+    """What lies between a projection and its use: a norm, a rotation, a scale."""
+
+    rotation: Rotation | None = None
+    scale: float = 1.0
+    norm: HeadNorm | None = None
+
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCT = (aten.matmul.default, aten.bmm.default)
@@ -71,6 +78,7 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
         value=maps[2],
         output=output,
         rotation=rotation,
+        norms=_norms(turns[0], turns[1]),
     )
     plain = is_plain_attention(region, values, facts)
     dtype = region.entry.meta["val"].dtype  # the probe may have widened it: a weight of the guide's is shared again
@@ -82,11 +90,11 @@ def _rotation(query: Turn | None, key: Turn | None, region: Region) -> tuple[Rot
     """That of queries and keys, which must be one, and the scale that comes with it; none where it isn't known."""
     if query is None or key is None:
         return None, 1.0
-    gain = query[1] * key[1]
-    if query[0] is None or key[0] is None or query[0][:2] != key[0][:2]:
-        return None, gain if query[0] is None and key[0] is None else 1.0
+    gain = query.scale * key.scale
+    if query.rotation is None or key.rotation is None or query.rotation[:2] != key.rotation[:2]:
+        return None, gain if query.rotation is None and key.rotation is None else 1.0
     constants = (n.meta.get("val") for n in region.exit.graph.find_nodes(op="get_attr"))
-    return as_written(query[0], [c for c in constants if isinstance(c, torch.Tensor)]), gain
+    return as_written(query.rotation, [c for c in constants if isinstance(c, torch.Tensor)]), gain
 
 
 def _core(region: Region) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float | None] | None:
@@ -217,9 +225,9 @@ def _nearest_affine(
         if shaped and current in inside:
             affine = _affine(region, values, region.entry, current)
             if affine is not None and current is node:
-                return affine, (None, 1.0)
+                return affine, Turn()
             if affine is not None:
-                turn = find_rotation(values, between(region, [current], node), current, node)
+                turn = _turn(region, values, current, node)
                 if turn is not None:
                     return affine, turn
                 nearest = nearest or affine
@@ -228,6 +236,28 @@ def _nearest_affine(
                 seen.add(parent)
                 front.append(parent)
     return None if nearest is None else (nearest, None)
+
+
+def _turn(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node) -> Turn | None:
+    """What makes `wanted` of `source`: turned or not, after a norm of each head or without; None for anything else."""
+    run = between(region, [source], wanted)
+    found = find_rotation(values, run, source, wanted)
+    if found is not None:
+        return Turn(*found)
+    normed = find_norm(values, run, source)
+    if normed is None:
+        return None
+    norm, node = normed
+    if node is wanted:
+        return Turn(norm=norm)
+    found = find_rotation(values, between(region, [node], wanted), node, wanted)
+    return None if found is None else Turn(*found, norm)
+
+
+def _norms(query: Turn | None, key: Turn | None) -> tuple[HeadNorm, HeadNorm] | None:
+    if query is None or key is None or query.norm is None or key.norm is None:
+        return None
+    return query.norm, key.norm
 
 
 def _repeat_heads(affine: Affine, heads: int, head_width: int) -> Affine:

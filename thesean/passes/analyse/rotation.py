@@ -1,4 +1,5 @@
-"""Read rotary positions off a graph: what turns a projected query into the one that meets the keys, as numbers.
+"""Read rotary positions off a graph, and the norm before them: what makes of a projected query the one that meets the
+keys, as numbers.
 
 Between the affine map and the product with the keys each head's features go through a linear map of their own at every
 step. It is probed with one basis vector after another; where pairs of features are turned by angles that grow with the
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph.record import evaluate
+from thesean.passes.graph.record import evaluate, evaluate_all
+from thesean.targets.shared.head_norm import HeadNorm
 from thesean.targets.shared.rotation import Rotation
 
 # Of a head's largest entry: fp32 tables differ from their formula by 1e-6, another map by its whole scale.
@@ -119,6 +121,31 @@ def _as(x: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
     x_BGTC = x.movedim(time[0], 2)
     groups, heads = x_BGTC.shape[1], shape[1]
     return x_BGTC.repeat_interleave(heads // groups, 1) if heads % groups == 0 else None
+
+
+@torch.no_grad()
+def find_norm(values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node) -> tuple[HeadNorm, fx.Node] | None:
+    """The last node of `run`, of the source's shape, at which each head's features are those of the source divided by
+    their root mean square, times a weight; None where there is none.
+    """
+    template = values[source]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(template.shape, generator=generator).to(template)
+    # so large that eps counts for nothing, so small that it is nearly all, and as it comes
+    large, small, usual = (evaluate_all(run, values, {source: scale * x}) for scale in (1e3, 1e-3, 1.0))
+    found: tuple[HeadNorm, fx.Node] | None = None
+    for node in run:
+        y = usual.get(node)
+        if not isinstance(y, torch.Tensor) or y.shape != template.shape or node is source:
+            continue
+        rms = x.square().mean(-1, keepdim=True).sqrt()
+        weight_C = (large[node] * rms / x).flatten(0, -2).double().median(0).values
+        ratio = x.double() * weight_C / small[node].double()  # sqrt(1e-6 mean x^2 + eps) * 1e3
+        eps = float(((ratio * 1e-3).square() - 1e-6 * rms.double().square()).median())
+        norm = HeadNorm(weight_C.to(template), max(0.0, eps))
+        if norm.eps < 1 and (norm.of(x) - y).abs().max() <= _EXACT * y.abs().max():
+            found = norm, node
+    return found
 
 
 def as_written(rotation: Rotation, constants: Iterable[torch.Tensor]) -> Rotation:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from thesean.errors import TargetMismatchError
 from thesean.targets.shared.activations import ACTIVATIONS
+from thesean.targets.shared.head_norm import HeadNorm
 from thesean.targets.shared.rotation import Rotate, Rotation
 
 Dim = int | str
@@ -41,9 +42,9 @@ class AttentionFacts:
     """The projections of an attention, read off the graph: all affine in the part's input, per token.
 
     Head h of the queries is rows h*K..(h+1)*K of `query`; keys and values are repeated to as many heads where the
-    guide groups them. `output` maps the concatenated heads to the part's output. `scale` multiplies q.k. `rotation`
-    turns queries and keys by their steps before they meet. `plain`: the part computes output(softmax(q k' scale) v),
-    turned or not, causal or over all tokens, and nothing else.
+    guide groups them. `output` maps the concatenated heads to the part's output. `scale` multiplies q.k. Before they
+    meet, `norms` are taken of each head's query and key, and `rotation` turns them by their steps. `plain`: the part
+    computes output(softmax(q k' scale) v), with or without these, causal or over all tokens, and nothing else.
     """
 
     heads: int
@@ -53,7 +54,13 @@ class AttentionFacts:
     value: Affine
     output: Affine
     rotation: Rotation | None = None
+    norms: tuple[HeadNorm, HeadNorm] | None = None
     plain: bool = False
+
+    @property
+    def norm_eps(self) -> list[float] | None:
+        """Of the norms of query and key."""
+        return None if self.norms is None else [norm.eps for norm in self.norms]
 
     @cached_property
     def kv_heads(self) -> int:
@@ -78,6 +85,8 @@ class AttentionFacts:
         q_BTHK, k_BTHK, v_BTHV = (
             affine.of(x_BTD).unflatten(-1, (self.heads, -1)) for affine in (self.query, self.key, self.value)
         )
+        if self.norms is not None:
+            q_BTHK, k_BTHK = self.norms[0].of(q_BTHK), self.norms[1].of(k_BTHK)
         if self.rotation is not None:
             rotate = Rotate(self.rotation, q_BTHK.shape[-1]).to(x_BTD.device)
             q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)

@@ -50,6 +50,7 @@ class HeadShape(NamedTuple):
     value_width: int
     scale: float  # of q.k in the window
     rotation: list[list[float]] | None = None  # of q and k there
+    norm_eps: list[float] | None = None  # of the norms of each head's q and k
 
 
 def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
@@ -57,7 +58,8 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
     if facts is not None and not _asked(options):
         key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
         turned = facts.rotation.rows() if facts.rotation is not None and options.window is not None else None
-        return HeadShape(facts.heads, options.kv_heads or facts.kv_heads, key_width, value_width, facts.scale, turned)
+        kv_heads = options.kv_heads or facts.kv_heads
+        return HeadShape(facts.heads, kv_heads, key_width, value_width, facts.scale, turned, facts.norm_eps)
     width = options.width or part.features_width
     heads = options.heads or (facts.heads if facts is not None else default_heads(width))
     each = width // heads
