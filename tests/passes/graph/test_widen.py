@@ -55,6 +55,6 @@ def test_a_wide_record_keeps_weights_and_views_of_them_as_they_are():
 def test_a_region_is_replayed_as_wide_as_it_was_recorded():
     graph_module = traced()
     values = record(graph_module, {"x": torch.randn(3, 4).to(torch.bfloat16)}, wide=True)
-    output = graph_module.graph.output_node().args[0]
+    (output,) = graph_module.graph.output_node().all_input_nodes
     run = [n for n in graph_module.graph.nodes if n.op == "call_function"]
     assert torch.equal(evaluate(run, values, {}, output), values[output])
