@@ -108,9 +108,9 @@ def _status(name: str) -> float:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 2**10
 
 
-def apart(layers: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    code = f"import json; from benchmarks.size import measure; print(json.dumps(measure({layers}, {settings!r})))"
+def apart(layers: int, settings: dict[str, Any], module: str = "benchmarks.size") -> dict[str, Any]:
+    """A module's `measure` in a process of its own."""
+    code = f"import json; from {module} import measure; print(json.dumps(measure({layers}, {settings!r})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise BenchmarkError(f"{layers} layers: {(done.stderr.strip() or 'no word').splitlines()[-1]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 import thesean
@@ -17,6 +18,7 @@ from thesean.cli.options import (
     DumpGraphs,
     EvalData,
     ExampleInputs,
+    FileDtype,
     Grain,
     Guide,
     Keep,
@@ -224,6 +226,7 @@ def export(
         Stateful, typer.Option(help="State in and out, for step-by-step decoding; auto: where the model can.")
     ] = Stateful.auto,
     opset: Annotated[int | None, typer.Option(help="ONNX opset (default: the exporter's).")] = None,
+    dtype: Annotated[FileDtype | None, typer.Option(help="The file's precision (default: float32).")] = None,
     dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
@@ -241,7 +244,9 @@ def export(
         check_writable("--dump-graphs", dump_graphs)
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
         converted = thesean.load(folder)
-        typer.echo(str(converted.export(file, stateful=chosen, opset=opset, dump_graphs=dump_graphs)))
+        wanted = None if dtype is None else getattr(torch, dtype)
+        made = converted.export(file, stateful=chosen, opset=opset, dtype=wanted, dump_graphs=dump_graphs)
+        typer.echo(str(made))
 
 
 # the commands of look.py are the same program's

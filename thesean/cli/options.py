@@ -29,6 +29,11 @@ class Stateful(enum.StrEnum):
     no = "no"
 
 
+class FileDtype(enum.StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+
+
 Guide = Annotated[
     str,
     typer.Argument(

@@ -47,12 +47,14 @@ def record(
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             run = self._run_wide if wide else super().run_node
-            values[n] = set_values[n] if n in set_values else run(n)
-            return values[n]
+            value = values[n] = set_values[n] if n in set_values else run(n)
+            return value  # as it is kept: the interpreter keeps it too
 
         def _run_wide(self, n: fx.Node) -> Any:
             if n.op == "call_function":
                 inputs = n.all_input_nodes
+                if n.target is torch.ops.aten.embedding.default:  # a few rows of what may be half of the weights
+                    return widened(compute(n, values.stored))
                 if inputs and all(is_half(values.stored(i)) for i in inputs):  # weights alone: all else is wide
                     view = compute(n, values.stored)
                     if same_memory(view, values.stored(inputs[0])):
