@@ -335,9 +335,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
 
 
 def told_of(captured: Captured) -> tuple[str, ...]:
-    """What a person should know of the guide's graph. That it can't be trained is told where nothing is: whoever trains
-    on should know.
-    """
+    """What a person should know of the guide's graph: whoever trains on, that it can't be trained."""
     return (*captured.notes, *((captured.untrainable,) if captured.untrainable else ()))
 
 

@@ -24,7 +24,7 @@ from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.head_norm import copy_norms, head_norms
+from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
 from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptions, check, head_shape, start_of
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
@@ -35,6 +35,10 @@ from thesean.targets.shared.window import Window
 
 # guards the division where sharp features of a query meet none of the keys so far
 EPSILON = 1e-6
+
+
+class AttentionFrame(SequenceFrame, Meeting, total=False):
+    pass
 
 
 class LinearAttention(SequenceTarget):
@@ -64,13 +68,12 @@ class LinearAttention(SequenceTarget):
         kv_heads: int | None = None,
         window: int | None = None,
         scale: float | None = None,
-        rotation: list[list[float]] | None = None,
-        norm_eps: list[float] | None = None,
         memory: tuple[float, float] = MEMORY,
         sharpness: float = SHARPNESS,
-        **frame: Unpack[SequenceFrame],
+        **frame: Unpack[AttentionFrame],
     ) -> None:
-        super().__init__(**frame)
+        rotation, norm_eps = frame.pop("rotation", None), frame.pop("norm_eps", None)
+        super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
         self.memory = span(memory)
         self.sharpness = float(sharpness)
         self.heads = heads

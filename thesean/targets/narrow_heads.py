@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from thesean.errors import NumericalError
 from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
-from thesean.targets.shared.head_norm import copy_norms, head_norms
+from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
 from thesean.targets.shared.module import MaskReader, State
 from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.select_features import fold, moments, select_groups
@@ -47,10 +47,10 @@ class NarrowAttention(MaskReader):
         value_width: int,
         scale: float,
         causal: bool,
-        rotation: list[list[float]] | None = None,
-        norm_eps: list[float] | None = None,
+        **meeting: Unpack[Meeting],
     ) -> None:
         super().__init__()
+        rotation, norm_eps = meeting.get("rotation"), meeting.get("norm_eps")
         self.width_in = width_in
         self.width_out = width_out
         self.heads = heads

@@ -5,10 +5,19 @@ C width of a head
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import nn
+
+
+class Meeting(TypedDict, total=False):
+    """What queries and keys go through before they meet, as constructors take it: the eps of both norms, and the pairs
+    that are turned (feature, feature, radians a step).
+    """
+
+    norm_eps: list[float] | None
+    rotation: list[list[float]] | None
 
 
 class HeadNorm(NamedTuple):
