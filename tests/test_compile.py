@@ -438,9 +438,6 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], type[Exceptio
         causal, {"*.0": Target("mine", build=_wide), "*.1": Target("mine", build=_narrow)},
         {"data": token_batches()}, PlanError, "are named 'mine'. Rename one",
     ),
-    "another dtype": (
-        lambda: models.mlp().half(), "mlp", {"data": [vectors(8, 8).half()]}, DataError, "Call model.float",
-    ),
     "data of another dtype": (
         models.mlp, "mlp", {"data": [vectors(8, 8), vectors(8, 8).double()]}, DataError, "batch 1: .*Convert it",
     ),

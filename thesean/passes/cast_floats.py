@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from thesean.kernels.shared.precision import HALF
 from thesean.passes.base import Pass, PassResult
@@ -33,8 +34,9 @@ class CastFloats(Pass):
     dtypes: Dtypes
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        if not self.dtypes:
-            return PassResult(graph_module=graph_module, modified=False, reason="it has the file's precision")
+        if not self._applies(graph_module):
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes)) or "another precision"
+            return PassResult(graph_module=graph_module, modified=False, reason=f"nothing in it is {names}")
         least = min(torch.finfo(d).max for d in self.dtypes.values())
 
         def cast(value: Any) -> Any:
@@ -55,6 +57,13 @@ class CastFloats(Pass):
                 node.meta["val"] = map_aggregate(node.meta["val"], lambda v: _followed(v, self.dtypes))
         graph_module.recompile()
         return PassResult(graph_module=graph_module, modified=True)
+
+    def _applies(self, graph_module: fx.GraphModule) -> bool:
+        nodes = graph_module.graph.nodes
+        read = [attribute(graph_module, str(n.target)) for n in nodes if n.op == "get_attr"]
+        tensors = [t for t in (*read, *graph_module.parameters(), *graph_module.buffers()) if hasattr(t, "dtype")]
+        named = [a for n in nodes for a in pytree.tree_leaves((n.args, n.kwargs)) if isinstance(a, torch.dtype)]
+        return not self.dtypes.keys().isdisjoint((*(t.dtype for t in tensors), *named))
 
     def _constant(self, graph_module: fx.GraphModule, path: str) -> None:
         """A constant that is neither parameter nor buffer, which the module's own cast leaves out."""
