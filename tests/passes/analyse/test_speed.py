@@ -20,7 +20,7 @@ from thesean.passes.analyse.speed import G_PER_S, time_of_module, time_of_nodes
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.make_plan import make_plan
-from thesean.targets import PartFacts, Target
+from thesean.targets import PartFacts, State, Target, TargetModule
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "operators.json"
 
@@ -79,6 +79,17 @@ def test_nothing_is_said_of_recurrences_and_attentions():
     assert time_of_module(nn.Linear(4, 4, device="meta"), (1, 4)) is None
     assert time_of_module(outline("linear", feature_map()), (1, 6, 8, 8)) is not None
     assert all(p.slowdown is None for p in make_plan(captured.gpt2(), "rnn").parts)
+
+
+class ReadsValues(TargetModule):
+    family = "reads-values"
+
+    def forward(self, x: torch.Tensor, state: State | None = None) -> torch.Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+def test_nothing_is_said_of_a_module_that_reads_values():
+    assert time_of_module(ReadsValues(), (1, 4)) is None
 
 
 def test_a_plan_warns_of_fewer_flops_that_take_longer_and_of_maps_that_grow():

@@ -59,15 +59,18 @@ def time_of_nodes(nodes: Iterable[fx.Node], flops: Mapping[fx.Node, int], numel:
 
 def time_of_module(module: nn.Module, shape: Iterable[int]) -> float | None:
     """Seconds of a module with shapes and no values, for an input of this shape. None for a recurrence, whose time is
-    that of its steps and not of its FLOPs, for an attention, which a file fuses and the meta device doesn't, and for
-    what is not one of the families.
+    that of its steps and not of its FLOPs, for an attention, which a file fuses and the meta device doesn't, for what
+    is not one of the families, and for one that can't run without values.
     """
     recurrent = any(isinstance(m, (Core, nn.RNNBase)) for m in module.modules())
     if not isinstance(module, TargetModule) or module.stateful or recurrent:
         return None
     counting, x = _Counting(), torch.empty(*shape, device="meta")
-    with torch.no_grad(), counting:
-        module.eval()(x)
+    try:
+        with torch.no_grad(), counting:
+            module.eval()(x)
+    except Exception:  # whatever a family of someone else's raises: a plan goes on without a guess
+        return None
     return None if counting.attends else _seconds(counting.work)
 
 
