@@ -120,10 +120,22 @@ class NarrowMLP(TargetModule):
 class NarrowOptions(NarrowHeadsOptions):
     """Width rule: E = `width`, or `ratio` times the guide's neurons; heads = `heads`, or `ratio` times the guide's.
 
-    `width` is for an MLP and `heads` for an attention (`scope="mixing"`, or name the target `narrow-heads`).
+    `width` is for an MLP and `heads` for an attention (`scope="mixing"`, or name the target `narrow-heads`). Not for
+    convnets: it doesn't choose among a convolution's channels, nor in MLPs over the pixels of a feature map. For fewer
+    channels inside a block choose `bottleneck` or `resnet-block` with `width`, which start from new weights.
     """
 
     width: int | None = Field(default=None, gt=0)
+
+
+def _instead(part: PartFacts) -> str:
+    """What a part that is no MLP can have."""
+    if part.attention is not None:
+        return "Set heads or ratio for an attention."
+    keep = f"or keep it with keep=[{part.path!r}]."
+    if len(part.input_shape) == 4:
+        return f"For fewer channels choose target 'bottleneck' or 'resnet-block' with width=, {keep}"
+    return f"Choose target 'mlp' or 'rnn' for it, {keep}"
 
 
 def check(part: PartFacts, options: NarrowOptions) -> None:
@@ -138,9 +150,7 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
             if part.attention is not None
             else f"{describe(part.input_shape)} -> {describe(part.output_shape)} that is neither",
             expected="an MLP, down(act(up(x))) or down(act(gate(x)) * up(x)), or an attention",
-            advice="Set heads or ratio for an attention."
-            if part.attention is not None
-            else f"Choose target 'mlp' or 'rnn' for it, or keep it with keep=[{part.path!r}].",
+            advice=_instead(part),
         )
     if options.heads is not None:
         raise part.mismatch(

@@ -121,6 +121,7 @@ def test_a_guide_that_cannot_be_exported_is_told_with_the_reason(monkeypatch: py
     bound_plan = make_plan(captured.mlp(), "mlp")
     plan = measure_plan(bound_plan)
     assert plan.notes == (
+        *bound_plan.plan.notes,
         "latencies could not be measured: the guide can't be exported to ONNX: torch's exporter can't write this graph",
     )
     assert (plan.latencies, plan.parts) == ((), bound_plan.plan.parts)

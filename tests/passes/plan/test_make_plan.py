@@ -196,3 +196,10 @@ def test_a_plan_says_which_parts_lose_sight_of_later_steps():
     (note,) = make_plan(captured.bert(), {"*.1": causal}).plan.notes
     assert note.startswith("encoder.layer.1 reads both ways; causal=True replacements read no later step")
     assert make_plan(captured.gpt2(), causal).plan.notes == ()
+
+
+@pytest.mark.parametrize("target", ["narrow", Target("narrow", scope="part")], ids=str)
+def test_a_convnet_that_should_get_fewer_channels_is_told_what_does_it(target):
+    with pytest.raises((PlanError, TargetMismatchError), match=r"'bottleneck' or 'resnet-block' with width="):
+        make_plan(captured.resnet(), target)
+    assert make_plan(captured.resnet(), Target("bottleneck", width=2)).plan.parts[0].new_params

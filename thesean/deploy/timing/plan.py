@@ -28,6 +28,7 @@ from thesean.passes.graph.modes import seeded
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.ceiling import without_parts
 from thesean.passes.plan.hybrid import Hybrid, bound_positions, build_hybrid
+from thesean.passes.plan.make_plan import SUPPOSED
 from thesean.passes.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def measure_plan(
             for p, found in ((p, parts.get(p.path, PartTiming())) for p in plan.parts)
         ),
         latencies=tuple(p.row() for p in places),
-        notes=tuple(dict.fromkeys((*plan.notes, *notes))),
+        notes=tuple(dict.fromkeys((*(n for n in plan.notes if SUPPOSED not in n), *notes))),
     )
 
 

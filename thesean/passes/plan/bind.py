@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.padding import find_padding
 from thesean.passes.analyse.regions import Region
+from thesean.passes.analyse.speed import time_of_module, time_of_nodes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import recorded_probe
 from thesean.passes.plan.merge import Group
@@ -33,6 +35,8 @@ class BoundPart:
     region: Region  # the part: its exit is where the hybrid is compared with the guide
     sites: tuple[Site, ...]
     target: Target | None
+    # times the guide's part by the model of operators' speed; None where it says nothing
+    slowdown: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +89,10 @@ class Binder:
             params=count_params(self.graph_module, region.nodes),
             flops=sum(self.flops.get(n, 0) for n in region.nodes),
         )
+        slowdown = None
         if target is not None:
-            row = self._with_replacement(row, region, sites)
-        return BoundPart(planned=row, region=region, sites=sites, target=target)
+            row, slowdown = self._with_replacement(row, region, sites)
+        return BoundPart(planned=row, region=region, sites=sites, target=target, slowdown=slowdown)
 
     def _describe_mixing(self, region: Region, kept: bool) -> str:
         rank = self.values[region.entry].ndim
@@ -106,11 +111,24 @@ class Binder:
         cut = {n for s in sites for n in s.region.nodes}
         return [n for n in region.nodes if n not in cut]
 
-    def _with_replacement(self, row: PlannedPart, region: Region, sites: tuple[Site, ...]) -> PlannedPart:
-        """Add what the replacement costs: the new modules and whatever of the part stays."""
+    def _time(self, nodes: Sequence[fx.Node]) -> float:
+        sizes = SymbolicSizes(self.sizes)
+
+        def numel(node: fx.Node) -> int:
+            return math.prod(sizes[d] if isinstance(d, str) else d for d in self.site_finder.shape(node))
+
+        return time_of_nodes(nodes, self.flops, numel)
+
+    def _with_replacement(
+        self, row: PlannedPart, region: Region, sites: tuple[Site, ...]
+    ) -> tuple[PlannedPart, float | None]:
+        """Add what the replacement costs: the new modules and whatever of the part stays; and how many times the
+        guide's part it takes by the model of operators' speed.
+        """
         stays = self._stays(region, sites)
         params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
         reading = []
+        seconds: float | None = self._time(stays)
         with torch.random.fork_rng(devices=[]):
             for site in sites:
                 module = outline_site(site)
@@ -121,9 +139,14 @@ class Binder:
                 params += sum(p.numel() for p in module.parameters())
                 if isinstance(module, TargetModule):
                     ops += module.flops(site.facts, SymbolicSizes(self.sizes))
+                shape = [SymbolicSizes(self.sizes)[d] if isinstance(d, str) else d for d in site.facts.input_shape]
+                took = time_of_module(module, shape)
+                seconds = None if took is None or seconds is None else seconds + took
         freed = sum(freed_params(self.graph_module, s.region) for s in sites if s.removes)
         drops = dropped_inputs([s for s in sites if not s.removes], reading)
-        return replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed)
+        before = self._time(region.nodes)
+        slowdown = seconds / before if seconds is not None and before > 0 else None
+        return replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed), slowdown
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError

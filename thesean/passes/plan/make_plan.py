@@ -19,6 +19,11 @@ from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
 from thesean.targets import Target, resolve
 
+# Of the guide's time. Less is within what the model leaves out.
+_SLOWER = 1.05
+# What a plan says of it, until it is measured
+SUPPOSED = "by how fast operators are on one core, whatever the FLOPs say"
+
 TargetSpec = str | Target | Mapping[str, str | Target]
 
 
@@ -103,7 +108,7 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
             raise next(iter(misfits.values()))
         left = "".join(f"{note}. " for note in division.settings.notes)
         raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
-    notes = (*division.settings.notes, *_left_to_the_guide(misfits), *_made_causal(parts))
+    notes = (*division.settings.notes, *_left_to_the_guide(misfits), *_made_causal(parts), *_slower(parts))
     return binder.bind(parts, replace(division.settings, notes=notes))
 
 
@@ -119,6 +124,18 @@ def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     verb = "reads" if len(both_ways) == 1 else "read"
     told = "aligned with what is known by then, for streams"
     return (f"{_listed(both_ways)} {verb} both ways; causal=True replacements read no later step, {told}",)
+
+
+def _slower(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """One note for all parts that should take longer than the guide's, which FLOPs don't tell."""
+    slow = {p.planned.path: p.slowdown for p in parts if p.slowdown is not None and p.slowdown > _SLOWER}
+    if not slow:
+        return ()
+    low, high = (f"{bound(slow.values()):.2g}" for bound in (min, max))
+    times = f"{low} times" if low == high else f"{low} to {high} times"
+    told = f"{times} the guide's time, {SUPPOSED}"
+    advice = "Measure it (context=, or batch= where there is no time), or choose another target"
+    return (f"{_listed(list(slow))} should get slower, {told}. {advice}",)
 
 
 def _listed(paths: Sequence[str]) -> str:

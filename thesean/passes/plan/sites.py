@@ -91,6 +91,11 @@ class SiteFinder:
     def _nothing(self, named: NamedRegion, target: Target, scope: Scope) -> str:
         """Why a part has nothing to replace, from what the whole part was seen to do: as its row says."""
         if scope != "mixing":
+            if self.values[named.region.entry].ndim == 4:
+                return (
+                    "it maps feature maps, whose channels it can't choose from. For fewer channels inside choose "
+                    "target 'bottleneck' or 'resnet-block' with width="
+                )
             return "nothing token-wise in it"
         mixing = probe_mixing(named.region, self.values)
         if mixing == "none":
