@@ -293,3 +293,21 @@ def test_neither_attention_nor_a_whole_block_is_an_mlp(guide):
 def test_regions_of_other_networks_have_none(guide):
     values = recorded(guide())
     assert [find_mlp(p.region, values) for p in partition(captured.flow_of(guide()))].count(None) > 0
+
+
+class PiecewiseMLP(nn.Module):
+    """down(act(up(x))) with an activation that asks where x is positive: two quadratics, as xIELU is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up(x)
+        return x + self.down(torch.where(up > 0, up * up + 0.5 * up, torch.expm1(up.clamp_max(0)) - up))
+
+
+def test_an_activation_that_compares_is_none_that_is_known():
+    guide = capture(models.seeded(PiecewiseMLP), models.vectors(2, 6, 8))
+    part = partition(captured.flow_of(guide), "sublayer")[0]
+    assert find_mlp(part.region, captured.recorded(guide)) is None

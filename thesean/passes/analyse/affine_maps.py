@@ -81,7 +81,9 @@ def probe_rows(value: torch.Tensor, width: int | None = None) -> torch.Tensor:
 
 
 def is_affine(y_MO: torch.Tensor) -> bool:
-    """f(a + b) - f(0) = f(a) - f(0) + f(b) - f(0), for the values y of `probe_rows`."""
+    """f(a + b) - f(0) = f(a) - f(0) + f(b) - f(0), for the values y of `probe_rows`; comparisons are no maps."""
+    if not y_MO.is_floating_point():
+        return False
     linear_MO = y_MO[1:] - y_MO[0]
     a, b, both = linear_MO.split(_PROBES)
     return bool((both - a - b).abs().max() <= 10 * _EXACT * y_MO.abs().max().clamp_min(1e-30))
