@@ -39,6 +39,19 @@ def test_a_hybrid_comes_back_and_computes_the_same():
     assert torch.equal(again(**inputs)["logits"], hybrid(**inputs)["logits"])
 
 
+def test_a_replacement_that_is_given_a_mask_is_given_it_again():
+    hybrid = build_hybrid(make_plan(captured.bert(), "linear-attention"))
+    for r in hybrid.replacements:
+        nn.init.normal_(hybrid.module(r).last.weight)  # type: ignore[arg-type]
+    graph_module = hybrid.graph_module
+    again = fx.GraphModule(graph_module, load(json.loads(json.dumps(dump(graph_module.graph)))))
+    assert text(again.graph) == text(graph_module.graph)
+    ids, mask = torch.arange(12).view(2, 6), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    found, expected = (m(ids, mask)["last_hidden_state"] for m in (again, graph_module))
+    assert torch.equal(found, expected)
+    assert not torch.allclose(expected[1], graph_module(ids, torch.ones_like(mask))["last_hidden_state"][1])
+
+
 def test_every_kind_of_argument_comes_back():
     graph = fx.Graph()
     x = graph.placeholder("x")

@@ -129,14 +129,18 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
         if not is_attribute_path(target) or (op == "placeholder" and not target.isidentifier()):
             raise ArtifactError(f"graph.json: {target!r} is not an attribute's path.")
         args = tuple(_decode(a, nodes) for a in row.get("args", []))
-        return graph.create_node(op, target, args, name=name)
+        return graph.create_node(op, target, args, _load_keywords(row, nodes), name=name)
     if op == "call_function":
         args = tuple(_decode(a, nodes) for a in row["args"])
-        kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
-        if not all(k.isidentifier() for k in kwargs):
-            raise ArtifactError("graph.json: a keyword is not a name.")
-        return graph.create_node(op, resolve_target(target), args, kwargs, name=name)
+        return graph.create_node(op, resolve_target(target), args, _load_keywords(row, nodes), name=name)
     raise ArtifactError(f"graph.json: unknown kind of node {op!r}.")
+
+
+def _load_keywords(row: dict[str, Any], nodes: dict[str, fx.Node]) -> dict[str, Any]:
+    kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
+    if not all(k.isidentifier() for k in kwargs):
+        raise ArtifactError("graph.json: a keyword is not a name.")
+    return kwargs
 
 
 def is_attribute_path(target: Any) -> bool:
