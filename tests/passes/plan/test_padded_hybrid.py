@@ -90,3 +90,12 @@ def test_a_mask_of_another_sequence_is_none():
             assert r.masks == ()
         else:
             assert len(r.masks) == 1
+
+
+def test_a_mask_of_floats_is_a_mask():
+    ids = tokens(3, 8, seed=4)
+    found = capture(models.bert(), {"input_ids": ids, "attention_mask": MASK_BT.float()})
+    module = grown(found, "gru").graph_module
+    padded = module(ids, MASK_BT.float())["last_hidden_state"]
+    alone = module(ids[:1, :5], MASK_BT[:1, :5].float())["last_hidden_state"]
+    torch.testing.assert_close(padded[:1, :5], alone, rtol=0, atol=1e-5)

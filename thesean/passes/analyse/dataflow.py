@@ -161,7 +161,7 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
         several = value if isinstance(value, (tuple, list)) else (value,)  # an embedding bag returns four tensors
         is_float = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in several)
         if node.op == "placeholder":
-            if not is_float or _starts_recurrences(node):
+            if not is_float or _starts_recurrences(node) or _is_only_asked(node):
                 side.add(node)
             continue
         if node.op == "call_module":  # a replaced part: one that carries a state has no single value of its own
@@ -197,6 +197,12 @@ def _starts_recurrences(placeholder: fx.Node) -> bool:
             elif not is_size_only(user):
                 return False
     return found
+
+
+def _is_only_asked(placeholder: fx.Node) -> bool:
+    """A floating-point input of which nothing is read but booleans and sizes: a mask of ones and zeros."""
+    tensors = [v for u in placeholder.users if isinstance(v := u.meta.get("val"), torch.Tensor)]
+    return bool(tensors) and all(v.dtype == torch.bool for v in tensors)
 
 
 def data_flow(graph: fx.Graph) -> DataFlow:

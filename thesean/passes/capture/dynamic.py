@@ -13,10 +13,21 @@ Dynamic = Mapping[str, Mapping[int, str]]
 
 def guess_dynamic(inputs: Mapping[str, torch.Tensor], sequence: bool) -> dict[str, dict[int, str]]:
     """The batch is the first dimension, or the second of an input whose first one is another size, as a state of shape
-    (layers, batch, width) has it. The second dimension of (B, T) integers and (B, T, D) floats may be a `sequence`.
+    (layers, batch, width) has it. The second dimension of (B, T) integers and (B, T, D) floats may be a `sequence`, and
+    that of floats of just such a (B, T), which are a mask.
     """
     sizes = [v.shape[0] for v in inputs.values() if v.ndim]
-    return {name: _guess(value, sizes[0] if sizes else 0, sequence) for name, value in inputs.items()}
+    steps = {v.shape[:2] for v in inputs.values() if _looks_like_sequence(v)}
+    return {
+        name: _guess(
+            value, sizes[0] if sizes else 0, sequence and (_looks_like_sequence(value) or value.shape in steps)
+        )
+        for name, value in inputs.items()
+    }
+
+
+def _looks_like_sequence(value: torch.Tensor) -> bool:
+    return value.ndim == 3 if value.is_floating_point() else value.ndim == 2
 
 
 def _guess(value: torch.Tensor, batch: int, sequence: bool) -> dict[int, str]:
@@ -24,9 +35,8 @@ def _guess(value: torch.Tensor, batch: int, sequence: bool) -> dict[int, str]:
         return {}
     if value.ndim > 2 and value.shape[0] != batch == value.shape[1]:
         return {1: "batch"}
-    looks_like_sequence = value.ndim == 3 if value.is_floating_point() else value.ndim == 2
     free = {0: "batch"} if value.shape[0] == batch or value.shape[0] != 1 else {}  # one row for a whole batch
-    return free | ({1: "time"} if sequence and looks_like_sequence else {})
+    return free | ({1: "time"} if sequence else {})
 
 
 def check_dynamic(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> dict[str, dict[int, str]]:
