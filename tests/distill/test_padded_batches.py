@@ -93,6 +93,15 @@ def test_an_output_is_compared_where_a_token_is():
     assert torch.equal(found, wanted)
 
 
+def test_logits_over_the_steps_themselves_leave_padded_ones_out():
+    kinds = Outputs(kinds={"start_logits": "softmax"}, told="")
+    own, theirs = torch.randn(1, 5), torch.randn(1, 5)
+    mask_BT = torch.tensor([[True, True, True, False, False]])
+    found = kinds.distance({"start_logits": own}, {"start_logits": theirs}, masks={"start_logits": mask_BT})
+    wanted = kinds.distance({"start_logits": own[:, :3]}, {"start_logits": theirs[:, :3]})
+    torch.testing.assert_close(found, wanted)
+
+
 def test_masks_are_told_apart_by_the_steps_that_they_are_of():
     ids = tokens(2, SHORT)
     captured = capture(models.bert(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})

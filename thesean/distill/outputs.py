@@ -83,7 +83,9 @@ class Outputs:
             if kind == "mse":
                 terms.append(_squared_distance(y, g, mask_BT))
                 continue
-            if mask_BT is not None:
+            if mask_BT is not None and kind == "softmax" and g.ndim == 2:  # over the steps, as where an answer begins
+                g = g.masked_fill(~mask_BT, -torch.inf)
+            elif mask_BT is not None:
                 y, g = y[mask_BT], g[mask_BT]
             by_kind = _softmax_distance if kind == "softmax" else _sigmoid_distance
             terms.append(by_kind(y, g, temperature))
