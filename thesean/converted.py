@@ -76,7 +76,7 @@ class Converted:
         stateful: Literal["auto", "yes", "no"] | bool = "auto",
         opset: int | None = None,
         tolerance: float | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         dump_graphs: str | Path | None = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.

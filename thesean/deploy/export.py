@@ -79,7 +79,7 @@ def export(
     opset: int | None = None,
     tolerance: float | None = None,
     train_length: int | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> ExportReport:
     """Export `graph_module` in eval mode, compare with it in onnxruntime, and only then let the file take its name.
 
@@ -97,7 +97,8 @@ def export(
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     path = Path(path)
-    dtypes = dtypes_for(graph_module, signature, _parse_dtype(dtype))
+    dtype = _parse_dtype(dtype)
+    dtypes = dtypes_for(graph_module, signature, dtype)
     signature = cast_signature(signature, dtypes)
     file_dtype = dtype or torch.float32
     tolerance = PARITY[file_dtype] if tolerance is None else tolerance
@@ -211,7 +212,9 @@ def _parse(stateful: Stateful) -> bool | None:
     return known[stateful]
 
 
-def _parse_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):  # "float16", as a report writes it
+        dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
     if dtype is not None and dtype not in PARITY:
         raise ExportError(
             f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
