@@ -87,7 +87,7 @@ def evaluate_all(
     last: fx.Node | None = None,
 ) -> dict[fx.Node, Any]:
     """The values of `given` and of all `nodes` up to `last`, as `evaluate` computes them."""
-    env = dict(given)
+    env = {node: _laid_out(value, values.get(node)) for node, value in given.items()}
     run = compute_wide if isinstance(values, Recorded) and values.wide else compute
 
     def look_up(node: fx.Node) -> Any:
@@ -100,3 +100,12 @@ def evaluate_all(
         if node is last:
             break
     return env
+
+
+def _laid_out(value: Any, recorded: Any) -> Any:
+    """The same numbers, strided as those that were recorded: a `view` that follows was traced on such."""
+    if not isinstance(value, torch.Tensor) or not isinstance(recorded, torch.Tensor):
+        return value
+    if value.shape != recorded.shape or value.stride() == recorded.stride():
+        return value
+    return torch.empty_like(recorded, dtype=value.dtype).copy_(value)
