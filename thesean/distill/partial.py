@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph.walk import Inputs, Walk, above, last_reads, value_of
+from thesean.passes.graph.nodes import above
+from thesean.passes.graph.walk import Inputs, Walk, last_reads, value_of
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.passes.plan.sites import ends_of

@@ -30,12 +30,16 @@ class Seen:
         self.masks: tuple[Padding, ...] = tuple(guide.meta.get("padding", ()))
         self.names: list[str] = [m.node for m in self.masks]
         self._named = {n.name: n for n in guide.graph.nodes} if self.masks else {}
+        self._masks_of: dict[str, list[Padding]] = {}  # what the graph decides once, not each step of training
 
     def of(self, node: str, values: Values) -> torch.Tensor | None:
         """mask_BT for a node of the guide whose first dimensions are those of a mask; None where every step is seen."""
         if not self.masks:
             return None
-        return self._shown([m for m in self.masks if self._same_steps(self._named[m.node], self._named[node])], values)
+        if node not in self._masks_of:
+            own = self._named[node]
+            self._masks_of[node] = [m for m in self.masks if self._same_steps(self._named[m.node], own)]
+        return self._shown(self._masks_of[node], values)
 
     def read_by(self, replacement: Replacement, values: Values) -> torch.Tensor | None:
         """mask_BT that a replacement is given in the hybrid; None where every step is seen."""

@@ -18,6 +18,7 @@ from torch import fx
 
 from thesean.passes.analyse.dataflow import DataFlow, is_size_only
 from thesean.passes.analyse.regions import Region
+from thesean.passes.graph.nodes import above
 from thesean.passes.graph.record import evaluate_all
 
 aten = torch.ops.aten
@@ -125,14 +126,14 @@ def _stream(node: fx.Node, flow: DataFlow, values: dict[fx.Node, Any], shape: to
     front = [node]
     seen = {node}
     while front:
-        for above in front.pop(0).all_input_nodes:
-            if above in seen or above in flow.side or above not in flow.dag:
+        for source in front.pop(0).all_input_nodes:
+            if source in seen or source in flow.side or source not in flow.dag:
                 continue
-            seen.add(above)
-            if _is_state(values[above], shape):
-                found.append(above)
+            seen.add(source)
+            if _is_state(values[source], shape):
+                found.append(source)
             else:
-                front.append(above)
+                front.append(source)
     return sorted(found, key=flow.order.__getitem__)
 
 
@@ -144,10 +145,10 @@ def _candidates(side: fx.Node, valued: set[fx.Node], values: dict[fx.Node, Any])
         value = values[node]
         if isinstance(value, torch.Tensor) and value.ndim == 2:
             yield node
-        for above in node.all_input_nodes:
-            if above in valued and above not in seen:
-                seen.add(above)
-                front.append(above)
+        for source in node.all_input_nodes:
+            if source in valued and source not in seen:
+                seen.add(source)
+                front.append(source)
 
 
 def _rule(
@@ -192,12 +193,7 @@ def _is_state(value: Any, shape: torch.Size) -> bool:
 
 def _between(starts: list[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
     """All nodes that `starts` reach on their way to `end`, in order."""
-    before, front = {end}, [end]
-    while front:
-        for above in front.pop().all_input_nodes:
-            if above not in before:
-                before.add(above)
-                front.append(above)
+    before = above([end])
     after = set(starts)
     for node in sorted(before, key=order.__getitem__):
         if any(i in after for i in node.all_input_nodes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -74,15 +74,15 @@ def calls_of(node: fx.Node) -> dict[str, str]:
     return {str(path): key.partition("@")[2] for key, (path, _) in stack.items()}
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """All nodes that a node is computed from."""
+def above(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Node]:
+    """`ends` and all that they are computed from, down to what is known."""
     found: set[fx.Node] = set()
-    front = [node]
+    front = list(ends)
     while front:
-        for above in front.pop().all_input_nodes:
-            if above not in found:
-                found.add(above)
-                front.append(above)
+        node = front.pop()
+        if node not in found and node not in known:
+            found.add(node)
+            front.extend(node.all_input_nodes)
     return found
 
 

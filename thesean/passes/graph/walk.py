@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from thesean.passes.graph.nodes import attribute, compute
+from thesean.passes.graph.nodes import above, attribute, compute
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -99,18 +99,6 @@ class Walk:
         fits = sum(self._bytes) + size <= self.budget
         self._bytes[number] = size if fits else 0
         self._held[number] = (at, env) if fits else (0, {})
-
-
-def above(ends: Iterable[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
-    """`ends` and all that they are computed from, down to what is known."""
-    found: set[fx.Node] = set()
-    front = list(ends)
-    while front:
-        node = front.pop()
-        if node not in found and node not in known:
-            found.add(node)
-            front.extend(node.all_input_nodes)
-    return found
 
 
 def last_reads(runs: Sequence[Sequence[fx.Node]], ends: Sequence[Sequence[fx.Node]]) -> list[list[list[fx.Node]]]:

@@ -21,7 +21,7 @@ from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of
 from thesean.passes.analyse.recurrence import recurrent_units
 from thesean.passes.analyse.regions import Region, join_of, same_shape
-from thesean.passes.graph.nodes import ancestors, named_dim
+from thesean.passes.graph.nodes import above, named_dim
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
@@ -142,7 +142,7 @@ class SiteFinder:
         read = padding_of(region, fitting)
         if read or not fitting:
             return read
-        before = ancestors(region.entry)
+        before = above([region.entry])
         return tuple([m for m in fitting if self.named[m.node] in before][-1:])
 
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
