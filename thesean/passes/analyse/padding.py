@@ -9,7 +9,7 @@ B batch, T time, S steps that are looked at
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,21 +92,23 @@ def find_padding(flow: DataFlow, values: dict[fx.Node, Any]) -> tuple[Padding, .
 
 def padding_of(region: Region, masks: Sequence[Padding]) -> tuple[Padding, ...]:
     """Those of `masks` that a region reads, and none of its own nodes is."""
-    named = {m.node: m for m in masks}
+    read = {n.name for n in values_read(region, {m.node for m in masks})}
+    return tuple(m for m in masks if m.node in read)
+
+
+def values_read(region: Region, stops: Container[str] = ()) -> list[fx.Node]:
+    """The nodes past its entry whose values flow into a region, none from behind those called as in `stops`."""
     inside = {*region.nodes, region.entry}
-    front = [i for n in region.nodes for i in n.all_input_nodes if i not in inside]
-    seen: set[fx.Node] = set()
-    read: dict[str, Padding] = {}
+    front = [i for n in region.nodes for i in n.all_input_nodes]
+    found: dict[fx.Node, None] = {}
     while front:
         node = front.pop()
-        if node in seen or node in inside:
+        if node in found or node in inside:
             continue
-        seen.add(node)
-        if node.name in named:
-            read[node.name] = named[node.name]
-        elif isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):  # sizes carry no values
-            front.extend(node.all_input_nodes)
-    return tuple(m for m in masks if m.node in read)
+        found[node] = None
+        if node.name not in stops and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
+            front.extend(node.all_input_nodes)  # sizes carry no values
+    return list(found)
 
 
 def _valued(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -18,7 +18,7 @@ from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
-from thesean.passes.analyse.padding import Padding, padding_of
+from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import recurrent_units
 from thesean.passes.analyse.regions import Region, join_of, same_shape
 from thesean.passes.graph.nodes import above, named_dim
@@ -215,19 +215,8 @@ def dropped_inputs(sites: Sequence[Site], reading: Sequence[Site] = ()) -> tuple
     """
     dropped: dict[str, None] = {}
     for site in sites:
-        inside = set(site.region.nodes) | {site.region.entry}
         read = {m.node for m in site.masks} if site in reading else set()
-        front = [i for n in site.region.nodes for i in n.all_input_nodes if i not in inside]
-        seen: set[fx.Node] = set()
-        while front:
-            node = front.pop()
-            if node in seen or node is site.region.entry or node.name in read:
-                continue
-            seen.add(node)
-            value = node.meta.get("val")
-            if node.op == "placeholder":
-                if isinstance(value, torch.Tensor):
-                    dropped[str(node.target)] = None
-            elif isinstance(value, (torch.Tensor, tuple, list)):  # sizes carry no values
-                front.extend(node.all_input_nodes)
+        for node in values_read(site.region, read):
+            if node.op == "placeholder" and node.name not in read and isinstance(node.meta.get("val"), torch.Tensor):
+                dropped[str(node.target)] = None
     return tuple(dropped)
