@@ -39,7 +39,23 @@ class Computed(nn.Module):
 class Aliases(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         steps = torch.diff(x_BTD, prepend=x_BTD[:, :1], dim=1)
-        return torch.where((steps > 0) & (x_BTD > 0), x_BTD.square(), steps).to(torch.float64).to(torch.float32)
+        kept = (steps > 0) & (x_BTD > 0) | (x_BTD < -1)
+        return torch.where(kept, x_BTD.square(), steps).to(torch.float64).to(torch.float32)
+
+
+class Expanded(nn.Module):
+    """To another's width, which is a number; new dimensions in front too."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        wide_1BTD = x_BTD[..., :1].expand_as(x_BTD[None])
+        return wide_1BTD[0] + x_BTD.mean((0, 1)).expand_as(torch.ones(3, 8)).sum(0)
+
+
+class ExpandedOverTime(nn.Module):
+    """To another's length, which has to be computed."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return x_BTD[:, :1].expand_as(x_BTD) + x_BTD
 
 
 class Normalised(nn.Module):
@@ -82,7 +98,15 @@ def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, b
 
 @pytest.mark.parametrize(
     ("module", "kept"),
-    [(Reshapes(), True), (Aliases(), True), (Normalised(), True), (Computed(), False), (Written(), False)],
+    [
+        (Reshapes(), True),
+        (Aliases(), True),
+        (Normalised(), True),
+        (Expanded(), True),
+        (Computed(), False),
+        (ExpandedOverTime(), False),
+        (Written(), False),
+    ],
 )
 def test_a_graph_without_a_second_trace_gives_torchs_numbers_at_every_size(module, kept, monkeypatch):
     proto, was_kept = exported(module, monkeypatch)

@@ -30,6 +30,7 @@ _DENSE = {"memory_format": torch.contiguous_format}
 # What torch decomposes to one other operator: that one, with which arguments
 _RENAMED: dict[Any, Callable[..., tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
     aten.__and__.Tensor: lambda a, b: (aten.bitwise_and.Tensor, (a, b), {}),
+    aten.__or__.Tensor: lambda a, b: (aten.bitwise_or.Tensor, (a, b), {}),
     aten.contiguous.default: lambda a, **_: (aten.clone.default, (a,), _DENSE),
     aten.mT.default: lambda a: (aten.transpose.int, (a, -2, -1), {}),
     aten.square.default: lambda a: (aten.pow.Tensor_Scalar, (a, 2), {}),
@@ -106,6 +107,8 @@ def _is_known(node: fx.Node) -> bool:
         return not node.args[5]  # not in training
     if node.target is aten.diff.default:
         return argument(node, 1, "n", 1) == 1 and node.meta["val"].dtype != torch.bool
+    if node.target is aten.expand_as.default:
+        return None not in _expanded(node)
     return node.target in _RESHAPES or node.target in _RENAMED
 
 
@@ -173,6 +176,18 @@ def _write_differences(node: fx.Node) -> None:
     node.target, node.args, node.kwargs = aten.sub.Tensor, (later, earlier), {}
 
 
+def _expanded(node: fx.Node) -> list[int | None]:
+    """The sizes for `expand`, -1 where the tensor has it already; None where it would have to be computed."""
+    assert isinstance(node.args[0], fx.Node)
+    have, want = node.args[0].meta["val"].shape, node.meta["val"].shape
+    own = [None] * (len(want) - len(have)) + [str(size) for size in have]
+    return [-1 if a == str(b) else b if isinstance(b, int) else None for a, b in zip(own, want, strict=True)]
+
+
+def _write_expansion(node: fx.Node) -> None:
+    node.target, node.args = aten.expand.default, (node.args[0], _expanded(node))
+
+
 def _before(node: fx.Node, target: Any, *args: Any, **settings: Any) -> fx.Node:
     """A new node before `node`, with the value that the exporter reads its type from."""
     with node.graph.inserting_before(node):
@@ -182,4 +197,8 @@ def _before(node: fx.Node, target: Any, *args: Any, **settings: Any) -> fx.Node:
     return new
 
 
-_WRITTEN_OUT = {aten.batch_norm.default: _write_normalisation, aten.diff.default: _write_differences}
+_WRITTEN_OUT = {
+    aten.batch_norm.default: _write_normalisation,
+    aten.diff.default: _write_differences,
+    aten.expand_as.default: _write_expansion,
+}

@@ -10,7 +10,6 @@ import copy
 import inspect
 import logging
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +31,7 @@ from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.dump import dump
+from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.modes import KeptBuffers, configured, evaluating
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
@@ -172,9 +172,10 @@ def _export(
         shapes: dict[str, Any] = {k: dict.fromkeys(free[k], Dim.DYNAMIC) for k in inputs}
         shapes.update(dict.fromkeys(constants))
         given = {**own_copies(inputs), **constants}
+        most = max((len(dims) for dims in free.values()), default=0)
         try:
             # with gradients, so that what the guide runs without them is a region of its own
-            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad(), _fake_tensors(free):
+            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad(), lean_trace(most):
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free
@@ -184,14 +185,6 @@ def _export(
     # the first failure may be a fixed length alone; the last one is what stands in the way at all
     assert failure is not None
     raise explained(failure, model, inputs, constants, tries[-1]) from failure
-
-
-def _fake_tensors(free: Dynamic) -> AbstractContextManager[Any]:
-    """Without torch's cache of fake results for sequences: with two free dimensions the lookup takes longer than the
-    operators do, a third of a GPT-2's capture in torch 2.13.
-    """
-    two = any(len(dims) > 1 for dims in free.values())
-    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False) if two else nullcontext()
 
 
 def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
