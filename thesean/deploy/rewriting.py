@@ -52,7 +52,7 @@ def _optimizer() -> tuple[Any, Any]:
 @cache  # the rules are made once a process
 def _begins(rule: Any) -> tuple[str, str] | None:
     """Domain and name of the operator at which a match begins; None where several can stand there."""
-    pattern = getattr(rule, "_target_pattern", None)
+    pattern: Any = getattr(rule, "_target_pattern", None)
     if not getattr(pattern, "has_single_output_node", False):
         return None
     found = pattern.output_node.op_identifier()
