@@ -1,6 +1,6 @@
 """The second half of `make demo`, under a minute: a convnet on 8 x 8 digits becomes a multilayer perceptron.
 
-    python -m examples.demo_digits [--out build/demo/digits]
+    python -m examples.demo_digits [--out build/demo/digits] [--steps 300]
 
 The guide is trained on the spot. Its residual blocks are replaced by flattening MLPs and compared with the same MLPs
 from scratch and with plain logit distillation, at equal steps.
@@ -150,10 +150,11 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/demo/digits"))
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the guide and of each network made of it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
-    demo(options.out, seed=options.seed)
+    demo(options.out, steps=options.steps, seed=options.seed)
 
 
 if __name__ == "__main__":

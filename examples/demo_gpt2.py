@@ -151,11 +151,14 @@ def main() -> None:
     parser.add_argument("--guide", default="committed", help="'committed', 'train', or a Hugging Face folder")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=2, help="one in so many held-out windows is judged")
     parser.add_argument("--repeats", type=int, default=20, help="turns of each latency; its median is told")
     options = parser.parse_args()
     torch.set_num_threads(1)  # on shared cores a second thread can cost ten times what it gains
     guide = load_guide(options.guide, options.out)
-    demo(guide, options.out, steps=options.steps, seed=options.seed, repeats=options.repeats)
+    demo(
+        guide, options.out, steps=options.steps, seed=options.seed, every=options.every, repeats=options.repeats
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

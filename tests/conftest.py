@@ -6,6 +6,9 @@ import os
 import torch
 from hypothesis import settings
 
+from tests.kept_captures import KeptCaptures
+from thesean import compiler
+
 torch.set_num_threads(1)
 
 # pytest hands a handler to each logger that does not propagate; with one torch writes down each step of its traces.
@@ -15,3 +18,5 @@ logging.getLogger("torch.__trace").propagate = True
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+compiler.capture = KeptCaptures(compiler.capture)
