@@ -12,9 +12,9 @@ import torch
 from torch import fx, nn
 
 from tests import models
+from tests.kept_captures import capture
 from tests.models import tokens, vectors
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
-from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import InputSpec, Signature

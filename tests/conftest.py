@@ -6,7 +6,7 @@ import os
 import torch
 from hypothesis import settings
 
-from tests.kept_captures import KeptCaptures
+from tests.kept_captures import capture
 from thesean import compiler
 
 torch.set_num_threads(1)
@@ -19,4 +19,4 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-compiler.capture = KeptCaptures(compiler.capture)
+compiler.capture = capture

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from thesean.passes.capture import capture as captures
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph import dump
 
-_LARGEST = 300_000  # parameters; a larger one is no test's usual guide, and takes long to compare
+_LARGEST = 30_000_000  # parameters: beyond, comparing and copying takes as long as a trace
 
 
 class _Described(pickle.Pickler):
@@ -80,3 +81,6 @@ def _bound(guide: nn.Module, captured: Captured, model: nn.Module) -> Captured:
 
 def _clones(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in inputs.items()}
+
+
+capture = KeptCaptures(captures.capture)  # one memory for all tests of a process

@@ -14,9 +14,9 @@ from torch import nn
 
 import thesean
 from tests import models
+from tests.kept_captures import capture
 from tests.models import same_state, state_of, tokens, vectors
 from thesean.errors import ExportError
-from thesean.passes.capture.capture import capture
 from thesean.passes.plan.make_plan import make_plan
 
 BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64

@@ -13,10 +13,10 @@ from torch import nn
 
 import thesean
 from tests import models
+from tests.kept_captures import capture
 from tests.models import tokens
 from thesean.distill.outputs import Outputs
 from thesean.distill.seen import Seen
-from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 

@@ -12,11 +12,11 @@ from torch import nn
 from tests import captured, models
 from tests.distill import reference
 from tests.distill.tools import batches_of, drafted
+from tests.kept_captures import capture
 from tests.models import vectors
 from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.partial import Partials, stand_apart
 from thesean.distill.stages import with_state
-from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph import walk as walking
 from thesean.passes.plan.hybrid import Hybrid

@@ -20,13 +20,12 @@ from torch.export import Dim
 
 from tests.targets.build import tensors
 from tests.targets.contract import stateful_modules
-from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.lowering import forms
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.lowered import form_of, operations
-from thesean.deploy.lowering.to_onnx import to_onnx
-from thesean.deploy.torchlib import table_kept
+from thesean.deploy.lowering.to_onnx import quick_exporter, to_onnx
 from thesean.errors import ExportError
+from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.signature import InputSpec
 from thesean.targets import PartFacts, Target, TargetModule, build_module
 from thesean.targets.shared.core import Core
@@ -44,7 +43,7 @@ D = Dim.DYNAMIC
 def export(module: nn.Module, args: tuple[torch.Tensor, ...], shapes: Any, opset: int = 18) -> Any:
     lowered = lower_cells(module, opset=opset)
     settings: dict[str, Any] = dict(dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False)
-    with table_kept(), decomposed_where_needed():
+    with quick_exporter(), lean_trace(2):
         program = torch.onnx.export(lowered, args, **settings)
     assert program is not None
     found = next(o.version for o in program.model_proto.opset_import if o.domain == "")
