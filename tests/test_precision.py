@@ -81,8 +81,15 @@ CASES = {
     "mixed": Case(lambda: models.seeded(Mixed), lambda seed: vectors(4, 10, 8, seed=seed), "gru"),
     "mlp": Case(lambda: models.gpt2(1), lambda seed: {"input_ids": tokens(seed=seed)}, "narrow"),
 }
-WITH_PLANS = [("gpt2", FP16), ("llama", BF16), ("bert", BF16), ("gru", FP64), ("mixed", BF16), ("mlp", BF16)]
-CONVERTED = [("gpt2", FP16), ("llama", BF16), ("convnet", BF16), ("gru", FP64), ("mixed", BF16)]
+SOON = {"gpt2", "gru", "mixed"}  # half, double and mixed precision while one works
+
+
+def cases(*pairs: tuple[str, torch.dtype]) -> list[Any]:
+    return [pytest.param(*p, marks=() if p[0] in SOON else pytest.mark.thorough) for p in pairs]
+
+
+WITH_PLANS = cases(("gpt2", FP16), ("llama", BF16), ("bert", BF16), ("gru", FP64), ("mixed", BF16), ("mlp", BF16))
+CONVERTED = cases(("gpt2", FP16), ("llama", BF16), ("convnet", BF16), ("gru", FP64), ("mixed", BF16))
 
 
 def data_of(name: str, dtype: torch.dtype, count: int = 4) -> list[Any]:
@@ -166,7 +173,7 @@ def _leaves(output: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "dtype", "stateful"),
     [
-        ("llama", BF16, True),
+        pytest.param("llama", BF16, True, marks=pytest.mark.thorough),
         ("gru", FP64, True),
         ("mixed", BF16, True),
         pytest.param("gpt2", FP16, True, marks=pytest.mark.thorough),
@@ -198,7 +205,7 @@ def test_a_file_in_a_precision_that_onnxruntime_has_no_kernels_of_is_refused(tmp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama", BF16), ("gru", FP16)])
+@pytest.mark.parametrize(("name", "dtype"), cases(("llama", BF16), ("gru", FP16)))
 def test_steps_bring_a_half_precision_hybrid_nearer_to_its_guide(name, dtype):
     guide = CASES[name].guide().to(dtype)
     before = state_of(guide)

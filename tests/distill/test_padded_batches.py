@@ -54,8 +54,14 @@ CLOSED = {"steps": 0, "alignment": {"schedule": "none"}}
 
 @pytest.mark.parametrize(
     "target",
-    ["linear-attention", "gru", "reservoir", "narrow", "narrow-heads", thesean.Target("mingru", scope="part")],
-    ids=str,
+    [
+        "gru",
+        "narrow",
+        *(
+            pytest.param(t, marks=pytest.mark.thorough, id=str(t))
+            for t in ("linear-attention", "reservoir", "narrow-heads", thesean.Target("mingru", scope="part"))
+        ),
+    ],
 )
 def test_the_closed_form_on_padded_sentences_is_that_on_the_sentences(target):
     alone, padded = (convert(batches(p), target, **CLOSED) for p in (False, True))
@@ -64,7 +70,7 @@ def test_the_closed_form_on_padded_sentences_is_that_on_the_sentences(target):
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", ["independent", "progressive"])
+@pytest.mark.parametrize("schedule", [pytest.param("independent", marks=pytest.mark.thorough), "progressive"])
 def test_what_stands_at_padded_steps_changes_no_step_of_training(schedule):
     recipe: dict[str, Any] = {"steps": 12, "alignment": {"schedule": schedule, "share": 0.5, "check_every": 2}}
     first, second = (convert(batches(True, noise), "gru", **recipe) for noise in (0, 50))
