@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests import models
-from tests.kept_captures import KeptCaptures
+from tests.kept_captures import KeptCaptures, described
 from tests.models import tokens, vectors
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.text import text
@@ -41,18 +41,29 @@ def test_an_equal_guide_is_not_traced_again_and_its_graph_has_its_own_weights(ke
         torch.testing.assert_close(captures(models.resnet(), vectors(3, 1, 8, 8)).graph_module(x), first(x))
 
 
-def test_a_guide_that_differs_in_anything_is_traced(kept):
-    captures, traced = kept
+def test_what_differs_in_anything_is_told_apart():
     other, flagged, set_up = models.gpt2(1), models.gpt2(1), models.gpt2(1)
     with torch.no_grad():
         next(other.parameters())[0, 0] += 1e-6
     flagged.transformer.drop.train()
     set_up.config.use_cache = not set_up.config.use_cache
-    for guide in (models.gpt2(1), other, flagged, set_up):
-        captures(guide, tokens())
-    captures(models.gpt2(1), tokens(seed=1))
-    captures(models.gpt2(1), tokens(), {"input_ids": {0: "batch"}})
-    assert len(traced) == 6
+    seen = [described(guide, tokens(), None) for guide in (models.gpt2(1), other, flagged, set_up)]
+    seen.append(described(models.gpt2(1), tokens(seed=1), None))
+    seen.append(described(models.gpt2(1), tokens(), {"input_ids": {0: "batch"}}))
+    assert None not in seen
+    assert len(set(seen)) == 6
+    assert described(models.gpt2(1), tokens(), None) == seen[0]
+
+
+def test_another_guide_is_traced_and_so_are_other_inputs(kept):
+    captures, traced = kept
+    first, second = models.mlp(), models.mlp()
+    with torch.no_grad():
+        next(second.parameters())[0, 0] += 1e-6
+    for guide in (first, second, first):
+        captures(guide, vectors(3, 8))
+    captures(first, vectors(3, 8, seed=1))
+    assert traced == [first, second, first]
 
 
 def test_what_is_no_plain_module_is_traced(kept):
