@@ -78,6 +78,7 @@ def test_what_stands_at_padded_steps_changes_no_step_of_training(schedule):
     assert first.report.converted["divergence"] == pytest.approx(second.report.converted["divergence"], rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_candidates_of_auto_are_probed_without_padded_steps():
     plans = [
         thesean.plan(

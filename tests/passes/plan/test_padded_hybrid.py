@@ -75,6 +75,7 @@ def test_lengths_are_a_mask_of_the_part_that_reads_a_product_with_zeros_too(targ
     torch.testing.assert_close(padded[1:], hybrid.graph_module(x[1:], lengths[1:]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_mask_of_another_sequence_is_none():
     """A decoder's cross attention reads the encoder's mask: not of the steps that its replacement runs over."""
     pytest.importorskip("transformers")
