@@ -22,21 +22,21 @@ def window_attention(
     key_BSGC: torch.Tensor,
     value_BSGk: torch.Tensor,
     older_BTHk: torch.Tensor,
-    gate_H: torch.Tensor,
+    gate: torch.Tensor,
 ) -> torch.Tensor:
     """y_t = (sum_s exp(q_t.k_s) v_s + exp(gate) o_t) / the same of the weights, s over t-W+1..t -> mean_BTHK.
 
     The keys and values of the W tokens before the first query come in front: query t's own are in row W + t, and the
     window is W = S - T. The values' last column is 1 for a token and 0 in a row that holds none; that of `older_BTHk`
-    is the sum of the older tokens' weights, its other columns the sum of their weighted values. Each of the G heads of
-    keys serves H / G heads of queries in a row. exp() is taken below the largest exponent, of window and older tokens
-    alike, so that no score overflows or vanishes (the sum of Zhang et al. 2024, LoLCATs, eq. 6, with all of it below
-    one maximum). Linear in T, in time and memory; half precision is computed in float32. Raises ValueError for shapes
-    that do not fit.
+    is the sum of the older tokens' weights, its other columns the sum of their weighted values. `gate` is a head's (H),
+    or a query's in a head (B, T, H). Each of the G heads of keys serves H / G heads of queries in a row. exp() is taken
+    below the largest exponent, of window and older tokens alike, so that no score overflows or vanishes (the sum of
+    Zhang et al. 2024, LoLCATs, eq. 6, with all of it below one maximum). Linear in T, in time and memory; half
+    precision is computed in float32. Raises ValueError for shapes that do not fit.
     """
-    _check(query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H)
+    _check(query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate)
     dtype = value_BSGk.dtype
-    query, key, value, older, gate = widen(query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H)
+    query, key, value, older, gate = widen(query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate)
     with full_precision(query.device):
         sums_BTHk, peak_BTH = _banded(query, key, value)
         # -inf where there is nothing older. Constants in the backward: they cancel in the quotient.
@@ -51,18 +51,19 @@ def window_attention_reference(
     key_BSGC: torch.Tensor,
     value_BSGk: torch.Tensor,
     older_BTHk: torch.Tensor,
-    gate_H: torch.Tensor,
+    gate: torch.Tensor,
 ) -> torch.Tensor:
     """What `window_attention` must equal: the formula as it is written, one token at a time; it may overflow."""
     window = key_BSGC.shape[1] - query_BTHC.shape[1]
     repeats = query_BTHC.shape[2] // key_BSGC.shape[2]
     key_BSHC, value_BSHk = (x.repeat_interleave(repeats, 2) for x in (key_BSGC, value_BSGk))
     means = []
+    gate_BTH = gate.expand(older_BTHk.shape[:3])
     for t, query_BHC in enumerate(query_BTHC.unbind(1)):
         rows = slice(t + 1, t + 1 + window)
         weights_BHW = torch.einsum("bhc,bwhc->bhw", query_BHC, key_BSHC[:, rows]).exp()
         sums_BHk = torch.einsum("bhw,bwhk->bhk", weights_BHW * (value_BSHk[:, rows, :, -1] > 0).mT, value_BSHk[:, rows])
-        sums_BHk = sums_BHk + gate_H.exp().unsqueeze(-1) * older_BTHk[:, t]
+        sums_BHk = sums_BHk + gate_BTH[:, t].exp().unsqueeze(-1) * older_BTHk[:, t]
         means.append(sums_BHk[..., :-1] / sums_BHk[..., -1:])
     return torch.stack(means, 1)
 
@@ -103,11 +104,13 @@ def _check(
     fits = query.ndim == key.ndim == value.ndim == older.ndim == 4 and key.shape[:3] == value.shape[:3]
     if fits:
         fits = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3] and query.shape[2] % key.shape[2] == 0
-        fits = fits and key.shape[1] > query.shape[1] and gate.shape == query.shape[2:3]
+        fits = fits and key.shape[1] > query.shape[1]
+        fits = fits and gate.shape in (query.shape[2:3], query.shape[:3])
         fits = fits and older.shape == (*query.shape[:3], value.shape[3])
     if not fits:
         raise ValueError(
             "window_attention: expected query (B, T, H, C), key (B, W + T, G, C) and value (B, W + T, G, k) with G a "
-            f"divisor of H and W >= 1, older (B, T, H, k) and gate (H), found query {tuple(query.shape)}, key "
-            f"{tuple(key.shape)}, value {tuple(value.shape)}, older {tuple(older.shape)}, gate {tuple(gate.shape)}."
+            f"divisor of H and W >= 1, older (B, T, H, k) and gate (H) or (B, T, H), found query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)}, value "
+            f"{tuple(value.shape)}, older {tuple(older.shape)}, gate {tuple(gate.shape)}."
         )

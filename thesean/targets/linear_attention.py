@@ -6,7 +6,7 @@ its own start and no state is needed. The linear part meets them as they were: s
 function of the distance, and with or without it is the same within 0.002 nats.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
-C width of a head's query and key, F = 2C features, K width of a value, k = K + 1, W tokens in the window
+C width of a head's query and key, F = 2C features, K width of a value, k = K + 1, W tokens in the window, N sinks
 """
 
 from __future__ import annotations
@@ -25,11 +25,21 @@ from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
-from thesean.targets.shared.heads import MEMORY, SHARPNESS, LinearAttentionOptions, check, head_shape, start_of
+from thesean.targets.shared.heads import (
+    MEMORY,
+    SHARPNESS,
+    LinearAttentionOptions,
+    check,
+    head_shape,
+    sinks_of,
+    start_of,
+    window_of,
+)
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, sequence_frame, small_linear
+from thesean.targets.shared.sinks import First
 from thesean.targets.shared.steps import Steps, hide
 from thesean.targets.shared.window import Window
 
@@ -50,9 +60,9 @@ class LinearAttention(SequenceTarget):
     x_BTD, state_BGFk -> (y_BTD, state_BGFk). Bidirectional: s over all tokens, no decay, no state.
 
     With a window, w_ts = exp(scale q_t.k_s), as in the guide and turned as there by `rotation`, rows of (feature,
-    feature, radians a step), for the last W tokens, t's own included; a token enters
-    the linear state when it leaves the window, and decays from then on. The state is then (state_BGFk, key_BWGC,
-    value_BWGk).
+    feature, radians a step), for the last W tokens, t's own included; of those that leave it the first `sinks` are kept
+    the same way, and any other enters the linear state and decays from then on. The state is then (state_BGFk,
+    key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
     """
 
     family = "linear-attention"
@@ -67,6 +77,7 @@ class LinearAttention(SequenceTarget):
         value_width: int,
         kv_heads: int | None = None,
         window: int | None = None,
+        sinks: int = 0,
         scale: float | None = None,
         memory: tuple[float, float] = MEMORY,
         sharpness: float = SHARPNESS,
@@ -94,7 +105,7 @@ class LinearAttention(SequenceTarget):
         self.window = None
         if window is not None:
             rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-            self.window = Window(size=window, heads=heads, scale=self.scale, rotate=rotate)
+            self.window = Window(size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks)
         self.last = small_linear(heads * value_width, self.width_out)
         self.reset_projections()
 
@@ -111,16 +122,15 @@ class LinearAttention(SequenceTarget):
             self.decay.bias.copy_(decay_bias(tokens_G))
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "window": None if self.window is None else self.window.size}
+        window = self.window
+        sinks = 0 if window is None or window.sinks is None else window.sinks.size
+        return {**super().config(), "window": None if window is None else window.size, "sinks": sinks}
 
     def initial_state(self, x: torch.Tensor) -> State:
         linear = x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1)
         if self.window is None:
             return linear
-        buffers = (
-            x.new_zeros(x.shape[0], self.window.size, self.kv_heads, n) for n in (self.key_width, self.value_width + 1)
-        )
-        return linear, *buffers
+        return linear, *self.window.initial_state(x, self.kv_heads, (self.key_width, self.value_width + 1))
 
     def phi(self, x_BTD: torch.Tensor, linear: nn.Linear, map_HCC: torch.Tensor) -> torch.Tensor:
         """softmax([Wx, -Wx]) per head, (B, T, H, F)."""
@@ -174,26 +184,39 @@ class LinearAttention(SequenceTarget):
         projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         log_decay_BTG: torch.Tensor,
         window: Window,
-        state: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        state: tuple[torch.Tensor, ...],
         steps: Steps | None,
     ) -> tuple[torch.Tensor, State]:
         query_BTHC, key_BTGC, value_BTGk = projected
-        linear, past_key, past_value = state
+        linear, past_key, past_value, *first = state
         key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC, steps)
         value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk, steps)
-        older_BTHk, linear = self._older(query_BTHC, left_key, hide(left_value, steps), log_decay_BTG, linear)
-        return window(query_BTHC, key_BSGC, value_BSGk, older_BTHk), (linear, past_key, past_value)
+        older_BTHk, linear, sinks = self._older(
+            query_BTHC, left_key, hide(left_value, steps), log_decay_BTG, (linear, *first)
+        )
+        mean_BTHK = window(query_BTHC, key_BSGC, value_BSGk, older_BTHk, sinks)
+        return mean_BTHK, (linear, past_key, past_value, *(sinks[:2] if sinks is not None else ()))
 
     def _older(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor, state: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the tokens that left the window add up to for each query, and the state with them.
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_decay: torch.Tensor,
+        state: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, First | None]:
+        """What the tokens that left the window add up to for each query, the state with them, and the sinks.
 
         Where no token left yet, the values and their column of ones are zero, so that the features of no key count.
         """
+        linear, *past = state
+        sinks = None
+        if self.window is not None and self.window.sinks is not None:
+            first_key, first_value = past
+            sinks, value = self.window.sinks.take(first_key, first_value, key, value)
         query_BTHF, key_BTGF = _features(query, self.map_query_HCC), _features(key, self.map_key_GCC)
-        older_BTHk, state = self.core(query_BTHF, key_BTGF, value, log_decay, state)
-        return older_BTHk, state
+        older_BTHk, linear = self.core(query_BTHF, key_BTGF, value, log_decay, linear)
+        return older_BTHk, linear, sinks
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
@@ -222,19 +245,19 @@ class LinearAttention(SequenceTarget):
         """Balance the window and what is older, head by head, as softmax attention over the example would."""
         if self.window is None:
             return
-        shares = []
+        looked = []
         for x_BTD, _ in examples:
             x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
             if x_BTD.shape[1] <= self.window.size:
                 continue
             query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD)
-            linear, no_key, no_value = self.initial_state(x_BTD)
+            linear, no_key, no_value, *first = self.initial_state(x_BTD)
             _, left_key, _ = self.window.slide(no_key, key_BTGC)
             _, left_value, _ = self.window.slide(no_value, value_BTGk)
             log_decay_BTG = self._log_decay(x_BTD)
-            older_BTHk, _ = self._older(query_BTHC, left_key, left_value, log_decay_BTG, linear)
-            shares.append(self.window.shares(query_BTHC, key_BTGC, older_BTHk))
-        self.window.balance(shares)
+            older_BTHk, _, sinks = self._older(query_BTHC, left_key, left_value, log_decay_BTG, (linear, *first))
+            looked.append(self.window.look((query_BTHC, key_BTGC, value_BTGk), older_BTHk, sinks))
+        self.window.balance(looked)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         linears = (self.query, self.key, self.value, self.last, *((self.decay,) if self.decay is not None else ()))
@@ -243,7 +266,8 @@ class LinearAttention(SequenceTarget):
         work = weights + (self.kv_heads + self.heads) * state  # k v^T into the state, q out of it
         if self.window is not None:
             work += self.map_query_HCC.numel() + self.map_key_GCC.numel()
-            work += self.heads * self.window.size * (self.key_width + self.value_width + 1)
+            near = self.window.size + (0 if self.window.sinks is None else self.window.sinks.size)
+            work += self.heads * near * (self.key_width + self.value_width + 1)
         return 2 * part.rows(sizes) * work
 
 
@@ -257,10 +281,11 @@ def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
 
 
 def build(part: PartFacts, options: LinearAttentionOptions) -> LinearAttention:
-    memory, sharpness = start_of(options)
+    memory, sharpness = start_of(part, options)
     return LinearAttention(
         **head_shape(part, options)._asdict(),
-        window=options.window,
+        window=window_of(part, options),
+        sinks=sinks_of(part, options),
         memory=memory,
         sharpness=sharpness,
         **sequence_frame(part, options),

@@ -23,12 +23,18 @@ SHARPNESS = 1.5
 WINDOW_MEMORY = (90.0, 1100.0)
 WINDOW_SHARPNESS = 2.0
 
+# A guide that turns queries and keys knows distances by nothing else: without a window all of that is lost, 3.3 nats
+# where the guide has 1.5 (benchmarks/results/rotary.json).
+WINDOW = 64
+SINKS = 4
+
 
 class LinearAttentionOptions(SequenceOptions):
     """Width rule: heads, groups and widths of the guide's attention. Without one, or with options, `heads` heads that
     share `width` features; heads default to one per 32 of the part's width, and width to the part's.
 
-    Defaults of `memory` and `sharpness`: 1/3 to 64 tokens and 1.5; beside a window 90 to 1100 tokens past it and 2.
+    Defaults: a window of 64 tokens and 4 sinks where the guide turns queries and keys (rotary positions), no window
+    elsewhere; `memory` and `sharpness` 1/3 to 64 tokens and 1.5, beside a window 90 to 1100 tokens past it and 2.
     """
 
     heads: int | None = Field(default=None, gt=0)
@@ -36,7 +42,12 @@ class LinearAttentionOptions(SequenceOptions):
         default=None, gt=0, description="states and heads of keys and values; the guide's, or as many as heads"
     )
     width: int | None = Field(default=None, gt=0)
-    window: int | None = Field(default=None, gt=0, description="last tokens that keep the guide's softmax attention")
+    window: int | None = Field(
+        default=None, ge=0, description="last tokens that keep the guide's softmax attention; 0: none"
+    )
+    sinks: int | None = Field(
+        default=None, ge=0, description="first tokens that keep it too, beside a window; 4 unless told"
+    )
     memory: tuple[PositiveFloat, PositiveFloat] | None = Field(
         default=None, description="tokens that the first and last head remember"
     )
@@ -57,7 +68,7 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
     facts = part.attention
     if facts is not None and not _asked(options):
         key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
-        turned = facts.rotation.rows() if facts.rotation is not None and options.window is not None else None
+        turned = facts.rotation.rows() if facts.rotation is not None and window_of(part, options) else None
         kv_heads = options.kv_heads or facts.kv_heads
         return HeadShape(facts.heads, kv_heads, key_width, value_width, facts.scale, turned, facts.norm_eps)
     width = options.width or part.features_width
@@ -66,9 +77,23 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
     return HeadShape(heads, options.kv_heads or heads, each, each, max(each, 1) ** -0.5)
 
 
-def start_of(options: LinearAttentionOptions) -> tuple[tuple[float, float], float]:
+def window_of(part: PartFacts, options: LinearAttentionOptions) -> int | None:
+    """Tokens in the window; None for no window."""
+    if options.window is not None:
+        return options.window or None
+    turned = part.attention is not None and part.attention.rotation is not None
+    return WINDOW if turned and not _asked(options) and not reads_both_ways(part, options) else None
+
+
+def sinks_of(part: PartFacts, options: LinearAttentionOptions) -> int:
+    if window_of(part, options) is None:
+        return 0
+    return SINKS if options.sinks is None else options.sinks
+
+
+def start_of(part: PartFacts, options: LinearAttentionOptions) -> tuple[tuple[float, float], float]:
     """memory and sharpness."""
-    beside = options.window is not None
+    beside = window_of(part, options) is not None
     memory = options.memory or (WINDOW_MEMORY if beside else MEMORY)
     return memory, options.sharpness or (WINDOW_SHARPNESS if beside else SHARPNESS)
 
@@ -84,12 +109,19 @@ def default_heads(width: int) -> int:
 def check(part: PartFacts, options: LinearAttentionOptions) -> None:
     """Raises TargetMismatchError for a part, or for options, that linear attention can't be built for."""
     check_sequence("linear-attention", part)
-    if options.window is not None and reads_both_ways(part, options):
+    if options.window and reads_both_ways(part, options):
         raise part.mismatch(
             "linear-attention",
             found=f"window={options.window} for a part that reads both ways",
             expected="a causal part for a window, which holds the last tokens and passes the older ones on to a state",
             advice="Leave window= out, as bidirectional linear attention reads all tokens alike; or set causal=True.",
+        )
+    if options.sinks and window_of(part, options) is None:
+        raise part.mismatch(
+            "linear-attention",
+            found=f"sinks={options.sinks} without a window",
+            expected="a window beside them, as sinks are tokens that have left one",
+            advice="Set window=64, or leave sinks= out.",
         )
     width = options.width or part.features_width
     heads, kv_heads, *_ = head_shape(part, options)

@@ -76,7 +76,10 @@ class Rotate(nn.Module):
 
     def turn(self, x_BSHC: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], start: int = 0) -> torch.Tensor:
         """`start`: the row of the tables that the first step is at."""
-        cos_S1C, sin_S1C = (t[start : start + x_BSHC.shape[1]] for t in tables)
+        return self.turn_by(x_BSHC, *(t[start : start + x_BSHC.shape[1]] for t in tables))
+
+    def turn_by(self, x_BSHC: torch.Tensor, cos_S1C: torch.Tensor, sin_S1C: torch.Tensor) -> torch.Tensor:
+        """By rows of the tables: one for each step, or one for all of them."""
         turned = x_BSHC * cos_S1C + x_BSHC.index_select(-1, self.partner_C) * sin_S1C
         return turned.to(x_BSHC.dtype)
 

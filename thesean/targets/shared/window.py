@@ -1,41 +1,60 @@
-"""What a linear attention adds to keep the guide's softmax over the last W tokens.
+"""What a linear attention adds to keep the guide's softmax over the last W tokens, and the first few.
 
 B batch, T time, S = W + T, H heads of queries, G heads of keys and values, C width of queries and keys, k = K + 1
-columns of the values, the last of ones, M queries that are looked at
+columns of the values, the last of ones, N sinks, M queries that are looked at
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
+from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.rotation import Rotate
+from thesean.targets.shared.sinks import First, Sinks, add_sinks
 from thesean.targets.shared.steps import Steps, last
 
 # Queries of one sequence that the balance is chosen on, spread evenly: all would take memory quadratic in time.
 _QUERIES = 128
 
-# Where the two shares are made equal. e^24 is far beyond what any score of a trained attention makes up for.
-_LARGEST_GATE = 24.0
-_HALVINGS = 40
+# The gates that are tried. e^24 is far beyond what any score of a trained attention makes up for.
+_LARGEST_GATE, _GATES = 24.0, 97
+
+
+class Looked(NamedTuple):
+    """What some queries of a batch see: softmax over everything, and what the window and the older tokens come to."""
+
+    wanted_HMK: torch.Tensor
+    near_HMK: torch.Tensor
+    older_HMK: torch.Tensor
+    odds_HM: torch.Tensor  # log-odds of the older tokens at a gate of 0; the gate adds to them
 
 
 class Window(nn.Module):
-    """y_t = (sum over the window of exp(scale q_t.k_s) v_s + exp(gate) o_t) / the same of the weights.
+    """y_t = (sum over the window and the sinks of exp(scale q_t.k_s) v_s + exp(gate) o_t) / the same of the weights.
 
-    o_t is what a linear attention over the tokens older than the window adds up to. `gate_H` is learnt; `balance` sets
-    it to where those tokens weigh as much, on average, as in softmax attention over everything. Its state is the keys
-    and values of the last W tokens, (B, W, G, C) and (B, W, G, k); a row whose last value is 0 holds no token.
+    o_t is what a linear attention over all other tokens adds up to. `gate_H` is learnt; `balance` sets it to where the
+    mean is nearest to softmax attention over everything. Its state is the keys and values of the last W tokens,
+    (B, W, G, C) and (B, W, G, k), and those of the sinks; a row whose last value is 0 holds no token.
     """
 
-    def __init__(self, *, size: int, heads: int, scale: float, rotate: Rotate | None = None) -> None:
+    def __init__(self, *, size: int, heads: int, scale: float, rotate: Rotate | None = None, sinks: int = 0) -> None:
         super().__init__()
         self.rotate = rotate
         self.size = size
         self.scale = float(scale)
         self.gate_H = nn.Parameter(torch.zeros(heads))
         self.core = Core("window_attention")
+        self.sinks = Sinks(size=sinks, window=size, rotate=rotate) if sinks else None
+
+    def initial_state(self, x_BTD: torch.Tensor, groups: int, widths: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Of keys and values, each of its width: those of the window, and those of the sinks where there are any."""
+        sizes = (self.size, *((self.sinks.size,) if self.sinks is not None else ()))
+        return tuple(x_BTD.new_zeros(x_BTD.shape[0], size, groups, width) for size in sizes for width in widths)
 
     def slide(
         self, past_BWGX: torch.Tensor, new_BTGX: torch.Tensor, steps: Steps | None = None
@@ -45,52 +64,83 @@ class Window(nn.Module):
         return all_BSGX, all_BSGX[:, : -self.size], last(all_BSGX, self.size, steps)
 
     def forward(
-        self, query_BTHC: torch.Tensor, key_BSGC: torch.Tensor, value_BSGk: torch.Tensor, older_BTHk: torch.Tensor
+        self,
+        query_BTHC: torch.Tensor,
+        key_BSGC: torch.Tensor,
+        value_BSGk: torch.Tensor,
+        older_BTHk: torch.Tensor,
+        first: First | None = None,
     ) -> torch.Tensor:
+        gate: torch.Tensor = self.gate_H
+        if first is not None:
+            scores_BTHN, value_BNGk = self._of_sinks(query_BTHC, first)
+            older_BTHk, gate = add_sinks(scores_BTHN, value_BNGk, older_BTHk, gate)
         if self.rotate is not None:
             tables = self.rotate.tables(key_BSGC.shape[1], key_BSGC)
             query_BTHC = self.rotate.turn(query_BTHC, tables, self.size)
             key_BSGC = self.rotate.turn(key_BSGC, tables)
-        return self.core(self.scale * query_BTHC, key_BSGC, value_BSGk, older_BTHk, self.gate_H)
+        mean_BTHK: torch.Tensor = self.core(self.scale * query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate)
+        return mean_BTHK
+
+    def _of_sinks(self, query_BTHC: torch.Tensor, first: First) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and values, in the precision that the kernel computes in."""
+        assert self.sinks is not None
+        query, key, value = (wide(x) for x in (query_BTHC, first.key_BNGC, first.value_BNGk))
+        return self.sinks.scores(self.scale * query, key, first.count_BT), value
 
     @torch.no_grad()
-    def balance(self, shares: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Choose the gate from what `shares` gave, one pair an example; without a token past the window, leave it."""
-        wanted_HM, offset_HM = (torch.cat(rows, 1) for rows in zip(*shares, strict=True)) if shares else (None, None)
-        if wanted_HM is None or offset_HM is None or not wanted_HM.shape[1]:
-            return
-        wanted_H = wanted_HM.mean(1)
-        low_H, high_H = (torch.full_like(wanted_H, sign * _LARGEST_GATE) for sign in (-1, 1))
-        for _ in range(_HALVINGS):  # the share grows with the gate
-            middle_H = (low_H + high_H) / 2
-            below_H = (offset_HM + middle_H.unsqueeze(1)).sigmoid().mean(1) < wanted_H
-            low_H, high_H = torch.where(below_H, middle_H, low_H), torch.where(below_H, high_H, middle_H)
-        self.gate_H.copy_((low_H + high_H) / 2)
+    def balance(self, looked: Sequence[Looked]) -> None:
+        """Choose each head's gate by its error; without a token past the window, leave it.
 
-    @torch.no_grad()
-    def shares(
-        self, query_BTHC: torch.Tensor, key_BTGC: torch.Tensor, older_BTHk: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of queries past the window: the older tokens' share of a softmax over all, and the log-odds of theirs here.
-
-        Both (H, M). The odds are those of a gate of 0: the gate adds to them. Whole sequences, without a state.
+        The least gate leaves the older tokens out: a head that they don't bring nearer keeps window and sinks alone.
         """
+        looked = [each for each in looked if each.odds_HM.shape[1]]
+        if not looked:
+            return
+        gates = torch.linspace(-_LARGEST_GATE, _LARGEST_GATE, _GATES)
+        errors_NH = torch.stack([torch.stack([_error(each, float(g)) for each in looked]).sum(0) for g in gates])
+        self.gate_H.copy_(gates.to(self.gate_H)[errors_NH.argmin(0)])
+
+    @torch.no_grad()
+    def look(
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        older_BTHk: torch.Tensor,
+        first: First | None = None,
+    ) -> Looked:
+        """Queries past the window of whole sequences, without a state."""
+        query_BTHC, key_BTGC, value_BTGk = (wide(x) for x in projected)
+        older_BTHk = wide(older_BTHk)
         time = query_BTHC.shape[1]
+        rows_M = torch.arange(self.size, time, max(1, (time - self.size) // _QUERIES), device=query_BTHC.device)
+        sinks = (None, None) if first is None else self._of_sinks(query_BTHC, first)
         if self.rotate is not None:
             query_BTHC, key_BTGC = self.rotate(query_BTHC), self.rotate(key_BTGC)
-        rows_M = torch.arange(self.size, time, max(1, (time - self.size) // _QUERIES), device=query_BTHC.device)
-        groups = key_BTGC.shape[2]
-        wanted, offsets = [], []
-        for query_THC, key_TGC, older_THk in zip(query_BTHC, key_BTGC, older_BTHk, strict=True):
-            query_GRMC = query_THC[rows_M].unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
-            scores_HMT = (self.scale * query_GRMC @ key_TGC.permute(1, 2, 0).unsqueeze(1)).flatten(0, 1)
-            age_MT = rows_M.unsqueeze(1) - torch.arange(time, device=rows_M.device)
-            window_HM, older_HM = (
-                scores_HMT.masked_fill(~seen_MT, -torch.inf).logsumexp(-1)
-                for seen_MT in ((age_MT >= 0) & (age_MT < self.size), age_MT >= self.size)
-            )
-            wanted.append((older_HM - window_HM).sigmoid())
+        age_MT = rows_M.unsqueeze(1) - torch.arange(time, device=rows_M.device)
+        repeats = query_BTHC.shape[2] // key_BTGC.shape[2]
+        examples = []
+        for b in range(len(query_BTHC)):
+            key_THC, value_THk = (x[b].repeat_interleave(repeats, 1) for x in (key_BTGC, value_BTGk))
+            query_HMC, key_HCT = query_BTHC[b, rows_M].transpose(0, 1), key_THC.permute(1, 2, 0)
+            scores_HMT = (self.scale * query_HMC @ key_HCT).masked_fill(age_MT < 0, -torch.inf)
+            value_HTk = value_THk.transpose(0, 1)
+            wanted_HMK = scores_HMT.softmax(-1) @ value_HTk[..., :-1]
+            scores_HMT = scores_HMT.masked_fill(age_MT >= self.size, -torch.inf)
+            if sinks[0] is not None and sinks[1] is not None:
+                scores_HMT = torch.cat([scores_HMT, sinks[0][b, rows_M].transpose(0, 1)], -1)
+                value_HNk = sinks[1][b].repeat_interleave(repeats, 1).transpose(0, 1)
+                value_HTk = torch.cat([value_HTk, value_HNk], 1)
+            near_HMK = scores_HMT.softmax(-1) @ value_HTk[..., :-1]
             # not below the smallest float: a head may have forgotten all that is older
-            weight_HM = older_THk[rows_M, :, -1].mT.clamp_min(torch.finfo(older_THk.dtype).tiny)
-            offsets.append(weight_HM.log() - window_HM)
-        return torch.cat(wanted, 1), torch.cat(offsets, 1)
+            weight_HM1 = older_BTHk[b, rows_M, :, -1:].transpose(0, 1).clamp_min(torch.finfo(older_BTHk.dtype).tiny)
+            older_HMK = older_BTHk[b, rows_M, :, :-1].transpose(0, 1) / weight_HM1
+            odds_HM = weight_HM1.squeeze(-1).log() - scores_HMT.logsumexp(-1)
+            examples.append(Looked(wanted_HMK, near_HMK, older_HMK, odds_HM))
+        return Looked(*(torch.cat(rows, 1) for rows in zip(*examples, strict=True)))
+
+
+def _error(looked: Looked, gate: float) -> torch.Tensor:
+    """Squared error of each head's mean, (H)."""
+    share_HM1 = (looked.odds_HM + gate).sigmoid().unsqueeze(-1)
+    mean_HMK = looked.near_HMK + share_HM1 * (looked.older_HMK - looked.near_HMK)
+    return (mean_HMK - looked.wanted_HMK).square().sum((1, 2))

@@ -22,7 +22,7 @@ DOMAIN, NAME = "thesean", "WindowAttention"
 # `window_attention`, line by line. `Range` ends a last block past T: its rows are repeated, and cut off again.
 _BODY = f"""
 <domain: "{DOMAIN}", opset_import: ["" : OPSET]>
-{NAME} (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H) => (mean_BTHK)
+{NAME} (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate) => (mean_BTHK)
 {{
     zero = Constant <value = int64 {{0}}> ()
     one = Constant <value = int64 {{1}}> ()
@@ -102,14 +102,14 @@ _BODY = f"""
     sums_BTHk = Slice (sums_BXHk, v0, times, v1)
     peak_BTH1 = Slice (peak_BXH1, v0, times, v1)
 
-    gate_H1 = Unsqueeze (gate_H, v1)
+    gates = Unsqueeze (gate, rest)
     weight_BTH1 = Slice (older_BTHk, rest, end, v3)
     logarithm_BTH1 = Log (weight_BTH1)
-    older_BTH1 = Add (logarithm_BTH1, gate_H1)
+    older_BTH1 = Add (logarithm_BTH1, gates)
     top_BTH1 = Max (peak_BTH1, older_BTH1)
     window_BTH1 = Sub (peak_BTH1, top_BTH1)
     window_factor = Exp (window_BTH1)
-    gate_BTH1 = Sub (gate_H1, top_BTH1)
+    gate_BTH1 = Sub (gates, top_BTH1)
     bounded_BTH1 = Min (gate_BTH1, largest)
     older_factor = Exp (bounded_BTH1)
     window_BTHk = Mul (sums_BTHk, window_factor)
@@ -127,12 +127,12 @@ def window_attention(
     key_BSGC: torch.Tensor,
     value_BSGk: torch.Tensor,
     older_BTHk: torch.Tensor,
-    gate_H: torch.Tensor,
+    gate: torch.Tensor,
 ) -> torch.Tensor:
-    """A call of the function: query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H -> mean_BTHK."""
+    """A call of the function: query_BTHC, key_BSGC, value_BSGk, older_BTHk and gate (H) or (B, T, H) -> mean_BTHK."""
     mean_BTHK: torch.Tensor = torch.onnx.ops.symbolic(
         f"{DOMAIN}::{NAME}",
-        (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate_H),
+        (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate),
         dtype=query_BTHC.dtype,
         shape=[*query_BTHC.shape[:3], value_BSGk.shape[-1] - 1],
         version=1,
