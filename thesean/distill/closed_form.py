@@ -5,13 +5,18 @@ of the part where it isn't added to a stream), minimise |W f + b - r|^2 + lambda
 statistics: dW = R_f' (C + lambda I)^-1. Solving for the stream instead of the part's own output corrects what earlier
 parts left over. W0 is what the layer holds: zero influence for fresh layers, the guide's weights for copied ones.
 
+Some batches are held out: lambda is the one of a few that does best on them, and a layer that no solution brings nearer
+there stays as it is. Rows far larger than others count by their relative error: pretrained language models have first
+tokens whose stream is a thousand times as large as any other (Sun et al. 2024, massive activations), and the norm that
+reads them divides by that.
+
 N examples (tokens or images), E features, O outputs
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -27,6 +32,13 @@ from thesean.targets import TargetModule
 from thesean.targets.shared.module import MaskReader
 
 Inputs = dict[str, torch.Tensor]
+
+# Tried on what is held out, as factors of the recipe's own, which is the least.
+_RIDGES = (1.0, 10.0, 100.0)
+_HELD_OUT = 4  # one batch in so many, the last ones
+
+# Of the rows' median norm. Ordinary rows differ by a factor of two.
+_LARGE = 8.0
 
 
 def solve_parts(
@@ -107,7 +119,9 @@ class Solver:
         assert isinstance(module, TargetModule)
         assert self.ridge is not None
         own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
-        sums, features_of = _Sums(module.last), _Features(self._own.budget // 2)
+        features_of = _Features(self._own.budget // 2)
+        fitting = len(self.batches) - len(self.batches) // _HELD_OUT
+        sums, held_out, limit = _Sums(module.last), _Sums(module.last), None
         for number in range(len(self.batches)):
             mine, theirs = self._own.get(own_step, number), self._theirs.get(step, number)
             x, target, read = mine[r.entry], theirs[want], self._seen.read_by(r, theirs)
@@ -117,9 +131,13 @@ class Solver:
             skip = module.skip(x)
             wanted = module.unshape(residual if skip is None else residual - skip)
             mask_BT = self._seen.of(want, theirs)
-            sums.add(rows(features, mask_BT), rows(wanted, mask_BT))
+            size_N = rows(module.unshape(target), mask_BT).reshape(-1, module.last.out_features).norm(dim=1)
+            limit = _LARGE * float(size_N.median()) if limit is None else limit
+            weight_N = (limit / size_N.clamp_min(limit)).square() if limit else None
+            given = (rows(features, mask_BT), rows(wanted, mask_BT), weight_N)
+            (sums if number < fitting else held_out).add(*given)
             features_of.keep(number, (x, features, state) if read is None else (x, features, state, read))
-        sums.solve(self.ridge, r.facts.path)
+        sums.solve(self.ridge, r.facts.path, held_out)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
         elif type(module).forward in (TargetModule.forward, MaskReader.forward):
@@ -194,29 +212,47 @@ class _Sums:
 
     def __init__(self, last: torch.nn.Linear) -> None:
         self.last = last
-        self.count = 0
         like = last.weight.new_zeros((), dtype=torch.float64)
+        self.count = like.clone()
         self.features_E = like.new_zeros(last.in_features)
         self.errors_O = like.new_zeros(last.out_features)
         self.covariance_EE = like.new_zeros(last.in_features, last.in_features)
         self.cross_EO = like.new_zeros(last.in_features, last.out_features)
 
-    def add(self, features: torch.Tensor, residual: torch.Tensor) -> None:
+    def add(self, features: torch.Tensor, residual: torch.Tensor, weight_N: torch.Tensor | None = None) -> None:
+        """`weight_N`: how much the squared error of a row counts."""
         f_NE = features.reshape(-1, self.last.in_features)
         r_NO = residual.reshape(-1, self.last.out_features)
         error_NO = (r_NO - F.linear(wide(f_NE), wide(self.last.weight), self._bias)).double()
         f_NE = f_NE.double()
-        self.count += f_NE.shape[0]
-        self.features_E += f_NE.sum(0)
-        self.errors_O += error_NO.sum(0)
-        self.covariance_EE += f_NE.T @ f_NE
-        self.cross_EO += f_NE.T @ error_NO
+        counted_NE = f_NE if weight_N is None else f_NE * weight_N.double().unsqueeze(1)
+        self.count += f_NE.shape[0] if weight_N is None else weight_N.double().sum()
+        self.features_E += counted_NE.sum(0)
+        self.errors_O += error_NO.sum(0) if weight_N is None else weight_N.double() @ error_NO
+        self.covariance_EE += counted_NE.T @ f_NE
+        self.cross_EO += counted_NE.T @ error_NO
 
-    def solve(self, ridge: float, where: str) -> None:
-        """In place: what was summed up is no longer there afterwards."""
-        mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
-        covariance_EE = self.covariance_EE.div_(self.count).sub_(torch.outer(mean_E, mean_E))
-        cross_EO = self.cross_EO.div_(self.count).sub_(torch.outer(mean_E, mean_O))
+    def solve(self, ridge: float, where: str, held_out: _Sums | None = None) -> None:
+        """With rows `held_out`, the ridge is chosen on them and the layer stays where none helps; then they are fitted
+        too.
+        """
+        if held_out is not None and held_out.count > 0:
+            factors = {factor: self._solution(factor * ridge, where).gain(held_out) for factor in _RIDGES}
+            best = min(factors, key=factors.__getitem__)
+            if factors[best] >= 0:
+                return
+            ridge *= best
+            for own, theirs in zip(self._all, held_out._all, strict=True):
+                own += theirs
+        solution = self._solution(ridge, where)
+        # added before it is rounded to the layer's precision
+        weight_OE = wide(self.last.weight)
+        self.last.weight.copy_(weight_OE + solution.weight_EO.T.to(weight_OE.dtype))
+        if self._bias is not None:
+            self.last.bias.copy_(self._bias + solution.bias_O.to(weight_OE.dtype))
+
+    def _solution(self, ridge: float, where: str) -> _Solution:
+        mean_E, mean_O, covariance_EE, cross_EO = self.centred()
         diagonal = covariance_EE.diagonal()
         penalty = ridge * diagonal.mean().clamp_min(1e-12)
         if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
@@ -225,12 +261,33 @@ class _Sums:
             )
         diagonal.add_(penalty)
         delta_EO = torch.linalg.solve(covariance_EE, cross_EO)
-        # added before it is rounded to the layer's precision
-        weight_OE = wide(self.last.weight)
-        self.last.weight.copy_(weight_OE + delta_EO.T.to(weight_OE.dtype))
-        if self._bias is not None:
-            self.last.bias.copy_(self._bias + (mean_O - mean_E @ delta_EO).to(weight_OE.dtype))
+        bias_O = mean_O - mean_E @ delta_EO if self._bias is not None else torch.zeros_like(mean_O)
+        return _Solution(delta_EO, bias_O)
+
+    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means of features and errors, the covariance of the features and theirs with the errors."""
+        mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
+        covariance_EE = (self.covariance_EE / self.count).sub_(torch.outer(mean_E, mean_E))
+        return mean_E, mean_O, covariance_EE, (self.cross_EO / self.count).sub_(torch.outer(mean_E, mean_O))
+
+    @property
+    def _all(self) -> tuple[torch.Tensor, ...]:
+        return self.count, self.features_E, self.errors_O, self.covariance_EE, self.cross_EO
 
     @property
     def _bias(self) -> torch.Tensor | None:
         return None if self.last.bias is None else wide(self.last.bias)
+
+
+class _Solution(NamedTuple):
+    """What is added to a layer's weight and bias."""
+
+    weight_EO: torch.Tensor
+    bias_O: torch.Tensor
+
+    def gain(self, sums: _Sums) -> float:
+        """By how much it changes the mean squared error of some rows: below 0 where it helps."""
+        mean_E, mean_O, covariance_EE, cross_EO = sums.centred()
+        spread = (self.weight_EO * (covariance_EE @ self.weight_EO - 2 * cross_EO)).sum()
+        offset_O = mean_O - mean_E @ self.weight_EO - self.bias_O
+        return float(spread + offset_O.square().sum() - mean_O.square().sum())
