@@ -133,7 +133,7 @@ class Solver:
             mask_BT = self._seen.of(want, theirs)
             size_N = rows(module.unshape(target), mask_BT).reshape(-1, module.last.out_features).norm(dim=1)
             limit = _LARGE * float(size_N.median()) if limit is None else limit
-            weight_N = (limit / size_N.clamp_min(limit)).square() if limit else None
+            weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
             given = (rows(features, mask_BT), rows(wanted, mask_BT), weight_N)
             (sums if number < fitting else held_out).add(*given)
             features_of.keep(number, (x, features, state) if read is None else (x, features, state, read))

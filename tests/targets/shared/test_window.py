@@ -1,4 +1,4 @@
-"""Linear attention that keeps the guide's softmax over the last W tokens.
+"""Linear attention that keeps the guide's softmax over the last W tokens, and the first few.
 
 B batch, T time, D width, W window, H heads, G heads of keys and values, C width of a head
 """
@@ -40,19 +40,23 @@ def phi(facts: AttentionFacts, z_BHTC: torch.Tensor) -> torch.Tensor:
     return torch.cat([gain * z_BHTC, -gain * z_BHTC], -1).softmax(-1)
 
 
-def quadratic(
-    facts: AttentionFacts, x_BTD: torch.Tensor, window: int, gate: float, memory: tuple[float, float]
+def means(
+    facts: AttentionFacts, x_BTD: torch.Tensor, window: int, gate: float, memory: tuple[float, float], sinks: int = 0
 ) -> torch.Tensor:
-    """The target as one weighted mean over all tokens, from the guide's weights alone."""
+    """The target's heads as one weighted mean over all tokens, (B, H, T, K), from the guide's weights alone."""
     q, k, v = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key, facts.value))
-
     tokens_H = memory[0] * (memory[1] / memory[0]) ** (torch.arange(facts.heads) / (facts.heads - 1))
-    age_TT = torch.arange(x_BTD.shape[1]).view(-1, 1) - torch.arange(x_BTD.shape[1])
+    step_T = torch.arange(x_BTD.shape[1])
+    age_TT = step_T.view(-1, 1) - step_T
     decay_HTT = torch.exp(-(age_TT - window) / tokens_H.view(-1, 1, 1))
     older = math.exp(gate) * decay_HTT * (phi(facts, q) @ phi(facts, k).mT)
     near = (facts.scale * q @ k.mT).exp()
-    weights = torch.where(age_TT >= window, older, near) * (age_TT >= 0)
-    mixed = weights @ v / weights.sum(-1, keepdim=True)
+    weights = torch.where((age_TT >= window) & (step_T >= sinks), older, near) * (age_TT >= 0)
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def quadratic(facts: AttentionFacts, x_BTD: torch.Tensor, *settings: Any) -> torch.Tensor:
+    mixed = means(facts, x_BTD, *settings)
     return mixed.transpose(1, 2).flatten(2) @ facts.output.weight_OI.T + facts.output.bias_O
 
 
@@ -112,13 +116,14 @@ def test_a_grouped_guide_is_itself_within_the_window_too(sequence_part, grouped_
 
 @pytest.mark.parametrize("window", [1, 3, 7])
 @pytest.mark.parametrize("gate", [0.0, 1.5])
-def test_older_tokens_enter_the_same_mean_as_they_leave_the_window(window, gate, sequence_part, attention_facts):
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_older_tokens_enter_the_same_mean_as_they_leave_the_window(window, gate, sinks, sequence_part, attention_facts):
     facts = attention_facts(scale=0.7)
-    module = copied(sequence_part(attention=facts), window=window, memory=(2.0, 30.0))
+    module = copied(sequence_part(attention=facts), window=window, sinks=sinks, memory=(2.0, 30.0))
     with torch.no_grad():
         module.window.gate_H.fill_(gate)
     x_BTD = torch.randn(2, 40, 16)
-    expected = quadratic(facts, x_BTD, window, gate, (2.0, 30.0))
+    expected = quadratic(facts, x_BTD, window, gate, (2.0, 30.0), sinks)
     torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -137,7 +142,7 @@ def test_chunks_of_any_size_equal_all_steps_at_once(window, chunks, sequence_par
 
 
 def test_the_state_is_the_linear_one_and_the_last_keys_and_values(sequence_part, grouped_facts):
-    module = copied(sequence_part(attention=grouped_facts), window=6)
+    module = copied(sequence_part(attention=grouped_facts), window=6, sinks=0)
     x_BTD = torch.randn(3, 10, 16)
     zeros = module.initial_state(x_BTD)
     assert [tuple(s.shape) for s in tensors(zeros)] == [(3, 2, 8, 5), (3, 6, 2, 4), (3, 6, 2, 5)]
@@ -150,8 +155,41 @@ def test_the_state_is_the_linear_one_and_the_last_keys_and_values(sequence_part,
     assert bool((linear[..., -1].sum(-1) > 3.8).all())  # four tokens left, each with features that sum to 1
 
 
+def test_the_first_tokens_that_leave_the_window_are_kept_and_none_of_them_is_in_the_linear_state(
+    sequence_part, grouped_facts
+):
+    module = copied(sequence_part(attention=grouped_facts), window=6, sinks=3)
+    x_BTD = torch.randn(3, 10, 16)
+    assert [tuple(s.shape) for s in tensors(module.initial_state(x_BTD))][3:] == [(3, 3, 2, 4), (3, 3, 2, 5)]
+    _, (linear, *_, key, value) = module(x_BTD)
+    torch.testing.assert_close(key, module.key(x_BTD)[:, :3].unflatten(-1, (2, 4)))
+    torch.testing.assert_close(value[..., :-1], module.value(x_BTD)[:, :3].unflatten(-1, (2, 4)))
+    torch.testing.assert_close(linear[..., -1].sum(-1), torch.ones(3, 2))  # the fourth alone, which has just left
+
+
+def test_the_first_tokens_of_a_padded_row_are_its_own(sequence_part, grouped_facts):
+    module = copied(sequence_part(attention=grouped_facts), window=4, sinks=2)
+    x_BTD = torch.randn(1, 12, 16)
+    mask_BT = torch.tensor([[0, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    alone_BTD, alone = module(x_BTD[:, mask_BT[0]])
+    padded_BTD, padded = module(x_BTD, mask=mask_BT)
+    torch.testing.assert_close(padded_BTD[:, mask_BT[0]], alone_BTD, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_under_a_rotation_the_first_tokens_stand_right_before_the_window(sequence_part, attention_facts):
+    facts = dataclasses.replace(attention_facts(scale=0.7), rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)), plain=True)
+    module = copied(sequence_part(attention=facts), window=3, sinks=2)
+    with torch.no_grad():
+        module.window.gate_H.fill_(-24.0)  # nothing older
+    x_BTD = torch.randn(1, 30, 16)
+    near_BTD = torch.cat([x_BTD[:, :2], x_BTD[:, -3:]], 1)  # what the last token sees, as a sequence of its own
+    expected = F.linear(facts.mixed_values(near_BTD, causal=True), *facts.output)[:, -1]
+    torch.testing.assert_close(module(x_BTD)[0][:, -1], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_before_a_token_leaves_the_window_the_linear_state_is_empty(sequence_part, attention_facts):
-    module = copied(sequence_part(attention=attention_facts()), window=6)
+    module = copied(sequence_part(attention=attention_facts()), window=6, sinks=0)
     _, (linear, _, value) = module(torch.randn(2, 4, 16))
     assert not linear.any()
     assert value[0, :, 0, -1].tolist() == [0, 0, 1, 1, 1, 1]
@@ -175,29 +213,32 @@ def test_memories_and_sharpness_default_to_what_suits_the_window(sequence_part, 
     assert build("linear-attention", part).memory != WINDOW_MEMORY
 
 
-def older_share(facts: AttentionFacts, x_BTD: torch.Tensor, window: int) -> torch.Tensor:
-    """Per head, how much of softmax attention over everything falls on tokens older than the window, on average."""
-    q, k = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key))
-    age_TT = torch.arange(x_BTD.shape[1]).view(-1, 1) - torch.arange(x_BTD.shape[1])
-    weights = (facts.scale * q @ k.mT).masked_fill(age_TT < 0, -torch.inf).softmax(-1)
-    return (weights * (age_TT >= window)).sum(-1)[:, :, window:].mean((0, 2))
-
-
-def test_preparation_gives_older_tokens_the_share_that_softmax_gives_them(sequence_part, attention_facts):
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_preparation_chooses_the_gate_that_is_nearest_to_softmax_over_everything(sinks, sequence_part, attention_facts):
     facts = attention_facts(scale=0.7)
     part = sequence_part(attention=facts)
-    module = copied(part, window=5, memory=(2.0, 30.0))
+    module = copied(part, window=5, sinks=sinks, memory=(2.0, 30.0))
     x_BTD = torch.randn(3, 60, 16)
     module.prepare(part, [(x_BTD, x_BTD), (x_BTD[:, :4], x_BTD[:, :4])])  # the second fits in the window
-    q, k = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key))
-    age_TT = torch.arange(60).view(-1, 1) - torch.arange(60)
+    q, k, v = (heads_of(facts, affine, x_BTD) for affine in (facts.query, facts.key, facts.value))
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=facts.scale)
 
-    rate_H11 = 1 / (2.0 * 15.0 ** (torch.arange(4) / 3)).view(-1, 1, 1)
-    older = phi(facts, q) @ phi(facts, k).mT * torch.exp(-rate_H11 * (age_TT - 5)) * (age_TT >= 5)
-    near = (facts.scale * q @ k.mT).exp() * ((age_TT >= 0) & (age_TT < 5))
-    odds = module.window.gate_H.exp().view(-1, 1) * older.sum(-1) / near.sum(-1)
-    got = (odds / (1 + odds))[:, :, 5:].mean((0, 2))
-    torch.testing.assert_close(got, older_share(facts, x_BTD, 5), rtol=1e-4, atol=1e-5)
+    gates = torch.arange(-48, 49) / 2
+    errors = [(means(facts, x_BTD, 5, float(g), (2.0, 30.0), sinks) - wanted)[:, :, 5:].square() for g in gates]
+    least_H = gates[torch.stack([e.sum((0, 2, 3)) for e in errors]).argmin(0)]
+    torch.testing.assert_close(module.window.gate_H.detach(), least_H)
+
+
+def test_a_head_that_older_tokens_bring_no_nearer_is_left_without_them(sequence_part, attention_facts):
+    part = sequence_part(attention=attention_facts())
+    module = copied(part, window=59, sinks=0)
+    x_BTD = torch.zeros(2, 60, 16)
+    x_BTD[:, 30:] = torch.randn(2, 30, 16)
+    with torch.no_grad():  # the one token that leaves the window is far from the query, which is its own nearest key
+        module.key.weight.mul_(40)
+        module.query.weight.copy_(module.key.weight)
+    module.prepare(part, [(x_BTD, x_BTD)])
+    assert bool((module.window.gate_H <= -10).all())
 
 
 def test_preparation_on_sequences_within_the_window_leaves_the_gate(sequence_part, attention_facts):
@@ -208,7 +249,7 @@ def test_preparation_on_sequences_within_the_window_leaves_the_gate(sequence_par
 
 
 def test_gradients_reach_every_parameter_and_are_the_numerical_ones(sequence_part, grouped_facts):
-    module = copied(sequence_part(attention=grouped_facts), window=3).double()
+    module = copied(sequence_part(attention=grouped_facts), window=3, sinks=1).double()
     x_BTD = torch.randn(1, 8, 16, dtype=torch.float64, requires_grad=True)
     module(x_BTD)[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
@@ -236,6 +277,22 @@ def test_flops_count_the_window(sequence_part, attention_facts):
     assert small > build("linear-attention", part).flops(part, sizes)
 
 
+def test_a_guide_that_turns_queries_and_keys_gets_a_window_unless_none_is_asked_for(sequence_part, attention_facts):
+    turned = dataclasses.replace(attention_facts(), rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)))
+    chosen = build("linear-attention", sequence_part(attention=turned)).config()
+    assert (chosen["window"], chosen["sinks"]) == (64, 4)
+    assert build("linear-attention", sequence_part(attention=turned), window=0).config()["window"] is None
+    assert build("linear-attention", sequence_part(attention=attention_facts())).config()["window"] is None
+    assert build("linear-attention", sequence_part("bidirectional", attention=turned)).config()["window"] is None
+    assert build("rnn", sequence_part(attention=turned)).config()["window"] == 64
+
+
+def test_a_configuration_of_before_there_were_sinks_has_none(sequence_part, attention_facts):
+    config = copied(sequence_part(attention=attention_facts()), window=5, sinks=0).config()
+    assert config.pop("sinks") == 0
+    assert rebuild("linear-attention", config).config()["sinks"] == 0
+
+
 def test_a_window_without_attention_to_copy_has_heads_of_its_own(sequence_part):
     module = build("linear-attention", sequence_part("none"), window=2)
     assert module(torch.randn(2, 5, 16))[0].shape == (2, 5, 16)
@@ -251,7 +308,9 @@ def test_a_part_that_reads_both_ways_is_refused(sequence_part, attention_facts):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"window": 0}, "option 'window': Input should be greater than 0"),
+        ({"window": -1}, "option 'window': Input should be greater than or equal to 0"),
+        ({"sinks": 2}, r"found sinks=2 without a window\. Set window=64"),
+        ({"sinks": -2, "window": 4}, "option 'sinks'"),
         ({"window": 2.5}, "option 'window'"),
         ({"memory": (0.0, 4.0)}, r"option 'memory\.0': Input should be greater than 0"),
         ({"kv_heads": 0}, "option 'kv_heads'"),
