@@ -87,7 +87,7 @@ def called(window: int | None) -> str:
 
 
 def target(window: int | None) -> thesean.Target:
-    return thesean.Target("linear-attention") if window is None else thesean.Target("linear-attention", window=window)
+    return thesean.Target("linear-attention", window=window or 0)
 
 
 def experiments(steps: int) -> dict[str, dict[str, Any]]:
