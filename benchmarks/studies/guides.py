@@ -115,7 +115,7 @@ def check(specimen: Specimen, target: str, folder: Path, loader: Loader) -> str:
     try:
         converted.export(folder / "m.onnx")
     except TheseanError as error:
-        return f"no file: {_line(error)}"
+        return f"no file: {_line(error).replace(f'{folder}/', '')}"
     return ""
 
 
