@@ -179,17 +179,17 @@ def _hugging_face() -> Iterator[Specimen]:
     ]  # fmt: skip
     for table, inputs, targets, lengths in kinds:
         for name, settings in table.items():
-            build = _from_config(name, settings)
+            build = from_config(name, settings)
             yield Specimen(name=name, build=build, inputs=inputs, targets=targets, lengths=lengths)
     for name in ("GPT2LMHeadModel", "LlamaForCausalLM", "GPTNeoXForCausalLM"):
-        build = _from_config(name, _CAUSAL[name])
+        build = from_config(name, _CAUSAL[name])
         yield Specimen(name=f"{name}, padded", build=build, inputs=masked, targets=_LM)
         yield Specimen(name=f"{name}, in a wrapper", build=_wrapped(build), inputs=tokens, targets=_LM)
         yield Specimen(name=f"{name}, bfloat16", build=_cast(build, torch.bfloat16), inputs=tokens, targets=_LM)
         yield Specimen(name=f"{name}, float64", build=_cast(build, torch.float64), inputs=tokens, targets=_LM)
 
 
-def _from_config(name: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
+def from_config(name: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import transformers
 

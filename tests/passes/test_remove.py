@@ -225,3 +225,46 @@ def example() -> Example:
     graph_module = clone(captured.token_mixer().graph_module)
     removal_of_mix = Remove("mix.0", region_of(graph_module, "mix.0", "sublayer"))
     return Example(removal_of_mix, graph_module, (vectors(3, 6, 8),), same_outputs=False)
+
+
+class Blocks(nn.Module):
+    """Three blocks of two branches; `how` they are summed and normed."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "after": nn.RMSNorm(8)})
+            for _ in range(3)
+        )
+
+    def branch(self, block: nn.ModuleDict, name: str, x: torch.Tensor, without: str) -> torch.Tensor:
+        return 0 * x if name == without else block[name](x).tanh() @ block[name].weight.T
+
+    def forward(self, x: torch.Tensor, without: str = "") -> torch.Tensor:
+        for block in self.blocks:
+            a, b = (lambda y, n=name, k=block: self.branch(k, n, y, without) for name in "ab")
+            if self.how == "stream first":
+                y = block["norm"](x)
+                x = x + a(y) + b(y)
+            elif self.how == "stream last":
+                y = block["norm"](x)
+                x = a(y) + b(y) + x
+            else:
+                x = x + block["after"](a(x))
+                x = x + block["after"](b(x))
+        return x
+
+
+@pytest.mark.parametrize("how", ["stream first", "stream last", "normed branches"])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_each_branch_can_go_however_branches_are_summed_and_normed(how, name):
+    torch.manual_seed(0)
+    model = Blocks(how).eval()
+    graph_module = clone(capture(model, vectors(2, 6, 8)).graph_module)
+    names = [p.path for p in partition(data_flow(graph_module.graph), "sublayer")]
+    assert len(names) == 6
+    for path in names[{"a": 0, "b": 1}[name] :: 2]:
+        Remove(path, region_of(graph_module, path, "sublayer"))(graph_module)
+    x = vectors(4, 5, 8)
+    torch.testing.assert_close(graph_module(x), model(x, without=name))

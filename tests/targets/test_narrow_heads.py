@@ -14,6 +14,8 @@ from tests.targets.build import build
 from tests.tolerances import VALUE, relative_error
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import Affine, AttentionFacts, PartFacts, rebuild
+from thesean.targets.shared.distance_bias import DistanceBias, Reach
+from thesean.targets.shared.head_norm import HeadNorm
 
 BOTH = pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
 
@@ -161,9 +163,61 @@ def test_heads_are_asked_for_or_half_the_guides(options, heads, plain_part):
 def test_an_attention_with_more_to_it_is_refused(sequence_part, attention_facts):
     for target in ("narrow", "narrow-heads"):
         with pytest.raises(
-            TargetMismatchError, match=r"found an attention that softmax\(q k' scale\) v alone does not"
+            TargetMismatchError, match=r"found an attention that softmax\(q k' scale \+ bias\) v alone does not"
         ):
             build(target, sequence_part(attention=attention_facts()))
+
+
+def known(mixing: str) -> dict[str, Any]:
+    """What a guide may add to its scores and norm its queries and keys with."""
+    generator = torch.Generator().manual_seed(7)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator) + 0.5
+
+    norms = tuple(HeadNorm(drawn(4, 4), eps, drawn(4, 4)) for eps in (1e-6, 1e-2))
+    reaches = (Reach(drawn(4, 3), -drawn(4)), Reach(drawn(4, 2), torch.zeros(4)))
+    return {"norms": norms, "bias": DistanceBias(*reaches)}
+
+
+@BOTH
+@pytest.mark.parametrize("heads", [4, 2])
+def test_a_bias_of_distance_and_norms_of_each_head_stay_with_their_heads(mixing, heads, plain_part):
+    part = plain_part(mixing)
+    facts = dataclasses.replace(part.attention, **known(mixing))
+    facts.output.weight_OI[:, 0:4] = 0
+    facts.output.weight_OI[:, 8:12] = 0
+    part = dataclasses.replace(part, attention=facts)
+    module = build("narrow-heads", part, heads=heads).eval()
+    module.copy_from(part)
+    x = torch.randn(2, 9, 16)
+    wanted = facts.output.of(facts.mixed_values(x, mixing == "causal"))
+    torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-5)
+    again = rebuild("narrow-heads", json.loads(json.dumps(module.config()))).eval()
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), module(x))
+
+
+def test_the_facts_with_a_bias_are_the_definition(plain_part):
+    facts = dataclasses.replace(plain_part().attention, bias=known("causal")["bias"])
+    x_BTD = torch.randn(2, 7, 16)
+    query, key, value = (
+        affine.of(x_BTD).unflatten(-1, (4, -1)).transpose(1, 2) for affine in (facts.query, facts.key, facts.value)
+    )
+    scores = query @ key.mT * facts.scale + facts.bias.matrix(7, x_BTD)
+    for causal in (True, False):
+        hidden = torch.ones(7, 7).triu(1).bool() & causal
+        mixed = (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(facts.mixed_values(x_BTD, causal), mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_are_normed_together_are_refused(plain_part):
+    part = plain_part()
+    norms = (HeadNorm(torch.ones(4, 4), 1e-6, None, True),) * 2
+    part = dataclasses.replace(part, attention=dataclasses.replace(part.attention, norms=norms))
+    for target in ("narrow", "narrow-heads"):
+        with pytest.raises(TargetMismatchError, match="normed over all heads at once"):
+            build(target, part)
 
 
 def test_too_many_heads_and_no_attention_are_refused(sequence_part, plain_part):

@@ -67,7 +67,8 @@ class LinearAttention(SequenceTarget):
 
     family = "linear-attention"
     reads_mask = True
-    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "memory", "sharpness")
+    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "norm_form",
+             "memory", "sharpness")  # fmt: skip
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class LinearAttention(SequenceTarget):
         **frame: Unpack[AttentionFrame],
     ) -> None:
         rotation, norm_eps = frame.pop("rotation", None), frame.pop("norm_eps", None)
+        norm_form = frame.pop("norm_form", None)
         super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
         self.memory = span(memory)
         self.sharpness = float(sharpness)
@@ -100,8 +102,8 @@ class LinearAttention(SequenceTarget):
         self.decay = None if self.bidirectional else nn.Linear(self.width_in, self.kv_heads)
         self.core = Core("linear_attention")
         self.rotation = rotation
-        self.norm_eps = norm_eps
-        self.norms = head_norms(key_width, norm_eps)
+        self.norm_eps, self.norm_form = norm_eps, norm_form
+        self.norms = head_norms(key_width, (heads, self.kv_heads), norm_eps, norm_form)
         self.window = None
         if window is not None:
             rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from thesean.errors import NumericalError
+from thesean.targets.shared.distance_bias import AddedBias
 from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
@@ -26,7 +27,7 @@ TOKENS_PER_FEATURE = 4
 
 
 class NarrowAttention(MaskReader):
-    """y = last(concat_h softmax(q_h k_h' scale) v_h), with `heads` of the guide's own. x_BTD -> y_BTD.
+    """y = last(concat_h softmax(q_h k_h' scale + bias_h) v_h), with `heads` of the guide's own. x_BTD -> y_BTD.
 
     It is still an attention: it carries no state, so a language model with one decodes over its whole context.
     `copy_from` keeps the heads with the largest weights; `prepare` chooses them anew by what they do to the guide's
@@ -50,7 +51,7 @@ class NarrowAttention(MaskReader):
         **meeting: Unpack[Meeting],
     ) -> None:
         super().__init__()
-        rotation, norm_eps = meeting.get("rotation"), meeting.get("norm_eps")
+        rotation, bias = meeting.get("rotation"), meeting.get("bias")
         self.width_in = width_in
         self.width_out = width_out
         self.heads = heads
@@ -59,8 +60,9 @@ class NarrowAttention(MaskReader):
         self.scale = float(scale)
         self.causal = causal
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.norm_eps = norm_eps
-        self.norms = head_norms(key_width, norm_eps)
+        self.norm_eps, self.norm_form = meeting.get("norm_eps"), meeting.get("norm_form")
+        self.norms = head_norms(key_width, (heads, heads), self.norm_eps, self.norm_form)
+        self.added = None if bias is None else AddedBias(heads, bias)
         self.query = nn.Linear(width_in, heads * key_width)
         self.key = nn.Linear(width_in, heads * key_width)
         self.value = nn.Linear(width_in, heads * value_width)
@@ -77,6 +79,8 @@ class NarrowAttention(MaskReader):
             "causal": self.causal,
             "rotation": None if self.rotate is None else self.rotate.rotation.rows(),
             "norm_eps": self.norm_eps,
+            "norm_form": self.norm_form,
+            "bias": None if self.added is None else self.added.bias.sizes,
         }
 
     def masked_features(
@@ -89,7 +93,8 @@ class NarrowAttention(MaskReader):
             query_BTHK, key_BTHK = self.norms[0](query_BTHK), self.norms[1](key_BTHK)
         if self.rotate is not None:
             query_BTHK, key_BTHK = self.rotate(query_BTHK), self.rotate(key_BTHK)
-        return attend(query_BTHK, key_BTHK, value_BTHV, self.scale, self.causal, mask), None
+        bias = None if self.added is None else self.added.bias
+        return attend(query_BTHK, key_BTHK, value_BTHV, self.scale, self.causal, mask, bias), None
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         tokens = part.rows(sizes)
@@ -134,7 +139,10 @@ class NarrowAttention(MaskReader):
 
     def _keep(self, facts: AttentionFacts, kept_H: torch.Tensor) -> None:
         key_rows, value_rows = _features_of(kept_H, self.key_width), _features_of(kept_H, self.value_width)
-        copy_norms(self.norms, facts.norms)
+        if facts.norms is not None:
+            copy_norms(self.norms, tuple(norm.heads(kept_H) for norm in facts.norms))  # type: ignore[arg-type]
+        if self.added is not None and facts.bias is not None:
+            self.added.copy_from(facts.bias.heads(kept_H))
         for linear, affine, rows in (
             (self.query, facts.query, key_rows),
             (self.key, facts.key, key_rows),
@@ -173,6 +181,8 @@ def build(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
         causal=part.mixing == "causal",
         rotation=None if facts.rotation is None else facts.rotation.rows(),
         norm_eps=facts.norm_eps,
+        norm_form=facts.norm_form,
+        bias=None if facts.bias is None else facts.bias.sizes,
     )
 
 

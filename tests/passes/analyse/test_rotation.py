@@ -101,7 +101,7 @@ def test_norms_of_queries_and_keys_before_the_rotation_are_read_off():
     assert facts.norms is not None
     guide = models.seeded(Rotary, "norms")
     for found, norm in zip(facts.norms, guide.norms, strict=True):  # type: ignore[arg-type]
-        torch.testing.assert_close(found.weight_C, norm.weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.weight, norm.weight.detach(), rtol=1e-4, atol=1e-5)
         assert found.eps == pytest.approx(norm.eps, rel=1e-2, abs=1e-7)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import zoo
 from tests import captured, models
 from tests.captured import KERNELS
 from tests.models import tokens, vectors
@@ -46,6 +47,13 @@ def test_sublayers_of_other_transformers_are_parts():
     assert paths(captured.llama(), "sublayer")[:2] == ["model.layers.0.self_attn", "model.layers.0.mlp"]
     assert paths(captured.encoder(), "sublayer")[0] == "encoder.layers.0.self_attn"
     assert paths(captured.bert(), "sublayer")[0] == "encoder.layer.0.attention"
+
+
+@pytest.mark.parametrize("name", ["CohereForCausalLM", "Olmo2ForCausalLM", "Gemma2ForCausalLM"])
+def test_sublayers_beside_each_other_or_with_norms_after_them_are_modules(name):
+    model = zoo.Specimen(name=name, build=zoo.from_config(name, {}), inputs=zoo.tokens, targets=()).model()
+    found = paths(capture(model, zoo.tokens(2, 12, 0)), "sublayer")
+    assert found == [f"model.layers.{k}.{half}" for k in range(2) for half in ("self_attn", "mlp")]
 
 
 def test_blocks_that_change_the_stage_of_a_resnet_are_parts_too():

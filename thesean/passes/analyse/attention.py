@@ -1,16 +1,16 @@
 """Find an attention in a region and read its projections off, numerically.
 
-Where softmax(q k' scale) v stands is found in the graph. What q, k and v are is not matched against known patterns
-(packed or separate, transposed, split, grouped, repeated): each is probed as an affine map of the region's input, one
-basis vector a token, and checked on random input. What is not affine (a rotary embedding in between) is followed
-upstream to the nearest value that is, and what lies between is read as a rotation where it is one.
+Where softmax(q k' scale + bias) v stands is found in the graph (`scores`). What q, k and v are is not matched against
+known patterns (packed or separate, transposed, split, grouped, repeated): each is probed as an affine map of the
+region's input, one basis vector a token, and checked on random input. What is not affine (a rotary embedding in
+between) is followed upstream to the nearest value that is, and what lies between is read as a norm and a rotation where
+it is that.
 
 B batch, T time, D width, H heads, K head width
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
+from thesean.passes.analyse.head_norms import find_norm
 from thesean.passes.analyse.regions import Region
-from thesean.passes.analyse.rotation import as_written, find_norm, find_rotation
-from thesean.passes.graph.nodes import argument
+from thesean.passes.analyse.rotation import as_written, find_rotation
+from thesean.passes.analyse.scores import Operand, find_core, read_scores
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.facts import Affine, AttentionFacts
 from thesean.targets.shared.head_norm import HeadNorm
@@ -38,8 +39,7 @@ class Turn(NamedTuple):
     norm: HeadNorm | None = None
 
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_PRODUCT = (aten.matmul.default, aten.bmm.default)
+_UNREAD = "queries and keys that are changed before they meet"
 
 # An affine map recovered from basis vectors reproduces fp32 outputs to rounding; a rotary embedding is off by 1.
 _EXACT = 1e-3
@@ -49,93 +49,68 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
     """The region's attention, or None where there is none whose output projection and values are affine."""
     if values[region.entry].ndim != 3:
         return None
-    found = _core(region)
-    if found is None:
+    core = find_core(region, values)
+    if core is None:
         return None
-    query, key, value, mixed, scale = found
-    q, _k, v = values[query], values[key], values[value]
-    if q.ndim != 4 or v.ndim != 4:
-        return None
-    heads = q.shape[1]
-    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
+    heads, width = (core.query.of(values[core.query.node]).shape[d] for d in (1, 3))
+    value_width = core.value.of(values[core.value.node]).shape[3]
+    scores = read_scores(region, values, core)
     maps, turns = [], []
-    for node, width in ((query, q.shape[-1]), (key, q.shape[-1]), (value, v.shape[-1])):
-        nearest = _nearest_affine(region, values, node, width)
+    for operand, each in ((core.query, width), (core.key, width), (core.value, value_width)):
+        nearest = _nearest_affine(region, values, operand, each)
         if nearest is None:
             return None
         affine, turned = nearest
-        maps.append(_repeat_heads(affine, heads, width))
+        maps.append(_repeat_heads(affine, heads, each))
         turns.append(turned)
-    output = _output_map(region, values, mixed)
+    output = _affine(region, values, core.mixed, region.exit)
     if output is None:
         return None
-    rotation, gain = _rotation(turns[0], turns[1], region)
+    known = _met(turns[0], turns[1], region, heads)
+    rotation, gain, norms = known or (None, 1.0, None)
     facts = AttentionFacts(
         heads=heads,
-        scale=float(scale) * gain,
+        scale=scores.scale * gain,
         query=maps[0],
         key=maps[1],
         value=maps[2],
         output=output,
         rotation=rotation,
-        norms=_norms(turns[0], turns[1]),
+        norms=norms,
+        bias=scores.bias,
     )
-    plain = is_plain_attention(region, values, facts)
+    differs = scores.differs or ("" if known is not None else _UNREAD)
+    if not differs and not computes(region, values, facts):
+        differs = "more than was read off"
     dtype = region.entry.meta["val"].dtype  # the probe may have widened it: a weight of the guide's is shared again
     stored = {name: getattr(facts, name).to(dtype) for name in ("query", "key", "value", "output")}
-    return replace(facts, **stored, plain=plain)
+    return replace(facts, **stored, plain=not differs, differs=differs)
 
 
-def _rotation(query: Turn | None, key: Turn | None, region: Region) -> tuple[Rotation | None, float]:
-    """That of queries and keys, which must be one, and the scale that comes with it; none where it isn't known."""
+def _met(
+    query: Turn | None, key: Turn | None, region: Region, heads: int
+) -> tuple[Rotation | None, float, tuple[HeadNorm, HeadNorm] | None] | None:
+    """The rotation of queries and keys, which must be one, the scale that comes with it, and both norms; None where it
+    isn't known.
+    """
     if query is None or key is None:
-        return None, 1.0
-    gain = query.scale * key.scale
-    if query.rotation is None or key.rotation is None or query.rotation[:2] != key.rotation[:2]:
-        return None, gain if query.rotation is None and key.rotation is None else 1.0
-    constants = (n.meta.get("val") for n in region.exit.graph.find_nodes(op="get_attr"))
-    return as_written(query.rotation, [c for c in constants if isinstance(c, torch.Tensor)]), gain
-
-
-def _core(region: Region) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float | None] | None:
-    """(q, k, v, mixed values, scale) of the only attention in the region."""
-    fused = [n for n in region.nodes if n.target is aten.scaled_dot_product_attention.default]
-    if len(fused) == 1:
-        node = fused[0]
-        q, k, v = (argument(node, at, name) for at, name in enumerate(("query", "key", "value")))
-        return q, k, v, node, argument(node, 6, "scale")
-    soft = [n for n in region.nodes if n.target in _SOFTMAX]
-    if len(soft) != 1:
         return None
-    return _written_out(region, soft[0])
-
-
-def _written_out(region: Region, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node, float] | None:
-    """softmax(q @ k.T * scale + mask) @ v, spelled as separate operators."""
-    inside = set(region.nodes)
-    scale = 1.0
-    node: Any = softmax.args[0]
-    while isinstance(node, fx.Node) and node in inside and node.target not in _PRODUCT:
-        factor = argument(node, 1, "other")
-        if isinstance(factor, (int, float)):
-            if node.target in (aten.mul.Tensor, aten.mul.Scalar):
-                scale *= float(factor)
-            elif node.target in (aten.div.Tensor, aten.div.Scalar):
-                scale /= float(factor)
-        main = [a for a in node.all_input_nodes if a in inside]
-        if len(main) != 1:
-            return None
-        node = main[0]
-    if not isinstance(node, fx.Node) or node not in inside:
+    gain, norms, rotation = query.scale * key.scale, None, None
+    if query.norm is not None and key.norm is not None and query.norm.whole == key.norm.whole:
+        norms = (_each_head(query.norm, heads), _each_head(key.norm, heads))
+    elif query.norm is not None or key.norm is not None:
         return None
-    query, key = (argument(node, at, name) for at, name in enumerate(("self", "other")))
-    after = softmax
-    while after.target not in _PRODUCT:
-        users = [u for u in after.users if u in inside]
-        if len(users) != 1:
-            return None
-        after = users[0]
-    return query, key, argument(after, 1, "other"), after, scale
+    if query.rotation is not None and key.rotation is not None and query.rotation[:2] == key.rotation[:2]:
+        constants = (n.meta.get("val") for n in region.exit.graph.find_nodes(op="get_attr"))
+        rotation = as_written(query.rotation, [c for c in constants if isinstance(c, torch.Tensor)])
+    elif query.rotation is not None or key.rotation is not None:
+        return None
+    return rotation, gain, norms
+
+
+def _each_head(norm: HeadNorm, heads: int) -> HeadNorm:
+    """Grouped keys' weights, one copy for every query head."""
+    return norm.each(lambda rows_GC: rows_GC.repeat_interleave(heads // len(rows_GC), 0))
 
 
 def _tokens_first(value: torch.Tensor, batch: int, length: int) -> torch.Tensor | None:
@@ -150,20 +125,20 @@ def _probe(
     region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node, given: torch.Tensor
 ) -> torch.Tensor | None:
     result = evaluate(between(region, [source], wanted), values, {source: given}, wanted)
-    shape = values[source].shape
-    return _tokens_first(result, shape[0], _length(values[source]))
+    return _tokens_first(result, *_size(region, values))
 
 
-def _length(value: torch.Tensor) -> int:
-    """The probed sequence length; recordings use one that equals no head count or width."""
-    return int(value.shape[-2])
+def _size(region: Region, values: dict[fx.Node, Any]) -> tuple[int, int]:
+    """Batch and length that were probed; recordings use a length that equals no head count or width."""
+    batch, length = values[region.entry].shape[:2]
+    return int(batch), int(length)
 
 
 @torch.no_grad()
 def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node) -> Affine | None:
     """`wanted` as a token-wise affine function of `source`, or None. Exact up to rounding, checked on fresh input."""
     template = values[source]
-    flat = _tokens_first(template, template.shape[0], _length(template))
+    flat = _tokens_first(template, *_size(region, values))
     if flat is None:
         return None
     batch, length, width = flat.shape
@@ -210,27 +185,26 @@ def _unflattener(template: torch.Tensor, length: int) -> Callable[[torch.Tensor]
 
 
 def _nearest_affine(
-    region: Region, values: dict[fx.Node, Any], node: fx.Node, head_width: int
+    region: Region, values: dict[fx.Node, Any], operand: Operand, head_width: int
 ) -> tuple[Affine, Turn | None] | None:
-    """The affine map at `node`, or at its nearest ancestor of the same head width that what follows turns, or else at
-    the nearest of all, breadth first; and what follows, where it is known.
+    """The affine map at the operand, or at its nearest ancestor with heads of the same width, apart or side by side,
+    that what follows turns, or else at the nearest of all, breadth first; and what follows, where it is known.
     """
     inside = set(region.nodes)
+    node = operand.node
     front, seen = [node], {node}
     nearest: Affine | None = None
     while front:
         current = front.pop(0)
-        value = values[current]
-        shaped = isinstance(value, torch.Tensor) and value.ndim == 4 and head_width in value.shape[1:]
-        if shaped and current in inside:
+        if current in inside and _holds_heads(values[current], values[node], head_width):
             affine = _affine(region, values, region.entry, current)
             if affine is not None and current is node:
                 return affine, Turn()
             if affine is not None:
-                turn = _turn(region, values, current, node)
-                if turn is not None:
-                    return affine, turn
-                nearest = nearest or affine
+                turned = _turn(region, values, current, operand, affine)
+                if turned is not None:
+                    return turned
+                nearest = nearest or (affine if values[current].ndim == 4 else None)
         for parent in current.all_input_nodes:
             if parent in inside and parent not in seen:
                 seen.add(parent)
@@ -238,26 +212,34 @@ def _nearest_affine(
     return None if nearest is None else (nearest, None)
 
 
-def _turn(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node) -> Turn | None:
-    """What makes `wanted` of `source`: turned or not, after a norm of each head or without; None for anything else."""
-    run = between(region, [source], wanted)
+def _holds_heads(value: Any, wanted: torch.Tensor, width: int) -> bool:
+    """(.., C, ..) of four dimensions, or (B, T, G C) with no more than what is wanted in it."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    if value.ndim == 4:
+        return width in value.shape[1:]
+    return value.ndim == 3 and value.shape[-1] % width == 0 and wanted.numel() % value.numel() == 0
+
+
+def _turn(
+    region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: Operand, affine: Affine
+) -> tuple[Affine, Turn] | None:
+    """What makes `wanted` of `source`: turned or not, after a norm or without; None for anything else. The map to the
+    source comes along, less the mean of what a norm is about its mean.
+    """
+    run = between(region, [source], wanted.node)
     found = find_rotation(values, run, source, wanted)
     if found is not None:
-        return Turn(*found)
-    normed = find_norm(values, run, source)
+        return affine, Turn(*found)
+    width = wanted.of(values[wanted.node]).shape[3]
+    normed = find_norm(values, run, source, width, _size(region, values)[1])
     if normed is None:
         return None
-    norm, node = normed
-    if node is wanted:
-        return Turn(norm=norm)
-    found = find_rotation(values, between(region, [node], wanted), node, wanted)
-    return None if found is None else Turn(*found, norm)
-
-
-def _norms(query: Turn | None, key: Turn | None) -> tuple[HeadNorm, HeadNorm] | None:
-    if query is None or key is None or query.norm is None or key.norm is None:
-        return None
-    return query.norm, key.norm
+    centred = normed.centre(affine, width)
+    if normed.node is wanted.node:
+        return centred, Turn(norm=normed.norm)
+    found = find_rotation(values, between(region, [normed.node], wanted.node), normed.node, wanted)
+    return None if found is None else (centred, Turn(*found, normed.norm))
 
 
 def _repeat_heads(affine: Affine, heads: int, head_width: int) -> Affine:
@@ -269,22 +251,17 @@ def _repeat_heads(affine: Affine, heads: int, head_width: int) -> Affine:
     return Affine(weight, affine.bias_O.view(have, head_width).repeat_interleave(heads // have, 0).flatten())
 
 
-def _output_map(region: Region, values: dict[fx.Node, Any], mixed: fx.Node) -> Affine | None:
-    """The region's output as an affine map of the concatenated heads."""
-    return _affine(region, values, mixed, region.exit)
-
-
 # Of the output's largest value: two orders of summation differ by 1e-6, a rotary embedding by 1e-1.
 _EXACT = 1e-4
 
 
 @torch.no_grad()
-def is_plain_attention(region: Region, values: dict[fx.Node, Any], facts: AttentionFacts) -> bool:
-    """The region computes output(softmax(q k' scale + causal mask or none) v) on random input, within rounding, with q
-    and k turned where it is known how.
+def computes(region: Region, values: dict[fx.Node, Any], facts: AttentionFacts) -> bool:
+    """The region computes output(softmax(q k' scale + bias + causal mask or none) v) on random input, within rounding,
+    with q and k normed and turned where it is known how.
 
-    A relative bias, a soft cap or a normalised key is seen; a window or a distance that only tells past the recorded
-    length is not, nor are masks of the guide's inputs, which recordings leave open.
+    A soft cap or a gate is seen; a window that is wider than the lengths that were looked at is not, nor are masks of
+    the guide's inputs, which recordings leave open.
     """
     template = values[region.entry]
     generator = torch.Generator().manual_seed(2)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx, nn
 
-from thesean.passes.analyse.regions import Region, is_linear_map, same_shape, sum_of
+from thesean.passes.analyse.regions import Region, is_linear_map, past_norm, same_shape, sum_of
 from thesean.passes.graph.nodes import attribute, constants_of
 
 Ends = tuple[fx.Node, fx.Node]
@@ -17,21 +17,26 @@ def removal(region: Region, gone: Mapping[fx.Node, fx.Node] | None = None) -> En
     """(what goes, what takes its place): the sum that the region is added in and the other side of it, where the
     stream that the region reads enters a sum with it; else exit and entry; None where the shapes differ.
 
-    Between the stream and the region may be a norm, but no linear map. `gone` are earlier removals: a sum whose other
-    branch went is the branch itself.
+    Between the stream and the region may be a norm, and between the region and the sum, but no linear map. `gone` are
+    earlier removals: a sum whose other branch went is the branch itself.
     """
     innermost: Ends | None = None
-    end = region.exit
+    end = past_norm(region.exit)
     while (joined := sum_of(end)) is not None:
         total, other = joined
         if gone is not None and gone.get(total) is end:
             end = total
             continue
         innermost = innermost or joined
-        if _reads_lightly(region.entry, other):
+        if any(_reads_lightly(region.entry, stream) for stream in _terms(other)):
             return innermost if same_shape(*innermost) else None
         end = total
     return (region.exit, region.entry) if same_shape(region.exit, region.entry) else None
+
+
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """A node and, where it is a sum, what it adds: the stream and a branch that is added before this one."""
+    return [node, *(node.all_input_nodes if node.target is torch.ops.aten.add.Tensor else [])]
 
 
 def removals(regions: Iterable[Region]) -> list[Ends | None]:

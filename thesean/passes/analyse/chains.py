@@ -6,7 +6,14 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.dataflow import SOURCE, DataFlow, Vertex, immediate_dominators
-from thesean.passes.analyse.regions import Region, is_single_entry_single_exit, is_work, same_shape
+from thesean.passes.analyse.regions import (
+    Region,
+    is_linear_map,
+    is_single_entry_single_exit,
+    is_work,
+    past_norm,
+    same_shape,
+)
 
 aten = torch.ops.aten
 
@@ -66,14 +73,17 @@ def _between(flow: DataFlow, entry: fx.Node, exit_: fx.Node) -> Region:
 
 
 def branches(flow: DataFlow, segment: Region, light: bool = False) -> list[Region]:
-    """The heavy branches of a residual segment, each without its leading norm; `light` ones as well.
+    """The heavy branches of a residual segment, each without its norms at either end; `light` ones as well.
 
     A residual segment ends in a join of its entry with one or more branches. A branch is cut where its first linear
-    map begins, so that a pre-norm stays with the guide: exactly the extent of an attention or MLP module. Branches
-    that are summed before the join (an attention beside an MLP) are told apart where they share no more than a norm.
+    map begins and where its last one ends, so that norms stay with the guide: exactly the extent of an attention or MLP
+    module. Branches that are summed before the join or after it (an attention beside an MLP) are told apart where they
+    share no more than a norm.
     """
     inside = set(segment.nodes)
     joins = segment.exit.all_input_nodes
+    if segment.entry not in joins:
+        joins = _summands(segment.exit, {*inside, segment.entry})
     if segment.entry not in joins:
         return []
     found = []
@@ -111,7 +121,17 @@ def _branch(flow: DataFlow, segment: Region, end: fx.Node) -> Region | None:
         reach.update(above)
         front.extend(above)
     nodes = tuple(n for n in segment.nodes if n in reach)
-    return _strip_light_head(flow, Region(entry=segment.entry, exit=end, nodes=nodes))
+    branch = _strip_light_head(flow, Region(entry=segment.entry, exit=end, nodes=nodes))
+    return branch and _strip_norm_tail(branch)
+
+
+def _strip_norm_tail(region: Region) -> Region:
+    """Move the exit back before a norm that nothing heavy follows, to where the last linear map ends."""
+    heavy = [at for at, node in enumerate(region.nodes) if is_linear_map(node)]
+    for at in range(heavy[-1] if heavy else len(region.nodes), len(region.nodes) - 1):
+        if same_shape(region.nodes[at], region.exit) and past_norm(region.nodes[at]) is region.exit:
+            return Region(entry=region.entry, exit=region.nodes[at], nodes=region.nodes[: at + 1])
+    return region
 
 
 def _strip_light_head(flow: DataFlow, region: Region) -> Region | None:

@@ -158,8 +158,13 @@ def check_region(graph_module: fx.GraphModule, region: Region, flow: DataFlow, p
 
 
 def join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:
-    """(sum, stream) where the exit's only use is `stream + exit`: the region is a branch beside a residual stream."""
+    """(sum, stream) where the exit's only use is `stream + exit`."""
     return sum_of(region.exit)
+
+
+def is_branch(region: Region) -> bool:
+    """Whether what the region gives is added to a residual stream, through a norm or as it is."""
+    return sum_of(past_norm(region.exit)) is not None
 
 
 def sum_of(branch: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -175,6 +180,25 @@ def sum_of(branch: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     stream, have = others[0].meta.get("val"), branch.meta.get("val")
     same = isinstance(stream, torch.Tensor) and isinstance(have, torch.Tensor) and stream.ndim == have.ndim
     return (users[0], others[0]) if same else None
+
+
+_NORMS = {"layer_norm", "rms_norm", "group_norm", "native_layer_norm", "mean", "var", "var_mean", "linalg_vector_norm"}
+
+
+def past_norm(end: fx.Node) -> fx.Node:
+    """The result of the norm that alone reads a node, as a branch has it whose output is normed before it is added; the
+    node itself where there is none.
+    """
+    inside, front = {end}, [end]
+    while front:
+        for user in front.pop().users:
+            known = all(i in inside or i.op == "get_attr" or "constant" in i.meta for i in user.all_input_nodes)
+            if user not in inside and known and user.op == "call_function" and not is_linear_map(user):
+                inside.add(user)
+                front.extend(inside)  # a node may have waited for this one
+    read_outside = [n for n in inside if any(u not in inside for u in n.users)]
+    is_norm = any(isinstance(n.target, torch._ops.OpOverload) and n.target._opname in _NORMS for n in inside - {end})
+    return read_outside[0] if is_norm and len(read_outside) == 1 else end
 
 
 def same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -1,5 +1,4 @@
-"""Read rotary positions off a graph, and the norm before them: what makes of a projected query the one that meets the
-keys, as numbers.
+"""Read rotary positions off a graph, as numbers: what makes of a projected query the one that meets the keys.
 
 Between the affine map and the product with the keys each head's features go through a linear map of their own at every
 step. It is probed with one basis vector after another; where pairs of features are turned by angles that grow with the
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph.record import evaluate, evaluate_all
-from thesean.targets.shared.head_norm import HeadNorm
+from thesean.passes.analyse.scores import Operand
+from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.rotation import Rotation
 
 # Of a head's largest entry: fp32 tables differ from their formula by 1e-6, another map by its whole scale.
@@ -27,10 +26,10 @@ _EXACT = 1e-4
 
 @torch.no_grad()
 def find_rotation(
-    values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node, wanted: fx.Node
+    values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node, wanted: Operand
 ) -> tuple[Rotation | None, float] | None:
     """(rotation, scale) with wanted = scale * rotated source; (None, scale) where nothing is turned; None for any other
-    map. `run` is what lies between; both nodes hold heads of the same width, `wanted` as (B, H, T, C) or (B, H, C, T).
+    map. `run` is what lies between; both nodes hold heads of the same width.
     """
     maps_TCC = _maps(values, run, source, wanted)
     if maps_TCC is None:
@@ -77,20 +76,17 @@ def _angle(cos_T: torch.Tensor, sin_T: torch.Tensor) -> float:
     return angle
 
 
-def _maps(values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node, wanted: fx.Node) -> torch.Tensor | None:
+def _maps(values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node, wanted: Operand) -> torch.Tensor | None:
     """(T, C, C), the map of a head's features at each step, in double; None unless it is linear, and the same for all
     heads and examples.
     """
-    template, end = values[source], values[wanted]
+    template, shape = values[source], wanted.of(values[wanted.node]).shape
     width = template.shape[-1]
-    transposed = end.shape[3] != width  # keys, as a product takes them
-    if template.ndim != 4 or end.shape[2 if transposed else 3] != width:
+    if template.ndim != 4 or shape[3] != width:
         return None
-    shape = end.mT.shape if transposed else end.shape
 
     def run_on(x: torch.Tensor) -> torch.Tensor:
-        out = evaluate(run, values, {source: x}, wanted)
-        return out.mT if transposed else out
+        return wanted.of(evaluate(run, values, {source: x}, wanted.node))
 
     columns = []
     for feature in range(width):
@@ -121,31 +117,6 @@ def _as(x: torch.Tensor, shape: torch.Size) -> torch.Tensor | None:
     x_BGTC = x.movedim(time[0], 2)
     groups, heads = x_BGTC.shape[1], shape[1]
     return x_BGTC.repeat_interleave(heads // groups, 1) if heads % groups == 0 else None
-
-
-@torch.no_grad()
-def find_norm(values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node) -> tuple[HeadNorm, fx.Node] | None:
-    """The last node of `run`, of the source's shape, at which each head's features are those of the source divided by
-    their root mean square, times a weight; None where there is none.
-    """
-    template = values[source]
-    generator = torch.Generator().manual_seed(5)
-    x = torch.randn(template.shape, generator=generator).to(template)
-    # so large that eps counts for nothing, so small that it is nearly all, and as it comes
-    large, small, usual = (evaluate_all(run, values, {source: scale * x}) for scale in (1e3, 1e-3, 1.0))
-    found: tuple[HeadNorm, fx.Node] | None = None
-    for node in run:
-        y = usual.get(node)
-        if not isinstance(y, torch.Tensor) or y.shape != template.shape or node is source:
-            continue
-        rms = x.square().mean(-1, keepdim=True).sqrt()
-        weight_C = (large[node] * rms / x).flatten(0, -2).double().median(0).values
-        ratio = x.double() * weight_C / small[node].double()  # sqrt(1e-6 mean x^2 + eps) * 1e3
-        eps = float(((ratio * 1e-3).square() - 1e-6 * rms.double().square()).median())
-        norm = HeadNorm(weight_C.to(template), max(0.0, eps))
-        if norm.eps < 1 and (norm.of(x) - y).abs().max() <= _EXACT * y.abs().max():
-            found = norm, node
-    return found
 
 
 def as_written(rotation: Rotation, constants: Iterable[torch.Tensor]) -> Rotation:

@@ -20,7 +20,7 @@ from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import recurrent_units
-from thesean.passes.analyse.regions import Region, join_of, same_shape
+from thesean.passes.analyse.regions import Region, is_branch, same_shape
 from thesean.passes.graph.nodes import above, named_dim
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
@@ -125,7 +125,7 @@ class SiteFinder:
             params=count_params(self.graph_module, region.nodes),
             attention=None if removes else find_attention(region, self.values),
             mlp=find_mlp(region, self.values) if token_wise else None,
-            is_branch=not removes and join_of(region) is not None,
+            is_branch=not removes and is_branch(region),
             channels_first=is_channels_first(region, self.values),
             recurrent_units=recurrent_units(region),
             nonnegative=bool((self.values[region.exit] >= 0).all()),

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from thesean.errors import TargetMismatchError
 from thesean.targets.shared.activations import ACTIVATIONS
-from thesean.targets.shared.head_norm import HeadNorm
+from thesean.targets.shared.distance_bias import DistanceBias
+from thesean.targets.shared.head_norm import HeadNorm, NormForm
 from thesean.targets.shared.rotation import Rotate, Rotation
 
 Dim = int | str
@@ -43,8 +44,9 @@ class AttentionFacts:
 
     Head h of the queries is rows h*K..(h+1)*K of `query`; keys and values are repeated to as many heads where the
     guide groups them. `output` maps the concatenated heads to the part's output. `scale` multiplies q.k. Before they
-    meet, `norms` are taken of each head's query and key, and `rotation` turns them by their steps. `plain`: the part
-    computes output(softmax(q k' scale) v), with or without these, causal or over all tokens, and nothing else.
+    meet, `norms` are taken of query and key, and `rotation` turns them by their steps; `bias` is added to what comes of
+    it. `plain`: the part computes output(softmax(q k' scale + bias) v), causal or over all tokens, with what of this
+    there is and nothing else; where it isn't, `differs` says what else.
     """
 
     heads: int
@@ -55,7 +57,15 @@ class AttentionFacts:
     output: Affine
     rotation: Rotation | None = None
     norms: tuple[HeadNorm, HeadNorm] | None = None
+    bias: DistanceBias | None = None
     plain: bool = False
+    differs: str = ""
+
+    @property
+    def norm_form(self) -> NormForm | None:
+        """Of both norms, as the more demanding one needs it."""
+        forms = {norm.form for norm in self.norms or ()}
+        return "whole" if "whole" in forms else "heads" if "heads" in forms else None
 
     @property
     def norm_eps(self) -> list[float] | None:
@@ -90,7 +100,7 @@ class AttentionFacts:
         if self.rotation is not None:
             rotate = Rotate(self.rotation, q_BTHK.shape[-1]).to(x_BTD.device)
             q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
-        return attend(q_BTHK, k_BTHK, v_BTHV, self.scale, causal)
+        return attend(q_BTHK, k_BTHK, v_BTHV, self.scale, causal, bias=self.bias)
 
 
 def attend(
@@ -100,18 +110,24 @@ def attend(
     scale: float,
     causal: bool,
     mask_BT: torch.Tensor | None = None,
+    bias: DistanceBias | None = None,
 ) -> torch.Tensor:
-    """softmax(q k' scale) v of each head, concatenated: (B, T, H V). `mask_BT` is True where there is a token."""
+    """softmax(q k' scale + bias) v of each head, concatenated: (B, T, H V). `mask_BT` is True at tokens."""
     q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
-    seen_B1TT = None
+    added: torch.Tensor | None = None  # booleans of what is seen, or a number for each score
+    time = q_BHTK.shape[2]
     if mask_BT is not None:
-        both_TT = torch.ones(mask_BT.shape[1], mask_BT.shape[1], dtype=torch.bool, device=mask_BT.device)
+        both_TT = torch.ones(time, time, dtype=torch.bool, device=mask_BT.device)
         # each step sees itself, or one before the first token would see nothing and be NaN
         seen_BTT = mask_BT.unsqueeze(1) | (both_TT.tril() & both_TT.triu())
-        seen_B1TT = (seen_BTT & both_TT.tril() if causal else seen_BTT).unsqueeze(1)
-        causal = False
+        added = (seen_BTT & both_TT.tril() if causal else seen_BTT).unsqueeze(1)
+    elif causal and bias is not None:
+        added = torch.ones(time, time, dtype=torch.bool, device=q_BHTK.device).tril()
+    if bias is not None:
+        bias_HTT = bias.matrix(time, q_BHTK)
+        added = bias_HTT.unsqueeze(0) if added is None else torch.where(added, bias_HTT, -torch.inf)
     mixed_BHTV = F.scaled_dot_product_attention(
-        q_BHTK, k_BHTK, v_BHTV, attn_mask=seen_B1TT, is_causal=causal, scale=scale
+        q_BHTK, k_BHTK, v_BHTV, attn_mask=added, is_causal=causal and added is None, scale=scale
     )
     return mixed_BHTV.transpose(1, 2).flatten(2)
 

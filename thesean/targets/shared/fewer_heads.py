@@ -28,10 +28,16 @@ def check_heads(target: str, part: PartFacts, options: NarrowHeadsOptions) -> No
     if not facts.plain:
         raise part.mismatch(
             target,
-            found="an attention that softmax(q k' scale) v alone does not reproduce "
-            "(a relative bias, a norm of queries and keys, a window or a gate)",
-            expected="one that nothing but a causal mask is added to, with rotary positions or without",
+            found=f"an attention that softmax(q k' scale + bias) v alone does not reproduce: {facts.differs}",
+            expected="one that is known whole: rotary positions, norms of each head and a bias of distance included",
             advice=f"{keep}, or choose target 'rnn' for it.",
+        )
+    if facts.norm_form == "whole":
+        raise part.mismatch(
+            target,
+            found="queries and keys that are normed over all heads at once, so that no head can go",
+            expected="norms of each head by itself",
+            advice=f"{keep}, or choose target 'linear-attention' for it.",
         )
     if options.heads is not None and options.heads > facts.heads:
         raise part.mismatch(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pydantic import Field, PositiveFloat
 
 from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.head_norm import NormForm
 from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways
 
 # Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
@@ -61,7 +62,8 @@ class HeadShape(NamedTuple):
     value_width: int
     scale: float  # of q.k in the window
     rotation: list[list[float]] | None = None  # of q and k there
-    norm_eps: list[float] | None = None  # of the norms of each head's q and k
+    norm_eps: list[float] | None = None  # of the norms of q and k
+    norm_form: NormForm | None = None
 
 
 def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
@@ -70,7 +72,8 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
         key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
         turned = facts.rotation.rows() if facts.rotation is not None and window_of(part, options) else None
         kv_heads = options.kv_heads or facts.kv_heads
-        return HeadShape(facts.heads, kv_heads, key_width, value_width, facts.scale, turned, facts.norm_eps)
+        norms = facts.norm_eps, facts.norm_form
+        return HeadShape(facts.heads, kv_heads, key_width, value_width, facts.scale, turned, *norms)
     width = options.width or part.features_width
     heads = options.heads or (facts.heads if facts is not None else default_heads(width))
     each = width // heads
