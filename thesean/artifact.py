@@ -257,7 +257,7 @@ def _examples(signature: Signature) -> dict[str, torch.Tensor]:
 def _signature_to_json(signature: Signature) -> dict[str, Any]:
     inputs = [
         {"name": s.name, "dtype": str(s.dtype).removeprefix("torch."), "shape": list(s.shape)}
-        | {"high": s.high, "low": s.low}
+        | {"high": s.high, "low": s.low, **({"mask": True} if s.mask else {})}
         for s in signature.inputs
     ]
     return {"inputs": inputs, "output_class": signature.output_class}

@@ -131,8 +131,8 @@ def _with_padding(signature: Signature, inputs: dict[str, torch.Tensor]) -> dict
     for spec in signature.inputs:
         value = inputs[spec.name]
         known = spec.example if spec.example is not None else value
-        integers = not value.is_floating_point() and value.dtype != torch.bool
-        if spec.high is None and integers and len(spec.shape) == 2 and is_mask(known) and value.shape[1] > 2:
+        numbers = spec.mask or not (value.is_floating_point() or value.dtype == torch.bool)
+        if spec.high is None and numbers and len(spec.shape) == 2 and is_mask(known) and value.shape[1] > 2:
             tail = value[0, -(value.shape[1] // 3) :]
             tail.copy_(1 - tail)
     return inputs

@@ -22,6 +22,7 @@ class Masked(nn.Module):
         super().__init__()
         self.hide = hide
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.steps = nn.Linear(1, 1)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(x).chunk(3, -1)
@@ -38,6 +39,12 @@ class Masked(nn.Module):
             return x + self.out(value)
         elif self.hide == "hidden is one":
             scores_BTT = scores_BTT.masked_fill(mask[:, None].bool(), -torch.inf)
+        elif self.hide == "added":
+            scores_BTT = scores_BTT + mask[:, None]
+        elif self.hide == "ones are hidden":
+            scores_BTT = scores_BTT + mask[:, None] * -1e9
+        elif self.hide == "learnt":
+            scores_BTT = scores_BTT + self.steps(mask[..., None])
         elif self.hide == "nothing":
             value = value + mask[..., None]
         return x + self.out(scores_BTT.softmax(-1) @ value)
@@ -48,10 +55,12 @@ def masks_of(guide: nn.Module, *inputs: torch.Tensor) -> tuple[Padding, ...]:
     return find_padding(flow_of(found), recorded(found))
 
 
-def masked(hide: str) -> tuple[Padding, ...]:
-    mask = torch.full((3,), 7) if hide == "lengths" else torch.ones(3, 7, dtype=torch.int64)
-    if hide == "hidden is one":
+def masked(hide: str, dtype: torch.dtype = torch.int64) -> tuple[Padding, ...]:
+    mask = torch.full((3,), 7) if hide == "lengths" else torch.ones(3, 7, dtype=dtype)
+    if hide in ("added", "ones are hidden", "hidden is one"):
         mask = torch.zeros_like(mask)
+    if hide == "added":
+        mask[0, 5:] = -1e4
     return masks_of(models.seeded(Masked, hide), vectors(3, 7, WIDTH), mask)
 
 
@@ -70,6 +79,19 @@ def test_a_mask_is_known_by_what_it_hides(hide, rules):
     found = [mask.rule for mask in masked(hide)]
     assert len(found) == min(1, len(rules))
     assert set(found) <= set(rules)
+
+
+@pytest.mark.parametrize(
+    ("hide", "rule"),
+    [("low scores", "one"), ("where", "one"), ("zeros", "one"), ("added", "additive"), ("ones are hidden", "zero")],
+)
+def test_a_mask_of_floats_is_known_by_what_it_hides(hide, rule):
+    assert [mask.rule for mask in masked(hide, torch.float32)] == [rule]
+
+
+def test_floats_that_are_no_mask_are_none():
+    for hide, other in (("learnt", torch.ones(3, 7)), ("zeros", torch.rand(3, 7) + 0.5)):
+        assert masks_of(models.seeded(Masked, hide), vectors(3, 7, WIDTH), other) == ()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -100,3 +100,46 @@ def test_a_mask_of_floats_is_a_mask():
     padded = module(ids, MASK_BT.float())["last_hidden_state"]
     alone = module(ids[:1, :5], MASK_BT[:1, :5].float())["last_hidden_state"]
     torch.testing.assert_close(padded[:1, :5], alone, rtol=0, atol=1e-5)
+
+
+class Encoder(nn.Module):
+    """As encoders are written by hand: a mask of ones and zeros is computed with, in scores and in hidden states."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.table, self.head = nn.Embedding(32, 16), nn.Linear(16, 5)
+        self.qkv = nn.ModuleList(nn.Linear(16, 48) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(16, 32) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(32, 16) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        low = (1.0 - mask) * -1e4
+        for qkv, out, up, down in zip(self.qkv, self.out, self.up, self.down, strict=True):
+            q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            scores = q @ k.mT / 8**0.5
+            if self.how == "products":
+                both = mask.unsqueeze(2) * mask.unsqueeze(1)
+                weights = (scores + (1.0 - both.unsqueeze(1)) * -1e9).softmax(-1) * both.unsqueeze(1)
+                x = (x + out((weights @ v).transpose(1, 2).flatten(2))) * mask.unsqueeze(-1)
+            else:
+                x = x + out(((scores + low[:, None, None]).softmax(-1) @ v).transpose(1, 2).flatten(2))
+            x = x + down(torch.relu(up(x)))
+        return self.head(x * mask[..., None])
+
+
+@pytest.mark.parametrize("how", ["sums", "products"])
+@pytest.mark.parametrize("example", [MASK_BT.float(), torch.ones(3, 8)])
+def test_a_mask_of_floats_that_is_computed_with_is_read_by_what_is_put_in(how, example):
+    ids = tokens(3, 8, seed=4)
+    found = capture(models.seeded(Encoder, how), (ids, example))
+    hybrid = grown(found, "gru")
+    assert [len(r.masks) for r in hybrid.replacements] == [1, 1]
+    module = hybrid.graph_module
+    padded = module(ids, MASK_BT.float())
+    torch.testing.assert_close(padded[:1, :5], module(ids[:1, :5], torch.ones(1, 5)), rtol=0, atol=1e-5)
+    seen = MASK_BT.bool()
+    moved = ids.where(seen, (ids + 1) % models.VOCABULARY)
+    torch.testing.assert_close(module(moved, MASK_BT.float())[seen], padded[seen], rtol=0, atol=1e-5)

@@ -22,6 +22,9 @@ aten = torch.ops.aten
 
 SOURCE = "source"
 
+# in the meta of a floating-point input that is a mask: said once, where its example is at hand (`float_masks`)
+MASK = "mask"
+
 Vertex = fx.Node | str
 
 # read nothing of their input but its size, dtype and device
@@ -161,7 +164,7 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
         several = value if isinstance(value, (tuple, list)) else (value,)  # an embedding bag returns four tensors
         is_float = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in several)
         if node.op == "placeholder":
-            if not is_float or _starts_recurrences(node) or _is_only_asked(node):
+            if not is_float or MASK in node.meta or _starts_recurrences(node) or _is_only_asked(node):
                 side.add(node)
             continue
         if node.op == "call_module":  # a replaced part: one that carries a state has no single value of its own

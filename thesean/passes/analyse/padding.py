@@ -166,7 +166,7 @@ def _rule(
     if dtype == torch.bool:
         rules = ("true", "false")
     elif dtype.is_floating_point:
-        rules = ("one", "additive")
+        rules = ("one", "zero", "additive")
     return next((r for r in rules if _hides(r, mask, stream, end, run, values)), None)
 
 

@@ -38,7 +38,7 @@ def decodes(captured: Captured) -> bool:
     for spec in signature.inputs:
         value = inputs[spec.name].clone()
         last = value.select(spec.shape.index(times[0]), -1)
-        if value.is_floating_point():
+        if value.is_floating_point() and not spec.mask:
             last += 1
         elif spec.high is not None:  # what is no index is a mask, and stays
             last.copy_((last + 1) % spec.high)

@@ -5,11 +5,14 @@ B batch, T time
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from thesean.passes.analyse.dataflow import MASK
+from thesean.passes.analyse.float_masks import is_mask_of_floats
 from thesean.passes.capture.dynamic import Dynamic
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.resample import kept_example
@@ -42,9 +45,11 @@ def read_signature(
         high = _rows_indexed(graph_module, node) if not value.is_floating_point() else None
         batch = next((at for at, d in enumerate(shape) if isinstance(d, str) and d.startswith("batch")), None)
         example = kept_example(value, batch)
-        specs.append(
-            InputSpec(name=str(node.target), dtype=value.dtype, shape=tuple(shape), high=high, example=example)
-        )
+        mask = is_mask_of_floats(node, value)
+        if mask:
+            node.meta[MASK] = True
+        spec = InputSpec(name=str(node.target), dtype=value.dtype, shape=tuple(shape), high=high, example=example)
+        specs.append(replace(spec, mask=mask))
     graph_module.meta["symbols"] = names
     container = isinstance(eager, (dict, list, tuple)) and type(eager) in (dict, list, tuple)
     plain = container or isinstance(eager, torch.Tensor)

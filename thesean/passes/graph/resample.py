@@ -73,6 +73,12 @@ def _visible(mask: torch.Tensor) -> bool:
     return ends[0] if len(ends) == 1 else bool(mask.float().mean() >= 0.5)
 
 
+def all_shown(mask: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """A mask of floats that hides nothing: 0 where it is added to scores, or else as booleans would."""
+    flags = mask.flatten(1) != 0
+    return torch.full(list(wanted), 0.0 if bool((mask < 0).any()) else float(_visible(flags)), dtype=mask.dtype)
+
+
 def sizes_of(shapes: Iterable[tuple[Sequence[Dim], torch.Tensor]]) -> dict[str, int]:
     """The sizes of dynamic dimensions in examples of which some were cut: the largest of each."""
     found: dict[str, int] = {}

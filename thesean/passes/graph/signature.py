@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from thesean.errors import DataError
-from thesean.passes.graph.resample import Dim, resampled, sizes_of
+from thesean.passes.graph.resample import Dim, all_shown, resampled, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class InputSpec:
     shape: tuple[Dim, ...]
     high: int | None = None  # integers: exclusive upper bound, the rows of the table that they index
     low: int = 0
+    mask: bool = False  # floats: of the steps that hold a token, ones and zeros or what is added to scores
     # a few values that the caller gave: what is made up for probes and checks is made of them
     example: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -99,7 +100,9 @@ class Signature:
         before = self.example_sizes
         made = {}
         for spec in self.inputs:
-            if spec.example is not None:
+            if spec.mask and spec.example is not None:
+                value = all_shown(spec.example, [sizes[d] if isinstance(d, str) else d for d in spec.shape])
+            elif spec.example is not None:
                 value = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
             else:
                 value = _without_example(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape], generator)
