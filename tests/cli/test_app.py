@@ -221,6 +221,44 @@ def test_convert_hands_every_choice_to_compile(guides: Path, monkeypatch: pytest
     assert rest == dict(keep=("c", "d"), parts=["x.*"], seed=7, recipe="fast", granularity="sublayer", progress=False)
 
 
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_how_inputs_and_outputs_are_read_is_handed_on(
+    guides: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    seen: dict[str, object] = {}
+
+    def record(model: object, **chosen: object) -> None:
+        seen.update(chosen)
+        raise PlanError("seen")
+
+    monkeypatch.setattr(thesean, {"convert": "compile"}.get(command, command), record, raising=False)
+    words = [command, "guides_for_cli:toy", "--inputs", "guides_for_cli:loss", "--dynamic", "x=1:time"]
+    words += [
+        "--outputs",
+        "logits=softmax",
+        "--outputs",
+        "value=mse",
+        *(["--out", "o"] if command == "convert" else []),
+    ]
+    error_of(run(*words))
+    assert seen["inputs"] is sys.modules["guides_for_cli"].loss
+    assert seen["outputs"] == {"logits": "softmax", "value": "mse"}
+    assert seen["dynamic"] == {"x": {1: "time"}}
+
+
+def test_a_reader_that_is_no_function_and_a_kind_that_is_none_are_refused(guides: Path) -> None:
+    refused = run("plan", "guides_for_cli:toy", "--inputs", "guides_for_cli:number")
+    assert "expected a function inputs(batch)" in error_of(refused)
+    assert "expected NAME=KIND" in error_of(run("plan", "guides_for_cli:broken", "--outputs", "x=kl"))
+
+
+def test_fixed_dimensions_are_fixed_in_what_is_converted(guides: Path) -> None:
+    words = ["convert", "guides_for_cli:mixer", "--data", "guides_for_cli:sequences", "--recipe", "fast", "--quiet"]
+    result = run(*words, "--dynamic", "none", "--out", "fixed")
+    assert result.exit_code == 0, result.output
+    assert thesean.load(guides / "fixed").signature.symbols == ()
+
+
 # The whole way, against the compiler itself.
 
 

@@ -2,7 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from thesean.cli.words import ArgumentError, load_object, parse_budget, parse_target, parse_targets
+from thesean.cli.words import (
+    ArgumentError,
+    load_object,
+    parse_budget,
+    parse_dynamic,
+    parse_outputs,
+    parse_target,
+    parse_targets,
+)
 from thesean.targets.shared.family import Target
 
 
@@ -86,3 +94,49 @@ def test_a_budget_is_read_as_yaml_reads_it():
 def test_a_malformed_budget_says_what_is_wrong(words, message):
     with pytest.raises(ArgumentError, match=message):
         parse_budget(words)
+
+
+def test_outputs_are_names_and_how_they_are_compared() -> None:
+    assert parse_outputs([]) is None
+    assert parse_outputs(["logits=softmax", "heads.value=mse"]) == {"logits": "softmax", "heads.value": "mse"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["logits"], "expected NAME=KIND"),
+        (["=mse"], "expected NAME=KIND"),
+        (["logits=kl"], "of softmax, sigmoid, mse, ignore"),
+        (["a=mse", "a=ignore"], "'a' is given twice"),
+    ],
+)
+def test_a_malformed_output_says_what_is_wrong(words: list[str], reason: str) -> None:
+    with pytest.raises(ArgumentError, match=reason):
+        parse_outputs(words)
+
+
+def test_free_dimensions_are_numbers_and_names_of_inputs() -> None:
+    assert parse_dynamic([]) is None
+    assert parse_dynamic(["none"]) == {}
+    assert parse_dynamic(["x=1:time"]) == {"x": {1: "time"}}
+    assert parse_dynamic(["x=0:batch, 1:time", "y=0:batch", "x=2:wide"]) == {
+        "x": {0: "batch", 1: "time", 2: "wide"},
+        "y": {0: "batch"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["x"], "expected INPUT=DIMENSION:NAME"),
+        (["x="], "found ''"),
+        (["x=time"], "found 'time'"),
+        (["x=1:"], "found '1:'"),
+        (["x=-1:time"], "found '-1:time'"),
+        (["none", "x=1:time"], "expected INPUT=DIMENSION:NAME"),
+        (["x=1:time,1:batch"], "dimension 1 of 'x' is given twice"),
+    ],
+)
+def test_a_malformed_dimension_says_what_is_wrong(words: list[str], reason: str) -> None:
+    with pytest.raises(ArgumentError, match=reason):
+        parse_dynamic(words)

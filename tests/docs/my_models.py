@@ -31,3 +31,7 @@ def batches(count: int = 4, seed: int = 1) -> list[dict[str, torch.Tensor]]:
 
 def loss(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+
+def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {"input_ids": batch["input_ids"]}

@@ -19,11 +19,14 @@ from thesean.cli.options import (
     EvalData,
     ExampleInputs,
     FileDtype,
+    FreeSizes,
     Grain,
     Guide,
+    InputsOf,
     Keep,
     LossFunction,
     Merge,
+    Outputs,
     Parts,
     RecipeName,
     Seed,
@@ -31,8 +34,9 @@ from thesean.cli.options import (
     TargetParts,
     Targets,
     check_writable,
-    inputs,
+    loaded_arguments,
     planning_arguments,
+    reading,
 )
 from thesean.cli.telling import one_line_errors, steps_told
 from thesean.cli.words import ArgumentError, load_guide, parse_sizes
@@ -77,6 +81,9 @@ def convert(
     loss: LossFunction = None,
     eval_data: EvalData = None,
     example_inputs: ExampleInputs = None,
+    inputs: InputsOf = None,
+    outputs: Outputs = None,
+    dynamic: FreeSizes = None,
     parts: Parts = None,
     keep: Keep = None,
     granularity: Grain = None,
@@ -118,6 +125,11 @@ def convert(
         --constraint speedup=1.5 --constraint context=512 --out build/auto
 
     \b
+    Where a guess is wrong: what of a batch the guide reads, how outputs are compared, what has any size:
+      thesean convert models.agent:make --data games:batches --inputs games:inputs \\
+        --outputs policy=softmax --outputs value=mse --dynamic board=0:batch --out build/agent
+
+    \b
     A plan that you edited:
       thesean plan models.gpt:make --yaml plan.yaml
       thesean convert models.gpt:make --plan plan.yaml --data texts:batches --out build/rnn
@@ -138,8 +150,9 @@ def convert(
             chosen["plan"] = thesean.Plan.from_yaml(plan)
         else:
             chosen |= planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
+        chosen |= reading(outputs, dynamic)
         model = load_guide(guide)
-        chosen |= inputs(data, example_inputs, loss, eval_data)
+        chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs)
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None:
             converted.save(out)
@@ -160,6 +173,9 @@ def plan(
     loss: LossFunction = None,
     eval_data: EvalData = None,
     example_inputs: ExampleInputs = None,
+    inputs: InputsOf = None,
+    outputs: Outputs = None,
+    dynamic: FreeSizes = None,
     parts: Parts = None,
     keep: Keep = None,
     granularity: Grain = None,
@@ -206,10 +222,11 @@ def plan(
             "batch": parse_sizes(batch, "--batch"),
         }
         chosen = planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
-        chosen |= {"recipe": recipe, "seed": seed, **measured}
+        chosen |= {"recipe": recipe, "seed": seed, **measured, **reading(outputs, dynamic)}
         model = load_guide(guide)
+        chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs)
         with steps_told():
-            made = thesean.plan(model, **chosen, **inputs(data, example_inputs, loss, eval_data))
+            made = thesean.plan(model, **chosen)
         typer.echo(str(made))
         if yaml is not None:
             made.to_yaml(yaml)

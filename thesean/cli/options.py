@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from thesean.cli.words import ArgumentError, load_data, load_object, parse_budget, parse_target, parse_targets
+from thesean.cli.words import (
+    ArgumentError,
+    load_data,
+    load_object,
+    parse_budget,
+    parse_dynamic,
+    parse_outputs,
+    parse_target,
+    parse_targets,
+)
 
 
 class Granularity(enum.StrEnum):
@@ -100,6 +109,31 @@ LossFunction = Annotated[
         help="loss(output, batch) -> scalar (default: match the guide's outputs).",
     ),
 ]
+InputsOf = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        metavar="MODULE:FUNCTION",
+        help="inputs(batch) -> the guide's inputs, a dict by name or a tuple (default: guessed, and told).",
+    ),
+]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--outputs",
+        metavar="NAME=KIND",
+        help="How an output is compared with the guide's: softmax, sigmoid, mse or ignore (default: guessed, and "
+        "told). Repeatable.",
+    ),
+]
+FreeSizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dynamic",
+        metavar="INPUT=DIM:NAME[,DIM:NAME...]",
+        help="Which dimensions stay free, such as x=0:batch,1:time (default: guessed); 'none' fixes all. Repeatable.",
+    ),
+]
 EvalData = Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="Held-out batches.")]
 RecipeName = Annotated[
     str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
@@ -139,19 +173,30 @@ def planning_arguments(
     }
 
 
-def inputs(
-    data: str | None, example_inputs: str | None, loss: str | None = None, eval_data: str | None = None
+def reading(outputs: list[str] | None, dynamic: list[str] | None) -> dict[str, Any]:
+    """How the guide's inputs and outputs are read, as far as it is told; needs no guide yet."""
+    told = {"outputs": parse_outputs(outputs or []), "dynamic": parse_dynamic(dynamic or [])}
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def loaded_arguments(
+    data: str | None,
+    example_inputs: str | None,
+    loss: str | None = None,
+    eval_data: str | None = None,
+    inputs: str | None = None,
 ) -> dict[str, Any]:
-    """The loaded data, example inputs, loss and held-out data, as far as they are given."""
+    """The loaded data, example inputs, loss, held-out data and reader of batches, as far as they are given."""
     loaded: dict[str, Any] = {}
     if data is not None:
         loaded["data"] = load_data(data, "--data")
     if example_inputs is not None:
         loaded["example_inputs"] = load_object(example_inputs, "--example-inputs", call=True)
-    if loss is not None:
-        loaded["loss"] = load_object(loss, "--loss", call=False)
-        if not callable(loaded["loss"]):
-            raise ArgumentError(f"--loss {loss!r}: expected a function loss(output, batch), found a value.")
+    for name, word, form in (("loss", loss, "loss(output, batch)"), ("inputs", inputs, "inputs(batch)")):
+        if word is not None:
+            loaded[name] = load_object(word, f"--{name}", call=False)
+            if not callable(loaded[name]):
+                raise ArgumentError(f"--{name} {word!r}: expected a function {form}, found a value.")
     if eval_data is not None:
         loaded["eval_data"] = load_data(eval_data, "--eval-data")
     return loaded

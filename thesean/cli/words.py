@@ -10,15 +10,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from torch import nn
 
+from thesean.distill.outputs import OutputKind
 from thesean.errors import MissingExtraError, TheseanError
 from thesean.targets.shared.family import Target
 
 KEEP = "keep"
+NONE = "none"
+OUTPUT_KINDS = get_args(OutputKind)
 
 
 class ArgumentError(TheseanError, ValueError):
@@ -194,6 +197,45 @@ def parse_budget(words: Sequence[str]) -> dict[str, Any] | None:
         if key in found:
             raise ArgumentError(f"--constraint: {key!r} is given twice.")
         found[key] = _scalar(text)
+    return found or None
+
+
+def parse_outputs(words: Sequence[str]) -> dict[str, str] | None:
+    """`["logits=softmax", "scale=ignore"]` -> how each output is compared; None without words. Raises ArgumentError."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, kind = (piece.strip() for piece in word.rpartition("="))
+        if not (equals and name and kind in OUTPUT_KINDS):
+            raise ArgumentError(
+                f"--outputs {word!r}: expected NAME=KIND, of {', '.join(OUTPUT_KINDS)}; such as logits=softmax."
+            )
+        if name in found:
+            raise ArgumentError(f"--outputs: {name!r} is given twice.")
+        found[name] = kind
+    return found or None
+
+
+def parse_dynamic(words: Sequence[str]) -> dict[str, dict[int, str]] | None:
+    """`["x=0:batch,1:time"]` -> {"x": {0: "batch", 1: "time"}}; {} for the word none, None without words.
+
+    Raises ArgumentError.
+    """
+    if list(words) == [NONE]:
+        return {}
+    found: dict[str, dict[int, str]] = {}
+    for word in words:
+        name, equals, tail = (piece.strip() for piece in word.rpartition("="))
+        dims = found.setdefault(name, {})
+        for item in tail.split(","):
+            at, colon, label = (piece.strip() for piece in item.partition(":"))
+            if not (equals and name and colon and at.isascii() and at.isdigit() and label):
+                raise ArgumentError(
+                    f"--dynamic {word!r}: expected INPUT=DIMENSION:NAME, such as x=0:batch,1:time, or {NONE} alone to "
+                    f"fix all; found {item!r}."
+                )
+            if int(at) in dims:
+                raise ArgumentError(f"--dynamic: dimension {at} of {name!r} is given twice.")
+            dims[int(at)] = label
     return found or None
 
 
