@@ -69,6 +69,40 @@ def test_a_window_over_everything_is_softmax_attention():
     torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize(("time", "window"), [(1, 1), (7, 3), (70, 33), (5, 70)])
+def test_a_bias_of_distance_is_added_as_the_formula_says(time, window, groups):
+    given = inputs(time, window, groups, empty=window // 2)
+    bias_HW = torch.randn(HEADS, window, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mean = window_attention(*[*given, bias_HW])
+    assert relative_error(mean, window_attention_reference(*[*given, bias_HW])) < VALUE[torch.float64]
+    assert relative_error(mean, window_attention(*given)) > 1e-3 or window == 1
+    narrow = [x.float() for x in given]
+    assert relative_error(window_attention(*[*narrow, bias_HW.float()]), mean) < VALUE[torch.float32]
+
+
+def test_a_bias_over_everything_is_softmax_attention_with_that_bias():
+    query, key, value, older, gate = inputs(20, 20, empty=20)
+    bias_HW = torch.randn(HEADS, 20, dtype=torch.float64)
+    mean = window_attention(query, key, value, torch.zeros_like(older), gate, bias_HW)
+    step_T = torch.arange(20)
+    distance_TT = step_T.unsqueeze(1) - step_T
+    added_HTT = bias_HW[:, distance_TT.clamp_min(0)].masked_fill(distance_TT < 0, -torch.inf)
+    q, k, v = (x.transpose(1, 2) for x in (query, key[:, 20:], value[:, 20:, :, :-1]))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=added_HTT, scale=1.0).transpose(1, 2)
+    torch.testing.assert_close(mean, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_reach_the_bias():
+    given = [x.requires_grad_() for x in (*inputs(5, 3), torch.randn(HEADS, 3, dtype=torch.float64))]
+    assert torch.autograd.gradcheck(window_attention, given, fast_mode=True)
+
+
+def test_a_bias_of_another_window_is_refused():
+    with pytest.raises(ValueError, match=r"bias \(4, 5\) for \(H, W\)"):
+        window_attention(*[*inputs(7, 3), torch.zeros(HEADS, 5, dtype=torch.float64)])
+
+
 @pytest.mark.parametrize("groups", [4, 2])
 def test_gradients_are_the_numerical_ones(groups):
     given = [x.requires_grad_() for x in inputs(5, 3, groups)]

@@ -3,7 +3,8 @@
 Positions: a guide that adds positions to its embeddings passes them on in x. A rotary one turns queries and keys after
 they were projected: so does the window, where their distance is all that counts, so that its rows can be counted from
 its own start and no state is needed. The linear part meets them as they were: softmax features of a turned key are no
-function of the distance, and with or without it is the same within 0.002 nats.
+function of the distance, and with or without it is the same within 0.002 nats. A bias of distance is added in the
+window; one that falls along a line (ALiBi) is what a decay is, and heads forget as fast as it says.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
 C width of a head's query and key, F = 2C features, K width of a value, k = K + 1, W tokens in the window, N sinks
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from thesean.kernels.linear_attention import full_linear_attention
 from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.distance_bias import LearntReach
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
@@ -59,16 +61,16 @@ class LinearAttention(SequenceTarget):
     decay and state are per head of keys: a guide with grouped queries keeps its groups (Ainslie et al. 2023).
     x_BTD, state_BGFk -> (y_BTD, state_BGFk). Bidirectional: s over all tokens, no decay, no state.
 
-    With a window, w_ts = exp(scale q_t.k_s), as in the guide and turned as there by `rotation`, rows of (feature,
-    feature, radians a step), for the last W tokens, t's own included; of those that leave it the first `sinks` are kept
-    the same way, and any other enters the linear state and decays from then on. The state is then (state_BGFk,
-    key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
+    With a window, w_ts = exp(scale q_t.k_s + bias) as in the guide, turned as there by `rotation`, rows of (feature,
+    feature, radians a step), and with its bias of the distance t - s, for the last W tokens, t's own included; of those
+    that leave it the first `sinks` are kept the same way, and any other enters the linear state and decays from then
+    on. The state is then (state_BGFk, key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
     """
 
     family = "linear-attention"
     reads_mask = True
     saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "norm_form",
-             "memory", "sharpness")  # fmt: skip
+             "bias", "memory", "sharpness")  # fmt: skip
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class LinearAttention(SequenceTarget):
         **frame: Unpack[AttentionFrame],
     ) -> None:
         rotation, norm_eps = frame.pop("rotation", None), frame.pop("norm_eps", None)
-        norm_form = frame.pop("norm_form", None)
+        norm_form, bias = frame.pop("norm_form", None), frame.pop("bias", None)
         super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
         self.memory = span(memory)
         self.sharpness = float(sharpness)
@@ -104,10 +106,11 @@ class LinearAttention(SequenceTarget):
         self.rotation = rotation
         self.norm_eps, self.norm_form = norm_eps, norm_form
         self.norms = head_norms(key_width, (heads, self.kv_heads), norm_eps, norm_form)
-        self.window = None
+        self.window, self.bias = None, bias
         if window is not None:
             rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-            self.window = Window(size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks)
+            reach = None if bias is None else LearntReach(heads, *bias)
+            self.window = Window(size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks, bias=reach)
         self.last = small_linear(heads * value_width, self.width_out)
         self.reset_projections()
 
@@ -235,12 +238,29 @@ class LinearAttention(SequenceTarget):
                 copied.append(name)
         if "query" in copied and "key" in copied:
             copy_norms(self.norms, facts.norms)
+            if self.window is not None and self.window.bias is not None and facts.bias is not None:
+                self.window.bias.copy_from(facts.bias.behind)
+            if self.decay is not None and facts.bias is not None:
+                self._forget(facts.bias.behind.slope_H, self.decay)
             # phi knows no scale: a guide that divides q.k by something else than sqrt(C) gets the rest in both maps
             gain = self.sharpness * (facts.scale * self.key_width**0.5) ** 0.5
             eye_CC = torch.eye(self.key_width, device=self.map_query_HCC.device)
             self.map_query_HCC.copy_(gain * eye_CC)
             self.map_key_GCC.copy_(gain * eye_CC)
         return tuple(copied)
+
+    def unlike(self, part: PartFacts) -> str:
+        """A window is the guide's own softmax only where all is known that goes into it."""
+        if self.window is None or (part.attention is not None and part.attention.plain):
+            return ""
+        found = "no attention was read off" if part.attention is None else part.attention.differs
+        return f"their window is not the guide's softmax: {found or 'more than was read off'}"
+
+    def _forget(self, slope_H: torch.Tensor, decay: nn.Linear) -> None:
+        """A bias that falls by m a step is a memory of 1 / m tokens; one that doesn't fall says nothing of it."""
+        slope_G = slope_H.to(decay.bias).view(self.kv_heads, -1).mean(1)
+        falls_G = slope_G < 0
+        decay.bias[falls_G] = decay_bias(-1 / slope_G[falls_G])
 
     @torch.no_grad()
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

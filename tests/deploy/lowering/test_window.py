@@ -17,12 +17,13 @@ from tests.deploy.lowering.test_lower import Flat, assert_same, export, run, tar
 from tests.exported import hybrid
 from tests.targets.build import tensors
 from thesean.deploy.export import export as export_hybrid
-from thesean.deploy.lowering.forms.window_attention import DOMAIN, NAME, define
+from thesean.deploy.lowering.forms.window_attention import BIASED, DOMAIN, NAME, define
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.session import Session
 from thesean.errors import ExportError
 from thesean.targets import PartFacts, Target, build_module
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.distance_bias import LearntReach
 
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")]
 
@@ -76,6 +77,22 @@ def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_seq
 def test_windows_narrower_than_a_block_equal_torch(window):
     flat = Flat(module(window)).eval()
     proto = exported(flat, opset=20)
+    for batch, time in SIZES:
+        assert_same(proto, flat, some_state(flat, batch, time))
+
+
+@pytest.mark.parametrize("window", [1, 5, WINDOW])
+def test_a_bias_of_distance_goes_along(window):
+    made = module(window)
+    made.window.bias = LearntReach(4, 3)
+    with torch.no_grad():
+        made.window.bias.table_HD.normal_()
+        made.window.bias.slope_H.uniform_(-1, 0)
+    flat = Flat(made).eval()
+    proto = exported(flat, opset=20)
+    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [BIASED]
+    assert [f.name for f in proto.functions] == [BIASED]
+    assert {n.domain for n in proto.functions[0].node} == {""}
     for batch, time in SIZES:
         assert_same(proto, flat, some_state(flat, batch, time))
 

@@ -6,6 +6,7 @@ B batch, T time, D width, W window, H heads, G heads of keys and values, C width
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from tests.targets.build import build, tensors
 from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts
+from thesean.targets.shared.distance_bias import HIDDEN, DistanceBias, Reach
 from thesean.targets.shared.head_norm import HeadNorm
 from thesean.targets.shared.heads import WINDOW_MEMORY, WINDOW_SHARPNESS
 from thesean.targets.shared.registry import rebuild
@@ -106,6 +108,79 @@ def test_a_rotary_guide_is_itself_within_the_window_whole_or_in_chunks(normed, s
     again = rebuild("linear-attention", module.config())
     again.load_state_dict(module.state_dict())
     torch.testing.assert_close(again(x_BTD)[0], module(x_BTD)[0], rtol=0, atol=0)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(sum(shape))) + 0.5
+
+
+ALIBI = DistanceBias(Reach(torch.zeros(4, 1), -drawn(4)), Reach(torch.zeros(4, 1), torch.zeros(4)))
+TABLE = DistanceBias(Reach(drawn(4, 9), torch.zeros(4)), Reach(drawn(4, 3), torch.zeros(4)))
+
+
+@pytest.mark.parametrize("bias", [ALIBI, TABLE], ids=["a slope", "a table"])
+@pytest.mark.parametrize("form", ["heads", "whole"])
+def test_a_guide_with_a_bias_of_distance_is_itself_within_the_window(bias, form, sequence_part, attention_facts):
+    norms = tuple(HeadNorm(drawn(4, 4), eps, drawn(4, 4), form == "whole") for eps in (1e-6, 1e-2))
+    facts = dataclasses.replace(attention_facts(scale=0.7), norms=norms, bias=bias, plain=True)
+    module = copied(sequence_part(attention=facts), window=40)
+    x_BTD = torch.randn(2, 30, 16)
+    expected = F.linear(facts.mixed_values(x_BTD, causal=True), *facts.output)
+    torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
+    pieces, state = [], None
+    for chunk_BTD in x_BTD.split((1, 11, 18), 1):
+        piece_BTD, state = module(chunk_BTD, state)
+        pieces.append(piece_BTD)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-4, atol=1e-5)
+    again = rebuild("linear-attention", json.loads(json.dumps(module.config())))
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again(x_BTD)[0], module(x_BTD)[0], rtol=0, atol=0)
+
+
+def test_past_the_window_heads_forget_as_fast_as_the_slope_says(sequence_part, attention_facts):
+    facts = dataclasses.replace(attention_facts(), bias=ALIBI, plain=True)
+    part = sequence_part(attention=facts)
+    decay = copied(part, window=4).decay
+    torch.testing.assert_close(F.softplus(decay.bias), -ALIBI.behind.slope_H)
+    flat = dataclasses.replace(facts, bias=TABLE)
+    plain = dataclasses.replace(facts, bias=None)
+    biases = [copied(sequence_part(attention=f), window=4).decay.bias for f in (flat, plain)]
+    torch.testing.assert_close(*biases)
+
+
+def test_sinks_are_lowered_as_what_stands_right_before_the_window(sequence_part, attention_facts):
+    """Three tokens more than the window holds, all of them sinks, are a window of that length."""
+    facts = dataclasses.replace(attention_facts(), bias=ALIBI, plain=True)
+    part = sequence_part(attention=facts)
+    x_BTD = torch.randn(2, 9, 16)
+    whole = F.linear(facts.mixed_values(x_BTD, causal=True), *facts.output)
+    with_sinks = copied(part, window=6, sinks=3)
+    torch.testing.assert_close(with_sinks(x_BTD)[0][:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_as_wide_as_the_guides_own_lets_go_of_all_that_is_older(sequence_part, attention_facts):
+    hides = torch.zeros(4, 6)
+    hides[:, 5] = HIDDEN
+    bias = DistanceBias(Reach(hides, torch.zeros(4)), ALIBI.ahead)
+    facts = dataclasses.replace(attention_facts(), bias=bias, plain=True)
+    part = sequence_part(attention=facts)
+    module = copied(part, window=5)
+    x_BTD = torch.randn(2, 40, 16)
+    module.prepare(part, [(x_BTD, x_BTD)])
+    wanted = F.linear(facts.mixed_values(x_BTD, causal=True), *facts.output)
+    torch.testing.assert_close(module(x_BTD)[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_window_can_not_take_over_is_said(sequence_part, attention_facts):
+    facts = dataclasses.replace(attention_facts(), plain=False, differs="a cap on the scores")
+    for attention, told in (
+        (facts, "their window is not the guide's softmax: a cap on the scores"),
+        (None, "their window is not the guide's softmax: no attention was read off"),
+        (dataclasses.replace(facts, plain=True, differs=""), ""),
+    ):
+        part = sequence_part(attention=attention)
+        assert build("linear-attention", part, window=4).unlike(part) == told
+        assert build("linear-attention", part, window=0).unlike(part) == ""
 
 
 def test_a_grouped_guide_is_itself_within_the_window_too(sequence_part, grouped_facts):

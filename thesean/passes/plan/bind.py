@@ -37,6 +37,8 @@ class BoundPart:
     target: Target | None
     # times the guide's part by the model of operators' speed; None where it says nothing
     slowdown: float | None = None
+    # what its replacements take over of the guide, and don't know: told in the plan
+    unlike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +91,9 @@ class Binder:
             params=count_params(self.graph_module, region.nodes),
             flops=sum(self.flops.get(n, 0) for n in region.nodes),
         )
-        slowdown = None
-        if target is not None:
-            row, slowdown = self._with_replacement(row, region, sites)
-        return BoundPart(planned=row, region=region, sites=sites, target=target, slowdown=slowdown)
+        if target is None:
+            return BoundPart(planned=row, region=region, sites=sites, target=None)
+        return self._with_replacement(BoundPart(planned=row, region=region, sites=sites, target=target))
 
     def _describe_mixing(self, region: Region, kept: bool) -> str:
         rank = self.values[region.entry].ndim
@@ -122,15 +123,14 @@ class Binder:
 
         return time_of_nodes(nodes, self.flops, numel)
 
-    def _with_replacement(
-        self, row: PlannedPart, region: Region, sites: tuple[Site, ...]
-    ) -> tuple[PlannedPart, float | None]:
-        """Add what the replacement costs: the new modules and whatever of the part stays; and how many times the
-        guide's part it takes by the model of operators' speed.
+    def _with_replacement(self, part: BoundPart) -> BoundPart:
+        """Add what the replacement costs: the new modules and whatever of the part stays; how many times the guide's
+        part it takes by the model of operators' speed; and what it can't take over.
         """
+        row, region, sites = part.planned, part.region, part.sites
         stays = self._stays(region, sites)
         params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
-        reading = []
+        reading, unlike = [], []
         seconds: float | None = self._time(stays)
         with torch.random.fork_rng(devices=[]):
             for site in sites:
@@ -142,6 +142,7 @@ class Binder:
                 params += sum(p.numel() for p in module.parameters())
                 if isinstance(module, TargetModule):
                     ops += module.flops(site.facts, SymbolicSizes(self.sizes))
+                    unlike.append(module.unlike(site.facts))
                 shape = [SymbolicSizes(self.sizes)[d] if isinstance(d, str) else d for d in site.facts.input_shape]
                 took = time_of_module(module, shape)
                 seconds = None if took is None or seconds is None else seconds + took
@@ -149,7 +150,8 @@ class Binder:
         drops = dropped_inputs([s for s in sites if not s.removes], reading)
         before = self._time(region.nodes)
         slowdown = seconds / before if seconds is not None and before > 0 else None
-        return replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed), slowdown
+        row = replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed)
+        return replace(part, planned=row, slowdown=slowdown, unlike=tuple(filter(None, unlike)))
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError

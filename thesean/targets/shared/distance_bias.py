@@ -24,8 +24,9 @@ class Reach(NamedTuple):
     def of(self, distance: torch.Tensor) -> torch.Tensor:
         """(...) whole numbers of 0 or more -> (H, ...)."""
         last = self.table_HD.shape[1] - 1
-        rest = (distance - last).clamp_min(0).to(self.slope_H.dtype)
-        return self.table_HD[:, distance.clamp_max(last)] + self.slope_H.view(-1, *(1,) * distance.ndim) * rest
+        wide = torch.promote_types(self.slope_H.dtype, torch.float32)  # whole numbers need its digits
+        rest = (distance - last).clamp_min(0).to(wide)
+        return self.table_HD[:, distance.clamp_max(last)] + self.slope_H.to(wide).view(-1, *(1,) * distance.ndim) * rest
 
     def heads(self, kept_H: torch.Tensor) -> Reach:
         return Reach(self.table_HD[kept_H], self.slope_H[kept_H])
@@ -60,23 +61,36 @@ class DistanceBias(NamedTuple):
         return not any(bool(t.any()) for reach in self for t in reach)
 
 
+class LearntReach(nn.Module):
+    """`Reach` with a table to train, zeros until it is copied; the slopes stay as they are."""
+
+    def __init__(self, heads: int, size: int) -> None:
+        super().__init__()
+        self.table_HD = nn.Parameter(torch.zeros(heads, size))
+        self.slope_H: torch.Tensor
+        self.register_buffer("slope_H", torch.zeros(heads))
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.table_HD, self.slope_H)
+
+    @torch.no_grad()
+    def copy_from(self, reach: Reach) -> None:
+        self.table_HD.copy_(reach.table_HD)
+        self.slope_H.copy_(reach.slope_H)
+
+
 class AddedBias(nn.Module):
-    """`DistanceBias` with tables to train, zeros until it is copied; slopes stay as they are."""
+    """`DistanceBias` with tables to train."""
 
     def __init__(self, heads: int, sizes: list[int]) -> None:
         super().__init__()
-        behind, ahead = sizes
-        self.behind_HD = nn.Parameter(torch.zeros(heads, behind))
-        self.ahead_HD = nn.Parameter(torch.zeros(heads, ahead))
-        self.slope_2H: torch.Tensor
-        self.register_buffer("slope_2H", torch.zeros(2, heads))
+        self.behind, self.ahead = (LearntReach(heads, size) for size in sizes)
 
     @property
     def bias(self) -> DistanceBias:
-        return DistanceBias(Reach(self.behind_HD, self.slope_2H[0]), Reach(self.ahead_HD, self.slope_2H[1]))
+        return DistanceBias(self.behind.reach, self.ahead.reach)
 
-    @torch.no_grad()
     def copy_from(self, bias: DistanceBias) -> None:
-        for own, reach, table_HD in zip(self.slope_2H, bias, (self.behind_HD, self.ahead_HD), strict=True):
-            table_HD.copy_(reach.table_HD)
-            own.copy_(reach.slope_H)
+        self.behind.copy_from(bias.behind)
+        self.ahead.copy_from(bias.ahead)

@@ -18,7 +18,8 @@ NormForm = Literal["heads", "whole"]
 
 class Meeting(TypedDict, total=False):
     """How queries and keys meet, as constructors take it: the eps of both norms and their form, the pairs that are
-    turned (feature, feature, radians a step), and how many distances the bias has tables for, behind and ahead.
+    turned (feature, feature, radians a step), and how many distances the bias has tables for, behind and ahead (a
+    window: behind alone).
     """
 
     norm_eps: list[float] | None

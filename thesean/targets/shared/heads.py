@@ -64,16 +64,25 @@ class HeadShape(NamedTuple):
     rotation: list[list[float]] | None = None  # of q and k there
     norm_eps: list[float] | None = None  # of the norms of q and k
     norm_form: NormForm | None = None
+    bias: list[int] | None = None  # distances of its table in the window
 
 
 def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
     facts = part.attention
     if facts is not None and not _asked(options):
         key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
-        turned = facts.rotation.rows() if facts.rotation is not None and window_of(part, options) else None
-        kv_heads = options.kv_heads or facts.kv_heads
-        norms = facts.norm_eps, facts.norm_form
-        return HeadShape(facts.heads, kv_heads, key_width, value_width, facts.scale, turned, *norms)
+        windowed = window_of(part, options) is not None
+        return HeadShape(
+            heads=facts.heads,
+            kv_heads=options.kv_heads or facts.kv_heads,
+            key_width=key_width,
+            value_width=value_width,
+            scale=facts.scale,
+            rotation=facts.rotation.rows() if facts.rotation is not None and windowed else None,
+            norm_eps=facts.norm_eps,
+            norm_form=facts.norm_form,
+            bias=facts.bias.sizes[:1] if facts.bias is not None and windowed else None,
+        )
     width = options.width or part.features_width
     heads = options.heads or (facts.heads if facts is not None else default_heads(width))
     each = width // heads

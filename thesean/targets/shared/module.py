@@ -73,6 +73,10 @@ class TargetModule(nn.Module):
         """Copy whatever of the guide's weights fits; names what was copied."""
         return ()
 
+    def unlike(self, part: PartFacts) -> str:
+        """Where it takes over what the part computes, what of that it doesn't know: for the plan. "" for nothing."""
+        return ""
+
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Choose with data what `copy_from` can't: called once, after it and before the closed form, without gradients.
 

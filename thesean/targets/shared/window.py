@@ -14,6 +14,7 @@ from torch import nn
 
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.distance_bias import LearntReach
 from thesean.targets.shared.rotation import Rotate
 from thesean.targets.shared.sinks import First, Sinks, add_sinks
 from thesean.targets.shared.steps import Steps, last
@@ -35,14 +36,24 @@ class Looked(NamedTuple):
 
 
 class Window(nn.Module):
-    """y_t = (sum over the window and the sinks of exp(scale q_t.k_s) v_s + exp(gate) o_t) / the same of the weights.
+    """y_t = (sum over window and sinks of exp(scale q_t.k_s + bias) v_s + exp(gate) o_t) / the same of the weights.
 
-    o_t is what a linear attention over all other tokens adds up to. `gate_H` is learnt; `balance` sets it to where the
-    mean is nearest to softmax attention over everything. Its state is the keys and values of the last W tokens,
-    (B, W, G, C) and (B, W, G, k), and those of the sinks; a row whose last value is 0 holds no token.
+    `bias` is that of the distance t - s, where there is one. o_t is what a linear attention over all other tokens adds
+    up to. `gate_H` is learnt; `balance` sets it to where the mean is nearest to softmax attention over everything. Its
+    state is the keys and values of the last W tokens, (B, W, G, C) and (B, W, G, k), and those of the sinks; a row
+    whose last value is 0 holds no token.
     """
 
-    def __init__(self, *, size: int, heads: int, scale: float, rotate: Rotate | None = None, sinks: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        size: int,
+        heads: int,
+        scale: float,
+        rotate: Rotate | None = None,
+        sinks: int = 0,
+        bias: LearntReach | None = None,
+    ) -> None:
         super().__init__()
         self.rotate = rotate
         self.size = size
@@ -50,6 +61,7 @@ class Window(nn.Module):
         self.gate_H = nn.Parameter(torch.zeros(heads))
         self.core = Core("window_attention")
         self.sinks = Sinks(size=sinks, window=size, rotate=rotate) if sinks else None
+        self.bias = bias
 
     def initial_state(self, x_BTD: torch.Tensor, groups: int, widths: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         """Of keys and values, each of its width: those of the window, and those of the sinks where there are any."""
@@ -79,14 +91,23 @@ class Window(nn.Module):
             tables = self.rotate.tables(key_BSGC.shape[1], key_BSGC)
             query_BTHC = self.rotate.turn(query_BTHC, tables, self.size)
             key_BSGC = self.rotate.turn(key_BSGC, tables)
-        mean_BTHK: torch.Tensor = self.core(self.scale * query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate)
+        bias = () if self.bias is None else (self._bias(0, self.size).to(query_BTHC.dtype),)
+        mean_BTHK: torch.Tensor = self.core(self.scale * query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate, *bias)
         return mean_BTHK
+
+    def _bias(self, nearest: int, count: int) -> torch.Tensor:
+        """(H, count) of the distances from `nearest` on."""
+        assert self.bias is not None
+        return self.bias.reach.of(torch.arange(nearest, nearest + count, device=self.gate_H.device))
 
     def _of_sinks(self, query_BTHC: torch.Tensor, first: First) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and values, in the precision that the kernel computes in."""
         assert self.sinks is not None
         query, key, value = (wide(x) for x in (query_BTHC, first.key_BNGC, first.value_BNGk))
-        return self.sinks.scores(self.scale * query, key, first.count_BT), value
+        scores_BTHN = self.sinks.scores(self.scale * query, key, first.count_BT)
+        if self.bias is not None:  # right before the window, where a rotation has them too
+            scores_BTHN = scores_BTHN + self._bias(self.size, self.sinks.size).flip(1).to(scores_BTHN)
+        return scores_BTHN, value
 
     @torch.no_grad()
     def balance(self, looked: Sequence[Looked]) -> None:
@@ -122,7 +143,10 @@ class Window(nn.Module):
         for b in range(len(query_BTHC)):
             key_THC, value_THk = (x[b].repeat_interleave(repeats, 1) for x in (key_BTGC, value_BTGk))
             query_HMC, key_HCT = query_BTHC[b, rows_M].transpose(0, 1), key_THC.permute(1, 2, 0)
-            scores_HMT = (self.scale * query_HMC @ key_HCT).masked_fill(age_MT < 0, -torch.inf)
+            scores_HMT = self.scale * query_HMC @ key_HCT
+            if self.bias is not None:
+                scores_HMT = scores_HMT + self.bias.reach.of(age_MT.clamp_min(0)).to(scores_HMT)
+            scores_HMT = scores_HMT.masked_fill(age_MT < 0, -torch.inf)
             value_HTk = value_THk.transpose(0, 1)
             wanted_HMK = scores_HMT.softmax(-1) @ value_HTk[..., :-1]
             scores_HMT = scores_HMT.masked_fill(age_MT >= self.size, -torch.inf)

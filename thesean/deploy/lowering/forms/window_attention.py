@@ -17,12 +17,12 @@ from thesean.deploy.lowering.lowered import Lowered
 from thesean.kernels.window_attention import LARGEST_EXPONENT, LEAST_BLOCK
 from thesean.targets.shared.core import Core
 
-DOMAIN, NAME = "thesean", "WindowAttention"
+DOMAIN, NAME, BIASED = "thesean", "WindowAttention", "BiasedWindowAttention"
 
 # `window_attention`, line by line. `Range` ends a last block past T: its rows are repeated, and cut off again.
 _BODY = f"""
 <domain: "{DOMAIN}", opset_import: ["" : OPSET]>
-{NAME} (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate) => (mean_BTHK)
+CALL => (mean_BTHK)
 {{
     zero = Constant <value = int64 {{0}}> ()
     one = Constant <value = int64 {{1}}> ()
@@ -86,7 +86,7 @@ _BODY = f"""
     held_BN111J = Greater (token_BN111J, half)
     seen_BN11LJ = And (held_BN111J, seen_LJ)
 
-    all_BNGRLJ = MatMul (query_BNGRLC, key_BNG1CJ)
+    SCORES
     scores_BNGRLJ = Where (seen_BN11LJ, all_BNGRLJ, never)
     peak_BNGRL1 = ReduceMax <keepdims = 1> (scores_BNGRLJ, rest)
     below_BNGRLJ = Sub (scores_BNGRLJ, peak_BNGRL1)
@@ -121,6 +121,25 @@ _BODY = f"""
 }}
 """
 
+_PRODUCT = "MatMul (query_BNGRLC, key_BNG1CJ)"
+# name -> (arguments, what makes the scores of all keys)
+_FUNCTIONS = {
+    NAME: ("query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate", f"all_BNGRLJ = {_PRODUCT}"),
+    BIASED: (
+        "query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate, bias_HW",
+        f"""product_BNGRLJ = {_PRODUCT}
+    far_LJ = Sub (W, ahead_LJ)
+    above_LJ = Max (far_LJ, zero)
+    farthest = Sub (W, one)
+    distance_LJ = Min (above_LJ, farthest)
+    bias_HLJ = Gather <axis = 1> (bias_HW, distance_LJ)
+    sizes_LJ = Shape <start = 1, end = 3> (bias_HLJ)
+    grouped = Concat <axis = 0> (groups, rest, sizes_LJ)
+    bias_GRLJ = Reshape (bias_HLJ, grouped)
+    all_BNGRLJ = Add (product_BNGRLJ, bias_GRLJ)""",
+    ),
+}
+
 
 def window_attention(
     query_BTHC: torch.Tensor,
@@ -128,11 +147,15 @@ def window_attention(
     value_BSGk: torch.Tensor,
     older_BTHk: torch.Tensor,
     gate: torch.Tensor,
+    bias_HW: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A call of the function: query_BTHC, key_BSGC, value_BSGk, older_BTHk and gate (H) or (B, T, H) -> mean_BTHK."""
+    """A call of the function: query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate (H) or (B, T, H) and, where there is
+    one, bias_HW -> mean_BTHK.
+    """
+    given = (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate)
     mean_BTHK: torch.Tensor = torch.onnx.ops.symbolic(
-        f"{DOMAIN}::{NAME}",
-        (query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate),
+        f"{DOMAIN}::{NAME if bias_HW is None else BIASED}",
+        given if bias_HW is None else (*given, bias_HW),
         dtype=query_BTHC.dtype,
         shape=[*query_BTHC.shape[:3], value_BSGk.shape[-1] - 1],
         version=1,
@@ -145,10 +168,12 @@ def lower(core: Core, path: str, opset: int) -> Lowered:
 
 
 def define(proto: Any) -> None:
-    """Add the function to a ModelProto that calls it; others stay as they are."""
+    """Add the functions to a ModelProto that calls them; others stay as they are."""
     import onnx
 
-    if not any(node.domain == DOMAIN and node.op_type == NAME for node in proto.graph.node):
-        return
-    opset = next(o.version for o in proto.opset_import if o.domain == "")
-    proto.functions.append(onnx.parser.parse_function(_BODY.replace("OPSET", str(opset))))
+    called = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
+    opset = str(next(o.version for o in proto.opset_import if o.domain == ""))
+    for name, (arguments, scores) in _FUNCTIONS.items():
+        if name in called:
+            body = _BODY.replace("CALL", f"{name} ({arguments})").replace("SCORES", scores).replace("OPSET", opset)
+            proto.functions.append(onnx.parser.parse_function(body))
