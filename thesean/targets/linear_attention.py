@@ -50,7 +50,7 @@ EPSILON = 1e-6
 
 
 class AttentionFrame(SequenceFrame, Meeting, total=False):
-    pass
+    sinks: int
 
 
 class LinearAttention(SequenceTarget):
@@ -80,14 +80,13 @@ class LinearAttention(SequenceTarget):
         value_width: int,
         kv_heads: int | None = None,
         window: int | None = None,
-        sinks: int = 0,
         scale: float | None = None,
         memory: tuple[float, float] = MEMORY,
         sharpness: float = SHARPNESS,
         **frame: Unpack[AttentionFrame],
     ) -> None:
         rotation, norm_eps = frame.pop("rotation", None), frame.pop("norm_eps", None)
-        norm_form, bias = frame.pop("norm_form", None), frame.pop("bias", None)
+        norm_form, bias, sinks = frame.pop("norm_form", None), frame.pop("bias", None), frame.pop("sinks", 0)
         super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
         self.memory = span(memory)
         self.sharpness = float(sharpness)
