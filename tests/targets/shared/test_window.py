@@ -19,7 +19,7 @@ from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts
 from thesean.targets.shared.distance_bias import HIDDEN, DistanceBias, Reach
 from thesean.targets.shared.head_norm import HeadNorm
-from thesean.targets.shared.heads import WINDOW_MEMORY, WINDOW_SHARPNESS
+from thesean.targets.shared.heads import WINDOW, WINDOW_MEMORY, WINDOW_SHARPNESS
 from thesean.targets.shared.registry import rebuild
 from thesean.targets.shared.rotation import Rotation
 
@@ -135,6 +135,13 @@ def test_a_guide_with_a_bias_of_distance_is_itself_within_the_window(bias, form,
     again = rebuild("linear-attention", json.loads(json.dumps(module.config())))
     again.load_state_dict(module.state_dict())
     torch.testing.assert_close(again(x_BTD)[0], module(x_BTD)[0], rtol=0, atol=0)
+
+
+def test_a_guide_with_a_bias_of_distance_gets_a_window_unless_told_otherwise(sequence_part, attention_facts):
+    part = sequence_part(attention=dataclasses.replace(attention_facts(), bias=ALIBI, plain=True))
+    assert build("linear-attention", part).config()["window"] == WINDOW
+    assert build("linear-attention", part, window=0).config()["window"] is None
+    assert build("linear-attention", sequence_part(attention=attention_facts())).config()["window"] is None
 
 
 def test_past_the_window_heads_forget_as_fast_as_the_slope_says(sequence_part, attention_facts):

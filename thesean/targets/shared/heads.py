@@ -25,7 +25,7 @@ WINDOW_MEMORY = (90.0, 1100.0)
 WINDOW_SHARPNESS = 2.0
 
 # A guide that turns queries and keys knows distances by nothing else: without a window all of that is lost, 3.3 nats
-# where the guide has 1.5 (benchmarks/results/rotary.json).
+# where the guide has 1.5 (benchmarks/results/rotary.json). One that adds a bias of distance is no better off.
 WINDOW = 64
 SINKS = 4
 
@@ -34,8 +34,9 @@ class LinearAttentionOptions(SequenceOptions):
     """Width rule: heads, groups and widths of the guide's attention. Without one, or with options, `heads` heads that
     share `width` features; heads default to one per 32 of the part's width, and width to the part's.
 
-    Defaults: a window of 64 tokens and 4 sinks where the guide turns queries and keys (rotary positions), no window
-    elsewhere; `memory` and `sharpness` 1/3 to 64 tokens and 1.5, beside a window 90 to 1100 tokens past it and 2.
+    Defaults: a window of 64 tokens and 4 sinks where the guide turns queries and keys (rotary positions) or adds a bias
+    of distance (ALiBi), no window elsewhere; `memory` and `sharpness` 1/3 to 64 tokens and 1.5, beside a window 90 to
+    1100 tokens past it and 2.
     """
 
     heads: int | None = Field(default=None, gt=0)
@@ -93,8 +94,9 @@ def window_of(part: PartFacts, options: LinearAttentionOptions) -> int | None:
     """Tokens in the window; None for no window."""
     if options.window is not None:
         return options.window or None
-    turned = part.attention is not None and part.attention.rotation is not None
-    return WINDOW if turned and not _asked(options) and not reads_both_ways(part, options) else None
+    facts = part.attention
+    told = facts is not None and (facts.rotation is not None or facts.bias is not None)
+    return WINDOW if told and not _asked(options) and not reads_both_ways(part, options) else None
 
 
 def sinks_of(part: PartFacts, options: LinearAttentionOptions) -> int:
