@@ -245,8 +245,11 @@ def test_a_cell_itself_can_be_lowered():
 
 
 def test_a_core_is_lowered_by_the_file_of_its_operations_name():
-    """Each kernel that a target calls has a form, and each form a kernel, but for torch's own cells."""
-    used = {name for family in stateful_modules() for name in operations(target(family))} | {"window_attention"}
+    """Each kernel that a target or a cache calls has a form, and each form a kernel, but for torch's own cells."""
+    used = {name for family in stateful_modules() for name in operations(target(family))} | {
+        "window_attention",
+        "cached_attention",
+    }
     files = {path.stem for path in Path(str(forms.__file__)).parent.glob("*.py")} - {"__init__"}
     assert used == files
     for name in files:
