@@ -28,7 +28,7 @@ MASK = "mask"
 Vertex = fx.Node | str
 
 # read nothing of their input but its size, dtype and device
-_SIZE_ONLY = {
+SIZE_ONLY = {
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
     aten.rand_like.default, aten.randn_like.default,
@@ -146,7 +146,7 @@ def _ancestry(nodes: list[fx.Node], above: Mapping[fx.Node, Vertex]) -> Callable
 
 def is_size_only(node: fx.Node) -> bool:
     """No values flow into it from what it reads, only sizes."""
-    return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) or node.target in _SIZE_ONLY
+    return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) or node.target in SIZE_ONLY
 
 
 def side_slice(graph: fx.Graph) -> set[fx.Node]:

@@ -1,0 +1,83 @@
+"""The modules that stand in a graph for a causal attention which remembers: keys and values are its state.
+
+B batch, T new steps, P steps that are remembered, S = P + T, H heads of queries, G heads of keys and values, K width of
+queries and keys, C width of values
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from thesean.kernels.cached_attention import latest
+from thesean.targets.shared.core import Core
+
+
+class SeenKeys(nn.Module):
+    """token_BT, token_BP -> (bias_B1TS, token_BS): 0 where query t sees key s, and a score that counts for nothing.
+
+    It sees what holds a token, is no later, and with a `window` of W is less than W steps back. What is remembered is
+    which steps held a token: a row of zeros has none, so that it is at its sequence's start wherever the others are.
+    """
+
+    stateful = True
+    grows = 1  # the dimension of its state that is as long as what is remembered
+
+    def __init__(self, window: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.window = window
+        self.dtype = dtype
+
+    def forward(
+        self, token_BT: torch.Tensor, token_BP: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        token_BS = token_BT if token_BP is None else torch.cat([token_BP, token_BT], 1)
+        time, length = token_BT.shape[1], token_BS.shape[1]
+        key_S = torch.arange(length, device=token_BT.device)
+        query_T1 = torch.arange(time, device=token_BT.device).unsqueeze(1) + (length - time)
+        seen_TS = key_S <= query_T1
+        if self.window is not None:
+            seen_TS = seen_TS & (key_S > query_T1 - self.window)
+        # half of the smallest number: added to a score it doesn't overflow, and a row that sees nothing stays finite
+        nothing = torch.finfo(self.dtype).min / 2
+        bias_BTS = torch.where(seen_TS & token_BS.unsqueeze(1), 0.0, nothing).to(self.dtype)
+        return bias_BTS.unsqueeze(1), latest(token_BS, 1, self.window)
+
+    def extra_repr(self) -> str:
+        return "" if self.window is None else f"window={self.window}"
+
+
+class CachedAttention(nn.Module):
+    """query_BHTK, key_BGTK, value_BGTC, bias_B1TS, (key_BGPK, value_BGPC) -> mixed_BHTC, (key_BGSK, value_BGSC).
+
+    softmax(scale q k' + bias) v, or with a `cap` of c softmax(c tanh(scale q k' / c) + bias) v; each of the G heads of
+    keys serves H / G heads of queries in a row, and is kept once. With a `window` of W the last W - 1 steps are kept.
+    """
+
+    stateful = True
+    grows = 2
+    reads = 4  # tensors that come before the state
+
+    def __init__(self, scale: float, cap: float | None = None, window: int | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+        self.cap = cap
+        self.window = window
+        self.core = Core("cached_attention", cap=cap, window=window)
+
+    def forward(
+        self,
+        query_BHTK: torch.Tensor,
+        key_BGTK: torch.Tensor,
+        value_BGTC: torch.Tensor,
+        bias_B1TS: torch.Tensor,
+        state: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        past_BGPK, past_BGPC = (key_BGTK[:, :, :0], value_BGTC[:, :, :0]) if state is None else state
+        query_BHTK = query_BHTK if self.scale == 1 else self.scale * query_BHTK
+        mixed_BHTC, *state_after = self.core(query_BHTK, key_BGTK, value_BGTC, bias_B1TS, past_BGPK, past_BGPC)
+        return mixed_BHTC, (state_after[0], state_after[1])
+
+    def extra_repr(self) -> str:
+        told = {"scale": self.scale, "cap": self.cap, "window": self.window}
+        return ", ".join(f"{name}={value:g}" for name, value in told.items() if value is not None)
