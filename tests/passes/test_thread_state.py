@@ -107,15 +107,16 @@ def test_the_graph_before_and_after():
         "state_in_0 = placeholder state_in_0",
         "state_in_1 = placeholder state_in_1",
         *before[1:6],
-        "add_tensor = aten.add.Tensor(arange, state_in_1)",
-        "embedding_1 = aten.embedding.default(table_weight, add_tensor)",
+        "unsqueeze_default = aten.unsqueeze.default(state_in_1, -1)",
+        "add_tensor_1 = aten.add.Tensor(arange, unsqueeze_default)",
+        "embedding_1 = aten.embedding.default(table_weight, add_tensor_1)",
         "add = aten.add.Tensor(embedding, embedding_1)",
         "part_0 = part_0(add, state_in_0)",
         "getitem_1 = getitem(part_0, 1)",
         "getitem = getitem(part_0, 0)",
         "sym_size_int = aten.sym_size.int(ids, 1)",
-        "add_tensor_1 = aten.add.Tensor(state_in_1, sym_size_int)",
-        "return (getitem, getitem_1, add_tensor_1)",
+        "add_tensor = aten.add.Tensor(state_in_1, sym_size_int)",
+        "return (getitem, getitem_1, add_tensor)",
     ]
     assert text(stateless.graph) == before
 
@@ -128,12 +129,12 @@ def test_the_graph_gains_a_state_a_part_and_one_for_the_positions():
     assert [(s.name, s.dtype, s.shape) for s in threaded.meta["states"]] == [
         ("state_in_0", torch.float32, ("batch", 16)),
         ("state_in_1", torch.float32, ("batch", 16)),
-        ("state_in_2", torch.int64, (1,)),
+        ("state_in_2", torch.int64, ("batch",)),
     ]
     logits, *states, steps = threaded(**ids(time=4), **zero_states(threaded, 3))
     assert logits.shape == (3, 4, models.VOCABULARY)
     assert [tuple(s.shape) for s in states] == [(3, 16), (3, 16)]
-    assert steps.tolist() == [4]
+    assert steps.tolist() == [4] * 3
 
 
 def test_the_incoming_graph_and_its_flags_stay_and_parameters_are_shared():
@@ -167,7 +168,7 @@ def test_positions_go_on_counting_past_the_table_when_they_are_bounded(mode):
     pieces, states = run_in_chunks(threaded, signature, inputs, zero_states(threaded, 2), (60, 1, 39))
     whole = stateless(**inputs)["logits"]
     torch.testing.assert_close(torch.cat([p[0] for p in pieces], 1), whole, rtol=1e-4, atol=1e-5)
-    assert states["state_in_2"].tolist() == [100]
+    assert states["state_in_2"].tolist() == [100] * 2
 
 
 class Lookup(nn.Module):
@@ -207,10 +208,64 @@ def test_positions_by_slice_and_by_running_sum_are_offset_and_a_last_step_may_be
     assert_chunks_equal_whole(threaded, stateless, signature, {"x": models.tokens(3, 11)})
 
 
-def test_positions_that_come_from_the_data_are_refused():
+def test_a_running_sum_over_what_the_caller_gives_goes_on_from_chunk_to_chunk():
     stateless, signature = lookup(positions="data")
-    with pytest.raises(PassRefused, match=r"cumsum.*mixes time outside of the converted parts"):
-        ThreadState(signature)(stateless)
+    threaded = ThreadState(signature)(stateless).graph_module
+    ids_BT = models.tokens(3, 11)
+    ids_BT[0, 2:6] = ids_BT[1, :3] = 0  # what is not counted
+    assert_chunks_equal_whole(threaded, stateless, signature, {"x": ids_BT})
+    _, states = run_in_chunks(threaded, signature, {"x": ids_BT}, zero_states(threaded, 3), CHUNKS)
+    assert states["state_in_1"].tolist() == (ids_BT != 0).sum(1).tolist()
+
+
+@torch.no_grad()
+def assert_a_row_starts_anew(threaded: fx.GraphModule, stateless: fx.GraphModule, first: int = 4) -> None:
+    """The middle row of three, its states zeros, while the others go on."""
+    ids_BT = models.tokens(3, 11)
+    count = len(leaf_values(stateless(ids_BT)))
+    before = threaded(ids_BT[:, :first], *zero_states(threaded, 3).values())
+    states = [state.clone() for state in before[count:]]
+    for spec, state in zip(threaded.meta["states"], states, strict=True):
+        if spec.shape[0] == "batch":
+            state[1] = 0
+    after = threaded(ids_BT[:, first:], *states)[0]
+    whole, anew = (leaf_values(stateless(x))[0] for x in (ids_BT, ids_BT[:, first:]))
+    for row, wanted in ((0, whole[0, first:]), (1, anew[1]), (2, whole[2, first:])):
+        torch.testing.assert_close(after[row], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [None, "clamp", "wrap", "drop"])
+def test_a_row_of_a_batch_starts_anew_while_the_others_go_on(mode):
+    stateless, signature = converted(captured.gpt2())
+    if mode is not None:
+        assert BoundPositions(mode)(stateless).modified
+    threaded = ThreadState(signature)(stateless).graph_module
+    assert threaded.meta["rows_are_alone"]
+    assert_a_row_starts_anew(threaded, stateless)
+
+
+def test_rows_of_a_sliced_table_start_alone_as_well():
+    stateless, signature = lookup(positions="slice")
+    threaded = ThreadState(signature)(stateless).graph_module
+    assert threaded.meta["states"][-1].shape == ("batch",)
+    assert_a_row_starts_anew(threaded, stateless)
+
+
+class Folded(Lookup):
+    """Positions that go through a product of matrices on their way: no batch fits in front of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = torch.mm(self.table[0].index_select(0, torch.arange(x.shape[1])), torch.eye(16))
+        return self.layer(self.tokens(x) + at, src_mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1))
+
+
+def test_where_no_position_can_be_one_rows_one_count_serves_all_and_says_so():
+    torch.manual_seed(0)
+    stateless, signature = converted(capture(Folded().eval(), {"x": models.tokens(3, 11)}))
+    threaded = ThreadState(signature)(stateless).graph_module
+    assert threaded.meta["states"][-1].shape == (1,)
+    assert not threaded.meta["rows_are_alone"]
+    assert_chunks_equal_whole(threaded, stateless, signature, {"x": models.tokens(3, 11)})
 
 
 def test_a_mean_over_time_is_refused_by_name():

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from thesean.errors import DataError, ExportError, MissingExtraError
-from thesean.passes.thread_state import STATE_IN, STATE_OUT
+from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -64,10 +64,7 @@ class Session:
     def zero_state(self, batch: int) -> Arrays:
         """The states that start `batch` sequences, in the shapes that the file declares."""
         return {
-            name: np.zeros(
-                [d if isinstance(d, int) else batch for d in self._declared[name].shape],
-                _DTYPES[self._declared[name].type],
-            )
+            name: np.zeros(state_shape(self._declared[name].shape, batch, 0), _DTYPES[self._declared[name].type])
             for name in self.states
         }
 

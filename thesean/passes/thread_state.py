@@ -5,6 +5,7 @@ B batch, T time
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -14,20 +15,23 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from thesean.errors import PassRefused
-from thesean.passes.analyse.chunks import Difference, join, run_in_chunks, same_in_chunks
+from thesean.passes.analyse.chunks import RELATES, Difference, join, run_in_chunks, same_in_chunks, split_inputs
 from thesean.passes.analyse.positions import (
     Counter,
     Table,
     counters,
+    running_sums,
     table_dim,
     table_rows,
     tables,
 )
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.clock import find_clock
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import leaf_nodes, owner
 from thesean.passes.graph.record import record
+from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.surgery import erase_dead
 
@@ -35,9 +39,14 @@ aten = torch.ops.aten
 
 STATE_IN, STATE_OUT = "state_in_", "state_out_"
 
+# How the names of dimensions begin that are as long as what is remembered: 0 at the start
+PAST = "past"
+
 # Long enough that a step sees some past, short enough to take one by one.
 _LENGTH = 9
 _BATCH = 2
+# A longer window is not filled step by step: the whole network would run thousands of times.
+_LONGEST_WINDOW = 64
 
 # Of an output's scale, where rounding is coarser than float32's
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -47,12 +56,15 @@ _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 class ThreadState(Pass):
     """y, s = part(x)  =>  y, state_out_i = part(x, state_in_i), and positions t  =>  t + state_in_k.
 
-    The last state, int64 of shape (1,), counts the steps so far; it exists where the graph counts positions. Zeros
-    start a sequence. The output becomes a flat tuple: the guide's tensors in order, then the states. The incoming
-    graph stays as it was; the new one shares its parameters.
+    Zeros start a sequence; a dimension called "past" is 0 then. The last state, int64 of shape (batch,), counts each
+    row's steps so far where the graph counts positions; of shape (1,), for all rows at once, where its positions don't
+    take a batch. Before it come the running sums of what the inputs hold (a mask's visible steps), (batch,) as well.
+    The output becomes a flat tuple: the guide's tensors in order, then the states. The incoming graph stays as it was;
+    the new one shares its parameters. `meta["rows_are_alone"]`: a row whose states are set to zeros starts anew while
+    the others go on; (1,) stays as it is.
 
     Raises PassRefused where chunks with state don't equal the whole sequence: it is run, step by step, and the reason
-    names the first node that sees more than its own step (an attention that was kept, a bidirectional part).
+    names the first node that sees more than its own step (an attention without a cache, a bidirectional part).
     """
 
     in_place = False
@@ -71,94 +83,134 @@ class ThreadState(Pass):
             raise PassRefused(f"thread state: input {timeless[0]!r} has no time dimension, so it can't come in chunks.")
         if not _stateful_calls(graph_module):
             raise PassRefused(
-                "thread state: no part carries a state: expected causal recurrences; a bidirectional one has to read "
-                "the end first. Set causal=True in its target."
+                "thread state: no part carries a state: expected causal recurrences, or plain causal attentions; what "
+                "reads both ways has to read the end first. Set causal=True in its target."
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         with evaluating(graph_module):
-            threaded = self._thread(graph_module, self._specs(graph_module))
+            values = self._recorded(graph_module)
+            specs = self._specs(graph_module, values)
+            shapes = {n.name: tuple(v.shape) for n, v in values.items() if isinstance(v, torch.Tensor)}
+            threaded = self._thread(graph_module, specs, shapes)
+            alone = self._rows_are_alone(graph_module, threaded)
+            if not alone:  # where no position can be one row's, one count serves all
+                threaded = self._thread(graph_module, specs, {})
+                alone = self._rows_are_alone(graph_module, threaded)
             self._check(graph_module, threaded)
+            threaded.meta["rows_are_alone"] = alone
         return PassResult(graph_module=threaded, modified=True)
 
-    def _thread(self, graph_module: fx.GraphModule, specs: dict[str, list[InputSpec]]) -> fx.GraphModule:
+    def _thread(
+        self, graph_module: fx.GraphModule, specs: dict[str, list[InputSpec]], shapes: Shapes
+    ) -> fx.GraphModule:
+        """`shapes`: those that were recorded, for counts of each row; none for one count."""
         graph = fx.Graph()
         output = graph.graph_copy(graph_module.graph, {})
         graph.output(output)
         erase_dead(graph)
         new = fx.GraphModule(graph_module, graph)
         new.meta.update(graph_module.meta)
-        last = graph.find_nodes(op="placeholder")[-1]
-        states: list[fx.Node] = []
-        declared: list[InputSpec] = []
+        states = _States(graph)
         for call in _stateful_calls(new):
-            given: list[fx.Node] = []
-            for spec in specs[call.name]:
-                with graph.inserting_after(last):
-                    last = graph.placeholder(spec.name)
-                given.append(last)
-            declared.extend(specs[call.name])
+            given = [states.take(spec.dtype, spec.shape) for spec in specs[call.name]]
             single = len(given) == 1
-            call.args = (call.args[0], given[0] if single else tuple(given))
+            call.args = (*call.args, given[0] if single else tuple(given))
             with graph.inserting_after(call):
                 after = graph.call_function(getitem, (call, 1))
             if single:
-                states.append(after)
+                states.after.append(after)
                 continue
             for index in range(len(given)):
-                with graph.inserting_after(after if not index else states[-1]):
-                    states.append(graph.call_function(getitem, (after, index)))
-        counted, sliced = counters(new), [t for t in tables(new) if t.argument is None]
-        if counted or sliced:
-            declared.append(InputSpec(name=f"{STATE_IN}{len(states)}", dtype=torch.int64, shape=(1,)))
-            with graph.inserting_after(last):
-                last = graph.placeholder(declared[-1].name)
-            states.append(self._offset(new, last, counted, sliced))
-        new.meta["states"] = tuple(declared)
+                with graph.inserting_after(after if not index else states.after[-1]):
+                    states.after.append(graph.call_function(getitem, (after, index)))
+        self._offset(new, states, shapes)
+        new.meta["states"] = tuple(states.declared)
         old = graph.output_node()
-        flat = (*leaf_nodes(old.args[0]), *states)
-        old.args = (flat,)
+        old.args = ((*leaf_nodes(old.args[0]), *states.after),)
         erase_dead(graph)
         new.recompile()
         new.eval()
         return new
 
-    def _offset(
-        self, graph_module: fx.GraphModule, steps_so_far: fx.Node, counted: list[Counter], sliced: list[Table]
-    ) -> fx.Node:
-        """Add the steps so far to every count; returns the node that holds them after this chunk."""
+    def _offset(self, graph_module: fx.GraphModule, states: _States, shapes: Shapes) -> None:
+        """Add the steps so far to every count, and to every running sum what it has come to."""
         graph = graph_module.graph
-        device = torch.device(_device(graph_module))
+        sums = [node for node, _ in running_sums(graph_module)]
+        counted, sliced = counters(graph_module), [t for t in tables(graph_module) if t.argument is None]
         dims = {table.reader: table_dim(table, graph_module) for table in sliced}  # while the graph is readable
+        for node in sums:
+            so_far = states.take(torch.int64, ("batch",))
+            with graph.inserting_before(node.next):
+                moved = graph.call_function(aten.add.Tensor, (node, _column(graph, so_far)))
+                states.after.append(graph.call_function(aten.select.int, (moved, -1, -1)))
+            node.meta[RELATES] = True
+            _read_instead(node, moved)
+        rows = {
+            c.node for c in counted if c.slope == 1 and c.node.name in shapes and takes_rows(c.node, shapes, _BATCH)
+        }
+        rows |= {t.reader for t in sliced if is_row_table(shapes.get(_source(t).name, ()), dims[t.reader])}
+        counts: dict[bool, fx.Node] = {}
+        for by_row in (True, False):
+            if any((n in rows) == by_row for n in (*(c.node for c in counted), *(t.reader for t in sliced))):
+                counts[by_row] = self._count(graph, states, by_row)
         for counter in counted:
-            with graph.inserting_before(counter.node.next):
-                offset = steps_so_far
-                if counter.slope != 1:
-                    slope = int(counter.slope) if counter.slope.is_integer() else counter.slope
-                    offset = graph.call_function(aten.mul.Tensor, (offset, slope))
-                moved = graph.call_function(aten.add.Tensor, (counter.node, offset))
-                moved.meta = {k: v for k, v in counter.node.meta.items() if k in ("val", "nn_module_stack")}
-            for user in [u for u in counter.node.users if u is not moved]:
-                user.replace_input_with(counter.node, moved)
+            if counter.node in rows:
+                with graph.inserting_before(counter.node.next):
+                    moved = graph.call_function(aten.add.Tensor, (counter.node, _column(graph, counts[True])))
+                give_rows(graph, counter.node, moved, shapes)
+            else:
+                _move(graph, counter, counts[False])
+        device = torch.device(_device(graph_module))
         for table in sliced:
-            reader = table.reader
-            source, end = reader.args[0], reader.args[3]
-            with graph.inserting_before(reader):
+            by_row = table.reader in rows
+            with graph.inserting_before(table.reader):
+                end = table.reader.args[3]
                 steps = graph.call_function(aten.arange.default, (end,), {"dtype": torch.int64, "device": device})
-                moved = graph.call_function(aten.add.Tensor, (steps, steps_so_far))
-                selected = graph.call_function(aten.index_select.default, (source, dims[reader], moved))
-                selected.meta = dict(reader.meta)
-            reader.replace_all_uses_with(selected)
-            graph.erase_node(reader)
-        clock, dim = next(
-            (node, spec.shape.index(size))
-            for spec, node in zip(self.signature.inputs, graph.find_nodes(op="placeholder"), strict=False)
-            for size in spec.shape
-            if isinstance(size, str) and not size.startswith("batch")
-        )
+                so_far = _column(graph, counts[True]) if by_row else counts[False]
+                moved = graph.call_function(aten.add.Tensor, (steps, so_far))
+                if by_row:
+                    selected = read_rows(graph, _source(table), len(shapes[_source(table).name]), moved)
+                else:
+                    place = (_source(table), dims[table.reader], moved)
+                    selected = graph.call_function(aten.index_select.default, place)
+                selected.meta = dict(table.reader.meta)
+            table.reader.replace_all_uses_with(selected)
+            graph.erase_node(table.reader)
+
+    def _count(self, graph: fx.Graph, states: _States, by_row: bool) -> fx.Node:
+        """A state that counts the steps so far, of each row or of all."""
+        so_far = states.take(torch.int64, ("batch",) if by_row else (1,))
         with graph.inserting_before(graph.output_node()):
-            taken = graph.call_function(aten.sym_size.int, (clock, dim))
-            return graph.call_function(aten.add.Tensor, (steps_so_far, taken))
+            taken = find_clock(graph, self.signature).steps(graph)
+            states.after.append(graph.call_function(aten.add.Tensor, (so_far, taken)))
+        return so_far
+
+    @torch.no_grad()
+    def _rows_are_alone(self, stateless: fx.GraphModule, threaded: fx.GraphModule) -> bool:
+        """Whether one row of two can start anew, its states zeros, while the other goes on."""
+        first = max(1, _long_enough(stateless) // 3)
+        chunks = (first, _long_enough(stateless) - first)
+        sizes = {s: 2 if s.startswith("batch") else sum(chunks) for s in self.signature.symbols}
+        inputs = self.signature.random_inputs(sizes, seed=1, device=_device(stateless))
+        before, after = split_inputs(self.signature, inputs, chunks)
+        try:
+            whole, anew = leaf_values(stateless(**inputs)), leaf_values(stateless(**after))
+            start = threaded(**before, **zero_states(threaded, 2))
+            states = dict(zip(zero_states(threaded, 2), start[len(whole) :], strict=True))
+            for spec in threaded.meta["states"]:
+                if spec.shape[0] == "batch":
+                    states[spec.name] = states[spec.name].clone()
+                    states[spec.name][1] = 0
+            end = threaded(**after, **states)
+        except (RuntimeError, IndexError):
+            return False
+        for index, want in enumerate(whole):
+            goes_on = join([start[index][:1], end[index][:1]], want[:1].shape)
+            pairs = ((goes_on, want[:1]), (end[index][1:], anew[index][1:]))
+            if not all(_is_close(got, wanted) for got, wanted in pairs):
+                return False
+        return True
 
     @torch.no_grad()
     def _check(self, stateless: fx.GraphModule, threaded: fx.GraphModule) -> None:
@@ -174,46 +226,107 @@ class ThreadState(Pass):
             raise PassRefused(f"thread state: {_describe(threaded, difference)}")
         pieces, _ = run_in_chunks(threaded, self.signature, inputs, states, chunks)
         for index, whole in enumerate(leaf_values(stateless(**inputs))):
-            got = join([piece[index] for piece in pieces], whole.shape)
-            scale = max(1.0, whole.abs().max().item())
-            bound = _CLOSE.get(whole.dtype, 1e-4) * scale
-            if isinstance(got, str) or not torch.allclose(got, whole, rtol=0, atol=bound):
+            if not _is_close(join([piece[index] for piece in pieces], whole.shape), whole):
                 raise PassRefused(f"thread state: output {index} of single steps isn't the whole sequence's.")
 
-    def _specs(self, graph_module: fx.GraphModule) -> dict[str, list[InputSpec]]:
+    @torch.no_grad()
+    def _recorded(self, graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
+        sizes = {s: _BATCH if s.startswith("batch") else _long_enough(graph_module) for s in self.signature.symbols}
+        return record(graph_module, self.signature.random_inputs(sizes, device=_device(graph_module)))
+
+    def _specs(self, graph_module: fx.GraphModule, values: dict[fx.Node, Any]) -> dict[str, list[InputSpec]]:
         """Dtype and shape of each part's states, by the name of its call."""
-        length = _long_enough(graph_module)
-        sizes = {s: _BATCH if s.startswith("batch") else length for s in self.signature.symbols}
-        values = record(graph_module, self.signature.random_inputs(sizes, device=_device(graph_module)))
+        modules = dict(graph_module.named_modules())
         specs: dict[str, list[InputSpec]] = {}
         count = 0
         for call in _stateful_calls(graph_module):
+            grows, window = (getattr(modules[str(call.target)], name, None) for name in ("grows", "window"))
             carried = values[call][1]
             specs[call.name] = []
             for state in carried if isinstance(carried, tuple) else (carried,):
                 if not isinstance(state, torch.Tensor) or state.ndim == 0 or state.shape[0] != _BATCH:
                     found = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
                     raise PassRefused(f"thread state: {call.target}: expected tensors, batch first, found {found}.")
-                shape: tuple[int | str, ...] = ("batch", *map(int, state.shape[1:]))
-                specs[call.name].append(InputSpec(name=f"{STATE_IN}{count}", dtype=state.dtype, shape=shape))
+                shape: list[int | str] = ["batch", *map(int, state.shape[1:])]
+                if grows is not None:
+                    shape[grows] = PAST if window is None else f"{PAST}_of_{window}"
+                specs[call.name].append(InputSpec(name=f"{STATE_IN}{count}", dtype=state.dtype, shape=tuple(shape)))
                 count += 1
         return specs
 
 
+class _States:
+    """The states of a graph as they are added: their inputs, in a row behind the graph's own, and what they become."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.declared: list[InputSpec] = []
+        self.after: list[fx.Node] = []
+        self._last = graph.find_nodes(op="placeholder")[-1]
+
+    def take(self, dtype: torch.dtype, shape: tuple[int | str, ...]) -> fx.Node:
+        """The input of one more state."""
+        spec = InputSpec(name=f"{STATE_IN}{len(self.declared)}", dtype=dtype, shape=shape)
+        self.declared.append(spec)
+        with self.graph.inserting_after(self._last):
+            self._last = self.graph.placeholder(spec.name)
+        return self._last
+
+
+def _column(graph: fx.Graph, count_B: fx.Node) -> fx.Node:
+    """(B, 1), to be added to (T,) or (B, T)."""
+    column = graph.call_function(aten.unsqueeze.default, (count_B, -1))
+    column.meta[RELATES] = True
+    return column
+
+
+def _move(graph: fx.Graph, counter: Counter, steps_so_far: fx.Node) -> None:
+    """t  =>  t + slope * steps so far, for all rows alike."""
+    with graph.inserting_before(counter.node.next):
+        offset = steps_so_far
+        if counter.slope != 1:
+            slope = int(counter.slope) if counter.slope.is_integer() else counter.slope
+            offset = graph.call_function(aten.mul.Tensor, (offset, slope))
+            offset.meta[RELATES] = True
+        moved = graph.call_function(aten.add.Tensor, (counter.node, offset))
+        moved.meta = {k: v for k, v in counter.node.meta.items() if k in ("val", "nn_module_stack")}
+    _read_instead(counter.node, moved)
+
+
+def _read_instead(node: fx.Node, moved: fx.Node) -> None:
+    node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
+
+
+def _source(table: Table) -> fx.Node:
+    source = table.reader.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _is_close(got: torch.Tensor | str, want: torch.Tensor) -> bool:
+    bound = _CLOSE.get(want.dtype, 1e-4) * max(1.0, want.abs().max().item())
+    return not isinstance(got, str) and got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=bound)
+
+
 def _long_enough(graph_module: fx.GraphModule) -> int:
-    """Steps in which a kernel that looks far along time is seen."""
-    length = max(_LENGTH, receptive_field(graph_module.graph) + 2)
+    """Steps in which a kernel that looks far along time is seen, and a window is filled unless it is a long one."""
+    windows = [w for m in graph_module.modules() if (w := getattr(m, "window", None)) and isinstance(w, int)]
+    filled = max((w for w in windows if w <= _LONGEST_WINDOW), default=0)
+    length = max(_LENGTH, receptive_field(graph_module.graph) + 2, filled + 2)
     return min(length, table_rows(graph_module) or length)
 
 
 def zero_states(threaded: fx.GraphModule, batch: int) -> dict[str, torch.Tensor]:
     """The states that start `batch` sequences, by name."""
     return {
-        spec.name: torch.zeros(
-            [batch if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype, device=_device(threaded)
-        )
+        spec.name: torch.zeros(state_shape(spec.shape, batch, 0), dtype=spec.dtype, device=_device(threaded))
         for spec in threaded.meta["states"]
     }
+
+
+def state_shape(shape: Sequence[int | str], batch: int, past: int) -> list[int]:
+    """Of a state in which `past` steps are remembered."""
+    return [d if isinstance(d, int) else past if d.startswith(PAST) else batch for d in shape]
 
 
 def leaf_values(output: Any) -> list[torch.Tensor]:
@@ -222,10 +335,14 @@ def leaf_values(output: Any) -> list[torch.Tensor]:
 
 
 def _stateful_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """Calls of modules that carry a state and aren't given one."""
+    """Calls of modules that carry a state and aren't given one: it comes behind the tensors that they read."""
     modules: dict[str, nn.Module] = dict(graph_module.named_modules())
-    calls = graph_module.graph.find_nodes(op="call_module")
-    return [n for n in calls if getattr(modules.get(str(n.target)), "stateful", False) and len(n.args) == 1]
+    return [
+        call
+        for call in graph_module.graph.find_nodes(op="call_module")
+        if getattr(module := modules.get(str(call.target)), "stateful", False)
+        and len(call.args) == getattr(module, "reads", 1)
+    ]
 
 
 def _describe(graph_module: fx.GraphModule, difference: Difference) -> str:

@@ -19,6 +19,10 @@ from thesean.passes.graph.signature import Signature
 _MOVED = 1e-2
 _NOISE = 1e-6
 
+# A mark in a node's meta: it holds a mask between steps, or a count that the next node completes. No chunk's is the
+# whole's; what is made of it is compared.
+RELATES = "relates_steps"
+
 _OTHERS = "it needs other steps than its chunk's"
 
 
@@ -65,8 +69,11 @@ def run_in_chunks(
 def join(parts: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | str:
     """The parts in a row along the one dimension in which they differ from `shape`; the last part where none does.
 
-    A text says why they can't be the parts of such a whole.
+    What grows with the sequence, such as keys that are kept, is there after the last part. A text says why they can't
+    be the parts of such a whole.
     """
+    if parts[-1].shape == shape:
+        return parts[-1]
     if any(p.ndim != len(shape) for p in parts):
         return "its rank depends on the length"
     dims = [d for d, size in enumerate(shape) if any(p.shape[d] != size for p in parts)]
@@ -108,7 +115,7 @@ def same_in_chunks(
         if entered.isdisjoint(node.all_input_nodes) or not isinstance(value, (torch.Tensor, tuple, list)):
             continue  # sizes carry no values
         entered.add(node)
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or RELATES in node.meta:
             continue
         # what breaks is the making of a mask or an index; what it is for is where a hidden state meets it
         if node in after_broken and any(

@@ -121,15 +121,20 @@ def size_values(
 
 def counted_masks(graph_module: fx.GraphModule) -> frozenset[fx.Node]:
     """Masks of which a running sum counts the visible steps: with nothing hidden it counts as far as it ever can."""
+    return frozenset(mask for _, mask in running_sums(graph_module))
+
+
+def running_sums(graph_module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """(sum, mask): the running sums of what inputs' values decide, which count the visible steps."""
     short = size_values(graph_module, _SHORT)
-    found = set()
+    found = []
     for node in graph_module.graph.find_nodes(op="call_function", target=aten.cumsum.default):
         mask = node.args[0]
         while isinstance(mask, fx.Node) and mask.target in _CASTS:
             mask = mask.args[0]
         if isinstance(mask, fx.Node) and short(mask) is None and _is_mask(graph_module, mask):
-            found.add(mask)
-    return frozenset(found)
+            found.append((node, mask))
+    return found
 
 
 def _is_mask(graph_module: fx.GraphModule, node: fx.Node) -> bool:

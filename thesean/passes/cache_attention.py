@@ -1,0 +1,116 @@
+"""Give each causal attention that is left its keys and values as state.
+
+B batch, T time, S keys, H heads, K head width
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from thesean.passes.analyse.causal_attention import CausalAttention, causal_attentions
+from thesean.passes.analyse.chunks import RELATES
+from thesean.passes.analyse.padding import READERS
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.cache import CachedAttention, SeenKeys
+from thesean.passes.graph.clock import find_clock
+from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.surgery import erase_dead
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CacheAttention(Pass):
+    """softmax(scale q k' + causal mask) v  =>  mixed, (k, v) = attention(q, k, v, bias); bias, tokens = seen(token).
+
+    Both are modules that carry a state, for ThreadState to thread: keys and values as they meet, rotated already and
+    before grouped heads were repeated, (B, G, P, K), P from 0 on; and which of the P steps held a token, (B, P), once
+    for all that see alike. With a sliding window of W they are the last W - 1. `token` is what the guide's mask of
+    padded steps shows, or True throughout; what the graph's own mask was made of goes. The new graph shares its
+    parameters with the incoming one, which stays as it was. Raises PassRefused for a causal attention that it can't
+    give a cache, by its path.
+    """
+
+    in_place = False
+
+    signature: Signature
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if len({s for s in self.signature.symbols if not s.startswith("batch")}) != 1:
+            reason = "there is no single dimension of time"
+            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(graph_module.graph, {}))
+        erase_dead(graph)
+        new = fx.GraphModule(graph_module, graph)
+        new.meta.update(graph_module.meta)
+        found = causal_attentions(new, self.signature)
+        if not found:
+            reason = "no causal attention is left in the graph"
+            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+        names = _free_names(new)
+        keys: dict[Any, fx.Node] = {}
+        for core in found:
+            alike = (core.window, core.padding, core.dtype)
+            if alike not in keys:
+                keys[alike] = self._seen(new, core, next(names))
+            _replace(new, core, keys[alike], next(names))
+        erase_dead(graph)
+        new.recompile()
+        new.train(graph_module.training)
+        return PassResult(graph_module=new, modified=True)
+
+    def _seen(self, graph_module: fx.GraphModule, core: CausalAttention, name: str) -> fx.Node:
+        """The bias of those that see as `core` does, made in front of the first of them."""
+        graph = graph_module.graph
+        graph_module.add_submodule(name, SeenKeys(core.window, core.dtype))
+        with graph.inserting_before(core.mixed):
+            token = graph.call_module(name, (self._token(graph, core),))
+            bias = graph.call_function(getitem, (token, 0))
+        bias.meta[RELATES] = True
+        return bias
+
+    def _token(self, graph: fx.Graph, core: CausalAttention) -> fx.Node:
+        """(B, T) booleans."""
+        if core.padding is not None:
+            node = next(n for n in graph.nodes if n.name == core.padding.node)
+            reader = READERS[core.padding.rule]
+            return node if reader is None else graph.call_function(reader[0], (node, *reader[1]))
+        clock = find_clock(graph, self.signature)
+        sizes = [clock.rows(graph), clock.steps(graph)]
+        return graph.call_function(aten.ones.default, (sizes,), {"dtype": torch.bool, "device": core.device})
+
+
+def _replace(graph_module: fx.GraphModule, core: CausalAttention, bias: fx.Node, name: str) -> None:
+    graph, mixed = graph_module.graph, core.mixed
+    graph_module.add_submodule(name, CachedAttention(core.scale, core.cap, core.window))
+    with graph.inserting_before(mixed):
+        query, key, value = core.query, core.key, core.value
+        if core.turned:
+            key = graph.call_function(aten.transpose.int, (key, -2, -1))
+        if core.packed:
+            steps = graph.call_function(aten.sym_size.int, (query, 1))
+            query, key, value = (
+                graph.call_function(aten.reshape.default, (x, [-1, core.packed, steps, width]))
+                for x, width in zip((query, key, value), core.widths, strict=True)
+            )
+        call = graph.call_module(name, (query, key, value, bias))
+        out = graph.call_function(getitem, (call, 0))
+        if core.packed:
+            out = graph.call_function(aten.reshape.default, (out, [-1, steps, core.widths[2]]))
+    call.meta["nn_module_stack"] = mixed.meta.get("nn_module_stack", {})
+    out.meta = {k: v for k, v in mixed.meta.items() if k in ("val", "nn_module_stack")}
+    mixed.replace_all_uses_with(out)
+    graph.erase_node(mixed)
+
+
+def _free_names(graph_module: fx.GraphModule) -> Iterator[str]:
+    """cache_0, cache_1... that the graph has no attribute of."""
+    return (name for n in itertools.count() if not hasattr(graph_module, name := f"cache_{n}"))

@@ -1,0 +1,37 @@
+"""Which of a graph's inputs tells how many rows and steps there are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from thesean.passes.graph.signature import Signature
+
+aten = torch.ops.aten
+
+
+class Clock(NamedTuple):
+    """An input with a dimension of time; `batch` is None where it has no other."""
+
+    node: fx.Node
+    batch: int | None
+    time: int
+
+    def steps(self, graph: fx.Graph) -> fx.Node:
+        """How many steps come in, counted at the graph's insertion point."""
+        return graph.call_function(aten.sym_size.int, (self.node, self.time))
+
+    def rows(self, graph: fx.Graph) -> fx.Node | int:
+        return 1 if self.batch is None else graph.call_function(aten.sym_size.int, (self.node, self.batch))
+
+
+def find_clock(graph: fx.Graph, signature: Signature) -> Clock:
+    """The first input that has one. Raises StopIteration where no dimension is time."""
+    return next(
+        Clock(node, next((d for d in range(len(spec.shape)) if d != time), None), time)
+        for spec, node in zip(signature.inputs, graph.find_nodes(op="placeholder"), strict=False)
+        for time, size in enumerate(spec.shape)
+        if isinstance(size, str) and not size.startswith("batch")
+    )

@@ -1,0 +1,88 @@
+"""Let counts differ from row to row: what counts the steps of a whole batch, (T,), becomes (B, T).
+
+B batch, T time, N rows of a table, D width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+# operators on each number by itself
+_ELEMENTWISE = {
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar,
+    aten.clamp.default, aten.remainder.Scalar, aten.ge.Scalar, aten.to.dtype, aten._to_copy.default,
+    aten.to.device, aten.contiguous.default, aten.clone.default,
+}  # fmt: skip
+_FIRST_DIM = {aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.expand.default}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def takes_rows(node: fx.Node, shapes: Shapes, batch: int) -> bool:
+    """Whether everything that reads a count of steps takes one that differs from row to row."""
+    shape = shapes[node.name]
+    if len(shape) == 2 and shape[0] in (1, batch):
+        return True
+    if len(shape) != 1:
+        return False
+    for user in node.users:
+        made = shapes.get(user.name)
+        if user.target in _ELEMENTWISE and made == shape and len(user.all_input_nodes) == 1:
+            if not takes_rows(user, shapes, batch):
+                return False
+        elif user.target in _FIRST_DIM:
+            if made not in ((1, *shape), (batch, *shape)) and not _adds_last(user):
+                return False
+        elif user.target is aten.index_select.default:
+            table = user.args[0]
+            if not isinstance(table, fx.Node) or not is_row_table(shapes[table.name], int(user.args[1])):  # type: ignore[arg-type]
+                return False
+        elif user.target is not aten.embedding.default:
+            return False
+    return True
+
+
+def is_row_table(shape: tuple[int, ...], dim: int) -> bool:
+    """(N, D) or (1, N, D), read along N."""
+    if len(shape) not in (2, 3):
+        return False
+    dim %= len(shape)
+    return (len(shape) == 2 and dim == 0) or (len(shape) == 3 and dim == 1 and shape[0] == 1)
+
+
+def read_rows(graph: fx.Graph, table: fx.Node, rank: int, index_BT: fx.Node) -> fx.Node:
+    """(B, T, D) of such a table, at the graph's insertion point."""
+    if rank == 3:
+        table = graph.call_function(aten.select.int, (table, 0, 0))
+    return graph.call_function(aten.embedding.default, (table, index_BT))
+
+
+def give_rows(graph: fx.Graph, node: fx.Node, moved: fx.Node, shapes: Shapes) -> None:
+    """Let all readers of `node`, a count that `takes_rows`, read `moved` instead, which is (B, T)."""
+    for user in [u for u in node.users if u is not moved]:
+        if len(shapes[node.name]) == 2 or user.target is aten.embedding.default:
+            user.replace_input_with(node, moved)
+        elif user.target in _FIRST_DIM and not _adds_last(user):
+            user.replace_all_uses_with(moved)
+            graph.erase_node(user)
+        elif user.target is aten.index_select.default:
+            table = user.args[0]
+            assert isinstance(table, fx.Node)
+            with graph.inserting_before(user):
+                rows = read_rows(graph, table, len(shapes[table.name]), moved)
+            rows.meta = dict(user.meta)
+            user.replace_all_uses_with(rows)
+            graph.erase_node(user)
+        else:
+            user.replace_input_with(node, moved)
+            give_rows(graph, user, user, shapes)
+
+
+def _adds_last(node: fx.Node) -> bool:
+    """(T) -> (T, 1), and (B, T) -> (B, T, 1) as well."""
+    return bool(node.target is aten.unsqueeze.default and node.args[1] == -1)
