@@ -81,12 +81,12 @@ class Converted:
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
-        "auto": with state inputs and outputs where the whole network is causal and recurrent, so that one file serves
-        prefill and step-by-step decoding. `dtype`: torch.float32, the default whatever the network's own, or
-        torch.float16; the comparison is in that precision, to 1e-4 or 3e-2 of the output's scale unless `tolerance` is
-        given. `dump_graphs`: a folder for the graph as text after each pass of the export,
-        numbered behind what `compile` left there. Raises ExportError, and then leaves no file; MissingExtraError;
-        ArtifactError for a folder that can't be written.
+        "auto": with state inputs and outputs where the whole network is causal, so that one file serves prefill, chunks
+        and step-by-step decoding; an attention that was kept has its keys and values as state. `dtype`: torch.float32,
+        the default whatever the network's own, or torch.float16; the comparison is in that precision, to 1e-4 or 3e-2
+        of the output's scale unless `tolerance` is given. `dump_graphs`: a folder for the graph as text after each pass
+        of the export, numbered behind what `compile` left there. Raises ExportError, and then leaves no file;
+        MissingExtraError; ArtifactError for a folder that can't be written.
         """
         from thesean.deploy.export import export
 

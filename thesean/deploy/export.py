@@ -6,6 +6,7 @@ B batch, T time
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,14 @@ from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
+from thesean.passes.cache_attention import CacheAttention
 from thesean.passes.cast_floats import CastFloats, Dtypes, cast_signature, dtypes_for
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.signature import InputSpec, Signature
-from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState
+from thesean.passes.inline_modules import InlineModules
+from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_shape
 from thesean.passes.write_out_attention import WriteOutAttention
 
 Stateful = Literal["auto", "yes", "no"] | bool
@@ -36,7 +39,11 @@ Stateful = Literal["auto", "yes", "no"] | bool
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
 
-_THREADING = "thread state: "  # how that pass's refusals begin
+_STATES = re.compile(r"^(cache attention|thread state): ")  # how the refusals of a state begin
+
+_TOGETHER = "the rows of a batch count their steps together: start them together"
+
+_REMEMBERED = 3  # steps of the states to trace with: not the batch, which would be taken for the same
 
 _PROTOBUF_LIMIT = 2**31 - 2**24  # the weights share the file's two gigabytes with the graph
 
@@ -85,7 +92,8 @@ def export(
 
     Inputs have the guide's names and dynamic dimensions "batch" and "time"; outputs the guide's keys. A stateful file
     takes `state_in_0`... (zeros start a sequence) and returns `state_out_0`..., so that one file serves prefill and
-    decoding; "auto" makes one where the whole network is causal and recurrent, and says in `note` why not elsewhere.
+    decoding; "auto" makes one where the whole network is causal, and says in `note` why not elsewhere. An attention
+    that was kept has its keys and values as state, whose dimension "past" is 0 at the start.
     Compared at (2,7), (2,19), (5,3), (1,1) and four times `train_length`, as far as the module itself runs there, and
     in chunks where it carries a state. The module, its parameters and its flags stay as they were.
 
@@ -120,6 +128,8 @@ def export(
             DEFAULT_OPSET if opset is None else opset,
         )
         temporary.write_bytes(proto.SerializeToString())
+        if threaded is not None and not threaded.meta["rows_are_alone"]:
+            note = _TOGETHER
         checks, skipped = _compare(Session(temporary), module, threaded, signature, names, train_length, path)
         _refuse_errors(checks, tolerance, path)
         size = temporary.stat().st_size
@@ -149,8 +159,8 @@ def for_export(
 
     BoundPositions is not among them: a conversion ends with it, so that module and file are bounded alike.
     """
-    threaded = ThreadState(signature)
-    threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: (threaded,), None: (Attempt(threaded),)}
+    with_state = (InlineModules(signature), CacheAttention(signature), ThreadState(signature))
+    threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: with_state, None: (Attempt(*with_state),)}
     return (
         *threading.get(stateful, ()),
         WriteOutAttention(probes, trusted),
@@ -228,12 +238,12 @@ def _lower(module: fx.GraphModule, passes: Sequence[Pass | Attempt]) -> tuple[fx
     try:
         lowered, notes = run_passes(module, *passes)
     except PassRefused as refusal:
-        if str(refusal).startswith(_THREADING):
+        if _STATES.match(str(refusal)):
             raise ExportError(
                 f"a stateful export is not possible: {refusal} Export with stateful='no', or convert what is left."
             ) from refusal
         raise ExportError(f"the module can't be written: {refusal}") from refusal
-    refused = [n.reason.removeprefix(_THREADING) for n in notes if n.outcome == "refused"]
+    refused = [_STATES.sub("", n.reason) for n in notes if n.outcome == "refused"]
     return lowered, f"without state: {refused[0]}" if refused else ""
 
 
@@ -250,7 +260,7 @@ def _example(
         raise ExportError(f"the module runs at none of the lengths {lengths}. Pass train_length=, one that it takes.")
     example = signature.random_inputs(sizes.of(signature))
     for spec in states:
-        example[spec.name] = torch.zeros([2 if isinstance(d, str) else d for d in spec.shape], dtype=spec.dtype)
+        example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example
 
 

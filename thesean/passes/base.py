@@ -95,11 +95,13 @@ def _rows(graph: fx.Graph) -> list[Any]:
     return [(n, n.name, n.target, n.args, n.kwargs) for n in graph.nodes]
 
 
-@dataclass(frozen=True)
 class Attempt:
-    """A pass whose refusal is a note and no error."""
+    """Passes of which a refusal is a note and no error. Where one refuses, the graph is what it was before the first:
+    of several, all but the last must leave the incoming graph as it was.
+    """
 
-    attempted: Pass
+    def __init__(self, *passes: Pass) -> None:
+        self.passes = passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +116,22 @@ class Note:
 
 def run_passes(graph_module: fx.GraphModule, *passes: Pass | Attempt) -> tuple[fx.GraphModule, tuple[Note, ...]]:
     """One pass after another, and a note on each. A refusal ends the run with PassRefused, except in an Attempt."""
-    notes = []
+    notes: list[Note] = []
     for given in passes:
-        step = given.attempted if isinstance(given, Attempt) else given
-        outcome: Outcome
-        try:
-            result = step(graph_module)
-        except PassRefused as refusal:
-            if step is given:
-                raise
-            outcome, reason = "refused", str(refusal)
-        else:
-            graph_module = result.graph_module
-            outcome, reason = "modified" if result.modified else "unchanged", result.reason
-        notes.append(Note(name=step.name, part=step.part, outcome=outcome, reason=reason))
+        before, kept = graph_module, len(notes)
+        for step in given.passes if isinstance(given, Attempt) else (given,):
+            outcome: Outcome
+            try:
+                result = step(graph_module)
+            except PassRefused as refusal:
+                if not isinstance(given, Attempt):
+                    raise
+                del notes[kept:]
+                graph_module, outcome, reason = before, "refused", str(refusal)
+            else:
+                graph_module = result.graph_module
+                outcome, reason = "modified" if result.modified else "unchanged", result.reason
+            notes.append(Note(name=step.name, part=step.part, outcome=outcome, reason=reason))
+            if outcome == "refused":
+                break
     return graph_module, tuple(notes)

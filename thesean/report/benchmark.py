@@ -13,7 +13,7 @@ Spread = Mapping[str, float]  # median_ms, p20_ms, p80_ms, repeats
 
 _TOLD = {
     "state": "carries a state and reads one token",
-    "recompute": "reads all tokens again; with a key-value cache it would be faster",
+    "recompute": "carries no state and reads all tokens again",
 }
 
 

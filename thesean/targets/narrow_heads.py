@@ -29,7 +29,7 @@ TOKENS_PER_FEATURE = 4
 class NarrowAttention(MaskReader):
     """y = last(concat_h softmax(q_h k_h' scale + bias_h) v_h), with `heads` of the guide's own. x_BTD -> y_BTD.
 
-    It is still an attention: it carries no state, so a language model with one decodes over its whole context.
+    It is still an attention: a language model with one decodes with a cache of keys and values, which an export adds.
     `copy_from` keeps the heads with the largest weights; `prepare` chooses them anew by what they do to the guide's
     output, and folds the others into `last` by ridge regression. Grouped keys and values get a copy a head.
     """

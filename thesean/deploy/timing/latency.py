@@ -45,8 +45,8 @@ class FileTimings:
     """One file's figures. A context that the file can't run (past the guide's position table) is None.
 
     `token` is the cost of one more token once `context` tokens are there. `token_kind` says how: "state" is one step
-    with the state carried; "recompute" reads all `context` tokens again, as a file without state or cache must; a
-    guide served with a key-value cache would be faster than that. None where no file of the comparison decodes.
+    with the state carried; "recompute" reads all `context` tokens again, as a file without state must. None where no
+    file of the comparison decodes.
     `forward` is set instead of both where there is no time dimension.
     """
 

@@ -58,8 +58,9 @@ class PlanLatency:
     """Medians of onnxruntime on one thread, before anything is trained; None for what can't run there.
 
     `ceiling_ms` is the guide without the parts that the plan replaces: no replacement of them can be faster. "token"
-    is one more token after `context` of them: the guide reads all of them again, `cache_floor_ms` is its time for one
-    token without a past, which no key-value cache can beat, and the ceiling has no past either. "forward" is for
+    is one more token after `context` of them, with the state or cache that a file carries; a guide without one reads
+    all of them again, and `cache_floor_ms` is then its time for one token without a past, which no key-value cache can
+    beat. "forward" is for
     networks without a time dimension, whose context is None.
     """
 
