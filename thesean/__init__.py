@@ -11,6 +11,7 @@ from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
 from thesean.distill.losses import accuracy, cross_entropy, next_token
 from thesean.errors import TheseanError
+from thesean.export_guide import export_guide
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report.comparison import Comparison
@@ -37,6 +38,7 @@ __all__ = [
     "compare",
     "compile",
     "cross_entropy",
+    "export_guide",
     "load",
     "measures",
     "next_token",

@@ -1,0 +1,52 @@
+"""The guide itself as a file: what a conversion has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from thesean.passes.capture.capture import capture
+from thesean.passes.plan.hybrid import bound_positions
+from thesean.request import Request
+
+if TYPE_CHECKING:
+    from thesean.deploy.export import ExportReport
+
+
+def export_guide(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    data: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    stateful: Literal["auto", "yes", "no"] | bool = "auto",
+    opset: int | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> ExportReport:
+    """Write `model` as it is to an ONNX file that onnxruntime was seen to run with torch's numbers.
+
+    A causal language model gets its keys and values as state, so that one file serves prefill, chunks and single steps:
+    the fair rival of a conversion's. It is what `compile(...).frontier[0].export(path)` writes, without a conversion;
+    positions past a table read its last row there. The arguments are those of `compile` and `Converted.export`.
+
+    Raises CaptureError, DataError, ExportError (no file is left then) and MissingExtraError.
+    """
+    from thesean.deploy.export import export
+
+    request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic)
+    captured = capture(model, request.example(model), request.dynamic)
+    bound_positions(captured.graph_module)
+    return export(
+        captured.graph_module,
+        captured.signature,
+        path,
+        stateful=stateful,
+        opset=opset,
+        dtype=dtype,
+        train_length=captured.signature.example_sizes.get("time"),
+    )
