@@ -33,6 +33,16 @@ class ReluToTanh(Pass):
 
 
 @dataclass(frozen=True)
+class CopiedReluToTanh(Pass):
+    """relu(x)  =>  tanh(x), in a copy."""
+
+    in_place = False
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        return ReluToTanh().call(copy.deepcopy(graph_module))
+
+
+@dataclass(frozen=True)
 class RefuseTanh(Pass):
     """x  =>  x, where nothing is a tanh."""
 
@@ -158,6 +168,17 @@ def test_passes_run_in_order_and_each_leaves_a_note(relu):
         ("relu-to-tanh", "unchanged", "the graph has no relu"),
         ("refuse-tanh", "refused", "refuse tanh: expected none, found one."),
     ]
+
+
+def test_of_passes_that_are_attempted_together_all_are_taken_back_where_one_refuses(relu):
+    before = text(relu.graph)
+    graph_module, notes = run_passes(relu, Attempt(CopiedReluToTanh(), RefuseTanh()))
+    assert graph_module is relu
+    assert text(graph_module.graph) == before
+    assert [(n.name, n.outcome) for n in notes] == [("refuse-tanh", "refused")]
+    graph_module, notes = run_passes(relu, Attempt(CopiedReluToTanh(), ReluToTanh()))
+    assert torch.equal(graph_module(vectors(2, 3)), torch.tanh(vectors(2, 3)))
+    assert [n.outcome for n in notes] == ["modified", "unchanged"]
 
 
 def test_a_refusal_ends_the_run_unless_the_pass_was_an_attempt(relu):

@@ -170,4 +170,7 @@ def _why(
                 binder.part(group, targets[group.path], member)
             except TargetMismatchError as error:
                 return f"{error} So it is with every part; choose another target or scope, or other parts=[...]."
-    return "no part has a target. Check keep= and the globs of target=."
+    return (
+        "no part has a target. Check keep= and the globs of target=. The guide as it is becomes a file by "
+        "thesean.export_guide(model, path)."
+    )
