@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,17 +79,21 @@ class Converted:
         tolerance: float | None = None,
         dtype: torch.dtype | str | None = None,
         dump_graphs: str | Path | None = None,
+        external_data: bool | None = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
         "auto": with state inputs and outputs where the whole network is causal, so that one file serves prefill, chunks
         and step-by-step decoding; an attention that was kept has its keys and values as state. `dtype`: torch.float32,
         the default whatever the network's own, or torch.float16; the comparison is in that precision, to 1e-4 or 3e-2
-        of the output's scale unless `tolerance` is given. `dump_graphs`: a folder for the graph as text after each pass
-        of the export, numbered behind what `compile` left there. Raises ExportError, and then leaves no file;
+        of the output's scale unless `tolerance` is given. `external_data`: the weights in a file of their own beside
+        it; left out, where they don't fit in one (2 GiB). The file's metadata hold the plan, the report, the states and
+        the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the graph as text after
+        each pass of the export, numbered behind what `compile` left there. Raises ExportError, and then leaves no file;
         MissingExtraError; ArtifactError for a folder that can't be written.
         """
         from thesean.deploy.export import export
+        from thesean.deploy.onnx_file import PLAN, REPORT
 
         with dumping(dump_graphs):
             return export(
@@ -100,6 +105,8 @@ class Converted:
                 tolerance=tolerance,
                 dtype=dtype,
                 train_length=self.report.train_length,
+                external_data=external_data,
+                about={PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())},
             )
 
     def benchmark(

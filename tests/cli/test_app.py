@@ -308,9 +308,13 @@ def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) 
     assert "out" in result.stdout
     assert (guides / "a.onnx").stat().st_size > 0
     assert thesean.load(guides / "out") is not None
-    again = run("export", "out", "b.onnx", "--stateful", "no")
+    again = run("export", "out", "b.onnx", "--stateful", "no", "--external-data")
     assert again.exit_code == 0, again.output
-    assert (guides / "b.onnx").stat().st_size > 0
+    assert "the weights are in b.onnx." in again.stdout
+    told = run("inspect", "b.onnx")
+    assert told.exit_code == 0, told.output
+    assert str(thesean.load(guides / "out").plan) in told.stdout
+    assert "of 2 parts replaced" in told.stdout
 
 
 @pytest.mark.thorough

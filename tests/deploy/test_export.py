@@ -274,11 +274,22 @@ def test_a_missing_package_is_named_with_its_extra(gru, tmp_path, monkeypatch):
         export(module, guide.signature, tmp_path / "m.onnx")
 
 
-def test_weights_that_one_file_can_not_hold_are_told(gru, tmp_path, monkeypatch):
+def test_weights_that_one_file_can_not_hold_are_beside_it(gru, tmp_path, monkeypatch):
     module, guide = gru
-    monkeypatch.setattr("thesean.deploy.export._PROTOBUF_LIMIT", 1000)
-    with pytest.raises(ExportError, match="expected less than 2 GiB"):
-        export(module, guide.signature, tmp_path / "m.onnx")
+    monkeypatch.setattr("thesean.deploy.onnx_file._LIMIT", 1000)
+    report = export(module, guide.signature, tmp_path / "m.onnx", stateful=False)
+    assert report.weights is not None
+    assert leftovers(tmp_path) == ["m.onnx", report.weights.name]
+    assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert f"the weights are in {report.weights.name}" in str(report)
+
+
+def test_nodes_are_named_by_the_module_that_they_come_from():
+    names = [n.name for n in onnx.load(exported.gpt2_gru().path).graph.node]
+    assert len(set(names)) == len(names)
+    assert "/transformer/h/0/ln_1/LayerNormalization" in names
+    assert any(name.startswith("/transformer/h/1/mlp/c_fc/") for name in names)
+    assert not any("module_stack" in name for name in names)
 
 
 def test_an_unknown_wish_for_state_is_refused(gru, tmp_path):

@@ -9,7 +9,7 @@ import torch
 import typer
 
 import thesean
-from thesean.cli.look import PASSED_ON, bench, compare, measures, report, targets
+from thesean.cli.look import PASSED_ON, bench, compare, inspect, measures, report, targets
 from thesean.cli.options import (
     Budget,
     Choices,
@@ -244,6 +244,10 @@ def export(
     ] = Stateful.auto,
     opset: Annotated[int | None, typer.Option(help="ONNX opset (default: the exporter's).")] = None,
     dtype: Annotated[FileDtype | None, typer.Option(help="The file's precision (default: float32).")] = None,
+    external_data: Annotated[
+        bool | None,
+        typer.Option("--external-data/--no-external-data", help="Weights in a file beside it (default: past 2 GiB)."),
+    ] = None,
     dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
@@ -262,11 +266,13 @@ def export(
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
         converted = thesean.load(folder)
         wanted = None if dtype is None else getattr(torch, dtype)
-        made = converted.export(file, stateful=chosen, opset=opset, dtype=wanted, dump_graphs=dump_graphs)
+        made = converted.export(
+            file, stateful=chosen, opset=opset, dtype=wanted, dump_graphs=dump_graphs, external_data=external_data
+        )
         typer.echo(str(made))
 
 
 # the commands of look.py are the same program's
-for command in (report, compare, targets, measures):
+for command in (report, inspect, compare, targets, measures):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(bench)

@@ -17,7 +17,12 @@ from thesean.artifact import read_plan_and_report
 from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
 from thesean.cli.words import ArgumentError, load_data, load_guide
+from thesean.deploy.describe_file import describe_file
+from thesean.deploy.onnx_file import PLAN, REPORT, metadata
+from thesean.deploy.session import require
+from thesean.passes.plan.plan import Plan
 from thesean.report import markdown_table, read_report, render
+from thesean.report.conversion import ConversionReport
 from thesean.report.report_json import report_rows
 from thesean.similarity import get_measure
 from thesean.targets import get_family
@@ -51,6 +56,26 @@ def report(
             typer.echo(markdown_table(found))
         else:
             Console().print(render(report_rows(found), metric_name=str(found.get("metric_name", "metric"))))
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An exported file, or anybody's ONNX model.")],
+    debug: Debug = False,
+) -> None:
+    """Print what an ONNX file takes and gives, its states, its plan and what was checked. No weights are read.
+
+    \b
+    Example:
+      thesean inspect build/rnn.onnx
+    """
+    with one_line_errors(debug):
+        require("onnx")
+        typer.echo(describe_file(path))
+        told = metadata(path)
+        if PLAN in told:
+            typer.echo(f"\n{Plan.from_yaml(told[PLAN])}")
+        if REPORT in told:
+            typer.echo(f"\n{ConversionReport.from_json(told[REPORT])}")
 
 
 def compare(

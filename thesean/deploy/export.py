@@ -5,27 +5,26 @@ B batch, T time
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import fx
 
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
+from thesean.deploy.onnx_file import PARITY_SEEN, STATES, draft
 from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, runnable, sizes_to_check
 from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
 from thesean.passes.cache_attention import CacheAttention
-from thesean.passes.cast_floats import CastFloats, Dtypes, cast_signature, dtypes_for
+from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
@@ -45,12 +44,21 @@ _TOGETHER = "the rows of a batch count their steps together: start them together
 
 _REMEMBERED = 3  # steps of the states to trace with: not the batch, which would be taken for the same
 
-_PROTOBUF_LIMIT = 2**31 - 2**24  # the weights share the file's two gigabytes with the graph
+
+class Form(TypedDict, total=False):
+    """How a file is written, beside what it computes."""
+
+    dtype: torch.dtype | str | None
+    external_data: bool | None
+    about: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """A file and what was seen of it. Errors in `checks` are relative to the output's scale, none above `tolerance`."""
+    """A file and what was seen of it. Errors in `checks` are relative to the output's scale, none above `tolerance`.
+
+    `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both.
+    """
 
     path: Path
     bytes: int
@@ -63,6 +71,7 @@ class ExportReport:
     seconds: float
     note: str = ""
     dtype: str = "float32"
+    weights: Path | None = None
 
     def __str__(self) -> str:
         worst = max(self.checks, key=lambda c: c.max_abs_error)
@@ -74,6 +83,8 @@ class ExportReport:
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
             f"  {len(self.checks)} checks in onnxruntime; largest error {largest}, tolerance {self.tolerance:.0e}",
         ]
+        if self.weights is not None:
+            lines.insert(1, f"  the weights are in {self.weights.name}, beside it: move both together")
         return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
 
 
@@ -86,7 +97,7 @@ def export(
     opset: int | None = None,
     tolerance: float | None = None,
     train_length: int | None = None,
-    dtype: torch.dtype | str | None = None,
+    **form: Unpack[Form],
 ) -> ExportReport:
     """Export `graph_module` in eval mode, compare with it in onnxruntime, and only then let the file take its name.
 
@@ -98,21 +109,22 @@ def export(
     in chunks where it carries a state. The module, its parameters and its flags stay as they were.
 
     `dtype`: torch.float32, the default whatever the network's own, or torch.float16; file and torch are compared in
-    that precision, by default to `PARITY` of the output's scale.
+    that precision, by default to `PARITY` of the output's scale. `external_data`: the weights in a file of their own
+    beside `path`; None: where they are too large for one, past 2 GiB. `about`: what the file's metadata say, beside the
+    states and the parity that was seen.
 
     Raises ExportError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     path = Path(path)
-    dtype = _parse_dtype(dtype)
+    dtype = _parse_dtype(form.get("dtype"))
     dtypes = dtypes_for(graph_module, signature, dtype)
     signature = cast_signature(signature, dtypes)
     file_dtype = dtype or torch.float32
     tolerance = PARITY[file_dtype] if tolerance is None else tolerance
-    _check_size(graph_module, path, dtypes)
     wanted = _parse(stateful)
-    with _temporary(path) as temporary:  # first of all: an unwritable folder should not cost an export
+    with draft(path) as drafted:  # first of all: an unwritable folder should not cost an export
         module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
         lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
         names = output_names(module)
@@ -120,24 +132,26 @@ def export(
         threaded = lowered if states else None
         inputs = (*signature.inputs, *states)
         outputs = (*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states))
-        proto = to_onnx(
+        model = to_onnx(
             lowered,
             _example(module, signature, states, train_length),
             inputs,
             outputs,
             DEFAULT_OPSET if opset is None else opset,
         )
-        temporary.write_bytes(proto.SerializeToString())
+        model.metadata_props.update(_about(states, form.get("about", {})))
+        drafted.write(model, form.get("external_data"))
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note = _TOGETHER
-        checks, skipped = _compare(Session(temporary), module, threaded, signature, names, train_length, path)
+        checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
         _refuse_errors(checks, tolerance, path)
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
+        drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
+        size, weights = drafted.bytes, drafted.weights
+        drafted.publish()
     return ExportReport(
         path=path,
         bytes=size,
-        opset=next(int(o.version) for o in proto.opset_import if o.domain == ""),
+        opset=model.opset_imports[""],
         stateful=threaded is not None,
         inputs=tuple(s.name for s in inputs),
         outputs=outputs,
@@ -146,7 +160,22 @@ def export(
         seconds=time.monotonic() - start,
         note="; ".join([*([note] if note else []), *skipped]),
         dtype=str(file_dtype).removeprefix("torch."),
+        weights=weights,
     )
+
+
+def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, str]:
+    """What a file says of itself beside its maker: the states and what starts them."""
+    table = [
+        {
+            "name": s.name,
+            "dtype": str(s.dtype).removeprefix("torch."),
+            "shape": list(s.shape),
+            "start": "zeros" if all(state_shape(s.shape, batch=1, past=0)) else "nothing",
+        }
+        for s in states
+    ]
+    return {STATES: json.dumps(table), **told} if states else dict(told)
 
 
 def for_export(
@@ -173,23 +202,6 @@ def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, t
     """Inputs of several lengths, where time is dynamic."""
     lengths = (1, 7, 19, train_length or 64) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
     return tuple(signature.random_inputs(CheckSizes(batch=2, length=length).of(signature)) for length in lengths)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, gone afterwards unless it was moved. OSError inside becomes ExportError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        if path.is_dir():
-            raise ExportError(f"{path} is a folder; expected a file's name, such as {path / 'model.onnx'}.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch(exist_ok=False)
-        yield temporary
-    except OSError as error:
-        raise ExportError(f"can't write {path}: {error.strerror or error}. Choose a writable folder.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _compare(
@@ -262,16 +274,6 @@ def _example(
     for spec in states:
         example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example
-
-
-def _check_size(graph_module: fx.GraphModule, path: Path, dtypes: Dtypes) -> None:
-    tensors = {id(t): t for t in (*graph_module.parameters(), *graph_module.buffers())}
-    total = sum(t.numel() * dtypes.get(t.dtype, t.dtype).itemsize for t in tensors.values())
-    if total > _PROTOBUF_LIMIT:
-        raise ExportError(
-            f"{path}: the weights take {total / 2**30:.1f} GiB; expected less than 2 GiB, the most that one ONNX file "
-            "holds. Choose narrower targets, or write a float32 network with dtype=torch.float16."
-        )
 
 
 def _refuse_errors(checks: list[Check], tolerance: float, path: Path) -> None:

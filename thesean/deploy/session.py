@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from thesean.deploy.onnx_file import check_weights, metadata
 from thesean.errors import DataError, ExportError, MissingExtraError
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape
 
@@ -35,7 +36,9 @@ def require(*packages: str) -> None:
 
 
 class Session:
-    """A thin wrapper of onnxruntime on CPU. Raises ExportError for a file that onnxruntime can't load."""
+    """A thin wrapper of onnxruntime on CPU; `metadata` is what the file says of itself. Raises ExportError for a file
+    that onnxruntime can't load, and for weights beside it that are missing or were changed.
+    """
 
     def __init__(self, path: str | Path, threads: int = 1) -> None:
         require("onnxruntime")
@@ -48,7 +51,11 @@ class Session:
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
+            if importlib.util.find_spec("onnx") is not None and Path(path).is_file():
+                check_weights(Path(path), metadata(Path(path)))
             raise ExportError(f"{path}: onnxruntime can't load it: {first_line(error)}") from error
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        check_weights(Path(path), self.metadata)
         self._declared: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
         names = [o.name for o in self._session.get_outputs()]
         self.states = tuple(n for n in self._declared if n.startswith(STATE_IN))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from thesean.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,14 @@ class ConversionReport:
         fields["stages"] = tuple(StageRow(**row) for row in fields.get("stages", ()))
         fields["notes"] = tuple(fields.get("notes", ()))
         return ConversionReport(**fields)
+
+    @staticmethod
+    def from_json(text: str) -> ConversionReport:
+        """Raises DataError for anything but what `to_dict` gives."""
+        try:
+            return ConversionReport.from_dict(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"this is no report of a conversion: {type(error).__name__}: {error}.") from error
 
     def __str__(self) -> str:
         lines = [f"{'replaced':>9}  {'loss':>8}  {'divergence':>10}  {'before':>8}  {'after':>8}  {'steps':>5}  part"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -52,7 +53,7 @@ def core(groups: int, cap: float | None, window: int | None) -> tuple[fx.GraphMo
 @pytest.mark.parametrize(("cap", "window"), [(None, None), (2.0, None), (None, 4), (0.5, 1)])
 def test_onnxruntime_computes_what_the_kernel_does_at_any_length(groups, cap, window):
     module, specs = core(groups, cap, window)
-    proto = to_onnx(module, inputs(groups, 2, 7, 3), specs, ("mixed", "next_key", "next_value"), 20)
+    proto = ir.to_proto(to_onnx(module, inputs(groups, 2, 7, 3), specs, ("mixed", "next_key", "next_value"), 20))
     (function,) = proto.functions
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     for batch, time, past in ((1, 1, 0), (3, 1, 9), (2, 6, 0), (2, 5, 4)):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -274,7 +275,7 @@ def exported_core(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> Any:
     graph.output((graph.call_module("core", (graph.placeholder("x"),)),))
     module = torch.fx.GraphModule({"core": Core("double")}, graph).eval()
     spec = InputSpec(name="x", dtype=torch.float32, shape=("batch", "time", 4))
-    return module, to_onnx(module, {"x": torch.randn(2, 7, 4)}, (spec,), ("y",), 18)
+    return module, ir.to_proto(to_onnx(module, {"x": torch.randn(2, 7, 4)}, (spec,), ("y",), 18))
 
 
 def test_a_core_without_a_form_goes_through_the_exporter_as_torch_code(monkeypatch):

@@ -63,10 +63,19 @@ def operations(module: nn.Module) -> list[str]:
 
 
 def form_of(operation: str) -> ModuleType | None:
-    """The file that defines `lower(module, path, opset)`, and `define(proto)` where it needs an ONNX function."""
+    """The file that defines `lower(module, path, opset)`, and `define(model)` where it needs an ONNX function."""
     if importlib.util.find_spec(f"{_FORMS}.{operation}") is None:
         return None
     return importlib.import_module(f"{_FORMS}.{operation}")
+
+
+def add_function(model: Any, text: str) -> None:
+    """Give an onnx_ir model a function, written in ONNX's own syntax."""
+    import onnx
+    import onnx_ir as ir
+
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function
 
 
 def file_of(operation: str) -> str:

@@ -5,12 +5,14 @@ B batch, T time
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -27,8 +29,14 @@ from thesean.errors import ExportError, TheseanError
 from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.signature import InputSpec
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 # What the operators of every target need at most; onnxruntime 1.32 runs it.
 DEFAULT_OPSET = 20
+
+# Where the exporter says which modules a node is in, and what it says of one that a pass made.
+_SCOPES, _NO_MODULE = "pkg.torch.onnx.name_scopes", "_empty_nn_module_stack_from_metadata_hook"
 
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
@@ -57,10 +65,11 @@ def to_onnx(
     inputs: Sequence[InputSpec],
     outputs: Sequence[str],
     opset: int,
-) -> Any:
-    """An ONNX ModelProto of a graph that `for_export` made ready. Raises ExportError when the exporter can't write it.
+) -> ir.Model:
+    """The ONNX model of a graph that `for_export` made ready. Raises ExportError when the exporter can't write it.
 
-    The dimensions that `inputs` name are dynamic and keep their names; `example` has 2 or more in each.
+    The dimensions that `inputs` name are dynamic and keep their names; `example` has 2 or more in each. Nodes are named
+    by the module that they come from. Weights are those of the graph module, not copies.
     """
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     used = operations(graph_module)
@@ -83,18 +92,17 @@ def to_onnx(
         message = f"torch's exporter can't write this graph at opset {opset}: {_cause(error)}"
         raise ExportError(f"{message}{_missing_forms(used)}") from error
     assert program is not None
-    proto = program.model_proto
-    found = next(int(o.version) for o in proto.opset_import if o.domain == "")
+    model = program.model
+    found = model.opset_imports[""]
     if found != opset:
         raise ExportError(f"expected opset {opset}, but the exporter could only write {found}. Ask for opset={found}.")
     for form in map(form_of, used):
         if form is not None and hasattr(form, "define"):
-            form.define(proto)
-    _name_dims(proto, inputs)
-    _drop_traces(proto.graph)
-    for function in proto.functions:
-        _drop_traces(function)
-    return proto
+            form.define(model)
+    _name_dims(model, inputs)
+    _name_nodes(model)
+    _drop_traces(model)
+    return model
 
 
 def _missing_forms(used: Sequence[str]) -> str:
@@ -129,37 +137,59 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _name_dims(proto: Any, inputs: Sequence[InputSpec]) -> None:
+def _name_dims(model: ir.Model, inputs: Sequence[InputSpec]) -> None:
     """Replace the exporter's symbols (s70) by the signature's names (time), in expressions too."""
+    import onnx_ir as ir
+
     names: dict[str, str] = {}
-    for value, spec in zip(proto.graph.input, inputs, strict=True):
-        for dim, size in zip(value.type.tensor_type.shape.dim, spec.shape, strict=True):
-            if isinstance(size, str) and dim.dim_param:
-                names[dim.dim_param] = size
+    for value, spec in zip(model.graph.inputs, inputs, strict=True):
+        for dim, size in zip(value.shape or (), spec.shape, strict=True):
+            if isinstance(size, str) and isinstance(dim, ir.SymbolicDim) and dim.value:
+                names[dim.value] = size
     if not names:
         return
     # what is left of a view that flattens batch and time and another that takes them apart
     quotient = re.compile(r"\(\((?:(\w+)\*(\w+))\)//(\w+)\)")
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                named = pattern.sub(lambda match: names[match.group()], dim.dim_param)
-                dim.dim_param = quotient.sub(_divided, named)
+    shapes = {id(v.shape): v.shape for v in _values(model) if v.shape is not None}  # two values may share one
+    for shape in shapes.values():
+        for index, dim in enumerate(shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
+                named = pattern.sub(lambda match: names[match.group()], dim.value)
+                shape[index] = quotient.sub(_divided, named)
 
 
-def _drop_traces(graph: Any) -> None:
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    for node in model.graph.all_nodes():
+        yield from node.outputs
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """/transformer/h/0/ln_1/LayerNormalization: what viewers fold, and profilers add up."""
+    taken: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))[:-1]  # the last is the operator's own
+        module = scopes[-1] if scopes and scopes[-1] != _NO_MODULE else ""
+        name = "/".join(["", *(module.split(".") if module else ()), node.op_type])
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+
+def _drop_traces(model: ir.Model) -> None:
     """Delete the exporter's notes on nodes and values: stack traces with this machine's paths, half of a small file."""
-    del graph.metadata_props[:]
-    for name in ("input", "output", "value_info", "initializer"):
-        for value in getattr(graph, name, ()):
-            if not isinstance(value, str):  # a function's inputs are names alone
-                del value.metadata_props[:]
-    for node in graph.node:
-        del node.metadata_props[:]
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _drop_traces(attribute.g)
+    everything: list[Any] = [*model.graphs(), *model.functions.values()]
+    for graph in everything:
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+        for value in (*graph.inputs, *(o for node in graph for o in node.outputs)):
+            value.metadata_props.clear()
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            value.metadata_props.clear()
+            if value.const_value is not None:
+                value.const_value.metadata_props.clear()
 
 
 def _divided(match: re.Match[str]) -> str:

@@ -17,6 +17,7 @@ from torch import fx
 
 from thesean.deploy.export import for_export
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, to_onnx
+from thesean.deploy.onnx_file import Draft
 from thesean.deploy.parity import CheckSizes
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import Timing, measure
@@ -121,8 +122,8 @@ def _call(cut: Extract, guide: Signature, sizes: CheckSizes, path: Path) -> Call
     trusted = frozenset(f"side_{i}" for i in range(len(cut.sides)))
     passes = for_export(signature, (example,), stateful=False, trusted=trusted)
     module, _ = run_passes(cut.graph_module, FreezeOnCpu(), CastFloats(dtypes), *passes)
-    proto = to_onnx(module, example, signature.inputs, ("output",), DEFAULT_OPSET)
-    path.write_bytes(proto.SerializeToString())
+    model = to_onnx(module, example, signature.inputs, ("output",), DEFAULT_OPSET)
+    Draft(path, path).write(model)
     session = Session(path, threads=1)
     feeds = {name: value.numpy() for name, value in inputs(sizes).items()}
     # an input that is not read has no place in the file

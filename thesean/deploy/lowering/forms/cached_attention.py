@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean.deploy.lowering.lowered import require_exporting
+from thesean.deploy.lowering.lowered import add_function, require_exporting
 from thesean.targets.shared.core import Core
 
 DOMAIN, NAME = "thesean", "CachedAttention"
@@ -75,14 +75,11 @@ def lower(core: Core, path: str, opset: int) -> CachedAttention:
     return CachedAttention(path, core.settings.get("cap"), core.settings.get("window"))
 
 
-def define(proto: Any) -> None:
-    """Add the functions that a ModelProto calls; others stay as they are."""
-    import onnx
-
-    opset = next(o.version for o in proto.opset_import if o.domain == "")
-    called = {n.op_type for n in proto.graph.node if n.domain == DOMAIN and n.op_type.startswith(NAME)}
+def define(model: Any) -> None:
+    """Add the functions that an onnx_ir model calls; others stay as they are."""
+    called = {n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN and n.op_type.startswith(NAME)}
     for name in sorted(called):
-        proto.functions.append(onnx.parser.parse_function(_function(name, opset)))
+        add_function(model, _function(name, model.opset_imports[""]))
 
 
 def _function(name: str, opset: int) -> str:

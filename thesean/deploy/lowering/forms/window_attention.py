@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from thesean.deploy.lowering.lowered import Lowered
+from thesean.deploy.lowering.lowered import Lowered, add_function
 from thesean.kernels.window_attention import LARGEST_EXPONENT, LEAST_BLOCK
 from thesean.targets.shared.core import Core
 
@@ -167,13 +167,12 @@ def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, window_attention)
 
 
-def define(proto: Any) -> None:
-    """Add the functions to a ModelProto that calls them; others stay as they are."""
-    import onnx
-
-    called = {node.op_type for node in proto.graph.node if node.domain == DOMAIN}
-    opset = str(next(o.version for o in proto.opset_import if o.domain == ""))
+def define(model: Any) -> None:
+    """Add the functions to an onnx_ir model that calls them; others stay as they are."""
+    called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    opset = str(model.opset_imports[""])
     for name, (arguments, scores) in _FUNCTIONS.items():
         if name in called:
-            body = _BODY.replace("CALL", f"{name} ({arguments})").replace("SCORES", scores).replace("OPSET", opset)
-            proto.functions.append(onnx.parser.parse_function(body))
+            add_function(
+                model, _BODY.replace("CALL", f"{name} ({arguments})").replace("SCORES", scores).replace("OPSET", opset)
+            )

@@ -1,0 +1,69 @@
+"""What an ONNX file takes and gives, as text: inputs, outputs, states, operators, and what was seen of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from thesean.deploy.onnx_file import PARITY_SEEN, STATES, WEIGHTS, metadata, read
+from thesean.errors import ExportError
+
+_OPERATORS = 12  # the most frequent; the rest are counted together
+
+
+def describe_file(path: Path) -> str:
+    """Of any model, its maker's or another's; no weights are read. Raises ExportError."""
+    import onnx
+
+    model, told = read(path), metadata(path)
+    opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
+    maker = " ".join(w for w in (model.producer_name, model.producer_version) if w) or "an unknown maker"
+    sections = [f"{path}: {_size(path, told)}, opset {opset}, {len(model.graph.node)} nodes, made by {maker}"]
+    states = {row["name"]: row for row in _parsed(told.get(STATES, "[]"))}
+    weights = {i.name for i in model.graph.initializer}
+    for title, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
+        rows = [_row(v, states, onnx) for v in values if v.name not in weights]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        sections.append("\n".join([title, *(f"  {line}" for line in lines)]))
+    sections.append("operators\n  " + _operators(model))
+    if PARITY_SEEN in told:
+        checks = _parsed(told[PARITY_SEEN])
+        worst = max(checks, key=lambda c: c["max_abs_error"])
+        largest = f"{worst['max_abs_error']:.1e} ({worst['label']} at {tuple(worst['shape'])})"
+        sections.append(f"parity\n  {len(checks)} checks in onnxruntime; largest error {largest}")
+    return "\n\n".join(sections)
+
+
+def _size(path: Path, told: dict[str, str]) -> str:
+    inside = f"{path.stat().st_size / 1e6:.2f} MB"
+    if WEIGHTS not in told:
+        return inside
+    beside = path.with_name(Path(told[WEIGHTS]).name)
+    found = f"{beside.stat().st_size / 1e6:.2f} MB" if beside.is_file() else "missing"
+    return f"{inside} and {found} of weights in {beside.name}"
+
+
+def _row(value: Any, states: dict[str, Any], onnx: Any) -> tuple[str, str, str, str]:
+    """Name, dtype, shape, what starts it."""
+    tensor = value.type.tensor_type
+    shape = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
+    dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    start = f"state, starts as {states[value.name]['start']}" if value.name in states else value.doc_string
+    return value.name, dtype, f"({shape})", start
+
+
+def _operators(model: Any) -> str:
+    counts = Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph.node)
+    named = [f"{count} {name}" for name, count in counts.most_common(_OPERATORS)]
+    others = counts.total() - sum(count for _, count in counts.most_common(_OPERATORS))
+    return ", ".join([*named, *([f"{others} others"] if others else [])])
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ExportError(f"the file's metadata were altered: {error}.") from error
