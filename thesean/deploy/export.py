@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
@@ -18,7 +19,7 @@ from torch import fx
 
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
 from thesean.deploy.onnx_file import PARITY_SEEN, STATES, draft
-from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, runnable, sizes_to_check
+from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, rounding, runnable, sizes_to_check
 from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
@@ -144,7 +145,7 @@ def export(
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note = _TOGETHER
         checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
-        _refuse_errors(checks, tolerance, path)
+        _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
         size, weights = drafted.bytes, drafted.weights
         drafted.publish()
@@ -276,7 +277,9 @@ def _example(
     return example
 
 
-def _refuse_errors(checks: list[Check], tolerance: float, path: Path) -> None:
+def _refuse_errors(
+    checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
+) -> None:
     if not checks:
         raise ExportError(f"{path}: the torch module runs at none of the sizes to compare at. Pass train_length=.")
     void = next((c for c in checks if c.max_abs_error != c.max_abs_error), None)
@@ -288,8 +291,14 @@ def _refuse_errors(checks: list[Check], tolerance: float, path: Path) -> None:
         )
     worst = max(checks, key=lambda c: c.max_abs_error)
     if not worst.max_abs_error <= tolerance:
+        own = rounding_at(worst.shape)
+        advice = "Try another opset=, or raise tolerance= if that is good enough for you."
+        if own > tolerance / 2:
+            advice = (
+                f"The network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies "
+                "rounding, and no file can be held against it. Look at what it computes, or raise tolerance=."
+            )
         raise ExportError(
             f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's "
-            f"scale, found {worst.max_abs_error:.1e}. No file was written. Try another opset=, or raise tolerance= if "
-            "that is good enough for you."
+            f"scale, found {worst.max_abs_error:.1e}. No file was written. {advice}"
         )

@@ -15,8 +15,12 @@ import torch
 from torch import fx
 
 from thesean.deploy.session import Session
+from thesean.errors import TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.receptive_field import receptive_field
+from thesean.passes.base import run_passes
+from thesean.passes.cast_floats import CastFloats
+from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.resample import is_mask
 from thesean.passes.graph.signature import Signature
 from thesean.passes.thread_state import leaf_values, zero_states
@@ -136,6 +140,22 @@ def compare_chunks(
             errors.append(float("inf") if isinstance(joined, str) else relative_error(joined.numpy(), value.numpy()))
         checks.append(Check(label, sizes.shape, worst(errors)))
     return checks
+
+
+@torch.no_grad()
+def rounding(module: fx.GraphModule, signature: Signature, shape: tuple[int, ...]) -> float:
+    """How far a float32 module is from its own outputs in float64, as errors of files are counted; 0 where it can't
+    be run in float64.
+    """
+    inputs = signature.random_inputs(CheckSizes(batch=shape[0], length=(*shape[1:], None)[0]).of(signature), seed=1)
+    try:
+        double, _ = run_passes(module, FreezeOnCpu(), CastFloats({torch.float32: torch.float64}))
+        exact = leaf_values(double(**{n: v.double() if v.dtype == torch.float32 else v for n, v in inputs.items()}))
+        found = leaf_values(module(**inputs))
+    except (RuntimeError, TheseanError) as error:
+        logger.debug("the module does not run in float64: %s", error)
+        return 0.0
+    return worst([relative_error(a.numpy(), b.numpy()) for a, b in zip(found, exact, strict=True)])
 
 
 def _with_padding(
