@@ -240,9 +240,7 @@ class Chaotic(nn.Module):
 
 def test_a_network_that_amplifies_rounding_is_told_as_such(tmp_path):
     guide = capture(Chaotic().eval(), {"x": models.vectors(2, 4)})
-    with pytest.raises(
-        ExportError, match=r"The network itself, in torch, is \d.* away from what .* in float64"
-    ):
+    with pytest.raises(ExportError, match=r"The network itself, in torch, is \d.* away from what .* in float64"):
         export(guide.graph_module, guide.signature, tmp_path / "m.onnx")
     assert leftovers(tmp_path) == []
 
