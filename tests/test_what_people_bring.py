@@ -193,6 +193,20 @@ def test_of_three_in_a_batch_what_forward_has_a_place_for_is_its_input():
     assert any("inputs x, lengths; labels: the last" in note for note in converted.report.notes)
 
 
+def test_labels_stand_where_the_caller_says():
+    guide, wanted = models.mlp(), torch.tensor([0, 1, 2, 3])
+    batches = [{"input": vectors(4, 8, seed=k), "labels": 1 - wanted % 2, "meta": {"next": wanted}} for k in range(3)]
+    converted = convert(
+        guide, "mlp", data=batches, loss=thesean.cross_entropy, metric=thesean.accuracy,
+        inputs=lambda batch: batch["input"], labels=lambda batch: batch["meta"]["next"],
+        granularity="finest", eval_data=batches[:1],
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = guide(batches[0]["input"])
+    assert converted.report.guide["loss"] == pytest.approx(nn.functional.cross_entropy(logits, wanted).item(), rel=1e-5)
+    assert converted.report.guide["metric"] == pytest.approx((logits.argmax(-1) == wanted).float().mean().item())
+
+
 @torch.library.custom_op("thesean_tests::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2

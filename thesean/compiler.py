@@ -27,7 +27,7 @@ from thesean.distill.losses import warn_of_chance
 from thesean.distill.observer import Observer
 from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.stages import align, tune
-from thesean.distill.task import InputsOf, Loss, Metric, Task
+from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric, Task
 from thesean.distill.training import Training
 from thesean.errors import ArtifactError, CaptureError, DataError, PlanError
 from thesean.frontier import finish
@@ -44,7 +44,7 @@ from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report import make_observer
-from thesean.request import Request
+from thesean.request import Request, sizes_of
 from thesean.targets import Target
 
 
@@ -59,6 +59,7 @@ def compile(
     metric: Metric | None = None,
     eval_data: Iterable[Any] | None = None,
     inputs: InputsOf | None = None,
+    labels: LabelsOf | None = None,
     outputs: Mapping[str, OutputKind] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
@@ -84,7 +85,8 @@ def compile(
     loss(output, batch) -> scalar; None: match the guide's outputs. metric(output, batch) -> float.
     eval_data: held-out batches for stopping and for the report; without it, some of a list's own are held out.
     inputs(batch): the guide's inputs in a batch, a dict by name or a tuple, where the guess (told in the report) is
-    wrong. outputs: how an output is compared, by name: {"logits": "softmax", "value": "mse", "scale": "ignore"}.
+    wrong. labels(batch): the labels in it; loss and metric are then given (batch, labels).
+    outputs: how an output is compared, by name: {"logits": "softmax", "value": "mse", "scale": "ignore"}.
     parts, keep: globs over module paths. granularity: "block" (the default), "sublayer" for residual halves (the
     default of target "auto"), "finest" for every linear map. merge: that many neighbours become one part;
     target_parts: merge the most alike until so many are left.
@@ -108,6 +110,7 @@ def compile(
         metric=metric,
         eval_data=eval_data,
         inputs=inputs,
+        labels=labels,
         outputs=outputs,
         parts=parts,
         keep=keep,
@@ -152,6 +155,7 @@ def baseline(
     metric: Metric | None = None,
     eval_data: Iterable[Any] | None = None,
     inputs: InputsOf | None = None,
+    labels: LabelsOf | None = None,
     outputs: Mapping[str, OutputKind] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
@@ -181,6 +185,7 @@ def baseline(
         metric=metric,
         eval_data=eval_data,
         inputs=inputs,
+        labels=labels,
         outputs=outputs,
         parts=parts,
         keep=keep,
@@ -211,6 +216,7 @@ def plan(
     loss: Loss | None = None,
     eval_data: Iterable[Any] | None = None,
     inputs: InputsOf | None = None,
+    labels: LabelsOf | None = None,
     outputs: Mapping[str, OutputKind] | None = None,
     parts: Sequence[str] | None = None,
     keep: Sequence[str] = (),
@@ -244,6 +250,7 @@ def plan(
         loss=loss,
         eval_data=eval_data,
         inputs=inputs,
+        labels=labels,
         outputs=outputs,
         parts=parts,
         keep=keep,
@@ -309,7 +316,7 @@ def chosen_plan(captured: Captured, request: Request, observer: Observer) -> tup
 
 def bind_data(captured: Captured, request: Request, observer: Observer) -> Training:
     """The user's data and task, read through the guide's signature. Warns where there is no data."""
-    feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed, request.inputs)
+    feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed, request.reading)
     wrap = output_wrapper(captured.signature.output_class)
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
@@ -372,16 +379,6 @@ def _warn(messages: Iterable[str]) -> None:
         depth += 1
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=depth)
-
-
-def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One number or several as a tuple. Raises PlanError for anything but whole numbers of 1 or more."""
-    if given is None:
-        return ()
-    numbers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
-        raise PlanError(f"{name}: expected whole numbers of 1 or more, such as {name}=128, found {given!r}.")
-    return numbers
 
 
 def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | None:

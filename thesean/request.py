@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from thesean.choose.constraints import Constraints, parse_constraints
-from thesean.distill.data import example_inputs_of
+from thesean.distill.data import Reading, example_inputs_of
 from thesean.distill.outputs import OutputKind
-from thesean.distill.task import InputsOf, Loss, Metric
+from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.errors import PlanError
 from thesean.passes.plan.make_plan import TargetSpec, check_target
 from thesean.passes.plan.partition import Granularity
@@ -34,6 +34,7 @@ class Request:
     metric: Metric | None = None
     eval_data: Iterable[Any] | None = None
     inputs: InputsOf | None = None
+    labels: LabelsOf | None = None
     outputs: Mapping[str, OutputKind] | None = None
     parts: Sequence[str] | None = None
     keep: Sequence[str] = ()
@@ -72,6 +73,11 @@ class Request:
     def budget(self) -> Constraints:
         assert isinstance(self.constraints, Constraints)  # since __post_init__, with target "auto"
         return self.constraints
+
+    @property
+    def reading(self) -> Reading:
+        """The caller's own words on what is what in a batch."""
+        return Reading(self.inputs, self.labels)
 
     @property
     def edited(self) -> Plan | None:
@@ -120,3 +126,13 @@ class Request:
             raise PlanError(
                 f"plan= says what replaces which part: leave {', '.join(given_twice)} out, or edit the plan."
             )
+
+
+def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One number or several as a tuple. Raises PlanError for anything but whole numbers of 1 or more."""
+    if given is None:
+        return ()
+    numbers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise PlanError(f"{name}: expected whole numbers of 1 or more, such as {name}=128, found {given!r}.")
+    return numbers

@@ -233,6 +233,7 @@ def test_how_inputs_and_outputs_are_read_is_handed_on(
 
     monkeypatch.setattr(thesean, {"convert": "compile"}.get(command, command), record, raising=False)
     words = [command, "guides_for_cli:toy", "--inputs", "guides_for_cli:loss", "--dynamic", "x=1:time"]
+    words += ["--labels", "guides_for_cli:batches"]
     words += [
         "--outputs",
         "logits=softmax",
@@ -242,6 +243,7 @@ def test_how_inputs_and_outputs_are_read_is_handed_on(
     ]
     error_of(run(*words))
     assert seen["inputs"] is sys.modules["guides_for_cli"].loss
+    assert seen["labels"] is sys.modules["guides_for_cli"].batches
     assert seen["outputs"] == {"logits": "softmax", "value": "mse"}
     assert seen["dynamic"] == {"x": {1: "time"}}
 

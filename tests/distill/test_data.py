@@ -7,7 +7,8 @@ import torch
 
 from tests import captured
 from tests.models import tokens, vectors
-from thesean.distill.data import Batches, Feed, example_of, labels_in, named_inputs, synthetic
+from thesean.distill.data import Batches, Feed, Reading, example_of, labels_in, named_inputs, synthetic
+from thesean.distill.losses import accuracy, next_token
 from thesean.errors import DataError
 
 CPU = torch.device("cpu")
@@ -134,13 +135,31 @@ def test_labels_are_what_the_inputs_leave():
 
 def test_the_callers_own_reading_of_a_batch_ends_all_guessing():
     x, y = vectors(2, 8), torch.zeros(2)
-    read = Batches([(y, x)], captured.mlp().signature, CPU, inputs=lambda batch: {"input": batch[1]})
+    read = Batches([(y, x)], captured.mlp().signature, CPU, Reading(inputs=lambda batch: {"input": batch[1]}))
     ((whole, inputs),) = read
     assert whole[0] is y
     assert inputs["input"] is x
-    broken = Batches([(y, x)], captured.mlp().signature, CPU, inputs=lambda batch: {"pixels": batch[1]})
+    broken = Batches([(y, x)], captured.mlp().signature, CPU, Reading(inputs=lambda batch: {"pixels": batch[1]}))
     with pytest.raises(DataError, match="batch 0: no input 'input' in the batch, which has: pixels"):
         list(broken)
+
+
+def test_labels_that_the_caller_tells_come_beside_the_batch_as_it_was():
+    x, answers = vectors(2, 8), torch.tensor([1, 2])
+    batch = {"input": x, "meta": {"answers": answers}, "labels": torch.tensor([0, 0])}
+    ((told, inputs),) = Batches([batch], captured.mlp().signature, CPU, Reading(labels=lambda b: b["meta"]["answers"]))
+    assert told[0] is batch
+    assert inputs["input"] is x
+    assert labels_in(told)[0] is answers
+    logits = torch.eye(5)[answers] * 9
+    assert accuracy(logits, told) == 1.0
+    assert accuracy(logits, batch) == 0.0
+
+
+def test_next_token_reads_ids_beside_labels():
+    ids_BT, logits_BTV = torch.randint(0, 7, (2, 5)), vectors(2, 5, 7)
+    batch = {"input_ids": ids_BT}
+    torch.testing.assert_close(next_token(logits_BTV, (batch, ids_BT)), next_token(logits_BTV, batch))
 
 
 def test_synthetic_inputs_fit_the_guide_and_follow_the_seed():

@@ -24,6 +24,7 @@ from thesean.cli.options import (
     Guide,
     InputsOf,
     Keep,
+    LabelsOf,
     LossFunction,
     Merge,
     Outputs,
@@ -82,6 +83,7 @@ def convert(
     eval_data: EvalData = None,
     example_inputs: ExampleInputs = None,
     inputs: InputsOf = None,
+    labels: LabelsOf = None,
     outputs: Outputs = None,
     dynamic: FreeSizes = None,
     parts: Parts = None,
@@ -152,7 +154,7 @@ def convert(
             chosen |= planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
         chosen |= reading(outputs, dynamic)
         model = load_guide(guide)
-        chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs)
+        chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None:
             converted.save(out)
@@ -174,6 +176,7 @@ def plan(
     eval_data: EvalData = None,
     example_inputs: ExampleInputs = None,
     inputs: InputsOf = None,
+    labels: LabelsOf = None,
     outputs: Outputs = None,
     dynamic: FreeSizes = None,
     parts: Parts = None,
@@ -224,7 +227,7 @@ def plan(
         chosen = planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
         chosen |= {"recipe": recipe, "seed": seed, **measured, **reading(outputs, dynamic)}
         model = load_guide(guide)
-        chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs)
+        chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         with steps_told():
             made = thesean.plan(model, **chosen)
         typer.echo(str(made))

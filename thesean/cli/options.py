@@ -117,6 +117,14 @@ InputsOf = Annotated[
         help="inputs(batch) -> the guide's inputs, a dict by name or a tuple (default: guessed, and told).",
     ),
 ]
+LabelsOf = Annotated[
+    str | None,
+    typer.Option(
+        "--labels",
+        metavar="MODULE:FUNCTION",
+        help="labels(batch) -> the labels; loss and metric are then given (batch, labels).",
+    ),
+]
 Outputs = Annotated[
     list[str] | None,
     typer.Option(
@@ -185,14 +193,20 @@ def loaded_arguments(
     loss: str | None = None,
     eval_data: str | None = None,
     inputs: str | None = None,
+    labels: str | None = None,
 ) -> dict[str, Any]:
-    """The loaded data, example inputs, loss, held-out data and reader of batches, as far as they are given."""
+    """The loaded data, example inputs, loss, held-out data and readers of batches, as far as they are given."""
     loaded: dict[str, Any] = {}
     if data is not None:
         loaded["data"] = load_data(data, "--data")
     if example_inputs is not None:
         loaded["example_inputs"] = load_object(example_inputs, "--example-inputs", call=True)
-    for name, word, form in (("loss", loss, "loss(output, batch)"), ("inputs", inputs, "inputs(batch)")):
+    functions = (
+        ("loss", loss, "loss(output, batch)"),
+        ("inputs", inputs, "inputs(batch)"),
+        ("labels", labels, "labels(batch)"),
+    )
+    for name, word, form in functions:
         if word is not None:
             loaded[name] = load_object(word, f"--{name}", call=False)
             if not callable(loaded[name]):

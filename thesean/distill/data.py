@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from thesean.distill.task import Batch, InputsOf
+from thesean.distill.task import Batch, InputsOf, LabelsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.inputs import forward_parameters, unwrapped
@@ -21,6 +21,16 @@ from thesean.passes.graph.signature import Signature
 LABELS = ("labels", "label", "label_ids")
 
 
+class Reading(NamedTuple):
+    """What the caller says is what in a batch; None: as it is guessed."""
+
+    inputs: InputsOf | None = None
+    labels: LabelsOf | None = None
+
+
+_GUESSED = Reading()
+
+
 @dataclass(frozen=True)
 class Batches:
     """`data` seen through the guide's signature. Raises DataError for what does not fit, with the batch's number."""
@@ -28,16 +38,17 @@ class Batches:
     data: Iterable[Any]
     signature: Signature
     device: torch.device
-    inputs: InputsOf | None = None  # the caller's own reading of a batch
+    reading: Reading = _GUESSED
 
     def __post_init__(self) -> None:
         check_readable(self.data)
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
-        """Pairs of the batch as it came and the graph's inputs in it."""
+        """Pairs of the batch as it came, or of (batch, labels) where the caller tells these, and the graph's inputs."""
+        inputs_of, labels_of = self.reading
         for number, batch in enumerate(self.data):
             try:
-                inputs = named_inputs(batch if self.inputs is None else self.inputs(batch), self.signature)
+                inputs = named_inputs(batch if inputs_of is None else inputs_of(batch), self.signature)
                 self.signature.check(inputs)
             except DataError as error:
                 raise DataError(f"batch {number}: {error}") from None
@@ -47,7 +58,8 @@ class Batches:
                         f"batch {number}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
                     )
             # autograd can't save tensors that were made in inference mode
-            yield batch, {k: v.clone() if v.is_inference() else v for k, v in inputs.items()}
+            told = batch if labels_of is None else (batch, labels_of(batch))
+            yield told, {k: v.clone() if v.is_inference() else v for k, v in inputs.items()}
 
     def first(self, count: int) -> list[tuple[Any, dict[str, torch.Tensor]]]:
         """At most `count` batches of one pass."""
@@ -199,7 +211,7 @@ def make_feed(
     eval_data: Iterable[Any] | None,
     example_inputs: Any,
     seed: int,
-    inputs: InputsOf | None = None,
+    reading: Reading = _GUESSED,
 ) -> Feed:
     """Without data, random inputs of the guide's shapes, and a warning. Raises DataError for batches that don't fit."""
     signature = captured.signature
@@ -224,19 +236,20 @@ def make_feed(
         if not warnings:
             notes.append(f"no eval_data given: the last {count} batches of data were held out")
     if warnings:
-        inputs = None  # random inputs are no batches of the caller's
-    batches = Batches(data, signature, device, inputs)
+        reading = _GUESSED  # random inputs are no batches of the caller's
+    batches = Batches(data, signature, device, reading)
     if held_source is None:
         held_out = batches.first(_STAGE_BATCHES)
         notes.append("no eval_data given: measured on training batches")
     else:
-        held_out = list(Batches(held_source, signature, device, inputs))
+        held_out = list(Batches(held_source, signature, device, reading))
     first, read = batches.first(1)[0]
-    labels = labels_in(first, len(signature.inputs))
-    if inputs is None and isinstance(first, (tuple, list)) and len(first) > 2:
+    labels = labels_in(first, 1 if reading.labels else len(signature.inputs))
+    if reading == _GUESSED and isinstance(first, (tuple, list)) and len(first) > 2:
         named = ", ".join(read)
         notes.append(
-            f"of each batch of {len(first)}: inputs {named}; labels: the last that fits. inputs= says otherwise"
+            f"of each batch of {len(first)}: inputs {named}; labels: the last that fits. inputs= and labels= say "
+            "otherwise"
         )
     return Feed(
         batches=batches,

@@ -51,6 +51,8 @@ def next_token(output: Any, batch: Any) -> torch.Tensor:
     asked.
     """
     logits_BTV = primary(output)
+    if isinstance(batch, (tuple, list)) and isinstance(batch[0], Mapping):
+        batch = batch[0]
     ids_BT = batch["input_ids"] if hasattr(batch, "keys") else batch[0] if isinstance(batch, (tuple, list)) else batch
     asked_BT = ids_BT[:, 1:]
     mask_BT = batch.get("attention_mask") if isinstance(batch, Mapping) else None

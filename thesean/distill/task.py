@@ -16,6 +16,7 @@ Batch = tuple[Any, dict[str, torch.Tensor]]
 Loss = Callable[[Any, Any], torch.Tensor]
 Metric = Callable[[Any, Any], float]
 InputsOf = Callable[[Any], Any]
+LabelsOf = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
