@@ -64,7 +64,7 @@ FAMILIES: dict[str, Callable[[str], nn.Module]] = {
 }
 _EAGER = ("gpt_neo", "gemma2", "bloom")  # have no other attention
 # what has no table of positions runs past the length that it was trained at
-ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3")
+ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "bloom")
 
 
 @shared
@@ -114,6 +114,25 @@ class Attending(nn.Module):
         scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(8))
         scores = scores.masked_fill(self.lower[:, :, : q.shape[2], : q.shape[2]] == 0, -math.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def _biased(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias_HTT: torch.Tensor) -> torch.Tensor:
+        ahead_TT = torch.ones_like(bias_HTT[0], dtype=torch.bool).triu(1)
+        return self.attend(q, k, v, attn_mask=bias_HTT.masked_fill(ahead_TT, -math.inf).unsqueeze(0))
+
+    def leaning(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """ALiBi: a slope a head."""
+        step_T = torch.arange(q.shape[1])
+        return self._biased(q, k, v, torch.tensor([-0.5, -0.125]).view(2, 1, 1) * (step_T[:, None] - step_T))
+
+    def tabled(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """A table of relative positions whose last row is that of all that is farther."""
+        step_T = torch.arange(q.shape[1])
+        apart_TT = (step_T[:, None] - step_T).clamp(0, 7)
+        return self._biased(q, k, v, self.words.weight[:8, :2].T[:, apart_TT])
+
+    def placed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """A bias of where a key stands, however far it is."""
+        return self._biased(q, k, v, torch.arange(q.shape[1]).sin().expand(2, q.shape[1], -1))
 
     def packed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Batch and heads in one dimension."""

@@ -33,7 +33,8 @@ class CacheAttention(Pass):
     Both are modules that carry a state, for ThreadState to thread: keys and values as they meet, rotated already and
     before grouped heads were repeated, (B, G, P, K), P from 0 on; and which of the P steps held a token, (B, P), once
     for all that see alike. With a sliding window of W they are the last W - 1. `token` is what the guide's mask of
-    padded steps shows, or True throughout; what the graph's own mask was made of goes. The new graph shares its
+    padded steps shows, or True throughout; what the graph's own mask was made of goes. A bias of the distance alone, as
+    ALiBi's, is added by how far keys are from the queries. The new graph shares its
     parameters with the incoming one, which stays as it was. Raises PassRefused for a causal attention that it can't
     give a cache, by its path.
     """
@@ -58,10 +59,9 @@ class CacheAttention(Pass):
         names = _free_names(new)
         keys: dict[Any, fx.Node] = {}
         for core in found:
-            alike = (core.window, core.padding, core.dtype)
-            if alike not in keys:
-                keys[alike] = self._seen(new, core, next(names))
-            _replace(new, core, keys[alike], next(names))
+            if core.sight not in keys:
+                keys[core.sight] = self._seen(new, core, next(names))
+            _replace(new, core, keys[core.sight], next(names))
         erase_dead(graph)
         new.recompile()
         new.train(graph_module.training)
@@ -70,7 +70,7 @@ class CacheAttention(Pass):
     def _seen(self, graph_module: fx.GraphModule, core: CausalAttention, name: str) -> fx.Node:
         """The bias of those that see as `core` does, made in front of the first of them."""
         graph = graph_module.graph
-        graph_module.add_submodule(name, SeenKeys(core.window, core.dtype))
+        graph_module.add_submodule(name, SeenKeys(core.window, core.dtype, core.distance, core.counted))
         with graph.inserting_before(core.mixed):
             token = graph.call_module(name, (self._token(graph, core),))
             bias = graph.call_function(getitem, (token, 0))

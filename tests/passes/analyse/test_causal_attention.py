@@ -87,8 +87,21 @@ def test_a_causal_one_that_no_cache_stands_for_is_refused(spelling, reason):
         found(attending(spelling))
 
 
-def test_a_bias_that_grows_with_the_distance_is_refused_by_the_attentions_path():
-    with pytest.raises(
-        PassRefused, match=r"transformer\.h\.0\.self_attention: expected scores .* found a bias \(ALiBi"
-    ):
-        found(family("bloom"))
+def test_a_bias_of_the_distance_is_read_with_its_slopes():
+    (core,) = found(attending("leaning"))
+    assert core.distance is not None
+    torch.testing.assert_close(core.distance.slope_H, torch.tensor([-0.5, -0.125]))
+    (core,) = found(attending("tabled"))
+    assert core.distance is not None
+    assert core.distance.table_HD.shape == (2, 8)
+    assert not core.distance.slope_H.any()
+
+
+def test_distances_of_tokens_are_told_from_those_of_steps():
+    assert [core.counted for core in found(family("bloom", masked=True))] == [True, True]  # counted from the mask
+    assert [core.counted for core in found(family("bloom"))] == [False, False]
+
+
+def test_a_bias_of_more_than_the_distance_is_refused_by_the_attentions_path():
+    with pytest.raises(PassRefused, match=r"expected scores to which a mask is added, or a bias of the distance of"):
+        found(attending("placed"))

@@ -15,6 +15,7 @@ from torch import fx
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.analyse.sides import BATCH, Sides
 from thesean.passes.graph.nodes import argument, owner
+from thesean.targets.shared.distance_bias import Reach
 
 aten = torch.ops.aten
 
@@ -36,6 +37,7 @@ class CausalAttention:
 
     Keys and values are those before grouped heads were repeated; a key that is `turned` is (..., K, T). Query t sees
     key s where s <= t, t - s < window, and `padding` shows s. `cap`: c tanh(score / c) stands for the score.
+    `distance`: what is added to a score by how many steps lie between, or how many tokens where they are `counted`.
     """
 
     query: fx.Node
@@ -51,6 +53,14 @@ class CausalAttention:
     cap: float | None = None
     window: int | None = None
     padding: Padding | None = None
+    distance: Reach | None = None
+    counted: bool = False
+
+    @property
+    def sight(self) -> tuple[Any, ...]:
+        """Equal for those whose queries see the same keys with the same bias."""
+        bias = () if self.distance is None else tuple(t.numpy().tobytes() for t in self.distance)
+        return self.window, self.padding, self.dtype, bias, self.counted
 
     @property
     def path(self) -> str:

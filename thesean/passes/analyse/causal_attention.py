@@ -18,12 +18,14 @@ from torch import fx
 
 from thesean.errors import PassRefused
 from thesean.passes.analyse.attention_cores import ADDED, VIEWS, CausalAttention, Scores, find_cores
+from thesean.passes.analyse.distance_bias import find_distance_bias
 from thesean.passes.analyse.padding import Padding, Rule
 from thesean.passes.analyse.sides import BATCH, Sides
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
 from thesean.passes.graph.nodes import above, attribute, compute
 from thesean.passes.graph.record import evaluate_all
 from thesean.passes.graph.signature import Signature
+from thesean.targets.shared.distance_bias import Reach
 
 aten = torch.ops.aten
 
@@ -39,7 +41,7 @@ _OPPOSITE: dict[Rule, Rule] = {"true": "false", "false": "true", "one": "zero", 
 def causal_attentions(graph_module: fx.GraphModule, signature: Signature) -> list[CausalAttention]:
     """Those that a cache of keys and values can stand for, in the graph's order; what looks ahead is none of them.
 
-    Raises PassRefused, naming the part, for a causal one that it can't: a bias that grows with the distance, a pattern
+    Raises PassRefused, naming the part, for a causal one that it can't: a bias of more than the distance, a pattern
     that is no window, a mask of values that is not one of padded steps.
     """
     sides = Sides(graph_module, signature)
@@ -63,13 +65,11 @@ class _Reader:
         seen = at_zero > _LOW
         if bool((seen & ~_causal(self.time)).any()):
             return None  # it looks ahead: its part is told of where the whole is run
-        if bool((at_zero[seen].abs() > 1e-4).any()):
-            raise PassRefused(
-                f"cache attention: {core.path}: expected scores to which nothing but a mask is added, found a bias "
-                "(ALiBi and T5 have one), which grows with the distance and isn't kept with the keys. Convert it too."
-            )
         window = self._window(core, scores, seen)
         core = replace(core, window=window, padding=self._padding(core, scores, window))
+        if bool((at_zero[seen].abs() > 1e-4).any()):
+            distance = self._distance(core, at_zero, scores)
+            core = replace(core, distance=distance, counted=self._counted(core, distance, scores))
         core = self._grouped(core)
         if not self._equals(core):
             raise PassRefused(
@@ -153,6 +153,61 @@ class _Reader:
             "mask of another pattern. Convert it too."
         )
 
+    def _distance(self, core: CausalAttention, at_zero: torch.Tensor, scores: Scores) -> Reach:
+        """The bias of each distance, past the last one that the guide's own length tells too."""
+
+        def at_length(time: int) -> torch.Tensor | None:
+            try:
+                longer = self._at_zero(scores, 1, time)
+            except (RuntimeError, IndexError):  # past a stored bias's last row
+                return None
+            return None if longer is None else longer[0]
+
+        alike = bool((at_zero == at_zero[:1]).all())
+        found = find_distance_bias(at_zero[0], at_length) if alike and core.window is None else None
+        if found is None:
+            raise PassRefused(
+                f"cache attention: {core.path}: expected scores to which a mask is added, or a bias of the distance "
+                "of query and key alone (ALiBi, relative positions), found one of another kind. Convert it too."
+            )
+        return found.behind
+
+    def _counted(self, core: CausalAttention, distance: Reach, scores: Scores) -> bool:
+        """Whether distances are those of tokens, as a mask counts them, and not of steps. Raises PassRefused where they
+        are neither.
+        """
+        if core.padding is None:
+            return False
+        token_BT = torch.ones(BATCH, self.time, dtype=torch.bool)
+        token_BT[0, self.time // 3 : self.time // 2] = False
+        at_zero = self._at_zero(scores, BATCH, self.time, self._masked(core.padding, token_BT))
+        pairs = (_causal(self.time) & token_BT.unsqueeze(1) & token_BT.unsqueeze(2)).unsqueeze(1)
+        for counted in (False, True) if at_zero is not None else ():
+            bias, _ = SeenKeys(None, torch.float32, distance, counted)(token_BT)
+            apart = (at_zero - bias).masked_fill(~pairs, 0.0)
+            own = apart.diagonal(dim1=2, dim2=3).unsqueeze(-1)  # constants of a row cancel
+            if bool(((apart - own).masked_fill(~pairs, 0.0).abs() <= 1e-4).all()):
+                return counted
+        raise PassRefused(
+            f"cache attention: {core.path}: expected a bias of the distance in steps or in tokens, found one that a "
+            "mask of padded steps changes in another way. Convert it too."
+        )
+
+    def _masked(self, padding: Padding, token_BT: torch.Tensor) -> dict[fx.Node, torch.Tensor]:
+        """What a mask that shows `token_BT` holds: the input that it is made of, where that is one too, or else
+        the node that is read for it.
+        """
+        node = next(n for n in self.sides.order if n.name == padding.node)
+        wanted = _mask_of(padding, self.values[node], token_BT)
+        for source in (n for n in self.sides.behind([node]) if n.op == "placeholder"):
+            like = self.values[source]
+            for rule in _rules(like.dtype) if like.shape == token_BT.shape else ():
+                given = {source: _mask_of(Padding(node=source.name, rule=rule), like, token_BT)}
+                env = self.sides.at([node], BATCH, self.time, given)
+                if env is not None and torch.equal(env[node], wanted):
+                    return given
+        return {node: wanted}
+
     def _numbers(self, sides: Iterable[fx.Node]) -> set[int]:
         """Whole numbers of some size in the making of a mask: a window's may be among them."""
         found: set[int] = set()
@@ -191,11 +246,10 @@ class _Reader:
     def _shows(self, padding: Padding, node: fx.Node, scores: Scores, window: int | None) -> bool:
         """Whether a query sees the keys that a random mask shows, and no other; first steps hold a token."""
         like = self.values[node]
-        shown, hidden = padding.all_seen(like), _all_hidden(padding, like)
         generator = torch.Generator().manual_seed(4)
         token_BT = torch.rand(like.shape, generator=generator) < 0.6
         token_BT[:, 0] = True
-        at_zero = self._at_zero(scores, BATCH, self.time, {node: torch.where(token_BT, shown, hidden)})
+        at_zero = self._at_zero(scores, BATCH, self.time, {node: _mask_of(padding, like, token_BT)})
         if at_zero is None:
             return False
         want = (_causal(self.time, window) & token_BT[:, None, None, :]).expand_as(at_zero)
@@ -249,7 +303,7 @@ class _Reader:
         if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
             return False
         token_BT = torch.ones(BATCH, self.time, dtype=torch.bool, device=query.device)
-        bias, _ = SeenKeys(core.window, query.dtype)(token_BT)
+        bias, _ = SeenKeys(core.window, query.dtype, core.distance, core.counted)(token_BT)
         got, _ = CachedAttention(core.scale, core.cap, core.window)(query, key, value, bias)
         got = got.flatten(0, 1) if core.packed else got
         bound = _CLOSE.get(want.dtype, 1e-4) * max(1.0, want.abs().max().item())
@@ -270,6 +324,10 @@ def _rules(dtype: torch.dtype) -> tuple[Rule, ...]:
     if dtype == torch.bool:
         return ("true", "false")
     return ("one", "additive") if dtype.is_floating_point else ("one", "zero")
+
+
+def _mask_of(padding: Padding, like: torch.Tensor, token_BT: torch.Tensor) -> torch.Tensor:
+    return torch.where(token_BT.to(like.device), padding.all_seen(like), _all_hidden(padding, like))
 
 
 def _all_hidden(padding: Padding, like: torch.Tensor) -> torch.Tensor:

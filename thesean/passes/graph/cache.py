@@ -11,6 +11,7 @@ from torch import nn
 
 from thesean.kernels.cached_attention import latest
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.distance_bias import Reach
 
 
 class SeenKeys(nn.Module):
@@ -18,15 +19,24 @@ class SeenKeys(nn.Module):
 
     It sees what holds a token, is no later, and with a `window` of W is less than W steps back. What is remembered is
     which steps held a token: a row of zeros has none, so that it is at its sequence's start wherever the others are.
+    With a bias of the `distance` it is bias_BHTS, that of each pair instead of 0: steps apart, or tokens apart where
+    they are `counted`.
     """
 
     stateful = True
     grows = 1  # the dimension of its state that is as long as what is remembered
 
-    def __init__(self, window: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, window: int | None, dtype: torch.dtype, distance: Reach | None = None, counted: bool = False
+    ) -> None:
         super().__init__()
         self.window = window
         self.dtype = dtype
+        self.counted = counted
+        self.table_HD: torch.Tensor | None
+        self.slope_H: torch.Tensor | None
+        self.register_buffer("table_HD", None if distance is None else distance.table_HD)
+        self.register_buffer("slope_H", None if distance is None else distance.slope_H)
 
     def forward(
         self, token_BT: torch.Tensor, token_BP: torch.Tensor | None = None
@@ -40,11 +50,18 @@ class SeenKeys(nn.Module):
             seen_TS = seen_TS & (key_S > query_T1 - self.window)
         # half of the smallest number: added to a score it doesn't overflow, and a row that sees nothing stays finite
         nothing = torch.finfo(self.dtype).min / 2
-        bias_BTS = torch.where(seen_TS & token_BS.unsqueeze(1), 0.0, nothing).to(self.dtype)
-        return bias_BTS.unsqueeze(1), latest(token_BS, 1, self.window)
+        seen_BTS = seen_TS & token_BS.unsqueeze(1)
+        after = latest(token_BS, 1, self.window)
+        if self.table_HD is None or self.slope_H is None:
+            return torch.where(seen_BTS, 0.0, nothing).to(self.dtype).unsqueeze(1), after
+        place_BS = token_BS.to(torch.int64).cumsum(1) if self.counted else key_S.unsqueeze(0)
+        distance_BTS = (place_BS[:, length - time :].unsqueeze(2) - place_BS.unsqueeze(1)).clamp_min(0)
+        bias_BHTS = Reach(self.table_HD, self.slope_H).of(distance_BTS).transpose(0, 1)
+        return torch.where(seen_BTS.unsqueeze(1), bias_BHTS, nothing).to(self.dtype), after
 
     def extra_repr(self) -> str:
-        return "" if self.window is None else f"window={self.window}"
+        told = {"window": self.window, "heads": None if self.slope_H is None else len(self.slope_H)}
+        return ", ".join(f"{name}={value}" for name, value in told.items() if value is not None)
 
 
 class CachedAttention(nn.Module):
