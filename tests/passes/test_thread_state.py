@@ -68,7 +68,8 @@ def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window)
     stateless, signature = converted(guide(), Target("linear-attention", window=window))
     threaded = ThreadState(signature)(stateless).graph_module
     states = [s.shape for s in threaded.meta["states"] if s.dtype == torch.float32]
-    assert [shape[1] for shape in states] == [2, window, window] * 2  # two heads of keys and values, in two parts
+    # two heads of keys and values, the window's tokens and the first four, in two parts
+    assert [shape[1] for shape in states] == [2, window, window, 4, 4] * 2
     assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 

@@ -107,6 +107,13 @@ nets = st.builds(
 )
 
 
+# What is added beside the stream is a sum itself, of terms that read one another.
+SUMS_IN_A_SUM = (
+    "parallel",
+    ["linear", ("residual", [("residual", ["linear"])]), ("residual", ["linear", "in place"])],
+)
+
+
 def captured_flow(net: Net) -> tuple[fx.GraphModule, DataFlow]:
     torch.manual_seed(0)
     for p in net.parameters():
@@ -163,6 +170,7 @@ def outputs(graph_module: fx.GraphModule, x: torch.Tensor) -> list[torch.Tensor]
 @settings(max_examples=10, deadline=None)
 @given(net=nets)
 @example(net=Net(["linear", "linear"], [1], [(0, 1)]))  # the residual's inner value is an output, too
+@example(net=Net([SUMS_IN_A_SUM] * 2, [], [(2, 1)]))
 def test_parts_are_disjoint_with_one_entry_and_exit_and_change_nothing_where_they_are_replaced_by_themselves(net):
     graph_module, flow = captured_flow(net)
     x = vectors(3, 7, WIDTH, seed=1)

@@ -81,11 +81,7 @@ def branches(flow: DataFlow, segment: Region, light: bool = False) -> list[Regio
     share no more than a norm.
     """
     inside = set(segment.nodes)
-    joins = segment.exit.all_input_nodes
-    if segment.entry not in joins:
-        joins = _summands(segment.exit, {*inside, segment.entry})
-    if segment.entry not in joins:
-        return []
+    joins = _joined(segment.exit, segment.entry, inside)
     found = []
     for end in joins:
         if end not in inside:
@@ -97,7 +93,24 @@ def branches(flow: DataFlow, segment: Region, light: bool = False) -> list[Regio
             kept = whole is not None and (light or whole.is_heavy()) and _all_single(flow, [whole])
             apart = [whole] if whole is not None and kept else []
         found.extend(apart)
+    nodes = [n for r in found for n in r.nodes]
+    if len(nodes) > len(set(nodes)):  # one branch reads what another makes
+        return []
     return sorted(found, key=lambda r: flow.order[r.exit])
+
+
+def _joined(end: fx.Node, entry: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
+    """The entry and what is added to it up to `end`, one after the other; nothing where the entry is not in the sum."""
+    terms = end.all_input_nodes
+    if entry in terms:
+        return terms
+    if end.target is not aten.add.Tensor:
+        return []
+    for term in terms:
+        earlier = _joined(term, entry, inside) if term in inside and term.target is aten.add.Tensor else []
+        if earlier:
+            return [*earlier, *(t for t in terms if t is not term)]
+    return []
 
 
 def _all_single(flow: DataFlow, regions: list[Region]) -> bool:
