@@ -129,5 +129,5 @@ def test_inputs_that_do_not_fit_are_told_quietly(files, capfd):
 
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no model")
-    with pytest.raises(ExportError, match="onnxruntime can't load it"):
+    with pytest.raises(ExportError, match=r"m\.onnx is no ONNX model"):
         Session(tmp_path / "m.onnx")
