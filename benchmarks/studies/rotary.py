@@ -76,7 +76,8 @@ def not_turned(window: int) -> thesean.Target:
         made = build_module(thesean.Target("linear-attention", window=window), part)
         assert isinstance(made, LinearAttention)
         assert made.window is not None
-        made.rotation, made.window.rotate = None, None
+        assert made.window.sinks is not None
+        made.rotation, made.window.rotate, made.window.sinks.rotate = None, None, None
         return made
 
     return thesean.Target("not-turned", build=build)
