@@ -255,6 +255,12 @@ class LinearAttention(SequenceTarget):
         found = "no attention was read off" if part.attention is None else part.attention.differs
         return f"their window is not the guide's softmax: {found or 'more than was read off'}"
 
+    def kept(self) -> str:
+        if self.window is None:
+            return ""
+        first = "" if self.window.sinks is None else f" and the first {self.window.sinks.size}"
+        return f"the last {self.window.size} tokens{first} keep their softmax (window=, sinks=)"
+
     def _forget(self, slope_H: torch.Tensor, decay: nn.Linear) -> None:
         """A bias that falls by m a step is a memory of 1 / m tokens; one that doesn't fall says nothing of it."""
         slope_G = slope_H.to(decay.bias).view(self.kv_heads, -1).mean(1)

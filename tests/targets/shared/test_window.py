@@ -367,6 +367,7 @@ def test_a_guide_that_turns_queries_and_keys_gets_a_window_unless_none_is_asked_
     assert build("linear-attention", sequence_part(attention=attention_facts())).config()["window"] is None
     assert build("linear-attention", sequence_part("bidirectional", attention=turned)).config()["window"] is None
     assert build("rnn", sequence_part(attention=turned)).config()["window"] == 64
+    assert build("rnn", sequence_part(attention=turned)).kept().startswith("the last 64 tokens and the first 4 keep")
 
 
 def test_a_configuration_of_before_there_were_sinks_has_none(sequence_part, attention_facts):

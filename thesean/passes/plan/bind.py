@@ -38,7 +38,7 @@ class BoundPart:
     # times the guide's part by the model of operators' speed; None where it says nothing
     slowdown: float | None = None
     # what its replacements take over of the guide, and don't know: told in the plan
-    unlike: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class Binder:
         row, region, sites = part.planned, part.region, part.sites
         stays = self._stays(region, sites)
         params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
-        reading, unlike = [], []
+        reading, told = [], []
         seconds: float | None = self._time(stays)
         with torch.random.fork_rng(devices=[]):
             for site in sites:
@@ -142,7 +142,7 @@ class Binder:
                 params += sum(p.numel() for p in module.parameters())
                 if isinstance(module, TargetModule):
                     ops += module.flops(site.facts, SymbolicSizes(self.sizes))
-                    unlike.append(module.unlike(site.facts))
+                    told.append(module.unlike(site.facts) or module.kept())
                 shape = [SymbolicSizes(self.sizes)[d] if isinstance(d, str) else d for d in site.facts.input_shape]
                 took = time_of_module(module, shape)
                 seconds = None if took is None or seconds is None else seconds + took
@@ -151,7 +151,7 @@ class Binder:
         before = self._time(region.nodes)
         slowdown = seconds / before if seconds is not None and before > 0 else None
         row = replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed)
-        return replace(part, planned=row, slowdown=slowdown, unlike=tuple(filter(None, unlike)))
+        return replace(part, planned=row, slowdown=slowdown, told=tuple(filter(None, told)))
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError

@@ -108,7 +108,7 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
             raise next(iter(misfits.values()))
         left = "".join(f"{note}. " for note in division.settings.notes)
         raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
-    told = (*_left_to_the_guide(misfits), *_made_causal(parts), *_unlike(parts), *_slower(parts))
+    told = (*_left_to_the_guide(misfits), *_made_causal(parts), *_told(parts), *_slower(parts))
     notes = (*division.settings.notes, *told)
     return binder.bind(parts, replace(division.settings, notes=notes))
 
@@ -127,11 +127,11 @@ def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     return (f"{_listed(both_ways)} {verb} both ways; causal=True replacements read no later step, {told}",)
 
 
-def _unlike(parts: Sequence[BoundPart]) -> tuple[str, ...]:
-    """One note for all parts whose replacements can't take over what they should, for the same reason."""
+def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """One note for all parts whose replacements keep the same, or can't take over the same."""
     by_reason: dict[str, list[str]] = {}
     for part in parts:
-        for reason in dict.fromkeys(part.unlike):
+        for reason in dict.fromkeys(part.told):
             by_reason.setdefault(reason, []).append(part.planned.path)
     return tuple(f"{_listed(paths)}: {reason}" for reason, paths in by_reason.items())
 

@@ -77,6 +77,10 @@ class TargetModule(nn.Module):
         """Where it takes over what the part computes, what of that it doesn't know: for the plan. "" for nothing."""
         return ""
 
+    def kept(self) -> str:
+        """What of the guide's own computation stays in it, for the plan. "" for nothing."""
+        return ""
+
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Choose with data what `copy_from` can't: called once, after it and before the closed form, without gradients.
 
