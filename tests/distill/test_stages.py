@@ -9,6 +9,7 @@ from tests.distill.tools import Recorder, batches_of, recipe, task, training
 from thesean.distill.stages import Conversion, align, tune, with_state
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
+from thesean.passes.capture.capture import capture
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
@@ -188,6 +189,16 @@ def test_of_many_held_out_batches_stages_are_judged_on_the_first_few_and_that_is
     last = conversion.snapshots[-1].evaluation.divergence
     assert last == pytest.approx(few(graph_module).divergence, rel=1e-6)
     assert conversion.final.divergence == pytest.approx(whole(graph_module).divergence, rel=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "judged"), [(12, 4), (24, 2), (48, 1)])
+def test_the_more_stages_there_are_the_fewer_batches_each_is_judged_on(layers, judged):
+    guide = capture(models.mlp(depth=layers), {"input": models.vectors(2, 8)})
+    held_out = batches_of(guide, 5, seed=7)
+    told = training(guide, task(output="softmax"), recipe(0, "none"), held_out=held_out)
+    conversion = converted(make_plan(guide, "mlp", granularity="finest"), told)
+    assert len(conversion.snapshots) == layers
+    assert conversion.notes == (f"stages were judged on the first {judged} of 5 held-out batches",)
 
 
 def test_snapshots_hold_a_part_that_does_not_change_once():

@@ -23,9 +23,10 @@ from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
 
-# Stages are judged on so many held-out batches, or on more where that costs no more than solving does: judging each of
-# n stages runs what is left of the guide, and so grows with n times n.
-_JUDGED_BATCHES = 4
+# Stages are judged on so many held-out batches, or on more where that costs no more than solving does. To judge each of
+# n stages runs what is left of the guide, n / 2 forwards a batch: past so many stages fewer batches are taken, so that
+# the cost of them all grows with the layers and not with their square.
+_JUDGED_BATCHES, _STAGES = 4, 12
 
 State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
 
@@ -134,7 +135,8 @@ class _Aligning:
         self._room = {r.name: deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements}
         self._apart = stand_apart(bound_plan, hybrid)
         held_out = training.feed.held_out
-        most = max(_JUDGED_BATCHES, _JUDGED_BATCHES * len(self.solving) // len(hybrid.parts))
+        count = len(hybrid.parts)
+        most = max(1, _JUDGED_BATCHES * max(min(count, _STAGES), len(self.solving)) // count)
         self._judged = [inputs for _, inputs in held_out[:most]]
         self.judged_on = ""
         if len(self._judged) < len(held_out):
