@@ -20,6 +20,8 @@ from thesean.passes.plan.partition import partition
 from thesean.targets.shared.distance_bias import HIDDEN, AddedBias, DistanceBias, Reach
 from thesean.targets.shared.facts import AttentionFacts
 
+pytestmark = pytest.mark.thorough  # tests/passes/plan/test_windowed_guides.py has one of each kind
+
 
 def all_facts(model: nn.Module, inputs: Any) -> list[AttentionFacts]:
     """Of every attention, in order."""

@@ -11,6 +11,8 @@ from tests import models
 from tests.passes.analyse.test_distance_bias import all_facts, small
 from thesean.targets.shared.facts import AttentionFacts
 
+pytestmark = pytest.mark.thorough  # tests/passes/plan/test_windowed_guides.py has one of each kind
+
 
 def drawn(name: str, **settings: object) -> nn.Module:
     """With norms' weights that are not all ones."""
