@@ -37,7 +37,7 @@ ifeq ($(shell uname -s),Linux)  # where triton is to be had
 	$(MAKE) kernels-interpret kernels-check
 endif
 
-# While one works: a minute and a half on 2 cores, every idea of the suite once, without further guides, targets and sizes.
+# While one works: two minutes on 2 cores, every idea of the suite once, without further guides, targets and sizes.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not thorough"
 
