@@ -18,7 +18,7 @@ from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
 from thesean.cli.words import ArgumentError, load_data, load_guide
 from thesean.deploy.describe_file import describe_file
-from thesean.deploy.onnx_file import PLAN, REPORT, metadata
+from thesean.deploy.onnx_file import PLAN, REPORT
 from thesean.deploy.session import require
 from thesean.passes.plan.plan import Plan
 from thesean.report import markdown_table, read_report, render
@@ -70,8 +70,8 @@ def inspect(
     """
     with one_line_errors(debug):
         require("onnx")
-        typer.echo(describe_file(path))
-        told = metadata(path)
+        text, told = describe_file(path)
+        typer.echo(text)
         if PLAN in told:
             typer.echo(f"\n{Plan.from_yaml(told[PLAN])}")
         if REPORT in told:

@@ -7,17 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import PARITY_SEEN, STATES, WEIGHTS, metadata, read
+from thesean.deploy.onnx_file import PARITY_SEEN, STATES, WEIGHTS, read, told_by
 from thesean.errors import ExportError
 
 _OPERATORS = 12  # the most frequent; the rest are counted together
 
 
-def describe_file(path: Path) -> str:
-    """Of any model, its maker's or another's; no weights are read. Raises ExportError."""
+def describe_file(path: Path) -> tuple[str, dict[str, str]]:
+    """Any model as text, ours or not, and its metadata; no weights beside it are read. Raises ExportError."""
     import onnx
 
-    model, told = read(path), metadata(path)
+    model = read(path)
+    told = told_by(model)
     opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
     maker = " ".join(w for w in (model.producer_name, model.producer_version) if w) or "an unknown maker"
     sections = [f"{path}: {_size(path, told)}, opset {opset}, {len(model.graph.node)} nodes, made by {maker}"]
@@ -34,7 +35,7 @@ def describe_file(path: Path) -> str:
         worst = max(checks, key=lambda c: c["max_abs_error"])
         largest = f"{worst['max_abs_error']:.1e} ({worst['label']} at {tuple(worst['shape'])})"
         sections.append(f"parity\n  {len(checks)} checks in onnxruntime; largest error {largest}")
-    return "\n\n".join(sections)
+    return "\n\n".join(sections), told
 
 
 def _size(path: Path, told: dict[str, str]) -> str:

@@ -130,7 +130,11 @@ def check_weights(path: Path, told: dict[str, str]) -> None:
 
 def metadata(path: Path) -> dict[str, str]:
     """What a model says of itself; no weights are read from beside it. Raises ExportError for anything but a model."""
-    model = read(path)
+    return told_by(read(path))
+
+
+def told_by(model: Any) -> dict[str, str]:
+    """The metadata of a ModelProto."""
     return {p.key: p.value for p in model.metadata_props}
 
 

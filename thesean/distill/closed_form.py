@@ -237,38 +237,38 @@ class _Sums:
         too.
         """
         if held_out is not None and held_out.count > 0:
-            factors = {factor: self._solution(factor * ridge, where).gain(held_out) for factor in _RIDGES}
-            best = min(factors, key=factors.__getitem__)
-            if factors[best] >= 0:
+            own, theirs = self._centred(), held_out._centred()
+            gains = {factor: self._solution(own, factor * ridge, where).gain(theirs) for factor in _RIDGES}
+            best = min(gains, key=gains.__getitem__)
+            if gains[best] >= 0:
                 return
             ridge *= best
-            for own, theirs in zip(self._all, held_out._all, strict=True):
-                own += theirs
-        solution = self._solution(ridge, where)
+            for mine, more in zip(self._all, held_out._all, strict=True):
+                mine += more
+        solution = self._solution(self._centred(), ridge, where)
         # added before it is rounded to the layer's precision
         weight_OE = wide(self.last.weight)
         self.last.weight.copy_(weight_OE + solution.weight_EO.T.to(weight_OE.dtype))
         if self._bias is not None:
             self.last.bias.copy_(self._bias + solution.bias_O.to(weight_OE.dtype))
 
-    def _solution(self, ridge: float, where: str) -> _Solution:
-        mean_E, mean_O, covariance_EE, cross_EO = self.centred()
-        diagonal = covariance_EE.diagonal()
-        penalty = ridge * diagonal.mean().clamp_min(1e-12)
+    def _solution(self, statistics: _Centred, ridge: float, where: str) -> _Solution:
+        mean_E, mean_O, covariance_EE, cross_EO = statistics
         if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
             raise NumericalError(
                 f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
             )
-        diagonal.add_(penalty)
-        delta_EO = torch.linalg.solve(covariance_EE, cross_EO)
+        penalised_EE = covariance_EE.clone()
+        penalised_EE.diagonal().add_(ridge * covariance_EE.diagonal().mean().clamp_min(1e-12))
+        delta_EO = torch.linalg.solve(penalised_EE, cross_EO)
         bias_O = mean_O - mean_E @ delta_EO if self._bias is not None else torch.zeros_like(mean_O)
         return _Solution(delta_EO, bias_O)
 
-    def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Means of features and errors, the covariance of the features and theirs with the errors."""
+    def _centred(self) -> _Centred:
         mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
         covariance_EE = (self.covariance_EE / self.count).sub_(torch.outer(mean_E, mean_E))
-        return mean_E, mean_O, covariance_EE, (self.cross_EO / self.count).sub_(torch.outer(mean_E, mean_O))
+        cross_EO = (self.cross_EO / self.count).sub_(torch.outer(mean_E, mean_O))
+        return _Centred(mean_E, mean_O, covariance_EE, cross_EO)
 
     @property
     def _all(self) -> tuple[torch.Tensor, ...]:
@@ -279,15 +279,24 @@ class _Sums:
         return None if self.last.bias is None else wide(self.last.bias)
 
 
+class _Centred(NamedTuple):
+    """Means of features and errors, the covariance of the features and theirs with the errors."""
+
+    mean_E: torch.Tensor
+    mean_O: torch.Tensor
+    covariance_EE: torch.Tensor
+    cross_EO: torch.Tensor
+
+
 class _Solution(NamedTuple):
     """What is added to a layer's weight and bias."""
 
     weight_EO: torch.Tensor
     bias_O: torch.Tensor
 
-    def gain(self, sums: _Sums) -> float:
+    def gain(self, rows: _Centred) -> float:
         """By how much it changes the mean squared error of some rows: below 0 where it helps."""
-        mean_E, mean_O, covariance_EE, cross_EO = sums.centred()
+        mean_E, mean_O, covariance_EE, cross_EO = rows
         spread = (self.weight_EO * (covariance_EE @ self.weight_EO - 2 * cross_EO)).sum()
         offset_O = mean_O - mean_E @ self.weight_EO - self.bias_O
         return float(spread + offset_O.square().sum() - mean_O.square().sum())

@@ -90,13 +90,8 @@ def test_a_window_over_everything_is_the_guides_attention(window, sequence_part,
     torch.testing.assert_close(module(x_BTD)[0], softmax_attention(facts, x_BTD), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("normed", [False, True])
-def test_a_rotary_guide_is_itself_within_the_window_whole_or_in_chunks(normed, sequence_part, attention_facts):
-    norms = tuple(HeadNorm(torch.rand(4) + 0.5, eps) for eps in (1e-6, 1e-2)) if normed else None
-    facts = dataclasses.replace(
-        attention_facts(scale=0.7), rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)), norms=norms, plain=True
-    )
-    module = copied(sequence_part(attention=facts), window=40)
+def assert_the_guides_own(module: Any, facts: AttentionFacts) -> None:
+    """Whole, in chunks, and made again from what is saved."""
     x_BTD = torch.randn(2, 30, 16)
     expected = F.linear(facts.mixed_values(x_BTD, causal=True), *facts.output)
     torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
@@ -105,9 +100,18 @@ def test_a_rotary_guide_is_itself_within_the_window_whole_or_in_chunks(normed, s
         piece_BTD, state = module(chunk_BTD, state)
         pieces.append(piece_BTD)
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-4, atol=1e-5)
-    again = rebuild("linear-attention", module.config())
+    again = rebuild("linear-attention", json.loads(json.dumps(module.config())))
     again.load_state_dict(module.state_dict())
     torch.testing.assert_close(again(x_BTD)[0], module(x_BTD)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_rotary_guide_is_itself_within_the_window_whole_or_in_chunks(normed, sequence_part, attention_facts):
+    norms = tuple(HeadNorm(torch.rand(4) + 0.5, eps) for eps in (1e-6, 1e-2)) if normed else None
+    facts = dataclasses.replace(
+        attention_facts(scale=0.7), rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)), norms=norms, plain=True
+    )
+    assert_the_guides_own(copied(sequence_part(attention=facts), window=40), facts)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -123,18 +127,7 @@ TABLE = DistanceBias(Reach(drawn(4, 9), torch.zeros(4)), Reach(drawn(4, 3), torc
 def test_a_guide_with_a_bias_of_distance_is_itself_within_the_window(bias, form, sequence_part, attention_facts):
     norms = tuple(HeadNorm(drawn(4, 4), eps, drawn(4, 4), form == "whole") for eps in (1e-6, 1e-2))
     facts = dataclasses.replace(attention_facts(scale=0.7), norms=norms, bias=bias, plain=True)
-    module = copied(sequence_part(attention=facts), window=40)
-    x_BTD = torch.randn(2, 30, 16)
-    expected = F.linear(facts.mixed_values(x_BTD, causal=True), *facts.output)
-    torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
-    pieces, state = [], None
-    for chunk_BTD in x_BTD.split((1, 11, 18), 1):
-        piece_BTD, state = module(chunk_BTD, state)
-        pieces.append(piece_BTD)
-    torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-4, atol=1e-5)
-    again = rebuild("linear-attention", json.loads(json.dumps(module.config())))
-    again.load_state_dict(module.state_dict())
-    torch.testing.assert_close(again(x_BTD)[0], module(x_BTD)[0], rtol=0, atol=0)
+    assert_the_guides_own(copied(sequence_part(attention=facts), window=40), facts)
 
 
 def test_a_guide_with_a_bias_of_distance_gets_a_window_unless_told_otherwise(sequence_part, attention_facts):

@@ -18,7 +18,7 @@ from torch import fx
 
 from thesean.errors import PassRefused
 from thesean.passes.analyse.attention_cores import ADDED, VIEWS, CausalAttention, Scores, find_cores
-from thesean.passes.analyse.distance_bias import find_distance_bias
+from thesean.passes.analyse.distance_bias import LOW, find_distance_bias
 from thesean.passes.analyse.padding import Padding, Rule
 from thesean.passes.analyse.sides import BATCH, Sides
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
@@ -33,7 +33,6 @@ aten = torch.ops.aten
 _LONGEST = 8192
 _MOST_SCORES = 2**28
 
-_LOW = -1e3  # as in padding.py: no bias that is learnt comes near
 _CLOSE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _OPPOSITE: dict[Rule, Rule] = {"true": "false", "false": "true", "one": "zero", "zero": "one"}
 
@@ -62,7 +61,7 @@ class _Reader:
         at_zero = self._at_zero(scores, BATCH, self.time)
         if at_zero is None:
             return None
-        seen = at_zero > _LOW
+        seen = at_zero > LOW
         if bool((seen & ~_causal(self.time)).any()):
             return None  # it looks ahead: its part is told of where the whole is run
         window = self._window(core, scores, seen)
@@ -140,7 +139,7 @@ class _Reader:
                 except (RuntimeError, IndexError):  # past a stored mask's last row
                     continue
                 if at_zero is not None:
-                    return self._pattern(core, at_zero > _LOW)
+                    return self._pattern(core, at_zero > LOW)
         return self._pattern(core, seen)
 
     def _pattern(self, core: CausalAttention, seen: torch.Tensor) -> int | None:
@@ -254,7 +253,7 @@ class _Reader:
             return False
         want = (_causal(self.time, window) & token_BT[:, None, None, :]).expand_as(at_zero)
         rows = token_BT[:, None, :, None].expand_as(at_zero)  # what a hidden step sees is its own affair
-        return torch.equal((at_zero > _LOW)[rows], want[rows])
+        return torch.equal((at_zero > LOW)[rows], want[rows])
 
     # queries, keys and values
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.dataflow import DataFlow, is_size_only
+from thesean.passes.analyse.distance_bias import LOW
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.nodes import above
 from thesean.passes.graph.record import evaluate_all
@@ -25,9 +26,6 @@ aten = torch.ops.aten
 
 # how a mask says that a step holds a token
 Rule = Literal["true", "false", "one", "zero", "additive"]
-
-# Scores are lowered by 1e4 at least where something is hidden; no bias that is learnt comes near.
-_LOW = -1e3
 
 # Of the output's largest change: rounding moves other steps by 1e-7, one that is seen by 1e-3 and more.
 _MOVED = 1e-5
@@ -56,7 +54,7 @@ READERS: dict[Rule, tuple[Any, tuple[float, ...]] | None] = {
     "false": (aten.logical_not.default, ()),
     "one": (aten.ne.Scalar, (0,)),
     "zero": (aten.eq.Scalar, (0,)),
-    "additive": (aten.gt.Scalar, (_LOW,)),
+    "additive": (aten.gt.Scalar, (LOW,)),
 }
 # rule -> (a token, what is hidden)
 _VALUES: dict[Rule, tuple[float, float]] = {
