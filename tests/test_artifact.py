@@ -357,6 +357,53 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path):
     assert {p.name for p in tmp_path.iterdir()} == {"thesis.tex"}
 
 
+@pytest.mark.parametrize("graph", ["", "{}", "[1]", '{"nodes": [], "edges": []}', "\xff"])
+def test_a_folder_of_another_program_that_has_a_graph_json_is_left_alone(graph, tmp_path: Path):
+    (tmp_path / "graph.json").write_text(graph, encoding="latin-1")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="not empty and holds no conversion"):
+        converted().save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"graph.json", "notes.txt"}
+
+
+def test_what_else_is_in_a_conversions_folder_stays(saved: Path):
+    (saved / "notes.txt").write_text("mine")
+    (saved / "onnx").mkdir()
+    (saved / "onnx" / "model.onnx").write_text("mine")
+    converted(captured.resnet, "mlp").save(saved)
+    assert thesean.load(saved).plan == converted(captured.resnet, "mlp").plan
+    assert (saved / "notes.txt").read_text() == (saved / "onnx" / "model.onnx").read_text() == "mine"
+    assert {p.name for p in saved.parent.iterdir()} == {"saved"}
+
+
+def test_a_reader_beside_a_saving_process_sees_one_version_or_the_other(saved: Path, monkeypatch):
+    """The folder is replaced while its files are read, once after each of them."""
+    other, original = converted(captured.resnet, "mlp"), converted()
+    digest = artifact._file_digest
+    turns: list[str] = []
+
+    def meanwhile(path: Path) -> str:
+        found = digest(path)
+        if len(turns) < 4 and path.parent == saved:
+            turns.append(path.name)
+            monkeypatch.setattr(artifact, "_file_digest", digest)
+            (other if len(turns) % 2 else original).save(saved)
+            monkeypatch.setattr(artifact, "_file_digest", meanwhile)
+        return found
+
+    monkeypatch.setattr(artifact, "_file_digest", meanwhile)
+    assert thesean.load(saved).plan == original.plan
+    assert len(turns) == 4
+
+
+@pytest.mark.parametrize("folder", ["a\0b", 5, b"saved", None])
+def test_what_is_no_path_is_told(folder):
+    with pytest.raises(ArtifactError, match="can't write"):
+        converted().save(folder)
+    with pytest.raises(ArtifactError, match="can't read"):
+        thesean.load(folder)
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path):
     folder = tmp_path / "empty"
     folder.mkdir()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import thesean
 from tests.models import seeded, vectors
 from thesean.cli.app import app
-from thesean.errors import ArtifactError
+from thesean.errors import WriteError
 
 
 class Toy(nn.Module):
@@ -151,7 +151,7 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
 
 def test_a_folder_that_can_not_be_written_costs_no_conversion(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ArtifactError, match=r"dump_graphs: .*taken can't be written"):
+    with pytest.raises(WriteError, match=r"can't write dump_graphs=.*taken: "):
         convert(tmp_path / "taken")
     result = CliRunner().invoke(
         app,

@@ -10,35 +10,46 @@ from pathlib import Path
 
 import pytest
 
-from thesean import replace_folder
-from thesean.replace_folder import exchange, replacing, standing
+from thesean import replace_folder, scratch
+from thesean.replace_folder import exchange, reading, replacing, standing
 
-# Runs without the package, which would import torch. A process is forked for each line of the file; it stops there.
-STOPPED = """
-import importlib.util, os, signal, sys
+# Runs without the package's __init__, which would import torch.
+ALONE = """
+import os, signal, sys, types
 from pathlib import Path
-place, root, mode, exchanges = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
-spec = importlib.util.spec_from_file_location("replace_folder", place)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-if not exchanges:
-    module.exchange = lambda a, b: False
-
+package = types.ModuleType("thesean")
+package.__path__ = [sys.argv[1]]
+sys.modules["thesean"] = package
+from thesean import replace_folder, scratch, write_file
+from thesean.replace_folder import reading, replacing, standing
+os.fsync = lambda handle: None  # it takes its time, and a process that is killed takes no power with it
+if sys.argv[3] != "True":
+    replace_folder.exchange = lambda a, b: False
+NAMES = ("first", "second")
 def write(folder, text):
-    with module.replacing(folder) as made:
-        for name in ("first", "second"):
+    with replacing(folder, NAMES) as made:
+        for name in NAMES:
             (made / name).write_text(text)
-
 def read(folder):
-    texts = {(module.standing(folder) / name).read_text() for name in ("first", "second")}
+    texts = {(standing(folder) / name).read_text() for name in NAMES}
     assert len(texts) == 1, texts
     return texts.pop()
+"""
+
+# A process is forked for each line of the files; it stops there.
+STOPPED = (
+    ALONE
+    + """
+root, mode, what = Path(sys.argv[2]), sys.argv[4], sys.argv[5]
+PLACES = {m.__file__ for m in (replace_folder, scratch, write_file)}
+if what == "file":
+    write, read = write_file.write_text, lambda path: path.read_text()
 
 def stop_at(line):
     count = 0
     def trace(frame, event, argument):
         nonlocal count
-        if frame.f_code.co_filename != place:
+        if frame.f_code.co_filename not in PLACES:
             return None
         if event == "line":
             count += 1
@@ -52,87 +63,95 @@ def stop_at(line):
 line, found, leftovers = 0, set(), 0
 while True:
     line += 1
-    folder = root / str(line) / "saved"
-    write(folder, "old")
+    place = root / str(line) / "saved"
+    place.parent.mkdir()
+    write(place, "old")
+    if what == "folder":
+        (place / "notes.txt").write_text("mine")
+        (place / "thesis").mkdir()
+        (place / "thesis" / "chapter.tex").write_text("mine")
     child = os.fork()
     if child == 0:
         sys.settrace(stop_at(line))
         try:
-            write(folder, "new")
+            write(place, "new")
         except KeyboardInterrupt:
             os._exit(1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    found.add(read(folder))
-    leftovers += len(list(folder.parent.iterdir())) > 1
-    write(folder, "newer")
-    assert read(folder) == "newer"
-    assert [p.name for p in folder.parent.iterdir()] == ["saved"], (line, list(folder.parent.rglob("*")))
+    found.add(read(place))
+    assert what == "file" or (standing(place) / "notes.txt").read_text() == "mine"
+    leftovers += len(list(place.parent.iterdir())) > 1
+    write(place, "newer")
+    assert read(place) == "newer"
+    if what == "folder":
+        assert {p.name for p in place.iterdir()} == {*NAMES, "notes.txt", "thesis"}, line
+        assert (place / "notes.txt").read_text() == (place / "thesis" / "chapter.tex").read_text() == "mine"
+    assert [p.name for p in place.parent.iterdir()] == ["saved"], (line, list(place.parent.rglob("*")))
     if status == 0:
         break
 assert found == {"old", "new"}, found
 print(line, leftovers)
 """
+)
+
+
+def run(script: str, *arguments: object) -> str:
+    package = str(Path(replace_folder.__file__).parent)
+    found = subprocess.run(
+        [sys.executable, "-c", script, package, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize(("what", "exchanges"), [("folder", True), ("folder", False), ("file", True)])
 @pytest.mark.parametrize("mode", ["kill", "interrupt"])
-def test_stopped_at_any_line_the_old_folder_or_the_new_one_stands_and_the_next_one_cleans_up(mode, exchanges, tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", STOPPED, replace_folder.__file__, str(tmp_path), mode, str(exchanges)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    lines, leftovers = map(int, run.stdout.split())
+def test_stopped_at_any_line_the_old_one_or_the_new_one_stands_and_the_next_one_cleans_up(
+    mode, what, exchanges, tmp_path
+):
+    lines, leftovers = map(int, run(STOPPED, tmp_path, exchanges, mode, what).split())
     assert lines > 40
     assert leftovers > 5 or mode == "interrupt"
 
 
-# Each of the processes replaces the folder again and again; the first one watches that something always stands there.
-TOGETHER = """
-import importlib.util, os, sys
-from pathlib import Path
-place, folder, exchanges = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "True"
-spec = importlib.util.spec_from_file_location("replace_folder", place)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-if not exchanges:
-    module.exchange = lambda a, b: False
+# Each of the processes replaces the folder again and again; the first one reads, and always finds one that is whole.
+TOGETHER = (
+    ALONE
+    + """
+folder = Path(sys.argv[2])
+write(folder, "first")
+(folder / "notes.txt").write_text("mine")
 children = []
 for number in range(4):
     children.append(os.fork())
     if children[-1] == 0:
-        for turn in range(100):
-            with module.replacing(folder) as made:
-                for name in ("first", "second"):
-                    (made / name).write_text(f"{number} {turn}")
+        for turn in range(60):
+            write(folder, f"{number} {turn}")
         os._exit(0)
-running, missing, seen = set(children), 0, False
+running, reads, seen = set(children), 0, set()
 while running:
-    there = folder.exists()
-    missing += seen and not there
-    seen = seen or there
+    seen.add(reading(folder, read))
+    reads += 1
+    assert reading(folder, lambda found: (standing(found) / "notes.txt").read_text()) == "mine"
     pid, status = os.waitpid(-1, os.WNOHANG)
     if pid:
         assert status == 0
         running.remove(pid)
-assert not (exchanges and missing), missing
-assert (folder / "first").read_text() == (folder / "second").read_text()
-assert (folder / "first").read_text().endswith(" 99")
+assert len(seen) > 20
+assert read(folder).endswith(" 59")
 assert [p.name for p in folder.parent.iterdir()] == [folder.name], list(folder.parent.iterdir())
+assert {p.name for p in folder.iterdir()} == {*NAMES, "notes.txt"}
 """
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_processes_that_write_at_once_all_succeed_and_leave_one_whole_folder(exchanges, tmp_path: Path):
-    run = subprocess.run(
-        [sys.executable, "-c", TOGETHER, replace_folder.__file__, str(tmp_path / "all" / "saved"), str(exchanges)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+def test_processes_that_write_at_once_all_succeed_and_a_reader_sees_whole_folders(exchanges, tmp_path: Path):
+    run(TOGETHER, tmp_path / "all" / "saved", exchanges)
 
 
 def write(folder: Path, text: str) -> None:
@@ -178,7 +197,7 @@ def test_without_locks_folders_are_replaced_and_leftovers_stay(tmp_path: Path, m
     left = tmp_path / ".saved.thesean-abcdefgh"
     (left / "made").mkdir(parents=True)
     (left / "lock").touch()
-    monkeypatch.setattr(replace_folder, "fcntl", None)
+    monkeypatch.setattr(scratch, "fcntl", None)
     for text in ("old", "new"):
         write(tmp_path / "saved", text)
     assert (tmp_path / "saved" / "text").read_text() == "new"
@@ -188,7 +207,7 @@ def test_without_locks_folders_are_replaced_and_leftovers_stay(tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
-@pytest.mark.skipif(replace_folder.fcntl is None, reason="no locks")
+@pytest.mark.skipif(scratch.fcntl is None, reason="no locks")
 def test_what_a_living_process_writes_and_what_is_not_ours_is_left_alone(tmp_path: Path):
     mine = [tmp_path / name for name in (".saved.thesean-mine", ".saved-abcdefgh", ".saved2.thesean-abcdefgh")]
     for folder in mine:
@@ -222,6 +241,114 @@ def test_a_link_is_followed(tmp_path: Path):
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "saved" / "text").read_text() == "new"
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["saved"]
+
+
+OURS = ("text",)
+
+
+def rewrite(folder: Path, text: str) -> None:
+    with replacing(folder, OURS) as made:
+        (made / "text").write_text(text)
+
+
+def test_what_is_not_ours_stays_in_the_folder(tmp_path: Path):
+    folder = tmp_path / "saved"
+    rewrite(folder, "old")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "deep.txt").write_text("mine too")
+    (folder / "link").symlink_to("nowhere")
+    before = (folder / "notes.txt").stat().st_ino
+    rewrite(folder, "new")
+    assert (folder / "text").read_text() == "new"
+    assert (folder / "notes.txt").stat().st_ino == before
+    assert (folder / "sub" / "deep.txt").read_text() == "mine too"
+    assert (folder / "link").is_symlink()
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_what_somebody_changes_while_a_folder_is_made_is_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "saved"
+    rewrite(folder, "old")
+    (folder / "notes.txt").write_text("before")
+    put = replace_folder._put
+
+    def meanwhile(made: Path, place: Path) -> None:
+        (tmp_path / "edited").write_text("after")
+        (tmp_path / "edited").replace(folder / "notes.txt")  # as editors do
+        (folder / "more.txt").write_text("more")
+        put(made, place)
+
+    monkeypatch.setattr(replace_folder, "_put", meanwhile)
+    rewrite(folder, "new")
+    assert {p.name: p.read_text() for p in folder.iterdir()} == {
+        "text": "new", "notes.txt": "after", "more.txt": "more"
+    }  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_what_can_not_move_back_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "saved"
+    rewrite(folder, "old")
+    (folder / "sub").mkdir()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", refuse)
+        rewrite(folder, "new")
+    (left,) = tmp_path.glob(".saved.thesean-*/made/sub")
+    assert left.is_dir()
+    rewrite(folder, "newer")
+    assert (folder / "sub").is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_name_that_fills_what_a_file_system_takes_is_taken(tmp_path: Path):
+    folder = tmp_path / ("x" * 255)
+    for text in ("old", "new"):
+        write(folder, text)
+    assert (folder / "text").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        write(tmp_path / "loop", "text")
+    assert (tmp_path / "loop").is_symlink()
+
+
+def test_a_reader_starts_anew_when_the_folder_was_replaced_meanwhile(tmp_path: Path):
+    folder = tmp_path / "saved"
+    write(folder, "0")
+    seen: list[str] = []
+
+    def read(place: Path) -> str:
+        found = (place / "text").read_text()
+        if len(seen) < 3:
+            seen.append(found)
+            write(folder, str(len(seen)))
+            if len(seen) == 2:
+                raise ValueError("torn")
+        return found
+
+    assert reading(folder, read) == "3"
+    assert seen == ["0", "1", "2"]
+
+
+def test_a_readers_own_error_is_raised_at_once(tmp_path: Path):
+    calls = []
+
+    def broken(folder: Path) -> None:
+        calls.append(folder)
+        raise ValueError("broken")
+
+    for place in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="broken"):
+            reading(place, broken)
+    assert calls == [tmp_path, tmp_path / "none"]
 
 
 def test_a_folder_that_was_never_there_stands_nowhere_else(tmp_path: Path):

@@ -249,9 +249,10 @@ def test_a_conversion_that_could_not_be_written_is_returned_all_the_same(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("thesean.artifact.save_file", full)
-    with pytest.warns(UserWarning, match=r"not saved: .*No space left on device"):
+    with pytest.warns(UserWarning, match=r"not saved: .*No space left on device.*No other place was found"):
         converted = convert(cells(), workdir=tmp_path)
     assert converted(windows()[0]).shape == (4, 7, 4)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dimension_is_what_the_caller_calls_it():

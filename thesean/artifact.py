@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,14 @@ from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import replacing, standing
 from thesean.report.conversion import ConversionReport
+from thesean.scratch import followed, named, telling
 from thesean.targets import TargetModule, rebuild
+from thesean.write_file import new_file
 
 FORMAT = 1
 _GRAPH, _WEIGHTS, _PLAN, _REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
 _EXAMPLE = "example.safetensors"  # version 0.1.0 wrote none; whose inputs are nobody's business may delete it
+_OURS = frozenset((_GRAPH, _WEIGHTS, _PLAN, _REPORT, _EXAMPLE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +41,25 @@ class Artifact:
     report: ConversionReport
 
 
-def save(artifact: Artifact, folder: str | Path) -> Path:
-    """Write a folder; an earlier conversion in its place is replaced at the end, in one step.
+def save(artifact: Artifact, folder: str | Path, beside: Mapping[Path, str] | None = None) -> Path:
+    """Write a folder; an earlier conversion in its place is replaced at the end, in one step. What else is in it stays.
 
-    Raises ArtifactError when the folder holds something else or can't be written, and for custom modules whose class
-    could not be found again.
+    beside: texts of files that belong to it. At no moment does one stand beside a conversion that it isn't of.
+
+    Raises ArtifactError when the folder holds something else, and for custom modules whose class could not be found
+    again; WriteError when it can't be written.
     """
-    folder = Path(folder)
+    folder = named(folder)
     check_free(folder)
     tensors, aliases = _tensors(artifact.graph_module)
     modules = _modules(artifact.graph_module)
-    try:
-        with replacing(folder) as made:
+    with ExitStack() as files, telling(folder), _full_is_an_oserror():
+        for path, text in (beside or {}).items():
+            files.enter_context(new_file(path)).write_text(text, encoding="utf-8")
+        with replacing(folder, _OURS, _taken_away(beside or {})) as made:
             save_file(tensors, made / _WEIGHTS)
             save_file(_examples(artifact.signature), made / _EXAMPLE)
-            artifact.plan.to_yaml(made / _PLAN)
+            (made / _PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
             for name in (_WEIGHTS, _EXAMPLE):  # safetensors' own mode is for nobody but the owner
                 (made / name).chmod((made / _PLAN).stat().st_mode)
             (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
@@ -64,9 +73,38 @@ def save(artifact: Artifact, folder: str | Path) -> Path:
                 "nodes": graph_json.dump(artifact.graph_module.graph),
             }
             (made / _GRAPH).write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"can't write {folder}: {error.strerror or error}. Choose a writable folder.") from error
     return folder
+
+
+def save_weights(graph_module: fx.GraphModule, path: Path) -> Path:
+    """Nothing but the tensors, of a network that `save` refuses. Raises WriteError."""
+    with new_file(path) as made, _full_is_an_oserror():
+        save_file({k.partition(":")[2]: v for k, v in _tensors(graph_module)[0].items()}, made)
+    return path
+
+
+@contextmanager
+def _full_is_an_oserror() -> Iterator[None]:
+    """safetensors writes in Rust and has an error of its own for all that a disk says."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+
+
+@contextmanager
+def _taken_away(paths: Iterable[Path]) -> Iterator[None]:
+    """Files that are gone when the block ends, and back after an error in it."""
+    earlier = {p: p.read_bytes() for p in map(followed, paths) if p.is_file()}
+    try:
+        for path in earlier:
+            path.unlink()
+        yield
+    except BaseException:
+        for path, content in earlier.items():
+            if not path.exists():
+                path.write_bytes(content)
+        raise
 
 
 def check_saveable(graph_module: fx.GraphModule) -> None:
@@ -79,10 +117,21 @@ def check_saveable(graph_module: fx.GraphModule) -> None:
 
 def check_free(folder: Path) -> None:
     """Raises ArtifactError unless `save` may use this name: nothing there, an empty folder, or a conversion."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; expected a folder's name.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _GRAPH).exists():
-        raise ArtifactError(f"{folder} is not empty and holds no conversion; choose another folder.")
+    folder = named(folder)
+    with telling(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder} is a file; expected a folder's name.")
+        if folder.is_dir() and any(folder.iterdir()) and not _is_conversion(folder):
+            raise ArtifactError(f"{folder} is not empty and holds no conversion; choose another folder.")
+
+
+def _is_conversion(folder: Path) -> bool:
+    """Whether its graph.json is of our making, whatever the version. Many a program has a graph.json."""
+    try:
+        document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"format", "sha256", "nodes", "modules"} <= document.keys()
 
 
 def load(folder: str | Path) -> Artifact:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean.artifact import check_free, check_saveable
+from thesean.artifact import check_saveable
 from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints
 from thesean.choose.search import UNMET
@@ -29,7 +29,7 @@ from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.stages import align, tune
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric, Task
 from thesean.distill.training import Training
-from thesean.errors import ArtifactError, CaptureError, DataError, PlanError
+from thesean.errors import ArtifactError, CaptureError, PlanError
 from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -46,6 +46,7 @@ from thesean.recipe import Recipe
 from thesean.report import make_observer
 from thesean.request import Request, sizes_of
 from thesean.targets import Target
+from thesean.workdir import Workdir
 
 
 def compile(
@@ -93,11 +94,12 @@ def compile(
     constraints: with target "auto", the budget that candidates are chosen for, part by part: {"latency_ms": 5.0,
     "context": 512}, {"speedup": 1.5}, {"params": ...}, {"flops": ...}; see `thesean.choose.constraints.Constraints`.
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
-    workdir: a folder for plan.yaml, recipe.yaml and the saved conversion.
+    workdir: a folder for plan.yaml, recipe.yaml and the saved conversion, written together at the end.
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
-    Raises ArtifactError, CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError, NumericalError.
+    Raises ArtifactError, WriteError, CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError,
+    NumericalError.
     """
     start = time.monotonic()
     request = Request(
@@ -126,19 +128,16 @@ def compile(
         captured = capture(model, request.example(model), request.dynamic)
         check_trainable(captured, request.settings)
         bound_plan, training = planned(captured, request, observer)
-        folder = _prepare(workdir, bound_plan.plan, request.settings)
+        run = None if workdir is None else Workdir.prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
             hybrid = build_hybrid(bound_plan, share=True)
-            training = rehearsed(hybrid, training, must_save=folder is not None)
+            training = rehearsed(hybrid, training, run)
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
     _warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
-    if folder is not None:
-        try:
-            converted.save(folder / "converted")
-        except ArtifactError as error:  # a full disk, say: what was trained is not thrown away
-            _warn([f"not saved: {error} What compile returns is whole: save it elsewhere."])
+    if run is not None:
+        _warn(filter(None, [run.keep(converted)]))
     return converted
 
 
@@ -352,7 +351,7 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
         raise CaptureError(captured.untrainable)
 
 
-def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:
+def rehearsed(hybrid: Hybrid, training: Training, run: Workdir | None) -> Training:
     """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells. That
     it can't be exported is a warning: not everyone does.
     """
@@ -360,9 +359,11 @@ def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:
     try:
         check_saveable(hybrid.graph_module)
     except ArtifactError as error:
-        if must_save:
+        if run is not None:
             raise
         feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
+    if run is not None:
+        run.check_room(hybrid.graph_module)
     if told := unwritable(hybrid.graph_module):
         _warn([told])
         feed = replace(feed, notes=(*feed.notes, told))
@@ -379,18 +380,3 @@ def _warn(messages: Iterable[str]) -> None:
         depth += 1
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=depth)
-
-
-def _prepare(workdir: str | Path | None, plan: Plan, recipe: Recipe) -> Path | None:
-    """Before anything trains: a folder that can't be written should not cost a conversion."""
-    if workdir is None:
-        return None
-    folder = Path(workdir)
-    check_free(folder / "converted")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plan.to_yaml(folder / "plan.yaml")
-        recipe.to_yaml(folder / "recipe.yaml")
-    except OSError as error:
-        raise DataError(f"workdir {folder} can't be written: {error.strerror or error}.") from error
-    return folder

@@ -16,9 +16,11 @@ from thesean.errors import DataError
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
+from thesean.replace_folder import reading
 from thesean.report.benchmark import Benchmark
 from thesean.report.conversion import ConversionReport
 from thesean.report.environment import environment
+from thesean.scratch import named
 
 if TYPE_CHECKING:
     from thesean.deploy.export import ExportReport
@@ -64,7 +66,8 @@ class Converted:
 
     def save(self, folder: str | Path) -> Path:
         """Write `graph.json`, `plan.yaml`, `report.json`, `weights.safetensors` and, in `example.safetensors`, a few of
-        the inputs that the guide was captured with: an export is checked on such. Raises ArtifactError.
+        the inputs that the guide was captured with: an export is checked on such. An earlier conversion is replaced in
+        one step, and what else is in its folder stays. Raises ArtifactError, and WriteError, which is one too.
         """
         return artifact.save(
             artifact.Artifact(graph_module=self.module, signature=self.signature, plan=self.plan, report=self.report),
@@ -89,8 +92,8 @@ class Converted:
         of the output's scale unless `tolerance` is given. `external_data`: the weights in a file of their own beside
         it; left out, where they don't fit in one (2 GiB). The file's metadata hold the plan, the report, the states and
         the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the graph as text after
-        each pass of the export, numbered behind what `compile` left there. Raises ExportError, and then leaves no file;
-        MissingExtraError; ArtifactError for a folder that can't be written.
+        each pass of the export, numbered behind what `compile` left there. Raises ExportError and WriteError, and then
+        leaves no file; MissingExtraError.
         """
         from thesean.deploy.export import export
         from thesean.deploy.onnx_file import PLAN, REPORT
@@ -171,5 +174,5 @@ def load(folder: str | Path) -> Converted:
 
     Raises ArtifactError for a folder that is incomplete, altered, or names an operator outside of the allow-list.
     """
-    found = artifact.load(folder)
+    found = reading(named(folder, "read"), artifact.load)
     return Converted(found.graph_module, found.signature, found.plan, found.report)

@@ -57,6 +57,10 @@ class ArtifactError(TheseanError):
     """A saved conversion that is incomplete, altered or holds an operator outside the allow-list."""
 
 
+class WriteError(ArtifactError, OSError):
+    """A file or folder that can't be written; the message names path and reason. What stood there stays."""
+
+
 class MissingExtraError(TheseanError, ImportError):
     """An optional dependency is not installed."""
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thesean.errors import TheseanError, unknown_name
+from thesean.write_file import write_text
 
 Positions = Literal["clamp", "wrap", "drop", "refuse"]
 Precision = Literal["as-is", "bfloat16"]
@@ -102,12 +103,10 @@ class Recipe(_Settings):
         return Recipe.named(recipe)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
+        """YAML text, written to `path` if given. Raises WriteError."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False)
         if path is not None:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise RecipeError(f"can't write the recipe {path}: {error.strerror or error}.") from error
+            write_text(path, text)
         return text
 
     @staticmethod

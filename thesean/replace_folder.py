@@ -1,8 +1,4 @@
-"""A folder takes another's place in one step, whoever kills the process and whoever else writes there.
-
-The new folder is made in a hidden one beside it, `.NAME.thesean-xxxxxxxx`, whose file `lock` is locked for as long as
-its process lives. What a killed process leaves behind has no owner, and goes with the next replacement.
-"""
+"""A folder takes another's place in one step, whoever kills the process and whoever else reads or writes there."""
 
 from __future__ import annotations
 
@@ -10,43 +6,58 @@ import ctypes
 import errno
 import itertools
 import os
-import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked, and leftovers stay
-    fcntl = None  # type: ignore[assignment]
+from thesean.scratch import followed, leftovers, remove, scratch, scratches, sync
 
-_LOCK, _MADE, _EARLIER = "lock", "made", "earlier"
+T = TypeVar("T")
+
+_MADE, _EARLIER = "made", "earlier"
 
 _AT_FDCWD, _EXCHANGE, _SWAP = -100, 2, 2  # <fcntl.h>, <linux/fs.h> and macOS's <sys/stdio.h>
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
+_TURNS = 1000  # of a reader, each beaten by a writer; more is no accident
+
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(
+    folder: Path, ours: Collection[str] | None = None, during: AbstractContextManager[None] | None = None
+) -> Iterator[Path]:
     """An empty folder to fill, which takes the place of `folder` at the end; after an error all is as it was.
 
+    ours: the names in it that are replaced; what else the earlier folder holds moves to the new one. None: all are.
+    during: entered once the new folder is whole, right before the step, and left right after it.
     A link is followed. Where the file system can't exchange two names, `folder` is moved away first: killed between
-    the two moves, its content is where `standing` finds it. Raises OSError.
+    the two moves, its content is where `standing` finds it, and takes its name again with the next replacement.
+    Raises OSError.
     """
-    folder = folder.resolve() if folder.is_symlink() else folder
+    folder = followed(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    with _scratch(folder) as scratch:
-        made = scratch / _MADE
+    _restore(folder)
+    _remove_leftovers(folder, ours)
+    with scratch(folder, lambda room: _holds_others(room, ours)) as room:
+        made = room / _MADE
         made.mkdir()  # not the scratch folder itself, which only its owner may read
         yield made
-        _put(made, folder)
-    _remove_leftovers(folder)
+        for path in made.rglob("*"):
+            sync(path)
+        sync(made)
+        _link_others(folder, made, ours)
+        try:
+            with during or nullcontext():
+                _put(made, folder)
+        except BaseException:
+            _give_back(room, folder, ours)
+            raise
+        _give_back(room, folder, ours, newest=True)
+        sync(folder.parent)
+    _remove_leftovers(folder, ours)
 
 
 def standing(folder: Path) -> Path:
@@ -54,8 +65,47 @@ def standing(folder: Path) -> Path:
     if folder.exists():
         return folder
     real = folder.resolve()
-    moved = [p for scratch in _scratches(real) for p in scratch.glob(f"{_EARLIER}*")]
+    moved = [p for room in scratches(real) for p in room.glob(f"{_EARLIER}*")]
     return max(moved, key=lambda p: (p.parent.stat().st_mtime, p.name), default=folder)
+
+
+def reading(folder: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a folder that others may replace meanwhile: of one version, again until it is."""
+    for _ in range(_TURNS):
+        with _held(folder) as before:
+            try:
+                found = read(folder)
+            except Exception:
+                if before == _identity(folder):
+                    raise
+                continue
+            if before == _identity(folder):
+                return found
+    return read(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[tuple[int, int] | None]:
+    """Its identity; while the block runs, no other folder gets the same."""
+    handle = None
+    with suppress(OSError, ValueError, AttributeError):  # Windows opens no folder
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield _identity(folder) if handle is None else _of(os.fstat(handle))
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        return _of(folder.stat())
+    except (OSError, ValueError):
+        return None
+
+
+def _of(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 def _put(made: Path, folder: Path) -> None:
@@ -95,65 +145,57 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, locked while the block runs and gone after it."""
-    while True:
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.thesean-"))
-        try:
-            lock = os.open(scratch / _LOCK, os.O_RDWR | os.O_CREAT)
-        except FileNotFoundError:  # taken for a leftover before it was locked
-            continue
-        if _locked(lock, scratch) is not False:
-            break
-        os.close(lock)
-    try:
-        yield scratch
-    finally:
-        os.close(lock)  # first, for Windows removes no open file
-        _remove(scratch)
+def _link_others(folder: Path, made: Path, ours: Collection[str] | None) -> None:
+    """Files of `folder` that are not ours stand in `made` too, so that they are there at every moment. What can't be
+    linked, folders among it, moves after the exchange.
+    """
+    for path in _others(folder, ours):
+        with suppress(OSError, NotImplementedError):
+            os.link(path, made / path.name, follow_symlinks=False)
 
 
-def _locked(lock: int, scratch: Path) -> bool | None:
-    """Lock a scratch folder; False where another process owns or has removed it, None where nothing can be locked."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock), os.stat(scratch / _LOCK))
-    except (BlockingIOError, FileNotFoundError):
-        return False
-    except OSError:  # a network's file system without locks
-        return None
-
-
-def _scratches(folder: Path) -> list[Path]:
-    pattern = re.compile(rf"\.{re.escape(folder.name)}\.thesean-[a-z0-9_]{{8}}")
-    try:
-        return [p for p in folder.parent.iterdir() if pattern.fullmatch(p.name)]
-    except OSError:
-        return []
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Those of killed processes, unless they may hold what should stand in `folder`."""
-    for scratch in _scratches(folder) if folder.exists() else ():
-        try:
-            lock = os.open(scratch / _LOCK, os.O_RDWR)
-        except OSError:
+def _give_back(room: Path, folder: Path, ours: Collection[str] | None, newest: bool = False) -> None:
+    """What is not ours in an earlier folder moves to the one that stands. `newest`: it is the one of two of a name that
+    somebody changed last, while `folder` was made.
+    """
+    if ours is None or not folder.is_dir():
+        return
+    for old in (p for p in room.iterdir() if p.is_dir()):
+        for path in _others(old, ours):
+            there = folder / path.name
             with suppress(OSError):
-                scratch.rmdir()  # killed before it was locked, and empty; or another's, and not
-            continue
-        if _locked(lock, scratch):
-            _remove(scratch)
-        os.close(lock)
+                if os.path.lexists(there) and os.path.samestat(path.lstat(), there.lstat()):
+                    path.unlink()
+                elif newest or not os.path.lexists(there):
+                    path.replace(there)
 
 
-def _remove(scratch: Path) -> None:
-    """The lock last: what a kill leaves of it is a leftover still. What can't be removed stays."""
-    with suppress(OSError):
-        for path in scratch.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path, ignore_errors=True)
-        (scratch / _LOCK).unlink()
-        scratch.rmdir()
+def _holds_others(room: Path, ours: Collection[str] | None) -> bool:
+    """Whether something is left that nobody else may have."""
+    try:
+        return any(_others(old, ours) for old in room.iterdir())
+    except OSError:
+        return True
+
+
+def _others(folder: Path, ours: Collection[str] | None) -> list[Path]:
+    if ours is None or not folder.is_dir():
+        return []
+    return [p for p in folder.iterdir() if p.name not in ours]
+
+
+def _restore(folder: Path) -> None:
+    """What a kill between two moves took from its name gets it back."""
+    for room in leftovers(folder) if not folder.exists() else ():
+        for earlier in sorted(room.glob(f"{_EARLIER}*"), reverse=True):
+            with suppress(OSError):  # somebody else was faster
+                if not folder.exists():
+                    earlier.rename(folder)
+
+
+def _remove_leftovers(folder: Path, ours: Collection[str] | None) -> None:
+    """Those of killed processes, unless they may hold what should stand in `folder`, or what nobody else has."""
+    for room in leftovers(folder) if folder.exists() else ():
+        _give_back(room, folder, ours)
+        if not _holds_others(room, ours):
+            remove(room)

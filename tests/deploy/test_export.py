@@ -23,7 +23,7 @@ from thesean.deploy.export import ExportReport, export, for_export
 from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import relative_error
 from thesean.deploy.session import Session
-from thesean.errors import ExportError, MissingExtraError
+from thesean.errors import ExportError, MissingExtraError, WriteError
 from thesean.passes.base import Attempt
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
@@ -278,7 +278,7 @@ def test_a_place_that_can_not_be_written_is_told_before_anything_is_exported(gru
     module, guide = gru
     monkeypatch.setattr("thesean.deploy.export.to_onnx", None)
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ExportError, match=r"can't write .*Choose a writable folder"):
+    with pytest.raises(WriteError, match=r"can't write .*Choose a writable folder"):
         export(module, guide.signature, tmp_path / "file" / "m.onnx")
     with pytest.raises(ExportError, match="is a folder; expected a file's name"):
         export(module, guide.signature, tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from thesean import scratch
 from thesean.deploy import onnx_file
 from thesean.deploy.onnx_file import check_weights, draft, metadata, sha256, weights_of
 from thesean.deploy.session import Session
-from thesean.errors import ExportError
+from thesean.errors import ExportError, WriteError
 
 LARGE = 1000  # numbers, so that they don't stay inside
 
@@ -72,7 +75,7 @@ def test_what_is_interrupted_leaves_the_old_model_with_its_weights_and_nothing_e
     }
     with monkeypatch.context() as patched:
         patched.setattr(*places[when], full)
-        with pytest.raises(ExportError, match=r"can't write .*m\.onnx: No space left"):
+        with pytest.raises(WriteError, match=r"can't write .*m\.onnx: No space left"):
             write(tmp_path / "m.onnx", 2.0, beside=True)
     assert sorted(tmp_path.iterdir()) == before
     assert value_of(tmp_path / "m.onnx") == 1.0
@@ -108,6 +111,69 @@ def test_metadata_name_no_weights_outside_of_the_folder(tmp_path):
         check_weights(folder / "m.onnx", metadata(folder / "m.onnx"))
     write(folder / "m.onnx", 2.0)
     assert (tmp_path / "precious").exists()
+
+
+@pytest.mark.parametrize("named", ["notes.txt", "m.onnx.notes.weights"])
+def test_metadata_let_us_remove_no_file_of_another_kind(named, tmp_path):
+    (tmp_path / named).write_bytes(b"mine")
+    stranger = model(1.0)
+    stranger.metadata_props[onnx_file.WEIGHTS] = named
+    ir.save(stranger, tmp_path / "m.onnx")
+    write(tmp_path / "m.onnx", 2.0)
+    assert (tmp_path / named).read_bytes() == b"mine"
+
+
+def test_weights_that_a_copy_of_the_model_needs_stay(tmp_path):
+    write(tmp_path / "m.onnx", 1.0, beside=True)
+    shutil.copy(tmp_path / "m.onnx", tmp_path / "copy.onnx")
+    write(tmp_path / "m.onnx", 2.0, beside=True)
+    assert [value_of(tmp_path / name) for name in ("copy.onnx", "m.onnx")] == [1.0, 2.0]
+    (tmp_path / "copy.onnx").unlink()
+    write(tmp_path / "m.onnx", 3.0)
+    assert value_of(tmp_path / "m.onnx") == 3.0
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="links")
+def test_a_link_is_followed_and_its_target_has_the_weights_beside_it(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "m.onnx").symlink_to(Path("disk") / "m.onnx")
+    for value in (1.0, 2.0):
+        write(tmp_path / "m.onnx", value, beside=True)
+        assert value_of(tmp_path / "m.onnx") == value_of(tmp_path / "disk" / "m.onnx") == value
+    assert (tmp_path / "m.onnx").is_symlink()
+    assert len(list((tmp_path / "disk").iterdir())) == 2
+
+
+def test_a_name_that_fills_what_a_file_system_takes_is_taken(tmp_path):
+    path = tmp_path / ("x" * 250 + ".onnx")
+    write(path, 1.0, beside=True)
+    assert value_of(path) == 1.0
+
+
+class Killed(BaseException):
+    """Nothing that is left to do is done."""
+
+
+@pytest.mark.skipif(scratch.fcntl is None, reason="no locks")
+@pytest.mark.parametrize("move", ["weights", "model", "removal"])
+def test_what_was_killed_at_any_move_is_cleaned_by_the_next_export(move, tmp_path, monkeypatch):
+    write(tmp_path / "m.onnx", 1.0, beside=True)
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        if move != "removal":
+            patched.setattr(*{"weights": (onnx_file.shutil, "move"), "model": (onnx_file.os, "replace")}[move], killed)
+        patched.setattr(onnx_file, "_remove_weights", killed if move == "removal" else lambda *_: None)
+        patched.setattr(scratch, "remove", lambda _: None)
+        with pytest.raises(Killed):
+            write(tmp_path / "m.onnx", 2.0, beside=True)
+    assert value_of(tmp_path / "m.onnx") == (2.0 if move == "removal" else 1.0)
+    assert len(list(tmp_path.iterdir())) > 2
+    write(tmp_path / "m.onnx", 3.0, beside=True)
+    assert value_of(tmp_path / "m.onnx") == 3.0
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_is_told_later_is_in_the_metadata_with_what_was_there(tmp_path):

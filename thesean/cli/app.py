@@ -9,6 +9,7 @@ import torch
 import typer
 
 import thesean
+from thesean.artifact import check_free
 from thesean.cli.look import PASSED_ON, bench, compare, inspect, measures, report, targets
 from thesean.cli.options import (
     Budget,
@@ -41,7 +42,9 @@ from thesean.cli.options import (
 )
 from thesean.cli.telling import one_line_errors, steps_told
 from thesean.cli.words import ArgumentError, load_guide, parse_sizes
+from thesean.errors import ArtifactError
 from thesean.passes.plan.svg import check_format
+from thesean.workdir import keep as kept_or_told
 
 app = typer.Typer(
     name="thesean",
@@ -147,6 +150,8 @@ def convert(
             )
         for option, path in (("--out", out), ("--onnx", onnx), ("--dump-graphs", dump_graphs)):
             check_writable(option, path)  # before the training, not after
+        if out is not None:
+            check_free(out)
         chosen: dict[str, Any] = {"recipe": recipe, "seed": seed, "progress": not quiet}
         if plan is not None:
             chosen["plan"] = thesean.Plan.from_yaml(plan)
@@ -156,8 +161,8 @@ def convert(
         model = load_guide(guide)
         chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
-        if out is not None:
-            converted.save(out)
+        if out is not None and (lost := kept_or_told(converted, out)):
+            raise ArtifactError(lost)
         exported = converted.export(onnx, dump_graphs=dump_graphs) if onnx is not None else None
         if not quiet:
             typer.echo(str(converted.report))

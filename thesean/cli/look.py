@@ -21,6 +21,7 @@ from thesean.deploy.describe_file import describe_file
 from thesean.deploy.onnx_file import PLAN, REPORT
 from thesean.deploy.session import require
 from thesean.passes.plan.plan import Plan
+from thesean.replace_folder import reading
 from thesean.report import markdown_table, read_report, render
 from thesean.report.conversion import ConversionReport
 from thesean.report.report_json import report_rows
@@ -48,7 +49,7 @@ def report(
         if path.is_dir():
             if markdown:
                 raise ArgumentError(f"--markdown: expected a report.json of several models, found the folder {path}.")
-            plan, told = read_plan_and_report(path)
+            plan, told = reading(path, read_plan_and_report)
             typer.echo(f"{plan}\n\n{told}")
             return
         found = read_report(path)

@@ -33,6 +33,7 @@ from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.inline_modules import InlineModules
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_shape
 from thesean.passes.write_out_attention import WriteOutAttention
+from thesean.scratch import named
 
 Stateful = Literal["auto", "yes", "no"] | bool
 
@@ -114,11 +115,11 @@ def export(
     beside `path`; None: where they are too large for one, past 2 GiB. `about`: what the file's metadata say, beside the
     states and the parity that was seen.
 
-    Raises ExportError (nothing is left behind and an earlier file stays) and MissingExtraError.
+    Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
-    path = Path(path)
+    path = named(path)
     dtype = _parse_dtype(form.get("dtype"))
     dtypes = dtypes_for(graph_module, signature, dtype)
     signature = cast_signature(signature, dtypes)

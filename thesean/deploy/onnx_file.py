@@ -7,9 +7,13 @@ moment the model of that name finds the weights that it was written with.
 from __future__ import annotations
 
 import hashlib
+import json
+import mmap
 import os
+import re
 import secrets
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thesean.errors import ExportError
+from thesean.scratch import followed, leftovers, named, remove, scratch, sync, telling
+from thesean.write_file import made_in, mode_kept
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,6 +33,9 @@ _LIMIT = 2**31 - 2**24
 _SMALL = 1024  # bytes; such constants stay in the model, where an optimiser reads them
 
 DISTRIBUTION = "thesean-compiler"  # what pyproject.toml calls it
+
+_OURS = re.compile(r".+\.[0-9a-f]{8}\.weights", re.DOTALL)  # names of weights
+_MOVING = "moving"
 
 # Keys of the metadata.
 WEIGHTS, WEIGHTS_HASH = "thesean.weights", "thesean.weights_sha256"
@@ -49,9 +58,9 @@ class Draft:
 
         model.producer_name, model.producer_version = DISTRIBUTION, _version()
         if beside or (beside is None and weights_bytes(model) > _LIMIT):
-            self.weights = self.name.with_name(f"{self.name.name}.{secrets.token_hex(4)}.weights")
+            self.weights = self.path.with_name(f"{_shortened(self.name.name)}.{secrets.token_hex(4)}.weights")
             ir.external_data.unload_from_model(
-                model, self.name.parent, self.weights.name, size_threshold_bytes=_SMALL, max_workers=1
+                model, self.path.parent, self.weights.name, size_threshold_bytes=_SMALL, max_workers=1
             )
             model.metadata_props[WEIGHTS] = self.weights.name
             model.metadata_props[WEIGHTS_HASH] = sha256(self.weights)
@@ -70,32 +79,76 @@ class Draft:
         return sum(p.stat().st_size for p in (self.path, self.weights) if p is not None)
 
     def publish(self) -> None:
-        """Take the name. The weights of what had it before go."""
+        """Take the name, the weights before the model. The weights of what had it before go."""
         earlier = weights_of(self.name)
-        os.replace(self.path, self.name)
-        self.weights, kept = None, self.weights
-        if earlier is not None and earlier != kept:
-            with suppress(OSError):
-                earlier.unlink()
+        moving = [p.name for p in (self.weights, earlier) if p is not None]
+        (self.path.parent / _MOVING).write_text(json.dumps(moving), encoding="utf-8")  # for whoever finds it killed
+        for made in (self.weights, self.path):
+            if made is not None:
+                sync(made)
+        try:
+            if self.weights is not None:
+                self.weights = Path(shutil.move(self.weights, self.name.with_name(self.weights.name)))
+            os.replace(self.path, self.name)
+        finally:
+            _remove_weights(self.name, moving)
 
 
 @contextmanager
-def draft(name: Path) -> Iterator[Draft]:
-    """A new file beside `name`; what was not published is gone afterwards. OSError inside becomes ExportError."""
-    made = Draft(name.with_name(f".{name.name}.{secrets.token_hex(4)}.tmp"), name)
-    try:
+def draft(path: Any) -> Iterator[Draft]:
+    """A new file, which is gone afterwards unless it was published. A link is followed. OSError inside becomes
+    WriteError.
+    """
+    path = named(path)
+    with telling(path):
+        name = followed(path)
         if name.is_dir():
-            raise ExportError(f"{name} is a folder; expected a file's name, such as {name / 'model.onnx'}.")
+            raise ExportError(f"{path} is a folder; expected a file's name, such as {path / 'model.onnx'}.")
         name.parent.mkdir(parents=True, exist_ok=True)
-        made.path.touch(exist_ok=False)
-        yield made
-    except OSError as error:
-        raise ExportError(f"can't write {name}: {error.strerror or error}. Choose a writable folder.") from error
-    finally:
-        for left in (made.path, made.weights):
-            if left is not None:
-                with suppress(OSError):
-                    left.unlink(missing_ok=True)
+        mode = mode_kept(name)
+        for left in leftovers(name):
+            _remove_weights(name, _moving(left))
+            remove(left)
+        with scratch(name) as folder:
+            made = Draft(made_in(folder, name), name)
+            made.path.touch()
+            if mode is not None:
+                made.path.chmod(mode)
+            yield made
+
+
+def _moving(left: Path) -> list[str]:
+    """The weights that a killed process was moving or removing."""
+    try:
+        return [str(name) for name in json.loads((left / _MOVING).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _remove_weights(name: Path, weights: Iterable[str]) -> None:
+    """Those of our making that neither the model of that name nor another one beside it tells of."""
+    standing = weights_of(name)
+    others = [p for p in name.parent.glob("*.onnx") if p != name and p.is_file()]
+    for weight in weights:
+        found = name.with_name(weight)
+        if found != standing and _OURS.fullmatch(weight) and not any(_mentions(p, weight) for p in others):
+            with suppress(OSError):
+                found.unlink()
+
+
+def _mentions(path: Path, word: str) -> bool:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(word.encode()) >= 0
+    except ValueError:  # empty
+        return False
+    except OSError:
+        return True
+
+
+def _shortened(name: str) -> str:
+    """With room for what makes it the name of weights, in a file system's 255 bytes."""
+    return name.encode()[:200].decode(errors="ignore")
 
 
 def weights_bytes(model: ir.Model) -> int:
@@ -109,6 +162,8 @@ def weights_bytes(model: ir.Model) -> int:
 
 def weights_of(path: Path) -> Path | None:
     """The file of weights that a model of ours names, where it is; None for any other file."""
+    if not path.is_file():
+        return None
     try:
         named = metadata(path).get(WEIGHTS, "")
     except ExportError:

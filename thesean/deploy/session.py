@@ -6,6 +6,7 @@ B batch, T time, V vocabulary
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,14 @@ class Session:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised, not printed
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            real = os.path.realpath(path)  # a link's target has its weights beside it, the link has not
+            self._session = ort.InferenceSession(real, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
             if importlib.util.find_spec("onnx") is not None and Path(path).is_file():
-                check_weights(Path(path), metadata(Path(path)))
+                check_weights(Path(real), metadata(Path(path)))
             raise ExportError(f"{path}: onnxruntime can't load it: {first_line(error)}") from error
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        check_weights(Path(path), self.metadata)
+        check_weights(Path(real), self.metadata)
         self._declared: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
         names = [o.name for o in self._session.get_outputs()]
         self.states = tuple(n for n in self._declared if n.startswith(STATE_IN))

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from thesean.errors import DataError, MissingExtraError
+from thesean.scratch import named
+from thesean.write_file import new_file, write_text
 
 _COLUMNS = 120  # of a terminal: wider tables number their columns
 _ANNOTATED = 16  # layers a side up to which a heatmap prints its values
@@ -56,7 +58,7 @@ class Comparison:
         return "\n".join(lines + legend)
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything; NaN becomes null."""
+        """Write everything; NaN becomes null. Raises WriteError."""
         rows = [[v if math.isfinite(v) else None for v in row] for row in self.matrix.tolist()]
         values = {
             "measure": self.measure,
@@ -68,12 +70,13 @@ class Comparison:
             "examples": self.examples,
             "skipped": self.skipped,
         }
-        path = Path(path)
-        path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        return path
+        return write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """A heatmap, in the format that the file's name ends in. Raises MissingExtraError without matplotlib."""
+        """A heatmap, in the format that the file's name ends in. Raises MissingExtraError without matplotlib, DataError
+        for a format that it doesn't know, WriteError.
+        """
+        path = named(path)
         try:
             from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
         except ImportError as error:
@@ -98,11 +101,11 @@ class Comparison:
                     colour = "white" if dark else "black"
                     axes.text(j, i, _number(value, 2), ha="center", va="center", color=colour, fontsize="small")
         figure.colorbar(image, ax=axes, label=self.measure)
-        path = Path(path)
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise DataError(f"can't write {path}: {error.strerror or error}.") from error
+        known = figure.canvas.get_supported_filetypes()
+        if path.suffix.lower().removeprefix(".") not in known:
+            raise DataError(f"plot {path}: expected a name that ends in one of {', '.join(sorted(known))}.")
+        with new_file(path) as made:
+            figure.savefig(made, dpi=150)
         return path
 
 

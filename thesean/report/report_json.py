@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from thesean.errors import ArtifactError
 from thesean.report.table import Row, sort_rows
+from thesean.scratch import named
+from thesean.write_file import write_text
 
 KEYS = ("rows", "stages", "environment")
 
@@ -26,9 +27,9 @@ def write_report(
     """Write {"rows", "stages", "environment", **extra} as JSON; NaN and infinity become null.
 
     The file takes its name when it is complete: an interrupted or refused write leaves an earlier report as it was.
-    Raises ArtifactError for a folder that can't be written, a value that isn't JSON, or a reserved key in `extra`.
+    Raises WriteError, and ArtifactError for a value that isn't JSON, or a reserved key in `extra`.
     """
-    path = Path(path)
+    path = named(path)
     taken = [key for key in KEYS if key in (extra or {})]
     if taken:
         raise ArtifactError(f"{path}: extra may not hold {taken[0]!r}, which the report fills. Give it another name.")
@@ -42,14 +43,7 @@ def write_report(
         text = json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: the report holds a value that JSON can't carry: {error}.") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, text)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path}: the report can't be written ({error.strerror or error}). Choose a folder that you may write."
-        ) from error
-    return path
+    return write_text(path, text, parents=True)
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -89,18 +83,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the report from colleagues
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.passes.plan.test_table import PLAN
-from thesean.errors import MissingExtraError, PlanError
+from thesean.errors import MissingExtraError, PlanError, WriteError
 from thesean.passes.plan.drawing import picture_of
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import PlannedPart
@@ -109,7 +109,7 @@ def test_another_format_is_refused_before_anything_is_drawn(tmp_path: Path):
         PLAN.draw(tmp_path / "plan.pdf")
     with pytest.raises(PlanError, match="found no ending"):
         PLAN.draw(tmp_path / "plan")
-    with pytest.raises(PlanError, match="can't be written"):
+    with pytest.raises(WriteError, match="can't write"):
         PLAN.draw(tmp_path / "nowhere" / "plan.svg")
 
 

@@ -7,7 +7,7 @@ import yaml
 from torch import nn
 
 from tests import captured
-from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
+from thesean.errors import PlanError, TargetMismatchError, UnknownNameError, WriteError
 from thesean.passes.plan.make_plan import bind_plan, make_plan
 from thesean.passes.plan.plan import Plan
 from thesean.targets import Target
@@ -148,5 +148,5 @@ def test_a_block_names_its_halves():
 
 
 def test_a_plan_that_can_not_be_written_is_told(tmp_path: Path):
-    with pytest.raises(PlanError, match=r"can't write the plan .*nowhere"):
+    with pytest.raises(WriteError, match=r"can't write .*nowhere"):
         gpt2_plan().to_yaml(tmp_path / "nowhere" / "plan.yaml")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from torch import fx
 
-from thesean.errors import ArtifactError
+from thesean.errors import WriteError
 from thesean.passes.graph.surgery import live_nodes
 from thesean.passes.graph.text import text
+from thesean.scratch import clear, named, telling
+from thesean.write_file import write_text
 
 # A part's path may be long, and a file system stops at 255 letters.
 _LONGEST = 100
@@ -27,31 +30,28 @@ class GraphDump:
     """A folder of numbered files, one a step. Numbers go on behind those of an earlier run: nothing is overwritten."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        try:
+        self.folder = named(folder)
+        with telling(self.folder, "dump_graphs="):
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):  # now, and not after the capture
                 pass
+            clear(self.folder)
             taken = [int(found[1]) for p in self.folder.iterdir() if (found := re.match(r"(\d{3,})-.+\.txt$", p.name))]
-        except OSError as error:
-            raise self._refusal(error) from error
         self.number = max(taken, default=-1) + 1
+        self.failed = False
 
     def write(self, step: str, graph: fx.Graph, outcome: str, part: str, live: bool) -> None:
+        if self.failed:
+            return
         title = f"{step} {part}".strip()
         name = re.sub(r"[^\w.=-]+", "-", title)[:_LONGEST]
         lines = [f"# {title}: {outcome}", *text(graph, live_nodes(graph) if live else None), ""]
         try:
-            (self.folder / f"{self.number:03d}-{name}.txt").write_text("\n".join(lines), encoding="utf-8")
-        except OSError as error:
-            raise self._refusal(error) from error
+            write_text(self.folder / f"{self.number:03d}-{name}.txt", "\n".join(lines))
+        except WriteError as error:  # a full disk should not cost a conversion that may be trained already
+            self.failed = True
+            warnings.warn(f"dump_graphs ends here: {error}", UserWarning, stacklevel=2)
         self.number += 1
-
-    def _refusal(self, error: OSError) -> ArtifactError:
-        return ArtifactError(
-            f"dump_graphs: {self.folder} can't be written: {error.strerror or error}. Choose a folder that you may "
-            "write."
-        )
 
 
 # of this thread and context alone: two conversions side by side write each their own story
@@ -62,7 +62,7 @@ _active: ContextVar[GraphDump | None] = ContextVar("thesean_graph_dump", default
 def dumping(folder: str | Path | None) -> Iterator[None]:
     """Inside, every pass writes the graph that it leaves into `folder`; with None, as before.
 
-    Raises ArtifactError, before anything else happens, when the folder can't be written.
+    Raises WriteError, before anything else happens, when the folder can't be written.
     """
     if folder is None:
         yield

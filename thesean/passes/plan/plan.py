@@ -12,7 +12,9 @@ from thesean.passes.plan.drawing import draw
 from thesean.passes.plan.partition import matches, no_match
 from thesean.passes.plan.rows import KEEP, PlanRows
 from thesean.passes.plan.table import render
+from thesean.scratch import named
 from thesean.targets import Target, resolve
+from thesean.write_file import write_text
 
 _EDITED = "edited: what the new targets cost is counted when the plan is compiled"
 
@@ -77,21 +79,18 @@ class Plan(PlanRows):
 
     def draw(self, path: str | Path) -> Path:
         """A picture, guide above and target below, as .svg or, with matplotlib, .png. Raises PlanError for another
-        format, MissingExtraError.
+        format, MissingExtraError, WriteError.
         """
-        return draw(self, Path(path))
+        return draw(self, named(path))
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """YAML text, written to `path` if given. Edit `target`, `options` and `scope`; the rest is information.
 
-        Raises PlanError for a path that can't be written.
+        Raises WriteError for a path that can't be written.
         """
         text = plan_yaml.dump(self)
         if path is not None:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise PlanError(f"can't write the plan {path}: {error.strerror or error}.") from error
+            write_text(path, text)
         return text
 
     @staticmethod

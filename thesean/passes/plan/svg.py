@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from thesean.errors import MissingExtraError, PlanError
+from thesean.write_file import new_file, write_text
 
 # Of the font's size, for any monospaced font: the width of a text is known before it is drawn
 CHARACTER = 0.602
@@ -81,15 +82,12 @@ class Picture:
     title: str
 
     def write(self, path: Path) -> Path:
-        """In the format that the name ends in. Raises PlanError for an unknown one, or a file that can't be written."""
+        """In the format that the name ends in. Raises PlanError for an unknown one, WriteError."""
         check_format(path)
-        try:
-            if path.suffix.lower() == ".svg":
-                path.write_text(self.svg(), encoding="utf-8")
-            else:
-                self._png(path)
-        except OSError as error:
-            raise PlanError(f"draw {path}: the file can't be written: {error.strerror or error}.") from error
+        if path.suffix.lower() == ".svg":
+            return write_text(path, self.svg())
+        with new_file(path) as made:
+            self._png(made)
         return path
 
     def svg(self) -> str:
