@@ -19,6 +19,7 @@ from typing import Any
 
 from thesean.errors import TheseanError, unknown_name
 from thesean.report import environment
+from thesean.write_file import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -149,10 +150,7 @@ class Run:
         return self.part.replace(self.path)
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        half = self.part.with_suffix(".tmp")
-        half.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        half.replace(self.part)
+        write_text(self.part, json.dumps(self.result, indent=1) + "\n", parents=True)
 
     def _go_on(self) -> None:
         if not self.part.exists() or not is_clean(self.result["commit"]):
