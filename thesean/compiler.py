@@ -22,8 +22,10 @@ from thesean.converted import Converted
 from thesean.deploy.rehearse import unwritable
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
+from thesean.distill.callbacks import checked_loss, checked_metric, telling
 from thesean.distill.data import different, make_feed
 from thesean.distill.losses import warn_of_chance
+from thesean.distill.misfit import naming_misfits
 from thesean.distill.observer import Observer
 from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.stages import align, tune
@@ -34,7 +36,7 @@ from thesean.frontier import finish
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.dump import dumping
-from thesean.passes.graph.modes import seeded
+from thesean.passes.graph.modes import callers_settings, seeded, usual_settings
 from thesean.passes.graph.signature import output_wrapper
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
@@ -124,16 +126,17 @@ def compile(
         recipe=recipe,
         seed=seed,
     )
-    with dumping(dump_graphs), watched(progress) as observer:
-        captured = capture(model, request.example(model), request.dynamic)
+    with usual_settings(), dumping(dump_graphs), watched(progress) as observer:
+        captured = traced(model, request)
         check_trainable(captured, request.settings)
-        bound_plan, training = planned(captured, request, observer)
-        run = None if workdir is None else Workdir.prepare(workdir, bound_plan.plan, request.settings)
-        with seeded(seed):
-            hybrid = build_hybrid(bound_plan, share=True)
-            training = rehearsed(hybrid, training, run)
-            aligned = align(bound_plan, hybrid, training)
-            conversion = tune(hybrid, training, aligned)
+        with naming_misfits(captured, request.sources, request.reading):
+            bound_plan, training = planned(captured, request, observer)
+            run = None if workdir is None else Workdir.prepare(workdir, bound_plan.plan, request.settings)
+            with seeded(seed):
+                hybrid = build_hybrid(bound_plan, share=True)
+                training = rehearsed(hybrid, training, run)
+                aligned = align(bound_plan, hybrid, training)
+                conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
     _warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
     if run is not None:
@@ -196,13 +199,14 @@ def baseline(
         recipe=baseline_recipe(kind, Recipe.resolve(recipe), learning_rate),
         seed=seed,
     )
-    with watched(progress) as observer:
-        captured = capture(model, request.example(model), request.dynamic)
+    with usual_settings(), watched(progress) as observer:
+        captured = traced(model, request)
         check_trainable(captured, request.settings)
-        bound_plan, training = planned(captured, request, observer)
-        with seeded(seed):
-            conversion = train_baseline(bound_plan, training, kind)
-    return finish(bound_plan, training, conversion, start)
+        with naming_misfits(captured, request.sources, request.reading):
+            bound_plan, training = planned(captured, request, observer)
+            with seeded(seed):
+                conversion = train_baseline(bound_plan, training, kind)
+        return finish(bound_plan, training, conversion, start)
 
 
 def plan(
@@ -261,21 +265,28 @@ def plan(
         recipe=recipe,
         seed=seed,
     )
-    captured = capture(model, request.example(model), request.dynamic)
-    if request.is_auto:
-        with watched(progress) as observer:
-            chosen, _ = chosen_plan(captured, request, observer)
-        if not chosen.replaced or not (contexts or batches):
-            return chosen
-        bound_plan = bind_plan(captured, chosen)
-    else:
-        bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
-    if told := told_of(captured):
-        noted = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, *told))
-        bound_plan = replace(bound_plan, plan=noted)
-    if not (contexts or batches):
-        return bound_plan.plan
-    return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
+    with usual_settings():
+        captured = traced(model, request)
+        if request.is_auto:
+            with watched(progress) as observer, naming_misfits(captured, request.sources, request.reading):
+                chosen, _ = chosen_plan(captured, request, observer)
+            if not chosen.replaced or not (contexts or batches):
+                return chosen
+            bound_plan = bind_plan(captured, chosen)
+        else:
+            bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
+        if told := told_of(captured):
+            noted = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, *told))
+            bound_plan = replace(bound_plan, plan=noted)
+        if not (contexts or batches):
+            return bound_plan.plan
+        return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
+
+
+def traced(model: nn.Module, request: Request) -> Captured:
+    """The guide's graph. Its own code runs as the caller had it, and what it draws at random is nobody's loss."""
+    with callers_settings(), torch.random.fork_rng(devices=[]):
+        return capture(model, request.example(model), request.dynamic)
 
 
 @contextmanager
@@ -321,13 +332,14 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     with torch.no_grad():
         first = captured.graph_module(**inputs)
         observed = [first if x is inputs else captured.graph_module(**x) for x in different(captured, inputs)]
-        told = warn_of_chance(request.loss, lambda: wrap(first), batch)
+        with telling("loss(output, batch)"):
+            told = warn_of_chance(request.loss, lambda: wrap(first), batch)
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
     feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
     _warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
-    task = Task(loss=request.loss, metric=request.metric, outputs=outputs, wrap=wrap)
+    task = Task(loss=checked_loss(request.loss), metric=checked_metric(request.metric), outputs=outputs, wrap=wrap)
     training = Training(
         guide=captured.graph_module,
         task=task,

@@ -14,6 +14,7 @@ from torch import fx
 from thesean import artifact
 from thesean.errors import DataError
 from thesean.passes.graph.dump import dumping
+from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import reading
@@ -55,6 +56,8 @@ class Converted:
         try:
             return self._wrap(self.module(**inputs))
         except (IndexError, RuntimeError) as error:
+            if why := self.signature.out_of_range(inputs):
+                raise DataError(f"{why}.") from error
             length, trained = self.signature.check(inputs).get("time"), self.report.train_length
             if length is None or trained is None or length <= trained:
                 raise
@@ -174,5 +177,6 @@ def load(folder: str | Path) -> Converted:
 
     Raises ArtifactError for a folder that is incomplete, altered, or names an operator outside of the allow-list.
     """
-    found = reading(named(folder, "read"), artifact.load)
+    with usual_settings():
+        found = reading(named(folder, "read"), artifact.load)
     return Converted(found.graph_module, found.signature, found.plan, found.report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from thesean.converted import Converted, Frontier
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.stages import Conversion, Snapshot, with_state
 from thesean.distill.training import Training
+from thesean.errors import NumericalError
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
@@ -20,8 +22,16 @@ from thesean.report.conversion import ConversionReport, StageRow
 
 
 def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
-    """The converted network with its report; `start` is when the run began, on the monotonic clock."""
+    """The converted network with its report; `start` is when the run began, on the monotonic clock. Raises
+    NumericalError for one whose outputs are NaN.
+    """
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
+    if not math.isfinite(conversion.final.divergence):
+        raise NumericalError(
+            f"the converted network's outputs on held-out batches are not finite (divergence "
+            f"{conversion.final.divergence}): its target computes NaN or infinity, or training diverged. Lower the "
+            "recipe's learning rates, or choose another target."
+        )
     notes = [
         *feed.notes,
         training.task.outputs.told,

@@ -10,20 +10,25 @@ from typing import Any
 from torch import nn
 
 from thesean.choose.constraints import Constraints, parse_constraints
+from thesean.distill.callbacks import checked_reader
 from thesean.distill.data import Reading, example_inputs_of
 from thesean.distill.outputs import OutputKind
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
-from thesean.errors import PlanError
+from thesean.errors import DataError, PlanError
 from thesean.passes.plan.make_plan import TargetSpec, check_target
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.targets import Target
 
+_LARGEST_SEED = 2**48  # seeds are made of it, and torch takes 64 bits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Raises PlanError, UnknownNameError, TargetMismatchError and RecipeError for what no plan can be made of."""
+    """Raises PlanError, UnknownNameError, TargetMismatchError, RecipeError and DataError for what no plan can be made
+    of.
+    """
 
     target: TargetSpec = "rnn"
     plan: Plan | str | Path | None = None  # a path is read
@@ -77,7 +82,12 @@ class Request:
     @property
     def reading(self) -> Reading:
         """The caller's own words on what is what in a batch."""
-        return Reading(self.inputs, self.labels)
+        return Reading(checked_reader("inputs", self.inputs), checked_reader("labels", self.labels))
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """Where batches come from, by the name of the argument."""
+        return {"data": self.data, "eval_data": self.eval_data}
 
     @property
     def edited(self) -> Plan | None:
@@ -98,7 +108,7 @@ class Request:
 
     def example(self, model: nn.Module) -> Any:
         """What the guide is traced with: the example inputs, else the first batch, else its `dummy_inputs`."""
-        return example_inputs_of(model, self.data, self.example_inputs, self.inputs)
+        return example_inputs_of(model, self.data, self.example_inputs, self.reading.inputs)
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -114,6 +124,16 @@ class Request:
             if not isinstance(given, Iterable) or not all(isinstance(v, kinds) for v in given):
                 what = "names or Targets" if name == "candidates" else "globs over module paths"
                 raise PlanError(f"{name}: expected {what}, found {given!r}.")
+        for name in ("loss", "metric", "inputs", "labels"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise DataError(f"{name}: expected a function, found {function!r}.")
+        for name in ("outputs", "dynamic"):
+            mapping = getattr(self, name)
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise DataError(f"{name}: expected a dict by name, found {mapping!r}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) > _LARGEST_SEED:
+            raise DataError(f"seed: expected a whole number of at most {_LARGEST_SEED}, found {self.seed!r}.")
         for name in ("merge", "target_parts"):
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):

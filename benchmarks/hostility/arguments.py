@@ -14,7 +14,19 @@ import torch
 from torch import nn
 
 import thesean
-from benchmarks.hostility.guides import POSITIONS, WIDTH, WORDS, Blocks, Words, compiled, ids, seeded, sound, vectors
+from benchmarks.hostility.guides import (
+    POSITIONS,
+    QUICK,
+    WIDTH,
+    WORDS,
+    Blocks,
+    Words,
+    compiled,
+    ids,
+    seeded,
+    sound,
+    vectors,
+)
 from benchmarks.hostility.trial import Call, Inputs, check, only_typed
 
 
@@ -30,6 +42,11 @@ def refused(target: Any = "narrow", **arguments: Any) -> Call:
 def worded(**arguments: Any) -> Call:
     """As `said`, of a guide that takes ids."""
     return lambda folder: compiled(seeded(Words), **{"data": ids(), **arguments})
+
+
+def built(build: Any) -> thesean.Target:
+    """A target that is a function of the caller's."""
+    return thesean.Target("mine", build=build)
 
 
 class Endless:
@@ -91,12 +108,10 @@ SAME = {
     "target has a width of NaN": lambda folder: compiled(None, thesean.Target("mlp", width=float("nan"))),
     "target has a width of 2**62": lambda folder: compiled(None, thesean.Target("mlp", width=2**62)),
     "target has a width that is a string": lambda folder: compiled(None, thesean.Target("mlp", width="wide")),
-    "target builds nothing": lambda folder: compiled(None, thesean.Target("mine", build=lambda part: None)),
-    "target builds a failure": lambda folder: compiled(None, thesean.Target("mine", build=lambda part: 1 / 0)),
-    "target builds other shapes": lambda folder: compiled(
-        None, thesean.Target("mine", build=lambda part: nn.Linear(WIDTH, 3))
-    ),
-    "target builds NaN": lambda folder: compiled(None, thesean.Target("mine", build=lambda part: Broken())),
+    "target builds nothing": lambda folder: compiled(None, built(lambda part: None)),
+    "target builds a failure": lambda folder: compiled(None, built(lambda part: 1 / 0)),
+    "target builds other shapes": lambda folder: compiled(None, built(lambda part: nn.Linear(WIDTH, 3))),
+    "target builds NaN": only_typed(lambda folder: compiled(None, built(lambda part: Broken()))),
     "model is None": only_typed(lambda folder: thesean.compile(None, "narrow", data=vectors())),  # type: ignore[arg-type]
     "model is a class": only_typed(lambda folder: thesean.compile(Blocks, "narrow", data=vectors())),  # type: ignore[arg-type]
     "model is a function": only_typed(lambda folder: thesean.compile(torch.relu, "narrow", data=vectors())),  # type: ignore[arg-type]
@@ -191,9 +206,7 @@ IDS = {
     "ids that are floats": only_typed(worded(data=[x.float() for x in ids()])),
     "a sequence past the table of positions": only_typed(worded(data=ids(time=POSITIONS + 1))),
     "a sequence past the table in a later batch": only_typed(worded(data=[*ids(8), *ids(1, time=POSITIONS + 1)])),
-    "a sequence past the table in the middle": only_typed(
-        worded(data=[*ids(3), *ids(1, time=POSITIONS + 1), *ids(6)])
-    ),
+    "a sequence past the table in the middle": only_typed(worded(data=[*ids(3), *ids(1, time=POSITIONS + 1), *ids(6)])),
     "a sequence past the table in eval_data": only_typed(worded(eval_data=ids(2, time=POSITIONS + 1))),
     "labels past the classes": worded(data=[(x, changed(x, WORDS)) for x in ids()], loss=thesean.cross_entropy),
     "labels that are negative": worded(data=[(x, changed(x, -7)) for x in ids()], loss=thesean.cross_entropy),
@@ -299,9 +312,7 @@ PLAN = {
     "recipe has a learning rate of zero": said(recipe={"steps": 4, "alignment": {"learning_rate": 0.0}}),
     "recipe has a learning rate of NaN": refused(recipe={"steps": 4, "alignment": {"learning_rate": float("nan")}}),
     "recipe has a learning rate of 1e30": said(recipe={"steps": 4, "fine_tuning": {"learning_rate": 1e30}}),
-    "recipe has an infinite learning rate": refused(
-        recipe={"steps": 4, "alignment": {"learning_rate": float("inf")}}
-    ),
+    "recipe has an infinite learning rate": refused(recipe={"steps": 4, "alignment": {"learning_rate": float("inf")}}),
     "recipe has an unknown measure": refused(recipe={"alignment": {"measure": "kca"}}),
     "recipe has a share of 2": refused(recipe={"alignment": {"share": 2.0}}),
     "plan is a number": refused("rnn", plan=3),
@@ -392,9 +403,15 @@ def baseline(**arguments: Any) -> Any:
     )
 
 
-def in_inference_mode(folder: Path) -> None:
+def all_in_inference_mode(folder: Path) -> None:
     with torch.inference_mode():
-        converted = compiled()
+        compiled()
+
+
+def in_inference_mode(folder: Path) -> None:
+    guide, data = seeded(Blocks), vectors()
+    with torch.inference_mode():
+        converted = compiled(guide, data=data)
     check(all(not p.is_inference() for p in converted.module.parameters()), "weights that can't be trained")
     converted(vectors(1)[0]).square().mean().backward()
 
@@ -414,10 +431,12 @@ def defaulting(dtype: torch.dtype) -> Call:
         try:
             found = compiled(guide, data=data)
             check(torch.get_default_dtype() == dtype, "the default dtype changed")
+            there = found(data[0])
         finally:
             torch.set_default_dtype(torch.float32)
         check({p.dtype for p in found.module.parameters()} == {torch.float32}, "weights of another dtype")
-        difference = (found(data[0]) - usual(data[0])).abs().max()
+        check(torch.equal(there, found(data[0])), "numbers that depend on the default dtype")
+        difference = (there - usual(data[0])).abs().max()
         check(difference < 1e-3, f"other numbers than in float32: {difference:.1e} apart")
 
     return calling
@@ -440,8 +459,10 @@ def cuda_batches() -> list[Any]:
 
 
 def with_default_device(folder: Path) -> None:
+    guide, data = seeded(Blocks), vectors()
     with torch.device("meta"):
-        compiled(seeded(Blocks))
+        converted = thesean.compile(guide, "narrow", data=data, recipe=QUICK, progress=False)
+    sound(converted)
 
 
 def under_autocast(folder: Path) -> None:
@@ -464,6 +485,7 @@ def with_anomalies_detected(folder: Path) -> None:
 
 AROUND: Inputs = {
     "inference mode around the call": in_inference_mode,
+    "inference mode around the guide too": all_in_inference_mode,
     "no_grad around the call": without_gradients,
     "a default dtype of float64": defaulting(torch.float64),
     "a default dtype of bfloat16": defaulting(torch.bfloat16),

@@ -70,7 +70,8 @@ def compiled(guide: nn.Module | None = None, target: Any = "narrow", **arguments
         converted = thesean.compile(guide, target, **arguments)
     finally:
         after = guide.state_dict()
-        check(all(torch.equal(after[k], v) for k, v in before.items()), "the guide's weights changed")
+        same = (torch.equal(after[k].nan_to_num(7.0), v.nan_to_num(7.0)) for k, v in before.items())
+        check(all(same), "the guide's weights changed")
         now = [(p.requires_grad, p.grad is None) for p in guide.parameters()], [m.training for m in guide.modules()]
         check(flags == now, "the guide's flags changed")
     return sound(converted)

@@ -19,7 +19,7 @@ class Constraints(BaseModel):
     the cost of one more token with the state carried, which only a plan without a kept attention can have.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     latency_ms: float | None = Field(default=None, gt=0)
     speedup: float | None = Field(default=None, gt=0, description="over the guide's latency there")

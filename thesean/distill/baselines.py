@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from thesean.distill.fine_tune import fine_tune
@@ -21,6 +22,8 @@ def baseline_recipe(kind: BaselineKind, recipe: Recipe, learning_rate: float | N
     """The recipe's steps and clipping, all of them end to end; "distillation" keeps its weight and annealing."""
     if kind not in KINDS:
         raise unknown_name("baseline", kind, KINDS)
+    if learning_rate is not None and not (isinstance(learning_rate, float | int) and 0 < learning_rate < math.inf):
+        raise DataError(f"learning_rate: expected a number above 0, found {learning_rate!r}.")
     tuning = recipe.fine_tuning
     settings = {
         "share": 1.0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from thesean.distill.callbacks import each_of
 from thesean.distill.task import Batch, InputsOf, LabelsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
@@ -39,23 +40,27 @@ class Batches:
     signature: Signature
     device: torch.device
     reading: Reading = _GUESSED
+    name: str = "data"
+    start: int = 0  # the number of the first batch, for what is told
 
     def __post_init__(self) -> None:
-        check_readable(self.data)
+        check_readable(self.data, self.name)
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
         """Pairs of the batch as it came, or of (batch, labels) where the caller tells these, and the graph's inputs."""
         inputs_of, labels_of = self.reading
-        for number, batch in enumerate(self.data):
+        for number, batch in enumerate(each_of(self.data, self.name), self.start):
+            place = f"batch {number}" if self.name == "data" else f"{self.name}, batch {number}"
             try:
                 inputs = named_inputs(batch if inputs_of is None else inputs_of(batch), self.signature)
                 self.signature.check(inputs)
+                check_not_empty(inputs)
             except DataError as error:
-                raise DataError(f"batch {number}: {error}") from None
+                raise DataError(f"{place}: {error}") from None
             for name, value in inputs.items():
                 if value.device != self.device:
                     raise DataError(
-                        f"batch {number}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
+                        f"{place}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
                     )
             # autograd can't save tensors that were made in inference mode
             told = batch if labels_of is None else (batch, labels_of(batch))
@@ -66,19 +71,26 @@ class Batches:
         return list(itertools.islice(self, count))
 
 
-def check_readable(data: Any) -> None:
+def check_readable(data: Any, name: str = "data") -> None:
     """Raises DataError unless `data` is an iterable of at least one batch that can be read again."""
     if isinstance(data, Iterator):
         raise DataError(
-            "data is an iterator, which can be read only once. Pass a list or a DataLoader, or an object whose "
+            f"{name} is an iterator, which can be read only once. Pass a list or a DataLoader, or an object whose "
             "__iter__ starts anew."
         )
     if isinstance(data, torch.Tensor):
-        raise DataError("data is one tensor; expected an iterable of batches. Wrap it: data=[x].")
+        raise DataError(f"{name} is one tensor; expected an iterable of batches. Wrap it: {name}=[x].")
     if not isinstance(data, Iterable):
-        raise DataError(f"data is a {type(data).__name__}; expected an iterable of batches.")
-    if next(iter(data), None) is None:
-        raise DataError("data is empty: expected at least one batch.")
+        raise DataError(f"{name} is a {type(data).__name__}; expected an iterable of batches.")
+    if next(each_of(data, name), None) is None:
+        raise DataError(f"{name} is empty: expected at least one batch.")
+
+
+def check_not_empty(inputs: Mapping[str, torch.Tensor]) -> None:
+    """Raises DataError for a batch without rows, or of sequences without steps: there is nothing to learn from it."""
+    for name, value in inputs.items():
+        if not value.numel():
+            raise DataError(f"{name!r} is empty, of shape {tuple(value.shape)}. Leave such batches out.")
 
 
 def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
@@ -181,7 +193,14 @@ class Feed:
 
     def _forever(self) -> Iterator[Batch]:
         while True:
-            yield from self.batches
+            batch = None
+            for batch in self.batches:
+                yield batch
+            if batch is None:  # or this would go on for ever
+                raise DataError(
+                    "data gave no batch when it was read again. Pass a list or a DataLoader, or an object whose "
+                    "__iter__ starts anew."
+                )
 
     def take(self, count: int) -> list[Batch]:
         """At most `count` batches of one pass, from its start."""
@@ -197,11 +216,11 @@ def example_inputs_of(
     if data is not None:
         check_readable(data)
         if inputs is not None:
-            return inputs(next(iter(data)))
+            return inputs(next(each_of(data, "data")))
         # what is no module is refused by the capture
         places = forward_parameters(unwrapped(model)).values() if isinstance(model, nn.Module) else ()
         takes = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in places)
-        return example_of(next(iter(data)), takes)
+        return example_of(next(each_of(data, "data")), takes)
     return getattr(model, "dummy_inputs", None)
 
 
@@ -242,7 +261,11 @@ def make_feed(
         held_out = batches.first(_STAGE_BATCHES)
         notes.append("no eval_data given: measured on training batches")
     else:
-        held_out = list(Batches(held_source, signature, device, reading))
+        name = "data" if eval_data is None else "eval_data"
+        start = len(data) if eval_data is None and isinstance(data, Sized) else 0
+        held_out, more = _all_of(Batches(held_source, signature, device, reading, name, start))
+        if more:
+            warnings.append(f"eval_data has no len() and did not end: measured on its first {len(held_out)} batches")
     first, read = batches.first(1)[0]
     labels = labels_in(first, 1 if reading.labels else len(signature.inputs))
     if reading == _GUESSED and isinstance(first, (tuple, list)) and len(first) > 2:
@@ -260,6 +283,23 @@ def make_feed(
         notes=(*warnings, *notes),
         warnings=tuple(warnings),
     )
+
+
+_MOST_HELD, _MOST_HELD_BYTES = 1024, 2**31
+
+
+def _all_of(batches: Batches) -> tuple[list[Batch], bool]:
+    """The batches, and whether there are more: of what tells no length, which may have no end, as many as fit."""
+    if isinstance(batches.data, Sized):
+        return list(batches), False
+    found: list[Batch] = []
+    size = 0
+    for batch in batches:
+        if len(found) == _MOST_HELD or size > _MOST_HELD_BYTES:
+            return found, True
+        found.append(batch)
+        size += sum(v.nbytes for v in batch[1].values())
+    return found, False
 
 
 def _longest(captured: Captured) -> int:

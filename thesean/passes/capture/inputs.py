@@ -58,6 +58,12 @@ def check_guide(model: nn.Module) -> None:
             f"the guide is spread over {sorted(map(str, devices))}; expected one device. Load it without a device map "
             "or offloading, or call model.to(device)."
         )
+    inferred = [name for name, p in model.named_parameters() if p.is_inference()]
+    if inferred:
+        raise DataError(
+            f"the guide's parameter {inferred[0]!r} was made in torch.inference_mode, and can't be traced with "
+            "gradients. Build or load the guide outside of it."
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     on_meta = [name for name, t in tensors if t.device.type == "meta"]
     if on_meta:
@@ -123,4 +129,6 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
     for name, value in named.items():
         if device is not None and value.device != device:
             raise DataError(f"input {name!r} is on {value.device}, the guide on {device}. Move one of them.")
+        if not value.numel():
+            raise DataError(f"input {name!r} is empty, of shape {tuple(value.shape)}: nothing can be traced with it.")
     return named

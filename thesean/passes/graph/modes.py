@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -76,6 +77,49 @@ def _same(found: object, value: torch.Tensor) -> bool:
         and torch.equal(found.isnan(), value.isnan())
         and torch.equal(found.nan_to_num(), value.nan_to_num())
     )
+
+
+# of whoever called Thesean, while torch's default dtype is the usual one
+_callers_dtype: ContextVar[torch.dtype | None] = ContextVar("thesean_callers_dtype", default=None)
+
+
+@contextmanager
+def usual_settings() -> Iterator[None]:
+    """torch makes tensors as in a fresh process inside: in float32, on the CPU, such that they can be trained, and
+    computes in the precision of what it is given.
+    """
+    before = torch.get_default_dtype()
+    token = _callers_dtype.set(before)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            _set_default_dtype(torch.float32)
+            yield
+    finally:
+        _set_default_dtype(before)
+        _callers_dtype.reset(token)
+
+
+@contextmanager
+def callers_settings() -> Iterator[None]:
+    """The caller's default dtype inside, for code that is the caller's."""
+    before, theirs = torch.get_default_dtype(), _callers_dtype.get()
+    try:
+        if theirs is not None:
+            _set_default_dtype(theirs)
+        yield
+    finally:
+        _set_default_dtype(before)
+
+
+def _set_default_dtype(dtype: torch.dtype) -> None:
+    if torch.get_default_dtype() != dtype:  # it is the whole process's: untouched where it can be
+        torch.set_default_dtype(dtype)
 
 
 @contextmanager

@@ -90,6 +90,17 @@ class Signature:
                     )
         return sizes
 
+    def out_of_range(self, inputs: dict[str, torch.Tensor]) -> str:
+        """What is wrong with ids that no table holds, "" where nothing is known to be. Reads all of them."""
+        for spec in self.inputs:
+            value = inputs[spec.name]
+            if spec.high is None or value.is_floating_point() or not value.numel():
+                continue
+            low, high = (int(v) for v in value.aminmax())
+            if low < 0 or high >= spec.high:
+                return f"{spec.name} holds {low if low < 0 else high}; expected ids from 0 to {spec.high - 1}"
+        return ""
+
     def random_inputs(
         self, sizes: dict[str, int], seed: int = 0, device: str = "cpu", fresh: bool = False
     ) -> dict[str, torch.Tensor]:

@@ -1,0 +1,128 @@
+"""Functions and iterables of the caller's: what they raise or return is told as the argument that they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from thesean.distill.callbacks import checked_loss, checked_metric, checked_reader, each_of
+from thesean.errors import DataError, NumericalError
+from thesean.passes.graph.modes import usual_settings
+
+OUTPUT = torch.ones(2, 3)
+
+
+def giving(value: Any) -> Any:
+    return lambda output, batch: value
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.ones(3), r"a tensor of shape \(3,\); expected a real scalar"),
+        (torch.ones(()) * 1j, "complex numbers"),
+        (None, "NoneType"),
+        ((OUTPUT.mean(), 1), "tuple"),
+        ("0.5", "str"),
+    ],
+)
+def test_what_is_no_loss_is_told(value, found):
+    loss = checked_loss(giving(value))
+    assert loss is not None
+    with pytest.raises(DataError, match=rf"loss\(output, batch\) returned {found}"):
+        loss(OUTPUT, None)
+
+
+@pytest.mark.parametrize("value", [OUTPUT.mean(), OUTPUT.mean().reshape(1), 0.5, 1])
+def test_a_loss_comes_back_as_it_is(value):
+    loss = checked_loss(giving(value))
+    assert loss is not None
+    assert loss(OUTPUT, None) is value
+
+
+@pytest.mark.parametrize("value", ["high", None, [1.0], 1j, OUTPUT])
+def test_what_is_no_metric_is_told(value):
+    metric = checked_metric(giving(value))
+    assert metric is not None
+    with pytest.raises(DataError, match=r"metric\(output, batch\) returned .*expected a number"):
+        metric(OUTPUT, None)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor([0.5]), 0.5, True])
+def test_a_metric_is_a_number(value):
+    metric = checked_metric(giving(value))
+    assert metric is not None
+    assert metric(OUTPUT, None) == float(value)
+
+
+def test_what_is_not_given_is_not_checked():
+    assert checked_loss(None) is None
+    assert checked_metric(None) is None
+    assert checked_reader("inputs", None) is None
+
+
+def failing(*_: Any) -> Any:
+    return {}["y"]
+
+
+def test_what_the_callers_code_raises_names_argument_and_line():
+    loss, metric, read = checked_loss(failing), checked_metric(failing), checked_reader("labels", failing)
+    assert loss is not None
+    assert metric is not None
+    assert read is not None
+    place = r"raised KeyError: 'y' at .*test_callbacks\.py, line \d+, in failing: return"
+    with pytest.raises(DataError, match=rf"loss\(output, batch\) {place}") as told:
+        loss(OUTPUT, None)
+    assert isinstance(told.value.__cause__, KeyError)
+    with pytest.raises(DataError, match=rf"metric\(output, batch\) {place}"):
+        metric(OUTPUT, None)
+    with pytest.raises(DataError, match=rf"labels\(batch\) {place}"):
+        read(None)
+
+
+@pytest.mark.parametrize("error", [NumericalError("ours"), MemoryError(), KeyboardInterrupt()])
+def test_our_own_errors_and_those_of_the_machine_pass(error):
+    def raising(*_: Any) -> Any:
+        raise error
+
+    loss = checked_loss(raising)
+    assert loss is not None
+    with pytest.raises(type(error)):
+        loss(OUTPUT, None)
+
+
+def test_an_iterable_that_fails_names_the_batch():
+    def batches() -> Any:
+        yield from (1, 2)
+        raise OSError("gone")
+
+    found = each_of(batches(), "eval_data")
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(DataError, match=r"eval_data, batch 2: raised OSError: gone at .*test_callbacks\.py"):
+        next(found)
+    with pytest.raises(DataError, match="data raised TypeError"):
+        list(each_of(3, "data"))
+
+
+def test_the_callers_code_has_the_callers_default_dtype():
+    seen = []
+
+    def loss(output: Any, batch: Any) -> Any:
+        seen.append(torch.get_default_dtype())
+        return output.mean()
+
+    checked = checked_loss(loss)
+    assert checked is not None
+    torch.set_default_dtype(torch.float64)
+    try:
+        with usual_settings():
+            assert torch.get_default_dtype() == torch.float32
+            checked(OUTPUT, None)
+            assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    checked(OUTPUT, None)
+    assert seen == [torch.float64, torch.float32]

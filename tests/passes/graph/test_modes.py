@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from thesean.passes.graph.modes import callers_settings, usual_settings
+
+
+def test_tensors_are_made_as_in_a_fresh_process_whatever_the_caller_has_set():
+    around = (torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16))
+    for setting in around:
+        with setting, usual_settings():
+            made = torch.ones(2, 2, requires_grad=True)
+            assert (made.device.type, made.dtype, (made @ made).dtype) == ("cpu", torch.float32, torch.float32)
+            (made @ made).sum().backward()
+            assert made.grad is not None
+
+
+def test_settings_are_the_callers_again_afterwards_even_after_an_error():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(KeyError), torch.inference_mode(), usual_settings():
+            assert torch.ones(1).dtype == torch.float32
+            with callers_settings():
+                assert torch.ones(1).dtype == torch.float64
+            raise KeyError
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with callers_settings():
+        assert torch.ones(1).dtype == torch.float32

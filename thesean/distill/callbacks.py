@@ -1,0 +1,93 @@
+"""The caller's own functions: what they raise or return is told in terms of the argument that they were given as."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+from thesean.distill.task import Loss, Metric
+from thesean.errors import DataError, TheseanError
+from thesean.passes.capture.explain import short, where_of
+from thesean.passes.graph.modes import callers_settings
+
+
+@contextmanager
+def telling(what: str) -> Iterator[None]:
+    """What the caller's code raises becomes a DataError that names it and the line."""
+    try:
+        with callers_settings():
+            yield
+    except (TheseanError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{what} raised {short(error)}{where_of(error)}.") from error
+
+
+def checked_loss(loss: Loss | None) -> Loss | None:
+    """Raises DataError for what no loss can be. A plain number will do where nothing is trained on it."""
+    if loss is None:
+        return None
+
+    @wraps(loss)
+    def checked(output: Any, batch: Any) -> Any:
+        with telling("loss(output, batch)"):
+            value = loss(output, batch)
+        if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
+            kind = "complex numbers" if value.is_complex() else f"a tensor of shape {tuple(value.shape)}"
+            raise DataError(f"loss(output, batch) returned {kind}; expected a real scalar, such as a mean.")
+        if not isinstance(value, (torch.Tensor, numbers.Real)):
+            raise DataError(f"loss(output, batch) returned {type(value).__name__}; expected a scalar tensor.")
+        return value
+
+    return checked
+
+
+def checked_metric(metric: Metric | None) -> Metric | None:
+    """Raises DataError for what is no number."""
+    if metric is None:
+        return None
+
+    @wraps(metric)
+    def checked(output: Any, batch: Any) -> float:
+        with telling("metric(output, batch)"):
+            value = metric(output, batch)
+        is_scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
+        if not is_scalar and not isinstance(value, numbers.Real):
+            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:40]
+            raise DataError(f"metric(output, batch) returned {found}; expected a number.")
+        return float(value)
+
+    return checked
+
+
+def checked_reader(name: str, read: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
+    """`inputs=` or `labels=`."""
+    if read is None:
+        return None
+
+    @wraps(read)
+    def checked(batch: Any) -> Any:
+        with telling(f"{name}(batch)"):
+            return read(batch)
+
+    return checked
+
+
+def each_of(data: Any, name: str) -> Iterator[Any]:
+    """The items of the caller's iterable."""
+    with telling(name):
+        items = iter(data)
+    number = 0
+    while True:
+        with telling(f"{name}, batch {number}:"):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item
+        number += 1
