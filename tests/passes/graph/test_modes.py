@@ -17,13 +17,16 @@ def test_tensors_are_made_as_in_a_fresh_process_whatever_the_caller_has_set():
 
 
 def test_settings_are_the_callers_again_afterwards_even_after_an_error():
+    def failing() -> None:
+        assert torch.ones(1).dtype == torch.float32
+        with callers_settings():
+            assert torch.ones(1).dtype == torch.float64
+        raise KeyError
+
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(KeyError), torch.inference_mode(), usual_settings():
-            assert torch.ones(1).dtype == torch.float32
-            with callers_settings():
-                assert torch.ones(1).dtype == torch.float64
-            raise KeyError
+            failing()
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
