@@ -151,7 +151,7 @@ def load(folder: str | Path) -> Artifact:
     if _digest(body) != document.get("sha256"):
         raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
     try:
-        has_example = _EXAMPLE in body["files_sha256"] and (folder / _EXAMPLE).exists()
+        has_example = _EXAMPLE in body["files_sha256"] and (folder / _EXAMPLE).is_file()
         for name in (_WEIGHTS, _PLAN, _REPORT, *((_EXAMPLE,) if has_example else ())):
             if _file_digest(folder / name) != body["files_sha256"][name]:
                 raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")

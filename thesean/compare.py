@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from thesean.converted import Converted
+from thesean.distill.callbacks import each_of
 from thesean.errors import DataError, NumericalError
 from thesean.module_outputs import module_outputs, select_modules
+from thesean.passes.capture.explain import short, where_of
 from thesean.passes.graph.modes import evaluating
 from thesean.report.comparison import Comparison
 from thesean.similarity import Measure, get_measure
@@ -70,7 +72,7 @@ def compare(
     labels: tuple[tuple[str, ...], tuple[str, ...]] | None = None
     count = skipped = 0
     with evaluating(model_a), evaluating(model_b):
-        for number, batch in enumerate(data):
+        for number, batch in enumerate(each_of(data, "data")):
             mask = batch.get("attention_mask") if flatten == "token" and isinstance(batch, Mapping) else None
             keep = _keeper(by_gram, flatten, mask, len(names_a) + len(names_b))
             try:
@@ -79,6 +81,9 @@ def compare(
                 n = _rows_of(a, b)
             except (DataError, NumericalError) as error:
                 raise type(error)(f"batch {number}: {error}") from error
+            except (IndexError, RuntimeError) as error:
+                told = f"a model does not run on it{where_of(error)}: {short(error)}"
+                raise DataError(f"batch {number}: {told}.") from error
             found = (tuple(a), tuple(b))
             labels = labels or found
             if found != labels:
@@ -108,6 +113,8 @@ def compare(
 def _network(model: nn.Module | Converted) -> tuple[nn.Module, str, Paths]:
     """What is run, what it is called, and whose places the modules of a conversion have taken."""
     if not isinstance(model, Converted):
+        if not isinstance(model, nn.Module):
+            raise DataError(f"expected a model, found {type(model).__name__}.")
         return model, type(model).__name__, {}
     parts = model.plan.replaced
     paths: Paths = {}

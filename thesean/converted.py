@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from thesean import artifact
-from thesean.errors import DataError
+from thesean.errors import ArtifactError, DataError
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature, output_wrapper
@@ -53,6 +53,10 @@ class Converted:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the guide is called, by position or by name. Raises DataError for inputs that don't fit."""
         inputs = self.signature.bind(args, kwargs)
+        home = next((p.device for p in self.module.parameters()), None)
+        for name, value in inputs.items():
+            if home is not None and value.device != home:
+                raise DataError(f"{name} is on {value.device}, the network on {home}. Move one of them.")
         try:
             return self._wrap(self.module(**inputs))
         except (IndexError, RuntimeError) as error:
@@ -127,6 +131,11 @@ class Converted:
         """
         from thesean.deploy.timing.latency import benchmark
 
+        for name, numbers in {"contexts": contexts, "batch": (batch,), "repeats": (repeats,)}.items():
+            is_list = isinstance(numbers, Sequence) and not isinstance(numbers, str) and len(numbers)
+            if not is_list or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+                found_there = numbers if name == "contexts" else numbers[0]
+                raise DataError(f"{name}: expected whole numbers of 1 or more, found {found_there!r}.")
         beside = self.frontier[0].module if guide and self.frontier else None
         found, note = benchmark(
             self.module, self.signature, guide=beside, contexts=contexts, batch=batch, repeats=repeats,
@@ -177,6 +186,12 @@ def load(folder: str | Path) -> Converted:
 
     Raises ArtifactError for a folder that is incomplete, altered, or names an operator outside of the allow-list.
     """
-    with usual_settings():
-        found = reading(named(folder, "read"), artifact.load)
+    folder = named(folder, "read", ArtifactError)
+    try:
+        with usual_settings(), torch.random.fork_rng(devices=[]):  # modules are made, and filled with what was saved
+            found = reading(folder, artifact.load)
+    except OSError as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"can't read {folder}: {error.strerror or error}.") from error
     return Converted(found.graph_module, found.signature, found.plan, found.report)

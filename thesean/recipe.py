@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from thesean.errors import TheseanError, unknown_name
+from thesean.scratch import named
 from thesean.write_file import write_text
 
 Positions = Literal["clamp", "wrap", "drop", "refuse"]
@@ -113,7 +114,8 @@ class Recipe(_Settings):
     def from_yaml(path: str | Path) -> Recipe:
         """Raises RecipeError that names the wrong setting."""
         try:
-            return _validated(yaml.safe_load(Path(path).read_text(encoding="utf-8")), str(path))
+            text = named(path, "read", RecipeError).read_text(encoding="utf-8")
+            return _validated(yaml.safe_load(text), str(path))
         except OSError as error:
             raise RecipeError(f"can't read the recipe {path}: {error.strerror or error}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -64,7 +64,7 @@ def standing(folder: Path) -> Path:
     """Where the content of `folder` is: there, but after a replacement that was killed between two moves."""
     if folder.exists():
         return folder
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     moved = [p for room in scratches(real) for p in room.glob(f"{_EARLIER}*")]
     return max(moved, key=lambda p: (p.parent.stat().st_mtime, p.name), default=folder)
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from thesean.errors import ArtifactError, WriteError
+from thesean.errors import TheseanError, WriteError
 
 try:
     import fcntl
@@ -31,9 +31,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP)
 
 
-def named(path: Any, verb: str = "write") -> Path:
-    """`path`, as no more than a name. Raises WriteError for what can't be one; ArtifactError with another verb."""
-    kind = WriteError if verb == "write" else ArtifactError
+def named(path: Any, verb: str = "write", kind: type[TheseanError] = WriteError) -> Path:
+    """`path`, as no more than a name. Raises an error of this kind for what can't be one."""
     if not isinstance(path, (str, os.PathLike)):
         raise kind(f"can't {verb} {path!r}: expected a path, found {type(path).__name__}.")
     try:

@@ -7,6 +7,7 @@ what it was. executed: a file that nothing but foreign code writes. The last fou
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -41,6 +42,10 @@ _BYTES = 6 * 2**30  # of addresses beyond what the process has at the start: a b
 
 class Wrong(AssertionError):
     """A result that isn't right."""
+
+
+class Lost(AssertionError):
+    """Something of the user's is no longer what it was."""
 
 
 def check(holds: Any, told: str) -> None:
@@ -111,6 +116,8 @@ def _wait(child: int) -> bool:
 
 
 def _in_child(call: Call, folder: Path) -> tuple[str, str]:
+    faulthandler.disable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
@@ -129,8 +136,8 @@ def _in_child(call: Call, folder: Path) -> tuple[str, str]:
         verdict, said = "right", ""
     except TheseanError as error:
         verdict, said = "typed", f"{type(error).__name__}: {error}"
-    except Wrong as error:
-        verdict, said = "wrong", str(error)
+    except (Wrong, Lost) as error:
+        verdict, said = type(error).__name__.lower(), str(error)
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         place = next((f"{f.filename}:{f.lineno}" for f in reversed(frames) if "thesean/" in f.filename), "")

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -159,13 +160,14 @@ class Killed(BaseException):
 def test_what_was_killed_at_any_move_is_cleaned_by_the_next_export(move, tmp_path, monkeypatch):
     write(tmp_path / "m.onnx", 1.0, beside=True)
 
-    def killed(*_: object) -> None:
+    def killed(*_: object) -> Any:
         raise Killed
 
     with monkeypatch.context() as patched:
-        if move != "removal":
-            patched.setattr(*{"weights": (onnx_file.shutil, "move"), "model": (onnx_file.os, "replace")}[move], killed)
-        patched.setattr(onnx_file, "_remove_weights", killed if move == "removal" else lambda *_: None)
+        places = {"weights": (onnx_file.shutil, "move"), "model": (onnx_file.os, "replace")}
+        patched.setattr(onnx_file, "_remove_weights", lambda name, own=None: own and killed())
+        patched.setattr(*places.get(move, (onnx_file, "_mentions")), killed)
+        patched.setattr(Path, "unlink", killed)
         patched.setattr(scratch, "remove", lambda _: None)
         with pytest.raises(Killed):
             write(tmp_path / "m.onnx", 2.0, beside=True)

@@ -125,6 +125,8 @@ def export(
     signature = cast_signature(signature, dtypes)
     file_dtype = dtype or torch.float32
     tolerance = PARITY[file_dtype] if tolerance is None else tolerance
+    if isinstance(tolerance, bool) or not isinstance(tolerance, float | int) or not 0 < tolerance < float("inf"):
+        raise ExportError(f"tolerance: expected a number above 0, found {tolerance!r}.")
     wanted = _parse(stateful)
     with draft(path) as drafted:  # first of all: an unwritable folder should not cost an export
         module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with

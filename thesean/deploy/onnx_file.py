@@ -7,13 +7,12 @@ moment the model of that name finds the weights that it was written with.
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thesean.errors import ExportError
-from thesean.scratch import followed, leftovers, named, remove, scratch, sync, telling
+from thesean.scratch import followed, leftovers, named, remove, scratch, scratches, sync, telling
 from thesean.write_file import made_in, mode_kept
 
 if TYPE_CHECKING:
@@ -80,18 +79,20 @@ class Draft:
 
     def publish(self) -> None:
         """Take the name, the weights before the model. The weights of what had it before go."""
-        earlier = weights_of(self.name)
-        moving = [p.name for p in (self.weights, earlier) if p is not None]
-        (self.path.parent / _MOVING).write_text(json.dumps(moving), encoding="utf-8")  # for whoever finds it killed
         for made in (self.weights, self.path):
             if made is not None:
                 sync(made)
         try:
             if self.weights is not None:
+                (self.path.parent / _MOVING).write_text(self.weights.name, encoding="utf-8")  # for who cleans up then
                 self.weights = Path(shutil.move(self.weights, self.name.with_name(self.weights.name)))
             os.replace(self.path, self.name)
-        finally:
-            _remove_weights(self.name, moving)
+        except BaseException:
+            if self.weights is not None:
+                with suppress(OSError):
+                    self.weights.unlink()
+            raise
+        _remove_weights(self.name, self.path.parent)
 
 
 @contextmanager
@@ -107,8 +108,8 @@ def draft(path: Any) -> Iterator[Draft]:
         name.parent.mkdir(parents=True, exist_ok=True)
         mode = mode_kept(name)
         for left in leftovers(name):
-            _remove_weights(name, _moving(left))
             remove(left)
+        _remove_weights(name)
         with scratch(name) as folder:
             made = Draft(made_in(folder, name), name)
             made.path.touch()
@@ -117,23 +118,29 @@ def draft(path: Any) -> Iterator[Draft]:
             yield made
 
 
-def _moving(left: Path) -> list[str]:
-    """The weights that a killed process was moving or removing."""
-    try:
-        return [str(name) for name in json.loads((left / _MOVING).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def _remove_weights(name: Path, weights: Iterable[str]) -> None:
-    """Those of our making that neither the model of that name nor another one beside it tells of."""
+def _remove_weights(name: Path, own: Path | None = None) -> None:
+    """Those of our making beside a model of that name that neither it nor another one tells of, and that no process is
+    about to give it, but for whoever has the scratch folder `own`.
+    """
+    prefix = _shortened(name.name) + "."
+    found = [p for p in name.parent.iterdir() if p.name.startswith(prefix) and _OURS.fullmatch(p.name)]
+    if not found:
+        return
+    # in this order: what was there before and is told of neither now will not be
+    moving = {word for room in scratches(name) if room != own for word in _moving(room)}
     standing = weights_of(name)
-    others = [p for p in name.parent.glob("*.onnx") if p != name and p.is_file()]
-    for weight in weights:
-        found = name.with_name(weight)
-        if found != standing and _OURS.fullmatch(weight) and not any(_mentions(p, weight) for p in others):
+    others = [p for p in name.parent.glob("*.onnx*") if p != name and p not in found and p.is_file()]
+    for path in found:
+        if path != standing and path.name not in moving and not any(_mentions(p, path.name) for p in others):
             with suppress(OSError):
-                found.unlink()
+                path.unlink()
+
+
+def _moving(room: Path) -> list[str]:
+    try:
+        return [(room / _MOVING).read_text(encoding="utf-8")]
+    except (OSError, ValueError):
+        return []
 
 
 def _mentions(path: Path, word: str) -> bool:

@@ -48,7 +48,7 @@ def write_report(
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The report as a dict, "rows" as a list of dicts. Raises ArtifactError when it is missing or incomplete."""
-    path = Path(path)
+    path = named(path, "read", ArtifactError)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

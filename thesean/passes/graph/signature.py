@@ -80,6 +80,8 @@ class Signature:
                 raise DataError(
                     f"{spec.name}: expected {spec.dtype}, found {value.dtype}. Convert it: x.to({spec.dtype})."
                 )
+            if value.layout != torch.strided:
+                raise DataError(f"{spec.name}: expected a dense tensor, found one of {value.layout}: x.to_dense().")
             if value.ndim != len(spec.shape):
                 raise DataError(f"expected {spec.describe()}, found shape {tuple(value.shape)}.")
             for want, have in zip(spec.shape, value.shape, strict=True):

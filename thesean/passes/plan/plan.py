@@ -29,8 +29,12 @@ class Plan(PlanRows):
         return render(self)
 
     def target_of(self, path: str) -> Target | None:
-        """The target of a part, or None where it is kept. Raises UnknownNameError for an edited-in unknown one."""
-        part = next(p for p in self.parts if p.path == path)
+        """The target of a part, or None where it is kept. Raises UnknownNameError for an edited-in unknown one,
+        PlanError for a part that isn't there.
+        """
+        part = next((p for p in self.parts if p.path == path), None)
+        if part is None:
+            raise PlanError(no_match(str(path), [p.path for p in self.parts]))
         if part.kept:
             return None
         if part.target in self.builders:
@@ -43,8 +47,8 @@ class Plan(PlanRows):
         Figures of a new target are made by `compile`; until then the part counts as it is in the guide. Latencies and
         notes, which are about the plan as it was, are dropped. Raises PlanError without a match.
         """
-        if not any(matches(p.path, glob) for p in self.parts):
-            raise PlanError(f"edit: {no_match(glob, [p.path for p in self.parts])}")
+        if not isinstance(glob, str) or not any(matches(p.path, glob) for p in self.parts):
+            raise PlanError(f"edit: {no_match(str(glob), [p.path for p in self.parts])}")
         chosen = None if target == KEEP else resolve(target)
         fields: dict[str, Any] = {
             "target": KEEP,
@@ -98,7 +102,7 @@ class Plan(PlanRows):
         """From a file's path or YAML text. Raises PlanError that names the wrong field."""
         is_text = isinstance(source, str) and "\n" in source
         try:
-            text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+            text = str(source) if is_text else named(source, "read", PlanError).read_text(encoding="utf-8")
         except OSError as error:
             raise PlanError(f"can't read the plan {source}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:

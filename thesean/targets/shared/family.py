@@ -70,6 +70,8 @@ class Target:
         scope: Scope | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(name, str):
+            raise TargetMismatchError(f"a target is named by its family, or by a name of yours; found {name!r}.")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "build", build)
         object.__setattr__(self, "scope", scope)
