@@ -13,7 +13,8 @@ import torch
 
 import thesean
 from benchmarks.hostility.guides import POSITIONS, WORDS, Blocks, Words, compiled, ids, seeded, vectors
-from thesean.errors import DataError, NumericalError, TheseanError
+from thesean.errors import DataError, ExportError, NumericalError, PlanError, TargetMismatchError, TheseanError
+from thesean.report.report_json import read_report
 
 
 def with_last(value: torch.Tensor, number: int) -> torch.Tensor:
@@ -105,3 +106,111 @@ def test_the_default_dtype_of_the_process_changes_no_number():
         assert torch.equal(compiled(guide, data=data)(data[0]), usual)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("x_BTD", "told"),
+    [
+        (vectors(1)[0].to("meta"), "x is on meta, the network on cpu"),
+        (vectors(1)[0].to_sparse(), r"x: expected a dense tensor, found one of torch\.sparse_coo"),
+    ],
+)
+def test_a_converted_network_says_what_it_is_not_called_with(x_BTD, told):
+    with pytest.raises(DataError, match=told):
+        compiled(recipe="fast")(x_BTD)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"contexts": ()}, {"contexts": (-1,)}, {"contexts": "64"}, {"batch": 0}, {"batch": "1"}, {"repeats": 0}],
+)
+def test_figures_are_of_whole_numbers_of_steps_rows_and_turns(arguments):
+    with pytest.raises(DataError, match=rf"{next(iter(arguments))}: expected whole numbers of 1 or more"):
+        compiled(recipe="fast").benchmark(**arguments)
+
+
+@pytest.mark.parametrize("tolerance", [0, -1.0, float("nan"), float("inf"), "low", True])
+def test_a_tolerance_is_a_number_above_zero(tolerance, tmp_path):
+    with pytest.raises(ExportError, match="tolerance: expected a number above 0"):
+        compiled(recipe="fast").export(tmp_path / "m.onnx", tolerance=tolerance)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_says_which_parts_it_has():
+    plan = thesean.plan(seeded(Blocks), "narrow", example_inputs=vectors(1)[0])
+    with pytest.raises(PlanError, match=r"no part matches 'none'.*blocks\.0"):
+        plan.target_of("none")
+    for glob in ("none", 3):
+        with pytest.raises(PlanError, match=f"edit: no part matches '{glob}'"):
+            plan.edit(glob, "keep")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((None, seeded(Blocks), vectors()), "expected a model, found NoneType"),
+        ((seeded(Blocks), seeded(Blocks), None), "data raised TypeError"),
+        (
+            (seeded(Blocks), seeded(Blocks), [torch.zeros(4, 6, 9)]),
+            r"batch 0: a model does not run on it at .*guides\.py",
+        ),
+    ],
+)
+def test_what_can_not_be_compared_is_told(arguments, told):
+    with pytest.raises(DataError, match=told):
+        thesean.compare(*arguments)
+
+
+def test_a_target_is_named():
+    with pytest.raises(TargetMismatchError, match="named by its family"):
+        thesean.Target(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["a\0b", 7, b"x"])
+def test_what_can_not_be_a_name_is_not_read(path):
+    for read in (thesean.Plan.from_yaml, thesean.Recipe.from_yaml, read_report, thesean.load):
+        with pytest.raises(TheseanError, match=r"can't read .*(the name holds a NUL|expected a path)"):
+            read(path)
+
+
+def test_loading_draws_nothing_at_random(tmp_path):
+    saved = compiled(recipe="fast").save(tmp_path / "saved")
+    torch.manual_seed(3)
+    thesean.load(saved)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_inputs_may_be_called_by_capitals(tmp_path):
+    class Capital(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Blocks()
+
+        def forward(self, X: torch.Tensor, Bias: torch.Tensor) -> torch.Tensor:
+            return self.body(X) + Bias
+
+    data = [{"X": x_BTD, "Bias": x_BTD[:, :1]} for x_BTD in vectors()]
+    converted = compiled(seeded(Capital), data=data)
+    assert [s.name for s in converted.signature.inputs] == ["X", "Bias"]
+    loaded = thesean.load(converted.save(tmp_path / "saved"))
+    assert torch.equal(loaded(**data[0]), converted(data[0]["X"], data[0]["Bias"]))
+    assert converted.export(tmp_path / "m.onnx").inputs[:2] == ("X", "Bias")
+
+
+def test_what_the_guide_draws_is_not_the_callers():
+    class Noisy(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Blocks()
+
+        def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+            return self.body(x_BTD) + 0 * torch.rand_like(x_BTD)
+
+    guide = seeded(Noisy)
+    torch.manual_seed(3)
+    thesean.plan(guide, "narrow", example_inputs=vectors(1)[0])
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))

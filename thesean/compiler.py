@@ -284,8 +284,8 @@ def plan(
 
 
 def traced(model: nn.Module, request: Request) -> Captured:
-    """The guide's graph. Its own code runs as the caller had it, and what it draws at random is nobody's loss."""
-    with callers_settings(), torch.random.fork_rng(devices=[]):
+    """The guide's graph. Its own code runs as the caller had it."""
+    with callers_settings():
         return capture(model, request.example(model), request.dynamic)
 
 

@@ -188,7 +188,7 @@ def load(folder: str | Path) -> Converted:
     """
     folder = named(folder, "read", ArtifactError)
     try:
-        with usual_settings(), torch.random.fork_rng(devices=[]):  # modules are made, and filled with what was saved
+        with usual_settings():
             found = reading(folder, artifact.load)
     except OSError as error:
         if isinstance(error, ArtifactError):

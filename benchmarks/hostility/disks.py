@@ -22,7 +22,7 @@ import thesean
 from benchmarks.hostility.guides import compiled, vectors
 from benchmarks.hostility.paths import FILES, FOLDERS, Writer, dumped, onnx_file
 from benchmarks.hostility.saved import converted
-from benchmarks.hostility.trial import MINE, Call, Inputs, Lost, check
+from benchmarks.hostility.trial import MINE, Call, Inputs, Lost, check, only_typed
 from thesean.errors import TheseanError
 
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x20000, 1 << 18, 1 << 14  # <sched.h>, <sys/mount.h>
@@ -138,6 +138,22 @@ def trained_on_a_small_disk(folder: Path) -> None:
         place = words[0].partition("thesean.load('")[2].partition("')")[0]
         x_BTD = vectors(1)[0]
         check(torch.equal(thesean.load(place)(x_BTD), found(x_BTD)), "what was kept is something else")
+
+
+def started_under_a_limit(folder: Path) -> None:
+    """On the size of files: found before a step is taken."""
+    (folder / "work").mkdir()
+    calls: list[int] = []
+
+    def loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output.square().mean()
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        keeps(folder / "work", lambda: compiled(workdir=folder / "work", loss=loss))
+    finally:
+        check(not calls, "it trained first")
 
 
 def started_on_a_full_disk(folder: Path) -> None:
@@ -279,6 +295,7 @@ def _inputs() -> dict[str, Call]:
         found["a disk that fills while it trains"] = trained_on_a_small_disk
         found["a disk that is full from the start"] = started_on_a_full_disk
         found["a disk that fills while graphs are dumped"] = graphs_on_a_small_disk
+    found["a workdir where no file may pass 1 kB"] = only_typed(started_under_a_limit)
     found["a workdir in a read-only folder"] = trained_in_a_read_only_folder
     found["four processes that save, and one that loads"] = saved_at_once
     found["four processes that export"] = exported_at_once

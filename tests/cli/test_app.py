@@ -198,6 +198,23 @@ def test_ctrl_c_exits_130_with_one_line(guides: Path, monkeypatch: pytest.Monkey
     assert not (guides / "o").exists()
 
 
+def test_a_folder_that_holds_something_else_is_refused_before_anything_trains(
+    guides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (guides / "o").mkdir()
+    (guides / "o" / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr(thesean, "compile", lambda *_, **__: pytest.fail("reached"), raising=False)
+    assert "not empty and holds no conversion" in error_of(run("convert", "guides_for_cli:toy", "--out", "o"))
+
+
+def test_what_can_not_be_saved_is_kept_elsewhere(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thesean, "compile", lambda *_, **__: object(), raising=False)
+    module = sys.modules["thesean.cli.app"]
+    monkeypatch.setattr(module, "kept_or_told", lambda *_: "not saved: full. Its weights are in x.")
+    found = error_of(run("convert", "guides_for_cli:toy", "--out", "o"))
+    assert "not saved: full. Its weights are in x." in found
+
+
 def test_convert_hands_every_choice_to_compile(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
 

@@ -23,6 +23,11 @@ _CLOSE = {torch.float16: (5e-3, 5e-3), torch.bfloat16: (4e-2, 4e-2)}
 def plain_calling_convention(graph_module: fx.GraphModule, names: list[str], eager: Any) -> fx.GraphModule:
     """Replace export's pytree calling convention by placeholders in order and a nested output node."""
     graph = graph_module.graph
+    written = {name.lower(): name for name in names}  # torch.export writes its inputs small
+    for node in graph.find_nodes(op="placeholder"):
+        if str(node.target) not in names and str(node.target) in written:
+            node.target = written[str(node.target)]
+            node._rename(node.target)
     for node in list(graph.nodes):
         if node.op == "placeholder" and node.name not in names and str(node.target) not in names:
             if node.users:

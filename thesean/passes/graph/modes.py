@@ -86,13 +86,14 @@ _callers_dtype: ContextVar[torch.dtype | None] = ContextVar("thesean_callers_dty
 @contextmanager
 def usual_settings() -> Iterator[None]:
     """torch makes tensors as in a fresh process inside: in float32, on the CPU, such that they can be trained, and
-    computes in the precision of what it is given.
+    computes in the precision of what it is given. What is drawn at random is no loss to the caller.
     """
     before = torch.get_default_dtype()
     token = _callers_dtype.set(before)
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.random.fork_rng(devices=[]))
             if torch.get_default_device().type != "cpu":
                 stack.enter_context(torch.device("cpu"))
             for device in ("cpu", "cuda"):
