@@ -159,6 +159,18 @@ def write(folder: Path, text: str) -> None:
         (made / "text").write_text(text)
 
 
+@pytest.mark.skipif(scratch.fcntl is None, reason="no locks")
+def test_no_one_waits_for_ever_for_another_program_that_has_locked_the_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(scratch, "_TURNS", 3)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        scratch.fcntl.flock(handle, scratch.fcntl.LOCK_EX)
+        write(tmp_path / "saved", "text")
+    finally:
+        os.close(handle)
+    assert (tmp_path / "saved" / "text").read_text() == "text"
+
+
 @pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="no system call that exchanges names")
 def test_two_names_are_exchanged_in_one_step(tmp_path: Path):
     a, b = tmp_path / "a", tmp_path / "b"

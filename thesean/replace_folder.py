@@ -7,12 +7,13 @@ import errno
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from thesean.scratch import followed, leftovers, remove, scratch, scratches, sync
+from thesean.scratch import alone, followed, leftovers, remove, scratch, scratches, sync
 
 T = TypeVar("T")
 
@@ -23,6 +24,7 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, err
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 _TURNS = 1000  # of a reader, each beaten by a writer; more is no accident
+_ABSENT = 50  # times that a reader finds nothing, and something that is being written
 
 
 @contextmanager
@@ -48,14 +50,15 @@ def replacing(
         for path in made.rglob("*"):
             sync(path)
         sync(made)
-        _link_others(folder, made, ours)
-        try:
-            with during or nullcontext():
-                _put(made, folder)
-        except BaseException:
-            _give_back(room, folder, ours)
-            raise
-        _give_back(room, folder, ours, newest=True)
+        with alone(folder.parent):
+            _link_others(folder, made, ours)
+            try:
+                with during or nullcontext():
+                    _put(made, folder)
+            except BaseException:
+                _give_back(room, folder, ours)
+                raise
+            _give_back(room, folder, ours, newest=True)
         sync(folder.parent)
     _remove_leftovers(folder, ours)
 
@@ -71,13 +74,18 @@ def standing(folder: Path) -> Path:
 
 def reading(folder: Path, read: Callable[[Path], T]) -> T:
     """What `read` makes of a folder that others may replace meanwhile: of one version, again until it is."""
+    absent = 0
     for _ in range(_TURNS):
         with _held(folder) as before:
             try:
                 found = read(folder)
             except Exception:
                 if before == _identity(folder):
-                    raise
+                    absent += before is None
+                    # between two moves it isn't there, and may not be there again by now
+                    if before is not None or absent > _ABSENT or not scratches(folder):
+                        raise
+                    time.sleep(0.001)
                 continue
             if before == _identity(folder):
                 return found
@@ -160,7 +168,7 @@ def _give_back(room: Path, folder: Path, ours: Collection[str] | None, newest: b
     """
     if ours is None or not folder.is_dir():
         return
-    for old in (p for p in room.iterdir() if p.is_dir()):
+    for old in _entries(room):
         for path in _others(old, ours):
             there = folder / path.name
             with suppress(OSError):
@@ -172,16 +180,19 @@ def _give_back(room: Path, folder: Path, ours: Collection[str] | None, newest: b
 
 def _holds_others(room: Path, ours: Collection[str] | None) -> bool:
     """Whether something is left that nobody else may have."""
-    try:
-        return any(_others(old, ours) for old in room.iterdir())
-    except OSError:
-        return True
+    return any(_others(old, ours) for old in _entries(room))
 
 
 def _others(folder: Path, ours: Collection[str] | None) -> list[Path]:
-    if ours is None or not folder.is_dir():
+    return [] if ours is None else [p for p in _entries(folder) if p.name not in ours]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in it; nothing where it is no folder, or gone by now."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [p for p in folder.iterdir() if p.name not in ours]
 
 
 def _restore(folder: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ except ImportError:  # Windows: nothing is locked, and leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = "lock"
+_TURNS, _TURN = 2500, 0.002  # seconds that a process waits for another's moves, which take none
 _LONGEST = 200  # bytes of a name; with what is put around it, a file system's 255 hold it
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -117,8 +119,27 @@ def leftovers(target: Path) -> Iterator[Path]:
 def clear(folder: Path) -> None:
     """Remove what killed processes left of files in `folder`, whatever their names."""
     for left in _unowned(_matching(folder, ".+")):
-        if not any(p.is_dir() for p in left.iterdir()):  # else of a folder's replacement, which knows what to do
-            remove(left)
+        with suppress(OSError):
+            if not any(p.is_dir() for p in left.iterdir()):  # else of a folder's replacement, which knows what to do
+                remove(left)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process after the other inside, of those that say so of the same folder; but none waits for ever."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folder
+        yield
+        return
+    try:
+        for _ in range(_TURNS):
+            if _flocked(handle) is not False:
+                break
+            time.sleep(_TURN)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove(folder: Path) -> None:
@@ -182,12 +203,23 @@ def _unowned(folders: list[Path]) -> Iterator[Path]:
 
 def _locked(lock: int, folder: Path) -> bool | None:
     """Lock a scratch folder; False where another process owns or has removed it, None where nothing can be locked."""
+    got = _flocked(lock)
+    if not got:
+        return got
+    try:
+        return os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK))
+    except FileNotFoundError:
+        return False
+
+
+def _flocked(handle: int) -> bool | None:
+    """Lock what is open; False where another process has, None where nothing can be locked."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK))
-    except (BlockingIOError, FileNotFoundError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
         return False
     except OSError:  # a network's file system without locks
         return None
