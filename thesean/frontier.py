@@ -58,6 +58,7 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         seed=training.seed,
         notes=tuple(notes),
         copied={r.facts.path: list(r.copied) for r in hybrid.replacements if r.copied},
+        curves=conversion.curves,
     )
     converted = Converted(hybrid.graph_module, bound_plan.captured.signature, bound_plan.plan, report)
     makers: list[Callable[[], Converted]] = [partial(_hybrid, bound_plan, None, report, recipe)]

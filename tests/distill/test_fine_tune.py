@@ -14,8 +14,8 @@ def cross_entropy(output, batch):
     return F.cross_entropy(output, batch[1])
 
 
-def run(guide, hybrid, what, steps=30, observer=None, batches=None, **settings):
-    told = training(guide, what, recipe(steps, **settings), batches=batches, observer=observer)
+def run(guide, hybrid, what, steps=30, observer=None, batches=None, held_out=None, **settings):
+    told = training(guide, what, recipe(steps, **settings), batches=batches, held_out=held_out, observer=observer)
     return fine_tune(hybrid, told, steps)
 
 
@@ -28,7 +28,7 @@ def test_the_task_loss_falls(settings):
     batches = batches_of(guide)
     held = [cross_entropy(hybrid.graph_module(**i), b).item() for b, i in batches]
     # with full distillation the task comes in as the guide's weight is annealed
-    assert run(guide, hybrid, task(cross_entropy, output="softmax"), 60, learning_rate=1e-2, **settings) == 60
+    assert run(guide, hybrid, task(cross_entropy, output="softmax"), 60, learning_rate=1e-2, **settings).steps == 60
     after = [cross_entropy(hybrid.graph_module(**i), b).item() for b, i in batches]
     assert sum(after) < sum(held)
 
@@ -57,7 +57,8 @@ def weights(steps, **settings):
     calls: list[int] = []
 
     def constant(output, batch):
-        calls.append(len(calls))
+        if output.requires_grad:  # asked for by a step, and not by what is held out
+            calls.append(len(calls))
         return output.sum() * 0 + 1000.0
 
     run(guide, hybrid, task(constant, output="softmax"), steps, observer, learning_rate=1e-9, **settings)
@@ -83,6 +84,84 @@ def test_full_distillation_never_asks_for_a_task_that_weighs_nothing():
     assert calls == 3  # not in step 0
 
 
+def value_on(hybrid, batches):
+    return sum(cross_entropy(hybrid.graph_module(**i), b).item() for b, i in batches) / len(batches)
+
+
+def test_a_rate_that_does_harm_leaves_the_state_that_it_began_with_and_says_so():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    held_out = batches_of(guide, 6, seed=7)
+    before, started = models.state_of(hybrid.graph_module), value_on(hybrid, held_out)
+    tuned = run(guide, hybrid, task(cross_entropy), 12, held_out=held_out, learning_rate=10.0)
+    assert tuned.steps == 12
+    assert tuned.notes == ("fine-tune did not help: kept the state that it began with",)
+    assert models.same_state(hybrid.graph_module, before)
+    (curve,) = tuned.curves
+    assert curve.kept == 0
+    assert curve.held_out[0] == (0, pytest.approx(value_on(hybrid, held_out[:4]), rel=1e-5))
+    assert min(value for _, value in curve.held_out[1:]) > started
+
+
+def test_what_helped_on_the_few_batches_that_choose_but_not_on_all_is_taken_back():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    fitted, others = batches_of(guide, 4), batches_of(guide, 30, seed=9)
+    alone = {"distillation": 0.0, "hidden": 0.0}
+    run(guide, hybrid, task(cross_entropy), 120, batches=others, held_out=others, learning_rate=1e-2, **alone)
+    before, held_out = models.state_of(hybrid.graph_module), [*fitted, *others]
+    tuned = run(guide, hybrid, task(cross_entropy), 40, batches=fitted, held_out=held_out, learning_rate=3e-3, **alone)
+    (curve,) = tuned.curves
+    assert curve.kept > 0  # the few were learnt by heart
+    assert tuned.notes
+    assert models.same_state(hybrid.graph_module, before)
+
+
+def test_the_best_state_seen_is_kept_and_not_the_last_one():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    batches, other = batches_of(guide, 2), batches_of(guide, 2, seed=3)
+    held = [(a, i) for (a, i) in other]
+    tuned = run(guide, hybrid, task(cross_entropy), 60, batches=batches, held_out=held, learning_rate=2e-2)
+    (curve,) = tuned.curves
+    best = min(value for _, value in curve.held_out)
+    assert value_on(hybrid, held) == pytest.approx(best, rel=1e-5)
+    assert dict(curve.held_out)[curve.kept] == best < curve.held_out[-1][1]
+
+
+def test_without_a_loss_the_divergence_decides():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    told = training(guide, task(output="softmax"), recipe(30, learning_rate=10.0))
+    before = told.judge(hybrid.graph_module).divergence
+    assert fine_tune(hybrid, told, 30).notes
+    assert told.judge(hybrid.graph_module).divergence == before
+
+
+def test_a_rate_is_found_by_short_runs_that_count_as_steps():
+    guide, observer = captured.mlp(), Recorder()
+    _, hybrid = drafted(guide)
+    tuned = run(guide, hybrid, task(output="softmax"), 100, observer, learning_rate="find")
+    assert tuned.steps == 100 == len(observer.losses)
+    *trials, last = tuned.curves
+    assert {c.phase for c in trials} == {"find rate"}
+    assert len(trials) >= 3  # the middle of the ladder, and both sides of the best
+    assert len({c.held_out[0] for c in trials}) == 1  # all from one start
+    gains = {c.learning_rate: c.held_out[0][1] - c.held_out[-1][1] for c in trials}
+    assert last.learning_rate in gains
+    assert gains[last.learning_rate] >= 0.8 * max(gains.values())
+    assert last.held_out[0][1] <= min(c.held_out[-1][1] for c in trials)  # goes on from the best of them
+
+
+def test_a_short_run_that_diverges_is_no_error(monkeypatch: pytest.MonkeyPatch):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-4, 1e-3, 1e-2, 1e30))
+    tuned = run(guide, hybrid, task(output="softmax"), 80, learning_rate="find")
+    assert tuned.curves[-1].learning_rate < 1e30
+    assert tuned.steps <= 80
+
+
 def test_a_loss_that_is_no_number_is_told():
     guide = captured.mlp()
     _, hybrid = drafted(guide)
@@ -102,7 +181,7 @@ def test_no_steps_change_nothing():
     guide = captured.mlp()
     _, hybrid = drafted(guide)
     before = models.state_of(hybrid.graph_module)
-    assert run(guide, hybrid, task(cross_entropy), 0) == 0
+    assert run(guide, hybrid, task(cross_entropy), 0).steps == 0
     assert models.same_state(hybrid.graph_module, before)
 
 

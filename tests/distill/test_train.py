@@ -46,7 +46,7 @@ def test_a_loss_that_is_no_number_names_place_and_step_and_changes_nothing_more(
 
 def test_training_stops_when_asked():
     p = nn.Parameter(torch.zeros(3))
-    assert run(p, quadratic(p), 10, should_stop=lambda step: step == 4) == 4
+    assert run(p, quadratic(p), 10, after=lambda step, loss: step == 4) == 4
 
 
 def test_frozen_parameters_stay():

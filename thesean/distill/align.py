@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from thesean.curve import Curve, Tracing
+from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
 from thesean.distill.seen import Seen, rows
 from thesean.distill.stopping import Plateau
@@ -56,6 +58,7 @@ class StageResult:
     after: float
     steps: int
     stopped_by: str
+    curve: Curve
 
 
 def stages(schedule: str, parts: int, steps: int) -> list[Stage]:
@@ -101,20 +104,23 @@ class Aligner:
         for p in parameters:
             p.requires_grad_(True)
         before = self.held_out_loss(last)
-        best = _Best(modules)
+        trace = Tracing("align", where, settings.learning_rate, held_out=[(0, before)])
+        best = Best(modules)
         best.offer(before)
         plateau = Plateau(settings.patience, settings.min_improvement, settings.ceiling)
         plateau.update(before)
         loss_of = self._loss(stage)
 
-        def check(step: int) -> bool:
+        def check(step: int, loss: float) -> bool:
+            trace.losses.append(loss)
             if step % settings.check_every and step != stage.steps:
                 return False
             training = [deepcopy(m.state_dict()) for m in modules]
             if settings.refit:
                 self.refit(stage)
             value = self.held_out_loss(last)
-            best.offer(value)
+            best.offer(value, step)
+            trace.held_out.append((step, value))
             plateau.update(value)
             for module, state in zip(modules, training, strict=True):
                 module.load_state_dict(state)
@@ -130,15 +136,17 @@ class Aligner:
                 steps=stage.steps,
                 learning_rate=settings.learning_rate,
                 where=f"aligning {where}",
-                should_stop=check,
+                after=check,
             )
         best.restore()
         for p, flag in zip(graph_module.parameters(), previous, strict=True):
             p.requires_grad_(flag)
         graph_module.eval()
         reason = plateau.reason if parameters else "nothing to train"
-        result = StageResult(stage=stage, before=before, after=best.loss, steps=steps, stopped_by=reason)
-        self.observer.end({self.measure.name: best.loss})
+        result = StageResult(
+            stage=stage, before=before, after=best.value, steps=steps, stopped_by=reason, curve=trace.done(best.step)
+        )
+        self.observer.end({self.measure.name: best.value})
         return result
 
     def refit(self, stage: Stage) -> None:
@@ -236,23 +244,3 @@ def examples(value: torch.Tensor) -> torch.Tensor:
     if flat.shape[0] > _MAX_EXAMPLES:
         flat = flat[:: -(-flat.shape[0] // _MAX_EXAMPLES)]
     return flat
-
-
-class _Best:
-    """The target modules' state with the lowest loss seen."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules = modules
-        self.loss = float("inf")
-        self.state: list[dict[str, torch.Tensor]] = []
-
-    def offer(self, loss: float) -> None:
-        if loss < self.loss:
-            self.loss = loss
-            self.state = [deepcopy(m.state_dict()) for m in self.modules]
-
-    def restore(self) -> None:
-        if not self.state:
-            raise DataError("the held-out measure was never a number; look for NaN in the data.")
-        for module, state in zip(self.modules, self.state, strict=True):
-            module.load_state_dict(state)

@@ -41,5 +41,14 @@ def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind
     hybrid = build_hybrid(bound_plan, copy_weights=False)
     Reinitialise()(hybrid.graph_module)
     guide = training.judge(training.guide)  # first: a guide that returns NaN should not cost a training
-    steps = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
-    return Conversion(hybrid=hybrid, snapshots=(), guide=guide, final=training.judge(hybrid.graph_module), steps=steps)
+    tuned = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
+    final = training.judge(hybrid.graph_module)
+    return Conversion(
+        hybrid=hybrid,
+        snapshots=(),
+        guide=guide,
+        final=final,
+        steps=tuned.steps,
+        notes=tuned.notes,
+        curves=tuned.curves,
+    )

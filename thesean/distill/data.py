@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from thesean.distill.callbacks import each_of
+from thesean.distill.hold_out import hold_out
 from thesean.distill.task import Batch, InputsOf, LabelsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
@@ -248,18 +249,17 @@ def make_feed(
             "data; pass data=."
         )
         data = synthetic(signature, sizes, device, _SYNTHETIC_BATCHES, seed)
+    check_readable(data)
     held_source = eval_data
-    if held_source is None and isinstance(data, (list, tuple)) and len(data) >= 8:
-        count = min(_STAGE_BATCHES, len(data) // 8)
-        data, held_source = data[:-count], data[-count:]
+    if held_source is None:
+        data, held_source, told = hold_out(data, seed)
         if not warnings:
-            notes.append(f"no eval_data given: the last {count} batches of data were held out")
+            notes.append(told)
     if warnings:
         reading = _GUESSED  # random inputs are no batches of the caller's
     batches = Batches(data, signature, device, reading)
     if held_source is None:
         held_out = batches.first(_STAGE_BATCHES)
-        notes.append("no eval_data given: measured on training batches")
     else:
         name = "data" if eval_data is None else "eval_data"
         start = len(data) if eval_data is None and isinstance(data, Sized) else 0

@@ -26,6 +26,11 @@ class Evaluation:
     metric: float | None
     divergence: float
 
+    @property
+    def value(self) -> float:
+        """What training is judged by, lower is better: the user's loss, without one the divergence."""
+        return self.loss if self.loss is not None else self.divergence
+
 
 # Guide outputs up to this size are kept between evaluations; a large vocabulary's are computed anew each time
 _KEPT_BYTES = 256 * 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -11,10 +12,12 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from thesean.curve import Curve
 from thesean.distill.align import Aligner, StageResult, stages
+from thesean.distill.best import Best
 from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.evaluate import Evaluation
-from thesean.distill.fine_tune import fine_tune
+from thesean.distill.fine_tune import Tuned, fine_tune
 from thesean.distill.partial import Partials, stand_apart
 from thesean.distill.training import Training
 from thesean.passes.graph.dump import not_dumping
@@ -49,7 +52,9 @@ class Aligned:
     snapshots: tuple[Snapshot, ...]
     guide: Evaluation
     steps: int
-    judged_on: str = ""  # what to tell where snapshots were not judged on all held-out batches
+    curves: tuple[Curve, ...] = ()
+    judged_on_some: bool = False  # whether snapshots were judged on fewer batches than all that are held out
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ class Conversion:
     final: Evaluation
     steps: int
     notes: tuple[str, ...] = ()
+    curves: tuple[Curve, ...] = ()
 
 
 def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
@@ -70,6 +76,7 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     guide = training.judge(training.guide)
     aligning = _Aligning(bound_plan, hybrid, training)
     schedule, count = training.recipe.alignment.schedule, len(hybrid.parts)
+    notes: list[str] = []
     budget = round(training.recipe.steps * training.recipe.alignment.share)
     if schedule == "none" or budget == 0:
         solver = aligning.solver(preparing=True)
@@ -81,35 +88,46 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     else:
         unshare(hybrid.graph_module, training.guide)
         prepare(training.guide, hybrid, aligning.solving)
+        solved = None
         if schedule in ("joint", "independent"):
             aligning.solve(range(count))
+            solved = Best([hybrid.module(r) for r in hybrid.replacements])
+            solved.offer(_value(training, hybrid))
         aligner = Aligner(hybrid, training, aligning.solving)
         for stage in stages(schedule, count, budget):
             if schedule in ("progressive", "sequential"):
                 aligning.solve([stage.number])  # on what the parts before it have become by now
             result = aligner.run(stage)
+            if solved is not None and math.isfinite(solved.value):
+                if not solved.offer(_value(training, hybrid)):
+                    notes.append("alignment did not help: kept what the closed form gave")
+                solved.restore()
             aligning.partials.forget()
             for k in range(count) if stage.count == 1 else [stage.number]:
                 aligning.snapshot(k + 1, result)
+    if aligning.judged_on:
+        notes.append(aligning.judged_on)
     results = {id(s.result): s.result for s in aligning.snapshots if s.result is not None}
     return Aligned(
         snapshots=tuple(aligning.snapshots),
         guide=guide,
         steps=sum(result.steps for result in results.values()),
-        judged_on=aligning.judged_on,
+        curves=tuple(result.curve for result in results.values()),
+        judged_on_some=bool(aligning.judged_on),
+        notes=tuple(notes),
     )
 
 
 def tune(hybrid: Hybrid, training: Training, aligned: Aligned) -> Conversion:
     """Fine-tune end to end with the steps that alignment left over: plateaus shift steps, they don't lose them."""
     steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
-    taken = 0
+    tuned = Tuned(steps=0)
     if steps > 0:
         unshare(hybrid.graph_module, training.guide)
-        taken = fine_tune(hybrid, training, steps)
+        tuned = fine_tune(hybrid, training, steps)
     hybrid.graph_module.eval()
     last = aligned.snapshots[-1].evaluation if aligned.snapshots else None
-    final = training.judge(hybrid.graph_module) if taken or last is None or aligned.judged_on else last
+    final = training.judge(hybrid.graph_module) if tuned.steps or last is None or aligned.judged_on_some else last
     training.judge.forget()
     unshare(hybrid.graph_module, training.guide)  # whoever gets it may train it
     return Conversion(
@@ -117,8 +135,9 @@ def tune(hybrid: Hybrid, training: Training, aligned: Aligned) -> Conversion:
         snapshots=aligned.snapshots,
         guide=aligned.guide,
         final=final,
-        steps=aligned.steps + taken,
-        notes=(aligned.judged_on,) if aligned.judged_on else (),
+        steps=aligned.steps + tuned.steps,
+        notes=(*aligned.notes, *tuned.notes),
+        curves=(*aligned.curves, *tuned.curves),
     )
 
 
@@ -197,6 +216,11 @@ class _Aligning:
             return judge.of(lambda number: partial.graph_module(**self._judged[number]), len(self._judged))
         with evaluating(self.hybrid.graph_module):
             return judge.of(lambda number: self.partials.output(parts, number), len(self._judged))
+
+
+def _value(training: Training, hybrid: Hybrid) -> float:
+    """Of the whole hybrid on the held-out batches, lower is better."""
+    return training.judge(hybrid.graph_module).value
 
 
 def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, torch.Tensor]]) -> None:

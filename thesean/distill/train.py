@@ -46,9 +46,11 @@ class Trainer:
         learning_rate: float,
         where: str,
         weight_decay: float = 0.0,
-        should_stop: Callable[[int], bool] = lambda step: False,
+        after: Callable[[int, float], bool] = lambda step, loss: False,
     ) -> int:
-        """Minimise `loss_of(step, batch)`; returns the steps taken. Raises NumericalError with `where` and the step."""
+        """Minimise `loss_of(step, batch)` until `after(steps done, the last loss)` is true; returns the steps taken.
+        Raises NumericalError with `where` and the step.
+        """
         masters = Masters([p for p in parameters if p.requires_grad])
         parameters = masters.parameters
         matrices = [p for p in parameters if p.ndim >= 2]
@@ -72,7 +74,7 @@ class Trainer:
                 optimizer.step()
                 masters.write()
             self.observer.step(step + 1, {"loss": value})
-            if should_stop(step + 1):
+            if after(step + 1, value):
                 return step + 1
         return steps
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from thesean.curve import Curve
 from thesean.errors import DataError
 
 
@@ -34,7 +35,7 @@ class StageRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """`stages` in order; guide and converted on the same held-out data."""
+    """`stages` and `curves` in order; guide and converted on the same held-out data."""
 
     guide: dict[str, float | None]
     converted: dict[str, float | None]
@@ -48,6 +49,7 @@ class ConversionReport:
     seed: int
     notes: tuple[str, ...] = ()
     copied: dict[str, list[str]] = field(default_factory=dict)
+    curves: tuple[Curve, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,6 +59,7 @@ class ConversionReport:
         fields = dict(data)
         fields["stages"] = tuple(StageRow(**row) for row in fields.get("stages", ()))
         fields["notes"] = tuple(fields.get("notes", ()))
+        fields["curves"] = tuple(Curve.from_dict(curve) for curve in fields.get("curves", ()))
         return ConversionReport(**fields)
 
     @staticmethod
@@ -78,6 +81,7 @@ class ConversionReport:
         for name, values in (("guide", self.guide), ("converted", self.converted)):
             told = ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
             lines.append(f"{name}: {told or 'no loss given'}")
+        lines.extend(str(curve) for curve in self.curves)
         lines.append(f"{self.steps} steps, {self.seconds:.0f} s")
         lines.extend(f"note: {n}" for n in self.notes)
         return "\n".join(lines)
