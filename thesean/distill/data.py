@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from thesean.distill.callbacks import each_of
-from thesean.distill.hold_out import hold_out
+from thesean.distill.hold_out import READ_ONCE, hold_out
 from thesean.distill.task import Batch, InputsOf, LabelsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
@@ -198,10 +198,7 @@ class Feed:
             for batch in self.batches:
                 yield batch
             if batch is None:  # or this would go on for ever
-                raise DataError(
-                    "data gave no batch when it was read again. Pass a list or a DataLoader, or an object whose "
-                    "__iter__ starts anew."
-                )
+                raise DataError(READ_ONCE)
 
     def take(self, count: int) -> list[Batch]:
         """At most `count` batches of one pass, from its start."""

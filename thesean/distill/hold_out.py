@@ -14,9 +14,15 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
 from thesean.distill.callbacks import each_of
+from thesean.errors import DataError
 
 # One batch in eight, of eight or more; of four to seven one. Fewer are needed for training.
 _ONE_IN, _MOST, _LEAST = 8, 4, 4
+
+
+READ_ONCE = (
+    "data gave no batch when it was read again. Pass a list or a DataLoader, or an object whose __iter__ starts anew."
+)
 
 
 class Divided(NamedTuple):
@@ -28,7 +34,10 @@ class Divided(NamedTuple):
 
 
 def hold_out(data: Iterable[Any], seed: int) -> Divided:
-    """The last batches of a list, rows of a DataLoader's dataset, the first batches of what comes in one order."""
+    """The last batches of a list, rows of a DataLoader's dataset, the first batches of what comes in one order.
+
+    Raises DataError for what can be read only once.
+    """
     measured = "no eval_data given: measured on training batches"
     if isinstance(data, Sequence):
         count = _share(len(data))
@@ -41,9 +50,12 @@ def hold_out(data: Iterable[Any], seed: int) -> Divided:
             return Divided(data, None, measured)
         return _rows_held_out(data, count * int(data.batch_size or 1), seed)
     count = _share(sum(1 for _ in itertools.islice(each_of(data, "data"), _ONE_IN * _MOST)))
+    firsts = [next(each_of(data, "data"), None) for _ in range(2)]
+    if any(first is None for first in firsts):
+        raise DataError(READ_ONCE)
     if not count:
         return Divided(data, None, measured)
-    if not _alike(*(next(each_of(data, "data")) for _ in range(2))):
+    if not _alike(*firsts):
         return Divided(data, None, f"{measured}, which come in another order each time")
     told = f"no eval_data given: the first {count} batches of data were held out"
     return Divided(_Rest(data, count), list(itertools.islice(each_of(data, "data"), count)), told)
