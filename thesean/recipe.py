@@ -59,8 +59,7 @@ class FineTuning(_Settings):
     """End-to-end training of the fully replaced network."""
 
     share: float = Field(default=0.9, ge=0, le=1)
-    # "find": the one of RATES whose short run from the start at hand does best on held-out data. Each of these takes
-    # six steps of a hundred.
+    # "find": by short runs from the start at hand, which take 6 steps of 100 each; see fine_tune.py.
     learning_rate: Annotated[float, Field(gt=0)] | Literal["find"] = "find"
     weight_decay: float = Field(default=0.01, ge=0)
     distillation: float = Field(default=0.9, ge=0, le=1, description="weight of the guide's outputs at the start")

@@ -8,6 +8,7 @@ from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
 from thesean.distill.fine_tune import fine_tune
 from thesean.errors import NumericalError
+from thesean.recipe import RATES
 
 
 def cross_entropy(output, batch):
@@ -143,14 +144,28 @@ def test_a_rate_is_found_by_short_runs_that_count_as_steps():
     _, hybrid = drafted(guide)
     tuned = run(guide, hybrid, task(output="softmax"), 100, observer, learning_rate="find")
     assert tuned.steps == 100 == len(observer.losses)
-    *trials, last = tuned.curves
-    assert {c.phase for c in trials} == {"find rate"}
+    trials = [c for c in tuned.curves if c.phase == "find rate"]
+    runs = tuned.curves[len(trials) :]
     assert len(trials) >= 3  # the middle of the ladder, and both sides of the best
     assert len({c.held_out[0] for c in trials}) == 1  # all from one start
-    gains = {c.learning_rate: c.held_out[0][1] - c.held_out[-1][1] for c in trials}
-    assert last.learning_rate in gains
-    assert gains[last.learning_rate] >= 0.8 * max(gains.values())
-    assert last.held_out[0][1] <= min(c.held_out[-1][1] for c in trials)  # goes on from the best of them
+    ends = {c.learning_rate: c.held_out[-1][1] for c in trials}
+    found = min(ends, key=ends.__getitem__)
+    assert runs[0].learning_rate == min(rate for rate in RATES if rate > found or rate == RATES[-1])
+    assert runs[0].held_out[0][1] == min(runs[0].held_out[0][1], *ends.values())  # goes on from the best of them
+
+
+def test_a_rate_above_the_found_one_that_gains_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-6, 1e-5, 1e-4, 30.0))
+    tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
+    *trials, hasty, last = tuned.curves
+    assert (hasty.learning_rate, last.learning_rate) == (30.0, 1e-4)
+    assert hasty.kept == 0
+    assert hasty.steps == round(0.3 * (100 - sum(c.steps for c in trials)))
+    assert last.held_out[0] == hasty.held_out[0]  # from where the given up one began
+    assert last.kept > 0
+    assert tuned.steps == 100
 
 
 def test_a_short_run_that_diverges_is_no_error(monkeypatch: pytest.MonkeyPatch):
@@ -158,7 +173,7 @@ def test_a_short_run_that_diverges_is_no_error(monkeypatch: pytest.MonkeyPatch):
     _, hybrid = drafted(guide)
     monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-4, 1e-3, 1e-2, 1e30))
     tuned = run(guide, hybrid, task(output="softmax"), 80, learning_rate="find")
-    assert tuned.curves[-1].learning_rate < 1e30
+    assert 1e30 not in [c.learning_rate for c in tuned.curves if c.phase != "find rate"] or tuned.curves[-1].kept
     assert tuned.steps <= 80
 
 

@@ -36,8 +36,9 @@ _CHECK_BATCHES, _CHECKS, _LEAST_BETWEEN = 4, 20, 5
 # be most of them, the rate is a gentle one.
 _TRIAL, _TRIAL_SHARE, _TRIAL_STEPS, _WORTH_TRYING, _GENTLE = "find rate", 0.06, (10, 40), 80, 3e-4
 
-# A short run favours low rates: of those that gain about as much the highest is taken.
-_NEARLY = 0.8
+# A short run favours low rates, as high ones pay late: the long run takes the next higher one. Where that has gained
+# nothing after this share of the steps, it goes back to where it began, and on with the one that was found.
+_GIVES_UP_AT = 0.3
 
 LossOf = Callable[[int, Batch], torch.Tensor]
 
@@ -59,6 +60,19 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
     return _Tuner(hybrid, training, steps, phase).run()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One run of the optimizer, checked on held-out data `every` so many steps. One that gained nothing in the first
+    `patience` steps ends there.
+    """
+
+    phase: str
+    rate: float
+    steps: int
+    every: int
+    patience: int | None = None
+
+
 class _Tuner:
     """One fine-tuning: its loss, and what it did so far."""
 
@@ -74,25 +88,37 @@ class _Tuner:
         start.offer(self._value())
         self.best.offer(self._value(_CHECK_BATCHES))
         rate = self.training.recipe.fine_tuning.learning_rate
-        if rate == "find":
-            rate = self._found(start) if self.steps >= _WORTH_TRYING else _GENTLE
-        left = self.steps - self.taken
-        self._train(
-            rate,
-            self.training.feed.stream,
-            left,
-            self.phase,
-            self.best.value,
-            every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
-        )
+        if rate != "find":
+            self._run(rate)
+        elif self.steps < _WORTH_TRYING:
+            self._run(_GENTLE)
+        else:
+            found = self._found(start)
+            if found + 1 < len(RATES):
+                self._run(RATES[found + 1], gives_up=True)
+            self._run(RATES[found])
         self.best.restore()
         helped = start.offer(self._value())
         start.restore()
         told = () if helped else (f"{self.phase} did not help: kept the state that it began with",)
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=told)
 
-    def _found(self, start: Best) -> float:
-        """The highest rate whose short run gains about as much as the best one. Leaves the network in the best state.
+    def _run(self, rate: float, gives_up: bool = False) -> None:
+        """The steps that are left, or some of them where it `gives_up`."""
+        left = self.steps - self.taken
+        if left:
+            run = _Run(
+                phase=self.phase,
+                rate=rate,
+                steps=left,
+                every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
+                patience=max(1, round(_GIVES_UP_AT * left)) if gives_up else None,
+            )
+            self._train(run, self.training.feed.stream, self.best.value)
+            self.best.restore()
+
+    def _found(self, start: Best) -> int:
+        """The place in RATES of the one whose short run gains most. Leaves the network in the best state.
 
         All of them see the same batches. From the middle of the ladder it goes on to where the gains are.
         """
@@ -100,56 +126,54 @@ class _Tuner:
         steps = min(most, max(least, round(_TRIAL_SHARE * self.steps)))
         batches = list(itertools.islice(self.training.feed.stream, steps))
         before = self.best.value
-        gains: dict[int, float] = {}
+        ends: dict[int, float] = {}
 
-        def gain(at: int) -> float:
-            if at not in gains:
+        def end(at: int) -> float:
+            if at not in ends:
                 start.restore()
-                gains[at] = before - self._train(RATES[at], iter(batches), steps, _TRIAL, before, every=steps)
-            return gains[at]
+                run = _Run(phase=_TRIAL, rate=RATES[at], steps=steps, every=steps)
+                ends[at] = self._train(run, iter(batches), before)
+            return ends[at]
 
         at = len(RATES) // 2
-        way = 1 if gain(at + 1) > gain(at) else -1
-        while 0 <= at + way < len(RATES) and gain(at + way) > gain(at):
+        way = 1 if end(at + 1) < end(at) else -1
+        while 0 <= at + way < len(RATES) and end(at + way) < end(at):
             at += way
         self.best.restore()
-        most_gained = max(gains.values())
-        if most_gained <= 0:
-            return RATES[min(gains)]
-        return RATES[max(at for at, gained in gains.items() if gained >= _NEARLY * most_gained)]
+        return at
 
-    def _train(self, rate: float, batches: Iterator[Batch], steps: int, phase: str, before: float, every: int) -> float:
-        """The held-out value at the end, which was `before`; infinite where a short run leads to no number."""
+    def _train(self, run: _Run, batches: Iterator[Batch], before: float) -> float:
+        """The held-out value at the end, which was `before`; infinite where a rate that is only tried leads to none."""
         settings, observer, begun = self.training.recipe.fine_tuning, self.training.observer, self.taken
-        trace = Tracing(phase, None, rate, held_out=[(0, before)])
+        trace = Tracing(run.phase, None, run.rate, held_out=[(0, before)])
         kept, value = 0, float("inf")
 
         def after(step: int, loss: float) -> bool:
             nonlocal kept, value
             self.taken += 1
             trace.losses.append(loss)
-            if step % every == 0 or step == steps:
+            if step % run.every == 0 or step in (run.steps, run.patience):
                 value = self._value(_CHECK_BATCHES)
                 trace.held_out.append((step, value))
                 kept = step if self.best.offer(value) else kept
                 self.graph_module.train()
-            return False
+            return step == run.patience and not kept
 
-        observer.begin(phase, f"{rate:g}" if phase == _TRIAL else None, 1, 1, steps)
+        observer.begin(run.phase, f"{run.rate:g}" if run.phase == _TRIAL else None, 1, 1, run.steps)
         self.graph_module.train()
         try:
             self.training.trainer.train(
                 [p for p in self.graph_module.parameters() if p.requires_grad],  # what the guide froze stays frozen
                 lambda step, batch: self.loss_of(begun + step, batch),
                 batches,
-                steps=steps,
-                learning_rate=rate,
+                steps=run.steps,
+                learning_rate=run.rate,
                 weight_decay=settings.weight_decay,
                 where="fine-tuning",
                 after=after,
             )
         except NumericalError:
-            if phase != _TRIAL:
+            if run.phase != _TRIAL and run.patience is None:
                 raise
             value = float("inf")
         self.graph_module.eval()
