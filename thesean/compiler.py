@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +31,7 @@ from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric, Task
 from thesean.distill.training import Training
 from thesean.errors import ArtifactError, CaptureError, PlanError
 from thesean.frontier import finish
+from thesean.journal import KEEPS_NOTHING, Journal, Resume, journal_in, stoppable
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.dump import dumping
@@ -47,7 +46,9 @@ from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report import make_observer
 from thesean.request import Request, sizes_of
+from thesean.run_facts import run_facts
 from thesean.targets import Target
+from thesean.warn import warn
 from thesean.workdir import Workdir
 
 
@@ -77,6 +78,7 @@ def compile(
     progress: bool = True,
     plan: Plan | str | Path | None = None,
     dump_graphs: str | Path | None = None,
+    resume: Resume = "auto",
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -96,7 +98,9 @@ def compile(
     constraints: with target "auto", the budget that candidates are chosen for, part by part: {"latency_ms": 5.0,
     "context": 512}, {"speedup": 1.5}, {"params": ...}, {"flops": ...}; see `thesean.choose.constraints.Constraints`.
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.
-    workdir: a folder for plan.yaml, recipe.yaml and the saved conversion, written together at the end.
+    workdir: a folder for plan.yaml, recipe.yaml and the saved conversion, written together at the end, and until then
+    for checkpoints: after an interruption the same call goes on. resume: "auto" begins anew, and says so, where guide,
+    data, recipe or code are others by now; "must" raises ResumeError there; "never" begins anew.
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
@@ -125,12 +129,14 @@ def compile(
         candidates=candidates,
         recipe=recipe,
         seed=seed,
+        resume=resume,
     )
-    with usual_settings(), dumping(dump_graphs), watched(progress) as observer:
+    journal = journal_in(workdir)
+    with usual_settings(), dumping(dump_graphs), watched(progress) as observer, stoppable(journal):
         captured = traced(model, request)
         check_trainable(captured, request.settings)
         with naming_misfits(captured, request.sources, request.reading):
-            bound_plan, training = planned(captured, request, observer)
+            bound_plan, training = planned(captured, request, observer, journal)
             run = None if workdir is None else Workdir.prepare(workdir, bound_plan.plan, request.settings)
             with seeded(seed):
                 hybrid = build_hybrid(bound_plan, share=True)
@@ -138,9 +144,9 @@ def compile(
                 aligned = align(bound_plan, hybrid, training)
                 conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
-    _warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
+    warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
     if run is not None:
-        _warn(filter(None, [run.keep(converted)]))
+        warn(filter(None, [run.keep(converted)]))
     return converted
 
 
@@ -299,13 +305,15 @@ def watched(progress: bool) -> Iterator[Observer]:
         observer.close()
 
 
-def planned(captured: Captured, request: Request, observer: Observer) -> tuple[BoundPlan, Training]:
+def planned(
+    captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING
+) -> tuple[BoundPlan, Training]:
     """What becomes what, and what it is trained on and for. Cheap, so that a wrong argument fails at once, unless
     "auto" has to find a plan first.
     """
     if request.is_auto:
-        chosen, training = chosen_plan(captured, request, observer)
-        _warn(note for note in chosen.notes if note.startswith(UNMET))
+        chosen, training = chosen_plan(captured, request, observer, journal)
+        warn(note for note in chosen.notes if note.startswith(UNMET))
         if not chosen.replaced:
             raise PlanError(f"the guide itself meets the constraints ({request.budget}): nothing to convert.")
         return bind_plan(captured, chosen), training
@@ -314,17 +322,21 @@ def planned(captured: Captured, request: Request, observer: Observer) -> tuple[B
     else:
         division = divide(captured, globs_of(request.target), **request.division)
         bound_plan = plan_division(division, request.target)
-    return bound_plan, bind_data(captured, request, observer)
+    return bound_plan, bind_data(captured, request, observer, journal)
 
 
-def chosen_plan(captured: Captured, request: Request, observer: Observer) -> tuple[Plan, Training]:
+def chosen_plan(
+    captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING
+) -> tuple[Plan, Training]:
     """What target "auto" finds, and what it was found with."""
     division = divide(captured, **request.division)
-    training = bind_data(captured, request, observer)
-    return choose_plan(division, request.budget, request.candidates, training), training
+    training = bind_data(captured, request, observer, journal)
+    # as text, so that a plan that was found before an interruption needn't be found again
+    found = journal.piece("plan", lambda: choose_plan(division, request.budget, request.candidates, training).to_yaml())
+    return Plan.from_yaml(found), training
 
 
-def bind_data(captured: Captured, request: Request, observer: Observer) -> Training:
+def bind_data(captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING) -> Training:
     """The user's data and task, read through the guide's signature. Warns where there is no data."""
     feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed, request.reading)
     wrap = output_wrapper(captured.signature.output_class)
@@ -337,7 +349,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
     feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
-    _warn(feed.warnings)
+    warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=checked_loss(request.loss), metric=checked_metric(request.metric), outputs=outputs, wrap=wrap)
     training = Training(
@@ -347,7 +359,9 @@ def bind_data(captured: Captured, request: Request, observer: Observer) -> Train
         feed=feed,
         observer=observer,
         seed=request.seed,
+        journal=journal,
     )
+    journal.open(lambda: run_facts(captured, request, feed), request.resume)
     training.judge.learn(0, first)
     return training
 
@@ -377,18 +391,6 @@ def rehearsed(hybrid: Hybrid, training: Training, run: Workdir | None) -> Traini
     if run is not None:
         run.check_room(hybrid.graph_module)
     if told := unwritable(hybrid.graph_module):
-        _warn([told])
+        warn([told])
         feed = replace(feed, notes=(*feed.notes, told))
     return replace(training, feed=feed)
-
-
-def _warn(messages: Iterable[str]) -> None:
-    """Points at whoever called Thesean, from whatever depth."""
-    home = str(Path(__file__).parent)
-    depth = 1
-    for frame in inspect.stack(context=0):
-        if not frame.filename.startswith(home):
-            break
-        depth += 1
-    for message in messages:
-        warnings.warn(message, UserWarning, stacklevel=depth)

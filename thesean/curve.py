@@ -54,6 +54,12 @@ class Tracing:
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "held_out": list(self.held_out)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses, self.held_out = list(state["losses"]), list(state["held_out"])
+
     def done(self, kept: int) -> Curve:
         every = -(-len(self.losses) // _POINTS) or 1
         pieces = [self.losses[i : i + every] for i in range(0, len(self.losses), every)]

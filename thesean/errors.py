@@ -61,6 +61,10 @@ class WriteError(ArtifactError, OSError):
     """A file or folder that can't be written; the message names path and reason. What stood there stays."""
 
 
+class ResumeError(TheseanError):
+    """A run that can't be continued: nothing was begun, or it was of another guide, recipe, plan, code or data."""
+
+
 class MissingExtraError(TheseanError, ImportError):
     """An optional dependency is not installed."""
 

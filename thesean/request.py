@@ -14,7 +14,8 @@ from thesean.distill.callbacks import checked_reader
 from thesean.distill.data import Reading, example_inputs_of
 from thesean.distill.outputs import OutputKind
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
-from thesean.errors import DataError, PlanError
+from thesean.errors import DataError, PlanError, unknown_name
+from thesean.journal import RESUMES, Resume
 from thesean.passes.plan.make_plan import TargetSpec, check_target
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
@@ -50,6 +51,7 @@ class Request:
     candidates: Sequence[str | Target] | None = None
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None  # resolved
     seed: int = 0
+    resume: Resume = "auto"
 
     def __post_init__(self) -> None:
         self._resolve("recipe", Recipe.resolve(self.recipe))
@@ -134,6 +136,8 @@ class Request:
                 raise DataError(f"{name}: expected a dict by name, found {mapping!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or abs(self.seed) > _LARGEST_SEED:
             raise DataError(f"seed: expected a whole number of at most {_LARGEST_SEED}, found {self.seed!r}.")
+        if self.resume not in RESUMES:
+            raise unknown_name("way to resume", str(self.resume), RESUMES)
         for name in ("merge", "target_parts"):
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):

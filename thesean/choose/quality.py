@@ -17,6 +17,7 @@ from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.seen import Seen
 from thesean.distill.training import Training
+from thesean.journal import KEEPS_NOTHING
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.modes import seeded
 from thesean.passes.plan.bind import BoundPlan
@@ -47,7 +48,7 @@ class Prober:
         self.candidates, self.effort = candidates, effort
         # the first batches again and again: every candidate is fitted on the same ones
         self.batches = training.feed.take(training.recipe.closed_form.batches)
-        self.training = replace(training, feed=replace(training.feed, batches=self.batches))
+        self.training = replace(training, feed=replace(training.feed, batches=self.batches), journal=KEEPS_NOTHING)
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.judge = training.judge
         self.inputs = [inputs for _, inputs in self.batches]

@@ -9,7 +9,7 @@ N examples (tokens of a sequence, images of a batch), P features
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from thesean.distill.stopping import Plateau
 from thesean.distill.task import Batch
 from thesean.distill.training import Training
 from thesean.errors import DataError, NumericalError
+from thesean.journal import Stateful
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.similarity import Measure, get_measure
@@ -59,6 +60,10 @@ class StageResult:
     steps: int
     stopped_by: str
     curve: Curve
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> StageResult:
+        return StageResult(**{**data, "stage": Stage(**data["stage"]), "curve": Curve.from_dict(data["curve"])})
 
 
 def stages(schedule: str, parts: int, steps: int) -> list[Stage]:
@@ -96,7 +101,6 @@ class Aligner:
         last = stage.compared[-1]
         where = self.hybrid.parts[last] if stage.count > 1 else f"{len(stage.trained)} parts"
         self.observer.begin("align", where, stage.number + 1, stage.count, stage.steps)
-        modules = [self.hybrid.module(r) for r in self.hybrid.replacements]
         graph_module = self.hybrid.graph_module
         previous = [p.requires_grad for p in graph_module.parameters()]
         graph_module.requires_grad_(False)
@@ -104,47 +108,31 @@ class Aligner:
         for p in parameters:
             p.requires_grad_(True)
         before = self.held_out_loss(last)
-        trace = Tracing("align", where, settings.learning_rate, held_out=[(0, before)])
-        best = Best(modules)
-        best.offer(before)
-        plateau = Plateau(settings.patience, settings.min_improvement, settings.ceiling)
-        plateau.update(before)
-        loss_of = self._loss(stage)
-
-        def check(step: int, loss: float) -> bool:
-            trace.losses.append(loss)
-            if step % settings.check_every and step != stage.steps:
-                return False
-            training = [deepcopy(m.state_dict()) for m in modules]
-            if settings.refit:
-                self.refit(stage)
-            value = self.held_out_loss(last)
-            best.offer(value, step)
-            trace.held_out.append((step, value))
-            plateau.update(value)
-            for module, state in zip(modules, training, strict=True):
-                module.load_state_dict(state)
-            return plateau.done
-
+        watch = _Watch(self, stage, where, before)
         steps = 0
-        if stage.steps and not plateau.done and parameters:
+        if stage.steps and not watch.plateau.done and parameters:
             graph_module.train()
             steps = self.training.trainer.train(
                 parameters,
-                loss_of,
+                self._loss(stage),
                 self.training.feed.stream,
                 steps=stage.steps,
                 learning_rate=settings.learning_rate,
                 where=f"aligning {where}",
-                after=check,
+                after=watch,
             )
+        best = watch.best
         best.restore()
         for p, flag in zip(graph_module.parameters(), previous, strict=True):
             p.requires_grad_(flag)
         graph_module.eval()
-        reason = plateau.reason if parameters else "nothing to train"
         result = StageResult(
-            stage=stage, before=before, after=best.value, steps=steps, stopped_by=reason, curve=trace.done(best.step)
+            stage=stage,
+            before=before,
+            after=best.value,
+            steps=steps,
+            stopped_by=watch.plateau.reason if parameters else "nothing to train",
+            curve=watch.trace.done(best.step),
         )
         self.observer.end({self.measure.name: best.value})
         return result
@@ -228,6 +216,46 @@ class Aligner:
             return torch.stack(terms).sum()
 
         return loss
+
+
+class _Watch:
+    """Now and then refits a stage's parts and measures them, and says when the stage is over."""
+
+    def __init__(self, aligner: Aligner, stage: Stage, where: str, before: float) -> None:
+        settings = aligner.recipe.alignment
+        self.aligner, self.stage, self.settings = aligner, stage, settings
+        self.modules = [aligner.hybrid.module(r) for r in aligner.hybrid.replacements]
+        self.trace = Tracing("align", where, settings.learning_rate, held_out=[(0, before)])
+        self.best = Best(self.modules)
+        self.best.offer(before)
+        self.plateau = Plateau(settings.patience, settings.min_improvement, settings.ceiling)
+        self.plateau.update(before)
+
+    def __call__(self, step: int, loss: float) -> bool:
+        self.trace.losses.append(loss)
+        if step % self.settings.check_every and step != self.stage.steps:
+            return False
+        training = [deepcopy(m.state_dict()) for m in self.modules]
+        if self.settings.refit:
+            self.aligner.refit(self.stage)
+        value = self.aligner.held_out_loss(self.stage.compared[-1])
+        self.best.offer(value, step)
+        self.trace.held_out.append((step, value))
+        self.plateau.update(value)
+        for module, state in zip(self.modules, training, strict=True):
+            module.load_state_dict(state)
+        return self.plateau.done
+
+    @property
+    def _parts(self) -> tuple[Stateful, ...]:
+        return (self.trace, self.best, self.plateau, *self.modules)
+
+    def state_dict(self) -> list[Any]:
+        return [part.state_dict() for part in self._parts]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        for part, own in zip(self._parts, state, strict=True):
+            part.load_state_dict(own)
 
 
 def faint(guide: torch.Tensor) -> bool:

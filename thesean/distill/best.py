@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,16 @@ class Best:
                 for name, tensor in state.items():
                     kept[name].copy_(tensor)
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "step": self.step, "state": self._state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.step = state["value"], state["step"]
+        self._state = [
+            {name: tensor.to(own[name].device) for name, tensor in kept.items()}
+            for kept, own in zip(state["state"], [m.state_dict() for m in self.modules], strict=False)
+        ]
 
     def restore(self) -> None:
         """Raises DataError where no value was a number."""

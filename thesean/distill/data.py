@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from thesean.distill.callbacks import each_of
-from thesean.distill.hold_out import READ_ONCE, hold_out
+from thesean.distill.hold_out import hold_out
+from thesean.distill.stream import Stream
 from thesean.distill.task import Batch, InputsOf, LabelsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
@@ -188,17 +189,9 @@ class Feed:
     warnings: tuple[str, ...] = ()
 
     @cached_property
-    def stream(self) -> Iterator[Batch]:
+    def stream(self) -> Stream:
         """Pass after pass; one place in the data for all phases of a run."""
-        return self._forever()
-
-    def _forever(self) -> Iterator[Batch]:
-        while True:
-            batch = None
-            for batch in self.batches:
-                yield batch
-            if batch is None:  # or this would go on for ever
-                raise DataError(READ_ONCE)
+        return Stream(self.batches)
 
     def take(self, count: int) -> list[Batch]:
         """At most `count` batches of one pass, from its start."""

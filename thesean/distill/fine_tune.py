@@ -11,8 +11,9 @@ by short runs, each with a whole schedule of its own, up and down a ladder of ra
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from thesean.curve import Curve, Tracing
 from thesean.distill.align import examples, faint
 from thesean.distill.best import Best
 from thesean.distill.seen import Seen, rows
+from thesean.distill.stream import Stream
 from thesean.distill.task import Batch, Task
 from thesean.distill.training import Training
 from thesean.errors import DataError, NumericalError
@@ -86,7 +88,7 @@ class _Tuner:
     def run(self) -> Tuned:
         start = Best([self.graph_module])  # by all of them
         start.offer(self._value())
-        self.best.offer(self._value(_CHECK_BATCHES))
+        self.best.offer(self.check())
         rate = self.training.recipe.fine_tuning.learning_rate
         if rate != "find":
             self._run(rate)
@@ -132,7 +134,7 @@ class _Tuner:
             if at not in ends:
                 start.restore()
                 run = _Run(phase=_TRIAL, rate=RATES[at], steps=steps, every=steps)
-                ends[at] = self._train(run, iter(batches), before)
+                ends[at] = self._train(run, Stream(batches), before)
             return ends[at]
 
         at = len(RATES) // 2
@@ -142,23 +144,15 @@ class _Tuner:
         self.best.restore()
         return at
 
-    def _train(self, run: _Run, batches: Iterator[Batch], before: float) -> float:
+    def _train(self, run: _Run, batches: Stream, before: float) -> float:
         """The held-out value at the end, which was `before`; infinite where a rate that is only tried leads to none."""
+        return self.training.journal.piece(
+            f"{run.phase} {len(self.curves) + 1}", partial(self._trained, run, batches, before), self
+        )
+
+    def _trained(self, run: _Run, batches: Stream, before: float) -> float:
         settings, observer, begun = self.training.recipe.fine_tuning, self.training.observer, self.taken
-        trace = Tracing(run.phase, None, run.rate, held_out=[(0, before)])
-        kept, value = 0, float("inf")
-
-        def after(step: int, loss: float) -> bool:
-            nonlocal kept, value
-            self.taken += 1
-            trace.losses.append(loss)
-            if step % run.every == 0 or step in (run.steps, run.patience):
-                value = self._value(_CHECK_BATCHES)
-                trace.held_out.append((step, value))
-                kept = step if self.best.offer(value) else kept
-                self.graph_module.train()
-            return step == run.patience and not kept
-
+        watch = _Watch(self, run, batches, before)
         observer.begin(run.phase, f"{run.rate:g}" if run.phase == _TRIAL else None, 1, 1, run.steps)
         self.graph_module.train()
         try:
@@ -170,16 +164,28 @@ class _Tuner:
                 learning_rate=run.rate,
                 weight_decay=settings.weight_decay,
                 where="fine-tuning",
-                after=after,
+                after=watch,
             )
         except NumericalError:
             if run.phase != _TRIAL and run.patience is None:
                 raise
-            value = float("inf")
+            watch.value = float("inf")
         self.graph_module.eval()
-        self.curves.append(trace.done(kept))
-        observer.end({"held out": value})
-        return value
+        self.curves.append(watch.trace.done(watch.kept))
+        observer.end({"held out": watch.value})
+        return watch.value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between two runs; the weights are those of the best state, or will be put back to the start's."""
+        return {"best": self.best.state_dict(), "taken": self.taken, "curves": [asdict(c) for c in self.curves]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best.load_state_dict(state["best"])
+        self.taken, self.curves = state["taken"], [Curve.from_dict(c) for c in state["curves"]]
+
+    def check(self) -> float:
+        """On the batches that choose among states."""
+        return self._value(_CHECK_BATCHES)
 
     @torch.no_grad()
     def _value(self, count: int | None = None) -> float:
@@ -187,6 +193,38 @@ class _Tuner:
         self.graph_module.eval()
         judge = self.training.judge
         return judge.of(lambda number: self.graph_module(**judge.batches[number][1]), count).value
+
+
+class _Watch:
+    """Looks at a run on held-out data now and then, and keeps the best state."""
+
+    def __init__(self, tuner: _Tuner, run: _Run, batches: Stream, before: float) -> None:
+        self.tuner, self.run, self.batches = tuner, run, batches
+        self.trace = Tracing(run.phase, None, run.rate, held_out=[(0, before)])
+        self.kept, self.value = 0, float("inf")
+
+    def __call__(self, step: int, loss: float) -> bool:
+        tuner, run = self.tuner, self.run
+        tuner.taken += 1
+        self.trace.losses.append(loss)
+        if step % run.every == 0 or step in (run.steps, run.patience):
+            self.value = tuner.check()
+            self.trace.held_out.append((step, self.value))
+            self.kept = step if tuner.best.offer(self.value) else self.kept
+            tuner.graph_module.train()
+        return step == run.patience and not self.kept
+
+    def state_dict(self) -> dict[str, Any]:
+        graph_module, tuner = self.tuner.graph_module.state_dict(), self.tuner.state_dict()
+        watch = {"trace": self.trace.state_dict(), "kept": self.kept, "value": self.value}
+        return {"graph_module": graph_module, "tuner": tuner, "watch": watch, "batches": self.batches.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tuner.graph_module.load_state_dict(state["graph_module"])
+        self.tuner.load_state_dict(state["tuner"])
+        self.batches.load_state_dict(state["batches"])
+        self.trace.load_state_dict(state["watch"]["trace"])
+        self.kept, self.value = state["watch"]["kept"], state["watch"]["value"]
 
 
 def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:

@@ -9,6 +9,7 @@ up by what they can bear; a step that overflows is left out, and the scale halve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,3 +55,18 @@ class Masters:
         """The network's weights become what their masters round to."""
         for weight, master in self._pairs:
             weight.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the weights, masters or not."""
+        return {
+            "weights": [p.detach() for p in self.parameters],
+            "scale": self._scale,
+            "good": self._good,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for parameter, value in zip(self.parameters, state["weights"], strict=True):
+            parameter.copy_(value)
+        self._scale, self._good = state["scale"], state["good"]
+        self.write()

@@ -6,19 +6,21 @@ import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from thesean.curve import Curve
-from thesean.distill.align import Aligner, StageResult, stages
+from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
 from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import Tuned, fine_tune
 from thesean.distill.partial import Partials, stand_apart
+from thesean.distill.random_state import RandomState
 from thesean.distill.training import Training
 from thesean.passes.graph.dump import not_dumping
 from thesean.passes.graph.modes import evaluating
@@ -73,48 +75,19 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
 
     A snapshot is taken after each part. Raises NumericalError for a guide that returns NaN, before anything else.
     """
+    journal = training.journal
+    journal.always = (RandomState(), training.feed.stream)
     guide = training.judge(training.guide)
     aligning = _Aligning(bound_plan, hybrid, training)
-    schedule, count = training.recipe.alignment.schedule, len(hybrid.parts)
-    notes: list[str] = []
-    budget = round(training.recipe.steps * training.recipe.alignment.share)
-    if schedule == "none" or budget == 0:
-        solver = aligning.solver(preparing=True)
-        for k in range(count):
-            training.observer.begin("solve", hybrid.parts[k], k + 1, count, 0)
-            solver.solve(k)
-            aligning.snapshot(k + 1, None)
-            training.observer.end({"divergence": aligning.snapshots[-1].evaluation.divergence})
-    else:
-        unshare(hybrid.graph_module, training.guide)
-        prepare(training.guide, hybrid, aligning.solving)
-        solved = None
-        if schedule in ("joint", "independent"):
-            aligning.solve(range(count))
-            solved = Best([hybrid.module(r) for r in hybrid.replacements])
-            solved.offer(_value(training, hybrid))
-        aligner = Aligner(hybrid, training, aligning.solving)
-        for stage in stages(schedule, count, budget):
-            if schedule in ("progressive", "sequential"):
-                aligning.solve([stage.number])  # on what the parts before it have become by now
-            result = aligner.run(stage)
-            if solved is not None and math.isfinite(solved.value):
-                if not solved.offer(_value(training, hybrid)):
-                    notes.append("alignment did not help: kept what the closed form gave")
-                solved.restore()
-            aligning.partials.forget()
-            for k in range(count) if stage.count == 1 else [stage.number]:
-                aligning.snapshot(k + 1, result)
-    if aligning.judged_on:
-        notes.append(aligning.judged_on)
-    results = {id(s.result): s.result for s in aligning.snapshots if s.result is not None}
+    journal.piece("align", aligning.run, aligning)
+    results = {s.result.stage.number: s.result for s in aligning.snapshots if s.result is not None}
     return Aligned(
         snapshots=tuple(aligning.snapshots),
         guide=guide,
         steps=sum(result.steps for result in results.values()),
         curves=tuple(result.curve for result in results.values()),
         judged_on_some=bool(aligning.judged_on),
-        notes=tuple(notes),
+        notes=(*aligning.notes, *([aligning.judged_on] if aligning.judged_on else [])),
     )
 
 
@@ -148,6 +121,7 @@ class _Aligning:
         self.bound_plan, self.hybrid, self.training = bound_plan, hybrid, training
         self.solving = [inputs for _, inputs in training.feed.take(training.recipe.closed_form.batches)]
         self.snapshots: list[Snapshot] = []
+        self.notes: list[str] = []
         self._start = time.monotonic()
         self._latest: dict[str, tuple[list[int], dict[str, torch.Tensor]]] = {}
         # taken before anything is solved: in between, what stays would leave holes where the rest was
@@ -160,6 +134,86 @@ class _Aligning:
         self.judged_on = ""
         if len(self._judged) < len(held_out):
             self.judged_on = f"stages were judged on the first {len(self._judged)} of {len(held_out)} held-out batches"
+
+    def run(self) -> None:
+        schedule, count = self.training.recipe.alignment.schedule, len(self.hybrid.parts)
+        budget = round(self.training.recipe.steps * self.training.recipe.alignment.share)
+        if schedule == "none" or budget == 0:
+            self._solve_all()
+            return
+        unshare(self.hybrid.graph_module, self.training.guide)
+        self.training.journal.piece("solve", self._prepare, self)
+        aligner = Aligner(self.hybrid, self.training, self.solving)
+        for stage in stages(schedule, count, budget):
+            self.training.journal.piece(f"stage {stage.number + 1}", partial(self._run_stage, aligner, stage), self)
+
+    def _solve_all(self) -> None:
+        solver, observer, parts = self.solver(preparing=True), self.training.observer, self.hybrid.parts
+        for k, part in enumerate(parts):
+            observer.begin("solve", part, k + 1, len(parts), 0)
+            solver.solve(k)
+            self.snapshot(k + 1, None)
+            observer.end({"divergence": self.snapshots[-1].evaluation.divergence})
+
+    def _prepare(self) -> None:
+        """All that comes before stages; those one after the other solve their part on what the ones before became."""
+        prepare(self.training.guide, self.hybrid, self.solving)
+        if self.training.recipe.alignment.schedule in ("joint", "independent"):
+            self.solve(range(len(self.hybrid.parts)))
+
+    def _run_stage(self, aligner: Aligner, stage: Stage) -> None:
+        if self.training.recipe.alignment.schedule in ("progressive", "sequential"):
+            self.solve([stage.number])
+            result = aligner.run(stage)
+            self.partials.forget()
+            self.snapshot(stage.number + 1, result)
+            return
+        solved = Best([self.hybrid.module(r) for r in self.hybrid.replacements])
+        solved.offer(self._value())
+        result = aligner.run(stage)
+        if math.isfinite(solved.value):
+            if not solved.offer(self._value()):
+                self.notes.append("alignment did not help: kept what the closed form gave")
+            solved.restore()
+        self.partials.forget()
+        for k in range(len(self.hybrid.parts)):
+            self.snapshot(k + 1, result)
+
+    def _value(self) -> float:
+        """Of the whole hybrid on the held-out batches, lower is better."""
+        return self.training.judge(self.hybrid.graph_module).value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Modules, and what stages left behind."""
+        return {
+            "modules": {r.name: self.hybrid.module(r).state_dict() for r in self.hybrid.replacements},
+            "snapshots": [
+                {
+                    "count": s.count,
+                    "state": s.state,
+                    "evaluation": asdict(s.evaluation),
+                    "result": None if s.result is None else asdict(s.result),
+                    "seconds": s.seconds,
+                }
+                for s in self.snapshots
+            ],
+            "notes": list(self.notes),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for r in self.hybrid.replacements:
+            self.hybrid.module(r).load_state_dict(state["modules"][r.name])
+        self.snapshots = [
+            Snapshot(
+                count=s["count"],
+                state=s["state"],
+                evaluation=Evaluation(**s["evaluation"]),
+                result=None if s["result"] is None else StageResult.from_dict(s["result"]),
+                seconds=s["seconds"],
+            )
+            for s in state["snapshots"]
+        ]
+        self.notes = list(state["notes"])
 
     @cached_property
     def partials(self) -> Partials:
@@ -216,11 +270,6 @@ class _Aligning:
             return judge.of(lambda number: partial.graph_module(**self._judged[number]), len(self._judged))
         with evaluating(self.hybrid.graph_module):
             return judge.of(lambda number: self.partials.output(parts, number), len(self._judged))
-
-
-def _value(training: Training, hybrid: Hybrid) -> float:
-    """Of the whole hybrid on the held-out batches, lower is better."""
-    return training.judge(hybrid.graph_module).value
 
 
 def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, torch.Tensor]]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from thesean.distill.masters import Masters
 from thesean.distill.observer import Observer
 from thesean.errors import NumericalError
+from thesean.journal import Journal, Stateful
 from thesean.recipe import Precision
 
 # of the peak learning rate: the schedule's last step
@@ -26,6 +27,18 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
 
 
+class Watch(Protocol):
+    """Told of each step, and asked whether to stop. Its state is kept with a checkpoint, and put back before a run that
+    was interrupted goes on.
+    """
+
+    def __call__(self, step: int, loss: float) -> bool: ...
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
     """What all phases of a run train alike: warm-up steps, the gradient's norm, the precision, and who is told."""
@@ -34,6 +47,7 @@ class Trainer:
     warmup: int = 20
     clip: float = 1.0
     precision: Precision = "as-is"
+    journal: Journal = field(default_factory=Journal)
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -46,10 +60,10 @@ class Trainer:
         learning_rate: float,
         where: str,
         weight_decay: float = 0.0,
-        after: Callable[[int, float], bool] = lambda step, loss: False,
+        after: Watch | None = None,
     ) -> int:
-        """Minimise `loss_of(step, batch)` until `after(steps done, the last loss)` is true; returns the steps taken.
-        Raises NumericalError with `where` and the step.
+        """Minimise `loss_of(step, batch)` until `after(steps done, the last loss)` is true; returns the steps taken,
+        those before an interruption too. Raises NumericalError with `where` and the step; Interrupted.
         """
         masters = Masters([p for p in parameters if p.requires_grad])
         parameters = masters.parameters
@@ -58,7 +72,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         )
-        for step in range(steps):
+        kept: tuple[Stateful, ...] = (masters, optimizer, *([after] if after is not None else []))
+        for step in range(self.journal.resumed(*kept), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * cosine(step, steps, self.warmup)
             with self._computing(parameters):
@@ -74,8 +89,9 @@ class Trainer:
                 optimizer.step()
                 masters.write()
             self.observer.step(step + 1, {"loss": value})
-            if after(step + 1, value):
+            if after is not None and after(step + 1, value):
                 return step + 1
+            self.journal.after_step(step + 1, *kept)
         return steps
 
     def _computing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

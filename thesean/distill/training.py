@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import fx
@@ -12,6 +12,7 @@ from thesean.distill.evaluate import Judge
 from thesean.distill.observer import Observer
 from thesean.distill.task import Task
 from thesean.distill.train import Trainer
+from thesean.journal import Journal
 from thesean.recipe import Recipe
 
 
@@ -25,6 +26,7 @@ class Training:
     feed: Feed
     observer: Observer
     seed: int = 0
+    journal: Journal = field(default_factory=Journal)
 
     @cached_property
     def judge(self) -> Judge:
@@ -34,4 +36,10 @@ class Training:
     @cached_property
     def trainer(self) -> Trainer:
         recipe = self.recipe
-        return Trainer(observer=self.observer, warmup=recipe.warmup, clip=recipe.clip, precision=recipe.precision)
+        return Trainer(
+            observer=self.observer,
+            warmup=recipe.warmup,
+            clip=recipe.clip,
+            precision=recipe.precision,
+            journal=self.journal,
+        )

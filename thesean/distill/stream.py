@@ -1,0 +1,107 @@
+"""Batches pass after pass, from a place that can be found again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from thesean.distill.hold_out import READ_ONCE
+from thesean.distill.random_state import RandomState
+from thesean.distill.task import Batch
+from thesean.errors import DataError, ResumeError
+
+
+class Stream(Iterator[Batch]):
+    """One place in the data for all phases of a run.
+
+    A pass that is shuffled draws from the random state when it begins, so that is kept with the place in it. Going on
+    reads the pass again up to there, when the next batch is asked for, and raises ResumeError where it holds others.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self._items: Iterator[Batch] | None = None
+        self._begun: Any = None  # random state before the pass
+        self._place, self._last = 0, ""  # batches read of it, and what the last one holds
+        self._held: Batch | None = None
+        self._looking = False  # for the place
+
+    def __next__(self) -> Batch:
+        if self._looking:
+            self._go_on()
+        for _ in range(2):
+            if self._items is None:
+                self._begin()
+            assert self._items is not None
+            batch = next(self._items, None)
+            if batch is not None:
+                self._place, self._last = self._place + 1, ""
+                self._held = batch
+                return batch
+            if self._place == 0:
+                break
+            self._items = None
+        raise DataError(READ_ONCE)  # or this would go on for ever
+
+    def state_dict(self) -> dict[str, Any]:
+        last = self._last or ("" if self._held is None else _hash(self._held))
+        return {"begun": self._begun, "place": self._place, "last": last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begun, self._place, self._last = state["begun"], state["place"], state["last"]
+        self._items, self._looking = None, True
+
+    def _begin(self) -> None:
+        random = RandomState()
+        self._begun, self._place = {"random": random.state_dict(), "own": self._own()}, 0
+        self._items = iter(self.batches)
+
+    def _go_on(self) -> None:
+        self._looking = False
+        if self._begun is None:
+            return
+        place, last, random = self._place, self._last, RandomState()
+        now = random.state_dict()
+        random.load_state_dict(self._begun["random"])
+        if self._begun["own"] is not None:
+            self._generator.set_state(self._begun["own"])
+        begun = self._begun
+        self._begin()
+        self._begun = begun
+        assert self._items is not None
+        batch = None
+        for _ in range(place):
+            batch = next(self._items, None)
+        if place and (batch is None or _hash(batch) != last):
+            raise ResumeError(
+                "the data doesn't come in the order that it came in before, so the run can't go on from there. Give it "
+                "an order that a seed decides, or begin anew with resume='never'."
+            )
+        self._held = batch
+        self._place, self._last = place, last
+        random.load_state_dict(now)
+
+    @property
+    def _generator(self) -> Any:
+        """The one that a DataLoader was given to shuffle by."""
+        data = getattr(self.batches, "data", self.batches)
+        return getattr(data, "generator", None)
+
+    def _own(self) -> torch.Tensor | None:
+        return self._generator.get_state() if isinstance(self._generator, torch.Generator) else None
+
+
+def _hash(batch: Batch) -> str:
+    return hash_of(batch[1].values())
+
+
+def hash_of(tensors: Iterable[torch.Tensor]) -> str:
+    """Of shapes, dtypes and bytes."""
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
