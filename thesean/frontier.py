@@ -36,6 +36,7 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         *feed.notes,
         training.task.outputs.told,
         *conversion.notes,
+        *training.journal.told,
         *(note for note in bound_plan.plan.notes if note.startswith(UNMET)),
     ]
     if frozen := [name for name, p in hybrid.graph_module.named_parameters() if not p.requires_grad]:

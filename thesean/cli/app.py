@@ -103,6 +103,13 @@ def convert(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
+    workdir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep checkpoints here, and the converted model: run again, it goes on."),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|must|never", help="Go on with the run in --workdir, if it is the same.")
+    ] = "auto",
     dump_graphs: DumpGraphs = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
@@ -138,10 +145,14 @@ def convert(
     A plan that you edited:
       thesean plan models.gpt:make --yaml plan.yaml
       thesean convert models.gpt:make --plan plan.yaml --data texts:batches --out build/rnn
+
+    \b
+    A long run: after ctrl-C, a crash or a power cut the same command goes on where it was:
+      thesean convert models.gpt:make --data texts:batches --workdir build/run
     """
     with one_line_errors(debug):
-        if out is None and onnx is None:
-            raise ArgumentError("nothing to write: give --out DIR, --onnx FILE or both.")
+        if out is None and onnx is None and workdir is None:
+            raise ArgumentError("nothing to write: give --out DIR, --onnx FILE, --workdir DIR or several.")
         chosen_twice = target or parts or keep or merge or target_parts or granularity or constraint
         if plan is not None and chosen_twice:
             raise ArgumentError(
@@ -160,6 +171,7 @@ def convert(
         chosen |= reading(outputs, dynamic)
         model = load_guide(guide)
         chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
+        chosen |= {"workdir": workdir, "resume": resume}
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None and (lost := kept_or_told(converted, out)):
             raise ArtifactError(lost)

@@ -1,0 +1,140 @@
+"""`compile` in a `workdir`: what was interrupted goes on, and what has changed begins anew."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import thesean
+import thesean.journal
+from tests import models
+from thesean.errors import ResumeError, UnknownNameError
+from thesean.journal import Interrupted
+
+RECIPE = {"steps": 30, "alignment": {"share": 0.2}, "fine_tuning": {"learning_rate": 1e-3}}
+
+signals: dict[int, int] = {}  # the number of a call of the loss -> what is sent to ourselves then
+calls = 0
+
+
+def loss(output: Any, batch: Any) -> torch.Tensor:
+    global calls
+    calls += 1
+    if calls in signals:
+        os.kill(os.getpid(), signals[calls])
+    return F.cross_entropy(output, batch[1])
+
+
+def batches() -> DataLoader:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(x, x[:, :5].argmax(1)), batch_size=8, shuffle=True)
+
+
+def run(folder: Path | None, after: dict[int, int] | None = None, **changes: Any) -> thesean.Converted:
+    global calls
+    calls = 0
+    given: dict[str, Any] = {"data": batches(), "loss": loss, "recipe": RECIPE, "workdir": folder} | changes
+    signals.clear()
+    signals.update(after or {})
+    return thesean.compile(models.mlp(), given.pop("target", "mlp"), progress=False, **given)
+
+
+def went_on(converted: thesean.Converted) -> bool:
+    return any("went on at step" in note for note in converted.report.notes)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, Interrupted), (signal.SIGTERM, SystemExit)])
+def test_a_signal_ends_the_step_and_the_same_call_goes_on(tmp_path: Path, capsys, number, error):
+    whole = run(None)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(error) as told:
+        run(tmp_path, {25: number})
+    if error is SystemExit:
+        assert told.value.code == 143
+    assert "The same call goes on from there" in capsys.readouterr().err
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert not (tmp_path / "converted").exists()
+    again = run(tmp_path)
+    assert went_on(again)
+    assert models.same_state(again.module, whole.module.state_dict())
+    assert not went_on(run(tmp_path))  # a finished run is read
+    assert models.same_state(thesean.load(tmp_path / "converted").module, whole.module.state_dict())
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt) as told:
+        run(tmp_path, {25: signal.SIGINT, 26: signal.SIGINT})
+    assert not isinstance(told.value, Interrupted) or calls == 25
+
+
+def other_loss(output: Any, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(output, batch[1]) + 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"recipe": RECIPE | {"steps": 31}}, "the recipe"),
+        ({"seed": 1}, "the seed"),
+        ({"target": "linear"}, "the plan"),
+        ({"keep": ["4..5"]}, "the plan"),
+        ({"loss": other_loss}, "the loss or metric"),
+        ({"data": [(x, x[:, :5].argmax(1)) for x in torch.eye(8).split(4)]}, "the data"),
+    ],
+)
+def test_what_has_changed_is_named_and_begun_anew_or_refused(tmp_path: Path, changes, named):
+    run(tmp_path)
+    with pytest.raises(ResumeError, match=f"has changed: .*{named}"):
+        run(tmp_path, resume="must", **changes)
+    with pytest.warns(UserWarning, match=f"begun anew: what it is of has changed: .*{named}"):
+        anew = run(tmp_path, **changes)
+    assert models.same_state(anew.module, run(None, **changes).module.state_dict())
+
+
+def test_another_guide_is_another_run(tmp_path: Path):
+    run(tmp_path)
+    guide = models.mlp()
+    with torch.no_grad():
+        next(guide.parameters()).mul_(1.5)
+    with pytest.warns(UserWarning, match="has changed: the guide"):
+        thesean.compile(guide, "mlp", data=batches(), loss=loss, recipe=RECIPE, workdir=tmp_path, progress=False)
+
+
+def test_ways_to_resume_are_checked(tmp_path: Path):
+    with pytest.raises(UnknownNameError, match="unknown way to resume 'allways'"):
+        run(tmp_path, resume="allways")
+    with pytest.raises(ResumeError, match="nothing was begun there"):
+        run(tmp_path, resume="must")
+    with pytest.raises(ResumeError, match="needs the workdir="):
+        run(None, resume="must")
+
+
+def test_auto_finds_its_plan_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    params = sum(p.numel() for p in models.mlp().parameters())
+    chosen: dict[str, Any] = {
+        "target": "auto", "constraints": {"params": params - 1}, "candidates": ["keep", "linear", "identity"]
+    }  # fmt: skip
+    with pytest.raises(Interrupted):
+        stopped_in_fine_tuning(tmp_path, chosen)
+    monkeypatch.setattr("thesean.compiler.choose_plan", pytest.fail)
+    assert went_on(run(tmp_path, **chosen))
+
+
+def stopped_in_fine_tuning(folder: Path, chosen: dict[str, Any]) -> None:
+    piece = thesean.journal.Journal.piece
+
+    def stopping(self: Any, name: str, compute: Any, *parts: Any) -> Any:
+        if name.startswith("fine-tune"):
+            self.stopping = signal.SIGINT
+        return piece(self, name, compute, *parts)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(thesean.journal.Journal, "piece", stopping)
+        run(folder, **chosen)
