@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from thesean import plain_yaml
 from thesean.errors import TheseanError, unknown_name
 from thesean.scratch import named
 from thesean.write_file import write_text
@@ -118,8 +119,8 @@ class Recipe(_Settings):
     def from_yaml(path: str | Path) -> Recipe:
         """Raises RecipeError that names the wrong setting."""
         try:
-            text = named(path, "read", RecipeError).read_text(encoding="utf-8")
-            return _validated(yaml.safe_load(text), str(path))
+            text = plain_yaml.text_of(named(path, "read", RecipeError))
+            return _validated(plain_yaml.read(text), str(path))
         except OSError as error:
             raise RecipeError(f"can't read the recipe {path}: {error.strerror or error}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

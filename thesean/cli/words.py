@@ -15,6 +15,7 @@ from typing import Any, get_args
 import yaml
 from torch import nn
 
+from thesean import plain_yaml
 from thesean.distill.outputs import OutputKind
 from thesean.errors import MissingExtraError, TheseanError
 from thesean.targets.shared.family import Target
@@ -267,7 +268,7 @@ def _split_glob(word: str) -> tuple[str | None, str]:
 def _scalar(text: str) -> Any:
     """As YAML reads it: 256, 0.5, true, null, rnn. Text that isn't YAML stays text."""
     try:
-        value = yaml.safe_load(text)
+        value = plain_yaml.read(text)
     except yaml.YAMLError:
         return text
     return value if isinstance(value, (bool, int, float, str)) or value is None else text

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from thesean import plain_yaml
 from thesean.errors import PlanError
 from thesean.passes.plan import plan_yaml
 from thesean.passes.plan.drawing import draw
@@ -102,7 +103,7 @@ class Plan(PlanRows):
         """From a file's path or YAML text. Raises PlanError that names the wrong field."""
         is_text = isinstance(source, str) and "\n" in source
         try:
-            text = str(source) if is_text else named(source, "read", PlanError).read_text(encoding="utf-8")
+            text = str(source) if is_text else plain_yaml.text_of(named(source, "read", PlanError))
         except OSError as error:
             raise PlanError(f"can't read the plan {source}: {error.strerror or error}.") from error
         except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from thesean import plain_yaml
 from thesean.errors import PlanError
 from thesean.passes.plan.rows import PlanRows
 
@@ -26,7 +27,7 @@ def dump(rows: PlanRows) -> str:
 def load(text: str) -> PlanRows:
     """The inverse of `dump`. Raises PlanError that names the wrong field."""
     try:
-        return _ROWS.validate_python(yaml.safe_load(text))
+        return _ROWS.validate_python(plain_yaml.read(text))
     except yaml.YAMLError as error:
         raise PlanError(f"the plan is not YAML: {str(error).splitlines()[0]}.") from error
     except ValidationError as error:
