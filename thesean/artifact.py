@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
-from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.graph.signature import InputSpec, Signature, fits_record
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import replacing, standing
 from thesean.report.conversion import ConversionReport
@@ -160,6 +160,8 @@ def load(folder: str | Path) -> Artifact:
         report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
         examples = load_file(folder / _EXAMPLE) if has_example else {}
         signature = _signature_from_json(body["signature"], examples)
+        if not fits_record(signature, graph.output_node().args[0]):
+            raise ArtifactError(f"{folder}: the output's keys are not those of its output_class.")
         plan = Plan.from_yaml(folder / _PLAN)
         graph_module = fx.GraphModule(_root(graph, body, tensors, folder), graph)
         graph_module.meta["symbols"] = dict(body["symbols"])
@@ -323,4 +325,7 @@ def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]
         if example is not None and (example.dtype != dtype or example.ndim != len(row["shape"])):
             raise ValueError(f"the example of {row['name']!r} is not of its dtype and rank")
         inputs.append(InputSpec(**row, example=example))
-    return Signature(inputs=tuple(inputs), output_class=data["output_class"])
+    output_class = data["output_class"]
+    if not isinstance(output_class, str | None):
+        raise ValueError("output_class is neither text nor null")
+    return Signature(inputs=tuple(inputs), output_class=output_class)

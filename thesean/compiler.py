@@ -339,7 +339,7 @@ def chosen_plan(
 def bind_data(captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING) -> Training:
     """The user's data and task, read through the guide's signature. Warns where there is no data."""
     feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed, request.reading)
-    wrap = output_wrapper(captured.signature.output_class)
+    wrap = output_wrapper(captured.signature)
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
         first = captured.graph_module(**inputs)

@@ -48,7 +48,7 @@ class Converted:
         self.plan = plan
         self.report = report
         self.frontier = Frontier(frontier)
-        self._wrap = output_wrapper(signature.output_class)
+        self._wrap = output_wrapper(signature)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the guide is called, by position or by name. Raises DataError for inputs that don't fit."""

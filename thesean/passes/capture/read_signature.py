@@ -5,7 +5,8 @@ B batch, T time
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +55,12 @@ def read_signature(
     container = isinstance(eager, (dict, list, tuple)) and type(eager) in (dict, list, tuple)
     plain = container or isinstance(eager, torch.Tensor)
     path = None if plain else f"{type(eager).__module__}.{type(eager).__qualname__}"
-    return Signature(inputs=tuple(specs), output_class=path)
+    return Signature(inputs=tuple(specs), output_class=path, record=None if plain else _record(eager))
+
+
+def _record(eager: Any) -> type | None:
+    """The class of an output that is made of its fields by name; None for a tuple with names."""
+    return type(eager) if is_dataclass(eager) or isinstance(eager, Mapping) else None
 
 
 def _name(base: str, size: int, taken: dict[str, list[int]]) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -36,11 +36,13 @@ class Signature:
     """Inputs in the order of the guide's `forward`, and the class of its output.
 
     `output_class` is an importable path such as "transformers.modeling_outputs.CausalLMOutput", or None when the
-    output is a tensor, tuple, list or dict.
+    output is a tensor, tuple, list or dict. `record` is that class itself where the guide is at hand: a path is not
+    looked up but among transformers' own.
     """
 
     inputs: tuple[InputSpec, ...]
     output_class: str | None = None
+    record: type | None = field(default=None, compare=False, repr=False)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -139,29 +141,37 @@ def _without_example(spec: InputSpec, shape: list[int], generator: torch.Generat
     return torch.randint(low, spec.high, shape, generator=generator, dtype=spec.dtype)
 
 
-# Packages whose output classes may be imported when a saved conversion is loaded: naming a class in a file must not
-# become a way to run code.
-_OUTPUT_PACKAGES = ("transformers",)
+# Modules of transformers that define outputs. A file may name one of these to be imported, and no other code.
+_OUTPUTS = re.compile(r"transformers\.(modeling_outputs|models\.[a-z0-9_]+\.modeling_[a-z0-9_]+)")
 
 
-def output_wrapper(path: str | None) -> Callable[[Any], Any]:
-    """Turns the graph's output into the guide's output class; a plain dict where the class can't be imported."""
-    cls = _output_class(path)
+def output_wrapper(signature: Signature) -> Callable[[Any], Any]:
+    """Turns the graph's output into the guide's output class; a plain dict where that is not at hand.
+
+    The class is the one that the guide was seen to return, or one of transformers' output classes that a file names,
+    filled with tensors alone. Nothing else that a file says is imported or called.
+    """
+    cls = signature.record or _output_class(signature.output_class)
     if cls is None:
         return lambda output: output
     return lambda output: cls(**output) if isinstance(output, dict) else output
 
 
+def fits_record(signature: Signature, value: Any) -> bool:
+    """Whether an output, or the nodes that it is made of, could fill the class that the signature names."""
+    cls = _output_class(signature.output_class)
+    return cls is None or not isinstance(value, dict) or value.keys() <= {f.name for f in fields(cls)}
+
+
 def _output_class(path: str | None) -> type | None:
-    if not path:
+    module_name, _, name = (path or "").rpartition(".")
+    if not _OUTPUTS.fullmatch(module_name):
         return None
-    module_name, _, name = path.rpartition(".")
-    module = sys.modules.get(module_name)
-    if module is None and module_name.split(".")[0] in _OUTPUT_PACKAGES:
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            return None
-    found = getattr(module, name, None)
-    is_record = isinstance(found, type) and (is_dataclass(found) or issubclass(found, Mapping))
-    return found if is_record else None
+    try:
+        module = importlib.import_module(module_name)
+        from transformers.utils import ModelOutput
+    except Exception:  # not installed, or not so that it can be imported: its outputs are dicts then
+        return None
+    found = vars(module).get(name)
+    known = isinstance(found, type) and issubclass(found, ModelOutput) and is_dataclass(found)
+    return found if known else None
