@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import fx, nn
+from safetensors.torch import save_file
+from torch import fx
 
-from thesean.errors import ArtifactError, TheseanError
+from thesean.errors import ArtifactError
 from thesean.passes.graph import graph_json
-from thesean.passes.graph.signature import InputSpec, Signature, fits_record
+from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.plan import Plan
-from thesean.replace_folder import replacing, standing
+from thesean.replace_folder import replacing
 from thesean.report.conversion import ConversionReport
 from thesean.scratch import followed, named, telling
-from thesean.targets import TargetModule, rebuild
+from thesean.targets import TargetModule
 from thesean.write_file import new_file
 
 FORMAT = 1
@@ -134,59 +134,6 @@ def _is_conversion(folder: Path) -> bool:
     return isinstance(document, dict) and {"format", "sha256", "nodes", "modules"} <= document.keys()
 
 
-def load(folder: str | Path) -> Artifact:
-    """Raises ArtifactError for a missing, truncated or altered folder. Runs nothing that the folder names."""
-    folder = standing(Path(folder))
-    for name in (_GRAPH, _WEIGHTS, _PLAN, _REPORT):
-        if not (folder / name).is_file():
-            raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
-    try:
-        document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{folder / _GRAPH} can't be read: {error}.") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / _GRAPH}: expected format {FORMAT}; the file is of another version or altered.")
-    body = {k: v for k, v in document.items() if k != "sha256"}
-    graph = graph_json.load(body.get("nodes"))  # before the checksum: an operator outside the list has its own message
-    if _digest(body) != document.get("sha256"):
-        raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
-    try:
-        has_example = _EXAMPLE in body["files_sha256"] and (folder / _EXAMPLE).is_file()
-        for name in (_WEIGHTS, _PLAN, _REPORT, *((_EXAMPLE,) if has_example else ())):
-            if _file_digest(folder / name) != body["files_sha256"][name]:
-                raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")
-        # clones: memory of their own, aligned as torch would, so that products round as they did before saving
-        tensors = {k: v.clone() for k, v in load_file(folder / _WEIGHTS).items()}
-        report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
-        examples = load_file(folder / _EXAMPLE) if has_example else {}
-        signature = _signature_from_json(body["signature"], examples)
-        if not fits_record(signature, graph.output_node().args[0]):
-            raise ArtifactError(f"{folder}: the output's keys are not those of its output_class.")
-        plan = Plan.from_yaml(folder / _PLAN)
-        graph_module = fx.GraphModule(_root(graph, body, tensors, folder), graph)
-        graph_module.meta["symbols"] = dict(body["symbols"])
-    except (SafetensorError, OSError, RuntimeError, AttributeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, TheseanError):
-            raise
-        raise ArtifactError(f"{folder} can't be read: {type(error).__name__}: {error}.") from error
-    graph_module.eval()
-    return Artifact(graph_module=graph_module, signature=signature, plan=plan, report=report)
-
-
-def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
-    """What a conversion became and what it cost, without its weights. Raises ArtifactError, PlanError."""
-    folder = standing(Path(folder))
-    try:
-        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-        return Plan.from_yaml(folder / _PLAN), ConversionReport.from_dict(report)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{folder}: {_REPORT} is missing; this is not a complete conversion.") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if isinstance(error, TheseanError):
-            raise
-        raise ArtifactError(f"{folder / _REPORT} can't be read: {type(error).__name__}: {error}.") from error
-
-
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -246,61 +193,6 @@ def _modules(graph_module: fx.GraphModule) -> dict[str, Any]:
     return described
 
 
-def _root(graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> nn.Module:
-    """A module tree that holds what the graph reads and calls."""
-    root = nn.Module()
-    try:
-        for name, described in body["modules"].items():
-            module = rebuild(described["target"], described["config"])
-            prefix = f"{name}."
-            state = {}
-            for key in list(tensors):
-                kind, _, path = key.partition(":")
-                if path.startswith(prefix):
-                    state[path.removeprefix(prefix)] = tensors.pop(key)
-            # with the precision that it was saved in, tensor by tensor
-            module.load_state_dict(state, assign=True)
-            root.add_module(name, module)
-    except TheseanError:
-        raise
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder}: a target module does not fit its weights: {error}") from error
-    for key, value in tensors.items():
-        kind, _, path = key.partition(":")
-        _attach(root, path, nn.Parameter(value) if kind == "parameter" else value)
-    for name, original in body["aliases"].items():
-        if original.split(".")[0] not in body["modules"]:
-            _attach(root, name, _held(root, original, folder))
-    for node in graph.find_nodes(op="get_attr"):
-        node.meta["val"] = _held(root, str(node.target), folder)
-    for node in graph.find_nodes(op="call_module"):
-        if str(node.target) not in body["modules"]:
-            raise ArtifactError(f"{folder}: the graph calls {node.target!r}, which is not among its modules.")
-    return root
-
-
-def _held(root: nn.Module, path: str, folder: Path) -> torch.Tensor:
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    if not isinstance(value, torch.Tensor):
-        raise ArtifactError(f"{folder}: the weights hold no tensor {path!r}.")
-    return value
-
-
-def _attach(root: nn.Module, path: str, value: Any) -> None:
-    *holders, leaf = path.split(".")
-    module = root
-    for name in holders:
-        if not isinstance(getattr(module, name, None), nn.Module):
-            module.add_module(name, nn.Module())
-        module = getattr(module, name)
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(leaf, value)
-    else:
-        module.register_buffer(leaf, value)
-
-
 def _examples(signature: Signature) -> dict[str, torch.Tensor]:
     return {s.name: s.example.contiguous() for s in signature.inputs if s.example is not None}
 
@@ -312,20 +204,3 @@ def _signature_to_json(signature: Signature) -> dict[str, Any]:
         for s in signature.inputs
     ]
     return {"inputs": inputs, "output_class": signature.output_class}
-
-
-def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]) -> Signature:
-    inputs = []
-    for row in data["inputs"]:
-        dtype = getattr(torch, str(row["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"unknown dtype {row['dtype']!r}")
-        row = {**row, "dtype": dtype, "shape": tuple(row["shape"])}
-        example = examples.get(row["name"])
-        if example is not None and (example.dtype != dtype or example.ndim != len(row["shape"])):
-            raise ValueError(f"the example of {row['name']!r} is not of its dtype and rank")
-        inputs.append(InputSpec(**row, example=example))
-    output_class = data["output_class"]
-    if not isinstance(output_class, str | None):
-        raise ValueError("output_class is neither text nor null")
-    return Signature(inputs=tuple(inputs), output_class=output_class)

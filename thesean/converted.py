@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import fx
 
-from thesean import artifact
+from thesean import artifact, load_artifact
 from thesean.errors import ArtifactError, DataError
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import usual_settings
@@ -181,15 +181,17 @@ class Frontier(Sequence[Converted]):
         return self._makers[index]()
 
 
-def load(folder: str | Path) -> Converted:
+def load(folder: str | Path, max_bytes: int | None = None) -> Converted:
     """A saved conversion, without the guide and without the package that it came from.
 
-    Raises ArtifactError for a folder that is incomplete, altered, or names an operator outside of the allow-list.
+    max_bytes: what its files, and one call of the example's sizes, may take in memory; left out, 32 times its files or
+    2 GiB. Raises ArtifactError, and nothing else, for a folder that is incomplete, altered, too large, or holds what
+    the loader doesn't know to be safe: SECURITY.md says what is promised.
     """
     folder = named(folder, "read", ArtifactError)
     try:
         with usual_settings():
-            found = reading(folder, artifact.load)
+            found = reading(folder, lambda place: load_artifact.load(place, max_bytes))
     except OSError as error:
         if isinstance(error, ArtifactError):
             raise

@@ -12,21 +12,7 @@ DEEPEST = 32  # a plan is 4 deep
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
-class _Loader(yaml.SafeLoader):
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        mark = self.peek_event().start_mark
-        if self.check_event(yaml.AliasEvent):  # a few of them, nested, stand for gigabytes
-            raise yaml.composer.ComposerError(None, None, "expected values written out, found an alias", mark)
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"expected at most {DEEPEST} levels, found more", mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if node is not None and node.tag not in _TAGS:
-            raise yaml.composer.ComposerError(None, None, f"expected a plain value, found {node.tag}", mark)
-        return node
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it was built
 
 
 def read(text: str) -> Any:
@@ -35,12 +21,37 @@ def read(text: str) -> Any:
     """
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"expected at most {LONGEST} characters, found more")
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):  # a few of them, nested, stand for gigabytes
+            raise yaml.YAMLError(f"expected values written out, found an alias{_line(event)}")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"expected at most {DEEPEST} levels, found more{_line(event)}")
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_tags(node)
+        return loader.construct_document(node)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # such as !!int "x"
         raise yaml.YAMLError(f"a value can't be read: {type(error).__name__}: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _line(place: yaml.Event | yaml.Node) -> str:
+    return "" if place.start_mark is None else f" in line {place.start_mark.line + 1}"
+
+
+def _check_tags(node: yaml.Node) -> None:
+    if node.tag not in _TAGS:
+        raise yaml.YAMLError(f"expected a plain value, found {node.tag}{_line(node)}")
+    if isinstance(node, yaml.CollectionNode):
+        for pair in node.value:
+            for inner in pair if isinstance(pair, tuple) else (pair,):
+                _check_tags(inner)
 
 
 def text_of(path: str | Path) -> str:

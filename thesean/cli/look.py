@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 import thesean
-from thesean.artifact import read_plan_and_report
 from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
 from thesean.cli.words import ArgumentError, load_data, load_guide
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.onnx_file import PLAN, REPORT
 from thesean.deploy.session import require
+from thesean.load_artifact import read_plan_and_report
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import reading
 from thesean.report import markdown_table, read_report, render

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
 
 from thesean.curve import Curve
 from thesean.errors import DataError
+
+_STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +21,8 @@ class StageRow:
     """The hybrid after a stage. Losses are means over held-out data; `divergence` is KL(guide | hybrid) in nats for
     logits, the normalised MSE of the outputs otherwise; FLOPs at the plan's sizes.
     """
+
+    __pydantic_config__ = _STRICT
 
     part: str
     replaced: int
@@ -37,6 +44,8 @@ class StageRow:
 class ConversionReport:
     """`stages` and `curves` in order; guide and converted on the same held-out data."""
 
+    __pydantic_config__ = _STRICT
+
     guide: dict[str, float | None]
     converted: dict[str, float | None]
     stages: tuple[StageRow, ...]
@@ -56,11 +65,9 @@ class ConversionReport:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ConversionReport:
-        fields = dict(data)
-        fields["stages"] = tuple(StageRow(**row) for row in fields.get("stages", ()))
-        fields["notes"] = tuple(fields.get("notes", ()))
-        fields["curves"] = tuple(Curve.from_dict(curve) for curve in fields.get("curves", ()))
-        return ConversionReport(**fields)
+        """Raises pydantic's ValidationError, a ValueError, for what is no report."""
+        found: ConversionReport = _adapter().validate_python(data)
+        return found
 
     @staticmethod
     def from_json(text: str) -> ConversionReport:
@@ -85,3 +92,8 @@ class ConversionReport:
         lines.append(f"{self.steps} steps, {self.seconds:.0f} s")
         lines.extend(f"note: {n}" for n in self.notes)
         return "\n".join(lines)
+
+
+@cache
+def _adapter() -> TypeAdapter[ConversionReport]:
+    return TypeAdapter(ConversionReport)

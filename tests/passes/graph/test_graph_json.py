@@ -122,24 +122,9 @@ def test_operators_outside_of_the_allow_list_are_refused(target):
         load(altered(target=target))
 
 
-def test_no_operator_that_may_be_loaded_takes_a_file_name_or_writes_to_its_arguments():
-    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::")]
-    allowed = 0
-    for name in names:
-        packet, _, overload = name.removeprefix("aten::").partition(".")
-        try:
-            found: Any = resolve_target(f"aten.{packet}.{overload or 'default'}")
-        except ArtifactError:
-            continue
-        allowed += 1
-        assert not found._schema.is_mutable
-        assert not any("file" in a.name for a in found._schema.arguments)
-    assert allowed > 500
-
-
 @pytest.mark.parametrize("function", [os.system, print, torch.relu, eval, torch.ops.aten.relu_.default])
 def test_what_could_not_be_loaded_is_not_saved(function):
-    with pytest.raises(ArtifactError, match="can't be saved: expected one of aten's"):
+    with pytest.raises(ArtifactError, match=r"can't be saved: expected one of passes/graph/operators\.py"):
         target_name(function)
 
 
@@ -156,7 +141,20 @@ def test_arguments_without_a_json_form_are_not_saved(value):
         dump(graph)
 
 
-BAD_NAMES = ["__class__", "a.__globals__.b", "", "a..b", "x\nimport os", 'x"', 'x"), print("', "x\\", "x.\\u0022"]
+BAD_NAMES = [
+    "__class__",
+    "a.__globals__.b",
+    "",
+    "a..b",
+    "x\nimport os",
+    'x"',
+    'x"), print("',
+    "x\\",
+    "x.\\u0022",
+    "lambda",
+    "a.class",
+    "ﬁt",
+]
 ODD_NAMES = ["x; import os", "a b", "x)", "y-z", "1", "[cls]", "user id", "age-group", "日本", "x'", "{x}", "#", "%s"]
 
 
@@ -180,13 +178,15 @@ def test_names_that_a_module_may_have_are_names_and_nothing_else(name):
             load(altered(op="placeholder", target=name))  # a parameter of the generated function
 
 
-@pytest.mark.parametrize("name", ["x; import os", "a b", "", "1a", None, 3, "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["x; import os", "a b", "", "1a", None, 3, "a\nb", "lambda", "None", "ſelf", "x" * 3000]
+)
 def test_node_names_that_are_not_names_are_refused(name):
     with pytest.raises(ArtifactError):
         load(altered(name=name))
 
 
-@pytest.mark.parametrize("key", ["x=1, y", "a b", "", "__import__('os')", "lambda: 0"])
+@pytest.mark.parametrize("key", ["x=1, y", "a b", "", "__import__('os')", "lambda: 0", "lambda", "inplace", "input"])
 def test_keywords_that_are_not_names_are_refused(key):
     with pytest.raises(ArtifactError):
         load(altered(kwargs={key: 1}))
@@ -198,6 +198,8 @@ def test_keywords_that_are_not_names_are_refused(key):
         {"node": "nowhere"},
         {"dtype": "load"},
         {"device": "meta:0"},
+        {"device": "cuda"},
+        {"device": ["cpu"]},
         {"layout": "hub"},
         {"float": "__import__"},
         {"code": "1"},
@@ -242,6 +244,27 @@ def test_nodes_after_the_output_and_names_used_twice_are_refused():
         load([body[0], body[1], body[1], body[2]])
     with pytest.raises(ArtifactError):
         load([body[0], body[2], body[2]])
+
+
+@pytest.mark.parametrize(
+    "target", ["self", "torch", "lambda", "ſelf", "device", "getattr", "inf", "slice", "x.y", "*x", "x=1"]
+)
+def test_inputs_that_generated_code_would_trip_over_are_refused(target):
+    body = rows()
+    body[0]["target"] = target
+    with pytest.raises(ArtifactError):
+        load(body)
+
+
+def test_inputs_come_first_and_once_and_without_a_value_of_their_own():
+    first, second, last = rows()
+    again = {**first, "name": "y"}
+    for body in ([first, again, second, last], [first, second, {**again, "target": "y"}, last]):
+        with pytest.raises(ArtifactError, match="the inputs first, each of them once"):
+            load(body)
+    for more in ({"args": [1]}, {"kwargs": {"a": 1}}):
+        with pytest.raises(ArtifactError, match="is not an input's name"):
+            load([{**first, **more}, second, last])
 
 
 @pytest.mark.parametrize("op", ["call_method", "root", "import", None, 3])

@@ -41,7 +41,8 @@ def centred(x_NP: torch.Tensor) -> torch.Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off. It would turn matrix products into bf16, and a state carried over thousands of steps with them."""
-    # Entered only where autocast is on: torch.export writes the context into the graph as a submodule.
-    if torch.is_autocast_enabled(device.type):
+    # Entered only where autocast is on: torch.export writes the context into the graph as a submodule. Shapes alone
+    # have no precision, and torch no autocast for them.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

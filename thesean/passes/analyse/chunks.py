@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean.passes.graph.nodes import LookingInterpreter
 from thesean.passes.graph.signature import Signature
 
 # Of a node's own largest value. Rounding moves a node by 1e-5 at most, mixing by its whole scale; the first node that
@@ -138,7 +139,7 @@ def _record(graph_module: fx.GraphModule, inputs: dict[str, torch.Tensor]) -> tu
     values: dict[fx.Node, Any] = {}
     failed: list[fx.Node] = []
 
-    class Recorder(fx.Interpreter):
+    class Recorder(LookingInterpreter):
         def run_node(self, n: fx.Node) -> Any:
             try:
                 values[n] = super().run_node(n)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from thesean.passes.graph.nodes import argument, attribute, constants_of
+from thesean.passes.graph.nodes import LookingInterpreter, argument, attribute, constants_of
 from thesean.passes.graph.signature import Signature
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.module import TargetModule
@@ -66,7 +66,7 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {
 }  # fmt: skip
 
 
-class _FlopInterpreter(fx.Interpreter):
+class _FlopInterpreter(LookingInterpreter):
     """FLOPs (two per multiply-add) a node; a target module says its own, since recurrences hide theirs."""
 
     def __init__(self, graph_module: fx.GraphModule, sizes: dict[str, int], facts: dict[str, PartFacts]) -> None:

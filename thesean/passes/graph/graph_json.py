@@ -1,13 +1,14 @@
 """A graph as JSON and back: readable, and safe to load from strangers.
 
-Nothing in the file is executed or imported. Operators are looked up by name in torch.ops.aten and must be functional
-(no mutation, no file names), or be one of a few Python operators on sizes; anything else is refused.
+Nothing in the file is executed or imported. Operators are those of `operators.py`, with the values that it admits;
+names are those that generated code can hold. Shapes and dtypes are for `fitting.py`.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
-import operator
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -15,25 +16,16 @@ import torch
 from torch import fx
 
 from thesean.errors import ArtifactError
+from thesean.passes.graph.operators import check_values, names, operators
 
-_PYTHON: dict[str, Callable[..., Any]] = {
-    f"operator.{f.__name__}": f
-    for f in (
-        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv,
-        operator.mod, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
-    )
-} | {
-    f"torch.{f.__name__}": f
-    for f in (torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_int, torch.sym_float)
+# What the generated code calls by name, and what it calls itself: no input may stand in its place.
+_TAKEN = {
+    "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr", "slice", "float", "Ellipsis",
 }  # fmt: skip
+_LONGEST = 2000  # a name, or a path of names
+_DEEPEST = 16  # outputs within outputs are 3 or 4
 
-# the only text that an operator may take: modes, never names of files or devices
-_TEXT_ARGUMENTS = {
-    "approximate", "mode", "rounding_mode", "equation", "indexing", "reduction", "side", "padding_mode", "padding",
-    "reduce", "norm", "ord", "interpolation", "padding_side", "pad_mode",
-}  # fmt: skip
-
-_DTYPES = {
+DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
               torch.int8, torch.uint8, torch.bool)
@@ -46,39 +38,18 @@ _FORMATS = {
 
 def target_name(target: Any) -> str:
     """`aten.addmm.default`, `operator.getitem`. Raises ArtifactError for what could not be loaded again."""
-    for name, function in _PYTHON.items():
-        if function is target:
-            return name
-    if isinstance(target, torch._ops.OpOverload):
-        name = f"{target.namespace}.{target._opname}.{target._overloadname}"
-        if _find(name) is not None:
-            return name
-    raise ArtifactError(f"operator {target} can't be saved: expected one of aten's without side effects.")
+    found = names().get(target)
+    if found is None:
+        raise ArtifactError(f"operator {target} can't be saved: expected one of passes/graph/operators.py.")
+    return found
 
 
 def resolve_target(name: str) -> Callable[..., Any]:
     """The operator of that name. Raises ArtifactError when it is outside of the allow-list."""
-    if not isinstance(name, str):
-        raise ArtifactError(f"graph.json: {name!r:.80} is not an operator's name.")
-    found = _PYTHON.get(name) or _find(name)
+    found = operators().get(name) if isinstance(name, str) else None
     if found is None:
-        raise ArtifactError(f"graph.json: operator {name!r} is outside of the allow-list; the file was altered.")
+        raise ArtifactError(f"graph.json: operator {name!r:.80} is outside of the allow-list; the file was altered.")
     return found
-
-
-def _find(name: str) -> torch._ops.OpOverload | None:
-    """The harmless aten operator of that name."""
-    pieces = name.split(".")
-    if len(pieces) != 3 or pieces[0] != "aten" or not all(p.isidentifier() for p in pieces):
-        return None
-    overload = getattr(getattr(torch.ops.aten, pieces[1], None), pieces[2], None)
-    return overload if isinstance(overload, torch._ops.OpOverload) and _is_harmless(overload) else None
-
-
-def _is_harmless(overload: torch._ops.OpOverload) -> bool:
-    schema = overload._schema
-    text = {a.name for a in schema.arguments if "str" in str(a.type)}
-    return not schema.is_mutable and text <= _TEXT_ARGUMENTS
 
 
 def dump(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -110,37 +81,55 @@ def load(rows: Any) -> fx.Graph:
             raise ArtifactError(f"graph.json: node {row!r:.80} is malformed ({error}).") from error
         if node is not None:
             nodes[row["name"]] = node
+    graph_nodes = list(graph.nodes)
+    inputs = [n for n in graph_nodes if n.op == "placeholder"]
+    if graph_nodes[: len(inputs)] != inputs or len({n.target for n in inputs}) != len(inputs):
+        raise ArtifactError("graph.json: expected the inputs first, each of them once.")
     if [i for i, row in enumerate(rows) if row["op"] == "output"] != [len(rows) - 1]:
         raise ArtifactError("graph.json: the last node alone should be the output; the file is truncated or altered.")
-    graph.lint()
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise ArtifactError(f"graph.json: the nodes are no graph ({error}).") from error
     return graph
 
 
 def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) -> fx.Node | None:
     op, name, target = row["op"], row["name"], row["target"]
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise ArtifactError(f"graph.json: {name!r} is not a node's name.")
+    if not _is_name(name):
+        raise ArtifactError(f"graph.json: {name!r:.80} is not a node's name.")
     if name in nodes:
-        raise ArtifactError(f"graph.json: node {name!r} is there twice.")
+        raise ArtifactError(f"graph.json: node {name!r:.80} is there twice.")
     if op == "output":
         graph.output(_decode(row["value"], nodes))
         return None
-    if op in ("get_attr", "call_module", "placeholder"):
-        if not is_attribute_path(target) or (op == "placeholder" and not target.isidentifier()):
-            raise ArtifactError(f"graph.json: {target!r} is not an attribute's path.")
-        args = tuple(_decode(a, nodes) for a in row.get("args", []))
-        return graph.create_node(op, target, args, _load_keywords(row, nodes), name=name)
-    if op == "call_function":
-        args = tuple(_decode(a, nodes) for a in row["args"])
-        return graph.create_node(op, resolve_target(target), args, _load_keywords(row, nodes), name=name)
-    raise ArtifactError(f"graph.json: unknown kind of node {op!r}.")
-
-
-def _load_keywords(row: dict[str, Any], nodes: dict[str, fx.Node]) -> dict[str, Any]:
+    if op == "placeholder":
+        if not _is_name(target) or target in _TAKEN or row.get("args") or row.get("kwargs"):
+            raise ArtifactError(f"graph.json: {target!r:.80} is not an input's name.")
+        return graph.create_node(op, target, name=name)
+    if op not in ("get_attr", "call_module", "call_function"):
+        raise ArtifactError(f"graph.json: unknown kind of node {op!r:.80}.")
+    args = tuple(_decode(a, nodes) for a in (row["args"] if op == "call_function" else row.get("args", [])))
     kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
-    if not all(k.isidentifier() for k in kwargs):
+    if not all(map(_is_name, kwargs)):
         raise ArtifactError("graph.json: a keyword is not a name.")
-    return kwargs
+    if op == "call_function":
+        function = resolve_target(target)
+        check_values(target, args, kwargs)
+        return graph.create_node(op, function, args, kwargs, name=name)
+    if not is_attribute_path(target) or (op == "get_attr" and (args or kwargs)):
+        raise ArtifactError(f"graph.json: {target!r:.80} is not an attribute's path.")
+    return graph.create_node(op, target, args, kwargs, name=name)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether generated code may write it as the name that it is."""
+    return isinstance(value, str) and len(value) <= _LONGEST and value.isidentifier() and _is_read_as_written(value)
+
+
+def _is_read_as_written(name: str) -> bool:
+    """Python keeps some names for itself, and reads others as their plain twins: "ſelf" as "self"."""
+    return not keyword.iskeyword(name) and unicodedata.normalize("NFKC", name) == name
 
 
 def is_attribute_path(target: Any) -> bool:
@@ -148,10 +137,13 @@ def is_attribute_path(target: Any) -> bool:
 
     What is no identifier ("[cls]", "user id") stands there between quotes.
     """
-    if not isinstance(target, str):
+    if not isinstance(target, str) or len(target) > _LONGEST:
         return False
-    names = target.split(".")
-    return all(n.isprintable() and n and not n.startswith("__") and not {'"', "\\"} & set(n) for n in names)
+    return all(
+        n.isprintable() and n and not n.startswith("__") and not {'"', "\\"} & set(n)
+        and (not n.isidentifier() or _is_read_as_written(n))
+        for n in target.split(".")
+    )  # fmt: skip
 
 
 def _encode(value: Any) -> Any:
@@ -164,7 +156,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
-        return {"device": value.type}
+        return {"device": "cpu"}  # where a loaded network stands, wherever this one was made
     if isinstance(value, torch.layout):
         return {"layout": str(value).removeprefix("torch.")}
     if isinstance(value, torch.memory_format):
@@ -180,9 +172,12 @@ def _encode(value: Any) -> Any:
     raise ArtifactError(f"an argument of type {type(value).__name__} can't be saved.")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+def _decode(value: Any, nodes: dict[str, fx.Node], depth: int = 0) -> Any:
+    if depth > _DEEPEST:
+        raise ArtifactError(f"graph.json: a value is nested more than {_DEEPEST} levels deep.")
+    depth += 1
     if isinstance(value, list):
-        return [_decode(v, nodes) for v in value]
+        return [_decode(v, nodes, depth) for v in value]
     if not isinstance(value, dict):
         return value
     if len(value) != 1:
@@ -194,18 +189,23 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         case "float":
             return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[inner]
         case "dtype":
-            return _DTYPES[inner]
+            return DTYPES[inner]
         case "device":
-            return torch.device({"cpu": "cpu", "cuda": "cuda", "xpu": "xpu", "mps": "mps"}[inner])
+            if inner != "cpu":
+                raise ArtifactError(
+                    f"graph.json: a constant is on {inner!r:.20}; expected the CPU, where a loaded network stands. "
+                    "Save the conversion again with this version, or move it to the CPU before."
+                )
+            return torch.device("cpu")
         case "layout":
             return _LAYOUTS[inner]
         case "format":
             return _FORMATS[inner]
         case "slice":
-            start, stop, step = (_decode(v, nodes) for v in inner)
+            start, stop, step = (_decode(v, nodes, depth) for v in inner)
             return slice(start, stop, step)
         case "tuple":
-            return tuple(_decode(v, nodes) for v in inner)
+            return tuple(_decode(v, nodes, depth) for v in inner)
         case "dict":
-            return {k: _decode(v, nodes) for k, v in inner.items()}
+            return {k: _decode(v, nodes, depth) for k, v in inner.items()}
     raise ArtifactError(f"graph.json: unknown value {kind!r}.")

@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from thesean.passes.graph import unchecked
+
 
 def attribute(module: nn.Module, path: str) -> Any:
     """`attribute(m, "h.0.weight")`: what a get_attr node reads."""
@@ -27,7 +29,17 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 def compute(node: fx.Node, look_up: Callable[[fx.Node], Any]) -> Any:
     """A called function's value, where `look_up` knows its inputs'."""
     assert callable(node.target)
-    return node.target(*fx.map_arg(node.args, look_up), **fx.map_arg(node.kwargs, look_up))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), look_up)
+    unchecked.check(node.target, args, kwargs)
+    return node.target(*args, **kwargs)
+
+
+class LookingInterpreter(fx.Interpreter):
+    """torch's, which looks first where an operator itself doesn't: the graph may be one from a file."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        unchecked.check(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def is_write(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph.nodes import compute
+from thesean.passes.graph.nodes import LookingInterpreter, compute
 from thesean.passes.graph.widen import call_wide, compute_wide, is_half, same_memory, widened
 
 
@@ -44,7 +44,7 @@ def record(
     values = Recorded(wide)
     set_values = dict(given or {})
 
-    class Recorder(fx.Interpreter):
+    class Recorder(LookingInterpreter):
         def run_node(self, n: fx.Node) -> Any:
             run = self._run_wide if wide else super().run_node
             value = values[n] = set_values[n] if n in set_values else run(n)

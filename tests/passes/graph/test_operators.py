@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from thesean.errors import ArtifactError
+from thesean.passes.graph.graph_json import dump, load
+from thesean.passes.graph.operators import check_values, names, operators
+
+aten = torch.ops.aten
+OVERLOADS = {name: f for name, f in operators().items() if isinstance(f, torch._ops.OpOverload)}
+
+# what reads past a tensor, corrupts the heap, divides by zero, changes the process, or gives memory as it was found
+UNSAFE = [
+    "_reshape_alias.default",
+    "as_strided.default",
+    "as_strided_copy.default",
+    "_sparse_coo_tensor_unsafe.default",
+    "segment_reduce.default",
+    "_ctc_loss.default",
+    "ctc_loss.IntList",
+    "set_.source_Tensor",
+    "empty.memory_format",
+    "empty_like.default",
+    "empty_strided.default",
+    "new_empty.default",
+    "new_empty_strided.default",
+    "resize.default",
+    "set_data.default",
+    "rand.default",
+    "randn.default",
+    "bernoulli.default",
+    "multinomial.default",
+    "dropout_.default",
+    "nonzero.default",
+    "masked_select.default",
+    "unique_dim.default",
+    "repeat_interleave.Tensor",
+    "embedding_bag.default",
+    "_embedding_bag.default",
+    "_local_scalar_dense.default",
+    "_cudnn_rnn.default",
+    "from_file.default",
+    "quantize_per_tensor.default",
+    "sparse_coo_tensor.size",
+    "_nested_view_from_buffer.default",
+    "_unsafe_index.Tensor",
+    "_fused_moving_avg_obs_fq_helper.default",
+    "_test_check_tensor.default",
+    "_pin_memory.default",
+    "resolve_conj.default",
+]
+
+
+def test_a_name_stands_for_one_operator_and_an_operator_for_one_name():
+    assert len(names()) == len(operators())
+    assert len(OVERLOADS) > 300
+    assert all(name == f"aten.{f._opname}.{f._overloadname}" for name, f in OVERLOADS.items())
+
+
+@pytest.mark.parametrize("name", [*UNSAFE, "set_grad_enabled.default", "add_.Tensor", "add.out"])
+def test_what_is_not_known_to_be_safe_is_not_there(name):
+    assert f"aten.{name}" not in operators()
+
+
+def test_no_operator_writes_or_takes_strides_offsets_storage_names_generators_or_text_that_is_not_told():
+    for name, function in OVERLOADS.items():
+        schema = function._schema
+        assert not schema.is_mutable, name
+        taken = {a.name for a in schema.arguments}
+        assert not taken & {"storage_offset", "generator", "names", "out", "strides", "filename"}, name
+        assert not ("size" in taken and "stride" in taken), name
+        for argument in schema.arguments:
+            if "str" in str(argument.type):
+                given: dict[str, Any] = {a.name: None for a in schema.arguments}
+                with pytest.raises(ArtifactError):
+                    check_values(name, (), {**given, argument.name: "/etc/passwd"})
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    [
+        ("aten.dropout.default", (None, 0.1, True), {}),  # draws random numbers: a state of the process
+        ("aten.scaled_dot_product_attention.default", (None, None, None, None, 0.5), {}),
+        ("aten.batch_norm.default", (None, None, None, 1, 1, True, 0.1, 1e-5, True), {}),  # writes running means
+        ("aten.instance_norm.default", (None, None, None, 1, None, True, 0.1, 1e-5, True), {}),
+        ("aten.instance_norm.default", (None, None, None, None, None, False, 0.1, 1e-5, True), {}),
+        ("aten.lstm.input", (None, [], [], True, 1, 0.0, True, False, True), {}),
+        ("aten.one_hot.default", (None,), {}),  # as many as the largest value says
+        ("aten.one_hot.default", (None, -1), {}),
+        ("aten.upsample_nearest2d.default", (None, [4, 4], 1e-300, 1.0), {}),
+        ("aten.upsample_nearest2d.vec", (None, None, [2.0, float("nan")]), {}),
+        ("aten.ones.default", ([2],), {"device": torch.device("cuda")}),
+        ("aten.ones.default", ([2],), {"pin_memory": True}),
+        ("aten.ones.default", ([2**63],), {}),
+        ("aten.ones.default", (2,), {"surprise": 1}),
+        ("aten.ones.default", ([2], 1), {}),
+        ("aten.ones.default", (), {}),
+        ("aten.add.Tensor", (None, None), {"other": None}),
+        ("aten.add.Tensor", ("a", "b"), {}),
+        ("aten.gelu.default", (None,), {"approximate": "fast"}),
+        ("aten.einsum.default", ("a;import os", []), {}),
+        ("operator.add", (1,), {"b": 2}),
+    ],
+)
+def test_arguments_out_of_their_range_are_refused(name, args, kwargs):
+    with pytest.raises(ArtifactError):
+        check_values(name, args, kwargs)
+
+
+def test_what_is_computed_may_not_choose_a_mode():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(aten.gelu.default, (x,), {"approximate": x}))
+    with pytest.raises(ArtifactError, match="approximate"):
+        load(dump(graph))

@@ -1,0 +1,268 @@
+"""A saved folder, read: data, whoever wrote it. What doesn't fit is refused, by ArtifactError alone, before any of it
+is used; SECURITY.md says what is promised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+from typing_extensions import TypedDict
+
+from thesean.artifact import _EXAMPLE, _GRAPH, _PLAN, _REPORT, _WEIGHTS, FORMAT, Artifact, _digest, _file_digest
+from thesean.errors import ArtifactError, TheseanError
+from thesean.passes.graph import graph_json
+from thesean.passes.graph.fitting import Fitting
+from thesean.passes.graph.shapes import Shapes
+from thesean.passes.graph.signature import InputSpec, Signature, fits_record
+from thesean.passes.graph.unchecked import look_first
+from thesean.passes.plan.plan import Plan
+from thesean.replace_folder import standing
+from thesean.report.conversion import ConversionReport
+from thesean.targets import TargetModule, rebuild
+
+# What a folder may take where `max_bytes` doesn't say, and how many bytes of Python's a byte of JSON becomes
+_LEAST_BYTES, _PARSED = 2 * 2**30, 16
+_FILE_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "C64": torch.complex64,
+}  # fmt: skip
+_LARGEST = 2**20  # of a target's settings: constructors count to some of them
+
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _InputRow(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    name: str
+    dtype: str
+    shape: list[_Size | str]
+    high: NotRequired[Annotated[int, Field(ge=1, lt=2**63)] | None]
+    low: NotRequired[_Size]
+    mask: NotRequired[bool]
+
+
+_ROWS = TypeAdapter(list[_InputRow])
+
+
+def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
+    """Raises ArtifactError for a missing, truncated or altered folder, and for one that takes more than `max_bytes`:
+    its files, and what one call of the example's sizes holds at once. Left out, it may be 32 times its files, or 2 GiB.
+
+    Runs nothing that the folder names, and reads no weight before every node was seen to fit.
+    """
+    try:
+        return _load(standing(Path(folder)), max_bytes)
+    except ArtifactError:
+        raise
+    except TheseanError as error:  # an unknown target, a plan that is none
+        raise ArtifactError(f"{folder} can't be read: {error}") from error
+    except Exception as error:  # of json, safetensors, torch and the file system: what a file may say has no end
+        raise ArtifactError(f"{folder} can't be read: {type(error).__name__}: {str(error)[:500]}.") from error
+
+
+def _load(folder: Path, max_bytes: int | None) -> Artifact:
+    for name in (_GRAPH, _WEIGHTS, _PLAN, _REPORT):
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
+    names = [n for n in (_GRAPH, _WEIGHTS, _PLAN, _REPORT, _EXAMPLE) if (folder / n).exists()]
+    size = sum((folder / n).stat().st_size for n in names)
+    limit = max(_LEAST_BYTES, 32 * size) if max_bytes is None else max_bytes
+    if size + _PARSED * (folder / _GRAPH).stat().st_size > limit:
+        raise ArtifactError(f"{folder} holds {size:,} bytes, and more once read; at most {limit:,} are allowed.")
+    try:
+        document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{folder / _GRAPH} can't be read: {error}.") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(f"{folder / _GRAPH}: expected format {FORMAT}; the file is of another version or altered.")
+    body = {k: v for k, v in document.items() if k != "sha256"}
+    graph = graph_json.load(body.get("nodes"))  # before the checksum: an operator outside the list has its own message
+    if _digest(body) != document.get("sha256"):
+        raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
+    for name in names[1:]:
+        if (name != _EXAMPLE or name in body["files_sha256"]) and _file_digest(folder / name) != (
+            body["files_sha256"][name]
+        ):
+            raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")
+    has_example = _EXAMPLE in names and _EXAMPLE in body["files_sha256"]
+    report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
+    signature = _signature_from_json(body["signature"], load_file(folder / _EXAMPLE) if has_example else {})
+    if not fits_record(signature, graph.output_node().args[0]):
+        raise ArtifactError(f"{folder}: the output's keys are not those of its output_class.")
+    plan = Plan.from_yaml(folder / _PLAN)
+    modules = {name: _rebuilt(described) for name, described in body["modules"].items()}
+    fitting = Fitting(
+        module=_root(graph, body, _shapes(folder / _WEIGHTS), modules, folder),
+        signature=signature,
+        sizes={s: _probed(s, signature, plan, report) for s in signature.symbols},
+        limit=limit,
+        kinds={name: _kind(described, modules[name]) for name, described in body["modules"].items()},
+    )
+    held = fitting.run(graph) + sum(t.nbytes for m in modules.values() for t in (*m.parameters(), *m.buffers()))
+    if size + held > limit:
+        raise ArtifactError(
+            f"{folder}: a call holds {held:,} bytes beside {size:,} of files; at most {limit:,} are allowed. Raise "
+            "max_bytes= for a folder that you trust."
+        )
+    # clones: memory of their own, aligned as torch would, so that products round as they did before saving
+    tensors = {k: v.clone() for k, v in load_file(folder / _WEIGHTS).items()}
+    root = _root(graph, body, tensors, modules, folder)
+    look_first(graph)
+    graph_module = fx.GraphModule(root, graph)
+    graph_module.meta["symbols"] = _texts(body["symbols"])
+    graph_module.eval()
+    return Artifact(graph_module=graph_module, signature=signature, plan=plan, report=report)
+
+
+def _probed(symbol: str, signature: Signature, plan: Plan, report: ConversionReport) -> int:
+    """A size at which the network is known to run: the example's, or that of the plan's figures."""
+    known = {**plan.sizes, **signature.example_sizes}
+    return known.get(symbol, 2 if symbol.startswith("batch") else report.train_length or 8)
+
+
+def _shapes(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file without their numbers."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        return {
+            name: torch.empty(s.get_shape(), dtype=_FILE_DTYPES[s.get_dtype()], device="meta")
+            for name, s in slices.items()
+        }
+
+
+def _rebuilt(described: dict[str, Any]) -> TargetModule:
+    """A target module as its configuration says, without memory."""
+    numbers = [n for n in pytree.tree_leaves(described["config"]) if isinstance(n, int)]
+    if any(abs(n) > _LARGEST for n in numbers):
+        raise ArtifactError(f"target {described['target']!r:.80}: a setting is beyond {_LARGEST:,}.")
+    with torch.device("meta"), Shapes():
+        return rebuild(described["target"], described["config"]).eval()
+
+
+def _kind(described: dict[str, Any], module: TargetModule) -> str:
+    """Equal for modules that compute equal shapes and types from equal ones."""
+    dtypes = [str(t.dtype) for t in module.state_dict().values()]
+    return json.dumps([described, dtypes], sort_keys=True)
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ValueError("expected texts by their names")
+    return value
+
+
+def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
+    """What a conversion became and what it cost, without its weights. Raises ArtifactError, PlanError."""
+    folder = standing(Path(folder))
+    try:
+        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+        return Plan.from_yaml(folder / _PLAN), ConversionReport.from_dict(report)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{folder}: {_REPORT} is missing; this is not a complete conversion.") from error
+    except (OSError, RecursionError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, TheseanError):
+            raise
+        raise ArtifactError(f"{folder / _REPORT} can't be read: {type(error).__name__}: {error}.") from error
+
+
+def _root(
+    graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor], modules: dict[str, Any], folder: Path
+) -> nn.Module:
+    """A module tree that holds what the graph reads and calls. `modules` get the tensors that are theirs."""
+    root = nn.Module()
+    left = dict(tensors)
+    try:
+        for name, described in body["modules"].items():
+            prefix = f"{name}."
+            own = [key for key in left if key.partition(":")[2].startswith(prefix)]
+            state = {key.partition(":")[2].removeprefix(prefix): left.pop(key) for key in own}
+            # with the precision that it was saved in, tensor by tensor
+            modules[name].load_state_dict(state, assign=True)
+            if state and not _on_meta(state.values()) and _on_meta(_all_tensors(modules[name])):
+                # what a module makes anew is not in the file
+                modules[name] = rebuild(described["target"], described["config"])
+                modules[name].load_state_dict(state, assign=True)
+            root.add_module(name, modules[name])
+    except TheseanError:
+        raise
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder}: a target module does not fit its weights: {error}") from error
+    for key, value in left.items():
+        kind, _, path = key.partition(":")
+        if kind not in ("parameter", "buffer") or not graph_json.is_attribute_path(path):
+            raise ArtifactError(f"{folder}: {key!r:.80} is not a tensor's name.")
+        _attach(root, path, nn.Parameter(value) if kind == "parameter" else value)
+    for name, original in _texts(body["aliases"]).items():
+        if not graph_json.is_attribute_path(name):
+            raise ArtifactError(f"{folder}: {name!r:.80} is not a tensor's name.")
+        if original.split(".")[0] not in body["modules"]:
+            _attach(root, name, _held(root, original, folder))
+    for node in graph.find_nodes(op="get_attr"):
+        node.meta["val"] = _held(root, str(node.target), folder)
+    for node in graph.find_nodes(op="call_module"):
+        if str(node.target) not in body["modules"]:
+            raise ArtifactError(f"{folder}: the graph calls {node.target!r}, which is not among its modules.")
+    return root
+
+
+def _all_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are neither."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers, vars(part)):
+            yield from (t for t in held.values() if isinstance(t, torch.Tensor))
+
+
+def _on_meta(tensors: Iterable[torch.Tensor]) -> bool:
+    return any(t.device.type == "meta" for t in tensors)
+
+
+def _held(root: nn.Module, path: str, folder: Path) -> torch.Tensor:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    if not isinstance(value, torch.Tensor):
+        raise ArtifactError(f"{folder}: the weights hold no tensor {path!r}.")
+    return value
+
+
+def _attach(root: nn.Module, path: str, value: Any) -> None:
+    *holders, leaf = path.split(".")
+    module = root
+    for name in holders:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            module.add_module(name, nn.Module())
+        module = getattr(module, name)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value)
+
+
+def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]) -> Signature:
+    specs = []
+    for row in _ROWS.validate_python(data["inputs"], strict=True):
+        dtype = graph_json.DTYPES[row["dtype"]]
+        example = examples.get(row["name"])
+        if example is not None and (example.dtype != dtype or example.ndim != len(row["shape"])):
+            raise ValueError(f"the example of {row['name']!r} is not of its dtype and rank")
+        fields: dict[str, Any] = {**row, "dtype": dtype, "shape": tuple(row["shape"])}
+        specs.append(InputSpec(**fields, example=example))
+    signature = Signature(inputs=tuple(specs), output_class=data["output_class"])
+    if not isinstance(signature.output_class, str | None):
+        raise ValueError("output_class is neither text nor null")
+    given = {s.name: s.example for s in specs if s.example is not None}
+    if given:
+        partial = Signature(inputs=tuple(s for s in specs if s.example is not None))
+        partial.check(given)  # equal names are equal sizes
+    return signature

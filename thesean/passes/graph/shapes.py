@@ -1,0 +1,170 @@
+"""Shapes and dtypes of what operators give on the meta device, without torch's compiler.
+
+torch 2.13 finds them by its references in Python, which import the compiler: two seconds, where a folder loads in one
+twentieth of one. What the networks here are made of is said here; all else goes torch's way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class Shapes(TorchDispatchMode):
+    """Inside, an operator on meta tensors is answered by the rules below where one is for it."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it is to import it
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is not None:
+            return rule(func, *args, **kwargs)
+        if func in _DRAWS:  # a constructor's first weights
+            return args[0]
+        if torch.Tag.pointwise in func.tags:
+            return _pointwise(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _meta(shape: Iterable[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=like.dtype, device="meta")
+
+
+def _small(tensor: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+    """A real one of its dtype and rank: which dtypes go together, and what they give, the operator itself knows."""
+    return torch.ones([1] * (tensor.ndim if rank is None else rank), dtype=tensor.dtype)
+
+
+def _pointwise(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    small = pytree.tree_map_only(torch.Tensor, _small, (args, kwargs))
+    shape, result = torch.broadcast_shapes(*(t.shape for t in given)), func(*small[0], **small[1])
+    if not func._schema.is_mutable:
+        return _meta(shape, result)
+    _expect(shape == args[0].shape, f"{func} writes {tuple(shape)} into {tuple(args[0].shape)}")
+    return args[0]
+
+
+def _expect(fits: bool, what: str) -> None:
+    if not fits:
+        raise RuntimeError(what)
+
+
+def _cat(func: Any, tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    kept = [t for t in tensors if t.shape != (0,)]  # which torch lets pass, whatever the others' rank
+    first = kept[0] if kept else tensors[0]
+    _expect(-first.ndim <= dim < first.ndim, f"cat has no dimension {dim}")
+    shape = list(first.shape)
+    shape[dim] = sum(t.shape[dim] for t in kept if t.ndim == first.ndim)
+    for t in kept:
+        alike = t.ndim == first.ndim and all(
+            a == b for d, (a, b) in enumerate(zip(t.shape, shape, strict=True)) if d != dim % first.ndim
+        )
+        _expect(alike, f"cat of {[tuple(t.shape) for t in tensors]} along {dim}")
+    return _meta(shape, func([_small(t, 1) for t in tensors]))
+
+
+def _addmm(func: Any, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: Any) -> torch.Tensor:
+    _expect(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0], f"addmm of {tuple(a.shape)} and {tuple(b.shape)}")
+    shape = (a.shape[0], b.shape[1])
+    _expect(torch.broadcast_shapes(bias.shape, shape) == shape, f"addmm adds {tuple(bias.shape)} to {shape}")
+    return _meta(shape, func(_small(bias), _small(a), _small(b), **scales))
+
+
+def _layer_norm(
+    func: Any, x: torch.Tensor, over: list[int], weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, ...]:
+    rank = x.ndim - len(over)
+    _expect(
+        len(over) > 0 and rank >= 0 and list(x.shape[rank:]) == list(over), f"layer_norm of {tuple(x.shape)} {over}"
+    )
+    affine = [t for t in (weight, bias) if t is not None]
+    _expect(all(list(t.shape) == list(over) for t in affine), f"layer_norm over {over} scales otherwise")
+    small = [None if t is None else _small(t) for t in (weight, bias)]
+    outs = func(_small(x), [1] * len(over), *small, eps)
+    shapes = (x.shape, [*x.shape[:rank], *[1] * len(over)], [*x.shape[:rank], *[1] * len(over)])
+    return tuple(_meta(s, o) for s, o in zip(shapes, outs, strict=True))
+
+
+def _cumulated(func: Any, x: torch.Tensor, dim: int, **dtype: Any) -> torch.Tensor:
+    return _meta(x.shape, func(_small(x), *([dim] if x.ndim else [0]), **dtype))
+
+
+def _reduced(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **dtype: Any) -> torch.Tensor:
+    small = func(_small(x), dim, keepdim, **dtype)  # which checks the dimensions
+    dims = range(x.ndim) if not dim and not isinstance(dim, int) else [dim] if isinstance(dim, int) else dim
+    gone = {d % max(x.ndim, 1) for d in dims}
+    shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]
+    return _meta(shape, small)
+
+
+def _stack(func: Any, tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    _expect(len({t.shape for t in tensors}) == 1, f"stack of {[tuple(t.shape) for t in tensors]}")
+    small = func([_small(t) for t in tensors], dim)  # which checks the dimension
+    shape = list(tensors[0].shape)
+    shape.insert(dim % small.ndim, len(tensors))
+    return _meta(shape, small)
+
+
+def _group_norm(func: Any, x: torch.Tensor, weight: Any, bias: Any, *sizes: Any) -> tuple[torch.Tensor, ...]:
+    n, channels, rest, groups, _eps = sizes
+    _expect(groups > 0 and channels % groups == 0 and n * channels * rest == x.numel(), "group_norm doesn't fit")
+    _expect(all(t is None or t.shape == (channels,) for t in (weight, bias)), "group_norm scales otherwise")
+    return _meta(x.shape, x), _meta((n, groups), x), _meta((n, groups), x)
+
+
+def _batch_norm(
+    func: Any, x: torch.Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *numbers: float
+) -> tuple[torch.Tensor, ...]:
+    given = [t for t in (weight, bias, mean, var) if t is not None]
+    _expect(x.ndim >= 2 and all(t.shape == x.shape[1:2] for t in given), "batch_norm scales otherwise")
+    kept = (x.shape[1] if training else 0,)
+    return _meta(x.shape, x), _meta(kept, x), _meta(kept, x)
+
+
+def _arange(func: Any, *numbers: float, dtype: Any = None, device: Any = None, **rest: Any) -> torch.Tensor:
+    start, end, step = (0, *numbers, 1) if len(numbers) == 1 else (*numbers, 1)[:3]
+    _expect(step != 0 and math.isfinite(start) and math.isfinite(end), f"arange of {numbers}")
+    count = max(0, math.ceil((end - start) / step))
+    return torch.empty(count, dtype=dtype or func(*(n * 0 for n in numbers)).dtype, device=device)
+
+
+def _eye(func: Any, n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, **rest: Any) -> Any:
+    return torch.empty((n, n if m is None else m), dtype=dtype, device=device)
+
+
+_DRAWS = {aten.normal_.default, aten.uniform_.default, aten.fill_.Scalar, aten.zero_.default}
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.cat.default: _cat,
+    aten.addmm.default: _addmm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.stack.default: _stack,
+    aten.native_group_norm.default: _group_norm,
+    aten.cumsum.default: _cumulated,
+    aten._safe_softmax.default: _cumulated,
+    aten.tril.default: lambda func, x, diagonal=0: _meta(x.shape, func(torch.ones(1, 1, dtype=x.dtype))),
+    aten.native_batch_norm.default: _batch_norm,
+    aten.linalg_vector_norm.default: lambda func, x, ord=2, dim=None, keepdim=False, **dtype: _reduced(
+        lambda small, *how, **kind: func(small, ord, *how, **kind), x, dim, keepdim, **dtype
+    ),
+    aten.roll.default: lambda func, x, shifts, dims=(): _meta(x.shape, func(_small(x), shifts, dims)),
+    aten.arange.default: _arange,
+    aten.arange.start: _arange,
+    aten.eye.default: _eye,
+    aten.eye.m: _eye,
+    aten.polar.default: _pointwise,
+    aten.mean.dim: _reduced,
+    aten.sum.dim_IntList: _reduced,
+}
