@@ -21,7 +21,8 @@ aten = torch.ops.aten
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> bool:
-    return key.shape[:-1] == value.shape[:-1] and query.shape[-1:] == key.shape[-1:]
+    floats = query.is_floating_point() and query.dtype == key.dtype == value.dtype
+    return floats and key.shape[:-1] == value.shape[:-1] and query.shape[-1:] == key.shape[-1:]
 
 
 def _cells(gates: int) -> Callable[..., bool]:
