@@ -25,7 +25,10 @@ from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
 from thesean.errors import ArtifactError
+from thesean.passes.graph import unchecked
 from thesean.passes.graph.record import record
+
+aten = torch.ops.aten
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -202,6 +205,10 @@ def test_memory_is_bounded_by_what_the_caller_says(folder: Path):
         thesean.load(folder, max_bytes=3 * 2**20)
 
 
+def lstm() -> list[torch.Tensor]:
+    return [torch.ones(64, 8), torch.ones(64, 16), torch.ones(64), torch.ones(64)]
+
+
 def one_attention(tmp_path: Path, keys: int, values: int) -> Path:
     """A folder of one fused attention over constants of these many steps."""
     folder = converted().save(tmp_path / "attention")
@@ -234,6 +241,33 @@ def test_attention_looks_at_its_keys_and_values_at_load_and_at_every_call(tmp_pa
 
 def checked(name: str, digest: str) -> Change:
     return lambda document: document["files_sha256"].update({name: digest})
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs"),
+    [
+        (aten.div.Tensor_mode, (whole := torch.ones(2, dtype=torch.int64), whole), {"rounding_mode": "trunc"}),
+        (aten.div.Scalar_mode, (whole, -1), {"rounding_mode": "trunc"}),
+        (aten.lstm.input, (torch.ones(4, 5, 8), [torch.ones(1, 3, 16)] * 2, lstm(), True, 1, 0.0, *[False] * 3), {}),
+        (
+            aten.lstm.input,
+            (torch.ones(5, 4, 8), [torch.ones(1, 4, 16)] * 2, lstm()[:3], True, 1, 0.0, *[False] * 3),
+            {},
+        ),
+        (aten.gru.input, (torch.ones(5, 4, 8), torch.ones(1, 4, 16), lstm(), True, 1, 0.0, *[False] * 3), {}),
+        (aten.gru.input, (torch.ones(5, 4, 8), torch.ones(4, 16), lstm(), True, 1, 0.0, *[False] * 3), {}),
+    ],
+)
+def test_what_torch_does_not_look_at_is_looked_at(target, args, kwargs):
+    with pytest.raises(ArtifactError, match="don't fit each other"):
+        unchecked.check(target, args, kwargs)
+
+
+def test_what_fits_passes():
+    state = [torch.ones(1, 4, 16)] * 2
+    unchecked.check(aten.lstm.input, (torch.ones(5, 4, 8), state, lstm(), True, 1, 0.0, *[False] * 3), {})
+    unchecked.check(aten.div.Tensor_mode, (torch.ones(2), torch.ones(2)), {"rounding_mode": "trunc"})
+    unchecked.check(aten.div.Scalar_mode, (torch.ones(2, dtype=torch.int64), 3), {"rounding_mode": "trunc"})
 
 
 def test_only_artifact_errors_come_out(folder: Path):

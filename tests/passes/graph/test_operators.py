@@ -15,44 +15,46 @@ OVERLOADS = {name: f for name, f in operators().items() if isinstance(f, torch._
 
 # what reads past a tensor, corrupts the heap, divides by zero, changes the process, or gives memory as it was found
 UNSAFE = [
-    "_reshape_alias.default",
-    "as_strided.default",
-    "as_strided_copy.default",
-    "_sparse_coo_tensor_unsafe.default",
-    "segment_reduce.default",
-    "_ctc_loss.default",
-    "ctc_loss.IntList",
-    "set_.source_Tensor",
-    "empty.memory_format",
-    "empty_like.default",
-    "empty_strided.default",
-    "new_empty.default",
-    "new_empty_strided.default",
-    "resize.default",
-    "set_data.default",
-    "rand.default",
-    "randn.default",
-    "bernoulli.default",
-    "multinomial.default",
-    "dropout_.default",
-    "nonzero.default",
-    "masked_select.default",
-    "unique_dim.default",
-    "repeat_interleave.Tensor",
-    "embedding_bag.default",
-    "_embedding_bag.default",
-    "_local_scalar_dense.default",
-    "_cudnn_rnn.default",
-    "from_file.default",
-    "quantize_per_tensor.default",
-    "sparse_coo_tensor.size",
-    "_nested_view_from_buffer.default",
-    "_unsafe_index.Tensor",
-    "_fused_moving_avg_obs_fq_helper.default",
-    "_test_check_tensor.default",
-    "_pin_memory.default",
-    "resolve_conj.default",
-]
+    "_reshape_alias.default", "as_strided.default", "as_strided_copy.default", "_sparse_coo_tensor_unsafe.default",
+    "segment_reduce.default", "_ctc_loss.default", "ctc_loss.IntList", "set_.source_Tensor", "empty.memory_format",
+    "empty_like.default", "empty_strided.default", "new_empty.default", "new_empty_strided.default", "resize.default",
+    "set_data.default", "rand.default", "randn.default", "bernoulli.default", "multinomial.default",
+    "dropout_.default", "nonzero.default", "masked_select.default", "unique_dim.default", "repeat_interleave.Tensor",
+    "embedding_bag.default", "_embedding_bag.default", "_local_scalar_dense.default", "_cudnn_rnn.default",
+    "from_file.default", "quantize_per_tensor.default", "sparse_coo_tensor.size", "_nested_view_from_buffer.default",
+    "_unsafe_index.Tensor", "_fused_moving_avg_obs_fq_helper.default", "_test_check_tensor.default",
+    "_pin_memory.default", "resolve_conj.default",
+]  # fmt: skip
+
+# what `python -m benchmarks captures` found in 173 guides, and in what becomes of them; two more, whose experts
+# transformers multiplies by an operator of its own, could never be saved
+CAPTURED = [
+    "__and__.Tensor", "_to_copy", "_unsafe_view", "_weight_norm", "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "add.Tensor", "addmm", "arange", "arange.start", "arange.start_step", "argmax", "avg_pool1d", "avg_pool2d",
+    "baddbmm", "batch_norm", "bitwise_not", "bmm", "cat", "chunk", "clamp", "clamp_min", "clone", "contiguous",
+    "conv1d", "conv2d", "conv2d.padding", "copy", "cos", "cumsum", "detach", "diff", "div.Tensor", "einsum",
+    "embedding", "eq.Scalar", "eq.Tensor", "erf", "exp", "expand", "expand_as", "expm1", "eye", "fft_fft", "fft_fftn",
+    "flatten.using_ints", "floor_divide", "full", "full_like", "gather", "ge.Scalar", "ge.Tensor", "gelu",
+    "group_norm", "gru.input", "gt.Scalar", "gt.Tensor", "hardtanh", "im2col", "index.Tensor", "index_put",
+    "index_select", "item", "layer_norm", "le.Scalar", "le.Tensor", "linalg_vector_norm", "linear", "log",
+    "logical_not", "lstm.input", "lt.Scalar", "masked_fill.Scalar", "matmul", "max.other", "max_pool1d", "max_pool2d",
+    "maximum", "mean.dim", "min.other", "mul.Tensor", "multiply.Tensor", "ne.Scalar", "neg", "new_ones", "new_zeros",
+    "numpy_T", "ones", "ones_like", "operator.add", "operator.floordiv", "operator.getitem", "operator.mod",
+    "operator.mul", "operator.neg", "operator.sub", "pad", "permute", "polar", "pow.Scalar", "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor", "real", "reciprocal", "relu", "remainder.Scalar", "repeat", "repeat_interleave.self_int",
+    "reshape", "reshape_as", "rnn_tanh.input", "roll", "rsqrt", "rsub.Scalar", "scalar_tensor",
+    "scaled_dot_product_attention", "select.int", "select_scatter", "sigmoid", "silu", "sin", "slice.Tensor",
+    "slice_scatter", "softmax.int", "softplus", "sort", "split.Tensor", "split_with_sizes", "sqrt", "square",
+    "squeeze.dim", "stack", "sub.Tensor", "sum.dim_IntList", "sym_size.int", "tanh", "to.device", "to.dtype", "topk",
+    "torch.sym_max", "torch.sym_min", "transpose.int", "tril", "type_as", "unbind.int", "unflatten.int", "unsqueeze",
+    "upsample_bicubic2d.vec", "upsample_bilinear2d.vec", "view", "view_as_complex", "view_as_real",
+    "where.ScalarOther", "where.self", "zeros", "zeros_like",
+]  # fmt: skip
+
+
+def test_all_that_captures_of_the_guides_hold_is_there():
+    names = [n if n.startswith(("operator.", "torch.")) else f"aten.{n}" for n in CAPTURED]
+    assert [n for n in names if n not in operators() and f"{n}.default" not in operators()] == []
 
 
 def test_a_name_stands_for_one_operator_and_an_operator_for_one_name():

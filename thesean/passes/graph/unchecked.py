@@ -1,8 +1,9 @@
 """Operators that torch runs without a look at the sizes of all their arguments, and the look that it leaves out.
 
 torch 2.13's fused attention on the CPU reads keys as far as there are values, and its LSTM reads weights and states as
-far as it expects them to go: others end in memory that isn't theirs. A graph from a file may hold both, so that a
-loaded network looks first, whatever sizes it is called at.
+far as it expects them to go: others end in memory that isn't theirs. Whole numbers divided end the process where the
+processor can't hold the quotient. A graph from a file may hold all of it, so that a loaded network looks first,
+whatever sizes it is called at.
 
 B batch, T time, D width in, E width
 """
@@ -52,8 +53,16 @@ def _cells(gates: int) -> Callable[..., bool]:
     return fits
 
 
+def _truncated(x: torch.Tensor, by: torch.Tensor | float, *, rounding_mode: str | None = None) -> bool:
+    """The smallest whole number by -1 ends the process where it is truncated, and not where it is floored."""
+    whole = not (x.is_floating_point() or (isinstance(by, torch.Tensor) and by.is_floating_point()))
+    return rounding_mode != "trunc" or not whole or (not isinstance(by, torch.Tensor) and by != -1)
+
+
 _FITS: dict[Callable[..., Any], Callable[..., bool]] = {
     aten.scaled_dot_product_attention.default: _attention,
+    aten.div.Tensor_mode: _truncated,
+    aten.div.Scalar_mode: _truncated,
     aten.lstm.input: _cells(4),
     aten.gru.input: _cells(3),
     aten.rnn_tanh.input: _cells(1),
