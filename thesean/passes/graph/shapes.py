@@ -49,6 +49,8 @@ def _small(tensor: torch.Tensor, rank: int | None = None) -> torch.Tensor:
 
 def _pointwise(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if all(t.device.type != "meta" for t in given):  # numbers, such as sizes that stand in tensors for a while
+        return func(*args, **kwargs)
     small = pytree.tree_map_only(torch.Tensor, _small, (args, kwargs))
     shape, result = torch.broadcast_shapes(*(t.shape for t in given)), func(*small[0], **small[1])
     if not func._schema.is_mutable:
@@ -136,8 +138,8 @@ def _batch_norm(
 
 def _arange(func: Any, *numbers: float, dtype: Any = None, device: Any = None, **rest: Any) -> torch.Tensor:
     start, end, step = (0, *numbers, 1) if len(numbers) == 1 else (*numbers, 1)[:3]
-    _expect(step != 0 and math.isfinite(start) and math.isfinite(end), f"arange of {numbers}")
-    count = max(0, math.ceil((end - start) / step))
+    _expect(all(map(math.isfinite, (start, end))) and (end - start) / step >= 0, f"arange of {numbers}")
+    count = math.ceil((end - start) / step)
     return torch.empty(count, dtype=dtype or func(*(n * 0 for n in numbers)).dtype, device=device)
 
 
