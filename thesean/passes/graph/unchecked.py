@@ -59,8 +59,15 @@ def _truncated(x: torch.Tensor, by: torch.Tensor | float, *, rounding_mode: str 
     return rounding_mode != "trunc" or not whole or (not isinstance(by, torch.Tensor) and by != -1)
 
 
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> bool:
+    """A length for each slice along `dim`; of nothing, torch divides by none."""
+    lengths = [n if d == dim else 1 for d, n in enumerate(v.shape)]
+    return v.numel() > 0 and -1 <= dim < v.ndim and (list(g.shape) == lengths or (dim == -1 and g.numel() == 1))
+
+
 _FITS: dict[Callable[..., Any], Callable[..., bool]] = {
     aten.scaled_dot_product_attention.default: _attention,
+    aten._weight_norm.default: _weight_norm,
     aten.div.Tensor_mode: _truncated,
     aten.div.Scalar_mode: _truncated,
     aten.lstm.input: _cells(4),
