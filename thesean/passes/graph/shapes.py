@@ -52,11 +52,23 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     if all(t.device.type != "meta" for t in given):  # numbers, such as sizes that stand in tensors for a while
         return func(*args, **kwargs)
     small = pytree.tree_map_only(torch.Tensor, _small, (args, kwargs))
-    shape, result = torch.broadcast_shapes(*(t.shape for t in given)), func(*small[0], **small[1])
+    shape, result = _broadcast(*(t.shape for t in given)), func(*small[0], **small[1])
     if not func._schema.is_mutable:
         return _meta(shape, result)
     _expect(shape == args[0].shape, f"{func} writes {tuple(shape)} into {tuple(args[0].shape)}")
     return args[0]
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """torch's own imports sympy: most of a second."""
+    rank = max(map(len, shapes))
+    columns = zip(*((1,) * (rank - len(shape)) + tuple(shape) for shape in shapes), strict=True)
+    found = []
+    for column in columns:
+        sizes = set(column) - {1}
+        _expect(len(sizes) <= 1, f"{[tuple(s) for s in shapes]} don't broadcast")
+        found.append(sizes.pop() if sizes else 1)
+    return tuple(found)
 
 
 def _expect(fits: bool, what: str) -> None:
@@ -81,7 +93,7 @@ def _cat(func: Any, tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
 def _addmm(func: Any, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **scales: Any) -> torch.Tensor:
     _expect(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0], f"addmm of {tuple(a.shape)} and {tuple(b.shape)}")
     shape = (a.shape[0], b.shape[1])
-    _expect(torch.broadcast_shapes(bias.shape, shape) == shape, f"addmm adds {tuple(bias.shape)} to {shape}")
+    _expect(_broadcast(bias.shape, shape) == shape, f"addmm adds {tuple(bias.shape)} to {shape}")
     return _meta(shape, func(_small(bias), _small(a), _small(b), **scales))
 
 
@@ -143,6 +155,12 @@ def _arange(func: Any, *numbers: float, dtype: Any = None, device: Any = None, *
     return torch.empty(count, dtype=dtype or func(*(n * 0 for n in numbers)).dtype, device=device)
 
 
+def _linspace(
+    func: Any, start: float, end: float, steps: int, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Any:
+    return torch.empty(steps, dtype=dtype, device=device)
+
+
 def _eye(func: Any, n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, **rest: Any) -> Any:
     return torch.empty((n, n if m is None else m), dtype=dtype, device=device)
 
@@ -164,6 +182,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.roll.default: lambda func, x, shifts, dims=(): _meta(x.shape, func(_small(x), shifts, dims)),
     aten.arange.default: _arange,
     aten.arange.start: _arange,
+    aten.linspace.default: _linspace,
     aten.eye.default: _eye,
     aten.eye.m: _eye,
     aten.polar.default: _pointwise,
