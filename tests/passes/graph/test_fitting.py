@@ -90,6 +90,21 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.mean.dim, (torch.ones(2, 3, dtype=torch.int64), [0])),
     (aten.sum.dim_IntList, (torch.ones(2, 3, dtype=torch.int64), None)),
     (aten.linalg_vector_norm.default, (torch.ones(2, 3), 2, [1], True)),
+    (aten.mm.default, (torch.ones(2, 3), torch.ones(3, 4))),
+    (aten.mm.default, (torch.ones(2, 3), torch.ones(2, 4))),
+    (aten.mm.default, (torch.ones(1, 2, 3), torch.ones(1, 3, 4))),
+    (aten.bmm.default, (torch.ones(5, 2, 3), torch.ones(5, 3, 4))),
+    (aten.bmm.default, (torch.ones(5, 2, 3), torch.ones(1, 3, 4))),
+    (aten.bmm.default, (torch.ones(5, 2, 3), torch.ones(5, 3, 4, dtype=torch.float16))),
+    (aten.repeat.default, (torch.ones(2, 3), [4, 1, 2])),
+    (aten.repeat.default, (torch.ones(2, 3), [4])),
+    (aten.embedding.default, (torch.ones(2, 3), torch.ones(4, 5, dtype=torch.int64))),
+    (aten.embedding.default, (torch.ones(2, 3), torch.ones(4, 5))),
+    (aten.flip.default, (torch.ones(2, 3), [-1])),
+    (aten.flip.default, (torch.ones(2, 3), [2])),
+    (aten._softmax.default, (torch.ones(2, 3), 1, False)),
+    (aten._softmax.default, (torch.ones(2, 3), 2, False)),
+    (aten.amax.default, (torch.ones(2, 3), [1])),
     (aten.roll.default, (torch.ones(2, 3), [1], [0])),
     (aten.add.Tensor, (torch.ones(2, 1), torch.ones(3, dtype=torch.int64))),
     (aten.add.Tensor, (torch.ones(2, 2), torch.ones(3))),
@@ -117,9 +132,11 @@ def test_shapes_are_those_that_the_operators_give(call, args):
         assert described(call, on_meta) == described(call, args)
 
 
-@pytest.mark.parametrize("numbers", [(5,), (0,), (2, 7), (7, 2), (0.0, 2.5), (-3,)])
+@pytest.mark.parametrize(
+    "numbers", [(5,), (0,), (2, 7), (7, 2), (0.0, 2.5), (-3,), (0, 7, 2), (7, 0, -3), (0, 1, 0), (0, 1, -1)]
+)
 def test_a_range_is_as_long_as_torchs(numbers):
-    call = aten.arange.default if len(numbers) == 1 else aten.arange.start
+    call = [aten.arange.default, aten.arange.start, aten.arange.start_step][len(numbers) - 1]
     with Shapes():
         found = described(lambda *n: call(*n, device=torch.device("meta")), numbers)
     assert found == described(call, numbers)

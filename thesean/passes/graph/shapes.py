@@ -150,9 +150,32 @@ def _batch_norm(
 
 def _arange(func: Any, *numbers: float, dtype: Any = None, device: Any = None, **rest: Any) -> torch.Tensor:
     start, end, step = (0, *numbers, 1) if len(numbers) == 1 else (*numbers, 1)[:3]
-    _expect(all(map(math.isfinite, (start, end))) and (end - start) / step >= 0, f"arange of {numbers}")
+    _expect(all(map(math.isfinite, (start, end))) and step != 0 and (end - start) / step >= 0, f"arange of {numbers}")
     count = math.ceil((end - start) / step)
-    return torch.empty(count, dtype=dtype or func(*(n * 0 for n in numbers)).dtype, device=device)
+    kind = torch.int64 if all(isinstance(n, int) for n in numbers) else torch.get_default_dtype()
+    return torch.empty(count, dtype=dtype or kind, device=device)
+
+
+def _product(func: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """mm and bmm."""
+    rank = 2 if func is aten.mm.default else 3
+    fits = a.ndim == b.ndim == rank and a.shape[-1] == b.shape[-2] and a.shape[:-2] == b.shape[:-2]
+    _expect(fits, f"a product of {tuple(a.shape)} and {tuple(b.shape)}")
+    return _meta((*a.shape[:-1], b.shape[-1]), func(_small(a), _small(b)))
+
+
+def _repeat(func: Any, x: torch.Tensor, times: list[int]) -> torch.Tensor:
+    _expect(len(times) >= x.ndim and min(times, default=0) >= 0, f"repeat of {tuple(x.shape)} by {times}")
+    return _meta((n * t for n, t in zip((*[1] * (len(times) - x.ndim), *x.shape), times, strict=True)), x)
+
+
+def _embedding(func: Any, table: torch.Tensor, indices: torch.Tensor, *options: Any) -> torch.Tensor:
+    _expect(table.ndim == 2 and indices.dtype in (torch.int64, torch.int32), "embedding doesn't fit")
+    return _meta((*indices.shape, table.shape[1]), table)
+
+
+def _flip(func: Any, x: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    return _meta(x.shape, func(_small(x), dims))
 
 
 def _linspace(
@@ -182,7 +205,19 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.roll.default: lambda func, x, shifts, dims=(): _meta(x.shape, func(_small(x), shifts, dims)),
     aten.arange.default: _arange,
     aten.arange.start: _arange,
+    aten.zeros_like.default: lambda func, x, *, dtype=None, **_: torch.empty_like(x, dtype=dtype),
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten.repeat.default: _repeat,
+    aten.embedding.default: _embedding,
+    aten.flip.default: _flip,
+    aten._softmax.default: lambda func, x, dim, half: _meta(x.shape, func(_small(x), dim, half)),
+    aten.amax.default: _reduced,
+    aten.arange.start_step: _arange,
     aten.linspace.default: _linspace,
+    aten.logspace.default: lambda func, start, end, steps, base=10.0, **kind: _linspace(
+        func, start, end, steps, **kind
+    ),
     aten.eye.default: _eye,
     aten.eye.m: _eye,
     aten.polar.default: _pointwise,
