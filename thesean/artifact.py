@@ -28,9 +28,9 @@ from thesean.targets import TargetModule
 from thesean.write_file import new_file
 
 FORMAT = 1
-_GRAPH, _WEIGHTS, _PLAN, _REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
-_EXAMPLE = "example.safetensors"  # version 0.1.0 wrote none; whose inputs are nobody's business may delete it
-_OURS = frozenset((_GRAPH, _WEIGHTS, _PLAN, _REPORT, _EXAMPLE))
+GRAPH, WEIGHTS, PLAN, REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
+EXAMPLE = "example.safetensors"  # version 0.1.0 wrote none; whose inputs are nobody's business may delete it
+_OURS = frozenset((GRAPH, WEIGHTS, PLAN, REPORT, EXAMPLE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +57,22 @@ def save(artifact: Artifact, folder: str | Path, beside: Mapping[Path, str] | No
         for path, text in (beside or {}).items():
             files.enter_context(new_file(path)).write_text(text, encoding="utf-8")
         with replacing(folder, _OURS, _taken_away(beside or {})) as made:
-            save_file(tensors, made / _WEIGHTS)
-            save_file(_examples(artifact.signature), made / _EXAMPLE)
-            (made / _PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
-            for name in (_WEIGHTS, _EXAMPLE):  # safetensors' own mode is for nobody but the owner
-                (made / name).chmod((made / _PLAN).stat().st_mode)
-            (made / _REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
+            save_file(tensors, made / WEIGHTS)
+            save_file(_examples(artifact.signature), made / EXAMPLE)
+            (made / PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
+            for name in (WEIGHTS, EXAMPLE):  # safetensors' own mode is for nobody but the owner
+                (made / name).chmod((made / PLAN).stat().st_mode)
+            (made / REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
             body = {
                 "format": FORMAT,
                 "signature": _signature_to_json(artifact.signature),
                 "symbols": artifact.graph_module.meta.get("symbols", {}),
                 "modules": modules,
                 "aliases": aliases,
-                "files_sha256": {n: _file_digest(made / n) for n in (_WEIGHTS, _EXAMPLE, _PLAN, _REPORT)},
+                "files_sha256": {n: file_digest(made / n) for n in (WEIGHTS, EXAMPLE, PLAN, REPORT)},
                 "nodes": graph_json.dump(artifact.graph_module.graph),
             }
-            (made / _GRAPH).write_text(json.dumps({"sha256": _digest(body), **body}, indent=1), encoding="utf-8")
+            (made / GRAPH).write_text(json.dumps({"sha256": digest_of(body), **body}, indent=1), encoding="utf-8")
     return folder
 
 
@@ -128,18 +128,18 @@ def check_free(folder: Path) -> None:
 def _is_conversion(folder: Path) -> bool:
     """Whether its graph.json is of our making, whatever the version. Many a program has a graph.json."""
     try:
-        document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
+        document = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and {"format", "sha256", "nodes", "modules"} <= document.keys()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(body: dict[str, Any]) -> str:
+def digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

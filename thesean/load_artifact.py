@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import TypedDict
 
-from thesean.artifact import _EXAMPLE, _GRAPH, _PLAN, _REPORT, _WEIGHTS, FORMAT, Artifact, _digest, _file_digest
+from thesean.artifact import EXAMPLE, GRAPH, PLAN, REPORT, WEIGHTS, FORMAT, Artifact, digest_of, file_digest
 from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.fitting import Fitting
@@ -72,38 +72,38 @@ def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
 
 
 def _load(folder: Path, max_bytes: int | None) -> Artifact:
-    for name in (_GRAPH, _WEIGHTS, _PLAN, _REPORT):
+    for name in (GRAPH, WEIGHTS, PLAN, REPORT):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
-    names = [n for n in (_GRAPH, _WEIGHTS, _PLAN, _REPORT, _EXAMPLE) if (folder / n).exists()]
+    names = [n for n in (GRAPH, WEIGHTS, PLAN, REPORT, EXAMPLE) if (folder / n).exists()]
     size = sum((folder / n).stat().st_size for n in names)
     limit = max(_LEAST_BYTES, 32 * size) if max_bytes is None else max_bytes
-    if size + _PARSED * (folder / _GRAPH).stat().st_size > limit:
+    if size + _PARSED * (folder / GRAPH).stat().st_size > limit:
         raise ArtifactError(f"{folder} holds {size:,} bytes, and more once read; at most {limit:,} are allowed.")
     try:
-        document = json.loads((folder / _GRAPH).read_text(encoding="utf-8"))
+        document = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{folder / _GRAPH} can't be read: {error}.") from error
+        raise ArtifactError(f"{folder / GRAPH} can't be read: {error}.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / _GRAPH}: expected format {FORMAT}; the file is of another version or altered.")
+        raise ArtifactError(f"{folder / GRAPH}: expected format {FORMAT}; the file is of another version or altered.")
     body = {k: v for k, v in document.items() if k != "sha256"}
     graph = graph_json.load(body.get("nodes"))  # before the checksum: an operator outside the list has its own message
-    if _digest(body) != document.get("sha256"):
-        raise ArtifactError(f"{folder / _GRAPH} does not match its checksum; the file was altered.")
+    if digest_of(body) != document.get("sha256"):
+        raise ArtifactError(f"{folder / GRAPH} does not match its checksum; the file was altered.")
     for name in names[1:]:
-        if (name != _EXAMPLE or name in body["files_sha256"]) and _file_digest(folder / name) != (
+        if (name != EXAMPLE or name in body["files_sha256"]) and file_digest(folder / name) != (
             body["files_sha256"][name]
         ):
             raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")
-    has_example = _EXAMPLE in names and _EXAMPLE in body["files_sha256"]
-    report = ConversionReport.from_dict(json.loads((folder / _REPORT).read_text(encoding="utf-8")))
-    signature = _signature_from_json(body["signature"], load_file(folder / _EXAMPLE) if has_example else {})
+    has_example = EXAMPLE in names and EXAMPLE in body["files_sha256"]
+    report = ConversionReport.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    signature = _signature_from_json(body["signature"], load_file(folder / EXAMPLE) if has_example else {})
     if not fits_record(signature, graph.output_node().args[0]):
         raise ArtifactError(f"{folder}: the output's keys are not those of its output_class.")
-    plan = Plan.from_yaml(folder / _PLAN)
+    plan = Plan.from_yaml(folder / PLAN)
     modules = {name: _rebuilt(described) for name, described in body["modules"].items()}
     fitting = Fitting(
-        module=_root(graph, body, _shapes(folder / _WEIGHTS), modules, folder),
+        module=_root(graph, body, _shapes(folder / WEIGHTS), modules, folder),
         signature=signature,
         sizes={s: _probed(s, signature, plan, report) for s in signature.symbols},
         limit=limit,
@@ -116,7 +116,7 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
             "max_bytes= for a folder that you trust."
         )
     # clones: memory of their own, aligned as torch would, so that products round as they did before saving
-    tensors = {k: v.clone() for k, v in load_file(folder / _WEIGHTS).items()}
+    tensors = {k: v.clone() for k, v in load_file(folder / WEIGHTS).items()}
     root = _root(graph, body, tensors, modules, folder)
     look_first(graph)
     graph_module = fx.GraphModule(root, graph)
@@ -166,14 +166,14 @@ def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
     """What a conversion became and what it cost, without its weights. Raises ArtifactError, PlanError."""
     folder = standing(Path(folder))
     try:
-        report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
-        return Plan.from_yaml(folder / _PLAN), ConversionReport.from_dict(report)
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        return Plan.from_yaml(folder / PLAN), ConversionReport.from_dict(report)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{folder}: {_REPORT} is missing; this is not a complete conversion.") from error
+        raise ArtifactError(f"{folder}: {REPORT} is missing; this is not a complete conversion.") from error
     except (OSError, RecursionError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, TheseanError):
             raise
-        raise ArtifactError(f"{folder / _REPORT} can't be read: {type(error).__name__}: {error}.") from error
+        raise ArtifactError(f"{folder / REPORT} can't be read: {type(error).__name__}: {error}.") from error
 
 
 def _root(

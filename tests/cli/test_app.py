@@ -155,7 +155,7 @@ def test_transformers_missing_names_the_extra(guides: Path, monkeypatch: pytest.
 
 
 def test_convert_without_anything_to_write_stops_before_loading_the_guide(guides: Path) -> None:
-    assert "give --out DIR, --onnx FILE or both" in error_of(run("convert", "guides_for_cli:broken"))
+    assert "give --out DIR, --onnx FILE, --workdir DIR or several" in error_of(run("convert", "guides_for_cli:broken"))
 
 
 def test_an_unwritable_place_stops_before_loading_the_guide(guides: Path) -> None:
