@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.memory import span, spread
+from thesean.targets.shared.lookahead import InPlace, Late
+from thesean.targets.shared.memory import later, span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
@@ -25,6 +26,7 @@ from thesean.targets.shared.sequence import (
     check_sequence,
     sequence_frame,
     small_linear,
+    steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, flip
 
@@ -54,6 +56,7 @@ class Reservoir(SequenceTarget):
 
     family = "reservoir"
     reads_mask = True
+    looks_ahead = True
     saved = ("width", "heads", "radius", "input_scale", "memory")
 
     def __init__(
@@ -103,22 +106,30 @@ class Reservoir(SequenceTarget):
         self.mean_D.copy_(mean_D)
         self.gain_D.copy_(1 / std_D.clamp_min(floor))
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_BTD = (x_BTD - self.mean_D) * self.gain_D
         drive_BTU = F.linear(x_BTD, self.input_UD, self.bias_U)
-        if state is not None:
-            hidden_BTU, after_BE = self.core(drive_BTU, self.recurrent_GPP, self.leak_U, state)
-            state = after_BE if steps is None else steps.state(hidden_BTU, state)
+        if state is not None and isinstance(steps, InPlace):
+            start_BE = state
+            hidden_BTU, state = steps.over_tokens(lambda z, steps: self._run(z, start_BE, steps), drive_BTU, start_BE)
+        elif state is not None:
+            hidden_BTU, state = self._run(drive_BTU, state, steps)
         else:
             start_BU = x_BTD.new_zeros(x_BTD.shape[0], 2 * self.width)
             hidden_BTU, _ = self.core(self.mirrored(drive_BTU, steps), self.recurrent_GPP, self.leak_U, start_BU)
             hidden_BTU = self.mirrored(hidden_BTU, steps)
-        return torch.cat([hidden_BTU, x_BTD], -1), state
+        return torch.cat([hidden_BTU, x_BTD if late is None else late(x_BTD)], -1), state
+
+    def _run(
+        self, drive_BTU: torch.Tensor, before_BE: torch.Tensor, steps: Steps | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_BTU, after_BE = self.core(drive_BTU, self.recurrent_GPP, self.leak_U, before_BE)
+        return hidden_BTU, after_BE if steps is None else steps.state(hidden_BTU, before_BE)
 
     def mirrored(self, z_BTU: torch.Tensor, steps: Steps | None) -> torch.Tensor:
         """Time reversed for the units that read backwards; its own inverse."""
@@ -168,7 +179,7 @@ def build(part: PartFacts, options: ReservoirOptions) -> Reservoir:
         heads=options.heads or default_blocks(width),
         radius=options.radius,
         input_scale=options.input_scale,
-        memory=options.memory,
+        memory=later(options.memory, steps_ahead(part, options)),
         **sequence_frame(part, options),
     )
 

@@ -11,15 +11,20 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from thesean.targets.shared.lookahead import InPlace, Late
 from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
 from thesean.targets.shared.steps import Steps
 
 
 class CellTarget(SequenceTarget):
-    """last(cell(x)). A subclass names its cell and spreads its initial weights."""
+    """last(cell(x)). A subclass names its cell and spreads its initial weights.
+
+    With a look-ahead `last` reads the step's own input as well, which the cell may have lost by then.
+    """
 
     saved = ("width",)
     reads_mask = True
+    looks_ahead = True
     cell: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
 
     def __init__(
@@ -31,7 +36,7 @@ class CellTarget(SequenceTarget):
         super().__init__(**frame)
         self.width = width
         self.core = self.cell(self.width_in, width, batch_first=True, bidirectional=self.bidirectional)
-        self.last = small_linear(self.directions * width, self.width_out)
+        self.last = small_linear(self.directions * width + (self.width_in if self.lookahead else 0), self.width_out)
         self.reset_core()
 
     @torch.no_grad()
@@ -39,15 +44,20 @@ class CellTarget(SequenceTarget):
         """Set the core's initial weights."""
         raise NotImplementedError(f"{type(self).__name__}.reset_core")
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # torch wants the layers first: (1, B, E)
         features_BTE, last_1BE = run_cell(self.core, x_BTD, None if state is None else state.unsqueeze(0), steps)
-        return features_BTE, None if state is None else last_1BE.squeeze(0)
+        return with_own(features_BTE, x_BTD, late), None if state is None else last_1BE.squeeze(0)
+
+
+def with_own(features_BTE: torch.Tensor, x_BTD: torch.Tensor, late: Late | None) -> torch.Tensor:
+    """With a look-ahead, beside the features of k steps later the inputs of the steps that ask."""
+    return features_BTE if late is None else torch.cat([features_BTE, late(x_BTD)], -1)
 
 
 def run_cell(
@@ -56,6 +66,18 @@ def run_cell(
     """The cell's outputs and last state, each row read up to its last token; what a cell was lowered to takes the
     lengths as they are.
     """
+    if steps is None:
+        return cell(x_BTD, start)
+    if isinstance(steps, InPlace):
+        before_1BE = start[0] if isinstance(start, tuple) else start
+        return steps.over_tokens(lambda x, steps: _run_rows(cell, x, start, steps), x_BTD, before_1BE.squeeze(0))
+    return _run_rows(cell, x_BTD, start, steps)
+
+
+def _run_rows(
+    cell: nn.RNN | nn.GRU | nn.LSTM, x_BTD: torch.Tensor, start: Any, steps: Steps | None
+) -> tuple[torch.Tensor, Any]:
+    """Tokens first."""
     if steps is None:
         return cell(x_BTD, start)
     if not isinstance(cell, nn.RNNBase):
