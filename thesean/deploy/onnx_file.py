@@ -31,6 +31,7 @@ DISTRIBUTION = "thesean-compiler"  # what pyproject.toml calls it
 # Keys of the metadata.
 WEIGHTS, WEIGHTS_HASH = "thesean.weights", "thesean.weights_sha256"
 STATES, PARITY_SEEN, PLAN, REPORT = "thesean.states", "thesean.parity", "thesean.plan", "thesean.report"
+DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
 
 
 @dataclass

@@ -37,7 +37,7 @@ from thesean.targets.shared.heads import (
     start_of,
     window_of,
 )
-from thesean.targets.shared.lookahead import Late
+from thesean.targets.shared.lookahead import InPlace, Late
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
@@ -212,6 +212,8 @@ class LinearAttention(SequenceTarget):
             (linear, *first),
         )
         mean_BTHK = window(query_BTHC, key_BSGC, value_BSGk, older_BTHk, sinks)
+        if isinstance(steps, InPlace):  # a window without a token has no mean
+            mean_BTHK = mean_BTHK.masked_fill(mean_BTHK.isnan(), 0.0)
         return mean_BTHK, (linear, past_key, past_value, *(sinks[:2] if sinks is not None else ()))
 
     def _older(
