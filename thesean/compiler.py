@@ -19,7 +19,7 @@ from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints
 from thesean.choose.search import UNMET
 from thesean.converted import Converted
-from thesean.deploy.rehearse import unwritable
+from thesean.deploy.rehearse import unstreamable, unwritable
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
 from thesean.distill.data import different, make_feed
@@ -35,7 +35,7 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import seeded
-from thesean.passes.graph.signature import output_wrapper
+from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -129,7 +129,7 @@ def compile(
         folder = _prepare(workdir, bound_plan.plan, request.settings)
         with seeded(seed):
             hybrid = build_hybrid(bound_plan, share=True)
-            training = rehearsed(hybrid, training, must_save=folder is not None)
+            training = rehearsed(hybrid, training, captured.signature, must_save=folder is not None)
             aligned = align(bound_plan, hybrid, training)
             conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
@@ -352,7 +352,7 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
         raise CaptureError(captured.untrainable)
 
 
-def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:
+def rehearsed(hybrid: Hybrid, training: Training, signature: Signature, must_save: bool) -> Training:
     """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells. That
     it can't be exported is a warning: not everyone does.
     """
@@ -363,7 +363,8 @@ def rehearsed(hybrid: Hybrid, training: Training, must_save: bool) -> Training:
         if must_save:
             raise
         feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
-    if told := unwritable(hybrid.graph_module):
+    graph_module = hybrid.graph_module
+    for told in filter(None, (unwritable(graph_module), unstreamable(graph_module, signature))):
         _warn([told])
         feed = replace(feed, notes=(*feed.notes, told))
     return replace(training, feed=feed)
