@@ -302,6 +302,12 @@ def looking_ahead(family: Family, part: PartFacts, **options: Any) -> Any:
     """A module that looks `AHEAD` steps ahead; None where the family, or the part, has no such thing."""
     if "lookahead" not in family.options.model_fields or not part.is_sequence or part.mixing != "bidirectional":
         return None
+    if not build(family, part, causal=True).looks_ahead:
+        try:
+            build(family, part, lookahead=AHEAD)
+        except (ValueError, TargetMismatchError):
+            return None
+        expect(False, family, "a look-ahead is taken and not kept: say looks_ahead, or let the frame refuse it")
     return build(family, part, lookahead=AHEAD, **options).eval()
 
 

@@ -125,7 +125,7 @@ class _Rewriting:
         output = self.graph.output_node()
         ends = [n for n in leaf_nodes(output.args[0]) if self.late.get(n) is not None]
         total = max(self.late[n] or 0 for n in ends)
-        output.args = fx.map_arg(output.args, lambda n: self._delay(n, total) if n in ends else n)
+        output.args = fx.map_arg(output.args, lambda n: self._delay(n, total, output) if n in ends else n)
         return total
 
     def _meet(self, node: fx.Node, late: int) -> None:
@@ -144,18 +144,18 @@ class _Rewriting:
         if ahead:
             node.target = self._add(Streamed(module), f"{str(node.target).replace('.', '_')}_stream")
         with self.graph.inserting_before(node):
-            seen, mask = self._delay(self.seen, late), node.kwargs.get("mask")
+            seen, mask = self._delay(self.seen, late, node), node.kwargs.get("mask")
             if mask is not None:
                 seen = self.graph.call_function(aten.logical_and.default, (seen, mask))
         node.kwargs = {**node.kwargs, "mask": seen}
 
     def _read(self, node: fx.Node, late: int) -> None:
         def delayed(read: fx.Node) -> fx.Node:
-            return read if self.late.get(read) in (None, late) else self._delay(read, late)
+            return read if self.late.get(read) in (None, late) else self._delay(read, late, node)
 
         node.args, node.kwargs = fx.map_arg(node.args, delayed), fx.map_arg(node.kwargs, delayed)
 
-    def _delay(self, node: fx.Node, late: int) -> fx.Node:
+    def _delay(self, node: fx.Node, late: int, reader: fx.Node) -> fx.Node:
         """What a node gave when it was as late as that; of what is delayed already only the rest."""
         made = self.delayed.setdefault(node, {self.late[node] or 0: node})
         if late not in made:
@@ -163,8 +163,8 @@ class _Rewriting:
             dim = self._dim(node)
             if dim is None:
                 raise PassRefused(
-                    f"delay steps: {owner(node) or node.name} ({node.target}) is read behind a part that looks ahead, "
-                    "and is nothing that comes step by step."
+                    f"delay steps: {owner(reader) or reader.name} ({reader.target}), behind a part that looks ahead, "
+                    f"reads {owner(node) or node.name} ({node.target}), which doesn't come step by step."
                 )
             name = self._add(Delay(late - before, dim), f"delay_{len(self.delayed)}_{late}")
             with self.graph.inserting_after(_end_of_call(made[before])):

@@ -27,7 +27,7 @@ class ConvOptions(Options):
     norm: bool | None = None
     causal: bool | None = Field(default=None, description="of sequences: read no later step")
     lookahead: int | None = Field(
-        default=None, ge=0, description="of sequences: later steps that are read, causal all the same"
+        default=None, ge=0, description="of sequences: read so many later steps; a stream comes as late"
     )
 
 

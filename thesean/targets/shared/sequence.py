@@ -29,7 +29,7 @@ class SequenceOptions(Options):
     norm: bool = False
     causal: bool = Field(default=False, description="read no later step, whatever the part reads: for streams")
     lookahead: int = Field(
-        default=0, ge=0, description="later steps that are read where the part reads all of them: causal, so much late"
+        default=0, ge=0, description="read so many later steps where the part reads them all; a stream comes as late"
     )
 
 
