@@ -6,6 +6,7 @@ B batch, T time, V vocabulary
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -205,6 +206,30 @@ def test_labels_stand_where_the_caller_says():
         logits = guide(batches[0]["input"])
     assert converted.report.guide["loss"] == pytest.approx(nn.functional.cross_entropy(logits, wanted).item(), rel=1e-5)
     assert converted.report.guide["metric"] == pytest.approx((logits.argmax(-1) == wanted).float().mean().item())
+
+
+def test_a_hook_that_fails_is_named_with_what_it_was_given():
+    batches = [{"input": vectors(4, 8, seed=k), "target": torch.tensor([0, 1, 2, 3])} for k in range(3)]
+    batches[2].pop("target")
+
+    def fails(**hooks: Any) -> pytest.ExceptionInfo[DataError]:
+        with pytest.raises(DataError) as caught:
+            convert(models.mlp(), "mlp", data=batches, loss=thesean.cross_entropy, granularity="finest", **hooks)
+        return caught
+
+    caught = fails(inputs=lambda batch: batch["inputs"])
+    assert str(caught.value).startswith("inputs= raised KeyError: 'inputs', given a dict of 'input', 'target'. It is")
+    assert isinstance(caught.value.__cause__, KeyError)
+    # the first batches are as the hooks expect them
+    caught = fails(inputs=lambda batch: batch["input"], labels=lambda batch: batch["target"])
+    assert str(caught.value).startswith("batch 2: labels= raised KeyError: 'target', given a dict of 'input'. It is")
+    assert isinstance(caught.value.__cause__, KeyError)
+    rows = [(vectors(4, 8, seed=k), torch.zeros(4)) for k in range(3)]
+    with pytest.raises(
+        DataError, match=r"inputs= raised IndexError: .*, given a tuple of 2 \(Tensor, Tensor\)"
+    ) as told:
+        convert(models.mlp(), "mlp", data=rows, granularity="finest", inputs=lambda batch: batch[2])
+    assert isinstance(told.value.__cause__, IndexError)
 
 
 @torch.library.custom_op("thesean_tests::twice", mutates_args=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -48,22 +48,45 @@ class Batches:
         inputs_of, labels_of = self.reading
         for number, batch in enumerate(self.data):
             try:
-                inputs = named_inputs(batch if inputs_of is None else inputs_of(batch), self.signature)
+                inputs = named_inputs(batch if inputs_of is None else asked("inputs", inputs_of, batch), self.signature)
                 self.signature.check(inputs)
+                told = batch if labels_of is None else (batch, asked("labels", labels_of, batch))
             except DataError as error:
-                raise DataError(f"batch {number}: {error}") from None
+                raise DataError(f"batch {number}: {error}") from error.__cause__
             for name, value in inputs.items():
                 if value.device != self.device:
                     raise DataError(
                         f"batch {number}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
                     )
             # autograd can't save tensors that were made in inference mode
-            told = batch if labels_of is None else (batch, labels_of(batch))
             yield told, {k: v.clone() if v.is_inference() else v for k, v in inputs.items()}
 
     def first(self, count: int) -> list[tuple[Any, dict[str, torch.Tensor]]]:
         """At most `count` batches of one pass."""
         return list(itertools.islice(self, count))
+
+
+def asked(name: str, hook: Callable[[Any], Any], batch: Any) -> Any:
+    """What the caller's hook finds in a batch. Raises DataError, naming the hook and what it was given, for whatever
+    the hook raises.
+    """
+    try:
+        return hook(batch)
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise DataError(
+            f"{name}= raised {type(error).__name__}{f': {said}' if said else ''}, given {_described(batch)}. It is "
+            "called with each batch as data= and eval_data= give it."
+        ) from error
+
+
+def _described(batch: Any) -> str:
+    """A batch in a few words: its keys, its entries, its shape."""
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {', '.join(map(repr, batch)) or 'nothing'}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(v).__name__ for v in batch[:8])})"
+    return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else type(batch).__name__
 
 
 def check_readable(data: Any) -> None:
@@ -197,7 +220,7 @@ def example_inputs_of(
     if data is not None:
         check_readable(data)
         if inputs is not None:
-            return inputs(next(iter(data)))
+            return asked("inputs", inputs, next(iter(data)))
         # what is no module is refused by the capture
         places = forward_parameters(unwrapped(model)).values() if isinstance(model, nn.Module) else ()
         takes = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in places)
