@@ -10,7 +10,7 @@ from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.lookahead import Late
+from thesean.targets.shared.lookahead import Late, read_later
 from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_frame
 from thesean.targets.shared.steps import Steps
 from thesean.targets.shared.torch_cell import (
@@ -18,7 +18,6 @@ from thesean.targets.shared.torch_cell import (
     orthogonal_recurrence,
     run_cell,
     spread_memories,
-    with_own,
 )
 
 
@@ -48,7 +47,7 @@ class LSTM(CellTarget):
         # contiguous: cuDNN refuses views
         start = (hidden_BE.unsqueeze(0).contiguous(), cell_BE.unsqueeze(0).contiguous())
         features_BTE, last = run_cell(self.core, x_BTD, start, steps)
-        return with_own(features_BTE, x_BTD, late), torch.cat(last, -1).squeeze(0)
+        return read_later(self.later, features_BTE, late), torch.cat(last, -1).squeeze(0)
 
 
 def build(part: PartFacts, options: WidthOptions) -> LSTM:

@@ -15,7 +15,7 @@ from thesean.targets.shared.copying import copy_value
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.lookahead import Late
+from thesean.targets.shared.lookahead import Late, LaterSteps, read_later
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
@@ -52,6 +52,7 @@ class MinGRU(SequenceTarget):
         self.value = nn.Linear(self.width_in, units)
         self.output_gate = nn.Linear(self.width_in, units)
         self.core = Core("linear_recurrence")
+        self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
         self.last = small_linear(units, self.width_out)
         self.reset_projections()
 
@@ -84,8 +85,13 @@ class MinGRU(SequenceTarget):
             ahead_BTE, _ = self.core(decay_ahead, update_ahead, start_BE)
             back_BTE, _ = self.core(flip(decay_back, steps), flip(update_back, steps), start_BE)
             hidden_BTE = torch.cat([ahead_BTE, flip(back_BTE, steps)], -1)
+        hidden_BTE = read_later(self.later, hidden_BTE, late)
         own_BTD = x_BTD if late is None else late(x_BTD)
         return hidden_BTE * F.silu(self.output_gate(own_BTD)), state
+
+    @property
+    def late_width(self) -> int:
+        return self.width + self.width_in
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.lookahead import InPlace, Late
-from thesean.targets.shared.memory import later, span, spread
+from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
+from thesean.targets.shared.memory import span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
@@ -26,7 +26,6 @@ from thesean.targets.shared.sequence import (
     check_sequence,
     sequence_frame,
     small_linear,
-    steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, flip
 
@@ -94,6 +93,7 @@ class Reservoir(SequenceTarget):
         self.register_buffer("recurrent_GPP", blocks_GPP)
         self.register_buffer("leak_U", -torch.expm1(-1 / spread(self.memory, width)).repeat(self.directions))
         self.core = Core("leaky_recurrence")
+        self.later = LaterSteps(width, self.lookahead).requires_grad_(False) if self.lookahead else None
         self.last = small_linear(units + self.width_in, self.width_out)
 
     @torch.no_grad()
@@ -123,7 +123,12 @@ class Reservoir(SequenceTarget):
             start_BU = x_BTD.new_zeros(x_BTD.shape[0], 2 * self.width)
             hidden_BTU, _ = self.core(self.mirrored(drive_BTU, steps), self.recurrent_GPP, self.leak_U, start_BU)
             hidden_BTU = self.mirrored(hidden_BTU, steps)
+        hidden_BTU = read_later(self.later, hidden_BTU, late)
         return torch.cat([hidden_BTU, x_BTD if late is None else late(x_BTD)], -1), state
+
+    @property
+    def late_width(self) -> int:
+        return self.width + self.width_in
 
     def _run(
         self, drive_BTU: torch.Tensor, before_BE: torch.Tensor, steps: Steps | None
@@ -179,7 +184,7 @@ def build(part: PartFacts, options: ReservoirOptions) -> Reservoir:
         heads=options.heads or default_blocks(width),
         radius=options.radius,
         input_scale=options.input_scale,
-        memory=later(options.memory, steps_ahead(part, options)),
+        memory=options.memory,
         **sequence_frame(part, options),
     )
 

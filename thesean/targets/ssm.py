@@ -18,8 +18,8 @@ from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
-from thesean.targets.shared.lookahead import Late
-from thesean.targets.shared.memory import decay_bias, later, span, spread
+from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
+from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
@@ -27,7 +27,6 @@ from thesean.targets.shared.sequence import (
     check_sequence,
     sequence_frame,
     small_linear,
-    steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, flip, hide, last
 
@@ -78,14 +77,10 @@ class SelectiveScan(nn.Module):
         return window_BRE, x.new_zeros(x.shape[0], self.heads, self.state, width // self.heads)
 
     def forward(
-        self,
-        x_BTE: torch.Tensor,
-        state: tuple[torch.Tensor, torch.Tensor],
-        steps: Steps | None = None,
-        late: Late | None = None,
+        self, x_BTE: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], steps: Steps | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         window_BRE, scan_BHNP = state
-        if late is not None:
+        if isinstance(steps, InPlace):
             x_BTE = hide(x_BTE, steps)  # where steps stand in place, the window slides over hidden ones too
         past_BSE = None if steps is None else torch.cat([window_BRE, x_BTE], 1)
         u_BTE, window_BRE = self.convolution(x_BTE, self.weight_EW, self.bias_E, window_BRE)
@@ -99,8 +94,6 @@ class SelectiveScan(nn.Module):
         log_decay_BTHN = -self.rate_HN.exp() * step_BTH1
         value_BTHP = step_BTH1 * u_BTE.unflatten(-1, (self.heads, -1))
         log_decay_BTHN, value_BTHP = hide(log_decay_BTHN, steps), hide(value_BTHP, steps)
-        if late is not None:
-            query_BTN, u_BTE = late(query_BTN), late(u_BTE)
         # B and C are the same for all heads
         query_BTHN, key_BTHN = (z.unsqueeze(-2).expand_as(log_decay_BTHN) for z in (query_BTN, key_BTN))
         y_BTHP, scan_BHNP = self.core(query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN, scan_BHNP)
@@ -139,6 +132,7 @@ class SSM(SequenceTarget):
         settings: dict[str, Any] = dict(width=width, heads=heads, state=state, memory=self.memory)
         self.ahead = SelectiveScan(**settings)
         self.back = SelectiveScan(**settings) if self.bidirectional else None
+        self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
         self.last = small_linear(self.directions * width, self.width_out)
         # the gates begin half open: around 0 they would multiply every feature by noise. Solved in closed form on the
         # demo's guide that is 2.08 nats instead of 2.87.
@@ -152,7 +146,7 @@ class SSM(SequenceTarget):
 
     @property
     def late_width(self) -> int:
-        return self.state + self.width + self.width_in
+        return self.width + self.width_in
 
     def mix(
         self,
@@ -163,7 +157,8 @@ class SSM(SequenceTarget):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         value_BTU = self.value(x_BTD)  # U channels of all directions
         if state is not None:
-            features_BTU, state = self.ahead(value_BTU, state, steps, late)
+            features_BTU, state = self.ahead(value_BTU, state, steps)
+            features_BTU = read_later(self.later, features_BTU, late)
         else:
             assert self.back is not None
             ahead_BTE, back_BTE = value_BTU.split(self.width, -1)
@@ -215,7 +210,7 @@ def build(part: PartFacts, options: SSMOptions) -> SSM:
         width=width,
         heads=options.heads or default_heads(width),
         state=options.state,
-        memory=later(options.memory, steps_ahead(part, options)),
+        memory=options.memory,
         **sequence_frame(part, options),
     )
 

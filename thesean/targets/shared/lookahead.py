@@ -1,10 +1,12 @@
 """What a module that reads time has to know to read some steps ahead.
 
-A module with a look-ahead of k is a causal one whose outputs come k steps late: what it holds after step t + k is read
-by what step t itself asked for, so that an output knows its own step and k later ones. A whole sequence is such a
-stream, run k steps past its end in which nothing comes, without the first k outputs.
+A module with a look-ahead of k is a causal one whose outputs come k steps late: what it holds after step t + k, or
+after each step from t to there, is read with what step t itself asks for, so that an output knows its own step and k
+later ones. A whole sequence is such a stream, run k steps past its end in which nothing comes, without the first k
+outputs.
 
-B batch, T time, S = W + T, W rows that a window holds, k steps ahead, X whatever a step holds, E width of a state
+B batch, T time, S = W + T, W rows that a window holds, k steps ahead, J = k + 1 taps, X whatever a step holds, E width
+of a state
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from thesean.targets.shared.steps import Steps, take
 
@@ -28,15 +32,43 @@ class Late:
         self._after: list[torch.Tensor] = []
 
     def __call__(self, z_BTX: torch.Tensor) -> torch.Tensor:
+        return self.since(z_BTX)[:, : -self._past_BkX.shape[1]]
+
+    def since(self, z_BTX: torch.Tensor) -> torch.Tensor:
+        """The k steps before too, (B, k + T, X)."""
         first, self._used = self._used, self._used + z_BTX.shape[-1]
-        ahead = self._past_BkX.shape[1]
         all_BSX = torch.cat([self._past_BkX[:, :, first : self._used].to(z_BTX.dtype), z_BTX], 1)
-        self._after.append(all_BSX[:, -ahead:])
-        return all_BSX[:, :-ahead]
+        self._after.append(all_BSX[:, -self._past_BkX.shape[1] :])
+        return all_BSX
 
     @property
     def state(self) -> torch.Tensor:
         return torch.cat(self._after, -1)
+
+
+class LaterSteps(nn.Module):
+    """y_t = sum_j w_j h_{t+j}, j from 0 to k, per channel: a look-ahead convolution (Wang et al. 2016, section 3).
+
+    h_BTE -> y_BTE, k steps late. At first each channel is that of one step, every other one of step t itself, the rest
+    of the later ones in turns, so that what is solved on top tells the steps apart. A recurrence that was only asked at
+    t + k had forgotten much of step t: `mingru` on benchmarks/lookahead.py's guide after 100 steps, one seed, 1.47 nats
+    with 4 steps ahead and 1.35 with none; in this way 1.05.
+    """
+
+    def __init__(self, width: int, ahead: int) -> None:
+        super().__init__()
+        channel_E = torch.arange(width)
+        step_E = torch.where(channel_E % 2 == 0, 0, channel_E // 2 % ahead + 1)
+        self.taps_EJ = nn.Parameter(F.one_hot(step_E, ahead + 1).to(torch.get_default_dtype()))
+
+    def forward(self, h_BTE: torch.Tensor, late: Late) -> torch.Tensor:
+        y_BET: torch.Tensor = F.conv1d(late.since(h_BTE).mT, self.taps_EJ.unsqueeze(1), groups=h_BTE.shape[-1])
+        return y_BET.mT
+
+
+def read_later(later: LaterSteps | None, h_BTE: torch.Tensor, late: Late | None) -> torch.Tensor:
+    """As it is, without a look-ahead."""
+    return h_BTE if later is None or late is None else later(h_BTE, late)
 
 
 class InPlace(Steps):

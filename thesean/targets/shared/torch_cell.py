@@ -11,16 +11,13 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from thesean.targets.shared.lookahead import InPlace, Late
+from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
 from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
 from thesean.targets.shared.steps import Steps
 
 
 class CellTarget(SequenceTarget):
-    """last(cell(x)). A subclass names its cell and spreads its initial weights.
-
-    With a look-ahead `last` reads the step's own input as well, which the cell may have lost by then.
-    """
+    """last(cell(x)). A subclass names its cell and spreads its initial weights."""
 
     saved = ("width",)
     reads_mask = True
@@ -36,7 +33,8 @@ class CellTarget(SequenceTarget):
         super().__init__(**frame)
         self.width = width
         self.core = self.cell(self.width_in, width, batch_first=True, bidirectional=self.bidirectional)
-        self.last = small_linear(self.directions * width + (self.width_in if self.lookahead else 0), self.width_out)
+        self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
+        self.last = small_linear(self.directions * width, self.width_out)
         self.reset_core()
 
     @torch.no_grad()
@@ -52,12 +50,11 @@ class CellTarget(SequenceTarget):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # torch wants the layers first: (1, B, E)
         features_BTE, last_1BE = run_cell(self.core, x_BTD, None if state is None else state.unsqueeze(0), steps)
-        return with_own(features_BTE, x_BTD, late), None if state is None else last_1BE.squeeze(0)
+        return read_later(self.later, features_BTE, late), None if state is None else last_1BE.squeeze(0)
 
-
-def with_own(features_BTE: torch.Tensor, x_BTD: torch.Tensor, late: Late | None) -> torch.Tensor:
-    """With a look-ahead, beside the features of k steps later the inputs of the steps that ask."""
-    return features_BTE if late is None else torch.cat([features_BTE, late(x_BTD)], -1)
+    @property
+    def late_width(self) -> int:
+        return self.width
 
 
 def run_cell(
