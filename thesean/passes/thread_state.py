@@ -40,7 +40,7 @@ from thesean.passes.graph.nodes import leaf_nodes, leaf_values, owner
 from thesean.passes.graph.record import record
 from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
-from thesean.passes.graph.stream import STREAM
+from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
@@ -316,7 +316,7 @@ def _long_enough(graph_module: fx.GraphModule) -> int:
     """Steps in which a kernel that looks far along time is seen, and a window is filled unless it is a long one."""
     windows = [w for m in graph_module.modules() if (w := getattr(m, "window", None)) and isinstance(w, int)]
     filled = max((w for w in windows if w <= _LONGEST_WINDOW), default=0)
-    length = max(_LENGTH, receptive_field(graph_module.graph) + 2, filled + 2)
+    length = max(_LENGTH, receptive_field(graph_module.graph) + 2, filled + 2) + delay_of(graph_module)
     return min(length, table_rows(graph_module) or length)
 
 

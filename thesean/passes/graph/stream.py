@@ -12,7 +12,6 @@ import torch
 from torch import fx, nn
 
 from thesean.passes.graph.signature import InputSpec, Signature
-from thesean.targets import TargetModule
 
 # In a graph's meta: how many steps late its outputs come, and its signature, which has one more input.
 DELAY, STREAM = "delay", "stream"
@@ -48,7 +47,7 @@ class Streamed(nn.Module):
 
     stateful = True
 
-    def __init__(self, module: TargetModule) -> None:
+    def __init__(self, module: Any) -> None:
         super().__init__()
         self.module = module
 
