@@ -105,6 +105,19 @@ def test_every_family_is_written_into_one_file(stateful, tmp_path):
     assert report.delay == (len(families) if stateful else 0)
 
 
+@pytest.mark.parametrize(
+    "target", [Target("conv", kernel=24), Target("conv", lookahead=20), Target("gru", lookahead=20)]
+)
+def test_long_windows_are_computed_in_half_precision_too(target):
+    """torch's own depthwise convolution in float16 doesn't come back."""
+    module = hybrid(captured.bert(), target).part_0
+    x_BTD = models.vectors(2, 30, 16)
+    with torch.no_grad():
+        wide, half = module(x_BTD), module.half()(x_BTD.half())  # type: ignore[operator, union-attr]
+    wide, half = (y[0] if isinstance(y, tuple) else y for y in (wide, half))
+    torch.testing.assert_close(half.float(), wide, rtol=1e-2, atol=1e-2)
+
+
 def test_what_keeps_a_network_from_being_a_stream_is_told_before_anything_trains():
     guide = captured.bert()
     mixed: dict[str, str | Target] = {"*.0": Target("gru", lookahead=AHEAD), "*.1": "keep"}

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from thesean.kernels.shared.precision import widen
 from thesean.targets.shared.copying import copy_value
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
@@ -100,11 +101,12 @@ class Conv1d(SequenceTarget):
             unread = self.memory - (self.kernel - 1) * dilation  # steps that only longer dilations reach
             before = unread if state is not None else unread - unread // 2
             window_BTE = past_BTE[:, before : past_BTE.shape[1] - (unread - before), columns]
-            taps_E1K = self.taps_EK[columns].unsqueeze(1)
-            mixed.append(F.conv1d(window_BTE.mT, taps_E1K, dilation=dilation, groups=share))
+            # wide: torch 2.13 doesn't come back from one of 16 taps or more in float16 on a CPU
+            window_BTE, taps_EK = widen(window_BTE, self.taps_EK[columns])
+            mixed.append(F.conv1d(window_BTE.mT, taps_EK.unsqueeze(1), dilation=dilation, groups=share))
             start += share
         own_BTD = x_BTD if late is None else late(x_BTD)
-        return torch.cat(mixed, 1).mT * F.silu(self.gate(own_BTD)), state
+        return torch.cat(mixed, 1).mT.to(x_BTD.dtype) * F.silu(self.gate(own_BTD)), state
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

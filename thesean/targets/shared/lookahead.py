@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from thesean.kernels.shared.precision import widen
 from thesean.targets.shared.steps import Steps, take
 
 
@@ -62,8 +63,10 @@ class LaterSteps(nn.Module):
         self.taps_EJ = nn.Parameter(F.one_hot(step_E, ahead + 1).to(torch.get_default_dtype()))
 
     def forward(self, h_BTE: torch.Tensor, late: Late) -> torch.Tensor:
-        y_BET: torch.Tensor = F.conv1d(late.since(h_BTE).mT, self.taps_EJ.unsqueeze(1), groups=h_BTE.shape[-1])
-        return y_BET.mT
+        # wide: torch 2.13 doesn't come back from a depthwise convolution of 16 taps or more in float16 on a CPU
+        h_BSE, taps_EJ = widen(late.since(h_BTE), self.taps_EJ)
+        y_BET: torch.Tensor = F.conv1d(h_BSE.mT, taps_EJ.unsqueeze(1), groups=len(taps_EJ))
+        return y_BET.mT.to(h_BTE.dtype)
 
 
 def read_later(later: LaterSteps | None, h_BTE: torch.Tensor, late: Late | None) -> torch.Tensor:
