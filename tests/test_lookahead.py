@@ -113,7 +113,7 @@ def test_long_windows_are_computed_in_half_precision_too(target):
     module = hybrid(captured.bert(), target).part_0
     x_BTD = models.vectors(2, 30, 16)
     with torch.no_grad():
-        wide, half = module(x_BTD), module.half()(x_BTD.half())  # type: ignore[operator, union-attr]
+        wide, half = module(x_BTD), module.half()(x_BTD.half())
     wide, half = (y[0] if isinstance(y, tuple) else y for y in (wide, half))
     torch.testing.assert_close(half.float(), wide, rtol=1e-2, atol=1e-2)
 
