@@ -6,6 +6,7 @@ B batch, T time, V vocabulary
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,30 @@ def test_labels_stand_where_the_caller_says():
     assert converted.report.guide["metric"] == pytest.approx((logits.argmax(-1) == wanted).float().mean().item())
 
 
+def test_a_hook_that_fails_is_named_with_what_it_was_given():
+    batches = [{"input": vectors(4, 8, seed=k), "target": torch.tensor([0, 1, 2, 3])} for k in range(3)]
+    batches[2].pop("target")
+
+    def fails(**hooks: Any) -> pytest.ExceptionInfo[DataError]:
+        with pytest.raises(DataError) as caught:
+            convert(models.mlp(), "mlp", data=batches, loss=thesean.cross_entropy, granularity="finest", **hooks)
+        return caught
+
+    caught = fails(inputs=lambda batch: batch["inputs"])
+    assert str(caught.value).startswith("inputs(batch), given a dict of 'input', 'target', raised KeyError: 'inputs'")
+    assert isinstance(caught.value.__cause__, KeyError)
+    # the first batches are as the hooks expect them
+    caught = fails(inputs=lambda batch: batch["input"], labels=lambda batch: batch["target"])
+    assert str(caught.value).startswith("batch 2: labels(batch), given a dict of 'input', raised KeyError: 'target'")
+    assert isinstance(caught.value.__cause__, KeyError)
+    rows = [(vectors(4, 8, seed=k), torch.zeros(4)) for k in range(3)]
+    with pytest.raises(
+        DataError, match=r"inputs\(batch\), given a tuple of 2 \(Tensor, Tensor\), raised IndexError"
+    ) as told:
+        convert(models.mlp(), "mlp", data=rows, granularity="finest", inputs=lambda batch: batch[2])
+    assert isinstance(told.value.__cause__, IndexError)
+
+
 @torch.library.custom_op("thesean_tests::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
@@ -252,7 +277,7 @@ def test_a_conversion_that_could_not_be_written_is_returned_all_the_same(tmp_pat
     with pytest.warns(UserWarning, match=r"not saved: .*No space left on device.*No other place was found"):
         converted = convert(cells(), workdir=tmp_path)
     assert converted(windows()[0]).shape == (4, 7, 4)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_a_dimension_is_what_the_caller_calls_it():

@@ -17,7 +17,7 @@ from thesean.choose.choose_plan import choose_plan
 from thesean.choose.constraints import Constraints
 from thesean.choose.search import UNMET
 from thesean.converted import Converted
-from thesean.deploy.rehearse import unwritable
+from thesean.deploy.rehearse import unstreamable, unwritable
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
@@ -36,7 +36,7 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import callers_settings, seeded, usual_settings
-from thesean.passes.graph.signature import output_wrapper
+from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -140,7 +140,7 @@ def compile(
             run = None if workdir is None else Workdir.prepare(workdir, bound_plan.plan, request.settings)
             with seeded(seed):
                 hybrid = build_hybrid(bound_plan, share=True)
-                training = rehearsed(hybrid, training, run)
+                training = rehearsed(hybrid, training, captured.signature, run)
                 aligned = align(bound_plan, hybrid, training)
                 conversion = tune(hybrid, training, aligned)
         converted = finish(bound_plan, training, conversion, start)
@@ -377,7 +377,7 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
         raise CaptureError(captured.untrainable)
 
 
-def rehearsed(hybrid: Hybrid, training: Training, run: Workdir | None) -> Training:
+def rehearsed(hybrid: Hybrid, training: Training, signature: Signature, run: Workdir | None) -> Training:
     """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells. That
     it can't be exported is a warning: not everyone does.
     """
@@ -390,7 +390,8 @@ def rehearsed(hybrid: Hybrid, training: Training, run: Workdir | None) -> Traini
         feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
     if run is not None:
         run.check_room(hybrid.graph_module)
-    if told := unwritable(hybrid.graph_module):
+    graph_module = hybrid.graph_module
+    for told in filter(None, (unwritable(graph_module), unstreamable(graph_module, signature))):
         warn([told])
         feed = replace(feed, notes=(*feed.notes, told))
     return replace(training, feed=feed)

@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import TypedDict
 
-from thesean.artifact import EXAMPLE, GRAPH, PLAN, REPORT, WEIGHTS, FORMAT, Artifact, digest_of, file_digest
+from thesean.artifact import EXAMPLE, FORMAT, GRAPH, PLAN, REPORT, WEIGHTS, Artifact, digest_of, file_digest
 from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.fitting import Fitting

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from thesean.errors import PassRefused
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.thread_state import leaf_values
+from thesean.passes.graph.nodes import leaf_values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,11 @@ from thesean.passes.analyse.chunks import run_in_chunks
 from thesean.passes.cache_attention import CacheAttention
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
+from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
-from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
+from thesean.passes.thread_state import ThreadState, zero_states
 
 FUSED = "aten.scaled_dot_product_attention.default"
 CHUNKED = ((1,) * 12, (1, 5, 1, 5), (12,))

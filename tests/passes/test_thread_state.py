@@ -22,11 +22,12 @@ from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph import graph_json
+from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import TargetSpec, make_plan
-from thesean.passes.thread_state import ThreadState, leaf_values, zero_states
+from thesean.passes.thread_state import ThreadState, zero_states
 from thesean.targets import Target
 
 CHUNKS = (1, 5, 1, 4)

@@ -295,6 +295,89 @@ def check_a_causal_module_is_to_be_had_for_a_part_that_reads_both_ways(family: F
     expect(module.stateful == reference.stateful, family, "a causal module carries no state for this part alone")
 
 
+AHEAD = 3
+
+
+def looking_ahead(family: Family, part: PartFacts, **options: Any) -> Any:
+    """A module that looks `AHEAD` steps ahead; None where the family, or the part, has no such thing."""
+    if "lookahead" not in family.options.model_fields or not part.is_sequence or part.mixing != "bidirectional":
+        return None
+    if not build(family, part, causal=True).looks_ahead:
+        try:
+            build(family, part, lookahead=AHEAD)
+        except (ValueError, TargetMismatchError):
+            return None
+        expect(False, family, "a look-ahead is taken and not kept: say looks_ahead, or let the frame refuse it")
+    return build(family, part, lookahead=AHEAD, **options).eval()
+
+
+def check_a_look_ahead_reads_so_many_later_steps_and_no_more(family: Family, part: PartFacts) -> None:
+    module = looking_ahead(family, part)
+    if module is None:
+        return
+    kind = build(family, part, causal=True)
+    expect(module.stateful == kind.stateful, family, "a look-ahead takes the state from a causal module")
+    expect(module.lookahead == AHEAD, family, f"a look-ahead of {module.lookahead}, not {AHEAD}")
+    x_BTD = inputs(part)
+    before_BTD = output(module, x_BTD)
+    expect(before_BTD.shape == x_BTD.shape, family, f"{tuple(x_BTD.shape)} becomes {tuple(before_BTD.shape)}")
+    for step in (5, 8, 11):
+        moved_BTD = x_BTD.clone()
+        moved_BTD[:, step] += 1
+        change_T = (output(module, moved_BTD) - before_BTD).abs().amax((0, 2))
+        first = step - AHEAD
+        expect(not change_T[:first].any(), family, f"a change of step {step} moves one before {first}")
+        expect(
+            bool((change_T[first : step + 1] > 0).all()), family, f"a change of step {step} moves not all from {first}"
+        )
+    for mixing in ("causal", "none"):
+        plain, given = (build(family, replace(part, mixing=mixing), lookahead=n).config() for n in (0, AHEAD))
+        expect(plain == given, family, f"a {mixing} part reads no later step, and gets a look-ahead all the same")
+
+
+def check_a_stream_that_looks_ahead_is_the_whole_so_many_steps_late(family: Family, part: PartFacts) -> None:
+    for residual in (False, True):
+        module = looking_ahead(family, part, residual=residual, norm=residual)
+        if module is None or not module.stateful:
+            return
+        x_BTD = inputs(part)
+        whole_BTD, ended = module(x_BTD)
+        zeros = module.initial_state(x_BTD)
+        expect(not any(z.any() for z in tensors(zeros)), family, "a stream starts from zeros")
+        shapes = [[s.shape for s in tensors(each)] for each in (zeros, ended)]
+        expect(shapes[0] == shapes[1], family, f"a state of {shapes[0]} becomes one of {shapes[1]}")
+        # two steps before the first token, and as many after the last as it takes: noise, which makes no odds
+        noise_BTD = inputs(part, seed=7)[:, : 2 + AHEAD]
+        run_BTD = torch.cat([noise_BTD[:, :2], x_BTD, noise_BTD[:, 2:]], 1)
+        seen_BT = torch.zeros(run_BTD.shape[:2], dtype=torch.bool)
+        seen_BT[:, 2:-AHEAD] = True
+        for chunks in ((17,), (1,) * 17, (1, 5, 1, 9, 1), (14, 3)):
+            pieces: list[torch.Tensor] = []
+            state = zeros
+            for chunk_BTD, mask_BT in zip(run_BTD.split(chunks, 1), seen_BT.split(chunks, 1), strict=True):
+                y_BTD, state = module(chunk_BTD, state, mask=mask_BT)
+                pieces.append(y_BTD)
+            same(
+                family, torch.cat(pieces, 1)[:, 2 + AHEAD :], whole_BTD, f"a stream in chunks of {chunks} and the whole"
+            )
+        unmasked_BTD = module(x_BTD, zeros)[0]
+        same(family, unmasked_BTD[:, AHEAD:], whole_BTD[:, :-AHEAD], "a stream that has not ended and the whole")
+
+
+def check_a_padded_row_that_looks_ahead_is_what_it_is_alone(family: Family, part: PartFacts) -> None:
+    module = looking_ahead(family, part)
+    if module is None or part.input_shape[1] != "time":
+        return
+    mask_BT = torch.tensor(MASKS, dtype=torch.bool)
+    x_BTD = inputs(part, batch=len(mask_BT)).masked_fill(~mask_BT.unsqueeze(-1), 3.0)
+    y_BTD, _ = module(x_BTD, mask=mask_BT)
+    expect(not y_BTD[~mask_BT].any(), family, "something is added at hidden steps")
+    for row, seen_T in enumerate(mask_BT):
+        if seen_T.any():
+            alone_1TD, _ = module(x_BTD[row, seen_T].unsqueeze(0))
+            same(family, y_BTD[row, seen_T], alone_1TD[0], f"row {row} of a padded batch and that row alone")
+
+
 def check_the_last_layer_is_solved_in_closed_form(family: Family, part: PartFacts) -> None:
     """What another last layer would give is found again: features, shape, unshape and skip belong together."""
     module = build(family, part).eval()
@@ -400,6 +483,9 @@ CHECKS: tuple[Callable[[Family, PartFacts], None], ...] = (
     check_a_row_with_hidden_steps_is_what_it_is_alone,
     check_only_a_part_that_sees_the_future_gets_a_module_that_does,
     check_a_causal_module_is_to_be_had_for_a_part_that_reads_both_ways,
+    check_a_look_ahead_reads_so_many_later_steps_and_no_more,
+    check_a_stream_that_looks_ahead_is_the_whole_so_many_steps_late,
+    check_a_padded_row_that_looks_ahead_is_what_it_is_alone,
     check_the_last_layer_is_solved_in_closed_form,
     check_the_loss_falls_on_a_toy_part,
     check_it_computes_in_other_dtypes,

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import PARITY_SEEN, STATES, WEIGHTS, read, told_by
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, STATES, WEIGHTS, read, told_by
 from thesean.errors import ExportError
 
 _OPERATORS = 12  # the most frequent; the rest are counted together
@@ -29,6 +29,10 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         sections.append("\n".join([title, *(f"  {line}" for line in lines)]))
+    if DELAY in told:
+        late = _parsed(told[DELAY])
+        steps, seen = late["steps"], late["seen"]
+        sections.append(f"delay\n  outputs come {steps} steps late; after the last token {steps} more, {seen} False")
     sections.append("operators\n  " + _operators(model))
     if PARITY_SEEN in told:
         checks = _parsed(told[PARITY_SEEN])

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import PARITY_SEEN, STATES, draft
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, STATES, draft
 from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, rounding, runnable, sizes_to_check
 from thesean.deploy.session import Session, require
 from thesean.errors import DataError, ExportError, PassRefused
@@ -27,9 +27,11 @@ from thesean.passes.base import Attempt, Pass, run_passes
 from thesean.passes.cache_attention import CacheAttention
 from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.cells_as_modules import CellsAsModules
+from thesean.passes.delay_steps import DelaySteps
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.inline_modules import InlineModules
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_shape
 from thesean.passes.write_out_attention import WriteOutAttention
@@ -40,7 +42,7 @@ Stateful = Literal["auto", "yes", "no"] | bool
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
 
-_STATES = re.compile(r"^(cache attention|thread state): ")  # how the refusals of a state begin
+_STATES = re.compile(r"^(cache attention|delay steps|thread state): ")  # how the refusals of a state begin
 
 _TOGETHER = "the rows of a batch count their steps together: start them together"
 
@@ -59,7 +61,8 @@ class Form(TypedDict, total=False):
 class ExportReport:
     """A file and what was seen of it. Errors in `checks` are relative to the output's scale, none above `tolerance`.
 
-    `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both.
+    `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both. `delay`: how many
+    steps late the outputs of a stream whose parts look ahead come.
     """
 
     path: Path
@@ -72,6 +75,7 @@ class ExportReport:
     tolerance: float
     seconds: float
     note: str = ""
+    delay: int = 0
     dtype: str = "float32"
     weights: Path | None = None
 
@@ -85,6 +89,8 @@ class ExportReport:
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
             f"  {len(self.checks)} checks in onnxruntime; largest error {largest}, tolerance {self.tolerance:.0e}",
         ]
+        if self.delay:
+            lines.insert(2, f"  outputs come {self.delay} steps late: {self.delay} more, not seen, bring the last ones")
         if self.weights is not None:
             lines.insert(1, f"  the weights are in {self.weights.name}, beside it: move both together")
         return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
@@ -106,7 +112,9 @@ def export(
     Inputs have the guide's names and dynamic dimensions "batch" and "time"; outputs the guide's keys. A stateful file
     takes `state_in_0`... (zeros start a sequence) and returns `state_out_0`..., so that one file serves prefill and
     decoding; "auto" makes one where the whole network is causal, and says in `note` why not elsewhere. An attention
-    that was kept has its keys and values as state, whose dimension "past" is 0 at the start.
+    that was kept has its keys and values as state, whose dimension "past" is 0 at the start. Where parts look ahead,
+    outputs come `delay` steps late, the first ones void, and one more input, `seen`, is True where a token comes in:
+    as many steps without bring out the last ones.
     Compared at (2,7), (2,19), (5,3), (1,1) and four times `train_length`, as far as the module itself runs there, and
     in chunks where it carries a state. The module, its parameters and its flags stay as they were.
 
@@ -134,16 +142,19 @@ def export(
         names = output_names(module)
         states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
         threaded = lowered if states else None
-        inputs = (*signature.inputs, *states)
+        stream = lowered.meta.get(STREAM, signature) if states else signature
+        inputs = (*stream.inputs, *states)
         outputs = (*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states))
         model = to_onnx(
             lowered,
-            _example(module, signature, states, train_length),
+            _example(module, signature, stream, states, train_length),
             inputs,
             outputs,
             DEFAULT_OPSET if opset is None else opset,
         )
-        model.metadata_props.update(_about(states, form.get("about", {})))
+        delay = delay_of(lowered) if states else 0
+        told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
+        model.metadata_props.update(_about(states, {**told, **form.get("about", {})}))
         drafted.write(model, form.get("external_data"))
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note = _TOGETHER
@@ -163,6 +174,7 @@ def export(
         tolerance=tolerance,
         seconds=time.monotonic() - start,
         note="; ".join([*([note] if note else []), *skipped]),
+        delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),
         weights=weights,
     )
@@ -192,7 +204,7 @@ def for_export(
 
     BoundPositions is not among them: a conversion ends with it, so that module and file are bounded alike.
     """
-    with_state = (InlineModules(signature), CacheAttention(signature), ThreadState(signature))
+    with_state = (InlineModules(signature), CacheAttention(signature), DelaySteps(signature), ThreadState(signature))
     threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: with_state, None: (Attempt(*with_state),)}
     return (
         *threading.get(stateful, ()),
@@ -222,7 +234,7 @@ def _compare(
     long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
     sizes, skipped = sizes_to_check(module, signature, long)
     try:
-        checks = [compare_whole(session, module, signature, s, names) for s in sizes]
+        checks = [compare_whole(session, module, signature, s, names, threaded) for s in sizes]
         if threaded is not None:
             checks += compare_chunks(session, threaded, module, signature, names, longest)
     except DataError as error:
@@ -264,7 +276,11 @@ def _lower(module: fx.GraphModule, passes: Sequence[Pass | Attempt]) -> tuple[fx
 
 
 def _example(
-    module: fx.GraphModule, signature: Signature, states: tuple[InputSpec, ...], train_length: int | None
+    module: fx.GraphModule,
+    signature: Signature,
+    stream: Signature,
+    states: tuple[InputSpec, ...],
+    train_length: int | None,
 ) -> dict[str, torch.Tensor]:
     """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
     lengths = [None] if all(s.startswith("batch") for s in signature.symbols) else [7, 19, train_length]
@@ -274,7 +290,7 @@ def _example(
             break
     else:
         raise ExportError(f"the module runs at none of the lengths {lengths}. Pass train_length=, one that it takes.")
-    example = signature.random_inputs(sizes.of(signature))
+    example = stream.random_inputs(sizes.of(stream))
     for spec in states:
         example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example

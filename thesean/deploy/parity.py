@@ -21,9 +21,11 @@ from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import run_passes
 from thesean.passes.cast_floats import CastFloats
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
+from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.resample import is_mask
 from thesean.passes.graph.signature import Signature
-from thesean.passes.thread_state import leaf_values, zero_states
+from thesean.passes.graph.stream import STREAM, delay_of, flushed, in_time
+from thesean.passes.thread_state import zero_states
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +91,24 @@ def sizes_to_check(
 
 @torch.no_grad()
 def compare_whole(
-    session: Session, module: fx.GraphModule, signature: Signature, sizes: CheckSizes, outputs: Sequence[str]
+    session: Session,
+    module: fx.GraphModule,
+    signature: Signature,
+    sizes: CheckSizes,
+    outputs: Sequence[str],
+    threaded: fx.GraphModule | None = None,
 ) -> Check:
     """The file against the stateless torch module. A file with state is compared at the steps that are no padding: what
-    an attention gives a step which sees none is the guide's own matter.
+    an attention gives a step which sees none is the guide's own matter; one that `threaded` says is late, after it was
+    flushed.
     """
     inputs, shown_BT = _with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
     expected = leaf_values(module(**inputs))
-    found, _ = session.run(_arrays(inputs))
+    delay = 0 if threaded is None else delay_of(threaded)
+    found, _ = session.run(_arrays(_flushed(threaded, inputs)))
     errors = []
     for name, value in zip(outputs, expected, strict=True):
-        got, want = found[name], value.numpy()
+        got, want = in_time(torch.from_numpy(found[name]), value.shape, delay).numpy(), value.numpy()
         if (
             session.is_stateful
             and shown_BT is not None
@@ -123,23 +132,33 @@ def compare_chunks(
     """Chunks with the state carried against the whole sequence, in onnxruntime and in torch."""
     batch, length = _CHUNKED[0], max(_CHUNKED[1], receptive_field(module.graph) + 2)
     length = min(length, longest or length)
-    chunks = _cut(length)
+    delay = delay_of(threaded)
+    chunks = _cut(length + delay)
     sizes = CheckSizes(batch=batch, length=length)
     inputs = signature.random_inputs(sizes.of(signature), seed=2)
     whole = leaf_values(module(**inputs))
-    in_torch, _ = run_in_chunks(threaded, signature, inputs, zero_states(threaded, batch), chunks)
+    inputs, stream = _flushed(threaded, inputs), threaded.meta.get(STREAM, signature)
+    in_torch, _ = run_in_chunks(threaded, stream, inputs, zero_states(threaded, batch), chunks)
     in_onnx, state = [], None
-    for piece in split_inputs(signature, inputs, chunks):
+    for piece in split_inputs(stream, inputs, chunks):
         found, state = session.run(_arrays(piece), state)
         in_onnx.append([torch.from_numpy(found[name]) for name in outputs])
     checks = []
     for label, pieces in (("chunks in onnxruntime vs whole", in_onnx), ("chunks in torch vs whole", in_torch)):
         errors = []
         for index, value in enumerate(whole):
-            joined = join([piece[index] for piece in pieces], value.shape)
+            joined = join([piece[index] for piece in pieces], value.shape, delay)
+            if not isinstance(joined, str):
+                joined = in_time(joined, value.shape, delay)
             errors.append(float("inf") if isinstance(joined, str) else relative_error(joined.numpy(), value.numpy()))
         checks.append(Check(label, sizes.shape, worst(errors)))
     return checks
+
+
+def _flushed(threaded: fx.GraphModule | None, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As a stream that is late takes them."""
+    late = threaded is not None and delay_of(threaded)
+    return flushed(threaded.meta[STREAM], inputs, delay_of(threaded)) if threaded is not None and late else inputs
 
 
 @torch.no_grad()

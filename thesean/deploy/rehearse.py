@@ -1,4 +1,6 @@
-"""Which operators of a network have no form in ONNX: asked before training, in milliseconds and not with an export."""
+"""What an export will refuse, asked before training and without one: operators that have no form in ONNX, in
+milliseconds; and for a network that looks ahead the stream that it is meant to be.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,14 @@ import importlib.util
 import torch
 from torch import fx
 
+from thesean.deploy.export import for_export
 from thesean.deploy.lowering.to_onnx import quiet
 from thesean.deploy.torchlib import is_registered
+from thesean.errors import PassRefused
+from thesean.passes.base import run_passes
 from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.opaque_cells import CELLS
+from thesean.passes.graph.signature import Signature
 
 
 def unwritable(graph_module: fx.GraphModule) -> str:
@@ -33,6 +39,21 @@ def unwritable(graph_module: fx.GraphModule) -> str:
     return (
         f"no ONNX form is known of {', '.join(found.values())}: an export will fail there, unless that part is replaced"
     )
+
+
+def unstreamable(graph_module: fx.GraphModule, signature: Signature) -> str:
+    """Why a network whose parts look ahead can't carry a state, "" where it can or none does."""
+    if not any(getattr(m, "lookahead", 0) and getattr(m, "stateful", False) for m in graph_module.modules()):
+        return ""
+    stateful = for_export(signature, (), stateful=True)[: -len(for_export(signature, (), stateful=False))]
+    try:
+        run_passes(graph_module, *stateful)
+    except PassRefused as refusal:
+        return (
+            f"parts look ahead, and the network is no stream all the same: {refusal} An export has no state then; "
+            "bring whole sequences to the file, or convert what is left."
+        )
+    return ""
 
 
 def _surely_written(target: object) -> bool:

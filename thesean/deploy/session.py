@@ -6,6 +6,7 @@ B batch, T time, V vocabulary
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from thesean.deploy.onnx_file import check_weights, metadata
+from thesean.deploy.onnx_file import DELAY, check_weights, metadata
 from thesean.errors import DataError, ExportError, MissingExtraError
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape
 
@@ -39,6 +40,8 @@ def require(*packages: str) -> None:
 class Session:
     """A thin wrapper of onnxruntime on CPU; `metadata` is what the file says of itself. Raises ExportError for a file
     that onnxruntime can't load, and for weights beside it that are missing or were changed.
+
+    `delay`: how many steps late outputs come, where parts of the network look ahead; `flush` brings out the last ones.
     """
 
     def __init__(self, path: str | Path, threads: int = 1) -> None:
@@ -63,6 +66,8 @@ class Session:
         self.states = tuple(n for n in self._declared if n.startswith(STATE_IN))
         self.inputs = tuple(n for n in self._declared if n not in self.states)
         self.outputs = tuple(n for n in names if not n.startswith(STATE_OUT))
+        late = json.loads(self.metadata.get(DELAY, "{}"))
+        self.delay, self._seen = int(late.get("steps", 0)), str(late.get("seen", ""))
         self._names = [*self.outputs, *(STATE_OUT + n.removeprefix(STATE_IN) for n in self.states)]
 
     @property
@@ -80,8 +85,13 @@ class Session:
     def run(self, inputs: Arrays, state: Arrays | None = None) -> tuple[Arrays, Arrays]:
         """(outputs, state after them); no state means a sequence's start. The state goes into the next call as it is.
 
-        Raises DataError for inputs that the file doesn't take or that don't fit it.
+        Of a file whose outputs are late every step holds a token, unless its input `seen` says otherwise. Raises
+        DataError for inputs that the file doesn't take or that don't fit it.
         """
+        if self._seen and self._seen not in inputs:
+            first = next((np.asarray(inputs[n]) for n in self.inputs if n in inputs), None)
+            if first is not None and first.ndim > 1:
+                inputs = {**inputs, self._seen: np.ones(first.shape[:2], np.bool_)}
         missing = [n for n in self.inputs if n not in inputs]
         if missing:
             raise DataError(f"missing input {missing[0]!r}; the file takes: {', '.join(self.inputs)}.")
@@ -96,6 +106,14 @@ class Session:
         count = len(self.outputs)
         after = dict(zip(self.states, values[count:], strict=True))
         return dict(zip(self.outputs, values[:count], strict=True)), after
+
+    def flush(self, inputs: Arrays, state: Arrays) -> tuple[Arrays, Arrays]:
+        """The last `delay` outputs of sequences that have ended, after a run that left `state`; `inputs` are any that
+        the file takes, such as those of that run: their last step is repeated, and read as no token.
+        """
+        last = {n: np.repeat(np.asarray(inputs[n])[:, -1:], self.delay, 1) for n in self.inputs if n != self._seen}
+        first = next(iter(last.values()))
+        return self.run({**last, self._seen: np.zeros(first.shape[:2], np.bool_)}, state)
 
     def generate(self, prompt_ids: Sequence[int], count: int) -> list[int]:
         """`count` greedy tokens after the prompt: prefill once, then one token at a time with the state carried.

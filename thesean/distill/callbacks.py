@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -72,10 +72,19 @@ def checked_reader(name: str, read: Callable[[Any], Any] | None) -> Callable[[An
 
     @wraps(read)
     def checked(batch: Any) -> Any:
-        with telling(f"{name}(batch)"):
+        with telling(f"{name}(batch), given {_described(batch)},"):
             return read(batch)
 
     return checked
+
+
+def _described(batch: Any) -> str:
+    """A batch in a few words: its keys, its entries, its shape."""
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {', '.join(map(repr, batch)) or 'nothing'}"
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(v).__name__ for v in batch[:8])})"
+    return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else type(batch).__name__
 
 
 def each_of(data: Any, name: str) -> Iterator[Any]:

@@ -57,15 +57,15 @@ class Batches:
                 inputs = named_inputs(batch if inputs_of is None else inputs_of(batch), self.signature)
                 self.signature.check(inputs)
                 check_not_empty(inputs)
+                told = batch if labels_of is None else (batch, labels_of(batch))
             except DataError as error:
-                raise DataError(f"{place}: {error}") from None
+                raise DataError(f"{place}: {error}") from error.__cause__
             for name, value in inputs.items():
                 if value.device != self.device:
                     raise DataError(
                         f"{place}: {name!r} is on {value.device}, the guide on {self.device}. Move one of them."
                     )
             # autograd can't save tensors that were made in inference mode
-            told = batch if labels_of is None else (batch, labels_of(batch))
             yield told, {k: v.clone() if v.is_inference() else v for k, v in inputs.items()}
 
     def first(self, count: int) -> list[tuple[Any, dict[str, torch.Tensor]]]:

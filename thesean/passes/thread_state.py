@@ -6,16 +6,23 @@ B batch, T time
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from thesean.errors import PassRefused
-from thesean.passes.analyse.chunks import RELATES, Difference, join, run_in_chunks, same_in_chunks, split_inputs
+from thesean.passes.analyse.chunks import (
+    RELATES,
+    Difference,
+    is_close,
+    join,
+    run_in_chunks,
+    same_in_chunks,
+    split_inputs,
+)
 from thesean.passes.analyse.positions import (
     Counter,
     Table,
@@ -29,10 +36,11 @@ from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.clock import find_clock
 from thesean.passes.graph.modes import evaluating
-from thesean.passes.graph.nodes import leaf_nodes, owner
+from thesean.passes.graph.nodes import leaf_nodes, leaf_values, owner
 from thesean.passes.graph.record import record
 from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
@@ -47,9 +55,6 @@ _LENGTH = 9
 _BATCH = 2
 # A longer window is not filled step by step: the whole network would run thousands of times.
 _LONGEST_WINDOW = 64
-
-# Of an output's scale, where rounding is coarser than float32's
-_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,10 @@ class ThreadState(Pass):
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        stream = graph_module.meta.get(STREAM, self.signature)
+        return replace(self, signature=stream)._threaded(graph_module)
+
+    def _threaded(self, graph_module: fx.GraphModule) -> PassResult:
         with evaluating(graph_module):
             values = self._recorded(graph_module)
             specs = self._specs(graph_module, values)
@@ -208,7 +217,7 @@ class ThreadState(Pass):
         for index, want in enumerate(whole):
             goes_on = join([start[index][:1], end[index][:1]], want[:1].shape)
             pairs = ((goes_on, want[:1]), (end[index][1:], anew[index][1:]))
-            if not all(_is_close(got, wanted) for got, wanted in pairs):
+            if not all(is_close(got, wanted) for got, wanted in pairs):
                 return False
         return True
 
@@ -226,7 +235,7 @@ class ThreadState(Pass):
             raise PassRefused(f"thread state: {_describe(threaded, difference)}")
         pieces, _ = run_in_chunks(threaded, self.signature, inputs, states, chunks)
         for index, whole in enumerate(leaf_values(stateless(**inputs))):
-            if not _is_close(join([piece[index] for piece in pieces], whole.shape), whole):
+            if not is_close(join([piece[index] for piece in pieces], whole.shape), whole):
                 raise PassRefused(f"thread state: output {index} of single steps isn't the whole sequence's.")
 
     @torch.no_grad()
@@ -303,16 +312,11 @@ def _source(table: Table) -> fx.Node:
     return source
 
 
-def _is_close(got: torch.Tensor | str, want: torch.Tensor) -> bool:
-    bound = _CLOSE.get(want.dtype, 1e-4) * max(1.0, want.abs().max().item())
-    return not isinstance(got, str) and got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=bound)
-
-
 def _long_enough(graph_module: fx.GraphModule) -> int:
     """Steps in which a kernel that looks far along time is seen, and a window is filled unless it is a long one."""
     windows = [w for m in graph_module.modules() if (w := getattr(m, "window", None)) and isinstance(w, int)]
     filled = max((w for w in windows if w <= _LONGEST_WINDOW), default=0)
-    length = max(_LENGTH, receptive_field(graph_module.graph) + 2, filled + 2)
+    length = max(_LENGTH, receptive_field(graph_module.graph) + 2, filled + 2) + delay_of(graph_module)
     return min(length, table_rows(graph_module) or length)
 
 
@@ -327,11 +331,6 @@ def zero_states(threaded: fx.GraphModule, batch: int) -> dict[str, torch.Tensor]
 def state_shape(shape: Sequence[int | str], batch: int, past: int) -> list[int]:
     """Of a state in which `past` steps are remembered."""
     return [d if isinstance(d, int) else past if d.startswith(PAST) else batch for d in shape]
-
-
-def leaf_values(output: Any) -> list[torch.Tensor]:
-    """The tensors of a nested output, in order."""
-    return [v for v in pytree.tree_leaves(output) if isinstance(v, torch.Tensor)]
 
 
 def _stateful_calls(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -15,8 +15,8 @@ from thesean.targets.shared.sequence import describe
 
 
 class ConvOptions(Options):
-    """Width rule, defaults: the picked family's own. `width`, `dilations`, `causal` and `norm` are for sequences alone:
-    a feature map is normalised after its depthwise convolution.
+    """Width rule, defaults: the picked family's own. `width`, `dilations`, `causal`, `lookahead` and `norm` are for
+    sequences alone: a feature map is normalised after its depthwise convolution.
     """
 
     kernel: int | None = Field(default=None, ge=2)
@@ -26,6 +26,9 @@ class ConvOptions(Options):
     residual: bool | None = None
     norm: bool | None = None
     causal: bool | None = Field(default=None, description="of sequences: read no later step")
+    lookahead: int | None = Field(
+        default=None, ge=0, description="of sequences: read so many later steps; a stream comes as late"
+    )
 
 
 def picked(part: PartFacts, options: ConvOptions) -> tuple[Family, Options]:

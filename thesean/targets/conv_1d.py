@@ -12,9 +12,11 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from thesean.kernels.shared.precision import widen
 from thesean.targets.shared.copying import copy_value
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.lookahead import Late
 from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import (
     SequenceFrame,
@@ -24,6 +26,7 @@ from thesean.targets.shared.sequence import (
     reads_both_ways,
     sequence_frame,
     small_linear,
+    steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, hide, last
 
@@ -38,10 +41,12 @@ class Conv1d(SequenceTarget):
     Gated convolutions: Dauphin et al. 2017, eq. 1, here depthwise; dilations d: van den Oord et al. 2016. The channels
     are shared out among the dilations, neighbours together, as heads are. x_BTD, state_BRE -> (y_BTD, state_BRE): the
     state is the last R = (K - 1) max(d) values, zeros before a sequence's start. Bidirectional: windows centred on t.
+    With a look-ahead of k steps windows end at t + k, and g is that of t.
     """
 
     family = "conv-1d"
     reads_mask = True
+    looks_ahead = True
     saved = ("width", "kernel", "dilations")
 
     def __init__(
@@ -72,14 +77,17 @@ class Conv1d(SequenceTarget):
             nn.init.zeros_(linear.bias)
         nn.init.ones_(self.gate.bias)  # open at the start
         # random, and the nearer the louder
-        steps_K = torch.arange(self.kernel) - (self.kernel // 2 if self.bidirectional else self.kernel - 1)
+        own = self.kernel // 2 if self.bidirectional else self.kernel - 1 - self.lookahead
+        steps_K = torch.arange(self.kernel) - own
         loudness_K = torch.exp(-steps_K.abs() / NEAR)
         self.taps_EK.normal_().mul_(loudness_K / loudness_K.norm())
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.memory, self.width)
 
-    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None, late: Late | None = None
+    ) -> tuple[torch.Tensor, State | None]:
         value_BTE = hide(self.value(x_BTD), steps)
         if state is None:
             after = self.memory // 2
@@ -93,10 +101,12 @@ class Conv1d(SequenceTarget):
             unread = self.memory - (self.kernel - 1) * dilation  # steps that only longer dilations reach
             before = unread if state is not None else unread - unread // 2
             window_BTE = past_BTE[:, before : past_BTE.shape[1] - (unread - before), columns]
-            taps_E1K = self.taps_EK[columns].unsqueeze(1)
-            mixed.append(F.conv1d(window_BTE.mT, taps_E1K, dilation=dilation, groups=share))
+            # wide: torch 2.13 doesn't come back from one of 16 taps or more in float16 on a CPU
+            window_BTE, taps_EK = widen(window_BTE, self.taps_EK[columns])
+            mixed.append(F.conv1d(window_BTE.mT, taps_EK.unsqueeze(1), dilation=dilation, groups=share))
             start += share
-        return torch.cat(mixed, 1).mT * F.silu(self.gate(x_BTD)), state
+        own_BTD = x_BTD if late is None else late(x_BTD)
+        return torch.cat(mixed, 1).mT.to(x_BTD.dtype) * F.silu(self.gate(own_BTD)), state
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
@@ -108,7 +118,7 @@ class Conv1dOptions(WidthOptions):
     """Width rule: E = `width`, or `expand` times the part's width, shared out among the dilations.
 
     A channel of dilation d sees `kernel` steps, d apart: (kernel - 1) d + 1 in all. Bidirectional windows are centred,
-    so that an even kernel gets one tap more there.
+    so that an even kernel gets one tap more there. With a look-ahead of k there are k taps more.
     """
 
     kernel: int = Field(default=8, ge=2)
@@ -131,7 +141,7 @@ def build(part: PartFacts, options: Conv1dOptions) -> Conv1d:
     centred = reads_both_ways(part, options)
     return Conv1d(
         width=options.features_width(part),
-        kernel=options.kernel + (centred and options.kernel % 2 == 0),
+        kernel=options.kernel + (centred and options.kernel % 2 == 0) + steps_ahead(part, options),
         dilations=list(options.dilations),
         **sequence_frame(part, options),
     )

@@ -17,7 +17,8 @@ from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
-from thesean.targets.shared.memory import decay_bias, span, spread
+from thesean.targets.shared.lookahead import Late
+from thesean.targets.shared.memory import decay_bias, later, span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
@@ -27,6 +28,7 @@ from thesean.targets.shared.sequence import (
     reads_both_ways,
     sequence_frame,
     small_linear,
+    steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, flip, hide
 
@@ -49,6 +51,7 @@ class Delta(SequenceTarget):
 
     family = "delta"
     reads_mask = True
+    looks_ahead = True
     saved = ("heads", "key_width", "value_width", "memory")
 
     def __init__(
@@ -92,14 +95,15 @@ class Delta(SequenceTarget):
         tokens_H = torch.cat([spread((shortest if n > 1 else longest, longest), n) for n in counts])
         self.decay.bias.copy_(decay_bias(tokens_H))
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.heads, self.key_width, self.value_width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        own_BTD = x_BTD if late is None else late(x_BTD)
         inputs = (
-            unit(self.query(x_BTD).unflatten(-1, (self.heads, self.key_width))),
+            unit(self.query(own_BTD).unflatten(-1, (self.heads, self.key_width))),
             unit(self.key(x_BTD).unflatten(-1, (self.heads, self.key_width))),
             self.value(x_BTD).unflatten(-1, (self.heads, self.value_width)),
             hide(torch.sigmoid(self.rate(x_BTD)), steps),
@@ -108,7 +112,7 @@ class Delta(SequenceTarget):
         if state is not None:
             out_BTHK, state = self.core(*inputs, state)
         else:
-            out_BTHK, _ = self.core(*(self.mirrored(z, steps) for z in inputs), self.initial_state(x_BTD))
+            out_BTHK, _ = self.core(*(self.mirrored(z, steps) for z in inputs), self.core_state(x_BTD))
             out_BTHK = self.mirrored(out_BTHK, steps)
         return out_BTHK.flatten(-2), state
 
@@ -208,7 +212,7 @@ def build(part: PartFacts, options: DeltaOptions) -> Delta:
         heads=heads,
         key_width=key_width,
         value_width=value_width,
-        memory=options.memory,
+        memory=later(options.memory, steps_ahead(part, options)),
         **sequence_frame(part, options),
     )
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from thesean.kernels.linear_attention import full_linear_attention
 from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.core import Core
-from thesean.targets.shared.distance_bias import LearntReach
+from thesean.targets.shared.distance_bias import LearntReach, seen_from
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
@@ -37,10 +37,11 @@ from thesean.targets.shared.heads import (
     start_of,
     window_of,
 )
+from thesean.targets.shared.lookahead import InPlace, Late
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
-from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, sequence_frame, small_linear
+from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, sequence_frame, small_linear, steps_ahead
 from thesean.targets.shared.sinks import First
 from thesean.targets.shared.steps import Steps, hide
 from thesean.targets.shared.window import Window
@@ -65,10 +66,12 @@ class LinearAttention(SequenceTarget):
     feature, radians a step), and with its bias of the distance t - s, for the last W tokens, t's own included; of those
     that leave it the first `sinks` are kept the same way, and any other enters the linear state and decays from then
     on. The state is then (state_BGFk, key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
+    With a look-ahead of k steps q_t reads what is held at t + k, and the last k of the W tokens are those after t.
     """
 
     family = "linear-attention"
     reads_mask = True
+    looks_ahead = True
     saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "norm_form",
              "bias", "memory", "sharpness")  # fmt: skip
 
@@ -109,7 +112,9 @@ class LinearAttention(SequenceTarget):
         if window is not None:
             rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
             reach = None if bias is None else LearntReach(heads, *bias)
-            self.window = Window(size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks, bias=reach)
+            self.window = Window(
+                size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks, bias=reach, ahead=self.lookahead
+            )
         self.last = small_linear(heads * value_width, self.width_out)
         self.reset_projections()
 
@@ -130,7 +135,7 @@ class LinearAttention(SequenceTarget):
         sinks = 0 if window is None or window.sinks is None else window.sinks.size
         return {**super().config(), "window": None if window is None else window.size, "sinks": sinks}
 
-    def initial_state(self, x: torch.Tensor) -> State:
+    def core_state(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
         linear = x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1)
         if self.window is None:
             return linear
@@ -146,10 +151,10 @@ class LinearAttention(SequenceTarget):
         return _signed_softmax(projected.unflatten(-1, (heads, self.key_width)))
 
     def projected(
-        self, x_BTD: torch.Tensor, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, steps: Steps | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The guide's query_BTHC and key_BTGC, and value_BTGk with its column of ones."""
-        query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(x_BTD), self.key(x_BTD)))
+        query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(own_BTD), self.key(x_BTD)))
         if len(self.norms):
             query, key = self.norms[0](query), self.norms[1](key)
         return query, key, self.values(x_BTD, steps)
@@ -159,17 +164,21 @@ class LinearAttention(SequenceTarget):
         value_BTGK = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width))
         return hide(F.pad(value_BTGK, (0, 1), value=1.0), steps)
 
-    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
+    def mix(
+        self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None, late: Late | None = None
+    ) -> tuple[torch.Tensor, State | None]:
+        own_BTD = x_BTD if late is None else late(x_BTD)  # whose queries read what is held by now
         log_decay_BTG = None if self.decay is None else hide(self._log_decay(x_BTD), steps)
         if self.window is not None and log_decay_BTG is not None:
-            mean_BTHK, state = self._mix_window(self.projected(x_BTD, steps), log_decay_BTG, self.window, state, steps)
+            projected = self.projected(x_BTD, own_BTD, steps)
+            mean_BTHK, state = self._mix_window(projected, log_decay_BTG, self.window, state, steps)
             return mean_BTHK.flatten(-2), state
         if len(self.norms):  # between a projection and its map: nothing can be folded
-            query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD, steps)
+            query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD, own_BTD, steps)
             query_BTHF = _features(query_BTHC, self.map_query_HCC)
             key_BTGF = _features(key_BTGC, self.map_key_GCC)
         else:
-            query_BTHF = self.phi(x_BTD, self.query, self.map_query_HCC)
+            query_BTHF = self.phi(own_BTD, self.query, self.map_query_HCC)
             key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
             value_BTGk = self.values(x_BTD, steps)
         if log_decay_BTG is None or state is None:
@@ -196,9 +205,15 @@ class LinearAttention(SequenceTarget):
         key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC, steps)
         value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk, steps)
         older_BTHk, linear, sinks = self._older(
-            query_BTHC, left_key, hide(left_value, steps), log_decay_BTG, (linear, *first)
+            query_BTHC,
+            left_key,
+            left_value if steps is None else steps.hide_left(left_value),
+            log_decay_BTG,
+            (linear, *first),
         )
         mean_BTHK = window(query_BTHC, key_BSGC, value_BSGk, older_BTHk, sinks)
+        if isinstance(steps, InPlace):  # a window without a token has no mean
+            mean_BTHK = mean_BTHK.masked_fill(mean_BTHK.isnan(), 0.0)
         return mean_BTHK, (linear, past_key, past_value, *(sinks[:2] if sinks is not None else ()))
 
     def _older(
@@ -238,7 +253,7 @@ class LinearAttention(SequenceTarget):
         if "query" in copied and "key" in copied:
             copy_norms(self.norms, facts.norms)
             if self.window is not None and self.window.bias is not None and facts.bias is not None:
-                self.window.bias.copy_from(facts.bias.behind)
+                self.window.bias.copy_from(seen_from(facts.bias, self.lookahead))
             if self.decay is not None and facts.bias is not None:
                 self._forget(facts.bias.behind.slope_H, self.decay)
             # phi knows no scale: a guide that divides q.k by something else than sqrt(C) gets the rest in both maps
@@ -259,7 +274,8 @@ class LinearAttention(SequenceTarget):
         if self.window is None:
             return ""
         first = "" if self.window.sinks is None else f" and the first {self.window.sinks.size}"
-        return f"the last {self.window.size} tokens{first} keep their softmax (window=, sinks=)"
+        next_ = "" if not self.lookahead else f", the {self.lookahead} after"
+        return f"the last {self.window.size - self.lookahead} tokens{next_}{first} keep their softmax (window=, sinks=)"
 
     def _forget(self, slope_H: torch.Tensor, decay: nn.Linear) -> None:
         """A bias that falls by m a step is a memory of 1 / m tokens; one that doesn't fall says nothing of it."""
@@ -277,8 +293,9 @@ class LinearAttention(SequenceTarget):
             x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
             if x_BTD.shape[1] <= self.window.size:
                 continue
-            query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD)
-            linear, no_key, no_value, *first = self.initial_state(x_BTD)
+            own_BTD = F.pad(x_BTD, (0, 0, self.lookahead, 0))[:, : x_BTD.shape[1]]
+            query_BTHC, key_BTGC, value_BTGk = self.projected(x_BTD, own_BTD)
+            linear, no_key, no_value, *first = self.core_state(x_BTD)
             _, left_key, _ = self.window.slide(no_key, key_BTGC)
             _, left_value, _ = self.window.slide(no_value, value_BTGk)
             log_decay_BTG = self._log_decay(x_BTD)
@@ -309,9 +326,10 @@ def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
 
 def build(part: PartFacts, options: LinearAttentionOptions) -> LinearAttention:
     memory, sharpness = start_of(part, options)
+    window = window_of(part, options)
     return LinearAttention(
         **head_shape(part, options)._asdict(),
-        window=window_of(part, options),
+        window=None if window is None else window + steps_ahead(part, options),
         sinks=sinks_of(part, options),
         memory=memory,
         sharpness=sharpness,

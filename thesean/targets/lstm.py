@@ -10,9 +10,15 @@ from torch import nn
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.lookahead import Late, read_later
 from thesean.targets.shared.sequence import WidthOptions, check_sequence, sequence_frame
 from thesean.targets.shared.steps import Steps
-from thesean.targets.shared.torch_cell import CellTarget, orthogonal_recurrence, run_cell, spread_memories
+from thesean.targets.shared.torch_cell import (
+    CellTarget,
+    orthogonal_recurrence,
+    run_cell,
+    spread_memories,
+)
 
 
 class LSTM(CellTarget):
@@ -29,11 +35,11 @@ class LSTM(CellTarget):
         orthogonal_recurrence(self.core, 1.0)
         spread_memories(self.core)
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], 2 * self.width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if state is None:
             return run_cell(self.core, x_BTD, None, steps)[0], None
@@ -41,7 +47,7 @@ class LSTM(CellTarget):
         # contiguous: cuDNN refuses views
         start = (hidden_BE.unsqueeze(0).contiguous(), cell_BE.unsqueeze(0).contiguous())
         features_BTE, last = run_cell(self.core, x_BTD, start, steps)
-        return features_BTE, torch.cat(last, -1).squeeze(0)
+        return read_later(self.later, features_BTE, late), torch.cat(last, -1).squeeze(0)
 
 
 def build(part: PartFacts, options: WidthOptions) -> LSTM:

@@ -15,6 +15,7 @@ from thesean.targets.shared.copying import copy_value
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.lookahead import Late, LaterSteps, read_later
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
@@ -35,6 +36,7 @@ class MinGRU(SequenceTarget):
 
     family = "mingru"
     reads_mask = True
+    looks_ahead = True
     saved = ("width",)
 
     def __init__(
@@ -50,6 +52,7 @@ class MinGRU(SequenceTarget):
         self.value = nn.Linear(self.width_in, units)
         self.output_gate = nn.Linear(self.width_in, units)
         self.core = Core("linear_recurrence")
+        self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
         self.last = small_linear(units, self.width_out)
         self.reset_projections()
 
@@ -63,11 +66,11 @@ class MinGRU(SequenceTarget):
         nn.init.zeros_(self.value.bias)
         nn.init.ones_(self.output_gate.bias)  # open at the start
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gate = self.gate(x_BTD)
         # sigmoid(-gate), not 1 - sigmoid(gate): keeps its digits where the gate is nearly open
@@ -78,11 +81,17 @@ class MinGRU(SequenceTarget):
         else:
             decay_ahead, decay_back = decay.split(self.width, -1)
             update_ahead, update_back = update.split(self.width, -1)
-            start_BE = self.initial_state(x_BTD)
+            start_BE = self.core_state(x_BTD)
             ahead_BTE, _ = self.core(decay_ahead, update_ahead, start_BE)
             back_BTE, _ = self.core(flip(decay_back, steps), flip(update_back, steps), start_BE)
             hidden_BTE = torch.cat([ahead_BTE, flip(back_BTE, steps)], -1)
-        return hidden_BTE * F.silu(self.output_gate(x_BTD)), state
+        hidden_BTE = read_later(self.later, hidden_BTE, late)
+        own_BTD = x_BTD if late is None else late(x_BTD)
+        return hidden_BTE * F.silu(self.output_gate(own_BTD)), state
+
+    @property
+    def late_width(self) -> int:
+        return self.width + self.width_in
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

@@ -32,10 +32,12 @@ class Mixer(SequenceTarget):
 
     Token mixing: Tolstikhin et al. 2021, eq. 1. x_BTD -> y_BTD, T as traced. Causal: W1 and W2 are M lower triangular
     T x T blocks each, so that unit (m, t) and output t read steps up to t. There is no state: the length is fixed.
+    With a look-ahead of k unit (m, t) reads steps up to t + k.
     """
 
     family = "mixer"
     reads_mask = True
+    looks_ahead = True
     saved = ("length", "expand")
 
     def __init__(
@@ -59,17 +61,19 @@ class Mixer(SequenceTarget):
     @torch.no_grad()
     def reset_mixing(self) -> None:
         # a causal row t sums t + 1 terms, any other T
-        steps = torch.arange(1, self.length + 1)
-        terms_T1 = (torch.full_like(steps, self.length) if self.bidirectional else steps).unsqueeze(1)
-        nn.init.normal_(self.first_MTT).mul_(terms_T1**-0.5)
-        nn.init.normal_(self.second_MTT).mul_((self.expand * terms_T1) ** -0.5)
+        ahead = self.length if self.bidirectional else self.lookahead
+        steps_T1 = torch.arange(1, self.length + 1).unsqueeze(1)
+        read_T1 = (steps_T1 + ahead).clamp_max(self.length)
+        units_T1 = torch.full_like(steps_T1, self.length) if self.bidirectional else steps_T1
+        nn.init.normal_(self.first_MTT).mul_(read_T1**-0.5)
+        nn.init.normal_(self.second_MTT).mul_((self.expand * units_T1) ** -0.5)
 
     def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
         x_BTD = hide(x_BTD, steps)
         first_MTT: torch.Tensor = self.first_MTT
         second_MTT: torch.Tensor = self.second_MTT
         if not self.bidirectional:
-            first_MTT, second_MTT = first_MTT.tril(), second_MTT.tril()
+            first_MTT, second_MTT = first_MTT.tril(self.lookahead), second_MTT.tril()
         hidden = F.gelu(first_MTT.flatten(0, 1) @ x_BTD + self.first_bias_MT.flatten().unsqueeze(1))  # (B, M T, D)
         mixed_BTD = second_MTT.transpose(0, 1).flatten(1) @ hidden + self.second_bias_T.unsqueeze(1)
         return torch.cat([x_BTD, mixed_BTD], -1), None

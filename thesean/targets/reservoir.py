@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
 from thesean.targets.shared.memory import span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
@@ -54,6 +55,7 @@ class Reservoir(SequenceTarget):
 
     family = "reservoir"
     reads_mask = True
+    looks_ahead = True
     saved = ("width", "heads", "radius", "input_scale", "memory")
 
     def __init__(
@@ -91,6 +93,7 @@ class Reservoir(SequenceTarget):
         self.register_buffer("recurrent_GPP", blocks_GPP)
         self.register_buffer("leak_U", -torch.expm1(-1 / spread(self.memory, width)).repeat(self.directions))
         self.core = Core("leaky_recurrence")
+        self.later = LaterSteps(width, self.lookahead).requires_grad_(False) if self.lookahead else None
         self.last = small_linear(units + self.width_in, self.width_out)
 
     @torch.no_grad()
@@ -103,22 +106,35 @@ class Reservoir(SequenceTarget):
         self.mean_D.copy_(mean_D)
         self.gain_D.copy_(1 / std_D.clamp_min(floor))
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_BTD = (x_BTD - self.mean_D) * self.gain_D
         drive_BTU = F.linear(x_BTD, self.input_UD, self.bias_U)
-        if state is not None:
-            hidden_BTU, after_BE = self.core(drive_BTU, self.recurrent_GPP, self.leak_U, state)
-            state = after_BE if steps is None else steps.state(hidden_BTU, state)
+        if state is not None and isinstance(steps, InPlace):
+            start_BE = state
+            hidden_BTU, state = steps.over_tokens(lambda z, steps: self._run(z, start_BE, steps), drive_BTU, start_BE)
+        elif state is not None:
+            hidden_BTU, state = self._run(drive_BTU, state, steps)
         else:
             start_BU = x_BTD.new_zeros(x_BTD.shape[0], 2 * self.width)
             hidden_BTU, _ = self.core(self.mirrored(drive_BTU, steps), self.recurrent_GPP, self.leak_U, start_BU)
             hidden_BTU = self.mirrored(hidden_BTU, steps)
-        return torch.cat([hidden_BTU, x_BTD], -1), state
+        hidden_BTU = read_later(self.later, hidden_BTU, late)
+        return torch.cat([hidden_BTU, x_BTD if late is None else late(x_BTD)], -1), state
+
+    @property
+    def late_width(self) -> int:
+        return self.width + self.width_in
+
+    def _run(
+        self, drive_BTU: torch.Tensor, before_BE: torch.Tensor, steps: Steps | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_BTU, after_BE = self.core(drive_BTU, self.recurrent_GPP, self.leak_U, before_BE)
+        return hidden_BTU, after_BE if steps is None else steps.state(hidden_BTU, before_BE)
 
     def mirrored(self, z_BTU: torch.Tensor, steps: Steps | None) -> torch.Tensor:
         """Time reversed for the units that read backwards; its own inverse."""

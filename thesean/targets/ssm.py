@@ -18,6 +18,7 @@ from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.heads import default_heads
+from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
@@ -79,12 +80,14 @@ class SelectiveScan(nn.Module):
         self, x_BTE: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor], steps: Steps | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         window_BRE, scan_BHNP = state
+        if isinstance(steps, InPlace):
+            x_BTE = hide(x_BTE, steps)  # where steps stand in place, the window slides over hidden ones too
         past_BSE = None if steps is None else torch.cat([window_BRE, x_BTE], 1)
         u_BTE, window_BRE = self.convolution(x_BTE, self.weight_EW, self.bias_E, window_BRE)
         if past_BSE is not None:
             window_BRE = last(past_BSE, TAPS - 1, steps)
-        key_BT1N, query_BT1N = (
-            z.unsqueeze(-2) * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON).unsqueeze(-2)
+        key_BTN, query_BTN = (
+            z * torch.rsqrt(z.square().mean(-1, keepdim=True) + EPSILON)
             for z in self.selection(u_BTE).split(self.state, -1)
         )
         step_BTH1 = F.softplus(self.step(u_BTE)).unsqueeze(-1)
@@ -92,7 +95,7 @@ class SelectiveScan(nn.Module):
         value_BTHP = step_BTH1 * u_BTE.unflatten(-1, (self.heads, -1))
         log_decay_BTHN, value_BTHP = hide(log_decay_BTHN, steps), hide(value_BTHP, steps)
         # B and C are the same for all heads
-        query_BTHN, key_BTHN = query_BT1N.expand_as(log_decay_BTHN), key_BT1N.expand_as(log_decay_BTHN)
+        query_BTHN, key_BTHN = (z.unsqueeze(-2).expand_as(log_decay_BTHN) for z in (query_BTN, key_BTN))
         y_BTHP, scan_BHNP = self.core(query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN, scan_BHNP)
         return y_BTHP.flatten(-2) + self.direct_E * u_BTE, (window_BRE, scan_BHNP)
 
@@ -107,6 +110,7 @@ class SSM(SequenceTarget):
 
     family = "ssm"
     reads_mask = True
+    looks_ahead = True
     saved = ("width", "heads", "state", "memory")
 
     def __init__(
@@ -128,6 +132,7 @@ class SSM(SequenceTarget):
         settings: dict[str, Any] = dict(width=width, heads=heads, state=state, memory=self.memory)
         self.ahead = SelectiveScan(**settings)
         self.back = SelectiveScan(**settings) if self.bidirectional else None
+        self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
         self.last = small_linear(self.directions * width, self.width_out)
         # the gates begin half open: around 0 they would multiply every feature by noise. Solved in closed form on the
         # demo's guide that is 2.08 nats instead of 2.87.
@@ -136,22 +141,32 @@ class SSM(SequenceTarget):
         nn.init.zeros_(self.value.bias)
         nn.init.ones_(self.gate.bias)
 
-    def initial_state(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def core_state(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ahead.zeros(x)
 
+    @property
+    def late_width(self) -> int:
+        return self.width + self.width_in
+
     def mix(
-        self, x_BTD: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None, steps: Steps | None = None
+        self,
+        x_BTD: torch.Tensor,
+        state: tuple[torch.Tensor, torch.Tensor] | None,
+        steps: Steps | None = None,
+        late: Late | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         value_BTU = self.value(x_BTD)  # U channels of all directions
         if state is not None:
             features_BTU, state = self.ahead(value_BTU, state, steps)
+            features_BTU = read_later(self.later, features_BTU, late)
         else:
             assert self.back is not None
             ahead_BTE, back_BTE = value_BTU.split(self.width, -1)
             ahead_BTE, _ = self.ahead(ahead_BTE, self.ahead.zeros(x_BTD), steps)
             back_BTE, _ = self.back(flip(back_BTE, steps), self.back.zeros(x_BTD), steps)
             features_BTU = torch.cat([ahead_BTE, flip(back_BTE, steps)], -1)
-        return features_BTU * F.silu(self.gate(x_BTD)), state
+        own_BTD = x_BTD if late is None else late(x_BTD)
+        return features_BTU * F.silu(self.gate(own_BTD)), state
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

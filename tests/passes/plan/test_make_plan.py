@@ -193,9 +193,33 @@ def test_the_length_that_is_probed_at_is_no_other_dimension():
 
 def test_a_plan_says_which_parts_lose_sight_of_later_steps():
     causal = Target("gru", causal=True)
-    (note,) = make_plan(captured.bert(), {"*.1": causal}).plan.notes
+    note, left = make_plan(captured.bert(), {"*.1": causal}).plan.notes
     assert note.startswith("encoder.layer.1 reads both ways; causal=True replacements read no later step")
+    assert left == "encoder.layer.0 is kept and reads all steps: the network is no stream"
+    (note,) = make_plan(captured.bert(), causal).plan.notes
+    assert note.startswith("encoder.layer.0, encoder.layer.1 read both ways")
     assert make_plan(captured.gpt2(), causal).plan.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("target", "steps"),
+    [
+        (Target("rnn", lookahead=3), 6),
+        (Target("gru", lookahead=2, scope="part"), 4),
+        ({"*.0": Target("mingru", lookahead=3), "*.1": Target("conv", lookahead=1)}, 4),
+    ],
+)
+def test_a_plan_says_how_late_a_stream_of_parts_that_look_ahead_is(target, steps):
+    (note,) = make_plan(captured.bert(), target).plan.notes
+    assert note == (
+        f"encoder.layer.0, encoder.layer.1 read both ways; lookahead= comes to {steps} steps in a row, by which the "
+        "outputs of a stream are late"
+    )
+
+
+def test_a_look_ahead_where_no_later_step_is_read_is_told_to_change_nothing():
+    (note,) = make_plan(captured.gpt2(), Target("gru", lookahead=3)).plan.notes
+    assert note == "transformer.h.0, transformer.h.1: lookahead= changes nothing, no later step is read there"
 
 
 @pytest.mark.parametrize("target", ["narrow", Target("narrow", scope="part")], ids=str)

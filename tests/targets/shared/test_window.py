@@ -158,6 +158,67 @@ def test_sinks_are_lowered_as_what_stands_right_before_the_window(sequence_part,
     torch.testing.assert_close(with_sinks(x_BTD)[0][:, -1], whole[:, -1], rtol=1e-4, atol=1e-5)
 
 
+def read_up_to(facts: AttentionFacts, x_BTD: torch.Tensor, ahead: int) -> torch.Tensor:
+    """What an attention over all tokens gives each step where `ahead` later ones are there."""
+    rows = [
+        F.linear(facts.mixed_values(x_BTD[:, : step + ahead + 1], causal=False), *facts.output)[:, step]
+        for step in range(x_BTD.shape[1])
+    ]
+    return torch.stack(rows, 1)
+
+
+TURNED = Rotation((0, 1), (2, 3), (1.0, 0.1))
+BOTH_WAYS = DistanceBias(ALIBI.behind, Reach(torch.zeros(4, 1), -drawn(4)))
+
+
+@pytest.mark.parametrize(
+    "known", [{}, {"rotation": TURNED}, {"bias": TABLE}, {"bias": BOTH_WAYS}], ids=["plain", "turned", "table", "slope"]
+)
+def test_a_window_with_a_look_ahead_is_the_guides_attention_over_what_is_there_by_then(
+    known, sequence_part, attention_facts
+):
+    facts = dataclasses.replace(attention_facts(scale=0.7), plain=True, **known)
+    part = dataclasses.replace(sequence_part(attention=facts), mixing="bidirectional")
+    module = copied(part, window=40, lookahead=3)
+    x_BTD = torch.randn(2, 30, 16)
+    expected = read_up_to(facts, x_BTD, 3)
+    torch.testing.assert_close(module(x_BTD)[0], expected, rtol=1e-4, atol=1e-5)
+    state, pieces = module.initial_state(x_BTD), []
+    for chunk_BTD in x_BTD.split((1, 11, 18), 1):
+        piece_BTD, state = module(chunk_BTD, state)
+        pieces.append(piece_BTD)
+    torch.testing.assert_close(torch.cat(pieces, 1)[:, 3:], expected[:, :-3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [{"rotation": TURNED}, {"bias": BOTH_WAYS}], ids=["turned", "slope"])
+def test_sinks_stand_right_before_a_window_that_looks_ahead(known, sequence_part, attention_facts):
+    facts = dataclasses.replace(attention_facts(), plain=True, **known)
+    part = dataclasses.replace(sequence_part(attention=facts), mixing="bidirectional")
+    module = copied(part, window=6, sinks=3, lookahead=2)
+    x_BTD = torch.randn(2, 11, 16)  # the query at 8 has all of them: 3 sinks, 6 tokens up to its own, and 2 more
+    whole_BTD = read_up_to(facts, x_BTD, 2)
+    torch.testing.assert_close(module(x_BTD)[0][:, 8], whole_BTD[:, 8], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [{}, {"rotation": TURNED}, {"bias": BOTH_WAYS}], ids=["plain", "turned", "slope"])
+def test_what_is_older_is_balanced_against_all_that_a_look_ahead_sees(known, sequence_part, attention_facts):
+    facts = dataclasses.replace(attention_facts(scale=0.7), plain=True, **known)
+    part = dataclasses.replace(sequence_part(attention=facts), mixing="bidirectional")
+    module = copied(part, window=6, lookahead=3)
+    x_BTD = torch.randn(4, 40, 16)
+    wanted = read_up_to(facts, x_BTD, 3)
+
+    def error(gate: float) -> float:
+        with torch.no_grad():
+            module.window.gate_H.fill_(gate)
+            return (module(x_BTD)[0] - wanted)[:, 10:-3].square().mean().item()
+
+    tried = [error(gate) for gate in (-24.0, -4.0, -2.0, 0.0, 2.0, 4.0)]
+    module.prepare(part, [(x_BTD, x_BTD)])
+    balanced = (module(x_BTD)[0] - wanted)[:, 10:-3].square().mean().item()
+    assert balanced <= 1.02 * min(tried)
+
+
 def test_a_window_as_wide_as_the_guides_own_lets_go_of_all_that_is_older(sequence_part, attention_facts):
     hides = torch.zeros(4, 6)
     hides[:, 5] = HIDDEN

@@ -52,9 +52,11 @@ def segments_of(flow: DataFlow, region: Region) -> list[Region]:
     row: list[Region] = []
     exit_: fx.Node | None = region.exit
     while exit_ in inside and exit_ in flow.links_back:
-        entry = flow.links_back[exit_]
+        entry: fx.Node | None = flow.links_back[exit_]
         while entry in inside and not isinstance(entry.meta.get("val"), torch.Tensor):
-            entry = flow.links_back[entry]
+            entry = flow.links_back.get(entry)
+        if entry is None:  # before a cell the chain parts: there is no place to cut
+            break
         row.append(_between(flow, entry, exit_))
         exit_ = entry
     return [r for r in reversed(row) if inside.issuperset(r.nodes)]

@@ -24,6 +24,9 @@ _NOISE = 1e-6
 # whole's; what is made of it is compared.
 RELATES = "relates_steps"
 
+# Of an output's scale, where rounding is coarser than float32's
+_CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
 _OTHERS = "it needs other steps than its chunk's"
 
 
@@ -67,11 +70,11 @@ def run_in_chunks(
     return outputs, states
 
 
-def join(parts: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | str:
+def join(parts: Sequence[torch.Tensor], shape: torch.Size, delay: int = 0) -> torch.Tensor | str:
     """The parts in a row along the one dimension in which they differ from `shape`; the last part where none does.
 
     What grows with the sequence, such as keys that are kept, is there after the last part. A text says why they can't
-    be the parts of such a whole.
+    be the parts of such a whole, or of one that is `delay` steps longer there.
     """
     if parts[-1].shape == shape:
         return parts[-1]
@@ -82,7 +85,7 @@ def join(parts: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor | str
         return parts[-1]
     if len(dims) > 1:
         return f"shape {tuple(shape)} relates steps with each other"
-    if sum(p.shape[dims[0]] for p in parts) != shape[dims[0]]:
+    if sum(p.shape[dims[0]] for p in parts) != shape[dims[0]] + delay:
         return f"shape {tuple(shape)} is not the chunks' in a row"
     return torch.cat(list(parts), dims[0])
 
@@ -165,3 +168,9 @@ def _difference(whole: torch.Tensor, parts: list[torch.Tensor]) -> str:
     error = (joined.double() - whole.double()).abs().max().item()
     scale = whole.double().abs().max().item()
     return f"step by step it differs by {error:.1e} of {scale:.1e}" if error > _MOVED * scale + _NOISE else ""
+
+
+def is_close(got: torch.Tensor | str, want: torch.Tensor) -> bool:
+    """The same but for rounding; a text says what else it is."""
+    bound = _CLOSE.get(want.dtype, 1e-4) * max(1.0, want.abs().max().item())
+    return not isinstance(got, str) and got.shape == want.shape and torch.allclose(got, want, rtol=0, atol=bound)

@@ -98,6 +98,11 @@ def above(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Nod
     return found
 
 
+def leaf_values(output: Any) -> list[torch.Tensor]:
+    """The tensors of a nested output, in order."""
+    return [v for v in pytree.tree_leaves(output) if isinstance(v, torch.Tensor)]
+
+
 def leaf_nodes(value: Any) -> list[fx.Node]:
     """The nodes in a nested argument, in order."""
     return [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]

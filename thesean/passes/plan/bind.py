@@ -39,6 +39,8 @@ class BoundPart:
     slowdown: float | None = None
     # what its replacements take over of the guide, and don't know: told in the plan
     told: tuple[str, ...] = ()
+    # steps that each site's replacement looks ahead
+    ahead: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +132,12 @@ class Binder:
         row, region, sites = part.planned, part.region, part.sites
         stays = self._stays(region, sites)
         params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
-        reading, told = [], []
+        reading, told, ahead = [], [], []
         seconds: float | None = self._time(stays)
         with torch.random.fork_rng(devices=[]):
             for site in sites:
                 module = outline_site(site)
+                ahead.append(int(getattr(module, "lookahead", 0)))
                 if getattr(module, "reads_mask", False):
                     reading.append(site)
                 if site.target.build is not None:
@@ -151,7 +154,7 @@ class Binder:
         before = self._time(region.nodes)
         slowdown = seconds / before if seconds is not None and before > 0 else None
         row = replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed)
-        return replace(part, planned=row, slowdown=slowdown, told=tuple(filter(None, told)))
+        return replace(part, planned=row, slowdown=slowdown, told=tuple(filter(None, told)), ahead=tuple(ahead))
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError

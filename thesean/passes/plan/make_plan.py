@@ -13,6 +13,7 @@ from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division, divide, divide_as, group_matches
+from thesean.passes.plan.lookahead import steps_in_a_row
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, no_match
 from thesean.passes.plan.plan import Plan
@@ -108,7 +109,8 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
             raise next(iter(misfits.values()))
         left = "".join(f"{note}. " for note in division.settings.notes)
         raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
-    told = (*_left_to_the_guide(misfits), *_made_causal(parts), *_told(parts), *_slower(parts))
+    streams = (*_made_causal(parts), *_looking_ahead(parts), *_still_both_ways(parts))
+    told = (*_left_to_the_guide(misfits), *streams, *_told(parts), *_slower(parts))
     notes = (*division.settings.notes, *told)
     return binder.bind(parts, replace(division.settings, notes=notes))
 
@@ -116,15 +118,40 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
 def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     """One note for all parts whose replacements see less than they did: what later steps told is lost."""
     both_ways = [
-        p.planned.path
-        for p in parts
-        if p.planned.options.get("causal") and any(s.facts.mixing == "bidirectional" for s in p.sites)
+        p.planned.path for p in parts if p.planned.options.get("causal") and _reads_both_ways(p) and not any(p.ahead)
     ]
     if not both_ways:
         return ()
     verb = "reads" if len(both_ways) == 1 else "read"
     told = "aligned with what is known by then, for streams"
     return (f"{_listed(both_ways)} {verb} both ways; causal=True replacements read no later step, {told}",)
+
+
+def _looking_ahead(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """One note for all parts whose replacements look ahead: how far in all, which is how late a stream is."""
+    given = [p for p in parts if any(p.ahead)]
+    if not given:
+        unread = [p.planned.path for p in parts if p.planned.options.get("lookahead")]
+        return (f"{_listed(unread)}: lookahead= changes nothing, no later step is read there",) if unread else ()
+    sites = [(site.region, steps) for p in given for site, steps in zip(p.sites, p.ahead, strict=True)]
+    steps = steps_in_a_row(given[0].region.exit.graph.nodes, {r.exit: (r.entry, steps) for r, steps in sites})
+    verb = "reads" if len(given) == 1 else "read"
+    told = f"lookahead= comes to {steps} steps in a row, by which the outputs of a stream are late"
+    return (f"{_listed([p.planned.path for p in given])} {verb} both ways; {told}",)
+
+
+def _still_both_ways(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """Where a stream was asked for: what stands in its way."""
+    wanted = any(p.planned.options.get(name) for p in parts for name in ("causal", "lookahead"))
+    left = [p.planned.path for p in parts if p.target is None and p.planned.mixing == "bidirectional"]
+    if not wanted or not left:
+        return ()
+    verb = "is" if len(left) == 1 else "are"
+    return (f"{_listed(left)} {verb} kept and read{'s' if len(left) == 1 else ''} all steps: the network is no stream",)
+
+
+def _reads_both_ways(part: BoundPart) -> bool:
+    return any(s.facts.mixing == "bidirectional" for s in part.sites)
 
 
 def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:

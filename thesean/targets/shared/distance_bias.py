@@ -61,6 +61,14 @@ class DistanceBias(NamedTuple):
         return not any(bool(t.any()) for reach in self for t in reach)
 
 
+def seen_from(bias: DistanceBias, ahead: int) -> Reach:
+    """The bias of keys by how far they are behind the step that is `ahead` steps after the query."""
+    if not ahead:
+        return bias.behind
+    after_HD = bias.ahead.of(torch.arange(ahead, 0, -1, device=bias.behind.table_HD.device))
+    return Reach(torch.cat([after_HD.to(bias.behind.table_HD), bias.behind.table_HD], 1), bias.behind.slope_H)
+
+
 class LearntReach(nn.Module):
     """`Reach` with a table to train, zeros until it is copied; the slopes stay as they are."""
 

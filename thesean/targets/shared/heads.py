@@ -11,7 +11,8 @@ from pydantic import Field, PositiveFloat
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.head_norm import NormForm
-from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways
+from thesean.targets.shared.memory import later
+from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways, steps_ahead
 
 # Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
 # the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
@@ -82,7 +83,7 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
             rotation=facts.rotation.rows() if facts.rotation is not None and windowed else None,
             norm_eps=facts.norm_eps,
             norm_form=facts.norm_form,
-            bias=facts.bias.sizes[:1] if facts.bias is not None and windowed else None,
+            bias=[facts.bias.sizes[0] + steps_ahead(part, options)] if facts.bias is not None and windowed else None,
         )
     width = options.width or part.features_width
     heads = options.heads or (facts.heads if facts is not None else default_heads(width))
@@ -91,7 +92,7 @@ def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
 
 
 def window_of(part: PartFacts, options: LinearAttentionOptions) -> int | None:
-    """Tokens in the window; None for no window."""
+    """Tokens in the window up to the step itself; None for no window."""
     if options.window is not None:
         return options.window or None
     facts = part.attention
@@ -109,6 +110,8 @@ def start_of(part: PartFacts, options: LinearAttentionOptions) -> tuple[tuple[fl
     """memory and sharpness."""
     beside = window_of(part, options) is not None
     memory = options.memory or (WINDOW_MEMORY if beside else MEMORY)
+    if not beside:
+        memory = later(memory, steps_ahead(part, options))
     return memory, options.sharpness or (WINDOW_SHARPNESS if beside else SHARPNESS)
 
 

@@ -25,3 +25,8 @@ def spread(memory: tuple[float, float], count: int) -> torch.Tensor:
 def decay_bias(tokens_N: torch.Tensor) -> torch.Tensor:
     """The bias under which exp(-softplus(bias)) forgets by e over so many tokens: softplus of it is 1 / tokens."""
     return torch.log(torch.expm1(1 / tokens_N))
+
+
+def later(memory: tuple[float, float], ahead: int) -> tuple[float, float]:
+    """Of a module that is asked `ahead` steps late: as many tokens more, so that the step itself is not forgotten."""
+    return memory[0] + ahead, memory[1] + ahead

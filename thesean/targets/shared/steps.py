@@ -51,6 +51,10 @@ class Steps:
         row_1W = torch.arange(size, device=x_BSX.device).unsqueeze(0)
         return take(x_BSX, self.count_B.unsqueeze(1) + row_1W)
 
+    def hide_left(self, x_BTX: torch.Tensor) -> torch.Tensor:
+        """Of what left a window as each step came: where no token came, nothing left."""
+        return self.hide(x_BTX)
+
     def state(self, hidden_BTE: torch.Tensor, before_BE: torch.Tensor) -> torch.Tensor:
         """A hidden state after the last token; the one before where a row has none."""
         after_BSE = torch.cat([before_BE.unsqueeze(1).to(hidden_BTE.dtype), hidden_BTE], 1)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
 from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
 from thesean.targets.shared.steps import Steps
 
@@ -20,6 +21,7 @@ class CellTarget(SequenceTarget):
 
     saved = ("width",)
     reads_mask = True
+    looks_ahead = True
     cell: type[nn.RNN] | type[nn.GRU] | type[nn.LSTM]
 
     def __init__(
@@ -31,6 +33,7 @@ class CellTarget(SequenceTarget):
         super().__init__(**frame)
         self.width = width
         self.core = self.cell(self.width_in, width, batch_first=True, bidirectional=self.bidirectional)
+        self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
         self.last = small_linear(self.directions * width, self.width_out)
         self.reset_core()
 
@@ -39,15 +42,19 @@ class CellTarget(SequenceTarget):
         """Set the core's initial weights."""
         raise NotImplementedError(f"{type(self).__name__}.reset_core")
 
-    def initial_state(self, x: torch.Tensor) -> torch.Tensor:
+    def core_state(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(x.shape[0], self.width)
 
     def mix(
-        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None
+        self, x_BTD: torch.Tensor, state: torch.Tensor | None, steps: Steps | None = None, late: Late | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # torch wants the layers first: (1, B, E)
         features_BTE, last_1BE = run_cell(self.core, x_BTD, None if state is None else state.unsqueeze(0), steps)
-        return features_BTE, None if state is None else last_1BE.squeeze(0)
+        return read_later(self.later, features_BTE, late), None if state is None else last_1BE.squeeze(0)
+
+    @property
+    def late_width(self) -> int:
+        return self.width
 
 
 def run_cell(
@@ -56,6 +63,18 @@ def run_cell(
     """The cell's outputs and last state, each row read up to its last token; what a cell was lowered to takes the
     lengths as they are.
     """
+    if steps is None:
+        return cell(x_BTD, start)
+    if isinstance(steps, InPlace):
+        before_1BE = start[0] if isinstance(start, tuple) else start
+        return steps.over_tokens(lambda x, steps: _run_rows(cell, x, start, steps), x_BTD, before_1BE.squeeze(0))
+    return _run_rows(cell, x_BTD, start, steps)
+
+
+def _run_rows(
+    cell: nn.RNN | nn.GRU | nn.LSTM, x_BTD: torch.Tensor, start: Any, steps: Steps | None
+) -> tuple[torch.Tensor, Any]:
+    """Tokens first."""
     if steps is None:
         return cell(x_BTD, start)
     if not isinstance(cell, nn.RNNBase):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.core import Core
@@ -38,7 +39,8 @@ class Looked(NamedTuple):
 class Window(nn.Module):
     """y_t = (sum over window and sinks of exp(scale q_t.k_s + bias) v_s + exp(gate) o_t) / the same of the weights.
 
-    `bias` is that of the distance t - s, where there is one. o_t is what a linear attention over all other tokens adds
+    `bias` is that of the distance t - s, where there is one. With `ahead` the queries are those of so many steps before
+    the window's last row; the bias then begins at that row. o_t is what a linear attention over all other tokens adds
     up to. `gate_H` is learnt; `balance` sets it to where the mean is nearest to softmax attention over everything. Its
     state is the keys and values of the last W tokens, (B, W, G, C) and (B, W, G, k), and those of the sinks; a row
     whose last value is 0 holds no token.
@@ -53,14 +55,16 @@ class Window(nn.Module):
         rotate: Rotate | None = None,
         sinks: int = 0,
         bias: LearntReach | None = None,
+        ahead: int = 0,
     ) -> None:
         super().__init__()
         self.rotate = rotate
         self.size = size
+        self.ahead = ahead
         self.scale = float(scale)
         self.gate_H = nn.Parameter(torch.zeros(heads))
         self.core = Core("window_attention")
-        self.sinks = Sinks(size=sinks, window=size, rotate=rotate) if sinks else None
+        self.sinks = Sinks(size=sinks, window=size - ahead, rotate=rotate) if sinks else None
         self.bias = bias
 
     def initial_state(self, x_BTD: torch.Tensor, groups: int, widths: tuple[int, int]) -> tuple[torch.Tensor, ...]:
@@ -89,7 +93,7 @@ class Window(nn.Module):
             older_BTHk, gate = add_sinks(scores_BTHN, value_BNGk, older_BTHk, gate)
         if self.rotate is not None:
             tables = self.rotate.tables(key_BSGC.shape[1], key_BSGC)
-            query_BTHC = self.rotate.turn(query_BTHC, tables, self.size)
+            query_BTHC = self.rotate.turn(query_BTHC, tables, self.size - self.ahead)
             key_BSGC = self.rotate.turn(key_BSGC, tables)
         bias = () if self.bias is None else (self._bias(0, self.size).to(query_BTHC.dtype),)
         mean_BTHK: torch.Tensor = self.core(self.scale * query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate, *bias)
@@ -136,7 +140,9 @@ class Window(nn.Module):
         rows_M = torch.arange(self.size, time, max(1, (time - self.size) // _QUERIES), device=query_BTHC.device)
         sinks = (None, None) if first is None else self._of_sinks(query_BTHC, first)
         if self.rotate is not None:
-            query_BTHC, key_BTGC = self.rotate(query_BTHC), self.rotate(key_BTGC)
+            own_BTHC = self.rotate(query_BTHC[:, self.ahead :])
+            query_BTHC = F.pad(own_BTHC, (0, 0, 0, 0, self.ahead, 0))
+            key_BTGC = self.rotate(key_BTGC)
         age_MT = rows_M.unsqueeze(1) - torch.arange(time, device=rows_M.device)
         repeats = query_BTHC.shape[2] // key_BTGC.shape[2]
         examples = []

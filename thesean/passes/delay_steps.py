@@ -1,0 +1,220 @@
+"""A network whose parts look ahead as a stream: its outputs come late, and all that meets on the way meets as late.
+
+B batch, T time, k steps of delay, K of all parts in a row
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from thesean.errors import PassRefused
+from thesean.passes.analyse.chunks import is_close
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.nodes import leaf_nodes, leaf_values, owner
+from thesean.passes.graph.record import record
+from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.stream import DELAY, SEEN, STREAM, Delay, Streamed, flushed, in_time, streamed
+from thesean.passes.graph.surgery import erase_dead
+
+aten = torch.ops.aten
+
+# (batch, steps) of two runs: a dimension that is the one or the other in both is known to be it
+_SIZES = ((2, 8), (3, 9))
+
+# Of each node that is a tensor, by name: its shapes in both runs
+Shapes = dict[str, tuple[torch.Size, ...]]
+
+
+@dataclass(frozen=True)
+class DelaySteps(Pass):
+    """y_t = part(x up to t + k)  =>  y_{t-k} = part(x up to t, seen), and x_t + y_t  =>  delay(x)_{t-k} + y_{t-k}.
+
+    Every part that looks ahead becomes the stream that gives its outputs k steps late; what its output meets is delayed
+    as much, and so is every output of the network: by K steps, the most that parts in a row come to. The graph has one
+    more input, `seen` (B, T): True where a token comes in, False for the K steps after the last one that bring out the
+    rest. Parts behind a delay are told by it which steps hold nothing yet. `meta["delay"]` is K, `meta["stream"]` the
+    signature with `seen`. The first K outputs are void; the others are those of the whole sequence.
+
+    The new graph shares its parameters with the incoming one, which stays as it was. Raises PassRefused, naming it, for
+    what can't be delayed or told: positions or a cache that are read behind a part that looks ahead.
+    """
+
+    in_place = False
+
+    signature: Signature
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        symbols = {s.startswith("batch") for s in self.signature.symbols}
+        if _ahead_of(graph_module) and (symbols != {True, False} or len(self.signature.symbols) != 2):
+            found = ", ".join(self.signature.symbols) or "none"
+            raise PassRefused(
+                f"delay steps: expected inputs with a batch and one dynamic time dimension, found {found}."
+            )
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if not _ahead_of(graph_module):
+            return PassResult(graph_module=graph_module, modified=False, reason="no part looks ahead")
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(graph_module.graph, {}))
+        erase_dead(graph)
+        new = fx.GraphModule(graph_module, graph)
+        new.meta.update(graph_module.meta)
+        with evaluating(graph_module):
+            runs = [self._shapes(graph_module, *sizes) for sizes in _SIZES]
+            shapes = {name: tuple(run[name] for run in runs) for name in runs[0].keys() & runs[1].keys()}
+            rewriting = _Rewriting(new, shapes, self.signature)
+            new.meta[DELAY] = rewriting.run()
+            new.meta[STREAM] = streamed(self.signature, str(rewriting.seen.target))
+            new.delete_all_unused_submodules()
+            new.recompile()
+            new.eval()
+            self._check(graph_module, new)
+        return PassResult(graph_module=new, modified=True)
+
+    def _inputs(self, graph_module: fx.GraphModule, batch: int, steps: int) -> dict[str, torch.Tensor]:
+        sizes = {s: batch if s.startswith("batch") else steps for s in self.signature.symbols}
+        device = next((str(p.device) for p in graph_module.parameters()), "cpu")
+        return self.signature.random_inputs(sizes, device=device)
+
+    def _shapes(self, graph_module: fx.GraphModule, batch: int, steps: int) -> dict[str, torch.Size]:
+        values = record(graph_module, self._inputs(graph_module, batch, steps))
+        return {n.name: v.shape for n, v in values.items() if isinstance(v, torch.Tensor)}
+
+    @torch.no_grad()
+    def _check(self, graph_module: fx.GraphModule, delayed: fx.GraphModule) -> None:
+        """The stream, flushed, against the whole sequences."""
+        inputs, steps = self._inputs(graph_module, *_SIZES[0]), delayed.meta[DELAY]
+        late = leaf_values(delayed(**flushed(delayed.meta[STREAM], inputs, steps)))
+        for index, (got, want) in enumerate(zip(late, leaf_values(graph_module(**inputs)), strict=True)):
+            if not is_close(in_time(got, want.shape, steps), want):
+                raise PassRefused(f"delay steps: output {index} of the stream isn't the whole sequence's.")
+
+
+class _Rewriting:
+    """One graph while it is made a stream. `late`: how many steps late each node's values come, None where a node has
+    none that belong to steps.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, shapes: Shapes, signature: Signature) -> None:
+        self.graph_module, self.graph, self.shapes = graph_module, graph_module.graph, shapes
+        self.modules = dict(graph_module.named_modules())
+        self.late: dict[fx.Node, int | None] = {}
+        self.delayed: dict[fx.Node, dict[int, fx.Node]] = {}
+        self.seen = self._input(signature)
+
+    def run(self) -> int:
+        """How late all outputs come."""
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                break
+            if node in self.late:
+                continue
+            known = [late for i in node.all_input_nodes if (late := self.late.get(i)) is not None]
+            if node.name not in self.shapes and node.op != "call_module":
+                self.late[node] = max(known, default=None) if node.target is getitem else None  # a size
+            elif not known:
+                self.late[node] = 0 if self._grows(node) else None
+            else:
+                self._meet(node, max(known))
+        output = self.graph.output_node()
+        ends = [n for n in leaf_nodes(output.args[0]) if self.late.get(n) is not None]
+        total = max(self.late[n] or 0 for n in ends)
+        output.args = fx.map_arg(output.args, lambda n: self._delay(n, total, output) if n in ends else n)
+        return total
+
+    def _meet(self, node: fx.Node, late: int) -> None:
+        """All that a node reads, as late as the latest; and the node itself where it looks ahead."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        ahead = _steps_ahead(module)
+        self.late[node] = late + ahead
+        self._read(node, late)
+        if module is None or not getattr(module, "stateful", False) or not late + ahead:
+            return
+        if not getattr(module, "reads_mask", False) or len(node.args) != 1:
+            raise PassRefused(
+                f"delay steps: {owner(node) or node.target} carries a state behind a part that looks ahead, and can't "
+                "be told which steps hold nothing yet."
+            )
+        if ahead:
+            node.target = self._add(Streamed(module), f"{str(node.target).replace('.', '_')}_stream")
+        with self.graph.inserting_before(node):
+            seen, mask = self._delay(self.seen, late, node), node.kwargs.get("mask")
+            if mask is not None:
+                seen = self.graph.call_function(aten.logical_and.default, (seen, mask))
+        node.kwargs = {**node.kwargs, "mask": seen}
+
+    def _read(self, node: fx.Node, late: int) -> None:
+        def delayed(read: fx.Node) -> fx.Node:
+            return read if self.late.get(read) in (None, late) else self._delay(read, late, node)
+
+        node.args, node.kwargs = fx.map_arg(node.args, delayed), fx.map_arg(node.kwargs, delayed)
+
+    def _delay(self, node: fx.Node, late: int, reader: fx.Node) -> fx.Node:
+        """What a node gave when it was as late as that; of what is delayed already only the rest."""
+        made = self.delayed.setdefault(node, {self.late[node] or 0: node})
+        if late not in made:
+            before = max(steps for steps in made if steps < late)
+            dim = self._dim(node)
+            if dim is None:
+                raise PassRefused(
+                    f"delay steps: {owner(reader) or reader.name} ({reader.target}), behind a part that looks ahead, "
+                    f"reads {owner(node) or node.name} ({node.target}), which doesn't come step by step."
+                )
+            name = self._add(Delay(late - before, dim), f"delay_{len(self.delayed)}_{late}")
+            with self.graph.inserting_after(_end_of_call(made[before])):
+                call = self.graph.call_module(name, (made[before],))
+            with self.graph.inserting_after(call):
+                made[late] = self.graph.call_function(getitem, (call, 0))
+            self.late[call] = self.late[made[late]] = late
+        return made[late]
+
+    def _grows(self, node: fx.Node) -> bool:
+        """Positions, or whatever else there is one of for each step."""
+        first, second = (
+            {d for d, size in enumerate(shape) if size == time}
+            for shape, (_, time) in zip(self.shapes[node.name], _SIZES, strict=True)
+        )
+        return bool(first & second)
+
+    def _dim(self, node: fx.Node) -> int | None:
+        """Which dimension of a node is time; None unless it is one behind that of the batch, and no other is."""
+        shapes = self.shapes.get(node.name, ())
+        if not shapes or any(not s or s[0] != batch for s, (batch, _) in zip(shapes, _SIZES, strict=True)):
+            return None
+        moves = [d for d in range(1, len(shapes[0])) if shapes[0][d] != shapes[1][d]]
+        times = [d for d in moves if all(s[d] == time for s, (_, time) in zip(shapes, _SIZES, strict=True))]
+        return times[0] if len(moves) == 1 and times else None
+
+    def _input(self, signature: Signature) -> fx.Node:
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        taken = {spec.name for spec in signature.inputs}
+        with self.graph.inserting_after(last):
+            seen = self.graph.placeholder(next(n for n in (SEEN, *(f"{SEEN}_{i}" for i in range(9))) if n not in taken))
+        self.shapes[seen.name] = tuple(torch.Size(sizes) for sizes in _SIZES)
+        self.late[seen] = 0
+        return seen
+
+    def _add(self, module: nn.Module, name: str) -> str:
+        while hasattr(self.graph_module, name):
+            name += "_"
+        self.graph_module.add_submodule(name, module)
+        return name
+
+
+def _end_of_call(node: fx.Node) -> fx.Node:
+    """Behind all inputs of the graph, where it is one of them."""
+    return node.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
+
+
+def _steps_ahead(module: Any) -> int:
+    return int(getattr(module, "lookahead", 0)) if getattr(module, "stateful", False) else 0
+
+
+def _ahead_of(graph_module: fx.GraphModule) -> bool:
+    return any(_steps_ahead(m) for m in graph_module.modules())
