@@ -1,9 +1,9 @@
 """Does training ever end below its start, and what does a rate that is found buy over one that is fixed?
 
-Ten conversions of four guides: the demo's language model and digits convnet, a small vision transformer on the digits,
-and all-MiniLM-L6 (left out where not installed). Each in closed form, and from there with the default recipe at the
-rate that it finds, at 2e-3, which was the default, and at 2e-4; the same steps, data and seed. Told is the loss on
-held-out data, or without labels the divergence from the guide.
+Eight conversions of four guides: the demo's language model and digits convnet, a small vision transformer on the
+digits, and all-MiniLM-L6 (left out where not installed). Each in closed form, and from there with the default recipe at
+the rate that it finds and at 2e-3, which was the default; the same steps, data and seed. Told is the loss on held-out
+data, or without labels the divergence from the guide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import thesean
 from benchmarks import language
 from benchmarks.suite import BenchmarkError, Case, Result, Run
 
-RATES: dict[str, Any] = {"found rate": "find", "rate 2e-3": 2e-3, "rate 2e-4": 2e-4}
+RATES: dict[str, Any] = {"found rate": "find", "rate 2e-3": 2e-3}
 WAYS = ("closed form", *RATES)
 
 
@@ -84,8 +84,7 @@ def conversions(run: Run) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
     except BenchmarkError:
         return
     words = {"data": sentences, "eval_data": others[:4], "granularity": "sublayer"}
-    for target in ("narrow-heads", "narrow", "rnn"):
-        yield f"MiniLM -> {target}", encoder, {"target": target, **words}
+    yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
 
 
 def bench(run: Run) -> None:
@@ -122,10 +121,10 @@ def table(result: Result) -> str:
 
 CASE = Case(
     question="Does training ever end below its start, and what does a found rate buy?",
-    minutes=60,
+    minutes=20,
     unit="nats of held-out data, or divergence",
     run=bench,
-    settings={"steps": 120, "batch": 8, "length": 256, "every": 8, "layers": None, "guide_steps": 300},
+    settings={"steps": 100, "batch": 4, "length": 256, "every": 8, "layers": None, "guide_steps": 300},
     quick={"steps": 2, "batch": 2, "length": 32, "every": 80, "layers": 1, "guide_steps": 2},
     quick_only=("language model -> gru", "digits convnet -> mlp"),
     seeds=(0,),
