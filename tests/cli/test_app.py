@@ -319,6 +319,15 @@ def test_plan_prints_a_part_per_block_and_writes_yaml(guides: Path) -> None:
     assert str(thesean.Plan.from_yaml(guides / "plan.yaml")) in result.output
 
 
+def test_a_run_in_a_workdir_is_called_again(guides: Path) -> None:
+    words = "convert guides_for_cli:gpt --data guides_for_cli:batches --loss guides_for_cli:loss --recipe fast"
+    refused = error_of(run(*words.split(), "--workdir", "run", "--resume", "must"))
+    assert "no run to continue: nothing was begun there" in refused
+    assert run(*words.split(), "--workdir", "run").exit_code == 0
+    assert thesean.load(guides / "run" / "converted") is not None
+    assert run(*words.split(), "--workdir", "run", "--resume", "must").exit_code == 0
+
+
 @pytest.mark.thorough
 def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) -> None:
     words = "convert guides_for_cli:gpt --data guides_for_cli:batches --loss guides_for_cli:loss --recipe fast"
