@@ -18,7 +18,7 @@ Positions = Literal["clamp", "wrap", "drop", "refuse"]
 Precision = Literal["as-is", "bfloat16"]
 
 # Peak learning rates that a search goes through.
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3)
 
 
 class RecipeError(TheseanError, ValueError):

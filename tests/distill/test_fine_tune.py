@@ -146,7 +146,7 @@ def test_a_rate_is_found_by_short_runs_that_count_as_steps():
     assert tuned.steps == 100 == len(observer.losses)
     trials = [c for c in tuned.curves if c.phase == "find rate"]
     runs = tuned.curves[len(trials) :]
-    assert len(trials) >= 3  # the middle of the ladder, and both sides of the best
+    assert len(trials) >= 2  # the middle of the ladder, and what is above
     assert len({c.held_out[0] for c in trials}) == 1  # all from one start
     ends = {c.learning_rate: c.held_out[-1][1] for c in trials}
     found = min(ends, key=ends.__getitem__)

@@ -122,7 +122,7 @@ class _Tuner:
     def _found(self, start: Best) -> int:
         """The place in RATES of the one whose short run gains most. Leaves the network in the best state.
 
-        All of them see the same batches. From the middle of the ladder it goes on to where the gains are.
+        All of them see the same batches. From the middle of the ladder it goes one up, or down as long as that gains.
         """
         least, most = _TRIAL_STEPS
         steps = min(most, max(least, round(_TRIAL_SHARE * self.steps)))
@@ -138,9 +138,11 @@ class _Tuner:
             return ends[at]
 
         at = len(RATES) // 2
-        way = 1 if end(at + 1) < end(at) else -1
-        while 0 <= at + way < len(RATES) and end(at + way) < end(at):
-            at += way
+        if end(at + 1) < end(at):
+            at += 1  # the next higher one is what the long run takes: no short run of it is needed
+        else:
+            while at > 0 and end(at - 1) < end(at):
+                at -= 1
         self.best.restore()
         return at
 
