@@ -38,8 +38,8 @@ _CHECK_BATCHES, _CHECKS, _LEAST_BETWEEN = 4, 20, 5
 # be most of them, the rate is a gentle one.
 _TRIAL, _TRIAL_SHARE, _TRIAL_STEPS, _WORTH_TRYING, _GENTLE = "find rate", 0.06, (10, 40), 80, 3e-4
 
-# A short run favours low rates, as high ones pay late: the long run takes the next higher one. Where that has gained
-# nothing after this share of the steps, it goes back to where it began, and on with the one that was found.
+# A short run favours low rates, as high ones pay late: the long run takes the next higher one. Where that is no better
+# than the very start after this share of the steps, it goes back to where it began, and on with the one that was found.
 _GIVES_UP_AT = 0.3
 
 LossOf = Callable[[int, Batch], torch.Tensor]
@@ -64,7 +64,7 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One run of the optimizer, checked on held-out data `every` so many steps. One that gained nothing in the first
+    """One run of the optimizer, checked on held-out data `every` so many steps. One that isn't below `bound` after
     `patience` steps ends there.
     """
 
@@ -73,6 +73,7 @@ class _Run:
     steps: int
     every: int
     patience: int | None = None
+    bound: float = float("inf")
 
 
 class _Tuner:
@@ -89,6 +90,7 @@ class _Tuner:
         start = Best([self.graph_module])  # by all of them
         start.offer(self._value())
         self.best.offer(self.check())
+        begun = self.best.value
         rate = self.training.recipe.fine_tuning.learning_rate
         if rate != "find":
             self._run(rate)
@@ -97,7 +99,7 @@ class _Tuner:
         else:
             found = self._found(start)
             if found + 1 < len(RATES):
-                self._run(RATES[found + 1], gives_up=True)
+                self._run(RATES[found + 1], gives_up_above=begun)
             self._run(RATES[found])
         self.best.restore()
         helped = start.offer(self._value())
@@ -105,8 +107,8 @@ class _Tuner:
         told = () if helped else (f"{self.phase} did not help: kept the state that it began with",)
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=told)
 
-    def _run(self, rate: float, gives_up: bool = False) -> None:
-        """The steps that are left, or some of them where it `gives_up`."""
+    def _run(self, rate: float, gives_up_above: float | None = None) -> None:
+        """The steps that are left, or some of them where it gives up."""
         left = self.steps - self.taken
         if left:
             run = _Run(
@@ -114,7 +116,8 @@ class _Tuner:
                 rate=rate,
                 steps=left,
                 every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
-                patience=max(1, round(_GIVES_UP_AT * left)) if gives_up else None,
+                patience=None if gives_up_above is None else max(1, round(_GIVES_UP_AT * left)),
+                bound=float("inf") if gives_up_above is None else gives_up_above,
             )
             self._train(run, self.training.feed.stream, self.best.value)
             self.best.restore()
@@ -214,7 +217,7 @@ class _Watch:
             self.trace.held_out.append((step, self.value))
             self.kept = step if tuner.best.offer(self.value) else self.kept
             tuner.graph_module.train()
-        return step == run.patience and not self.kept
+        return step == run.patience and not self.value < run.bound
 
     def state_dict(self) -> dict[str, Any]:
         graph_module, tuner = self.tuner.graph_module.state_dict(), self.tuner.state_dict()
