@@ -12,7 +12,7 @@ _POINTS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """`phase` is "align", "find rate", "fine-tune" or a baseline's name; `part` what is aligned, None for the whole.
+    """`phase` is "align", "fine-tune" or a baseline's name; `part` what is aligned, None for the whole.
 
     `losses[i]` is the mean training loss of the steps from i * every. `held_out` holds pairs (step, value), the start
     as step 0: while aligning the measure at the part's exit, after that the user's loss, or the divergence from the

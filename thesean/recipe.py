@@ -17,8 +17,8 @@ from thesean.write_file import write_text
 Positions = Literal["clamp", "wrap", "drop", "refuse"]
 Precision = Literal["as-is", "bfloat16"]
 
-# Peak learning rates that a search goes through.
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 2e-3)
+# Peak learning rates that a search goes through, in this order.
+RATES = (2e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 
 
 class RecipeError(TheseanError, ValueError):
@@ -60,7 +60,7 @@ class FineTuning(_Settings):
     """End-to-end training of the fully replaced network."""
 
     share: float = Field(default=0.9, ge=0, le=1)
-    # "find": by short runs from the start at hand, which take 6 steps of 100 each; see fine_tune.py.
+    # "find": the highest of RATES that gains anything from the start at hand; see fine_tune.py
     learning_rate: Annotated[float, Field(gt=0)] | Literal["find"] = "find"
     weight_decay: float = Field(default=0.01, ge=0)
     distillation: float = Field(default=0.9, ge=0, le=1, description="weight of the guide's outputs at the start")

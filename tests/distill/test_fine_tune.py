@@ -8,7 +8,6 @@ from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
 from thesean.distill.fine_tune import fine_tune
 from thesean.errors import NumericalError
-from thesean.recipe import RATES
 
 
 def cross_entropy(output, batch):
@@ -139,42 +138,40 @@ def test_without_a_loss_the_divergence_decides():
     assert told.judge(hybrid.graph_module).divergence == before
 
 
-def test_a_rate_is_found_by_short_runs_that_count_as_steps():
+def test_the_highest_rate_that_gains_is_found_by_training_at_it(monkeypatch: pytest.MonkeyPatch):
     guide, observer = captured.mlp(), Recorder()
     _, hybrid = drafted(guide)
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (30.0, 10.0, 1e-3, 1e-6))
     tuned = run(guide, hybrid, task(output="softmax"), 100, observer, learning_rate="find")
     assert tuned.steps == 100 == len(observer.losses)
-    trials = [c for c in tuned.curves if c.phase == "find rate"]
-    runs = tuned.curves[len(trials) :]
-    assert len(trials) >= 2  # the middle of the ladder, and what is above
-    assert len({c.held_out[0] for c in trials}) == 1  # all from one start
-    ends = {c.learning_rate: c.held_out[-1][1] for c in trials}
-    found = min(ends, key=ends.__getitem__)
-    assert runs[0].learning_rate == min(rate for rate in RATES if rate > found or rate == RATES[-1])
-    assert runs[0].held_out[0][1] == min(runs[0].held_out[0][1], *ends.values())  # goes on from the best of them
-
-
-def test_a_rate_above_the_found_one_that_gains_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    guide = captured.mlp()
-    _, hybrid = drafted(guide)
-    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-6, 1e-5, 1e-4, 30.0))
-    tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
-    *trials, hasty, last = tuned.curves
-    assert (hasty.learning_rate, last.learning_rate) == (30.0, 1e-4)
-    assert hasty.kept == 0
-    assert hasty.steps == round(0.3 * (100 - sum(c.steps for c in trials)))
-    assert last.held_out[0] == hasty.held_out[0]  # from where the given up one began
+    assert [c.learning_rate for c in tuned.curves] == [30.0, 10.0, 1e-3]
+    *hasty, last = tuned.curves
+    assert [c.steps for c in hasty] == [15, 13]  # 15 % of what was left
+    assert [c.kept for c in hasty] == [0, 0]
+    assert len({c.held_out[0] for c in tuned.curves}) == 1  # each from the best state so far, the start
     assert last.kept > 0
-    assert tuned.steps == 100
 
 
-def test_a_short_run_that_diverges_is_no_error(monkeypatch: pytest.MonkeyPatch):
+def test_a_rate_that_gains_at_first_is_left_with_what_it_gained(monkeypatch: pytest.MonkeyPatch):
     guide = captured.mlp()
     _, hybrid = drafted(guide)
-    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-4, 1e-3, 1e-2, 1e30))
+    values = iter([2.0, 2.0, *[1.5] * 2, *[3.0] * 40])  # the start twice, a gain, and then nothing but harm
+    monkeypatch.setattr("thesean.distill.fine_tune._Tuner._value", lambda self, count=None: next(values))
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4))
+    tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
+    first, second = tuned.curves
+    assert (first.kept, first.steps) == (5, 20)
+    assert second.held_out[0] == (0, 1.5)
+    assert second.steps == 80  # the last rate has no other to make room for
+
+
+def test_a_rate_at_which_the_loss_is_no_number_makes_room(monkeypatch: pytest.MonkeyPatch):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e30, 1e-3))
     tuned = run(guide, hybrid, task(output="softmax"), 80, learning_rate="find")
-    assert 1e30 not in [c.learning_rate for c in tuned.curves if c.phase != "find rate"] or tuned.curves[-1].kept
-    assert tuned.steps <= 80
+    assert [c.learning_rate for c in tuned.curves] == [1e30, 1e-3]
+    assert tuned.curves[-1].kept > 0
 
 
 def test_a_loss_that_is_no_number_is_told():

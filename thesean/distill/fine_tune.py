@@ -4,13 +4,13 @@ loss = (1 - w) task(output) + w KL_T(guide | output) + h sum_k nmse(exit_k), w a
 `anneal_until` of the steps: a strong target is not held near a weak guide. Without a task loss, w stays 1.
 
 What it leaves is the state that did best on held-out data, which may be the one it began with. A rate that suits a
-network that is far from its guide drives one that is near away from it, so the rate is found from the start at hand:
-by short runs, each with a whole schedule of its own, up and down a ladder of rates.
+network that is far from its guide drives one that is near away from it. So a rate is tried by training at it, the
+highest first: one that leads nowhere makes room for the next lower one, which goes on from the best state so far.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,7 +22,6 @@ from thesean.curve import Curve, Tracing
 from thesean.distill.align import examples, faint
 from thesean.distill.best import Best
 from thesean.distill.seen import Seen, rows
-from thesean.distill.stream import Stream
 from thesean.distill.task import Batch, Task
 from thesean.distill.training import Training
 from thesean.errors import DataError, NumericalError
@@ -34,13 +33,10 @@ from thesean.similarity import get_measure
 # Held-out batches that choose among states, and how often in a run; all of them decide whether it helped at all.
 _CHECK_BATCHES, _CHECKS, _LEAST_BETWEEN = 4, 20, 5
 
-# A short run takes this share of the steps, within these bounds. Where so few steps are asked for that short runs would
-# be most of them, the rate is a gentle one.
-_TRIAL, _TRIAL_SHARE, _TRIAL_STEPS, _WORTH_TRYING, _GENTLE = "find rate", 0.06, (10, 40), 80, 3e-4
-
-# A short run favours low rates, as high ones pay late: the long run takes the next higher one. Where that is no better
-# than the very start after this share of the steps, it goes back to where it began, and on with the one that was found.
-_GIVES_UP_AT = 0.3
+# A rate makes room for the next lower one once the network is no better than it began, and was never better for this
+# share of the steps, or so many. More patience costs near starts their steps, less takes a rate away from far ones that
+# pay late.
+_PATIENCE, _LEAST_PATIENCE = 0.15, 10
 
 LossOf = Callable[[int, Batch], torch.Tensor]
 
@@ -64,8 +60,8 @@ def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One run of the optimizer, checked on held-out data `every` so many steps. One that isn't below `bound` after
-    `patience` steps ends there.
+    """One run of the optimizer, checked on held-out data `every` so many steps. It ends where the value isn't below
+    `bound`, and had no new best for `patience` steps.
     """
 
     phase: str
@@ -91,80 +87,41 @@ class _Tuner:
         start.offer(self._value())
         self.best.offer(self.check())
         begun = self.best.value
-        rate = self.training.recipe.fine_tuning.learning_rate
-        if rate != "find":
-            self._run(rate)
-        elif self.steps < _WORTH_TRYING:
-            self._run(_GENTLE)
-        else:
-            found = self._found(start)
-            if found + 1 < len(RATES):
-                self._run(RATES[found + 1], gives_up_above=begun)
-            self._run(RATES[found])
+        asked = self.training.recipe.fine_tuning.learning_rate
+        rates = RATES if asked == "find" else (asked,)
+        for rate in rates:
+            left = self.steps - self.taken
+            if not left:
+                break
+            run = _Run(
+                phase=self.phase,
+                rate=rate,
+                steps=left,
+                every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
+                patience=None if rate == rates[-1] else max(_LEAST_PATIENCE, round(_PATIENCE * left)),
+                bound=begun,
+            )
+            self._train(run)
+            self.best.restore()
         self.best.restore()
         helped = start.offer(self._value())
         start.restore()
         told = () if helped else (f"{self.phase} did not help: kept the state that it began with",)
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=told)
 
-    def _run(self, rate: float, gives_up_above: float | None = None) -> None:
-        """The steps that are left, or some of them where it gives up."""
-        left = self.steps - self.taken
-        if left:
-            run = _Run(
-                phase=self.phase,
-                rate=rate,
-                steps=left,
-                every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
-                patience=None if gives_up_above is None else max(1, round(_GIVES_UP_AT * left)),
-                bound=float("inf") if gives_up_above is None else gives_up_above,
-            )
-            self._train(run, self.training.feed.stream, self.best.value)
-            self.best.restore()
+    def _train(self, run: _Run) -> None:
+        self.training.journal.piece(f"{run.phase} {len(self.curves) + 1}", partial(self._trained, run), self)
 
-    def _found(self, start: Best) -> int:
-        """The place in RATES of the one whose short run gains most. Leaves the network in the best state.
-
-        All of them see the same batches. From the middle of the ladder it goes one up, or down as long as that gains.
-        """
-        least, most = _TRIAL_STEPS
-        steps = min(most, max(least, round(_TRIAL_SHARE * self.steps)))
-        batches = list(itertools.islice(self.training.feed.stream, steps))
-        before = self.best.value
-        ends: dict[int, float] = {}
-
-        def end(at: int) -> float:
-            if at not in ends:
-                start.restore()
-                run = _Run(phase=_TRIAL, rate=RATES[at], steps=steps, every=steps)
-                ends[at] = self._train(run, Stream(batches), before)
-            return ends[at]
-
-        at = len(RATES) // 2
-        if end(at + 1) < end(at):
-            at += 1  # the next higher one is what the long run takes: no short run of it is needed
-        else:
-            while at > 0 and end(at - 1) < end(at):
-                at -= 1
-        self.best.restore()
-        return at
-
-    def _train(self, run: _Run, batches: Stream, before: float) -> float:
-        """The held-out value at the end, which was `before`; infinite where a rate that is only tried leads to none."""
-        return self.training.journal.piece(
-            f"{run.phase} {len(self.curves) + 1}", partial(self._trained, run, batches, before), self
-        )
-
-    def _trained(self, run: _Run, batches: Stream, before: float) -> float:
+    def _trained(self, run: _Run) -> None:
         settings, observer, begun = self.training.recipe.fine_tuning, self.training.observer, self.taken
-        watch = _Watch(self, run, batches, before)
-        observer.begin(run.phase, f"{run.rate:g}" if run.phase == _TRIAL else None, 1, 1, run.steps)
+        watch = _Watch(self, run)
+        observer.begin(run.phase, None, 1, 1, run.steps)
         self.graph_module.train()
         try:
             self.training.trainer.train(
                 [p for p in self.graph_module.parameters() if p.requires_grad],  # what the guide froze stays frozen
                 lambda step, batch: self.loss_of(begun + step, batch),
-                batches,
+                self.training.feed.stream,
                 steps=run.steps,
                 learning_rate=run.rate,
                 weight_decay=settings.weight_decay,
@@ -172,16 +129,14 @@ class _Tuner:
                 after=watch,
             )
         except NumericalError:
-            if run.phase != _TRIAL and run.patience is None:
+            if run.patience is None or not math.isfinite(run.bound):
                 raise
-            watch.value = float("inf")
         self.graph_module.eval()
         self.curves.append(watch.trace.done(watch.kept))
-        observer.end({"held out": watch.value})
-        return watch.value
+        observer.end({"held out": self.best.value})
 
     def state_dict(self) -> dict[str, Any]:
-        """Between two runs; the weights are those of the best state, or will be put back to the start's."""
+        """Between two runs: the weights are those of the best state."""
         return {"best": self.best.state_dict(), "taken": self.taken, "curves": [asdict(c) for c in self.curves]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,33 +158,33 @@ class _Tuner:
 class _Watch:
     """Looks at a run on held-out data now and then, and keeps the best state."""
 
-    def __init__(self, tuner: _Tuner, run: _Run, batches: Stream, before: float) -> None:
-        self.tuner, self.run, self.batches = tuner, run, batches
-        self.trace = Tracing(run.phase, None, run.rate, held_out=[(0, before)])
-        self.kept, self.value = 0, float("inf")
+    def __init__(self, tuner: _Tuner, run: _Run) -> None:
+        self.tuner, self.run = tuner, run
+        self.trace = Tracing(run.phase, None, run.rate, held_out=[(0, tuner.best.value)])
+        self.kept = 0
 
     def __call__(self, step: int, loss: float) -> bool:
         tuner, run = self.tuner, self.run
         tuner.taken += 1
         self.trace.losses.append(loss)
-        if step % run.every == 0 or step in (run.steps, run.patience):
-            self.value = tuner.check()
-            self.trace.held_out.append((step, self.value))
-            self.kept = step if tuner.best.offer(self.value) else self.kept
-            tuner.graph_module.train()
-        return step == run.patience and not self.value < run.bound
+        if step % run.every and step not in (run.steps, run.patience):
+            return False
+        value = tuner.check()
+        self.trace.held_out.append((step, value))
+        self.kept = step if tuner.best.offer(value) else self.kept
+        tuner.graph_module.train()
+        return run.patience is not None and step - self.kept >= run.patience and not value < run.bound
 
     def state_dict(self) -> dict[str, Any]:
         graph_module, tuner = self.tuner.graph_module.state_dict(), self.tuner.state_dict()
-        watch = {"trace": self.trace.state_dict(), "kept": self.kept, "value": self.value}
-        return {"graph_module": graph_module, "tuner": tuner, "watch": watch, "batches": self.batches.state_dict()}
+        watch = {"trace": self.trace.state_dict(), "kept": self.kept}
+        return {"graph_module": graph_module, "tuner": tuner, "watch": watch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tuner.graph_module.load_state_dict(state["graph_module"])
         self.tuner.load_state_dict(state["tuner"])
-        self.batches.load_state_dict(state["batches"])
         self.trace.load_state_dict(state["watch"]["trace"])
-        self.kept, self.value = state["watch"]["kept"], state["watch"]["value"]
+        self.kept = state["watch"]["kept"]
 
 
 def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
