@@ -297,6 +297,7 @@ def test_weights_that_one_file_can_not_hold_are_beside_it(gru, tmp_path, monkeyp
     monkeypatch.setattr("thesean.deploy.onnx_file._LIMIT", 1000)
     report = export(module, guide.signature, tmp_path / "m.onnx", stateful=False)
     assert report.weights is not None
+    assert report.weights.parent == tmp_path
     assert leftovers(tmp_path) == ["m.onnx", report.weights.name]
     assert report.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     assert f"the weights are in {report.weights.name}" in str(report)

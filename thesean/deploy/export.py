@@ -161,7 +161,7 @@ def export(
         checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
         _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
-        size, weights = drafted.bytes, drafted.weights
+        size = drafted.bytes
         drafted.publish()
     return ExportReport(
         path=path,
@@ -176,7 +176,7 @@ def export(
         note="; ".join([*([note] if note else []), *skipped]),
         delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),
-        weights=weights,
+        weights=drafted.weights,
     )
 
 
