@@ -1,0 +1,122 @@
+"""Which token comes next: the likeliest, or one drawn.
+
+V vocabulary, K tokens that are left to draw from
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypedDict
+
+import numpy as np
+
+from thesean.errors import DataError, NumericalError
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What `Sampling` is made of."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is chosen from its logits, in this order, which is that of transformers.
+
+    `repetition_penalty` r: logits of what was read or written before are divided by r where positive, multiplied by r
+    elsewhere (Keskar et al. 2019, section 4.1). `temperature`: 0 takes the likeliest, which nothing below it changes;
+    otherwise logits are divided by it. `top_k`: the k likeliest stay, and what is as likely as the last of them.
+    `top_p`: the likeliest stay, until they have that much probability (Holtzman et al. 2020). `min_p`: what has at
+    least that share of the likeliest's probability stays (Nguyen et al. 2024). Raises DataError.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        penalty = self.repetition_penalty
+        for name, fits, expected in (
+            ("temperature", _number(self.temperature) and self.temperature >= 0, "a number of at least 0"),
+            ("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "a whole number of at least 1"),
+            ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1"),
+            ("min_p", _number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", _number(penalty) and penalty > 0, "a number above 0"),
+        ):
+            if not fits:
+                raise DataError(f"{name}: expected {expected}, found {getattr(self, name)!r}.")
+        if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
+            raise DataError("top_k, top_p and min_p need a temperature: at 0 the likeliest token is taken.")
+
+    @cached_property
+    def heeds_repetition(self) -> bool:
+        return self.repetition_penalty != 1
+
+    def choose(self, logits_V: np.ndarray, read_V: np.ndarray | None, random: np.random.Generator) -> int:
+        """A token. `read_V`: True for those that came before, None where nobody asks. Raises NumericalError."""
+        if not self.temperature:
+            scores_V = logits_V if read_V is None else self._penalised(logits_V, read_V)
+            token = int(scores_V.argmax())  # a NaN counts as the largest
+            if math.isnan(scores_V[token]):
+                raise NumericalError("the file's logits are NaN: no token can be chosen.")
+            return token
+        token_K, probability_K = self._kept(logits_V, read_V)
+        sum_K = probability_K.cumsum()
+        return int(token_K[np.searchsorted(sum_K, random.random() * sum_K[-1], side="right")])
+
+    def probabilities(self, logits_V: np.ndarray, read_V: np.ndarray | None = None) -> np.ndarray:
+        """How likely `choose` takes each token; float64, (V,)."""
+        found_V = np.zeros(len(logits_V))
+        if not self.temperature:
+            found_V[self._penalised(logits_V, read_V).argmax()] = 1
+            return found_V
+        token_K, probability_K = self._kept(logits_V, read_V)
+        found_V[token_K] = probability_K / probability_K.sum()
+        return found_V
+
+    def _penalised(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> np.ndarray:
+        if read_V is None or not self.heeds_repetition:
+            return logits_V
+        scores_V = logits_V.astype(np.float64)
+        read = scores_V[read_V]
+        scores_V[read_V] = np.where(read > 0, read / self.repetition_penalty, read * self.repetition_penalty)
+        return scores_V
+
+    def _kept(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and how likely each is, before they sum to 1 again."""
+        scores_V = self._penalised(logits_V, read_V)
+        token_K = np.arange(len(scores_V))
+        if self.top_k is not None and self.top_k < len(scores_V):
+            token_K = np.flatnonzero(scores_V >= np.partition(scores_V, -self.top_k)[-self.top_k])
+        score_K = scores_V[token_K].astype(np.float64)
+        largest = score_K.max(initial=-math.inf)
+        if not math.isfinite(largest):
+            raise NumericalError(f"the largest of the file's logits is {largest}: no token can be drawn.")
+        with np.errstate(over="ignore"):  # next to 0 all but the likeliest are
+            probability_K = np.exp((score_K - largest) / self.temperature)
+        probability_K /= probability_K.sum()
+        if self.top_p < 1:
+            order_K = np.argsort(-probability_K, kind="stable")
+            likelier_K = np.empty_like(probability_K)  # the probability of all that are likelier
+            likelier_K[order_K] = np.cumsum(probability_K[order_K]) - probability_K[order_K]
+            token_K, probability_K = token_K[likelier_K < self.top_p], probability_K[likelier_K < self.top_p]
+        if self.min_p:
+            likely_K = probability_K >= self.min_p * probability_K.max()
+            token_K, probability_K = token_K[likely_K], probability_K[likely_K]
+        return token_K, probability_K
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
