@@ -78,8 +78,7 @@ def table(result: Result) -> str:
     held = Counter(operator for case in result["cases"] for operator in case["operators"])
     outside = sum(bool(case.get("outside")) for case in result["cases"])
     return (
-        "| guides | operators that they hold | guides with one that the loader refuses |\n|---:|---:|---:|\n"
-        f"| {len(result['cases'])} | {len(held)} | {outside} |"
+        f"{len(result['cases'])} guides hold {len(held)} operators; {outside} of them hold one that the loader refuses."
     )
 
 

@@ -45,6 +45,10 @@ class DataError(TheseanError, ValueError):
     """Batches that are empty, don't fit the model, or sit on another device or dtype."""
 
 
+class StateError(DataError):
+    """A state of another file, of another batch, or a file that holds none."""
+
+
 class NumericalError(TheseanError, ArithmeticError):
     """NaN or infinity in activations or in a loss."""
 

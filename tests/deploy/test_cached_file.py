@@ -18,7 +18,8 @@ from tests import captured, models
 from tests.causal_guides import ENDLESS, FAMILIES, WINDOW, attending, family
 from tests.deploy.test_export import dims
 from thesean.deploy.export import ExportReport, export
-from thesean.deploy.session import Arrays, Session
+from thesean.deploy.session import Session
+from thesean.deploy.states import Arrays
 from thesean.errors import ExportError
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.signature import Signature

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -117,6 +118,11 @@ def check_guide(namespace: dict[str, Any], folder: Path) -> None:
         ids[0].append(int(logits_BTV[0, -1].argmax()))
     made = [int(chunk[0, 0]) for chunk in namespace["made"]]
     assert made == ids[0][5:]
+    whole_logits = namespace["converted"](input_ids=torch.tensor([[3, 1, 4, 1, 5, 9]])).logits.detach().numpy()
+    assert namespace["text"] == made
+    assert all(1 <= len(row) <= 20 for row in namespace["texts"])
+    assert namespace["again"] in namespace["streams"]
+    np.testing.assert_allclose(namespace["logits"][0, -1], whole_logits[0, -1], rtol=1e-4, atol=1e-5)
     assert len(set(made)) > 1  # one token for ever would prove little
     for written in ("plan.svg", "heatmap.png", "run/converted/graph.json", "affine/graph.json", "build/rnn/graph.json"):
         assert (folder / written).exists()

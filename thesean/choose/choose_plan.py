@@ -9,7 +9,7 @@ from thesean.choose.constraints import Constraints
 from thesean.choose.quality import Prober
 from thesean.choose.search import choose
 from thesean.choose.solve import require_solver
-from thesean.deploy.session import require
+from thesean.deploy.loaded import require
 from thesean.distill.training import Training
 from thesean.passes.graph.dump import not_dumping
 from thesean.passes.plan.divide import Division

@@ -17,8 +17,8 @@ from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
 from thesean.cli.words import ArgumentError, load_data, load_guide
 from thesean.deploy.describe_file import describe_file
+from thesean.deploy.loaded import require
 from thesean.deploy.onnx_file import PLAN, REPORT
-from thesean.deploy.session import require
 from thesean.load_artifact import read_plan_and_report
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import reading

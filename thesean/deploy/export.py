@@ -17,10 +17,11 @@ from typing import Literal, TypedDict, Unpack
 import torch
 from torch import fx
 
+from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, STATES, draft
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, STATES, TOGETHER, draft
 from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, rounding, runnable, sizes_to_check
-from thesean.deploy.session import Session, require
+from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
@@ -154,10 +155,10 @@ def export(
         )
         delay = delay_of(lowered) if states else 0
         told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
+        if threaded is not None and not threaded.meta["rows_are_alone"]:
+            note, told[ROWS] = _TOGETHER, TOGETHER
         model.metadata_props.update(_about(states, {**told, **form.get("about", {})}))
         drafted.write(model, form.get("external_data"))
-        if threaded is not None and not threaded.meta["rows_are_alone"]:
-            note = _TOGETHER
         checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
         _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})

@@ -13,7 +13,8 @@ import torch
 import thesean
 from tests import captured, exported, models
 from thesean.deploy.export import export
-from thesean.deploy.session import Arrays, Session
+from thesean.deploy.session import Session
+from thesean.deploy.states import Arrays
 from thesean.deploy.timing import latency
 from thesean.deploy.timing.latency import benchmark, latency_of_models, measure
 from thesean.errors import ExportError

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from thesean.deploy.export import export
-from thesean.deploy.session import Arrays, Session
+from thesean.deploy.session import Session
+from thesean.deploy.states import Arrays
 from thesean.errors import DataError, ExportError
 from thesean.passes.graph.signature import Signature
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import fx
 
+from thesean.deploy.loaded import require
 from thesean.deploy.parity import CheckSizes
-from thesean.deploy.session import Arrays, Session, require
+from thesean.deploy.session import Session
+from thesean.deploy.states import Arrays
 from thesean.deploy.timing.latency import Timing, measure, random_feeds, state_after
 from thesean.deploy.timing.networks import Networks
 from thesean.deploy.timing.parts import PartTiming, latency_of_parts

@@ -1,0 +1,169 @@
+"""An ONNX file in onnxruntime: named arrays in and out, the state beside.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thesean.deploy.onnx_file import DELAY, ROWS, TOGETHER, check_weights, metadata
+from thesean.deploy.states import Arrays, LoadedFile, State, StateTable
+from thesean.errors import DataError, ExportError, MissingExtraError, StateError
+from thesean.passes.thread_state import STATE_IN, STATE_OUT
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
+def require(*packages: str) -> None:
+    """Raises MissingExtraError for the first of the extra's packages that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "onnx")
+
+
+class Loaded:
+    """A thin wrapper of onnxruntime on CPU; `metadata` is what the file says of itself. Raises ExportError for a file
+    that onnxruntime can't load, and for weights beside it that are missing or were changed.
+
+    `delay`: how many steps late outputs come, where parts of the network look ahead; `flush` brings out the last ones.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        require("onnxruntime")
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # errors are raised, not printed
+        try:
+            real = os.path.realpath(path)  # a link's target has its weights beside it, the link has not
+            self._session = ort.InferenceSession(real, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes derive from Exception alone
+            if importlib.util.find_spec("onnx") is not None and Path(path).is_file():
+                check_weights(Path(real), metadata(Path(path)))
+            raise ExportError(f"{path}: onnxruntime can't load it: {first_line(error)}") from error
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        check_weights(Path(real), self.metadata)
+        self._declared: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
+        self._given: dict[str, Any] = {o.name: o for o in self._session.get_outputs()}
+        self.states = tuple(n for n in self._declared if n.startswith(STATE_IN))
+        self.inputs = tuple(n for n in self._declared if n not in self.states)
+        self.outputs = tuple(n for n in self._given if not n.startswith(STATE_OUT))
+        late = json.loads(self.metadata.get(DELAY, "{}"))
+        self.delay, self._seen = int(late.get("steps", 0)), str(late.get("seen", ""))
+        self._names = [*self.outputs, *(STATE_OUT + n.removeprefix(STATE_IN) for n in self.states)]
+        self._dtypes = {n: _DTYPES[self._declared[n].type] for n in self._declared}
+        self._table = StateTable(
+            LoadedFile(Path(real)), {n: (self._dtypes[n], self._declared[n].shape) for n in self.states}
+        )
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether the file takes states, so that a sequence can come in chunks."""
+        return bool(self.states)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows of a batch are streams of their own, which may start and stop whenever they like."""
+        return self._table.has_rows and self.metadata.get(ROWS) != TOGETHER
+
+    def shape(self, name: str) -> tuple[int | str, ...]:
+        """Of an input or output, as the file declares it: sizes that aren't fixed by name."""
+        return tuple((self._declared.get(name) or self._given[name]).shape)
+
+    def dtype(self, name: str) -> type[np.generic]:
+        """Of an input or a state."""
+        return self._dtypes[name]
+
+    def zero_state(self, batch: int) -> State:
+        """The states that start `batch` sequences, in the shapes that the file declares."""
+        return self._table.zeros(batch)
+
+    def run(self, inputs: Arrays, state: Mapping[str, np.ndarray] | None = None) -> tuple[Arrays, State]:
+        """(outputs, state after them); no state means a sequence's start. The state goes into the next call as it is.
+
+        Of a file whose outputs are late every step holds a token, unless its input `seen` says otherwise. Raises
+        DataError for inputs that the file doesn't take or that don't fit it, a chunk without a step among them, and
+        StateError for a state of another file or batch.
+        """
+        if self._seen and self._seen not in inputs:
+            first = next((np.asarray(inputs[n]) for n in self.inputs if n in inputs), None)
+            if first is not None and first.ndim > 1:
+                inputs = {**inputs, self._seen: np.ones(first.shape[:2], np.bool_)}
+        given = {}
+        for name in self.inputs:
+            if name not in inputs:
+                raise DataError(f"missing input {name!r}; the file takes: {', '.join(self.inputs)}.")
+            try:
+                given[name] = value = np.asarray(inputs[name], self._dtypes[name])
+            except (TypeError, ValueError) as error:  # a ragged list, words
+                raise DataError(f"{name}: expected an array of numbers: {error}.") from error
+            if not value.size:
+                raise DataError(f"{name}: expected at least one row and one step, found the shape {value.shape}.")
+        rows = None
+        if self.states:
+            rows = next(len(v) if v.ndim else 1 for v in given.values())
+            given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
+        try:
+            values = self._session.run(self._names, given)
+        except Exception as error:
+            raise DataError(f"onnxruntime refuses these inputs: {first_line(error)}") from error
+        count = len(self.outputs)
+        after = State(zip(self.states, values[count:], strict=True), self._table.file, rows)
+        return dict(zip(self.outputs, values[:count], strict=True)), after
+
+    def flush(self, inputs: Arrays, state: Mapping[str, np.ndarray]) -> tuple[Arrays, State]:
+        """The last `delay` outputs of sequences that have ended, after a run that left `state`; `inputs` are any that
+        the file takes, such as those of that run: their last step is repeated, and read as no token.
+        """
+        last = {n: np.repeat(np.asarray(inputs[n])[:, -1:], self.delay, 1) for n in self.inputs if n != self._seen}
+        first = next(iter(last.values()))
+        return self.run({**last, self._seen: np.zeros(first.shape[:2], np.bool_)}, state)
+
+    def check_state(self, state: Mapping[str, np.ndarray], batch: int | None = None) -> None:
+        """Raises StateError for a state of another file, or of another number of rows than that."""
+        self._table.check(state, batch)
+
+    def save_state(self, path: str | Path, state: Mapping[str, np.ndarray]) -> Path:
+        """Write a state as safetensors. Raises StateError for one of another file, WriteError."""
+        return self._table.save(path, state)
+
+    def load_state(self, path: str | Path) -> State:
+        """What `save_state` wrote. Raises StateError for a state of another file, and for what is none."""
+        return self._table.load(path)
+
+    def take_rows(self, state: Mapping[str, np.ndarray], rows: Sequence[int]) -> State:
+        """The state of some rows of a batch, in this order. Raises StateError."""
+        self._tell_rows_apart()
+        return self._table.take(self._table.check(state), rows)
+
+    def join_rows(self, states: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """The state of one batch with the rows of all, in order, wherever each is. Raises StateError."""
+        self._tell_rows_apart()
+        return self._table.join([self._table.check(state) for state in states])
+
+    def _tell_rows_apart(self) -> None:
+        if not self.has_rows:
+            raise StateError("the rows of a batch count their steps together in this file: no row is apart from them.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without its tail of advice for developers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
