@@ -99,7 +99,7 @@ def test_a_rate_that_does_harm_leaves_the_state_that_it_began_with_and_says_so()
     assert models.same_state(hybrid.graph_module, before)
     (curve,) = tuned.curves
     assert curve.kept == 0
-    assert curve.held_out[0] == (0, pytest.approx(value_on(hybrid, held_out[:4]), rel=1e-5))
+    assert curve.held_out[0] == (0, pytest.approx(value_on(hybrid, [held_out[k] for k in (0, 2, 3, 5)]), rel=1e-5))
     assert min(value for _, value in curve.held_out[1:]) > started
 
 
@@ -155,8 +155,8 @@ def test_the_highest_rate_that_gains_is_found_by_training_at_it(monkeypatch: pyt
 def test_a_rate_that_gains_at_first_is_left_with_what_it_gained(monkeypatch: pytest.MonkeyPatch):
     guide = captured.mlp()
     _, hybrid = drafted(guide)
-    values = iter([2.0, 2.0, *[1.5] * 2, *[3.0] * 40])  # the start twice, a gain, and then nothing but harm
-    monkeypatch.setattr("thesean.distill.fine_tune._Tuner._value", lambda self, count=None: next(values))
+    values = iter([2.0, *[1.5] * 2, *[3.0] * 40])  # the start, a gain, and then nothing but harm
+    monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
     monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4))
     tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
     first, second = tuned.curves

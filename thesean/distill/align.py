@@ -90,7 +90,7 @@ class Aligner:
     def __init__(self, hybrid: Hybrid, training: Training, solving: Sequence[dict[str, torch.Tensor]]) -> None:
         self.hybrid, self.training, self.solving = hybrid, training, solving
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
-        self.held_out = training.feed.held_out[:_CHECK_BATCHES]
+        self.held_out = training.judge.sample(_CHECK_BATCHES).batches
         self.seen = Seen(self.guide)
         self.measure: Measure = get_measure(self.recipe.alignment.measure)
         self.own_inputs = self.recipe.alignment.schedule != "independent"

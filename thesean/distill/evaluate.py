@@ -83,6 +83,13 @@ class Judge:
             divergence=total["divergence"] / rows,
         )
 
+    def sample(self, count: int) -> Judge:
+        """On so many of the batches, from all over the set: neighbours are often of one kind."""
+        if len(self.batches) <= count:
+            return self
+        places = [round(k * (len(self.batches) - 1) / max(1, count - 1)) for k in range(count)]
+        return Judge(self.guide, self.task, [self.batches[k] for k in places])
+
     def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of the outputs that have padded steps."""
         if not self._seen.names:

@@ -78,13 +78,14 @@ class _Tuner:
     def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str) -> None:
         self.graph_module, self.training, self.steps, self.phase = hybrid.graph_module, training, steps, phase
         self.loss_of = _loss_of(hybrid, training, steps)
+        self.judge, self.sample = training.judge, training.judge.sample(_CHECK_BATCHES)
         self.best = Best([self.graph_module])  # by some held-out batches
         self.curves: list[Curve] = []
         self.taken = 0
 
     def run(self) -> Tuned:
         start = Best([self.graph_module])  # by all of them
-        start.offer(self._value())
+        start.offer(self.judge(self.graph_module).value)
         self.best.offer(self.check())
         begun = self.best.value
         asked = self.training.recipe.fine_tuning.learning_rate
@@ -104,7 +105,7 @@ class _Tuner:
             self._train(run)
             self.best.restore()
         self.best.restore()
-        helped = start.offer(self._value())
+        helped = start.offer(self.judge(self.graph_module).value)
         start.restore()
         told = () if helped else (f"{self.phase} did not help: kept the state that it began with",)
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=told)
@@ -145,14 +146,7 @@ class _Tuner:
 
     def check(self) -> float:
         """On the batches that choose among states."""
-        return self._value(_CHECK_BATCHES)
-
-    @torch.no_grad()
-    def _value(self, count: int | None = None) -> float:
-        """On the first held-out batches, all by default."""
-        self.graph_module.eval()
-        judge = self.training.judge
-        return judge.of(lambda number: self.graph_module(**judge.batches[number][1]), count).value
+        return self.sample(self.graph_module).value
 
 
 class _Watch:
