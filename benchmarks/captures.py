@@ -78,7 +78,8 @@ def table(result: Result) -> str:
     held = Counter(operator for case in result["cases"] for operator in case["operators"])
     outside = sum(bool(case.get("outside")) for case in result["cases"])
     return (
-        f"{len(result['cases'])} guides hold {len(held)} operators; {outside} of them hold one that the loader refuses."
+        "| guides | operators that they hold | guides with one that the loader refuses |\n|---:|---:|---:|\n"
+        f"| {len(result['cases'])} | {len(held)} | {outside} |"
     )
 
 

@@ -209,9 +209,8 @@ def test_a_file_in_a_precision_that_onnxruntime_has_no_kernels_of_is_refused(tmp
 def test_steps_bring_a_half_precision_hybrid_nearer_to_its_guide(name, dtype):
     guide = CASES[name].guide().to(dtype)
     before = state_of(guide)
-    made = thesean.compile(
-        guide, CASES[name].target, data=data_of(name, dtype, 6), recipe={"steps": 40}, progress=False
-    )
+    data, recipe = data_of(name, dtype, 6), {"steps": 40, "fine_tuning": {"learning_rate": 2e-3}}
+    made = thesean.compile(guide, CASES[name].target, data=data, eval_data=data, recipe=recipe, progress=False)
     assert same_state(guide, before)
     assert floats_of(made.module) == {dtype}
     fast = made.report.stages[-1].divergence

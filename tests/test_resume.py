@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,8 @@ import thesean.journal
 from tests import models
 from thesean.errors import ResumeError, UnknownNameError
 from thesean.journal import Interrupted
+from thesean.targets import get_family
+from thesean.targets.shared import registry
 
 RECIPE = {"steps": 30, "alignment": {"share": 0.2}, "fine_tuning": {"learning_rate": 1e-3}}
 
@@ -105,6 +108,15 @@ def test_another_guide_is_another_run(tmp_path: Path):
         next(guide.parameters()).mul_(1.5)
     with pytest.warns(UserWarning, match="has changed: the guide"):
         thesean.compile(guide, "mlp", data=batches(), loss=loss, recipe=RECIPE, workdir=tmp_path, progress=False)
+
+
+def test_a_target_that_was_typed_into_a_notebook_is_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    typed: dict[str, Any] = {"__name__": "typed_in", "Base": get_family("linear").module}
+    exec("class TypedIn(Base): ...", typed)
+    family = dataclasses.replace(get_family("linear"), name="typed-in", module=typed["TypedIn"])
+    monkeypatch.setitem(registry._families, "typed-in", family)
+    run(tmp_path, target="typed-in")
+    run(tmp_path, target="typed-in", resume="must")
 
 
 def test_ways_to_resume_are_checked(tmp_path: Path):

@@ -77,6 +77,8 @@ class Journal:
             if resume == "must":
                 raise ResumeError("there is no run to continue: resume='must' needs the workdir= that it was begun in.")
             return
+        with telling(self.folder.parent, "workdir="):
+            self.folder.mkdir(parents=True, exist_ok=True)
         found = dict(facts())
         why = self._another(found) if resume != "never" else "it was to begin anew"
         if why is None:
@@ -87,7 +89,7 @@ class Journal:
             warn([f"{self.folder}: begun anew: {why}."])
         self.clear()
         text = json.dumps({"format": _FORMAT, "facts": found}, indent=2) + "\n"
-        write_text(self.folder / "run.json", text, parents=True)
+        write_text(self.folder / "run.json", text)
 
     def clear(self) -> None:
         """Remove what was kept."""

@@ -17,35 +17,33 @@ from thesean.distill.data import Feed
 from thesean.distill.stream import hash_of
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.modes import seeded
-from thesean.passes.plan.plan import Plan
 from thesean.request import Request
-from thesean.targets import Target, TargetModule
+from thesean.targets import Target, get_family, targets
 
 _SAMPLED = 2  # batches of the data, beside those held out
 
 
 def run_facts(captured: Captured, request: Request, feed: Feed) -> dict[str, str]:
     """Name of what may have changed -> what tells it."""
-    edited = request.edited
-    asked = {
-        name: getattr(request, name) for name in ("parts", "keep", "granularity", "merge", "target_parts", "candidates")
-    }
+    chosen = _chosen(request)
     return {
         "the guide": _hashed([captured.graph_module.code, hash_of(captured.graph_module.state_dict().values())]),
         "the recipe": request.settings.to_yaml(),
-        "the plan": _text({"target": request.target, "budget": request.constraints, **asked})
-        if edited is None
-        else _plan(edited),
+        "the plan": chosen,
         "the seed": str(request.seed),
         "the data": _data(request, feed),
         "the loss or metric": _text([request.loss, request.metric, request.outputs]),
-        "the code of targets": _targets(),
+        "the code of targets": _targets(chosen),
         "Thesean or torch": f"{_sources()} {torch.__version__}",
     }
 
 
-def _plan(plan: Plan) -> str:
-    return _hashed([plan.to_yaml()])
+def _chosen(request: Request) -> str:
+    """What is to become what."""
+    if request.edited is not None:
+        return request.edited.to_yaml()
+    names = ("target", "constraints", "parts", "keep", "granularity", "merge", "target_parts", "candidates")
+    return _text({name: getattr(request, name) for name in names})
 
 
 def _data(request: Request, feed: Feed) -> str:
@@ -65,15 +63,19 @@ def _data(request: Request, feed: Feed) -> str:
     return _hashed([hash_of(tensors), str(len(data)) if isinstance(data, Sequence) else ""])
 
 
-def _targets() -> str:
-    """Of the families that aren't ours."""
+def _targets(asked: str) -> str:
+    """Of the families that aren't ours and that are asked for by name."""
     home = Path(__file__).parent
-    own = {inspect.getsourcefile(cls) or cls.__qualname__ for cls in _classes(TargetModule)}
-    return _hashed(_file(path) for path in sorted(own) if not path.startswith(str(home)))
+    found = {_source_of(get_family(name).module) for name in targets() if name in asked}
+    return _hashed(_file(path) for path in sorted(found) if not path.startswith(str(home)))
 
 
-def _classes(kind: type[TargetModule]) -> list[type[TargetModule]]:
-    return [found for child in kind.__subclasses__() for found in (child, *_classes(child))]
+def _source_of(cls: type) -> str:
+    """Its file; its name where it has none, as what is typed into a notebook."""
+    try:
+        return inspect.getsourcefile(cls) or cls.__qualname__
+    except (TypeError, OSError):
+        return cls.__qualname__
 
 
 @cache

@@ -78,7 +78,7 @@ def test_what_the_callers_code_raises_names_argument_and_line():
     assert isinstance(told.value.__cause__, KeyError)
     with pytest.raises(DataError, match=rf"metric\(output, batch\) {place}"):
         metric(OUTPUT, None)
-    with pytest.raises(DataError, match=rf"labels\(batch\) {place}"):
+    with pytest.raises(DataError, match=rf"labels\(batch\), given NoneType, {place}"):
         read(None)
 
 
