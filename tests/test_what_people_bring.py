@@ -365,7 +365,7 @@ def test_a_backward_of_ones_own_is_refused_before_anything_trains_but_solved_wit
 
 def test_a_straight_through_estimator_and_weights_in_a_list_are_trained_and_saved(tmp_path):
     guide = Quantised(own=False).eval()
-    converted = convert(guide, recipe=FEW)
+    converted = convert(guide, recipe={"steps": 20, "fine_tuning": {"learning_rate": 1e-4}})
     scales = next(p for n, p in converted.module.named_parameters() if "lifted" in n)
     assert not torch.equal(scales, guide.scales[0])
     converted(windows()[0]).square().sum().backward()
