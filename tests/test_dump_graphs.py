@@ -135,13 +135,14 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
             *graph,
         ],
         "011-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
-        "012-thread-state.txt": [
+        "012-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
+        "013-thread-state.txt": [
             "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
             *graph,
         ],
-        "013-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "014-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "015-cells-as-modules.txt": [
+        "014-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "015-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "016-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",
