@@ -60,7 +60,8 @@ class FineTuning(_Settings):
     """End-to-end training of the fully replaced network."""
 
     share: float = Field(default=0.9, ge=0, le=1)
-    # "find": the highest of RATES that gains anything from the start at hand; see fine_tune.py
+    # "find": the highest of RATES that gains anything from the start at hand; see fine_tune.py and
+    # benchmarks/results/starts.json
     learning_rate: Annotated[float, Field(gt=0)] | Literal["find"] = "find"
     weight_decay: float = Field(default=0.01, ge=0)
     distillation: float = Field(default=0.9, ge=0, le=1, description="weight of the guide's outputs at the start")
