@@ -101,6 +101,17 @@ def test_what_has_changed_is_named_and_begun_anew_or_refused(tmp_path: Path, cha
     assert models.same_state(anew.module, run(None, **changes).module.state_dict())
 
 
+def test_a_dataset_of_another_length_is_another_one(tmp_path: Path):
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    held_out = [(x[:8], x[:8, :5].argmax(1))]
+    for rows in (x, torch.cat([x[:20], x[40:]])):  # of the same ends
+        data = DataLoader(TensorDataset(rows, rows[:, :5].argmax(1)), batch_size=4, shuffle=True)
+        if rows is x:
+            run(tmp_path, data=data, eval_data=held_out)
+    with pytest.raises(ResumeError, match=r"has changed: the data\."):
+        run(tmp_path, data=data, eval_data=held_out, resume="must")
+
+
 def test_another_guide_is_another_run(tmp_path: Path):
     run(tmp_path)
     guide = models.mlp()

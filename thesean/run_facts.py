@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sized
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,16 @@ def _chosen(request: Request) -> str:
 
 def _data(request: Request, feed: Feed) -> str:
     """Of what is held out, and of the first batches; of a DataLoader, which may shuffle, of its dataset's ends."""
-    found: list[Any] = [batch for batch, _ in feed.held_out]
-    data = request.data
-    if isinstance(data, DataLoader):
-        if isinstance(data.dataset, Sequence) or hasattr(data.dataset, "__len__"):
-            count = len(data.dataset)
-            with seeded(request.seed):
-                found += [count, data.dataset[0], data.dataset[count - 1]]
-    elif data is not None:
-        with seeded(request.seed):
+    data, found = request.data, [batch for batch, _ in feed.held_out]
+    rows = data.dataset if isinstance(data, DataLoader) else data
+    count = len(rows) if isinstance(rows, Sized) else None
+    with seeded(request.seed):
+        if isinstance(data, DataLoader):
+            found += [] if count is None else [data.dataset[0], data.dataset[count - 1]]
+        elif data is not None:
             found += [batch for batch, _ in feed.take(_SAMPLED)]
-        found.append(len(data) if isinstance(data, Sequence) else None)
     tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-    return _hashed([hash_of(tensors), str(len(data)) if isinstance(data, Sequence) else ""])
+    return _hashed([hash_of(tensors), str(count)])
 
 
 def _targets(asked: str) -> str:
