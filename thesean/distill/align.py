@@ -35,9 +35,6 @@ _MAX_EXAMPLES = 4096
 
 _FAINT = 1e-8
 
-# Held-out batches that decide when a stage ends; the whole set is measured once a stage is over.
-_CHECK_BATCHES = 4
-
 logger = logging.getLogger(__name__)
 
 
@@ -90,7 +87,7 @@ class Aligner:
     def __init__(self, hybrid: Hybrid, training: Training, solving: Sequence[dict[str, torch.Tensor]]) -> None:
         self.hybrid, self.training, self.solving = hybrid, training, solving
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
-        self.held_out = training.judge.sample(_CHECK_BATCHES).batches
+        self.held_out = [training.judge.batches[number] for number in training.judge.sample]
         self.seen = Seen(self.guide)
         self.measure: Measure = get_measure(self.recipe.alignment.measure)
         self.own_inputs = self.recipe.alignment.schedule != "independent"

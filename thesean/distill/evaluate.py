@@ -35,6 +35,9 @@ class Evaluation:
 # Guide outputs up to this size are kept between evaluations; a large vocabulary's are computed anew each time
 _KEPT_BYTES = 256 * 2**20
 
+# Batches that decide when a stage ends and choose among states; the whole set is measured once that is over.
+_SAMPLED = 4
+
 
 class Judge:
     """Evaluates hybrids against one guide on the same held-out batches. Batches weigh by their first dimension."""
@@ -46,25 +49,40 @@ class Judge:
         self._checked: set[int] = set()
         self._shown: dict[int, dict[str, torch.Tensor]] = {}
 
+    @property
+    def everything(self) -> range:
+        """The numbers of all batches."""
+        return range(len(self.batches))
+
+    @property
+    def sample(self) -> Sequence[int]:
+        """The numbers of a few batches from all over the set, for neighbours are often of one kind; of all where there
+        are no more than a few.
+        """
+        if len(self.batches) <= _SAMPLED:
+            return self.everything
+        return [round(k * (len(self.batches) - 1) / (_SAMPLED - 1)) for k in range(_SAMPLED)]
+
     @torch.no_grad()
-    def __call__(self, hybrid: fx.GraphModule) -> Evaluation:
+    def __call__(self, hybrid: fx.GraphModule, numbers: Sequence[int] | None = None) -> Evaluation:
         """`hybrid` may be the guide itself: its divergence is 0. Raises NumericalError when the guide's output is
         NaN or infinite; a hybrid's own loss may be anything.
         """
         if hybrid is self.guide:
-            return self.of(None)
+            return self.of(None, numbers)
         was_training = hybrid.training
         hybrid.eval()
-        found = self.of(lambda number: hybrid(**self.batches[number][1]))
+        found = self.of(lambda number: hybrid(**self.batches[number][1]), numbers)
         hybrid.train(was_training)
         return found
 
     @torch.no_grad()
-    def of(self, output_of: Callable[[int], Any] | None, count: int | None = None) -> Evaluation:
-        """Of the outputs on the first `count` batches, all by default, by number; None: the guide's own."""
+    def of(self, output_of: Callable[[int], Any] | None, numbers: Sequence[int] | None = None) -> Evaluation:
+        """Of the outputs on the batches of these numbers, all by default; None: the guide's own."""
         total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}
         rows = 0
-        for number, (batch, inputs) in enumerate(self.batches[:count]):
+        for number in self.everything if numbers is None else numbers:
+            batch, inputs = self.batches[number]
             size = next(iter(inputs.values())).shape[0]
             wanted = self._guide_output(number, inputs)
             output = wanted if output_of is None else output_of(number)
@@ -82,13 +100,6 @@ class Judge:
             metric=total["metric"] / rows if self.task.metric is not None else None,
             divergence=total["divergence"] / rows,
         )
-
-    def sample(self, count: int) -> Judge:
-        """On so many of the batches, from all over the set: neighbours are often of one kind."""
-        if len(self.batches) <= count:
-            return self
-        places = [round(k * (len(self.batches) - 1) / max(1, count - 1)) for k in range(count)]
-        return Judge(self.guide, self.task, [self.batches[k] for k in places])
 
     def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of the outputs that have padded steps."""

@@ -30,8 +30,8 @@ from thesean.passes.plan.hybrid import Hybrid
 from thesean.recipe import RATES
 from thesean.similarity import get_measure
 
-# Held-out batches that choose among states, and how often in a run; all of them decide whether it helped at all.
-_CHECK_BATCHES, _CHECKS, _LEAST_BETWEEN = 4, 20, 5
+# How often in a run held-out batches are asked which state is the best; all of them decide whether it helped at all.
+_CHECKS, _LEAST_BETWEEN = 20, 5
 
 # A rate makes room for the next lower one once the network is no better than it began, and was never better for this
 # share of the steps, or so many. More patience costs near starts their steps, less takes a rate away from far ones that
@@ -43,7 +43,7 @@ LossOf = Callable[[int, Batch], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The steps taken, short runs included, the curves of all of them, and what to tell."""
+    """The steps taken at all rates that were tried, a curve of each, and what to tell."""
 
     steps: int
     curves: tuple[Curve, ...] = ()
@@ -64,7 +64,6 @@ class _Run:
     `bound`, and had no new best for `patience` steps.
     """
 
-    phase: str
     rate: float
     steps: int
     every: int
@@ -78,16 +77,17 @@ class _Tuner:
     def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str) -> None:
         self.graph_module, self.training, self.steps, self.phase = hybrid.graph_module, training, steps, phase
         self.loss_of = _loss_of(hybrid, training, steps)
-        self.judge, self.sample = training.judge, training.judge.sample(_CHECK_BATCHES)
-        self.best = Best([self.graph_module])  # by some held-out batches
+        self.judge = training.judge
+        self.best = Best([self.graph_module])  # by the sample
         self.curves: list[Curve] = []
         self.taken = 0
 
     def run(self) -> Tuned:
-        start = Best([self.graph_module])  # by all of them
-        start.offer(self.judge(self.graph_module).value)
         self.best.offer(self.check())
-        begun = self.best.value
+        begun, start = self.best.value, None
+        if len(self.judge.sample) < len(self.judge.batches):
+            start = Best([self.graph_module])  # by everything
+            start.offer(self.judge(self.graph_module).value)
         asked = self.training.recipe.fine_tuning.learning_rate
         rates = RATES if asked == "find" else (asked,)
         for rate in rates:
@@ -95,7 +95,6 @@ class _Tuner:
             if not left:
                 break
             run = _Run(
-                phase=self.phase,
                 rate=rate,
                 steps=left,
                 every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
@@ -104,19 +103,21 @@ class _Tuner:
             )
             self._train(run)
             self.best.restore()
-        self.best.restore()
-        helped = start.offer(self.judge(self.graph_module).value)
-        start.restore()
+        if start is None:
+            helped = self.best.value < begun
+        else:
+            helped = start.offer(self.judge(self.graph_module).value)
+            start.restore()
         told = () if helped else (f"{self.phase} did not help: kept the state that it began with",)
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=told)
 
     def _train(self, run: _Run) -> None:
-        self.training.journal.piece(f"{run.phase} {len(self.curves) + 1}", partial(self._trained, run), self)
+        self.training.journal.piece(f"{self.phase} {len(self.curves) + 1}", partial(self._trained, run), self)
 
     def _trained(self, run: _Run) -> None:
         settings, observer, begun = self.training.recipe.fine_tuning, self.training.observer, self.taken
         watch = _Watch(self, run)
-        observer.begin(run.phase, None, 1, 1, run.steps)
+        observer.begin(self.phase, None, 1, 1, run.steps)
         self.graph_module.train()
         try:
             self.training.trainer.train(
@@ -146,7 +147,7 @@ class _Tuner:
 
     def check(self) -> float:
         """On the batches that choose among states."""
-        return self.sample(self.graph_module).value
+        return self.judge(self.graph_module, self.judge.sample).value
 
 
 class _Watch:
@@ -154,7 +155,7 @@ class _Watch:
 
     def __init__(self, tuner: _Tuner, run: _Run) -> None:
         self.tuner, self.run = tuner, run
-        self.trace = Tracing(run.phase, None, run.rate, held_out=[(0, tuner.best.value)])
+        self.trace = Tracing(tuner.phase, None, run.rate, held_out=[(0, tuner.best.value)])
         self.kept = 0
 
     def __call__(self, step: int, loss: float) -> bool:

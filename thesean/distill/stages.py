@@ -267,9 +267,9 @@ class _Aligning:
         judge = self.training.judge
         if not self._apart:
             partial = with_state(self.bound_plan, parts, state)
-            return judge.of(lambda number: partial.graph_module(**self._judged[number]), len(self._judged))
+            return judge.of(lambda number: partial.graph_module(**self._judged[number]), range(len(self._judged)))
         with evaluating(self.hybrid.graph_module):
-            return judge.of(lambda number: self.partials.output(parts, number), len(self._judged))
+            return judge.of(lambda number: self.partials.output(parts, number), range(len(self._judged)))
 
 
 def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, torch.Tensor]]) -> None:

@@ -63,25 +63,20 @@ class Stream(Iterator[Batch]):
         self._looking = False
         if self._begun is None:
             return
-        place, last, random = self._place, self._last, RandomState()
+        random = RandomState()
         now = random.state_dict()
         random.load_state_dict(self._begun["random"])
         if self._begun["own"] is not None:
             self._generator.set_state(self._begun["own"])
-        begun = self._begun
-        self._begin()
-        self._begun = begun
-        assert self._items is not None
-        batch = None
-        for _ in range(place):
-            batch = next(self._items, None)
-        if place and (batch is None or _hash(batch) != last):
+        self._items = iter(self.batches)
+        self._held = None
+        for _ in range(self._place):
+            self._held = next(self._items, None)
+        if self._place and (self._held is None or _hash(self._held) != self._last):
             raise ResumeError(
                 "the data doesn't come in the order that it came in before, so the run can't go on from there. Give it "
                 "an order that a seed decides, or begin anew with resume='never'."
             )
-        self._held = batch
-        self._place, self._last = place, last
         random.load_state_dict(now)
 
     @property

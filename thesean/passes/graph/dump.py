@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from thesean.errors import WriteError
 from thesean.passes.graph.surgery import live_nodes
 from thesean.passes.graph.text import text
 from thesean.scratch import clear, named, telling
+from thesean.warn import warn
 from thesean.write_file import write_text
 
 # A part's path may be long, and a file system stops at 255 letters.
@@ -50,7 +50,7 @@ class GraphDump:
             write_text(self.folder / f"{self.number:03d}-{name}.txt", "\n".join(lines))
         except WriteError as error:  # a full disk should not cost a conversion that may be trained already
             self.failed = True
-            warnings.warn(f"dump_graphs ends here: {error}", UserWarning, stacklevel=2)
+            warn([f"dump_graphs ends here: {error}"])
         self.number += 1
 
 
