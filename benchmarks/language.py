@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import thesean
+from benchmarks.suite import Result
 from examples.text import Windows, corpus, held_out_windows
 from thesean.recipe import Recipe
 
@@ -79,3 +80,19 @@ def convert(
         "seconds": round(time.monotonic() - start, 1),
         "params": report.params,
     }
+
+
+def table_of_seeds(result: Result, heading: str) -> str:
+    """Median, lowest and highest loss of each row's seeds, in the order in which they ran."""
+    budget, cases = result["settings"], result["cases"]
+    size, seeds = f"{budget['batch']} x {budget['length']}", len({c["seed"] for c in cases})
+    lines = [
+        f"Guide {cases[0]['guide']:.3f} nats; steps of {size} characters (`fast`: none); median of {seeds} seeds.",
+        "",
+        f"| {heading} | loss | lowest | highest |",
+        "|---|---:|---:|---:|",
+    ]
+    for name in dict.fromkeys(c["name"] for c in cases):
+        losses = sorted(c["loss"] for c in cases if c["name"] == name)
+        lines.append(f"| {name} | {losses[len(losses) // 2]:.3f} | {losses[0]:.3f} | {losses[-1]:.3f} |")
+    return "\n".join(lines)

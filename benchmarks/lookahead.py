@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 import thesean
 from benchmarks import language
-from benchmarks.suite import Case, Result, Run
+from benchmarks.suite import Case, Run
 from examples.text import ALPHABET, Windows, corpus, held_out_windows
 
 _KEPT = Path("build/lookahead")
@@ -132,22 +133,6 @@ def bench(run: Run) -> None:
                 run.add(row, seed, **figures, seconds=round(time.monotonic() - start, 1))
 
 
-def table(result: Result) -> str:
-    """In the order in which they ran, seeds together."""
-    budget, cases = result["settings"], result["cases"]
-    size, seeds = f"{budget['batch']} x {budget['length']}", len({c["seed"] for c in cases})
-    lines = [
-        f"Guide {cases[0]['guide']:.3f} nats; steps of {size} characters (`fast`: none); median of {seeds} seeds.",
-        "",
-        "| each layer reads | loss | lowest | highest |",
-        "|---|---:|---:|---:|",
-    ]
-    for name in dict.fromkeys(c["name"] for c in cases):
-        losses = sorted(c["loss"] for c in cases if c["name"] == name)
-        lines.append(f"| {name} | {losses[len(losses) // 2]:.3f} | {losses[0]:.3f} | {losses[-1]:.3f} |")
-    return "\n".join(lines)
-
-
 CASE = Case(
     question="What is a look-ahead worth where a guide that reads both ways becomes a stream?",
     minutes=6,
@@ -161,5 +146,5 @@ CASE = Case(
     quick={
         "steps": 2, "batch": 4, "length": 32, "every": 80, "layers": 1, "width": 8, "guide_steps": 2, "ahead": [2],
     },
-    table=table,
+    table=partial(language.table_of_seeds, heading="each layer reads"),
 )  # fmt: skip

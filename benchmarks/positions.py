@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import thesean
 from benchmarks import language
-from benchmarks.suite import Case, Result, Run
+from benchmarks.suite import Case, Run
 from examples.text import Windows, corpus
 from thesean.targets import PartFacts, build_module
 from thesean.targets.linear_attention import LinearAttention
@@ -103,7 +104,7 @@ class Study:
             },
             quick_only=("fast, window 16", f"fast, window 16, {self.left_out}"),
             needs=("transformers",),
-            table=table,
+            table=partial(language.table_of_seeds, heading="run"),
         )  # fmt: skip
 
 
@@ -130,19 +131,3 @@ def called(window: int | None) -> str:
 
 def target(window: int | None) -> thesean.Target:
     return thesean.Target("linear-attention", window=window or 0)
-
-
-def table(result: Result) -> str:
-    """In the order in which they ran, seeds together."""
-    budget, cases = result["settings"], result["cases"]
-    size, seeds = f"{budget['batch']} x {budget['length']}", len({c["seed"] for c in cases})
-    lines = [
-        f"Guide {cases[0]['guide']:.3f} nats; steps of {size} characters (`fast`: none); median of {seeds} seeds.",
-        "",
-        "| run | loss | lowest | highest |",
-        "|---|---:|---:|---:|",
-    ]
-    for name in dict.fromkeys(c["name"] for c in cases):
-        losses = sorted(c["loss"] for c in cases if c["name"] == name)
-        lines.append(f"| {name} | {losses[len(losses) // 2]:.3f} | {losses[0]:.3f} | {losses[-1]:.3f} |")
-    return "\n".join(lines)

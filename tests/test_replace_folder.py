@@ -36,16 +36,9 @@ def read(folder):
     return texts.pop()
 """
 
-# A process is forked for each line of the files; it stops there.
-STOPPED = (
-    ALONE
-    + """
-root, mode, what = Path(sys.argv[2]), sys.argv[4], sys.argv[5]
-PLACES = {m.__file__ for m in (replace_folder, scratch, write_file)}
-if what == "file":
-    write, read = write_file.write_text, lambda path: path.read_text()
-
-def stop_at(line):
+# What a process is traced by that stops at the n-th line of the files in PLACES.
+STOP_AT = """
+def stop_at(line, mode="kill"):
     count = 0
     def trace(frame, event, argument):
         nonlocal count
@@ -59,6 +52,17 @@ def stop_at(line):
                 raise KeyboardInterrupt
         return trace
     return trace
+"""
+
+# A process is forked for each line of the files; it stops there.
+STOPPED = (
+    ALONE
+    + STOP_AT
+    + """
+root, mode, what = Path(sys.argv[2]), sys.argv[4], sys.argv[5]
+PLACES = {m.__file__ for m in (replace_folder, scratch, write_file)}
+if what == "file":
+    write, read = write_file.write_text, lambda path: path.read_text()
 
 line, found, leftovers = 0, set(), 0
 while True:
@@ -72,7 +76,7 @@ while True:
         (place / "thesis" / "chapter.tex").write_text("mine")
     child = os.fork()
     if child == 0:
-        sys.settrace(stop_at(line))
+        sys.settrace(stop_at(line, mode))
         try:
             write(place, "new")
         except KeyboardInterrupt:

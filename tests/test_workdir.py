@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import thesean
 from tests import models
 from tests.test_artifact import converted
+from tests.test_replace_folder import STOP_AT
 from thesean import artifact, scratch, workdir
 from thesean.errors import ArtifactError, WriteError
 from thesean.recipe import Recipe
@@ -110,7 +111,9 @@ def test_a_disk_without_room_is_found_before_anything_trains(tmp_path: Path, mon
 
 
 # Processes are forked that stop at some line of what is called on the way; only the first of them imports torch.
-KILLED = """
+KILLED = (
+    STOP_AT
+    + """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,19 +126,6 @@ import thesean
 os.fsync = lambda handle: None
 root, stride = Path(sys.argv[1]), int(sys.argv[2])
 PLACES = {m.__file__ for m in (artifact, replace_folder, scratch, write_file)}
-
-def stop_at(line):
-    count = 0
-    def trace(frame, event, argument):
-        nonlocal count
-        if frame.f_code.co_filename not in PLACES:
-            return None
-        if event == "line":
-            count += 1
-            if count == line:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-    return trace
 
 def version(folder):
     kept = {name.removeprefix("converted/") for name in files(folder) if "thesean-" not in name}
@@ -169,6 +159,7 @@ while True:
 assert found >= {(0, True), (1, True)}, found
 print(points)
 """
+)
 
 
 @pytest.mark.slow
