@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ RECIPE = {"steps": 30, "alignment": {"share": 0.2}, "fine_tuning": {"learning_ra
 
 signals: dict[int, int] = {}  # the number of a call of the loss -> what is sent to ourselves then
 calls = 0
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts what it puts into the background with SIGINT ignored, and a run leaves that as it is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def loss(output: Any, batch: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from tests.models import vectors
+from thesean.passes.capture import gradients
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 
@@ -129,3 +130,19 @@ def test_a_backward_of_ones_own_is_told_with_the_parameters_that_lose_by_it():
 
     _, captured = capture_of(hooked)
     assert "would get another gradient" in captured.untrainable
+
+
+class RoundedWeight(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, Rounded.apply(self.weight), self.bias)
+
+
+@pytest.mark.parametrize("large", [0, 1, 2])
+def test_of_many_large_weights_one_of_each_shape_is_compared(monkeypatch, large):
+    monkeypatch.setattr(gradients, "_ALWAYS", 0)
+    monkeypatch.setattr(gradients, "_SHARE", 1 / 4)
+    torch.manual_seed(0)
+    widths = [(6, 8), (8, 10), (10, 6)]
+    layers = [RoundedWeight(*w) if at == large else nn.Linear(*w) for at, w in enumerate(widths)]
+    guide = nn.Sequential(*layers, *(nn.Sequential(nn.Linear(6, 90), nn.Linear(90, 6)) for _ in range(2))).eval()
+    assert f"{large}.weight would get no gradient" in capture(guide, vectors(4, 6)).untrainable

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from thesean.kernels.shared.precision import HALF
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.convention import tensors
+from thesean.passes.capture.convention import tensors, thinned
 from thesean.passes.capture.explain import short
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.graph.nodes import attribute, owner
@@ -28,8 +28,11 @@ _EXACT_IN_HALF = 0.1
 # Of the largest gradient of all: what is less has no digits left to compare.
 _FAINT = 1e-5
 
-# Numbers in gradients that are held at once, the small parameters first: one lost path shows in many of them.
-_MOST = 50_000_000
+# Of the numbers in all gradients what is held at once, and what is always held.
+_SHARE = 1 / 16
+_ALWAYS = 1_000_000
+# Of one gradient what is compared: a path that is lost shows in all of it.
+_COMPARED = 2**14
 
 # derivative zero almost everywhere
 _FLAT = {"round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside", "argmax", "one_hot", "_to_copy", "to"}
@@ -58,6 +61,7 @@ def keep_training(captured: Captured, guide: Callable[[dict[str, torch.Tensor]],
         parameters = _affordable(everything.values())
         try:
             wanted = _backward(output, parameters)
+            del output
             found = _backward(graph_module(**inputs), parameters)
         except RuntimeError as error:  # an operator of the caller's without one
             told = f"the guide has no backward pass ({short(error)}). Solve parts without gradients: recipe='fast'."
@@ -120,18 +124,25 @@ def _undo_detached(graph_module: fx.GraphModule) -> None:
 
 
 def _affordable(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Small ones first, one of each shape before another of any: what reads weights its own way does so by kind."""
+    smallest_first = sorted(parameters, key=torch.Tensor.numel)
+    most = max(_ALWAYS, int(_SHARE * sum(p.numel() for p in smallest_first)))
+    kinds = {p.shape: p for p in reversed(smallest_first)}
+    in_turn = [
+        *(p for p in smallest_first if kinds[p.shape] is p),
+        *(p for p in smallest_first if kinds[p.shape] is not p),
+    ]
     chosen: list[torch.Tensor] = []
     total = 0
-    for parameter in sorted(parameters, key=torch.Tensor.numel):
-        total += parameter.numel()
-        if chosen and total > _MOST:
-            break
-        chosen.append(parameter)
+    for parameter in in_turn:
+        if not chosen or total + parameter.numel() <= most:
+            chosen.append(parameter)
+            total += parameter.numel()
     return chosen
 
 
 def _backward(output: Any, parameters: list[torch.Tensor]) -> list[torch.Tensor | None]:
-    """Gradients of a random weighting of all outputs: one number would hide signs that cancel."""
+    """Some numbers of the gradients of a random weighting of all outputs: one number would hide signs that cancel."""
     generator = torch.Generator().manual_seed(0)
     terms = []
     for value in tensors(output):
@@ -141,7 +152,8 @@ def _backward(output: Any, parameters: list[torch.Tensor]) -> list[torch.Tensor 
                 terms.append((value.masked_fill(~value.isfinite(), 0) * weights).sum())
     if not terms:
         return [None] * len(parameters)
-    return list(torch.autograd.grad(torch.stack(terms).sum(), parameters, allow_unused=True))
+    gradients = torch.autograd.grad(torch.stack(terms).sum(), parameters, allow_unused=True)
+    return [None if g is None else thinned(g, _COMPARED) for g in gradients]
 
 
 def _same(want: torch.Tensor | None, found: torch.Tensor | None, scale: float) -> bool:
