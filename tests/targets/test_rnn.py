@@ -1,6 +1,22 @@
+"""The family that a part gets, and the window that its attention asks for.
+
+B batch, T time, D width
+"""
+
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import torch
+
+import thesean
+from tests import models
 from tests.targets.build import build
+from thesean.targets import Affine, AttentionFacts, PartFacts
+from thesean.targets.rnn import RnnOptions, decide
+from thesean.targets.shared.distance_bias import DistanceBias, Reach
+from thesean.targets.shared.family import Place
 
 
 def test_parts_with_attention_become_linear_attention_on_its_projections(sequence_part, attention_facts):
@@ -23,3 +39,58 @@ def test_bidirectional_attention_stays_bidirectional(sequence_part, attention_fa
 
 def test_width_reaches_the_family_that_was_picked(sequence_part):
     assert build("rnn", sequence_part(), width=24).last.in_features == 24
+
+
+def decided(part: PartFacts, length: int = 256, **options: Any) -> dict[str, int]:
+    x = torch.randn(3, length, part.width_in, generator=torch.Generator().manual_seed(0))
+    return decide([Place(part, lambda: (x, None))], RnnOptions(**options))
+
+
+def local(facts: AttentionFacts, slope: float, scale: float = 1.0) -> AttentionFacts:
+    reach = Reach(torch.zeros(facts.heads, 1), torch.full((facts.heads,), -slope))
+    return dataclasses.replace(facts, bias=DistanceBias(reach, reach), plain=True, scale=scale * facts.scale)
+
+
+def test_the_window_is_as_long_as_the_attention_looks_back(sequence_part, attention_facts):
+    facts = attention_facts()
+    found = [decided(sequence_part(attention=local(facts, slope)))["window"] for slope in (1.0, 0.3, 0.05)]
+    assert found == sorted(found)
+    assert found[0] < found[2] == 64  # a quarter of the rows
+
+
+def test_a_mean_of_everything_has_no_window(sequence_part, attention_facts):
+    assert decided(sequence_part(attention=local(attention_facts(), 0.0, scale=0.0))) == {"window": 0}
+
+
+def test_what_is_given_or_can_not_be_measured_is_left_alone(sequence_part, attention_facts):
+    part = sequence_part(attention=local(attention_facts(), 1.0))
+    assert decided(part, window=16) == {}
+    assert decided(part, width=32) == {}
+    assert decided(part, length=24) == {}
+    assert decided(sequence_part()) == {}
+    assert decided(sequence_part(attention=attention_facts())) == {}
+    assert decided(sequence_part("bidirectional", attention=local(attention_facts(), 1.0))) == {}
+
+
+def test_sinks_are_kept_where_the_first_tokens_hold_much(sequence_part, attention_facts):
+    facts = local(attention_facts(), 0.3)
+    part = sequence_part(attention=facts)
+    assert decided(part)["sinks"] == 0
+    assert decided(part, sinks=2)["sinks"] == 2
+
+    x = torch.randn(3, 256, part.width_in, generator=torch.Generator().manual_seed(0))
+    drawn = 8 * torch.linalg.lstsq(facts.key.weight_OI, torch.ones(len(facts.key.bias_O), 1)).solution.mT
+    x[:, :1] = drawn  # a key that queries with a positive sum look at from anywhere
+    bias = dataclasses.replace(
+        facts, bias=None, query=Affine(0.2 * facts.query.weight_OI, torch.ones_like(facts.query.bias_O))
+    )
+    place = Place(sequence_part(attention=bias), lambda: (x, None))
+    assert decide([place], RnnOptions())["sinks"] == 4
+
+
+def test_the_plan_says_what_was_decided():
+    guide = models.llama()
+    plan = thesean.plan(guide, "rnn", data=[{"input_ids": models.tokens(4, 64)}])
+    assert all({"window", "sinks"} >= set(part.options) for part in plan.replaced)
+    again = thesean.plan(guide, "rnn", data=[{"input_ids": models.tokens(4, 64)}])
+    assert plan == again

@@ -32,7 +32,8 @@ class Evaluation:
         return self.loss if self.loss is not None else self.divergence
 
 
-# Guide outputs up to this size are kept between evaluations; a large vocabulary's are computed anew each time
+# Guide outputs up to this size, or half of the guide's weights, are kept between evaluations; a large vocabulary's are
+# computed anew each time
 _KEPT_BYTES = 256 * 2**20
 
 # Batches that decide when a stage ends and choose among states; the whole set is measured once that is over.
@@ -46,6 +47,7 @@ class Judge:
         self.guide, self.task, self.batches = guide, task, batches
         self._kept: dict[int, Any] = {}
         self._bytes = 0
+        self._room = max(_KEPT_BYTES, sum(p.numel() * p.element_size() for p in guide.parameters()) // 2)
         self._checked: set[int] = set()
         self._shown: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -121,7 +123,7 @@ class Judge:
         """The guide's output on a batch, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
-        if self._bytes + size <= _KEPT_BYTES:
+        if self._bytes + size <= self._room:
             self._kept[number] = output
             self._bytes += size
 

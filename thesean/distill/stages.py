@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,20 +17,22 @@ from thesean.curve import Curve
 from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
 from thesean.distill.closed_form import Solver, solve_parts
-from thesean.distill.evaluate import Evaluation
+from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.fine_tune import Tuned, fine_tune
 from thesean.distill.partial import Partials, stand_apart
 from thesean.distill.random_state import RandomState
 from thesean.distill.training import Training
 from thesean.passes.graph.dump import not_dumping
 from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
 
 # Stages are judged on so many held-out batches, or on more where that costs no more than solving does. To judge each of
-# n stages runs what is left of the guide, n / 2 forwards a batch: past so many stages fewer batches are taken, so that
-# the cost of them all grows with the layers and not with their square.
+# n stages runs what is left of the guide, n / 2 forwards a batch: past so many stages fewer batches are taken, or some
+# rows of one where that is still more than what is solved on, so that the cost of all grows with the layers and not by
+# their square.
 _JUDGED_BATCHES, _STAGES = 4, 12
 
 State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
@@ -131,9 +133,25 @@ class _Aligning:
         count = len(hybrid.parts)
         most = max(1, _JUDGED_BATCHES * max(min(count, _STAGES), len(self.solving)) // count)
         self._judged = [inputs for _, inputs in held_out[:most]]
+        self._judge = training.judge
         self.judged_on = ""
         if len(self._judged) < len(held_out):
             self.judged_on = f"stages were judged on the first {len(self._judged)} of {len(held_out)} held-out batches"
+        if count > _STAGES and len(self._judged) == 1:
+            self._judge_rows(bound_plan.captured.signature)
+
+    def _judge_rows(self, signature: Signature) -> None:
+        """Where one batch is too many: some of its rows, by the divergence alone, for a loss reads whole batches."""
+        sizes = [signature.check(inputs).get("batch", 1) for inputs in (*self.solving, *self._judged)]
+        rows = max(1, 2 * sum(sizes[:-1]) // len(self.hybrid.parts))
+        if rows < sizes[-1]:
+            few = signature.first_rows(self._judged[0], rows)
+            self._judged = [few]
+            task = replace(self.training.task, loss=None, metric=None)
+            self._judge = Judge(self.training.guide, task, [(few, few)])
+            self.judged_on = (
+                f"stages were judged by the divergence on {rows} of the {sizes[-1]} rows of a held-out batch"
+            )
 
     def run(self) -> None:
         schedule, count = self.training.recipe.alignment.schedule, len(self.hybrid.parts)
@@ -264,7 +282,7 @@ class _Aligning:
 
     def _evaluate(self, parts: int, state: State) -> Evaluation:
         """The hybrid with the first `parts` parts as they are now, and the guide's elsewhere."""
-        judge = self.training.judge
+        judge = self._judge
         if not self._apart:
             partial = with_state(self.bound_plan, parts, state)
             return judge.of(lambda number: partial.graph_module(**self._judged[number]), range(len(self._judged)))

@@ -8,7 +8,7 @@ from types import ModuleType
 from thesean.targets.shared.facts import Affine, AttentionFacts, MLPFacts, PartFacts
 from thesean.targets.shared.family import Family, Options, Target
 from thesean.targets.shared.module import State, TargetModule
-from thesean.targets.shared.registry import build_module, get_family, rebuild, register, resolve, targets
+from thesean.targets.shared.registry import build_module, decided, get_family, rebuild, register, resolve, targets
 
 __all__ = [
     "Affine",
@@ -21,6 +21,7 @@ __all__ = [
     "Target",
     "TargetModule",
     "build_module",
+    "decided",
     "get_family",
     "rebuild",
     "register",

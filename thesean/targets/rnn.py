@@ -17,24 +17,46 @@ steps of 4 x 256 with the default recipe, seed 0; benchmarks/results/recipes.jso
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 from pydantic import Field
 
 from thesean.targets.shared.facts import PartFacts
-from thesean.targets.shared.family import Family, Options, parse_options
+from thesean.targets.shared.family import Family, Options, Place, parse_options
+from thesean.targets.shared.heads import LinearAttentionOptions
+from thesean.targets.shared.heads import decide as decide_window
 from thesean.targets.shared.module import TargetModule
 from thesean.targets.shared.registry import get_family
 from thesean.targets.shared.sequence import SequenceOptions, check_sequence
 
 
 class RnnOptions(SequenceOptions):
-    """Width rule: the picked family's own; `width` overrides it, and then nothing of another width can be copied."""
+    """Width rule: the picked family's own; `width` overrides it, and then nothing of another width can be copied.
+
+    Defaults: window and sinks as the part's own attention asks for, measured on the example.
+    """
 
     width: int | None = Field(default=None, gt=0)
+    window: int | None = Field(
+        default=None, ge=0, description="last tokens that keep a copied attention's softmax; 0: none"
+    )
+    sinks: int | None = Field(default=None, ge=0, description="first tokens that keep it too, beside a window")
 
 
 def picked(part: PartFacts, options: RnnOptions) -> tuple[Family, Options]:
     family = get_family("mingru" if part.attention is None else "linear-attention")
-    return family, parse_options(family, options.model_dump())
+    given = options.model_dump()
+    return family, parse_options(family, {k: v for k, v in given.items() if k in family.options.model_fields})
+
+
+def decide(places: Sequence[Place], options: RnnOptions) -> dict[str, Any]:
+    """The window of those places that have an attention to copy."""
+    attentions = [place for place in places if place.facts.attention is not None]
+    if not attentions:
+        return {}
+    _, family_options = picked(attentions[0].facts, options)
+    return decide_window(attentions, cast(LinearAttentionOptions, family_options))
 
 
 def check(part: PartFacts, options: RnnOptions) -> None:
@@ -55,5 +77,6 @@ TARGET = Family(
     module=TargetModule,  # nothing is ever saved under this name
     build=build,
     scope="mixing",
+    decide=decide,
     check=check,
 )

@@ -196,9 +196,22 @@ def test_a_plan_says_which_parts_lose_sight_of_later_steps():
     note, left = make_plan(captured.bert(), {"*.1": causal}).plan.notes
     assert note.startswith("encoder.layer.1 reads both ways; causal=True replacements read no later step")
     assert left == "encoder.layer.0 is kept and reads all steps: the network is no stream"
-    (note,) = make_plan(captured.bert(), causal).plan.notes
+    note, state = make_plan(captured.bert(), causal).plan.notes
     assert note.startswith("encoder.layer.0, encoder.layer.1 read both ways")
-    assert make_plan(captured.gpt2(), causal).plan.notes == ()
+    assert make_plan(captured.gpt2(), causal).plan.notes == (state,)
+
+
+def test_a_plan_says_what_a_stream_carries_where_all_that_mixes_carries_a_state():
+    (note,) = make_plan(captured.gpt2(), "gru").plan.notes
+    assert note == "state: 128 B a row in float32, at any length"  # two of 16 numbers
+    assert make_plan(captured.gpt2(), {"*.1": "gru"}).plan.notes == ()  # the other one's cache grows
+    assert not any(n.startswith("state") for n in make_plan(captured.bert(), "rnn").plan.notes)
+
+
+def test_a_plan_that_is_handed_in_is_told_of_once():
+    guide = captured.gpt2()
+    plan = make_plan(guide, "gru").plan
+    assert bind_plan(guide, plan).plan.notes == plan.notes
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,7 @@ def test_a_plan_says_which_parts_lose_sight_of_later_steps():
     ],
 )
 def test_a_plan_says_how_late_a_stream_of_parts_that_look_ahead_is(target, steps):
-    (note,) = make_plan(captured.bert(), target).plan.notes
+    note, _ = make_plan(captured.bert(), target).plan.notes
     assert note == (
         f"encoder.layer.0, encoder.layer.1 read both ways; lookahead= comes to {steps} steps in a row, by which the "
         "outputs of a stream are late"
@@ -218,7 +231,7 @@ def test_a_plan_says_how_late_a_stream_of_parts_that_look_ahead_is(target, steps
 
 
 def test_a_look_ahead_where_no_later_step_is_read_is_told_to_change_nothing():
-    (note,) = make_plan(captured.gpt2(), Target("gru", lookahead=3)).plan.notes
+    note, _ = make_plan(captured.gpt2(), Target("gru", lookahead=3)).plan.notes
     assert note == "transformer.h.0, transformer.h.1: lookahead= changes nothing, no later step is read there"
 
 

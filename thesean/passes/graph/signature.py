@@ -94,6 +94,15 @@ class Signature:
                     )
         return sizes
 
+    def first_rows(self, inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The first rows of a batch, as views; an input without a batch as it is."""
+        few = dict(inputs)
+        for spec in self.inputs:
+            for dim, size in enumerate(spec.shape):
+                if size == "batch":
+                    few[spec.name] = few[spec.name].narrow(dim, 0, min(count, few[spec.name].shape[dim]))
+        return few
+
     def out_of_range(self, inputs: dict[str, torch.Tensor]) -> str:
         """What is wrong with ids that no table holds, "" where nothing is known to be. Reads all of them."""
         for spec in self.inputs:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.bypass import freed_params
@@ -21,12 +23,14 @@ from thesean.passes.analyse.regions import Region
 from thesean.passes.analyse.speed import time_of_module, time_of_nodes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import recorded_probe
+from thesean.passes.graph.along import Along
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
 from thesean.passes.plan.sites import Site, SiteFinder, check_built, dropped_inputs, ends_of, outline_site
-from thesean.targets import Target, TargetModule
+from thesean.targets import Target, TargetModule, decided
+from thesean.targets.shared.family import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class BoundPart:
     told: tuple[str, ...] = ()
     # steps that each site's replacement looks ahead
     ahead: tuple[int, ...] = ()
+    # numbers that its replacements carry from step to step, for one row
+    state: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,7 @@ class Binder:
         self.sizes = _plan_sizes(captured)
         self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
         self.site_finder = SiteFinder(self.graph_module, flow, self.values, masks)
+        self.example = Along(self.graph_module, captured.example, [self.site_finder.named[m.node] for m in masks])
 
     def part(self, group: Group, target: Target | None, kept: NamedRegion, strict: bool = True) -> BoundPart:
         """One part with its target, None to keep it. Raises TargetMismatchError; unless `strict`, a part in which the
@@ -76,6 +83,12 @@ class Binder:
             if strict:
                 raise TargetMismatchError(f"{group.path}: target {target.name!r} has nothing to replace here: {note}.")
             target = None
+        if target is not None:
+            given, target = (
+                target,
+                decided(target, [Place(s.facts, partial(self._look, s)) for s in sites if s.target == target]),
+            )
+            sites = tuple(replace(s, target=target) if s.target == given else s for s in sites)
         merged = len(group.members) > 1
         skeleton = kept.path if merged and target is not None and any(s.target != target for s in sites) else None
         row = PlannedPart(
@@ -96,6 +109,15 @@ class Binder:
         if target is None:
             return BoundPart(planned=row, region=region, sites=sites, target=None)
         return self._with_replacement(BoundPart(planned=row, region=region, sites=sites, target=target))
+
+    def _look(self, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a site is given when the guide runs on the example, and which of its steps hold a token."""
+        x = self.example.get(site.region.entry)
+        mask_BT: torch.Tensor | None = None
+        for mask in site.masks:
+            seen_BT = mask.seen(self.example.get(self.site_finder.named[mask.node]))
+            mask_BT = seen_BT if mask_BT is None else mask_BT & seen_BT
+        return x, mask_BT
 
     def _describe_mixing(self, region: Region, kept: bool) -> str:
         rank = self.values[region.entry].ndim
@@ -132,7 +154,7 @@ class Binder:
         row, region, sites = part.planned, part.region, part.sites
         stays = self._stays(region, sites)
         params, ops = count_params(self.graph_module, stays), sum(self.flops.get(n, 0) for n in stays)
-        reading, told, ahead = [], [], []
+        reading, told, ahead, state = [], [], [], 0
         seconds: float | None = self._time(stays)
         with torch.random.fork_rng(devices=[]):
             for site in sites:
@@ -146,6 +168,7 @@ class Binder:
                 if isinstance(module, TargetModule):
                     ops += module.flops(site.facts, SymbolicSizes(self.sizes))
                     told.append(module.unlike(site.facts) or module.kept())
+                    state += _state(module, site)
                 shape = [SymbolicSizes(self.sizes)[d] if isinstance(d, str) else d for d in site.facts.input_shape]
                 took = time_of_module(module, shape)
                 seconds = None if took is None or seconds is None else seconds + took
@@ -154,7 +177,9 @@ class Binder:
         before = self._time(region.nodes)
         slowdown = seconds / before if seconds is not None and before > 0 else None
         row = replace(row, drops=drops, new_params=params, new_flops=ops, freed_params=freed)
-        return replace(part, planned=row, slowdown=slowdown, told=tuple(filter(None, told)), ahead=tuple(ahead))
+        return replace(
+            part, planned=row, slowdown=slowdown, told=tuple(filter(None, told)), ahead=tuple(ahead), state=state
+        )
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError
@@ -185,6 +210,14 @@ class Binder:
             builders={target.name: target for target in builders},
         )
         return BoundPlan(plan=plan, captured=self.captured, parts=tuple(parts))
+
+
+def _state(module: TargetModule, site: Site) -> int:
+    """Numbers that a stateful module carries from step to step, for one row."""
+    if not module.stateful:
+        return 0
+    x = torch.zeros(1, 1, site.facts.width_in, device="meta")
+    return sum(t.numel() for t in pytree.tree_leaves(module.initial_state(x)) if t.is_floating_point())
 
 
 def added_params(row: PlannedPart) -> int:

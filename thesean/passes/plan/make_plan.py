@@ -19,6 +19,7 @@ from thesean.passes.plan.partition import NamedRegion, no_match
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
 from thesean.targets import Target, resolve
+from thesean.units import quantity
 
 # Of the guide's time. Less is within what the model leaves out.
 _SLOWER = 1.05
@@ -110,8 +111,8 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
         left = "".join(f"{note}. " for note in division.settings.notes)
         raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
     streams = (*_made_causal(parts), *_looking_ahead(parts), *_still_both_ways(parts))
-    told = (*_left_to_the_guide(misfits), *streams, *_told(parts), *_slower(parts))
-    notes = (*division.settings.notes, *told)
+    told = (*_left_to_the_guide(misfits), *streams, *_told(parts), *_state(parts), *_slower(parts))
+    notes = tuple(dict.fromkeys((*division.settings.notes, *told)))  # a plan that was handed in has told some already
     return binder.bind(parts, replace(division.settings, notes=notes))
 
 
@@ -161,6 +162,15 @@ def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:
         for reason in dict.fromkeys(part.told):
             by_reason.setdefault(reason, []).append(part.planned.path)
     return tuple(f"{_listed(paths)}: {reason}" for reason, paths in by_reason.items())
+
+
+def _state(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """What all recurrences together carry along, where each part that mixes over time is one."""
+    numbers = sum(p.state for p in parts)
+    open_ended = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional")]
+    if not numbers or open_ended:
+        return ()
+    return (f"state: {quantity(4 * numbers, 'B')} a row in float32, at any length",)
 
 
 def _slower(parts: Sequence[BoundPart]) -> tuple[str, ...]:

@@ -5,10 +5,11 @@ B batch, T time, D width of the part, E width of the target's features, H heads,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
@@ -24,6 +25,15 @@ class Options(BaseModel):
     """The base of a family's options; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Place(NamedTuple):
+    """Where a target goes. `look` runs the guide on the caller's example: what the part is given there, and mask_BT,
+    True at tokens, where some are hidden.
+    """
+
+    facts: PartFacts
+    look: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,9 @@ class Family:
     scope: Scope = "part"
     # The module stands in the residual stream where the part was, so that a branch's sum goes with the branch.
     removes: bool = False
+    # Values for options that are left open, chosen by what the guide does at all the places that one target takes in a
+    # part; they stand in the plan.
+    decide: Callable[[Sequence[Place], Any], dict[str, Any]] | None = None
     # Raises TargetMismatchError; `build` may take for granted that it passed.
     check: Callable[[PartFacts, Any], None] = lambda part, options: None
 

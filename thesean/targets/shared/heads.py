@@ -5,12 +5,15 @@ H heads of queries, G heads of keys and values, C width of a head's query and ke
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from pydantic import Field, PositiveFloat
 
 from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Place
 from thesean.targets.shared.head_norm import NormForm
+from thesean.targets.shared.locality import window_errors
 from thesean.targets.shared.memory import later
 from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways, steps_ahead
 
@@ -29,6 +32,13 @@ WINDOW_SHARPNESS = 2.0
 # where the guide has 1.5 (benchmarks/results/rotary.json). One that adds a bias of distance is no better off.
 WINDOW = 64
 SINKS = 4
+
+# A window that the guide's attention decides is the smallest of these that leaves at most this share of its output's
+# variance out, and no longer than a quarter of the rows: what holds all that the guide looks back on is no recurrence.
+WINDOWS = (8, 16, 32, 64, 128)
+LEFT_OUT = 0.03
+# of the error without them: what sinks must bring it down to
+WORTH_SINKS = 0.8
 
 
 class LinearAttentionOptions(SequenceOptions):
@@ -113,6 +123,42 @@ def start_of(part: PartFacts, options: LinearAttentionOptions) -> tuple[tuple[fl
     if not beside:
         memory = later(memory, steps_ahead(part, options))
     return memory, options.sharpness or (WINDOW_SHARPNESS if beside else SHARPNESS)
+
+
+def decide(places: Sequence[Place], options: LinearAttentionOptions) -> dict[str, Any]:
+    """Window and sinks by how near the guide's attention looks, one choice for all places; none where a mean of all
+    tokens is as near as any window. Empty where both are given, or nothing can be measured.
+    """
+    found = [choice for place in places if (choice := _by_locality(place, options)) is not None]
+    if not found:
+        return {}
+    window = max(window for window, _ in found)
+    return {"window": window, **({"sinks": max(sinks for _, sinks in found)} if window else {})}
+
+
+def _by_locality(place: Place, options: LinearAttentionOptions) -> tuple[int, int] | None:
+    facts = place.facts.attention
+    measured = facts is not None and facts.plain and place.facts.mixing == "causal" and not _asked(options)
+    if facts is None or not measured or options.window is not None:
+        return None
+    x_BTD, mask_BT = place.look()
+    length = x_BTD.shape[1] if mask_BT is None else int(mask_BT.sum(1).max())
+    windows = [w for w in WINDOWS if w <= length // 4]
+    if not windows:
+        return None
+    sinks = SINKS if options.sinks is None else options.sinks
+    errors = window_errors(facts, x_BTD, mask_BT, windows, sinks)
+    if not errors:
+        return None
+    window = next((w for w in windows if errors[w] <= LEFT_OUT), windows[-1])
+    if errors[0] <= errors[window]:
+        return 0, 0
+    if (
+        options.sinks is None
+        and errors[window] > WORTH_SINKS * window_errors(facts, x_BTD, mask_BT, [window], 0)[window]
+    ):
+        sinks = 0
+    return window, sinks
 
 
 def default_heads(width: int) -> int:

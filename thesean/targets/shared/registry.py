@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from thesean.errors import ArtifactError, TargetMismatchError, TheseanError, unknown_name
 from thesean.installed import load_installed
 from thesean.targets.shared.facts import PartFacts
-from thesean.targets.shared.family import Family, Target, parse_options
+from thesean.targets.shared.family import Family, Options, Place, Target, parse_options
 from thesean.targets.shared.module import TargetModule
 
 _families: dict[str, Family] = {}
@@ -83,14 +83,27 @@ def build_module(target: Target, part: PartFacts) -> nn.Module:
             )
         return module
     family = get_family(target.name)
+    options = _options(family, target, part)
+    family.check(part, options)
+    with _told(family.name, part, "Family.build(part, options)"):
+        return family.build(part, options)
+
+
+def _options(family: Family, target: Target, part: PartFacts) -> Options:
     given = dict(target.options)
     frame = {"residual", "norm"} <= family.options.model_fields.keys()
     if target.scope == "part" and family.scope == "mixing" and frame:
         given = {"residual": not part.is_branch, "norm": True, **given}
-    options = parse_options(family, given)
-    family.check(part, options)
-    with _told(family.name, part, "Family.build(part, options)"):
-        return family.build(part, options)
+    return parse_options(family, given)
+
+
+def decided(target: Target, places: Sequence[Place]) -> Target:
+    """The target with options that it leaves open chosen by what the guide does there, where its family does so."""
+    family = get_family(target.name) if target.build is None else None
+    if family is None or family.decide is None or not places:
+        return target
+    chosen = family.decide(places, _options(family, target, places[0].facts))
+    return Target(target.name, scope=target.scope, **{**target.options, **chosen}) if chosen else target
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""How near an attention looks.
+
+B batch, T time, D width
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from thesean.targets import Affine, AttentionFacts
+from thesean.targets.shared.distance_bias import DistanceBias, Reach
+from thesean.targets.shared.locality import window_errors
+
+WINDOWS = (8, 16, 32)
+
+
+def facts(slope: float = 0.0, sharp: float = 1.0) -> AttentionFacts:
+    generator = torch.Generator().manual_seed(0)
+    maps = [Affine(torch.randn(8, 8, generator=generator), torch.zeros(8)) for _ in range(4)]
+    reach = Reach(torch.zeros(2, 1), torch.full((2,), -slope))
+    query = Affine(sharp * maps[0].weight_OI, maps[0].bias_O)
+    return AttentionFacts(
+        heads=2,
+        scale=0.5,
+        query=query,
+        key=maps[1],
+        value=maps[2],
+        output=maps[3],
+        bias=DistanceBias(reach, reach) if slope else None,
+        plain=True,
+    )
+
+
+def sequences(batch: int = 3, time: int = 96) -> torch.Tensor:
+    return torch.randn(batch, time, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_falls_off_with_the_distance_is_held_by_a_short_window():
+    errors = window_errors(facts(slope=1.0, sharp=0.1), sequences(), None, WINDOWS, sinks=0)
+    assert errors[8] < 0.05 < errors[0]
+    assert errors[32] < errors[16] < errors[8]
+
+
+def test_a_mean_of_everything_is_no_window():
+    errors = window_errors(facts(sharp=0.0), sequences(), None, WINDOWS, sinks=0)
+    assert errors[0] < 1e-9
+    assert min(errors[w] for w in WINDOWS) > 0.05
+
+
+def test_the_error_is_that_of_the_output_without_the_other_tokens():
+    given, x_BTD = facts(sharp=2.0), sequences(1)
+    wanted: list[torch.Tensor] = []
+    near: list[torch.Tensor] = []
+    for at in torch.linspace(24, 95, 64).long().tolist():
+        for kept, outputs in ((range(at + 1), wanted), ([0, 1, *range(max(2, at - 7), at + 1)], near)):
+            x_SD = x_BTD[0, list(kept)]
+            heads = []
+            for h in range(2):
+                rows = slice(4 * h, 4 * h + 4)
+                q, k, v = (affine.of(z)[..., rows] for affine, z in
+                           ((given.query, x_BTD[0, at]), (given.key, x_SD), (given.value, x_SD)))  # fmt: skip
+                heads.append((0.5 * k @ q).softmax(0) @ v)
+            outputs.append(given.output.of(torch.cat(heads)))
+    y, z = torch.stack(wanted), torch.stack(near)
+    expected = float((y - z).square().sum() / (y - y.mean(0)).square().sum())
+    assert window_errors(given, x_BTD, None, [8], sinks=2)[8] == pytest.approx(expected, rel=1e-4)
+
+
+def test_padded_steps_make_no_difference():
+    x_BTD = sequences(2)
+    padded = torch.cat([torch.full((2, 5, 8), 30.0), x_BTD, torch.full((2, 7, 8), -30.0)], 1)
+    mask = torch.zeros(2, 108, dtype=torch.bool)
+    mask[:, 5:101] = True
+    alone = window_errors(facts(sharp=2.0), x_BTD, None, WINDOWS, sinks=4)
+    masked = window_errors(facts(sharp=2.0), padded, mask, WINDOWS, sinks=4)
+    assert masked == pytest.approx(alone)
+
+
+def test_rows_too_short_to_tell_tell_nothing():
+    assert window_errors(facts(), sequences(2, 9), None, WINDOWS, sinks=0) == {}
