@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from thesean.errors import TargetMismatchError
 from thesean.passes.analyse.attention import find_attention
+from thesean.passes.analyse.block_facts import FoundBlock, find_block
 from thesean.passes.analyse.blocks import halves, pieces
 from thesean.passes.analyse.bypass import removal, removals
 from thesean.passes.analyse.cost import count_params
@@ -56,6 +57,7 @@ class SiteFinder:
         self.graph_module, self.flow, self.values, self.masks = graph_module, flow, values, masks
         self.symbols: dict[str, str] = graph_module.meta["symbols"]
         self.named = {n.name: n for n in flow.order}
+        self._blocks: dict[str, FoundBlock | None] = {}
 
     def sites(self, group: Group, target: Target, keeps: NamedRegion) -> tuple[tuple[Site, ...], str]:
         """The regions that `target` cuts out of a part; none, with the reason, where it has nothing to replace.
@@ -64,7 +66,7 @@ class SiteFinder:
         """
         scope = scope_of(target)
         if scope == "part":
-            return (self._site(group.path, group.region, target),), ""
+            return (self._whole(group, target),), ""
         dropped = tuple(self._site(m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
         if scope == "members":
             return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
@@ -73,6 +75,22 @@ class SiteFinder:
             return (), self._nothing(keeps, target, scope)
         found = [*dropped, *(self._site(path, region, target) for path, region in inner)]
         return tuple(sorted(found, key=lambda s: self.flow.order[s.region.exit])), ""
+
+    def block(self, group: Group) -> FoundBlock | None:
+        """The attention and the MLP that a part is; None for any other part, and for merged ones."""
+        if len(group.members) > 1:
+            return None
+        if group.path not in self._blocks:
+            self._blocks[group.path] = find_block(self.flow, group.region, self.values)
+        return self._blocks[group.path]
+
+    def _whole(self, group: Group, target: Target) -> Site:
+        wanted = target.build is None and get_family(target.name).block
+        found = self.block(group) if wanted else None
+        if found is None:
+            return self._site(group.path, group.region, target)
+        site = self._site(group.path, found.region, target)
+        return replace(site, facts=replace(site.facts, block=found.facts))
 
     def _branches(self, named: NamedRegion, scope: Scope, explicit: bool) -> list[tuple[str, Region]]:
         """The branches of a part that mix over time, or those that don't; the part itself where it has none."""

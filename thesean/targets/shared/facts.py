@@ -166,6 +166,51 @@ class MLPFacts:
         return act(up) if self.gate is None else act(self.gate.of(x)) * up
 
 
+class NormFacts(NamedTuple):
+    """A norm of each token's features, read off the graph: about their mean where it is `centred`, else about zero."""
+
+    weight_D: torch.Tensor
+    bias_D: torch.Tensor
+    eps: float
+    centred: bool
+
+    def of(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.centred:
+            weight_D, bias_D = self.weight_D.to(x_BTD.dtype), self.bias_D.to(x_BTD.dtype)
+            return F.layer_norm(x_BTD, x_BTD.shape[-1:], weight_D, bias_D, self.eps)
+        return HeadNorm(self.weight_D, self.eps, self.bias_D).of(x_BTD)
+
+    def fold(self, affine: Affine) -> Affine:
+        """The map of what the norm gives, as one of what it gives before its weight and bias."""
+        weight_OI = affine.weight_OI
+        return Affine(weight_OI * self.weight_D.to(weight_OI), affine.bias_O + weight_OI @ self.bias_D.to(weight_OI))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFacts:
+    """A block of one attention and one MLP, each added to the stream, read off the graph.
+
+    Each reads what its norm gives, or the stream itself where there is none. The MLP's stream is the block's input with
+    the attention's output added where the two are `in_a_row`, and the block's input where they stand side by side.
+    """
+
+    attention: AttentionFacts
+    mlp: MLPFacts
+    attention_norm: NormFacts | None
+    mlp_norm: NormFacts | None
+    in_a_row: bool
+
+    def hidden(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
+        """The MLP's neurons, (B, T, W), as the guide has them; without the attention's output where that is not known
+        whole.
+        """
+        facts, stream_BTD = self.attention, x_BTD
+        if self.in_a_row and facts.plain:
+            read_BTD = x_BTD if self.attention_norm is None else self.attention_norm.of(x_BTD)
+            stream_BTD = x_BTD + facts.output.of(facts.mixed_values(read_BTD, causal))
+        return self.mlp.hidden(stream_BTD if self.mlp_norm is None else self.mlp_norm.of(stream_BTD))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PartFacts:
     """All that a target may know of the part that it replaces: shapes and measured facts, never a class name."""
@@ -177,6 +222,7 @@ class PartFacts:
     params: int
     attention: AttentionFacts | None = None
     mlp: MLPFacts | None = None
+    block: BlockFacts | None = None  # where the target stands for both
     # The output is what the whole part adds to nothing: no residual stream runs beside it. A replacement of a whole
     # block brings its own skip connection; one of a branch must not.
     is_branch: bool = False

@@ -15,7 +15,14 @@ from thesean.targets.shared.family import Place
 from thesean.targets.shared.head_norm import NormForm
 from thesean.targets.shared.locality import window_errors
 from thesean.targets.shared.memory import later
-from thesean.targets.shared.sequence import SequenceOptions, check_sequence, describe, reads_both_ways, steps_ahead
+from thesean.targets.shared.sequence import (
+    SequenceOptions,
+    check_sequence,
+    describe,
+    reads_both_ways,
+    sequence_frame,
+    steps_ahead,
+)
 
 # Heads forget over 1/3 token to 64, spread geometrically, and W starts at 1.5 instead of 1. Solved in closed form on
 # the demo's guide this beats heads that all remember 90 to 1100 tokens, with W = 1, by far: "fast linear-attention" and
@@ -65,6 +72,9 @@ class LinearAttentionOptions(SequenceOptions):
         default=None, description="tokens that the first and last head remember"
     )
     sharpness: float | None = Field(default=None, gt=0, description="of copied queries and keys, as a factor on W")
+    taps: int = Field(
+        default=0, ge=0, description="values of so many last tokens, its own included, as features of their own"
+    )
 
 
 class HeadShape(NamedTuple):
@@ -159,6 +169,19 @@ def _by_locality(place: Place, options: LinearAttentionOptions) -> tuple[int, in
     ):
         sinks = 0
     return window, sinks
+def heads_frame(part: PartFacts, options: LinearAttentionOptions) -> dict[str, Any]:
+    """The arguments of `LinearHeads`."""
+    memory, sharpness = start_of(part, options)
+    window = window_of(part, options)
+    return {
+        **head_shape(part, options)._asdict(),
+        "window": None if window is None else window + steps_ahead(part, options),
+        "sinks": sinks_of(part, options),
+        "taps": options.taps,
+        "memory": memory,
+        "sharpness": sharpness,
+        **sequence_frame(part, options),
+    }
 
 
 def default_heads(width: int) -> int:
@@ -169,19 +192,19 @@ def default_heads(width: int) -> int:
     return heads
 
 
-def check(part: PartFacts, options: LinearAttentionOptions) -> None:
+def check(part: PartFacts, options: LinearAttentionOptions, target: str = "linear-attention") -> None:
     """Raises TargetMismatchError for a part, or for options, that linear attention can't be built for."""
-    check_sequence("linear-attention", part)
+    check_sequence(target, part)
     if options.window and reads_both_ways(part, options):
         raise part.mismatch(
-            "linear-attention",
+            target,
             found=f"window={options.window} for a part that reads both ways",
             expected="a causal part for a window, which holds the last tokens and passes the older ones on to a state",
             advice="Leave window= out, as bidirectional linear attention reads all tokens alike; or set causal=True.",
         )
     if options.sinks and window_of(part, options) is None:
         raise part.mismatch(
-            "linear-attention",
+            target,
             found=f"sinks={options.sinks} without a window",
             expected="a window beside them, as sinks are tokens that have left one",
             advice="Set window=64, or leave sinks= out.",
@@ -190,7 +213,7 @@ def check(part: PartFacts, options: LinearAttentionOptions) -> None:
     heads, kv_heads, *_ = head_shape(part, options)
     if _asked(options) and width % heads:
         raise part.mismatch(
-            "linear-attention",
+            target,
             found=f"width {width} with {heads} heads for {describe(part.input_shape)}",
             expected="a width that the heads divide",
             advice=f"Set heads={default_heads(width)}, or another width.",
@@ -198,7 +221,7 @@ def check(part: PartFacts, options: LinearAttentionOptions) -> None:
     if heads % kv_heads:
         nearest = next(n for n in range(min(kv_heads, heads), 0, -1) if heads % n == 0)
         raise part.mismatch(
-            "linear-attention",
+            target,
             found=f"kv_heads={kv_heads} with {heads} heads",
             expected="as many heads of queries for each head of keys and values",
             advice=f"Set kv_heads={nearest}, or leave it out.",

@@ -1,0 +1,86 @@
+"""Find a block of one attention and one MLP, each added to the stream, and read it off, numerically.
+
+x -> x + attention(norm(x)) -> the same with an MLP, both beside each other, or the norms after the sums: what decides
+is what each branch reads. A norm after the last sum is not the block's: whatever takes the block's place ends with that
+sum, so that the norm stays the guide's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from thesean.passes.analyse.affine_maps import between
+from thesean.passes.analyse.attention import find_attention
+from thesean.passes.analyse.blocks import halves
+from thesean.passes.analyse.chains import segments_of
+from thesean.passes.analyse.dataflow import DataFlow
+from thesean.passes.analyse.head_norms import find_norm
+from thesean.passes.analyse.mixing import probe_mixing
+from thesean.passes.analyse.mlp import find_mlp
+from thesean.passes.analyse.regions import Region, join
+from thesean.targets.shared.facts import BlockFacts, NormFacts
+
+
+# An eps that fp32 can't tell from none; without any a token of zeros would be no number.
+_LEAST = 1e-12
+
+
+class FoundBlock(NamedTuple):
+    """`region` is what of a block is read off: from the stream before its first branch to the last sum."""
+
+    region: Region
+    facts: BlockFacts
+
+
+def find_block(flow: DataFlow, region: Region, values: dict[fx.Node, Any]) -> FoundBlock | None:
+    """The block that a region is, or None: more branches or other ones, or more between them than a norm."""
+    if not isinstance(values[region.entry], torch.Tensor) or values[region.entry].ndim != 3:
+        return None
+    segments = segments_of(flow, region)
+    forks = [s for s in segments if s.is_residual()]
+    branches = halves(flow, region)
+    if len(branches) != 2 or not forks or any(s.is_heavy() for s in segments if s not in forks):
+        return None
+    mixing = [b for b in branches if probe_mixing(b, values) != "none"]
+    if len(mixing) != 1:
+        return None
+    (mixer,) = mixing
+    (perceptron,) = (b for b in branches if b is not mixer)
+    in_a_row = len(forks) == 2
+    if in_a_row and mixer is not branches[0]:
+        return None  # an MLP before the attention reads another stream than a block beside it would
+    block = join(forks[0], forks[-1], segments[segments.index(forks[0]) + 1 : segments.index(forks[-1])])
+    norms = [
+        _norm_before(block, start, b.entry, values)
+        for start, b in ((forks[0].entry, mixer), (forks[0].exit if in_a_row else forks[0].entry, perceptron))
+    ]
+    if False in norms or (norms[1] is None and norms[0] is not None):
+        return None
+    attention, mlp = find_attention(mixer, values), find_mlp(perceptron, values)
+    if attention is None or mlp is None:
+        return None
+    facts = BlockFacts(
+        attention=attention, mlp=mlp, attention_norm=norms[0] or None, mlp_norm=norms[1] or None, in_a_row=in_a_row
+    )
+    return FoundBlock(block, facts)
+
+
+def _norm_before(
+    block: Region, stream: fx.Node, read: fx.Node, values: dict[fx.Node, Any]
+) -> NormFacts | None | bool:
+    """What lies between the stream and a branch; None for nothing, False for what is no norm."""
+    if read is stream:
+        return None
+    value = values[stream]
+    width = value.shape[-1]
+    found = find_norm(values, between(block, [stream], read), stream, width, value.shape[1])
+    if found is None or found.node is not read:
+        return False
+    norm = found.norm
+    weight_D = norm.weight.reshape(width)
+    bias_D = torch.zeros_like(weight_D) if norm.bias is None else norm.bias.reshape(width)
+    dtype = stream.meta["val"].dtype
+    return NormFacts(weight_D.to(dtype), bias_D.to(dtype), max(norm.eps, _LEAST), found.centred)

@@ -1,0 +1,224 @@
+"""A whole transformer block as one recurrence: heads, late values and neurons side by side, one solved layer, one sum.
+
+Attention and MLP in a row are two steps of the stream. Here both read the block's own input, as in the blocks of GPT-J
+(Wang and Komatsuzaki 2021) and PaLM (Chowdhery et al. 2022, section 2), so that a block is one norm, one product of
+matrices, a recurrence and a second product. What the MLP no longer hears of the attention, the taps and the solved layer
+make up for.
+
+B batch, T time, D width of the part, V values a step, E neurons, W neurons of the guide, P taps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Unpack
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from thesean.errors import NumericalError
+from thesean.targets.shared.activations import ACTIVATIONS
+from thesean.targets.shared.facts import AttentionFacts, BlockFacts, NormFacts, PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.head_norm import RmsNorm
+from thesean.targets.shared.heads import LinearAttentionOptions, check as check_heads, heads_frame
+from thesean.targets.shared.linear_heads import HeadsFrame, LinearHeads
+from thesean.targets.shared.lookahead import Late
+from thesean.targets.shared.module import State
+from thesean.targets.shared.select_features import moments, select_features
+from thesean.targets.shared.steps import Steps
+
+NormKind = Literal["layer", "rms"]
+
+# Tokens that the selection looks at, per neuron of the guide.
+TOKENS_PER_NEURON = 4
+
+
+class ParallelBlock(LinearHeads):
+    """y = x + last([heads(n) | taps(n) | act(up(n))]), n = norm(x); with a gate act(gate(n)) * up(n).
+
+    x_BTD, state -> (y_BTD, state): that of the heads, and P - 1 values a tap needs. Where the guide norms after its sums
+    the stream is normed already: with `inner` the neurons alone read norm(x), as its MLP reads a norm of the stream, and
+    heads and taps read x. Norms have a weight to train; the guide's own is in the projections.
+    """
+
+    family = "parallel-block"
+    saved = (*LinearHeads.saved, "hidden", "activation", "gated", "norm_kind", "stream_eps", "inner")
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        activation: str = "gelu",
+        gated: bool = False,
+        norm_kind: NormKind = "layer",
+        stream_eps: float = 1e-5,
+        inner: bool = False,
+        **frame: Unpack[HeadsFrame],
+    ) -> None:
+        """Raises ValueError for an activation that is not one of `ACTIVATIONS`."""
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        super().__init__(beside=hidden, **frame)
+        self.hidden, self.activation, self.gated = hidden, activation, gated
+        self.norm_kind, self.stream_eps, self.inner = norm_kind, float(stream_eps), inner
+        if self.norm is not None:
+            self.norm = _norm(norm_kind, self.width_in, self.stream_eps)
+        self.inner_norm = _norm(norm_kind, self.width_in, self.stream_eps) if inner and hidden else None
+        self.up = nn.Linear(self.width_in, hidden) if hidden else None
+        self.gate = nn.Linear(self.width_in, hidden) if hidden and gated else None
+
+    def mix(
+        self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None, late: Late | None = None
+    ) -> tuple[torch.Tensor, State | None]:
+        own_BTD = x_BTD if late is None else late(x_BTD)
+        mixed_BTE, state = self.attend(x_BTD, own_BTD, state, steps)
+        if self.up is None:
+            return mixed_BTE, state
+        return torch.cat([mixed_BTE, self.neurons(own_BTD, self.up)], -1), state
+
+    def neurons(self, x_BTD: torch.Tensor, up: nn.Linear) -> torch.Tensor:
+        act = ACTIVATIONS[self.activation]
+        x_BTD = x_BTD if self.inner_norm is None else self.inner_norm(x_BTD)
+        return act(up(x_BTD)) if self.gate is None else act(self.gate(x_BTD)) * up(x_BTD)
+
+    def attention_of(self, part: PartFacts) -> AttentionFacts | None:
+        return part.attention if part.block is None else part.block.attention
+
+    @torch.no_grad()
+    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
+        """Projections and neurons, with the norms' weights and biases in them; of fewer neurons than the guide's those
+        whose weights' norms multiply to the most.
+        """
+        block, facts = part.block, self.attention_of(part)
+        if facts is None:
+            return ()
+        copied = self.copy_heads(facts, None if block is None else self._folded(block.attention_norm))
+        if block is None or not self._fits(block):
+            return copied
+        score_W = block.mlp.up.weight_OI.norm(dim=1) * block.mlp.down.weight_OI.norm(dim=0)
+        if block.mlp.gate is not None:
+            score_W = score_W * block.mlp.gate.weight_OI.norm(dim=1)
+        self._keep(block, score_W.topk(self.hidden).indices.sort().values)
+        return (*copied, "up", "down") if self.gate is None else (*copied, "up", "gate", "down")
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Balance a window, and choose among the guide's neurons by what they do to its output.
+
+        Raises NumericalError where the activations are not finite.
+        """
+        super().prepare(part, examples)
+        block = part.block
+        if block is None or not self._fits(block) or self.hidden == block.mlp.width or not examples:
+            return
+        tokens = sum(math.prod(x_BTD.shape[:2]) for x_BTD, _ in examples)
+        stride = math.ceil(tokens / (TOKENS_PER_NEURON * block.mlp.width))
+        hidden = (block.hidden(x_BTD, not self.bidirectional).flatten(0, 1)[::stride] for x_BTD, _ in examples)
+        try:
+            known = moments(hidden)
+        except ValueError as error:
+            raise NumericalError(f"{part.path}: can't choose neurons, {error}. Look for NaN in the data.") from error
+        self._keep(block, select_features(known.covariance_EE, block.mlp.down.weight_OI, self.hidden))
+
+    def _folded(self, norm: NormFacts | None) -> NormFacts | None:
+        """The norm whose weights the projections take in; a module that norms nothing takes in none."""
+        return norm if self.norm is not None else None
+
+    def _fits(self, block: BlockFacts) -> bool:
+        """Whether there are neurons of the guide's kind here, and no more than it has."""
+        same = block.mlp.activation == self.activation and (block.mlp.gate is not None) == self.gated
+        shapes = block.mlp.down.weight_OI.shape[0], block.mlp.up.weight_OI.shape[1]
+        return self.up is not None and same and shapes == (self.width_out, self.width_in) and self.hidden <= block.mlp.width
+
+    def _keep(self, block: BlockFacts, kept_E: torch.Tensor) -> None:
+        norm = block.mlp_norm if self.norm is not None or self.inner else None
+        for linear, affine in ((self.up, block.mlp.up), (self.gate, block.mlp.gate)):
+            if linear is not None and affine is not None:
+                folded = affine if norm is None else norm.fold(affine)
+                linear.weight.copy_(folded.weight_OI[kept_E])
+                linear.bias.copy_(folded.bias_O[kept_E])
+        self.last.weight[:, self.mixed_width :].copy_(block.mlp.down.weight_OI[:, kept_E])
+        self.last.bias.copy_(block.attention.output.bias_O + block.mlp.down.bias_O)
+
+    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
+        neurons = sum(linear.weight.numel() for linear in (self.up, self.gate) if linear is not None)
+        return super().flops(part, sizes) + 2 * part.rows(sizes) * neurons
+
+
+def _norm(kind: NormKind, width: int, eps: float) -> nn.Module:
+    return nn.LayerNorm(width, eps=eps) if kind == "layer" else RmsNorm(width, eps)
+
+
+class ParallelBlockOptions(LinearAttentionOptions):
+    """Width rule: the guide's heads and as many neurons as its MLP has; elsewhere heads as linear attention has them,
+    and four neurons for each of the part's features.
+
+    Fewer neurons than the guide's are chosen as `narrow` chooses them. `norm` is the guide's own kind, a LayerNorm where
+    it has none to tell. Options of the heads, `window` among them, are those of linear attention.
+    """
+
+    residual: bool = True
+    norm: bool = True
+    taps: int = Field(
+        default=4, ge=0, description="values of so many last tokens, its own included, as features of their own"
+    )
+    hidden: int | None = Field(default=None, ge=0, description="neurons; the guide's, 0 for none")
+
+
+def as_attention(part: PartFacts) -> PartFacts:
+    """The part as the heads see it."""
+    return part if part.block is None else replace(part, attention=part.block.attention)
+
+
+def check(part: PartFacts, options: ParallelBlockOptions) -> None:
+    check_heads(as_attention(part), options, target="parallel-block")
+    if part.is_branch:
+        raise part.mismatch(
+            "parallel-block",
+            found="a branch beside a residual stream",
+            expected="a whole block, of which it brings the sum itself",
+            advice="Leave granularity= out, or choose target 'rnn' for an attention and 'narrow' for an MLP.",
+        )
+    block = part.block
+    if block is not None and options.hidden is not None and options.hidden > block.mlp.width:
+        raise part.mismatch(
+            "parallel-block",
+            found=f"hidden={options.hidden}",
+            expected=f"at most the {block.mlp.width} neurons that there are",
+            advice="Lower hidden, or leave it out.",
+        )
+
+
+def build(part: PartFacts, options: ParallelBlockOptions) -> ParallelBlock:
+    given: dict[str, Any] = heads_frame(as_attention(part), options)
+    block = part.block
+    if block is None:
+        return ParallelBlock(hidden=4 * part.width_in if options.hidden is None else options.hidden, **given)
+    first, second = block.attention_norm, block.mlp_norm
+    read = second if first is None else first
+    after_sums = first is None and second is not None
+    return ParallelBlock(
+        hidden=block.mlp.width if options.hidden is None else options.hidden,
+        activation=block.mlp.activation,
+        gated=block.mlp.gate is not None,
+        norm_kind="layer" if read is None or read.centred else "rms",
+        stream_eps=1e-5 if read is None else read.eps,
+        inner=after_sums and options.norm,
+        **{**given, "norm": options.norm and first is not None},
+    )
+
+
+TARGET = Family(
+    name="parallel-block",
+    summary="a whole block in one: linear heads, the last tokens' values and MLP neurons side by side, one solved layer",
+    options=ParallelBlockOptions,
+    module=ParallelBlock,
+    build=build,
+    scope="part",
+    block=True,
+    check=check,
+)

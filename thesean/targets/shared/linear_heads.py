@@ -1,0 +1,381 @@
+"""Linear attention beside whatever else a module's last layer reads: the guide's heads, and the values of late tokens.
+
+Positions: a guide that adds positions to its embeddings passes them on in x. A rotary one turns queries and keys after
+they were projected: so does the window, where their distance is all that counts, so that its rows can be counted from
+its own start and no state is needed. The linear part meets them as they were: softmax features of a turned key are no
+function of the distance, and with or without it is the same within 0.002 nats. A bias of distance is added in the
+window; one that falls along a line (ALiBi) is what a decay is, and heads forget as fast as it says.
+
+B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
+C width of a head's query and key, F = 2C features, K width of a value, k = K + 1, W tokens in the window, N sinks, P
+taps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from thesean.kernels.linear_attention import full_linear_attention
+from thesean.targets.shared.copying import copy_affine
+from thesean.targets.shared.core import Core
+from thesean.targets.shared.distance_bias import LearntReach, seen_from
+from thesean.targets.shared.facts import Affine, AttentionFacts, NormFacts, PartFacts
+from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
+from thesean.targets.shared.heads import MEMORY, SHARPNESS
+from thesean.targets.shared.lookahead import InPlace, Late
+from thesean.targets.shared.memory import decay_bias, span, spread
+from thesean.targets.shared.module import State
+from thesean.targets.shared.rotation import Rotate, Rotation
+from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
+from thesean.targets.shared.sinks import First
+from thesean.targets.shared.steps import Steps, hide
+from thesean.targets.shared.taps import Taps
+from thesean.targets.shared.window import Window
+
+# guards the division where sharp features of a query meet none of the keys so far
+EPSILON = 1e-6
+
+
+class HeadsFrame(SequenceFrame, Meeting, total=False):
+    sinks: int
+    taps: int
+    beside: int
+
+
+class LinearHeads(SequenceTarget):
+    """mean_t = sum_s w_ts v_s / sum_s w_ts, w_ts = decay_{s..t} phi(q_t).phi(k_s), phi(x) = softmax([Wx, -Wx]).
+
+    Feature map: Zhang et al. 2024 (Hedgehog), W learnt per head from the identity. Decay: Yang et al. 2024, one
+    scalar a head. The sum of weights is carried as one more column of the values, all ones. Keys, values, their map,
+    decay and state are per head of keys: a guide with grouped queries keeps its groups (Ainslie et al. 2023).
+    x_BTD, state_BGFk -> (mean_BT(H K), state_BGFk). Bidirectional: s over all tokens, no decay, no state.
+
+    With a window, w_ts = exp(scale q_t.k_s + bias) as in the guide, turned as there by `rotation`, rows of (feature,
+    feature, radians a step), and with its bias of the distance t - s, for the last W tokens, t's own included; of those
+    that leave it the first `sinks` are kept the same way, and any other enters the linear state and decays from then
+    on. The state is then (state_BGFk, key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
+    With a look-ahead of k steps q_t reads what is held at t + k, and the last k of the W tokens are those after t.
+
+    With `taps` the values of the steps around stand beside the means, (P G K) features more; past the first they are a
+    state of their own, the last one. `beside`: how many features a subclass adds in front of `last`.
+    """
+
+    reads_mask = True
+    looks_ahead = True
+    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "norm_form",
+             "bias", "memory", "sharpness")  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        key_width: int,
+        value_width: int,
+        kv_heads: int | None = None,
+        window: int | None = None,
+        scale: float | None = None,
+        memory: tuple[float, float] = MEMORY,
+        sharpness: float = SHARPNESS,
+        **frame: Unpack[HeadsFrame],
+    ) -> None:
+        rotation, norm_eps = frame.pop("rotation", None), frame.pop("norm_eps", None)
+        norm_form, bias, sinks = frame.pop("norm_form", None), frame.pop("bias", None), frame.pop("sinks", 0)
+        taps, beside = frame.pop("taps", 0), frame.pop("beside", 0)
+        super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
+        self.memory = span(memory)
+        self.sharpness = float(sharpness)
+        self.heads = heads
+        self.kv_heads = kv_heads or heads
+        self.key_width = key_width
+        self.value_width = value_width
+        self.scale = key_width**-0.5 if scale is None else float(scale)
+        self.query = nn.Linear(self.width_in, heads * key_width)
+        self.key = nn.Linear(self.width_in, self.kv_heads * key_width)
+        self.value = nn.Linear(self.width_in, self.kv_heads * value_width)
+        self.map_query_HCC = nn.Parameter(torch.eye(key_width).repeat(heads, 1, 1))
+        self.map_key_GCC = nn.Parameter(torch.eye(key_width).repeat(self.kv_heads, 1, 1))
+        self.decay = None if self.bidirectional else nn.Linear(self.width_in, self.kv_heads)
+        self.core = Core("linear_attention")
+        self.rotation = rotation
+        self.norm_eps, self.norm_form = norm_eps, norm_form
+        self.norms = head_norms(key_width, (heads, self.kv_heads), norm_eps, norm_form)
+        self.window, self.bias = None, bias
+        if window is not None:
+            rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
+            reach = None if bias is None else LearntReach(heads, *bias)
+            self.window = Window(
+                size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks, bias=reach, ahead=self.lookahead
+            )
+        self.taps = Taps(count=taps, both_ways=self.bidirectional, ahead=self.lookahead) if taps else None
+        self.last = small_linear(self.mixed_width + beside, self.width_out)
+        self.reset_projections()
+
+    @property
+    def mixed_width(self) -> int:
+        """Features of heads and taps."""
+        places = 0 if self.taps is None else self.taps.places
+        return (self.heads + places * self.kv_heads) * self.value_width
+
+    @torch.no_grad()
+    def reset_projections(self) -> None:
+        for linear in (self.query, self.key, self.value):
+            nn.init.normal_(linear.weight, std=self.width_in**-0.5)
+            nn.init.zeros_(linear.bias)
+        if self.decay is not None:
+            # the same for every token until training says else
+            nn.init.zeros_(self.decay.weight)
+            middle = torch.tensor([math.prod(self.memory) ** 0.5])  # what a single head gets
+            tokens_G = spread(self.memory, self.kv_heads) if self.kv_heads > 1 else middle
+            self.decay.bias.copy_(decay_bias(tokens_G))
+
+    def config(self) -> dict[str, Any]:
+        window = self.window
+        sinks = 0 if window is None or window.sinks is None else window.sinks.size
+        given = {"window": None if window is None else window.size, "sinks": sinks}
+        return {**super().config(), **given, **({} if self.taps is None else {"taps": self.taps.count})}
+
+    def core_state(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
+        held = (x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1),)
+        if self.window is not None:
+            held += self.window.initial_state(x, self.kv_heads, (self.key_width, self.value_width + 1))
+        if self.taps is not None:
+            held += self.taps.initial_state(x, self.kv_heads * self.value_width)
+        return held if len(held) > 1 else held[0]
+
+    def phi(self, x_BTD: torch.Tensor, linear: nn.Linear, map_HCC: torch.Tensor) -> torch.Tensor:
+        """softmax([Wx, -Wx]) per head, (B, T, H, F)."""
+        heads = len(map_HCC)
+        # W is folded into the projection: one small product of weights instead of one a token, and a constant in ONNX
+        weight_HCD = map_HCC @ linear.weight.unflatten(0, (heads, self.key_width))
+        bias_HC = (map_HCC @ linear.bias.view(heads, self.key_width, 1)).squeeze(-1)
+        projected = F.linear(x_BTD, weight_HCD.flatten(0, 1), bias_HC.flatten())
+        return _signed_softmax(projected.unflatten(-1, (heads, self.key_width)))
+
+    def projected(self, x_BTD: torch.Tensor, own_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The guide's query_BTHC and key_BTGC."""
+        query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(own_BTD), self.key(x_BTD)))
+        if len(self.norms):
+            query, key = self.norms[0](query), self.norms[1](key)
+        return query, key
+
+    def values(self, value_BTV: torch.Tensor, steps: Steps | None = None) -> torch.Tensor:
+        """By head with the column of ones; zero where no token is, so that whatever the key is does not count."""
+        value_BTGK = value_BTV.unflatten(-1, (self.kv_heads, self.value_width))
+        return hide(F.pad(value_BTGK, (0, 1), value=1.0), steps)
+
+    def mix(
+        self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None, late: Late | None = None
+    ) -> tuple[torch.Tensor, State | None]:
+        return self.attend(x_BTD, x_BTD if late is None else late(x_BTD), state, steps)
+
+    def attend(
+        self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, state: Any, steps: Steps | None
+    ) -> tuple[torch.Tensor, State | None]:
+        """`own_BTD`: the steps whose queries read what is held by now."""
+        value_BTV = self.value(x_BTD)
+        if self.taps is None:
+            return self._heads(x_BTD, own_BTD, self.values(value_BTV, steps), state, steps)
+        held = state if isinstance(state, tuple) else (state,)
+        core, past = (held[:-1], held[-1:]) if self.taps.carries else (held, ())
+        given = core if len(core) > 1 else core[0]
+        mean_BTE, after = self._heads(x_BTD, own_BTD, self.values(value_BTV, steps), given, steps)
+        tapped_BTE, past = self.taps(hide(value_BTV, steps), past, steps)
+        if past:
+            after = (*(after if isinstance(after, tuple) else (after,)), *past)  # type: ignore[arg-type]  # it carries
+        return torch.cat([mean_BTE, tapped_BTE], -1), after
+
+    def _heads(
+        self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, value_BTGk: torch.Tensor, state: Any, steps: Steps | None
+    ) -> tuple[torch.Tensor, State | None]:
+        """mean_BT(H K) and the state without that of the taps."""
+        log_decay_BTG = None if self.decay is None else hide(self._log_decay(x_BTD), steps)
+        if self.window is not None and log_decay_BTG is not None:
+            projected = (*self.projected(x_BTD, own_BTD), value_BTGk)
+            mean_BTHK, state = self._mix_window(projected, log_decay_BTG, self.window, state, steps)
+            return mean_BTHK.flatten(-2), state
+        if len(self.norms):  # between a projection and its map: nothing can be folded
+            query_BTHC, key_BTGC = self.projected(x_BTD, own_BTD)
+            query_BTHF = _features(query_BTHC, self.map_query_HCC)
+            key_BTGF = _features(key_BTGC, self.map_key_GCC)
+        else:
+            query_BTHF = self.phi(own_BTD, self.query, self.map_query_HCC)
+            key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
+        if log_decay_BTG is None or state is None:
+            out_BTHk = full_linear_attention(query_BTHF, key_BTGF, value_BTGk)
+        else:
+            out_BTHk, state = self.core(query_BTHF, key_BTGF, value_BTGk, log_decay_BTG, state)
+        mean_BTHK = out_BTHk[..., :-1] / (out_BTHk[..., -1:] + EPSILON)
+        return mean_BTHK.flatten(-2), state
+
+    def _log_decay(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        assert self.decay is not None
+        return -F.softplus(self.decay(x_BTD))
+
+    def _mix_window(
+        self,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        log_decay_BTG: torch.Tensor,
+        window: Window,
+        state: tuple[torch.Tensor, ...],
+        steps: Steps | None,
+    ) -> tuple[torch.Tensor, State]:
+        query_BTHC, key_BTGC, value_BTGk = projected
+        linear, past_key, past_value, *first = state
+        key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC, steps)
+        value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk, steps)
+        older_BTHk, linear, sinks = self._older(
+            query_BTHC,
+            left_key,
+            left_value if steps is None else steps.hide_left(left_value),
+            log_decay_BTG,
+            (linear, *first),
+        )
+        mean_BTHK = window(query_BTHC, key_BSGC, value_BSGk, older_BTHk, sinks)
+        if isinstance(steps, InPlace):  # a window without a token has no mean
+            mean_BTHK = mean_BTHK.masked_fill(mean_BTHK.isnan(), 0.0)
+        return mean_BTHK, (linear, past_key, past_value, *(sinks[:2] if sinks is not None else ()))
+
+    def _older(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        log_decay: torch.Tensor,
+        state: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, First | None]:
+        """What the tokens that left the window add up to for each query, the state with them, and the sinks.
+
+        Where no token left yet, the values and their column of ones are zero, so that the features of no key count.
+        """
+        linear, *past = state
+        sinks = None
+        if self.window is not None and self.window.sinks is not None:
+            first_key, first_value = past
+            sinks, value = self.window.sinks.take(first_key, first_value, key, value)
+        query_BTHF, key_BTGF = _features(query, self.map_query_HCC), _features(key, self.map_key_GCC)
+        older_BTHk, linear = self.core(query_BTHF, key_BTGF, value, log_decay, linear)
+        return older_BTHk, linear, sinks
+
+    def attention_of(self, part: PartFacts) -> AttentionFacts | None:
+        """What the heads are taken from."""
+        return part.attention
+
+    @torch.no_grad()
+    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
+        """Query, key, value and output projections, each where its shape fits (all, unless options changed widths)."""
+        facts = self.attention_of(part)
+        return () if facts is None else self.copy_heads(facts)
+
+    @torch.no_grad()
+    def copy_heads(self, facts: AttentionFacts, norm: NormFacts | None = None) -> tuple[str, ...]:
+        """`norm`: whose weight and bias the projections take in, for the heads read what it gives before them."""
+        if facts.heads != self.heads:
+            return ()
+        copied = []
+        fits = self.kv_heads % facts.kv_heads == 0  # a guide's group can be split, but not joined with another
+        key, value = facts.grouped(self.kv_heads) if fits else (facts.key, facts.value)
+        for name, linear, affine in (
+            ("query", self.query, facts.query), ("key", self.key, key), ("value", self.value, value),
+        ):  # fmt: skip
+            if copy_affine(linear, affine if norm is None else norm.fold(affine)):
+                copied.append(name)
+        if self.copy_output(facts.output, 0):
+            self.last.bias.copy_(facts.output.bias_O)
+            copied.append("output")
+        if "query" in copied and "key" in copied:
+            copy_norms(self.norms, facts.norms)
+            if self.window is not None and self.window.bias is not None and facts.bias is not None:
+                self.window.bias.copy_from(seen_from(facts.bias, self.lookahead))
+            if self.decay is not None and facts.bias is not None:
+                self._forget(facts.bias.behind.slope_H, self.decay)
+            # phi knows no scale: a guide that divides q.k by something else than sqrt(C) gets the rest in both maps
+            gain = self.sharpness * (facts.scale * self.key_width**0.5) ** 0.5
+            eye_CC = torch.eye(self.key_width, device=self.map_query_HCC.device)
+            self.map_query_HCC.copy_(gain * eye_CC)
+            self.map_key_GCC.copy_(gain * eye_CC)
+        return tuple(copied)
+
+    @torch.no_grad()
+    def copy_output(self, affine: Affine, start: int) -> bool:
+        """The weights of the features from `start` on, where as many outputs read what these features are; whether
+        they do. The other features' weights vanish with the first.
+        """
+        rows, columns = affine.weight_OI.shape
+        wanted = self.heads * self.value_width if start == 0 else self.last.in_features - start
+        if (rows, columns) != (self.width_out, wanted):
+            return False
+        if start == 0:
+            self.last.weight.zero_()
+        self.last.weight[:, start : start + columns].copy_(affine.weight_OI)
+        return True
+
+    def unlike(self, part: PartFacts) -> str:
+        """A window is the guide's own softmax only where all is known that goes into it."""
+        facts = self.attention_of(part)
+        if self.window is None or (facts is not None and facts.plain):
+            return ""
+        found = "no attention was read off" if facts is None else facts.differs
+        return f"their window is not the guide's softmax: {found or 'more than was read off'}"
+
+    def kept(self) -> str:
+        if self.window is None:
+            return ""
+        first = "" if self.window.sinks is None else f" and the first {self.window.sinks.size}"
+        next_ = "" if not self.lookahead else f", the {self.lookahead} after"
+        return f"the last {self.window.size - self.lookahead} tokens{next_}{first} keep their softmax (window=, sinks=)"
+
+    def _forget(self, slope_H: torch.Tensor, decay: nn.Linear) -> None:
+        """A bias that falls by m a step is a memory of 1 / m tokens; one that doesn't fall says nothing of it."""
+        slope_G = slope_H.to(decay.bias).view(self.kv_heads, -1).mean(1)
+        falls_G = slope_G < 0
+        decay.bias[falls_G] = decay_bias(-1 / slope_G[falls_G])
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Balance the window and what is older, head by head, as softmax attention over the example would."""
+        if self.window is None:
+            return
+        looked = []
+        for x_BTD, _ in examples:
+            x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+            if x_BTD.shape[1] <= self.window.size:
+                continue
+            own_BTD = F.pad(x_BTD, (0, 0, self.lookahead, 0))[:, : x_BTD.shape[1]]
+            query_BTHC, key_BTGC = self.projected(x_BTD, own_BTD)
+            value_BTGk = self.values(self.value(x_BTD))
+            linear, no_key, no_value, *first = self.core_state(x_BTD)
+            first = first[: 0 if self.window.sinks is None else 2]
+            _, left_key, _ = self.window.slide(no_key, key_BTGC)
+            _, left_value, _ = self.window.slide(no_value, value_BTGk)
+            log_decay_BTG = self._log_decay(x_BTD)
+            older_BTHk, _, sinks = self._older(query_BTHC, left_key, left_value, log_decay_BTG, (linear, *first))
+            looked.append(self.window.look((query_BTHC, key_BTGC, value_BTGk), older_BTHk, sinks))
+        self.window.balance(looked)
+
+    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
+        linears = (self.query, self.key, self.value, self.last, *((self.decay,) if self.decay is not None else ()))
+        weights = sum(linear.weight.numel() for linear in linears)
+        state = 2 * self.key_width * (self.value_width + 1)
+        work = weights + (self.kv_heads + self.heads) * state  # k v^T into the state, q out of it
+        if self.window is not None:
+            work += self.map_query_HCC.numel() + self.map_key_GCC.numel()
+            near = self.window.size + (0 if self.window.sinks is None else self.window.sinks.size)
+            work += self.heads * near * (self.key_width + self.value_width + 1)
+        return 2 * part.rows(sizes) * work
+
+
+def _features(x_BTHC: torch.Tensor, map_HCC: torch.Tensor) -> torch.Tensor:
+    """softmax([Wx, -Wx]) per head, of what is projected already."""
+    return _signed_softmax((x_BTHC.transpose(1, 2) @ map_HCC.mT).transpose(1, 2))
+
+
+def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x_BTHC, -x_BTHC], -1).softmax(-1)
+
+
