@@ -102,7 +102,7 @@ class Request:
         """How the guide is divided into parts, as `divide` takes it."""
         return {
             "keep": self.keep,
-            "granularity": self.granularity or ("sublayer" if self.is_auto else "block"),
+            "granularity": self.granularity or ("sublayer" if self.is_auto else None),
             "parts": self.parts,
             "merge": self.merge,
             "target_parts": self.target_parts,

@@ -45,7 +45,7 @@ def test_only_bidirectional_modules_see_the_future(name, mixing, sequence_part):
     module = build(name, sequence_part(mixing)).eval()
     x_BTD = torch.randn(2, 9, 16)
     moved_BTD = x_BTD.clone()
-    moved_BTD[:, 4] += 1
+    moved_BTD[:, 4, 0] += 1  # of all features alike, a norm would take it off
 
     def run(x: torch.Tensor) -> torch.Tensor:
         return module(x)[0] if module.stateful else module(x)
@@ -66,7 +66,8 @@ def test_output_is_last_of_features_plus_skip(name, sequence_part):
     assert features.shape == (2, 6, module.last.in_features)
     torch.testing.assert_close(y_BTD, module.last(features) + x_BTD)
     torch.testing.assert_close(y_state, state)
-    assert build(name, sequence_part()).skip(x_BTD) is None
+    if get_family(name).scope == "mixing":
+        assert build(name, sequence_part()).skip(x_BTD) is None
     assert build(name, sequence_part(width_out=3), scope="part").skip(x_BTD) is None
 
 
@@ -100,7 +101,8 @@ def test_gradients_stay_healthy_through_24_blocks(name, spread, bound, sequence_
     blocks = [build(name, sequence_part(), scope="part") for _ in range(24)]
     x_BTD = y_BTD = torch.randn(4, 64, 16)
     for block in blocks:
-        torch.nn.init.normal_(block.last.weight, std=spread)  # 0.25 keeps the size of 16 inputs
+        # 0.25 keeps the size of 16 inputs
+        torch.nn.init.normal_(block.last.weight, std=spread * (16 / block.last.in_features) ** 0.5)
         y_BTD, _ = block(y_BTD)
     (y_BTD * torch.randn_like(x_BTD)).sum().backward()
     first, last = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from thesean.targets.shared.facts import Affine, AttentionFacts, MLPFacts, PartFacts
+from thesean.targets.shared.facts import Affine, AttentionFacts, BlockFacts, MLPFacts, NormFacts, PartFacts
 from thesean.targets.shared.family import Family, Options, Target
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.registry import build_module, decided, get_family, rebuild, register, resolve, targets
@@ -13,8 +13,10 @@ from thesean.targets.shared.registry import build_module, decided, get_family, r
 __all__ = [
     "Affine",
     "AttentionFacts",
+    "BlockFacts",
     "Family",
     "MLPFacts",
+    "NormFacts",
     "Options",
     "PartFacts",
     "State",

@@ -28,8 +28,8 @@ from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
-from thesean.passes.plan.sites import Site, SiteFinder, check_built, dropped_inputs, ends_of, outline_site
-from thesean.targets import Target, TargetModule, decided
+from thesean.passes.plan.sites import Site, SiteFinder, check_built, dropped_inputs, ends_of, outline_site, scope_of
+from thesean.targets import Target, TargetModule, decided, get_family
 from thesean.targets.shared.family import Place
 
 
@@ -118,6 +118,13 @@ class Binder:
             seen_BT = mask.seen(self.example.get(self.site_finder.named[mask.node]))
             mask_BT = seen_BT if mask_BT is None else mask_BT & seen_BT
         return x, mask_BT
+
+    def whole(self, group: Group, target: Target) -> Target:
+        """The target for all of a block, where it has another form for that than it is by default; else as it is."""
+        if scope_of(target) == "part" or target.scope is not None or not get_family(target.name).block:
+            return target
+        found = self.site_finder.block(group)
+        return target if found is None else Target(target.name, scope="part", **target.options)
 
     def _describe_mixing(self, region: Region, kept: bool) -> str:
         rank = self.values[region.entry].ndim

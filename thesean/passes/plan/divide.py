@@ -35,6 +35,7 @@ _EXAMPLE_BATCH, _EXAMPLE_LENGTH = 16, 128
 class Division:
     """The parts of one guide, in order. `kept` are the paths that keep= leaves to the guide, `keeps` the member of a
     merged part that stays where the others are dropped, as far as a plan says so; `settings` is a plan without parts.
+    `whole`: blocks were asked for, so that a target which replaces less of one by default takes all of it if it can.
     """
 
     captured: Captured
@@ -43,6 +44,7 @@ class Division:
     settings: Plan
     kept: frozenset[str] = frozenset()
     keeps: Mapping[str, str]
+    whole: bool = False
 
     def members(self) -> list[NamedRegion]:
         """For each part the member that stays where a target drops the others: the plan's choice, or the busiest."""
@@ -64,13 +66,13 @@ def divide(
     globs: Sequence[str] = (),
     *,
     keep: str | Sequence[str] = (),
-    granularity: Granularity = "block",
+    granularity: Granularity | None = None,
     parts: str | Sequence[str] | None = None,
     merge: int | None = None,
     target_parts: int | None = None,
 ) -> Division:
     """By granularity, or as fine as `globs`, which targets will be given by, ask for. Raises PlanError (nothing to cut,
-    a glob without a match, two ways of merging).
+    a glob without a match, two ways of merging). Without a granularity, by blocks.
     """
     if merge is not None and target_parts is not None:
         raise PlanError("merge= and target_parts= say the same thing in two ways; give one of them.")
@@ -78,6 +80,7 @@ def divide(
     parts = (parts,) if isinstance(parts, str) else parts
     flow = data_flow(captured.graph_module.graph)
     merging = merge is not None or target_parts is not None
+    whole, granularity = granularity == "block", granularity or "block"
     if parts is not None or merging or not globs:
         chosen = partition(flow, granularity, parts)
     else:
@@ -93,6 +96,7 @@ def divide(
         settings=_settings(flow, groups, granularity, parts),
         kept=frozenset(g.path for g in groups if any(group_matches(g, glob) for glob in keep)),
         keeps={},
+        whole=whole and granularity == "block" and parts is None,
     )
 
 

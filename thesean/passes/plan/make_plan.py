@@ -99,7 +99,9 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
     misfits: dict[str, TargetMismatchError] = {}
     for group, member in zip(division.groups, kept, strict=True):
         try:
-            parts.append(binder.part(group, targets[group.path], member, strict))
+            target = targets[group.path]
+            target = binder.whole(group, target) if division.whole and target is not None else target
+            parts.append(binder.part(group, target, member, strict))
         except TargetMismatchError as error:
             if strict:
                 raise
