@@ -1,6 +1,6 @@
 """Gated linear attention that takes over the guide's query, key, value and output projections.
 
-How it meets positions, windows and what came long ago is told where the heads are: thesean/targets/shared/linear_heads.py
+How it meets positions, windows and what came long ago is told where the heads are, in shared/linear_heads.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from thesean.targets.shared.linear_heads import LinearHeads
 
 
 class LinearAttention(LinearHeads):
-    """y_t = last(mean_t), mean_t = sum_s w_ts v_s / sum_s w_ts of each head, and beside it the taps where there are any.
+    """y_t = last(mean_t), mean_t = sum_s w_ts v_s / sum_s w_ts of each head, and the taps beside it.
 
     w_ts = decay_{s..t} phi(q_t).phi(k_s), in a window the guide's own exp(scale q_t.k_s + bias). x_BTD, state ->
     (y_BTD, state): state_BGFk, with a window or taps a tuple that begins with it. Bidirectional: s over all tokens, no

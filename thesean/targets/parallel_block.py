@@ -2,8 +2,9 @@
 
 Attention and MLP in a row are two steps of the stream. Here both read the block's own input, as in the blocks of GPT-J
 (Wang and Komatsuzaki 2021) and PaLM (Chowdhery et al. 2022, section 2), so that a block is one norm, one product of
-matrices, a recurrence and a second product. What the MLP no longer hears of the attention, the taps and the solved layer
-make up for.
+matrices, a recurrence and a second product. What the MLP no longer hears of the attention it hears of the taps: they
+tell what the attention's output would have been as far as the last tokens decide it. Solved alone, the demo's guide of
+1.448 nats becomes 1.58 that way, and 1.79 without.
 
 B batch, T time, D width of the part, V values a step, E neurons, W neurons of the guide, P taps
 """
@@ -24,29 +25,31 @@ from thesean.targets.shared.activations import ACTIVATIONS
 from thesean.targets.shared.facts import AttentionFacts, BlockFacts, NormFacts, PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import RmsNorm
-from thesean.targets.shared.heads import LinearAttentionOptions, check as check_heads, heads_frame
-from thesean.targets.shared.linear_heads import HeadsFrame, LinearHeads
+from thesean.targets.shared.heads import LinearAttentionOptions, heads_frame
+from thesean.targets.shared.heads import check as check_heads
+from thesean.targets.shared.linear_heads import HeadsArguments, LinearHeads
 from thesean.targets.shared.lookahead import Late
 from thesean.targets.shared.module import State
-from thesean.targets.shared.select_features import moments, select_features
+from thesean.targets.shared.select_features import fold, moments, select_features
 from thesean.targets.shared.steps import Steps
 
 NormKind = Literal["layer", "rms"]
 
-# Tokens that the selection looks at, per neuron of the guide.
+# Tokens that are looked at, for each neuron to choose from and for each late value to hear of.
 TOKENS_PER_NEURON = 4
+TOKENS_PER_VALUE = 32
 
 
 class ParallelBlock(LinearHeads):
-    """y = x + last([heads(n) | taps(n) | act(up(n))]), n = norm(x); with a gate act(gate(n)) * up(n).
+    """y = x + last([heads(n) | taps(n) | act(up(m))]), n = norm(x), m = n + heard(taps); gated act(gate(m)) * up(m).
 
-    x_BTD, state -> (y_BTD, state): that of the heads, and P - 1 values a tap needs. Where the guide norms after its sums
-    the stream is normed already: with `inner` the neurons alone read norm(x), as its MLP reads a norm of the stream, and
-    heads and taps read x. Norms have a weight to train; the guide's own is in the projections.
+    x_BTD, state -> (y_BTD, state): that of the heads, and the P - 1 values that taps need. Where the guide norms after
+    its sums the stream is normed already: with `inner` the neurons alone read norm(x), as its MLP reads a norm of the
+    stream, and heads and taps read x. Norms have a weight to train; the guide's own is in the projections.
     """
 
     family = "parallel-block"
-    saved = (*LinearHeads.saved, "hidden", "activation", "gated", "norm_kind", "stream_eps", "inner")
+    saved = (*LinearHeads.saved, "hidden", "activation", "gated", "norm_kind", "stream_eps", "inner", "hears")
 
     def __init__(
         self,
@@ -57,12 +60,14 @@ class ParallelBlock(LinearHeads):
         norm_kind: NormKind = "layer",
         stream_eps: float = 1e-5,
         inner: bool = False,
-        **frame: Unpack[HeadsFrame],
+        hears: bool = True,
+        **frame: Unpack[HeadsArguments],
     ) -> None:
         """Raises ValueError for an activation that is not one of `ACTIVATIONS`."""
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        super().__init__(beside=hidden, **frame)
+        frame["beside"] = hidden
+        super().__init__(**frame)
         self.hidden, self.activation, self.gated = hidden, activation, gated
         self.norm_kind, self.stream_eps, self.inner = norm_kind, float(stream_eps), inner
         if self.norm is not None:
@@ -70,6 +75,12 @@ class ParallelBlock(LinearHeads):
         self.inner_norm = _norm(norm_kind, self.width_in, self.stream_eps) if inner and hidden else None
         self.up = nn.Linear(self.width_in, hidden) if hidden else None
         self.gate = nn.Linear(self.width_in, hidden) if hidden and gated else None
+        self.hears = hears and hidden > 0 and self.taps is not None
+        late = self.mixed_width - heads_width(self)
+        self.heard = nn.Linear(late, self.width_in) if self.hears else None
+        if self.heard is not None:
+            nn.init.zeros_(self.heard.weight)  # until something is known of what there is to hear
+            nn.init.zeros_(self.heard.bias)
 
     def mix(
         self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None, late: Late | None = None
@@ -78,12 +89,16 @@ class ParallelBlock(LinearHeads):
         mixed_BTE, state = self.attend(x_BTD, own_BTD, state, steps)
         if self.up is None:
             return mixed_BTE, state
-        return torch.cat([mixed_BTE, self.neurons(own_BTD, self.up)], -1), state
+        act, read_BTD = ACTIVATIONS[self.activation], self.read(own_BTD)
+        if self.heard is not None:
+            read_BTD = read_BTD + self.heard(mixed_BTE[..., heads_width(self) :])
+        up_BTE = self.up(read_BTD)
+        neurons_BTE = act(up_BTE) if self.gate is None else act(self.gate(read_BTD)) * up_BTE
+        return torch.cat([mixed_BTE, neurons_BTE], -1), state
 
-    def neurons(self, x_BTD: torch.Tensor, up: nn.Linear) -> torch.Tensor:
-        act = ACTIVATIONS[self.activation]
-        x_BTD = x_BTD if self.inner_norm is None else self.inner_norm(x_BTD)
-        return act(up(x_BTD)) if self.gate is None else act(self.gate(x_BTD)) * up(x_BTD)
+    def read(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What the neurons read of their own step."""
+        return x_BTD if self.inner_norm is None else self.inner_norm(x_BTD)
 
     def attention_of(self, part: PartFacts) -> AttentionFacts | None:
         return part.attention if part.block is None else part.block.attention
@@ -107,22 +122,53 @@ class ParallelBlock(LinearHeads):
 
     @torch.no_grad()
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Balance a window, and choose among the guide's neurons by what they do to its output.
+        """Balance a window, choose among the guide's neurons by what they do to its output, and have them hear of the
+        late values what tells of the stream that the guide's MLP reads.
 
         Raises NumericalError where the activations are not finite.
         """
         super().prepare(part, examples)
         block = part.block
-        if block is None or not self._fits(block) or self.hidden == block.mlp.width or not examples:
+        if block is None or not self._fits(block) or not examples:
             return
-        tokens = sum(math.prod(x_BTD.shape[:2]) for x_BTD, _ in examples)
-        stride = math.ceil(tokens / (TOKENS_PER_NEURON * block.mlp.width))
-        hidden = (block.hidden(x_BTD, not self.bidirectional).flatten(0, 1)[::stride] for x_BTD, _ in examples)
+        inputs = [x_BTD for x_BTD, _ in examples]
+        causal = part.mixing != "bidirectional"
         try:
-            known = moments(hidden)
+            if self.hidden < block.mlp.width:
+                self._choose(block, inputs, causal)
+            if self.heard is not None and block.in_a_row and block.attention.plain:
+                self._hear(block, inputs, causal, self.heard)
         except ValueError as error:
-            raise NumericalError(f"{part.path}: can't choose neurons, {error}. Look for NaN in the data.") from error
+            raise NumericalError(f"{part.path}: can't fit its neurons, {error}. Look for NaN in the data.") from error
+
+    def _choose(self, block: BlockFacts, inputs: Sequence[torch.Tensor], causal: bool) -> None:
+        """Raises ValueError where the activations are not finite."""
+        stride = _stride(inputs, TOKENS_PER_NEURON * block.mlp.width)
+        known = moments(block.hidden(x_BTD, causal).flatten(0, 1)[::stride] for x_BTD in inputs)
         self._keep(block, select_features(known.covariance_EE, block.mlp.down.weight_OI, self.hidden))
+
+    def _hear(self, block: BlockFacts, inputs: Sequence[torch.Tensor], causal: bool, heard: nn.Linear) -> None:
+        """Ridge regression of what the guide's MLP reads, less what is read here. Raises ValueError as above."""
+        size, norm = heard.in_features, self._norm_of_neurons(block)
+        norm = block.mlp_norm if norm is None else norm.bare  # what the projections have taken in is not read
+
+        def rows(x_BTD: torch.Tensor) -> torch.Tensor:
+            stream_BTD = block.between(x_BTD, causal)
+            own_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+            wanted_BTD = stream_BTD if norm is None else norm.of(stream_BTD)
+            return torch.cat([self.tapped(own_BTD), wanted_BTD - self.read(own_BTD)], -1).flatten(0, 1)
+
+        stride = _stride(inputs, TOKENS_PER_VALUE * size)
+        known = moments(rows(x_BTD)[::stride] for x_BTD in inputs)
+        eye_DD = torch.eye(self.width_in).to(known.covariance_EE)
+        missing_DE = torch.cat([eye_DD.new_zeros(self.width_in, size), eye_DD], 1)
+        weight_DV, bias_D = fold(known, missing_DE, torch.arange(size, device=eye_DD.device))
+        heard.weight.copy_(weight_DV)
+        heard.bias.copy_(bias_D)
+
+    def _norm_of_neurons(self, block: BlockFacts) -> NormFacts | None:
+        """That whose weight and bias they take in."""
+        return block.mlp_norm if self.norm is not None or self.inner else None
 
     def _folded(self, norm: NormFacts | None) -> NormFacts | None:
         """The norm whose weights the projections take in; a module that norms nothing takes in none."""
@@ -132,10 +178,15 @@ class ParallelBlock(LinearHeads):
         """Whether there are neurons of the guide's kind here, and no more than it has."""
         same = block.mlp.activation == self.activation and (block.mlp.gate is not None) == self.gated
         shapes = block.mlp.down.weight_OI.shape[0], block.mlp.up.weight_OI.shape[1]
-        return self.up is not None and same and shapes == (self.width_out, self.width_in) and self.hidden <= block.mlp.width
+        return (
+            self.up is not None
+            and same
+            and shapes == (self.width_out, self.width_in)
+            and self.hidden <= block.mlp.width
+        )
 
     def _keep(self, block: BlockFacts, kept_E: torch.Tensor) -> None:
-        norm = block.mlp_norm if self.norm is not None or self.inner else None
+        norm = self._norm_of_neurons(block)
         for linear, affine in ((self.up, block.mlp.up), (self.gate, block.mlp.gate)):
             if linear is not None and affine is not None:
                 folded = affine if norm is None else norm.fold(affine)
@@ -145,8 +196,18 @@ class ParallelBlock(LinearHeads):
         self.last.bias.copy_(block.attention.output.bias_O + block.mlp.down.bias_O)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        neurons = sum(linear.weight.numel() for linear in (self.up, self.gate) if linear is not None)
+        neurons = sum(linear.weight.numel() for linear in (self.up, self.gate, self.heard) if linear is not None)
         return super().flops(part, sizes) + 2 * part.rows(sizes) * neurons
+
+
+def heads_width(module: LinearHeads) -> int:
+    """Features of the means, which come first."""
+    return module.heads * module.value_width
+
+
+def _stride(inputs: Sequence[torch.Tensor], wanted: int) -> int:
+    """Every how manieth token is looked at."""
+    return math.ceil(sum(math.prod(x_BTD.shape[:2]) for x_BTD in inputs) / wanted)
 
 
 def _norm(kind: NormKind, width: int, eps: float) -> nn.Module:
@@ -157,8 +218,8 @@ class ParallelBlockOptions(LinearAttentionOptions):
     """Width rule: the guide's heads and as many neurons as its MLP has; elsewhere heads as linear attention has them,
     and four neurons for each of the part's features.
 
-    Fewer neurons than the guide's are chosen as `narrow` chooses them. `norm` is the guide's own kind, a LayerNorm where
-    it has none to tell. Options of the heads, `window` among them, are those of linear attention.
+    Fewer neurons than the guide's are chosen as `narrow` chooses them. `norm` is the guide's own kind, a LayerNorm
+    where it has none to tell. Options of the heads, `window` among them, are those of linear attention.
     """
 
     residual: bool = True
@@ -167,6 +228,7 @@ class ParallelBlockOptions(LinearAttentionOptions):
         default=4, ge=0, description="values of so many last tokens, its own included, as features of their own"
     )
     hidden: int | None = Field(default=None, ge=0, description="neurons; the guide's, 0 for none")
+    hears: bool = Field(default=True, description="neurons read the late values too")
 
 
 def as_attention(part: PartFacts) -> PartFacts:
@@ -197,7 +259,8 @@ def build(part: PartFacts, options: ParallelBlockOptions) -> ParallelBlock:
     given: dict[str, Any] = heads_frame(as_attention(part), options)
     block = part.block
     if block is None:
-        return ParallelBlock(hidden=4 * part.width_in if options.hidden is None else options.hidden, **given)
+        hidden = 4 * part.width_in if options.hidden is None else options.hidden
+        return ParallelBlock(hidden=hidden, hears=options.hears, **given)
     first, second = block.attention_norm, block.mlp_norm
     read = second if first is None else first
     after_sums = first is None and second is not None
@@ -208,13 +271,14 @@ def build(part: PartFacts, options: ParallelBlockOptions) -> ParallelBlock:
         norm_kind="layer" if read is None or read.centred else "rms",
         stream_eps=1e-5 if read is None else read.eps,
         inner=after_sums and options.norm,
+        hears=options.hears,
         **{**given, "norm": options.norm and first is not None},
     )
 
 
 TARGET = Family(
     name="parallel-block",
-    summary="a whole block in one: linear heads, the last tokens' values and MLP neurons side by side, one solved layer",
+    summary="a whole block in one: linear heads, late values and MLP neurons side by side, one solved layer",
     options=ParallelBlockOptions,
     module=ParallelBlock,
     build=build,

@@ -2,8 +2,8 @@
 
 Linear attention where the part has an attention whose projections can be copied, for they carry most of what the
 guide learnt; a gated linear recurrence everywhere else, which trains in parallel and inherits no positions. Where a
-whole block of an attention and an MLP is to be replaced (granularity="block", or scope="part"), parallel-block. The saved
-configuration names the family that was picked.
+whole block of an attention and an MLP is to be replaced (granularity="block", or scope="part"), parallel-block. The
+saved configuration names the family that was picked.
 
 Measured on the demo's language model (guide 1.448 nats per character; attention replaced, everything else kept; 300
 steps of 4 x 256 with the default recipe, seed 0; benchmarks/results/recipes.json):
@@ -50,7 +50,9 @@ class RnnOptions(SequenceOptions):
 
 
 def picked(part: PartFacts, options: RnnOptions) -> tuple[Family, Options]:
-    name = "parallel-block" if part.block is not None else "linear-attention" if part.attention is not None else "mingru"
+    name = (
+        "parallel-block" if part.block is not None else "linear-attention" if part.attention is not None else "mingru"
+    )
     family = get_family(name)
     given = options.model_dump(exclude_none=True)
     return family, parse_options(family, {k: v for k, v in given.items() if k in family.options.model_fields})
@@ -85,8 +87,8 @@ def build(part: PartFacts, options: RnnOptions) -> TargetModule:
 
 TARGET = Family(
     name="rnn",
-    summary="the default recurrent cell: linear-attention where there are projections to copy, parallel-block for whole "
-    "blocks, mingru elsewhere",
+    summary="the default recurrent cell: linear-attention where there are projections to copy, parallel-block for "
+    "whole blocks, mingru elsewhere",
     options=RnnOptions,
     module=TargetModule,  # nothing is ever saved under this name
     build=build,

@@ -23,7 +23,6 @@ from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.regions import Region, join
 from thesean.targets.shared.facts import BlockFacts, NormFacts
 
-
 # An eps that fp32 can't tell from none; without any a token of zeros would be no number.
 _LEAST = 1e-12
 
@@ -53,34 +52,30 @@ def find_block(flow: DataFlow, region: Region, values: dict[fx.Node, Any]) -> Fo
     if in_a_row and mixer is not branches[0]:
         return None  # an MLP before the attention reads another stream than a block beside it would
     block = join(forks[0], forks[-1], segments[segments.index(forks[0]) + 1 : segments.index(forks[-1])])
-    norms = [
-        _norm_before(block, start, b.entry, values)
-        for start, b in ((forks[0].entry, mixer), (forks[0].exit if in_a_row else forks[0].entry, perceptron))
-    ]
-    if False in norms or (norms[1] is None and norms[0] is not None):
-        return None
-    attention, mlp = find_attention(mixer, values), find_mlp(perceptron, values)
-    if attention is None or mlp is None:
-        return None
-    facts = BlockFacts(
-        attention=attention, mlp=mlp, attention_norm=norms[0] or None, mlp_norm=norms[1] or None, in_a_row=in_a_row
+    streams = (forks[0].entry, forks[0].exit if in_a_row else forks[0].entry)
+    read, norms = zip(
+        *(_norm_before(block, stream, b.entry, values) for stream, b in zip(streams, (mixer, perceptron), strict=True)),
+        strict=True,
     )
+    attention, mlp = find_attention(mixer, values), find_mlp(perceptron, values)
+    if attention is None or mlp is None or not all(read) or (norms[0] is not None and norms[1] is None):
+        return None
+    facts = BlockFacts(attention=attention, mlp=mlp, attention_norm=norms[0], mlp_norm=norms[1], in_a_row=in_a_row)
     return FoundBlock(block, facts)
 
 
 def _norm_before(
     block: Region, stream: fx.Node, read: fx.Node, values: dict[fx.Node, Any]
-) -> NormFacts | None | bool:
-    """What lies between the stream and a branch; None for nothing, False for what is no norm."""
+) -> tuple[bool, NormFacts | None]:
+    """Whether a branch reads the stream itself, or a norm of it, and which."""
     if read is stream:
-        return None
+        return True, None
     value = values[stream]
     width = value.shape[-1]
     found = find_norm(values, between(block, [stream], read), stream, width, value.shape[1])
     if found is None or found.node is not read:
-        return False
-    norm = found.norm
-    weight_D = norm.weight.reshape(width)
-    bias_D = torch.zeros_like(weight_D) if norm.bias is None else norm.bias.reshape(width)
+        return False, None
+    weight_D = found.norm.weight.reshape(width)
+    bias_D = torch.zeros_like(weight_D) if found.norm.bias is None else found.norm.bias.reshape(width)
     dtype = stream.meta["val"].dtype
-    return NormFacts(weight_D.to(dtype), bias_D.to(dtype), max(norm.eps, _LEAST), found.centred)
+    return True, NormFacts(weight_D.to(dtype), bias_D.to(dtype), max(found.norm.eps, _LEAST), found.centred)

@@ -180,6 +180,11 @@ class NormFacts(NamedTuple):
             return F.layer_norm(x_BTD, x_BTD.shape[-1:], weight_D, bias_D, self.eps)
         return HeadNorm(self.weight_D, self.eps, self.bias_D).of(x_BTD)
 
+    @property
+    def bare(self) -> NormFacts:
+        """Without its weight and bias."""
+        return self._replace(weight_D=torch.ones_like(self.weight_D), bias_D=torch.zeros_like(self.bias_D))
+
     def fold(self, affine: Affine) -> Affine:
         """The map of what the norm gives, as one of what it gives before its weight and bias."""
         weight_OI = affine.weight_OI
@@ -200,14 +205,18 @@ class BlockFacts:
     mlp_norm: NormFacts | None
     in_a_row: bool
 
-    def hidden(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
-        """The MLP's neurons, (B, T, W), as the guide has them; without the attention's output where that is not known
-        whole.
+    def between(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
+        """The stream that the MLP reads, before its norm; without the attention's output where that is not known whole,
+        or does not come before.
         """
-        facts, stream_BTD = self.attention, x_BTD
-        if self.in_a_row and facts.plain:
-            read_BTD = x_BTD if self.attention_norm is None else self.attention_norm.of(x_BTD)
-            stream_BTD = x_BTD + facts.output.of(facts.mixed_values(read_BTD, causal))
+        if not (self.in_a_row and self.attention.plain):
+            return x_BTD
+        read_BTD = x_BTD if self.attention_norm is None else self.attention_norm.of(x_BTD)
+        return x_BTD + self.attention.output.of(self.attention.mixed_values(read_BTD, causal))
+
+    def hidden(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
+        """The MLP's neurons, (B, T, W), as the guide has them as far as `between` knows."""
+        stream_BTD = self.between(x_BTD, causal)
         return self.mlp.hidden(stream_BTD if self.mlp_norm is None else self.mlp_norm.of(stream_BTD))
 
 

@@ -55,8 +55,8 @@ class Family:
     # Values for options that are left open, chosen by what the guide does at all the places that one target takes in a
     # part; they stand in the plan.
     decide: Callable[[Sequence[Place], Any], dict[str, Any]] | None = None
-    # A whole part that is a block of an attention and an MLP is told as one (PartFacts.block), and ends with its last sum:
-    # a norm after that stays the guide's. Of a family that replaces less by default, granularity="block" asks for it.
+    # A whole part that is a block of an attention and an MLP is told as one (PartFacts.block), and ends with its last
+    # sum: a norm after that stays the guide's. Of a family that replaces less by default, granularity="block" asks it.
     block: bool = False
     # Raises TargetMismatchError; `build` may take for granted that it passed.
     check: Callable[[PartFacts, Any], None] = lambda part, options: None

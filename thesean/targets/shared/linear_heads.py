@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, ClassVar, Required, Unpack
 
 import torch
 from torch import nn
@@ -48,6 +48,19 @@ class HeadsFrame(SequenceFrame, Meeting, total=False):
     beside: int
 
 
+class HeadsArguments(HeadsFrame, total=False):
+    """All that `LinearHeads` takes, for a subclass that hands it on."""
+
+    heads: Required[int]
+    key_width: Required[int]
+    value_width: Required[int]
+    kv_heads: int | None
+    window: int | None
+    scale: float | None
+    memory: tuple[float, float]
+    sharpness: float
+
+
 class LinearHeads(SequenceTarget):
     """mean_t = sum_s w_ts v_s / sum_s w_ts, w_ts = decay_{s..t} phi(q_t).phi(k_s), phi(x) = softmax([Wx, -Wx]).
 
@@ -68,8 +81,10 @@ class LinearHeads(SequenceTarget):
 
     reads_mask = True
     looks_ahead = True
-    saved = ("heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "norm_form",
-             "bias", "memory", "sharpness")  # fmt: skip
+    saved: ClassVar[tuple[str, ...]] = (
+        "heads", "key_width", "value_width", "kv_heads", "scale", "rotation", "norm_eps", "norm_form",
+        "bias", "memory", "sharpness",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -141,7 +156,9 @@ class LinearHeads(SequenceTarget):
         return {**super().config(), **given, **({} if self.taps is None else {"taps": self.taps.count})}
 
     def core_state(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
-        held = (x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1),)
+        held: tuple[torch.Tensor, ...] = (
+            x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1),
+        )
         if self.window is not None:
             held += self.window.initial_state(x, self.kv_heads, (self.key_width, self.value_width + 1))
         if self.taps is not None:
@@ -187,8 +204,15 @@ class LinearHeads(SequenceTarget):
         mean_BTE, after = self._heads(x_BTD, own_BTD, self.values(value_BTV, steps), given, steps)
         tapped_BTE, past = self.taps(hide(value_BTV, steps), past, steps)
         if past:
-            after = (*(after if isinstance(after, tuple) else (after,)), *past)  # type: ignore[arg-type]  # it carries
+            after = (*(after if isinstance(after, tuple) else (after,)), *past)
         return torch.cat([mean_BTE, tapped_BTE], -1), after
+
+    def tapped(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What the taps are at each step of whole sequences."""
+        assert self.taps is not None
+        value_BTV = F.pad(self.value(x_BTD), (0, 0, 0, self.lookahead))
+        tapped_BTE, _ = self.taps(value_BTV, self.taps.initial_state(x_BTD, value_BTV.shape[-1]))
+        return tapped_BTE[:, self.lookahead :]
 
     def _heads(
         self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, value_BTGk: torch.Tensor, state: Any, steps: Steps | None
@@ -377,5 +401,3 @@ def _features(x_BTHC: torch.Tensor, map_HCC: torch.Tensor) -> torch.Tensor:
 
 def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
     return torch.cat([x_BTHC, -x_BTHC], -1).softmax(-1)
-
-

@@ -95,7 +95,7 @@ class SequenceTarget(MaskReader):
         self.directions = 2 if bidirectional else 1
         self.stateful = not bidirectional
         self.residual = residual
-        self.norm = nn.LayerNorm(width_in) if norm else None
+        self.norm: nn.Module | None = nn.LayerNorm(width_in) if norm else None
         self.lookahead = lookahead
 
     def config(self) -> dict[str, Any]:
