@@ -22,7 +22,7 @@ def test_settings_are_resolved_once():
     assert request.settings is RECIPES["fast"]
     assert request.budget == Constraints(params=10)
     assert request.division["granularity"] == "sublayer"
-    assert Request().division["granularity"] == "block"
+    assert Request().division["granularity"] is None  # blocks, which nobody asked for by name
 
 
 def test_a_plan_is_read_from_its_file(tmp_path):

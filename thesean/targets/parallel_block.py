@@ -25,9 +25,9 @@ from thesean.targets.shared.activations import ACTIVATIONS
 from thesean.targets.shared.facts import AttentionFacts, BlockFacts, NormFacts, PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import RmsNorm
-from thesean.targets.shared.heads import LinearAttentionOptions, heads_frame
+from thesean.targets.shared.heads import HeadsArguments, LinearAttentionOptions, heads_frame
 from thesean.targets.shared.heads import check as check_heads
-from thesean.targets.shared.linear_heads import HeadsArguments, LinearHeads
+from thesean.targets.shared.linear_heads import LinearHeads
 from thesean.targets.shared.lookahead import Late
 from thesean.targets.shared.module import State
 from thesean.targets.shared.select_features import fold, moments, select_features

@@ -35,7 +35,7 @@ def grown(guide: Captured, target: Any, **settings: Any) -> Hybrid:
     return hybrid
 
 
-@pytest.mark.parametrize("target", ["rnn", "gru", "conv", "narrow-heads"])
+@pytest.mark.parametrize("target", ["rnn", "gru", "conv", "narrow-heads", "parallel-block"])
 def test_an_encoders_row_is_the_sentence_alone(target):
     module = grown(captured.bert(), target).graph_module
     ids = tokens(3, 8, seed=4)

@@ -6,16 +6,17 @@ H heads of queries, G heads of keys and values, C width of a head's query and ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required
 
 from pydantic import Field, PositiveFloat
 
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Place
-from thesean.targets.shared.head_norm import NormForm
+from thesean.targets.shared.head_norm import Meeting, NormForm
 from thesean.targets.shared.locality import window_errors
 from thesean.targets.shared.memory import later
 from thesean.targets.shared.sequence import (
+    SequenceFrame,
     SequenceOptions,
     check_sequence,
     describe,
@@ -46,6 +47,25 @@ WINDOWS = (8, 16, 32, 64, 128)
 LEFT_OUT = 0.03
 # of the error without them: what sinks must bring it down to
 WORTH_SINKS = 0.8
+
+
+class HeadsFrame(SequenceFrame, Meeting, total=False):
+    sinks: int
+    taps: int
+    beside: int
+
+
+class HeadsArguments(HeadsFrame, total=False):
+    """All that the module takes, for one that hands it on."""
+
+    heads: Required[int]
+    key_width: Required[int]
+    value_width: Required[int]
+    kv_heads: int | None
+    window: int | None
+    scale: float | None
+    memory: tuple[float, float]
+    sharpness: float
 
 
 class LinearAttentionOptions(SequenceOptions):

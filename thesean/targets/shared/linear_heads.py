@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Required, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import nn
@@ -26,13 +26,13 @@ from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.distance_bias import LearntReach, seen_from
 from thesean.targets.shared.facts import Affine, AttentionFacts, NormFacts, PartFacts
-from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
-from thesean.targets.shared.heads import MEMORY, SHARPNESS
+from thesean.targets.shared.head_norm import copy_norms, head_norms
+from thesean.targets.shared.heads import MEMORY, SHARPNESS, HeadsFrame
 from thesean.targets.shared.lookahead import InPlace, Late
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
-from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
+from thesean.targets.shared.sequence import SequenceTarget, small_linear
 from thesean.targets.shared.sinks import First
 from thesean.targets.shared.steps import Steps, hide
 from thesean.targets.shared.taps import Taps
@@ -40,25 +40,6 @@ from thesean.targets.shared.window import Window
 
 # guards the division where sharp features of a query meet none of the keys so far
 EPSILON = 1e-6
-
-
-class HeadsFrame(SequenceFrame, Meeting, total=False):
-    sinks: int
-    taps: int
-    beside: int
-
-
-class HeadsArguments(HeadsFrame, total=False):
-    """All that `LinearHeads` takes, for a subclass that hands it on."""
-
-    heads: Required[int]
-    key_width: Required[int]
-    value_width: Required[int]
-    kv_heads: int | None
-    window: int | None
-    scale: float | None
-    memory: tuple[float, float]
-    sharpness: float
 
 
 class LinearHeads(SequenceTarget):
