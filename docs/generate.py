@@ -17,6 +17,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,10 @@ def measures_page() -> str:
 
 def state_of(family: Family) -> str:
     """The shape of what one sequence carries, "none" for a module that carries nothing."""
-    for time in ("time", LENGTH):  # a mixer is for one fixed length
+    # a mixer is for one fixed length, a block for no branch of one
+    for time, is_branch in (("time", True), ("time", False), (LENGTH, True)):
         try:
-            module = build_module(Target(family.name), attention_part(time))
+            module = build_module(Target(family.name), replace(attention_part(time), is_branch=is_branch))
         except TargetMismatchError:
             continue
         if not isinstance(module, TargetModule) or not module.stateful:

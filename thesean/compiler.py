@@ -92,9 +92,9 @@ def compile(
     inputs(batch): the guide's inputs in a batch, a dict by name or a tuple, where the guess (told in the report) is
     wrong. labels(batch): the labels in it; loss and metric are then given (batch, labels).
     outputs: how an output is compared, by name: {"logits": "softmax", "value": "mse", "scale": "ignore"}.
-    parts, keep: globs over module paths. granularity: "block" (the default), "sublayer" for residual halves (the
-    default of target "auto"), "finest" for every linear map. merge: that many neighbours become one part;
-    target_parts: merge the most alike until so many are left.
+    parts, keep: globs over module paths. granularity: "block" (the default; by name, "rnn" takes all of a block),
+    "sublayer" for residual halves (the default of target "auto"), "finest" for every linear map. merge: that many
+    neighbours become one part; target_parts: merge the most alike until so many are left.
     constraints: with target "auto", the budget that candidates are chosen for, part by part: {"latency_ms": 5.0,
     "context": 512}, {"speedup": 1.5}, {"params": ...}, {"flops": ...}; see `thesean.choose.constraints.Constraints`.
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.

@@ -149,6 +149,28 @@ def test_fewer_neurons_are_those_that_the_guides_output_needs(guide):
     torch.testing.assert_close(module(x_BTD)[0], y_BTD, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
+def test_neurons_hear_of_late_values_what_the_attention_told_the_guides(guide, mixing):
+    """Three tokens, of which taps know each: what a softmax does to them is all that is missed."""
+    facts = GUIDES[guide]()
+    part = part_of(facts, mixing)
+    module = build("parallel-block", part).eval()
+    module.copy_from(part)
+    assert facts.mlp_norm is not None
+
+    def missed() -> torch.Tensor:
+        x_BTD = torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(7))
+        own_BTD = x_BTD if module.norm is None else module.norm(x_BTD)
+        read_BTD = module.read(own_BTD) + module.heard(module.tapped(own_BTD))
+        return (facts.mlp_norm.bare.of(facts.between(x_BTD, mixing == "causal")) - read_BTD).square().mean()
+
+    with torch.no_grad():
+        before = missed()
+        module.prepare(part, [(x_BTD, x_BTD) for x_BTD in torch.randn(16, 32, 3, 16)])
+        assert missed() < 0.3 * before
+
+
 def test_neurons_can_not_be_chosen_on_what_is_no_number():
     part = part_of(block())
     module = build("parallel-block", part, hidden=8)

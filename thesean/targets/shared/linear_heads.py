@@ -43,21 +43,11 @@ EPSILON = 1e-6
 
 
 class LinearHeads(SequenceTarget):
-    """mean_t = sum_s w_ts v_s / sum_s w_ts, w_ts = decay_{s..t} phi(q_t).phi(k_s), phi(x) = softmax([Wx, -Wx]).
+    """mean_t = sum_s w_ts v_s / sum_s w_ts of each head, and the taps, as targets/linear_attention.py tells: its base
+    and that of what has more features.
 
-    Feature map: Zhang et al. 2024 (Hedgehog), W learnt per head from the identity. Decay: Yang et al. 2024, one
-    scalar a head. The sum of weights is carried as one more column of the values, all ones. Keys, values, their map,
-    decay and state are per head of keys: a guide with grouped queries keeps its groups (Ainslie et al. 2023).
-    x_BTD, state_BGFk -> (mean_BT(H K), state_BGFk). Bidirectional: s over all tokens, no decay, no state.
-
-    With a window, w_ts = exp(scale q_t.k_s + bias) as in the guide, turned as there by `rotation`, rows of (feature,
-    feature, radians a step), and with its bias of the distance t - s, for the last W tokens, t's own included; of those
-    that leave it the first `sinks` are kept the same way, and any other enters the linear state and decays from then
-    on. The state is then (state_BGFk, key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
-    With a look-ahead of k steps q_t reads what is held at t + k, and the last k of the W tokens are those after t.
-
-    With `taps` the values of the steps around stand beside the means, (P G K) features more; past the first they are a
-    state of their own, the last one. `beside`: how many features a subclass adds in front of `last`.
+    x_BTD, state -> (features_BTE, state), E = H K for the means and P G K for the values of the steps around. `beside`:
+    how many features a subclass adds to them in front of `last`.
     """
 
     reads_mask = True
