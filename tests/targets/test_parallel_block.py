@@ -107,6 +107,21 @@ def test_features_are_means_then_values_from_the_last_step_back_then_neurons():
     torch.testing.assert_close(neurons, F.gelu(module.up(module.norm(x_BTD))))
 
 
+def test_taps_are_of_all_that_is_read_where_the_values_are_narrower():
+    facts = block()
+    narrow = replace(facts.attention, value=affine(8, 16, 2), output=affine(16, 8, 3))
+    part = part_of(replace(facts, attention=narrow))
+    module = build("parallel-block", part, taps=2).eval()
+    assert module.copy_from(part) == ("query", "key", "value", "output", "up", "down")
+    x_BTD = torch.randn(2, 6, 16)
+    features_BTE, (_, past_BPD) = module.features(x_BTD)
+    read_BTD = module.norm(x_BTD)
+    assert module.value.out_features == 8
+    late_BTD = F.pad(read_BTD, (0, 0, 1, 0))[:, :6]
+    torch.testing.assert_close(features_BTE[..., 8:40], torch.cat([read_BTD, late_BTD], -1))
+    torch.testing.assert_close(past_BPD, read_BTD[:, -1:])
+
+
 def test_both_ways_taps_reach_as_far_ahead():
     part = part_of(block(), "bidirectional")
     module = build("parallel-block", part, taps=2).eval()
@@ -162,7 +177,7 @@ def test_neurons_hear_of_late_values_what_the_attention_told_the_guides(guide, m
     def missed() -> torch.Tensor:
         x_BTD = torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(7))
         own_BTD = x_BTD if module.norm is None else module.norm(x_BTD)
-        read_BTD = module.read(own_BTD) + module.heard(module.tapped(own_BTD))
+        read_BTD = module.read(own_BTD) + module.heard(module.late(own_BTD))
         return (facts.mlp_norm.bare.of(facts.between(x_BTD, mixing == "causal")) - read_BTD).square().mean()
 
     with torch.no_grad():

@@ -29,7 +29,8 @@ class LinearAttention(LinearHeads):
     With a look-ahead of k steps q_t reads what is held at t + k, and the last k of the W tokens are those after t.
 
     With `taps` the values of the last P steps, v_t back to v_{t-P+1}, stand beside the means under `last`; the P - 1
-    before a step are the last tensor of the state. Bidirectional: those of the P - 1 steps after it too.
+    before a step are the last tensor of the state. Bidirectional: those of the P - 1 steps after it too. Where the
+    values are narrower than x, as grouped ones are, taps are of x: those would say less than a step knows.
     """
 
     family = "linear-attention"

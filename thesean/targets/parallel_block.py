@@ -43,9 +43,10 @@ TOKENS_PER_VALUE = 32
 class ParallelBlock(LinearHeads):
     """y = x + last([heads(n) | taps(n) | act(up(m))]), n = norm(x), m = n + heard(taps); gated act(gate(m)) * up(m).
 
-    x_BTD, state -> (y_BTD, state): that of the heads, and the P - 1 values that taps need. Where the guide norms after
-    its sums the stream is normed already: with `inner` the neurons alone read norm(x), as its MLP reads a norm of the
-    stream, and heads and taps read x. Norms have a weight to train; the guide's own is in the projections.
+    x_BTD, state -> (y_BTD, state): that of the heads, and the last P - 1 values, or of n where values are narrower, for
+    the taps. Where the guide norms after its sums the stream is normed already: with `inner` the neurons alone read
+    norm(x), as its MLP reads a norm of the stream, and heads and taps read x. Norms have a weight to train; the guide's
+    own is in the projections.
     """
 
     family = "parallel-block"
@@ -156,7 +157,7 @@ class ParallelBlock(LinearHeads):
             stream_BTD = block.between(x_BTD, causal)
             own_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
             wanted_BTD = stream_BTD if norm is None else norm.of(stream_BTD)
-            return torch.cat([self.tapped(own_BTD), wanted_BTD - self.read(own_BTD)], -1).flatten(0, 1)
+            return torch.cat([self.late(own_BTD), wanted_BTD - self.read(own_BTD)], -1).flatten(0, 1)
 
         stride = _stride(inputs, TOKENS_PER_VALUE * size)
         known = moments(rows(x_BTD)[::stride] for x_BTD in inputs)

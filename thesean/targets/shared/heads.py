@@ -6,7 +6,7 @@ H heads of queries, G heads of keys and values, C width of a head's query and ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Required
+from typing import Any, Literal, NamedTuple, Required
 
 from pydantic import Field, PositiveFloat
 
@@ -49,9 +49,14 @@ LEFT_OUT = 0.03
 WORTH_SINKS = 0.8
 
 
+# What taps are of: a step's values, or all that it reads
+Tapped = Literal["values", "inputs"]
+
+
 class HeadsFrame(SequenceFrame, Meeting, total=False):
     sinks: int
     taps: int
+    tapped: Tapped
     beside: int
 
 
@@ -192,12 +197,13 @@ def _by_locality(place: Place, options: LinearAttentionOptions) -> tuple[int, in
 def heads_frame(part: PartFacts, options: LinearAttentionOptions) -> dict[str, Any]:
     """The arguments of `LinearHeads`."""
     memory, sharpness = start_of(part, options)
-    window = window_of(part, options)
+    window, shape = window_of(part, options), head_shape(part, options)
     return {
-        **head_shape(part, options)._asdict(),
+        **shape._asdict(),
         "window": None if window is None else window + steps_ahead(part, options),
         "sinks": sinks_of(part, options),
         "taps": options.taps,
+        "tapped": "inputs" if shape.kv_heads * shape.value_width < part.width_in else "values",
         "memory": memory,
         "sharpness": sharpness,
         **sequence_frame(part, options),

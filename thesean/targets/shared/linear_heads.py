@@ -72,7 +72,7 @@ class LinearHeads(SequenceTarget):
     ) -> None:
         rotation, norm_eps = frame.pop("rotation", None), frame.pop("norm_eps", None)
         norm_form, bias, sinks = frame.pop("norm_form", None), frame.pop("bias", None), frame.pop("sinks", 0)
-        taps, beside = frame.pop("taps", 0), frame.pop("beside", 0)
+        taps, tapped, beside = frame.pop("taps", 0), frame.pop("tapped", "values"), frame.pop("beside", 0)
         super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
         self.memory = span(memory)
         self.sharpness = float(sharpness)
@@ -99,14 +99,19 @@ class LinearHeads(SequenceTarget):
                 size=window, heads=heads, scale=self.scale, rotate=rotate, sinks=sinks, bias=reach, ahead=self.lookahead
             )
         self.taps = Taps(count=taps, both_ways=self.bidirectional, ahead=self.lookahead) if taps else None
+        self.tapped = tapped
         self.last = small_linear(self.mixed_width + beside, self.width_out)
         self.reset_projections()
 
     @property
     def mixed_width(self) -> int:
         """Features of heads and taps."""
-        places = 0 if self.taps is None else self.taps.places
-        return (self.heads + places * self.kv_heads) * self.value_width
+        taps = 0 if self.taps is None else self.taps.places * self.tap_width
+        return self.heads * self.value_width + taps
+
+    @property
+    def tap_width(self) -> int:
+        return self.width_in if self.tapped == "inputs" else self.kv_heads * self.value_width
 
     @torch.no_grad()
     def reset_projections(self) -> None:
@@ -124,7 +129,8 @@ class LinearHeads(SequenceTarget):
         window = self.window
         sinks = 0 if window is None or window.sinks is None else window.sinks.size
         given = {"window": None if window is None else window.size, "sinks": sinks}
-        return {**super().config(), **given, **({} if self.taps is None else {"taps": self.taps.count})}
+        taps = {} if self.taps is None else {"taps": self.taps.count, "tapped": self.tapped}
+        return {**super().config(), **given, **taps}
 
     def core_state(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
         held: tuple[torch.Tensor, ...] = (
@@ -133,7 +139,7 @@ class LinearHeads(SequenceTarget):
         if self.window is not None:
             held += self.window.initial_state(x, self.kv_heads, (self.key_width, self.value_width + 1))
         if self.taps is not None:
-            held += self.taps.initial_state(x, self.kv_heads * self.value_width)
+            held += self.taps.initial_state(x, self.tap_width)
         return held if len(held) > 1 else held[0]
 
     def phi(self, x_BTD: torch.Tensor, linear: nn.Linear, map_HCC: torch.Tensor) -> torch.Tensor:
@@ -173,16 +179,18 @@ class LinearHeads(SequenceTarget):
         core, past = (held[:-1], held[-1:]) if self.taps.carries else (held, ())
         given = core if len(core) > 1 else core[0]
         mean_BTE, after = self._heads(x_BTD, own_BTD, self.values(value_BTV, steps), given, steps)
-        tapped_BTE, past = self.taps(hide(value_BTV, steps), past, steps)
+        tapped_BTV = x_BTD if self.tapped == "inputs" else value_BTV
+        tapped_BTE, past = self.taps(hide(tapped_BTV, steps), past, steps)
         if past:
             after = (*(after if isinstance(after, tuple) else (after,)), *past)
         return torch.cat([mean_BTE, tapped_BTE], -1), after
 
-    def tapped(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def late(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """What the taps are at each step of whole sequences."""
         assert self.taps is not None
-        value_BTV = F.pad(self.value(x_BTD), (0, 0, 0, self.lookahead))
-        tapped_BTE, _ = self.taps(value_BTV, self.taps.initial_state(x_BTD, value_BTV.shape[-1]))
+        tapped_BTV = x_BTD if self.tapped == "inputs" else self.value(x_BTD)
+        tapped_BTV = F.pad(tapped_BTV, (0, 0, 0, self.lookahead))
+        tapped_BTE, _ = self.taps(tapped_BTV, self.taps.initial_state(x_BTD, self.tap_width))
         return tapped_BTE[:, self.lookahead :]
 
     def _heads(
