@@ -129,6 +129,12 @@ def test_other_blocks_are_none(kind, is_block):
     assert [block is not None for block in found] == [is_block] * len(found)
 
 
+def test_a_block_whose_branches_are_normed_before_they_are_added_is_none():
+    found, _ = blocks(family("gemma3"))
+    assert found
+    assert not any(found)
+
+
 def test_a_convnet_has_none():
     found, _ = blocks(captured.resnet())
     assert found

@@ -20,7 +20,7 @@ from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.head_norms import find_norm
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
-from thesean.passes.analyse.regions import Region, join
+from thesean.passes.analyse.regions import Region, join, join_of
 from thesean.targets.shared.facts import BlockFacts, NormFacts
 
 # An eps that fp32 can't tell from none; without any a token of zeros would be no number.
@@ -43,6 +43,8 @@ def find_block(flow: DataFlow, region: Region, values: dict[fx.Node, Any]) -> Fo
     branches = halves(flow, region)
     if len(branches) != 2 or not forks or any(s.is_heavy() for s in segments if s not in forks):
         return None
+    if any(join_of(b) is None for b in branches):
+        return None  # normed before it is added, which no facts tell
     mixing = [b for b in branches if probe_mixing(b, values) != "none"]
     if len(mixing) != 1:
         return None
