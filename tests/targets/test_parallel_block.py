@@ -193,15 +193,12 @@ def test_neurons_can_not_be_chosen_on_what_is_no_number():
         module.prepare(part, [(torch.full((2, 5, 16), torch.nan), torch.zeros(2, 5, 16))])
 
 
-def test_hidden_states_of_the_mlp_are_read_after_the_attentions_sum():
+def test_the_stream_that_the_mlp_reads_has_the_attentions_output_where_they_are_in_a_row():
     facts = block()
     x_BTD = torch.randn(2, 7, 16)
-    after_BTD = x_BTD + facts.attention.output.of(
-        facts.attention.mixed_values(norm_of(facts.attention_norm, x_BTD), True)
-    )
-    torch.testing.assert_close(facts.hidden(x_BTD, True), facts.mlp.hidden(norm_of(facts.mlp_norm, after_BTD)))
-    beside = replace(facts, in_a_row=False)
-    torch.testing.assert_close(beside.hidden(x_BTD, True), facts.mlp.hidden(norm_of(facts.mlp_norm, x_BTD)))
+    mixed_BTV = facts.attention.mixed_values(norm_of(facts.attention_norm, x_BTD), True)
+    torch.testing.assert_close(facts.between(x_BTD, True), x_BTD + facts.attention.output.of(mixed_BTV))
+    assert replace(facts, in_a_row=False).between(x_BTD, True) is x_BTD
 
 
 def test_a_norm_goes_into_the_projections_that_read_it():

@@ -22,7 +22,7 @@ from torch import nn
 
 from thesean.errors import NumericalError
 from thesean.targets.shared.activations import ACTIVATIONS
-from thesean.targets.shared.facts import AttentionFacts, BlockFacts, NormFacts, PartFacts
+from thesean.targets.shared.facts import AttentionFacts, BlockFacts, MLPFacts, NormFacts, PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import RmsNorm
 from thesean.targets.shared.heads import HeadsArguments, LinearAttentionOptions, heads_frame
@@ -35,9 +35,12 @@ from thesean.targets.shared.steps import Steps
 
 NormKind = Literal["layer", "rms"]
 
-# Tokens that are looked at, for each neuron to choose from and for each late value to hear of.
+# Tokens that are looked at, for each feature to choose by and for each late value to hear of.
 TOKENS_PER_NEURON = 4
 TOKENS_PER_VALUE = 32
+
+# Of the features' mean variance, where neurons are weighed; the closed form has its own.
+RIDGE = 1e-3
 
 
 class ParallelBlock(LinearHeads):
@@ -90,9 +93,7 @@ class ParallelBlock(LinearHeads):
         mixed_BTE, state = self.attend(x_BTD, own_BTD, state, steps)
         if self.up is None:
             return mixed_BTE, state
-        act, read_BTD = ACTIVATIONS[self.activation], self.read(own_BTD)
-        if self.heard is not None:
-            read_BTD = read_BTD + self.heard(mixed_BTE[..., heads_width(self) :])
+        act, read_BTD = ACTIVATIONS[self.activation], self._read_with(mixed_BTE, own_BTD)
         up_BTE = self.up(read_BTD)
         neurons_BTE = act(up_BTE) if self.gate is None else act(self.gate(read_BTD)) * up_BTE
         return torch.cat([mixed_BTE, neurons_BTE], -1), state
@@ -100,6 +101,11 @@ class ParallelBlock(LinearHeads):
     def read(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """What the neurons read of their own step."""
         return x_BTD if self.inner_norm is None else self.inner_norm(x_BTD)
+
+    def _read_with(self, mixed_BTE: torch.Tensor, own_BTD: torch.Tensor) -> torch.Tensor:
+        """And what they hear of the late values."""
+        read_BTD = self.read(own_BTD)
+        return read_BTD if self.heard is None else read_BTD + self.heard(mixed_BTE[..., heads_width(self) :])
 
     def attention_of(self, part: PartFacts) -> AttentionFacts | None:
         return part.attention if part.block is None else part.block.attention
@@ -123,8 +129,8 @@ class ParallelBlock(LinearHeads):
 
     @torch.no_grad()
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Balance a window, choose among the guide's neurons by what they do to its output, and have them hear of the
-        late values what tells of the stream that the guide's MLP reads.
+        """Balance a window, have the neurons hear of the late values what tells of the stream that the guide's MLP
+        reads, and choose among the guide's by what they add to its output.
 
         Raises NumericalError where the activations are not finite.
         """
@@ -132,21 +138,37 @@ class ParallelBlock(LinearHeads):
         block = part.block
         if block is None or not self._fits(block) or not examples:
             return
-        inputs = [x_BTD for x_BTD, _ in examples]
-        causal = part.mixing != "bidirectional"
         try:
-            if self.hidden < block.mlp.width:
-                self._choose(block, inputs, causal)
             if self.heard is not None and block.in_a_row and block.attention.plain:
-                self._hear(block, inputs, causal, self.heard)
+                self._hear(block, [x_BTD for x_BTD, _ in examples], part.mixing != "bidirectional", self.heard)
+            if self.hidden < block.mlp.width:
+                self._choose(block, examples)
         except ValueError as error:
             raise NumericalError(f"{part.path}: can't fit its neurons, {error}. Look for NaN in the data.") from error
 
-    def _choose(self, block: BlockFacts, inputs: Sequence[torch.Tensor], causal: bool) -> None:
-        """Raises ValueError where the activations are not finite."""
-        stride = _stride(inputs, TOKENS_PER_NEURON * block.mlp.width)
-        known = moments(block.hidden(x_BTD, causal).flatten(0, 1)[::stride] for x_BTD in inputs)
-        self._keep(block, select_features(known.covariance_EE, block.mlp.down.weight_OI, self.hidden))
+    def _choose(self, block: BlockFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Those of the guide's neurons that do most for the part's output, beside heads and taps. Raises ValueError
+        where the activations are not finite.
+        """
+        mlp, size = self._folded_mlp(block), self.mixed_width
+
+        def rows(x_BTD: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
+            mixed_BTE = self.features(x_BTD)[0][..., :size]
+            skipped = self.skip(x_BTD)
+            wanted_BTO = y_BTD if skipped is None else y_BTD - skipped
+            hidden_BTW = mlp.hidden(self._read_with(mixed_BTE, x_BTD if self.norm is None else self.norm(x_BTD)))
+            return torch.cat([mixed_BTE, hidden_BTW, wanted_BTO], -1).flatten(0, 1)
+
+        stride = _stride([x_BTD for x_BTD, _ in examples], TOKENS_PER_NEURON * (size + mlp.width))
+        known = moments(rows(x_BTD, y_BTD)[::stride] for x_BTD, y_BTD in examples).covariance_EE
+        own_EE, wanted_EO = known[: -self.width_out].split((size + mlp.width, self.width_out), 1)
+        own_EE = own_EE.clone()
+        own_EE.diagonal().add_(RIDGE * own_EE.diagonal().mean().clamp_min(1e-12))
+        weight_EO = torch.linalg.solve(own_EE, wanted_EO)
+        # what heads and taps explain of the neurons is no reason to keep one
+        explained_SW = torch.linalg.solve(own_EE[:size, :size], own_EE[:size, size:])
+        rest_WW = own_EE[size:, size:] - own_EE[size:, :size] @ explained_SW
+        self._keep(block, select_features(rest_WW, weight_EO[size:].T, self.hidden))
 
     def _hear(self, block: BlockFacts, inputs: Sequence[torch.Tensor], causal: bool, heard: nn.Linear) -> None:
         """Ridge regression of what the guide's MLP reads, less what is read here. Raises ValueError as above."""
@@ -175,6 +197,13 @@ class ParallelBlock(LinearHeads):
         """The norm whose weights the projections take in; a module that norms nothing takes in none."""
         return norm if self.norm is not None else None
 
+    def _folded_mlp(self, block: BlockFacts) -> MLPFacts:
+        """The guide's, as it is where its norm's weight and bias are taken in."""
+        mlp, norm = block.mlp, self._norm_of_neurons(block)
+        if norm is None:
+            return mlp
+        return replace(mlp, up=norm.fold(mlp.up), gate=None if mlp.gate is None else norm.fold(mlp.gate))
+
     def _fits(self, block: BlockFacts) -> bool:
         """Whether there are neurons of the guide's kind here, and no more than it has."""
         same = block.mlp.activation == self.activation and (block.mlp.gate is not None) == self.gated
@@ -187,12 +216,11 @@ class ParallelBlock(LinearHeads):
         )
 
     def _keep(self, block: BlockFacts, kept_E: torch.Tensor) -> None:
-        norm = self._norm_of_neurons(block)
-        for linear, affine in ((self.up, block.mlp.up), (self.gate, block.mlp.gate)):
+        mlp = self._folded_mlp(block)
+        for linear, affine in ((self.up, mlp.up), (self.gate, mlp.gate)):
             if linear is not None and affine is not None:
-                folded = affine if norm is None else norm.fold(affine)
-                linear.weight.copy_(folded.weight_OI[kept_E])
-                linear.bias.copy_(folded.bias_O[kept_E])
+                linear.weight.copy_(affine.weight_OI[kept_E])
+                linear.bias.copy_(affine.bias_O[kept_E])
         self.last.weight[:, self.mixed_width :].copy_(block.mlp.down.weight_OI[:, kept_E])
         self.last.bias.copy_(block.attention.output.bias_O + block.mlp.down.bias_O)
 
@@ -219,8 +247,9 @@ class ParallelBlockOptions(LinearAttentionOptions):
     """Width rule: the guide's heads and as many neurons as its MLP has; elsewhere heads as linear attention has them,
     and four neurons for each of the part's features.
 
-    Fewer neurons than the guide's are chosen as `narrow` chooses them. `norm` is the guide's own kind, a LayerNorm
-    where it has none to tell. Options of the heads, `window` among them, are those of linear attention.
+    Fewer neurons than the guide's are chosen as `narrow` chooses them, by what they add to heads and taps. `norm` is
+    the guide's own kind, a LayerNorm where it has none to tell. Options of the heads, `window` among them, are those of
+    linear attention.
     """
 
     residual: bool = True

@@ -214,11 +214,6 @@ class BlockFacts:
         read_BTD = x_BTD if self.attention_norm is None else self.attention_norm.of(x_BTD)
         return x_BTD + self.attention.output.of(self.attention.mixed_values(read_BTD, causal))
 
-    def hidden(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
-        """The MLP's neurons, (B, T, W), as the guide has them as far as `between` knows."""
-        stream_BTD = self.between(x_BTD, causal)
-        return self.mlp.hidden(stream_BTD if self.mlp_norm is None else self.mlp_norm.of(stream_BTD))
-
 
 @dataclass(frozen=True, kw_only=True)
 class PartFacts:
