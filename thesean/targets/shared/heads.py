@@ -194,6 +194,8 @@ def _by_locality(place: Place, options: LinearAttentionOptions) -> tuple[int, in
     ):
         sinks = 0
     return window, sinks
+
+
 def heads_frame(part: PartFacts, options: LinearAttentionOptions) -> dict[str, Any]:
     """The arguments of `LinearHeads`."""
     memory, sharpness = start_of(part, options)
