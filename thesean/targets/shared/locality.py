@@ -11,7 +11,7 @@ import torch
 
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.facts import AttentionFacts
-from thesean.targets.shared.rotation import Rotate
+from thesean.targets.shared.worth import meeting
 
 # Queries are spread over the last three quarters of so many tokens of so many rows: all would take time quadratic in
 # the length.
@@ -55,14 +55,8 @@ def window_errors(
 
 def _scores(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of some queries, -inf at later tokens, values, and how old each token is to each query."""
-    query, key, value = (
-        wide(affine.of(x_TD)).unflatten(-1, (facts.heads, -1)) for affine in (facts.query, facts.key, facts.value)
-    )
-    if facts.norms is not None:
-        query, key = facts.norms[0].of(query), facts.norms[1].of(key)
-    if facts.rotation is not None:
-        rotate = Rotate(facts.rotation, query.shape[-1]).to(query.device)
-        query, key = (rotate(z.unsqueeze(0)).squeeze(0) for z in (query, key))
+    query, key = meeting(facts, x_TD)
+    value = wide(facts.value.of(x_TD)).unflatten(-1, (facts.heads, -1))
     time = len(x_TD)
     at_M = torch.linspace(time // 4, time - 1, min(_QUERIES, time - time // 4), device=x_TD.device).long()
     scores_HMT = facts.scale * query[at_M].transpose(0, 1) @ key.permute(1, 2, 0)

@@ -68,11 +68,15 @@ class Rotate(nn.Module):
 
     def tables(self, steps: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos_S1C and sin_S1C, the latter with the sign of the pair's member; in float32 at least."""
+        return self.tables_at(torch.arange(steps, device=like.device), like)
+
+    def tables_at(self, step: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for the steps told, (...) whole numbers: (..., 1, C)."""
         wide = torch.promote_types(like.dtype, torch.float32)
-        step_S1 = torch.arange(steps, device=like.device, dtype=wide).unsqueeze(1)
-        turns_SC = step_S1 * self.leading_C.to(wide)
-        angle_SC = 2 * math.pi * (turns_SC - turns_SC.floor() + step_S1 * self.rest_C.to(wide))
-        return angle_SC.cos().unsqueeze(1), (self.sign_C.to(wide) * angle_SC.sin()).unsqueeze(1)
+        step = step.to(wide).unsqueeze(-1)
+        turns = step * self.leading_C.to(wide)
+        angle = 2 * math.pi * (turns - turns.floor() + step * self.rest_C.to(wide))
+        return angle.cos().unsqueeze(-2), (self.sign_C.to(wide) * angle.sin()).unsqueeze(-2)
 
     def turn(self, x_BSHC: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], start: int = 0) -> torch.Tensor:
         """`start`: the row of the tables that the first step is at."""

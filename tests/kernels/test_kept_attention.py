@@ -1,0 +1,109 @@
+"""Softmax over the tokens with the highest scores so far.
+
+B batch, T time, M kept tokens, H heads, G heads of keys and values, C width of queries and keys, X columns of a token
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tolerances import GRADIENT, VALUE, relative_error
+from thesean.kernels.kept_attention import BLOCK, kept_attention, kept_attention_reference
+
+BATCH, HEADS, WIDTH, COLUMNS = 2, 4, 3, 5
+
+
+def inputs(
+    time: int, kept: int, groups: int = HEADS, held: int = 0, dtype: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """query, new and kept tokens, of which the first `held` places are taken. Every third score is that of another."""
+    g = torch.Generator().manual_seed(100 * time + kept)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    tokens = normal(BATCH, kept + time, groups, WIDTH + 1 + COLUMNS)
+    tokens[..., WIDTH] = (2 * tokens[..., WIDTH]).round()
+    tokens[..., -1] = 1
+    before = tokens[:, :kept].clone()
+    before[:, held:] = 0
+    return [x.to(dtype) for x in (normal(BATCH, time, HEADS, WIDTH), tokens[:, kept:], before)]
+
+
+def test_three_tokens_worked_by_hand():
+    query = torch.ones(1, 3, 1, 1)
+    key = torch.tensor([2.0, 3.0, 5.0]).log()
+    score = torch.tensor([1.0, 0.0, 2.0])
+    value = torch.tensor([10.0, 20.0, 30.0])
+    new = torch.stack([key, score, value, torch.ones(3)], -1).view(1, 3, 1, 4)
+    sums, top, kept = kept_attention(query, new, torch.zeros(1, 2, 1, 4))
+    sums = sums * top.exp().unsqueeze(-1)
+    expected = torch.tensor([[20.0, 2.0], [80.0, 5.0], [170.0, 7.0]])  # the second token leaves when the third comes
+    torch.testing.assert_close(sums.view(3, 2), expected)
+    assert torch.equal(kept[:, :, 0, 2], torch.tensor([[10.0, 30.0]]))
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("time", "kept", "held"), [(1, 1, 0), (1, 4, 4), (7, 3, 2), (BLOCK, 5, 5), (150, 40, 3), (5, 70, 70)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_blocks_equal_one_token_after_the_other(time, kept, held, groups, dtype):
+    given = [x.requires_grad_() for x in inputs(time, kept, groups, held, dtype)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    found, expected = kept_attention(*given), kept_attention_reference(*exact)
+    for value, reference in zip(found, expected, strict=True):
+        assert relative_error(value, reference) < VALUE[dtype]
+    for sums, *_ in (found, expected):  # what they are below is no part of the mean
+        (sums[..., :-1] / sums[..., -1:]).square().sum().backward()
+    for x, reference in zip(given, exact, strict=True):
+        wanted = torch.zeros_like(reference) if reference.grad is None else reference.grad
+        error = (x.grad.double() - wanted).norm()
+        assert error <= GRADIENT[dtype] * wanted.norm() + VALUE[dtype]  # of one token alone the mean is its value
+
+
+@pytest.mark.parametrize("chunks", [[1] * 20, [7, 13], [19, 1]])
+def test_chunks_equal_the_whole(chunks):
+    query, new, before = inputs(20, 6, held=2)
+    whole = kept_attention(query, new, before)
+    kept, sums = before, []
+    for each_query, each_new in zip(query.split(chunks, 1), new.split(chunks, 1), strict=True):
+        part, _, kept = kept_attention(each_query, each_new, kept)
+        sums.append(part)
+    torch.testing.assert_close(torch.cat(sums, 1), whole[0])
+    assert torch.equal(kept, whole[2])
+
+
+def test_a_step_without_a_token_changes_nothing():
+    query, new, before = inputs(9, 4, held=2)
+    new[:, 4:6] = 0
+    rest = [t for t in range(9) if t not in (4, 5)]
+    whole, alone = kept_attention(query, new, before), kept_attention(query[:, rest], new[:, rest], before)
+    torch.testing.assert_close(whole[0][:, rest], alone[0])
+    assert torch.equal(whole[2], alone[2])
+
+
+def test_nothing_kept_adds_nothing():
+    query, new, before = inputs(3, 4)
+    sums, top, kept = kept_attention(query, torch.zeros_like(new), before)
+    assert not sums.any()
+    assert bool(top.isfinite().all())
+    assert not kept.any()
+
+
+def test_half_precision_is_computed_in_float32():
+    given = inputs(20, 6, held=2, dtype=torch.bfloat16)
+    found = kept_attention(*given)
+    expected = kept_attention(*(x.float() for x in given))
+    assert (found[0].dtype, found[2].dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[2].float(), expected[2])
+
+
+@pytest.mark.parametrize(("at", "shape"), [(0, (2, 0, 4, 3)), (1, (2, 5, 3, 9)), (2, (2, 0, 4, 9)), (2, (1, 6, 4, 9))])
+def test_shapes_that_do_not_fit_are_refused(at, shape):
+    given = inputs(5, 6)
+    given[at] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="kept_attention: expected"):
+        kept_attention(*given)

@@ -1,0 +1,137 @@
+"""Softmax attention over the tokens with the highest scores as a function of the ONNX model: standard operators.
+
+A function has no declared shapes inside, so that any length goes; who stays is found by comparing all pairs of a
+chunk's tokens and the kept ones, which is quadratic in the chunk: long texts are better read in chunks.
+
+B batch, T time, H heads, G heads of keys and values, R = H / G, C width of queries and keys, X = C + 1 + k columns of a
+token, M tokens that are kept, J = M + T
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from thesean.deploy.lowering.lowered import Lowered, add_function
+from thesean.targets.shared.core import Core
+
+DOMAIN, NAME = "thesean", "KeptAttention"
+
+# `kept_attention` of one block, line by line.
+_BODY = f"""
+<domain: "{DOMAIN}", opset_import: ["" : OPSET]>
+{NAME} (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
+{{
+    zero = Constant <value = int64 {{0}}> ()
+    one = Constant <value = int64 {{1}}> ()
+    half = Constant <value = float {{0.5}}> ()
+    never = Constant <value = float {{-inf}}> ()
+    least = Constant <value = float {{-3.4028234663852886e38}}> ()
+    v0 = Constant <value_ints = [0]> ()
+    v1 = Constant <value_ints = [1]> ()
+    v2 = Constant <value_ints = [2]> ()
+    v3 = Constant <value_ints = [3]> ()
+    rest = Constant <value_ints = [-1]> ()
+    same = Constant <value_ints = [0, 0]> ()
+    end = Constant <value_ints = [9223372036854775807]> ()
+
+    times = Shape <start = 1, end = 2> (query_BTHC)
+    heads = Shape <start = 2, end = 3> (query_BTHC)
+    width = Shape <start = 3, end = 4> (query_BTHC)
+    places = Shape <start = 1, end = 2> (kept_BMGX)
+    groups = Shape <start = 2, end = 3> (kept_BMGX)
+    score_at = Add (width, v1)
+    all_BJGX = Concat <axis = 1> (kept_BMGX, new_BTGX)
+    all_BGJX = Transpose <perm = [0, 2, 1, 3]> (all_BJGX)
+    key_BGJC = Slice (all_BGJX, v0, width, v3)
+    score_BGJ1 = Slice (all_BGJX, width, score_at, v3)
+    value_BGJk = Slice (all_BGJX, score_at, end, v3)
+    token_BGJ1 = Slice (all_BGJX, rest, end, v3)
+    score_BG1J = Transpose <perm = [0, 1, 3, 2]> (score_BGJ1)
+    token_BG1J = Transpose <perm = [0, 1, 3, 2]> (token_BGJ1)
+
+    T = Squeeze (times)
+    M = Squeeze (places)
+    J = Add (T, M)
+    row_J = Range (zero, J, one)
+    row_J1 = Unsqueeze (row_J, v1)
+    row_T = Range (M, J, one)
+    row_T1 = Unsqueeze (row_T, v1)
+    higher_BGJJ = Greater (score_BGJ1, score_BG1J)
+    equal_BGJJ = Equal (score_BGJ1, score_BG1J)
+    earlier_JJ = Less (row_J1, row_J)
+    before_BGJJ = And (equal_BGJJ, earlier_JJ)
+    beats_BGJJ = Or (higher_BGJJ, before_BGJJ)
+    came_TJ = LessOrEqual (row_J, row_T1)
+    held_BG1J = Greater (token_BG1J, half)
+    here_BGTJ = And (held_BG1J, came_TJ)
+    here = Cast <to = 1> (here_BGTJ)
+    beats = Cast <to = 1> (beats_BGJJ)
+    better_BGTJ = MatMul (here, beats)
+    most = Cast <to = 1> (M)
+    few_BGTJ = Less (better_BGTJ, most)
+    stays_BGTJ = And (here_BGTJ, few_BGTJ)
+
+    split = Concat <axis = 0> (same, groups, rest, width)
+    query_BTGRC = Reshape (query_BTHC, split)
+    query_BGRTC = Transpose <perm = [0, 2, 3, 1, 4]> (query_BTGRC)
+    key_BGCJ = Transpose <perm = [0, 1, 3, 2]> (key_BGJC)
+    key_BG1CJ = Unsqueeze (key_BGCJ, v2)
+    product_BGRTJ = MatMul (query_BGRTC, key_BG1CJ)
+    stays_BG1TJ = Unsqueeze (stays_BGTJ, v2)
+    scores_BGRTJ = Where (stays_BG1TJ, product_BGRTJ, never)
+    peak_BGRT1 = ReduceMax <keepdims = 1> (scores_BGRTJ, rest)
+    top_BGRT1 = Max (peak_BGRT1, least)
+    below_BGRTJ = Sub (scores_BGRTJ, top_BGRT1)
+    weights_BGRTJ = Exp (below_BGRTJ)
+    value_BG1Jk = Unsqueeze (value_BGJk, v2)
+    sums_BGRTk = MatMul (weights_BGRTJ, value_BG1Jk)
+    sums_BTGRk = Transpose <perm = [0, 3, 1, 2, 4]> (sums_BGRTk)
+    top_BTGR1 = Transpose <perm = [0, 3, 1, 2, 4]> (top_BGRT1)
+    sums_shape = Concat <axis = 0> (same, heads, rest)
+    top_shape = Concat <axis = 0> (same, heads)
+    sums_BTHk = Reshape (sums_BTGRk, sums_shape)
+    top_BTH = Reshape (top_BTGR1, top_shape)
+
+    last_BG1J = Slice (stays_BGTJ, rest, end, v2)
+    last_BGJ = Squeeze (last_BG1J, v2)
+    stay_BGJ = Cast <to = 1> (last_BGJ)
+    after_J = Sub (J, row_J)
+    order_J = Cast <to = 1> (after_J)
+    placed_BGJ = Mul (stay_BGJ, order_J)
+    place_BGM, index_BGM = TopK <axis = -1> (placed_BGJ, places)
+    index_BGM1 = Unsqueeze (index_BGM, v3)
+    picked_BGMX = GatherND <batch_dims = 2> (all_BGJX, index_BGM1)
+    taken_BGM = Greater (place_BGM, half)
+    taken = Cast <to = 1> (taken_BGM)
+    taken_BGM1 = Unsqueeze (taken, v3)
+    kept_BGMX = Mul (picked_BGMX, taken_BGM1)
+    held_BMGX = Transpose <perm = [0, 2, 1, 3]> (kept_BGMX)
+}}
+"""
+
+
+def kept_attention(
+    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A call of the function."""
+    columns = new_BTGX.shape[3] - query_BTHC.shape[3] - 1
+    sums_BTHk, top_BTH, held_BMGX = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{NAME}",
+        (query_BTHC, new_BTGX, kept_BMGX),
+        dtypes=[query_BTHC.dtype, query_BTHC.dtype, kept_BMGX.dtype],
+        shapes=[[*query_BTHC.shape[:3], columns], query_BTHC.shape[:3], kept_BMGX.shape],
+        version=1,
+    )
+    return sums_BTHk, top_BTH, held_BMGX
+
+
+def lower(core: Core, path: str, opset: int) -> Lowered:
+    return Lowered(path, kept_attention)
+
+
+def define(model: Any) -> None:
+    """Add the function to an onnx_ir model that calls it; others stay as they are."""
+    if any(node.domain == DOMAIN and node.op_type == NAME for node in model.graph.all_nodes()):
+        add_function(model, _BODY.replace("OPSET", str(model.opset_imports[""])))

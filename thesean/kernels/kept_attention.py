@@ -1,0 +1,112 @@
+"""Softmax attention over the tokens with the highest scores of all that came, in memory that does not grow.
+
+B batch, T time, H heads, G heads of keys and values, C width of queries and keys, k = K + 1 columns of the values,
+X = C + 1 + k columns of a token, M tokens that are kept, L tokens of a block, J = M + L that it sees
+"""
+
+from __future__ import annotations
+
+import torch
+
+from thesean.kernels.shared.precision import full_precision, wide
+
+# Tokens that are looked at together: who is kept at each of them is found by comparing all pairs.
+BLOCK = 64
+
+
+def kept_attention(
+    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """At each step the new token comes in, and of all up to it the M with the highest scores stay, the earlier one of
+    equals; over these sum exp(q.k - top) v -> (sums_BTHk, top_BTH, kept_BMGX).
+
+    A token is a row of its key (C), its score, and its value, whose last column is 1; a row where that is 0 holds none.
+    `top` is the largest q.k, or the smallest float where nothing is kept. T steps at once equal T single steps: who is
+    kept depends on scores alone, so that it is known without a step after the other. Linear in T; half precision is
+    computed in float32. Scores get no gradient: to be kept is no matter of degree (as the heavy hitters of Zhang et al.
+    2023, H2O, whose scores are the attention that was met so far). Raises ValueError for shapes that do not fit.
+    """
+    _check(query_BTHC, new_BTGX, kept_BMGX)
+    sums, tops = [], []
+    with full_precision(query_BTHC.device):
+        for query_BLHC, new_BLGX in zip(query_BTHC.split(BLOCK, 1), new_BTGX.split(BLOCK, 1), strict=True):
+            sums_BLHk, top_BLH, kept_BMGX = _block(query_BLHC, new_BLGX, kept_BMGX)
+            sums.append(sums_BLHk)
+            tops.append(top_BLH)
+    return torch.cat(sums, 1), torch.cat(tops, 1), kept_BMGX
+
+
+def kept_attention_reference(
+    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `kept_attention` must equal: one token at a time, one row and head after the other, places in any order."""
+    width, kept = query_BTHC.shape[3], kept_BMGX.clone()
+    repeats = query_BTHC.shape[2] // new_BTGX.shape[2]
+    sums_BTHk = query_BTHC.new_zeros(*query_BTHC.shape[:3], new_BTGX.shape[3] - width - 1)
+    top_BTH = torch.full_like(sums_BTHk[..., 0], torch.finfo(sums_BTHk.dtype).min)
+    for b in range(len(kept)):
+        for g in range(kept.shape[2]):
+            rows = [row for row in kept[b, :, g] if row[-1] > 0]
+            for t, new in enumerate(new_BTGX[b, :, g]):
+                if new[-1] > 0:
+                    rows.append(new)
+                if len(rows) > kept.shape[1]:
+                    # the least, the last of equals
+                    rows.pop(min(range(len(rows)), key=lambda i: (rows[i][width].item(), -i)))
+                for h in range(g * repeats, (g + 1) * repeats) if rows else ():
+                    held = torch.stack(rows)
+                    scores = held[:, :width] @ query_BTHC[b, t, h]
+                    top_BTH[b, t, h] = scores.max()
+                    sums_BTHk[b, t, h] = (scores - scores.max()).exp() @ held[:, width + 1 :]
+            empty = kept.new_zeros(kept.shape[1] - len(rows), kept.shape[3])
+            kept[b, :, g] = torch.cat([torch.stack(rows), empty]) if rows else empty
+    return sums_BTHk, top_BTH, kept
+
+
+def _block(
+    query_BLHC: torch.Tensor, new_BLGX: torch.Tensor, kept_BMGX: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width, groups, kept = query_BLHC.shape[3], new_BLGX.shape[2], kept_BMGX.shape[1]
+    all_BGJX = torch.cat([kept_BMGX, new_BLGX.to(kept_BMGX.dtype)], 1).transpose(1, 2)
+    stays_BGLJ = _stays(all_BGJX[..., width].detach(), all_BGJX[..., -1] > 0, kept)
+    row_BGJX, query_BLHC = wide(all_BGJX), wide(query_BLHC)
+    query_BGRLC = query_BLHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    scores_BGRLJ = query_BGRLC @ row_BGJX[..., :width].unsqueeze(2).mT
+    scores_BGRLJ = scores_BGRLJ.masked_fill(~stays_BGLJ.unsqueeze(2), -torch.inf)
+    top_BGRL = scores_BGRLJ.detach().amax(-1).clamp_min(torch.finfo(scores_BGRLJ.dtype).min)
+    weights_BGRLJ = (scores_BGRLJ - top_BGRL.unsqueeze(-1)).exp()
+    sums_BGRLk = weights_BGRLJ @ row_BGJX[..., width + 1 :].unsqueeze(2)
+    order_J = torch.arange(all_BGJX.shape[2], 0, -1, device=all_BGJX.device)
+    place_BGM = (stays_BGLJ[:, :, -1] * order_J).topk(kept, -1)
+    held_BGMX = all_BGJX.gather(2, place_BGM.indices.unsqueeze(-1).expand(-1, -1, -1, all_BGJX.shape[3]))
+    held_BGMX = held_BGMX * (place_BGM.values > 0).unsqueeze(-1).to(held_BGMX.dtype)
+    return (
+        sums_BGRLk.permute(0, 3, 1, 2, 4).flatten(2, 3),
+        top_BGRL.permute(0, 3, 1, 2).flatten(2),
+        held_BGMX.transpose(1, 2),
+    )
+
+
+def _stays(score_BGJ: torch.Tensor, held_BGJ: torch.Tensor, kept: int) -> torch.Tensor:
+    """Whether a token is among the `kept` best after each of the last L came, (B, G, L, J)."""
+    tokens = score_BGJ.shape[-1]
+    row_J = torch.arange(tokens, device=score_BGJ.device)
+    higher_BGJJ = score_BGJ.unsqueeze(-1) > score_BGJ.unsqueeze(-2)
+    equal_BGJJ = score_BGJ.unsqueeze(-1) == score_BGJ.unsqueeze(-2)
+    beats_BGJJ = higher_BGJJ | (equal_BGJJ & (row_J.unsqueeze(1) < row_J))
+    came_LJ = row_J <= row_J[kept:].unsqueeze(1)
+    here_BGLJ = held_BGJ.unsqueeze(-2) & came_LJ
+    better_BGLJ = here_BGLJ.to(torch.float32) @ beats_BGJJ.to(torch.float32)
+    return here_BGLJ & (better_BGLJ < kept)
+
+
+def _check(query: torch.Tensor, new: torch.Tensor, kept: torch.Tensor) -> None:
+    fits = query.ndim == new.ndim == kept.ndim == 4 and query.shape[:2] == new.shape[:2] and query.shape[1] > 0
+    fits = fits and new.shape[0] == kept.shape[0] and new.shape[2:] == kept.shape[2:] and kept.shape[1] > 0
+    fits = fits and query.shape[2] % new.shape[2] == 0 and new.shape[3] >= query.shape[3] + 2
+    if not fits:
+        raise ValueError(
+            "kept_attention: expected query (B, T, H, C), new tokens (B, T, G, C + 1 + k) and kept ones (B, M, G, "
+            f"C + 1 + k) with G a divisor of H, T >= 1 and M >= 1, found query {tuple(query.shape)}, new "
+            f"{tuple(new.shape)} and kept {tuple(kept.shape)}."
+        )
