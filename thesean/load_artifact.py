@@ -22,7 +22,7 @@ from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.fitting import Fitting
 from thesean.passes.graph.shapes import Shapes
-from thesean.passes.graph.signature import InputSpec, Signature, fits_record
+from thesean.passes.graph.signature import Bound, InputSpec, Signature, fits_record
 from thesean.passes.graph.unchecked import look_first
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import standing
@@ -52,7 +52,16 @@ class _InputRow(TypedDict):
     mask: NotRequired[bool]
 
 
+class _BoundRow(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    name: str
+    least: Annotated[int, Field(ge=1, lt=2**63)]
+    most: Annotated[int, Field(ge=1, lt=2**63)] | None
+
+
 _ROWS = TypeAdapter(list[_InputRow])
+_BOUNDS = TypeAdapter(list[_BoundRow])
 
 
 def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
@@ -258,7 +267,13 @@ def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]
             raise ValueError(f"the example of {row['name']!r} is not of its dtype and rank")
         fields: dict[str, Any] = {**row, "dtype": dtype, "shape": tuple(row["shape"])}
         specs.append(InputSpec(**fields, example=example))
-    signature = Signature(inputs=tuple(specs), output_class=data["output_class"])
+    rows = _BOUNDS.validate_python(data.get("bounds", []), strict=True)
+    bounds = tuple(Bound(name=row["name"], least=row["least"], most=row["most"]) for row in rows)
+    signature = Signature(inputs=tuple(specs), output_class=data["output_class"], bounds=bounds)
+    if {b.name for b in bounds} - set(signature.symbols) or any(
+        b.most is not None and b.most < b.least for b in bounds
+    ):
+        raise ValueError("bounds of no dimension, or of no size")
     if not isinstance(signature.output_class, str | None):
         raise ValueError("output_class is neither text nor null")
     given = {s.name: s.example for s in specs if s.example is not None}

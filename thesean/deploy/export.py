@@ -19,7 +19,7 @@ from torch import fx
 
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, STATES, TOGETHER, draft
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, draft
 from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, rounding, runnable, sizes_to_check
 from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError, PassRefused
@@ -157,6 +157,8 @@ def export(
         told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note, told[ROWS] = _TOGETHER, TOGETHER
+        if signature.bounds:
+            told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
         model.metadata_props.update(_about(states, {**told, **form.get("about", {})}))
         drafted.write(model, form.get("external_data"))
         checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
@@ -218,7 +220,8 @@ def for_export(
 def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:
     """Inputs of several lengths, where time is dynamic."""
     lengths = (1, 7, 19, train_length or 64) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
-    return tuple(signature.random_inputs(CheckSizes(batch=2, length=length).of(signature)) for length in lengths)
+    sizes = dict.fromkeys(CheckSizes(batch=2, length=length).within(signature) for length in lengths)
+    return tuple(signature.random_inputs(s.of(signature)) for s in sizes)
 
 
 def _compare(
@@ -286,7 +289,7 @@ def _example(
     """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
     lengths = [None] if all(s.startswith("batch") for s in signature.symbols) else [7, 19, train_length]
     for length in lengths:
-        sizes = CheckSizes(batch=2, length=length)
+        sizes = CheckSizes(batch=2, length=length).within(signature)
         if runnable(module, signature, sizes):
             break
     else:

@@ -59,9 +59,18 @@ class CheckSizes:
     def of(self, signature: Signature) -> dict[str, int]:
         return {s: self.batch if s.startswith("batch") else self.length or 1 for s in signature.symbols}
 
+    def within(self, signature: Signature) -> CheckSizes:
+        """The nearest ones that the signature's bounds allow."""
+        sizes = signature.within(self.of(signature))
+        batch = max((n for s, n in sizes.items() if s.startswith("batch")), default=self.batch)
+        lengths = [n for s, n in sizes.items() if not s.startswith("batch")]
+        return CheckSizes(batch=batch, length=self.length if self.length is None else max(lengths, default=self.length))
+
 
 def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: CheckSizes) -> bool:
     """Whether the torch module itself runs at these sizes: a short input may not fill a kernel, a long one a table."""
+    if not signature.fits(sizes.of(signature)):
+        return False
     try:
         with torch.no_grad():
             graph_module(**signature.random_inputs(sizes.of(signature)))
@@ -83,6 +92,7 @@ def sizes_to_check(
         wanted = [CheckSizes(batch=b, length=None) for b in _BATCHES]
     else:
         wanted = [CheckSizes(batch=1, length=None)]
+    wanted = list(dict.fromkeys(s.within(signature) for s in wanted))
     sizes = [s for s in wanted if runnable(graph_module, signature, s)]
     return sizes, [
         f"not checked at {s.shape}: the torch module doesn't run there either" for s in wanted if s not in sizes
@@ -134,7 +144,8 @@ def compare_chunks(
     length = min(length, longest or length)
     delay = delay_of(threaded)
     chunks = _cut(length + delay)
-    sizes = CheckSizes(batch=batch, length=length)
+    sizes = CheckSizes(batch=batch, length=length).within(signature)
+    batch = sizes.batch
     inputs = signature.random_inputs(sizes.of(signature), seed=2)
     whole = leaf_values(module(**inputs))
     inputs, stream = _flushed(threaded, inputs), threaded.meta.get(STREAM, signature)

@@ -81,6 +81,11 @@ class ThreadState(Pass):
         if len(times) != 1:
             found = f"{len(times)} ({', '.join(times)})" if times else "none"
             raise PassRefused(f"thread state: expected inputs with one dynamic time dimension, found {found}.")
+        if bound := next((b for b in self.signature.bounds if b.name == times[0]), None):
+            raise PassRefused(
+                f"thread state: the guide computes otherwise but for {bound.describe()} steps, and a stream has any "
+                "number."
+            )
         read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
         # an initial state that no replacement reads is none of the file's: it has states of its own
         timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape and s.name in read]

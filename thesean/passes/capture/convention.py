@@ -113,11 +113,14 @@ def thinned(value: torch.Tensor, most: int) -> torch.Tensor:
 
 def same_outputs(first: Any, second: Any) -> bool:
     """Whether two runs of one guide agree, as far as rounding lets them."""
-    pairs = list(zip(tensors(first), tensors(second), strict=False))
-    return all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+    found, wanted = tensors(first), tensors(second)
+    pairs = list(zip(found, wanted, strict=False))
+    return len(found) == len(wanted) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if b.dtype == torch.bool:
+        return torch.equal(a, b)
     relative, absolute = _CLOSE.get(b.dtype, (1e-4, 1e-5))
     if b.dtype in _CLOSE and b.numel():
         absolute *= float(b.abs().nan_to_num(posinf=0.0).max())

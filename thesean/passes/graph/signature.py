@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -32,8 +32,28 @@ class InputSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The sizes of a dynamic dimension that a network is right for; `most` None: however large."""
+
+    name: str
+    least: int = 1
+    most: int | None = None
+
+    def describe(self) -> str:
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+
+    def holds(self, size: int) -> bool:
+        return self.least <= size and (self.most is None or size <= self.most)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "least": self.least, "most": self.most}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Signature:
     """Inputs in the order of the guide's `forward`, and the class of its output.
+
+    `bounds`: of dynamic dimensions that aren't free altogether, as the guide computes otherwise at other sizes.
 
     `output_class` is an importable path such as "transformers.modeling_outputs.CausalLMOutput", or None when the
     output is a tensor, tuple, list or dict. `record` is that class itself where the guide is at hand: a path is not
@@ -42,6 +62,7 @@ class Signature:
 
     inputs: tuple[InputSpec, ...]
     output_class: str | None = None
+    bounds: tuple[Bound, ...] = ()
     record: type | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -92,6 +113,12 @@ class Signature:
                     raise DataError(
                         f"expected {spec.describe()}, found shape {tuple(value.shape)} ({want}={expected})."
                     )
+        for bound in self.bounds:
+            if bound.name in sizes and not bound.holds(sizes[bound.name]):
+                raise DataError(
+                    f"{bound.name}: expected {bound.describe()}, found {sizes[bound.name]}: the guide computes "
+                    "otherwise there, and was captured at another size. Example inputs of such a size give that branch."
+                )
         return sizes
 
     def first_rows(self, inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
@@ -102,6 +129,18 @@ class Signature:
                 if size == "batch":
                     few[spec.name] = few[spec.name].narrow(dim, 0, min(count, few[spec.name].shape[dim]))
         return few
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether sizes by name are within the bounds."""
+        return self.within(sizes) == sizes
+
+    def within(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The nearest sizes by name that are within the bounds."""
+        found = dict(sizes)
+        for bound in self.bounds:
+            if bound.name in found:
+                found[bound.name] = max(bound.least, min(found[bound.name], bound.most or found[bound.name]))
+        return found
 
     def out_of_range(self, inputs: dict[str, torch.Tensor]) -> str:
         """What is wrong with ids that no table holds, "" where nothing is known to be. Reads all of them."""
