@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
@@ -128,17 +128,56 @@ def export(
     """
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
-    path = named(path)
-    dtype = _parse_dtype(form.get("dtype"))
-    dtypes = dtypes_for(graph_module, signature, dtype)
-    signature = cast_signature(signature, dtypes)
-    file_dtype = dtype or torch.float32
-    tolerance = PARITY[file_dtype] if tolerance is None else tolerance
+    wanted = _parse(stateful)
+    asked = _Asked(
+        module=graph_module,
+        signature=signature,
+        path=named(path),
+        dtype=_parse_dtype(form.get("dtype")),
+        opset=DEFAULT_OPSET if opset is None else opset,
+        tolerance=tolerance,
+        train_length=train_length,
+        form=form,
+    )
+    try:
+        report = _write(asked, wanted)
+    except _StateFailed as failure:
+        if wanted:
+            raise
+        report = _write(asked, False)  # what stands in the way of any file stands in this one's too
+        report = replace(report, note="; ".join(n for n in (f"without state: {failure}", report.note) if n))
+    return replace(report, seconds=time.monotonic() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a file is to be made of, and how."""
+
+    module: fx.GraphModule
+    signature: Signature
+    path: Path
+    dtype: torch.dtype | None
+    opset: int
+    tolerance: float | None
+    train_length: int | None
+    form: Form
+
+
+class _StateFailed(ExportError):
+    """A file that carries a state could not be written, or doesn't give the network's numbers."""
+
+
+def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
+    """One file, compared. Raises ExportError, WriteError; _StateFailed where it may do without its state."""
+    path, train_length = asked.path, asked.train_length
+    dtypes = dtypes_for(asked.module, asked.signature, asked.dtype)
+    signature = cast_signature(asked.signature, dtypes)
+    file_dtype = asked.dtype or torch.float32
+    tolerance = PARITY[file_dtype] if asked.tolerance is None else asked.tolerance
     if isinstance(tolerance, bool) or not isinstance(tolerance, float | int) or not 0 < tolerance < float("inf"):
         raise ExportError(f"tolerance: expected a number above 0, found {tolerance!r}.")
-    wanted = _parse(stateful)
     with draft(path) as drafted:  # first of all: an unwritable folder should not cost an export
-        module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
+        module, _ = run_passes(asked.module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
         lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
         names = output_names(module)
         states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
@@ -146,23 +185,23 @@ def export(
         stream = lowered.meta.get(STREAM, signature) if states else signature
         inputs = (*stream.inputs, *states)
         outputs = (*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states))
-        model = to_onnx(
-            lowered,
-            _example(module, signature, stream, states, train_length),
-            inputs,
-            outputs,
-            DEFAULT_OPSET if opset is None else opset,
-        )
         delay = delay_of(lowered) if states else 0
         told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note, told[ROWS] = _TOGETHER, TOGETHER
         if signature.bounds:
             told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
-        model.metadata_props.update(_about(states, {**told, **form.get("about", {})}))
-        drafted.write(model, form.get("external_data"))
-        checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
-        _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+        try:
+            example = _example(module, signature, stream, states, train_length)
+            model = to_onnx(lowered, example, inputs, outputs, asked.opset)
+            model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
+            drafted.write(model, asked.form.get("external_data"))
+            checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+        except ExportError as error:
+            if threaded is None:
+                raise
+            raise _StateFailed(str(error)) from error
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
         size = drafted.bytes
         drafted.publish()
@@ -175,7 +214,7 @@ def export(
         outputs=outputs,
         checks=tuple(checks),
         tolerance=tolerance,
-        seconds=time.monotonic() - start,
+        seconds=0.0,
         note="; ".join([*([note] if note else []), *skipped]),
         delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),

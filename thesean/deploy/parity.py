@@ -25,7 +25,7 @@ from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.resample import is_mask
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import STREAM, delay_of, flushed, in_time
-from thesean.passes.thread_state import zero_states
+from thesean.passes.thread_state import FAR, zero_states
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +139,30 @@ def compare_chunks(
     outputs: Sequence[str],
     longest: int | None,
 ) -> list[Check]:
-    """Chunks with the state carried against the whole sequence, in onnxruntime and in torch."""
-    batch, length = _CHUNKED[0], max(_CHUNKED[1], receptive_field(module.graph) + 2)
-    length = min(length, longest or length)
-    delay = delay_of(threaded)
-    chunks = _cut(length + delay)
-    sizes = CheckSizes(batch=batch, length=length).within(signature)
-    batch = sizes.batch
-    inputs = signature.random_inputs(sizes.of(signature), seed=2)
+    """Chunks with the state carried against the whole sequence, in onnxruntime and in torch; once more past all that
+    the graph compares positions with, on the caller's own sequences.
+    """
+    length = max(_CHUNKED[1], receptive_field(module.graph) + 2)
+    sizes = CheckSizes(batch=_CHUNKED[0], length=min(length, longest or length)).within(signature)
+    checks = _compare_chunks(session, threaded, module, signature, outputs, sizes)
+    far = CheckSizes(batch=1, length=int(threaded.meta[FAR])).within(signature)
+    if (far.length or 0) > (sizes.length or 0) and runnable(module, signature, far):
+        checks += _compare_chunks(session, threaded, module, signature, outputs, far, in_order=True)
+    return checks
+
+
+def _compare_chunks(
+    session: Session,
+    threaded: fx.GraphModule,
+    module: fx.GraphModule,
+    signature: Signature,
+    outputs: Sequence[str],
+    sizes: CheckSizes,
+    in_order: bool = False,
+) -> list[Check]:
+    delay, batch = delay_of(threaded), sizes.batch
+    chunks = _cut((sizes.length or 1) + delay)
+    inputs = signature.random_inputs(sizes.of(signature), seed=2, in_order=in_order)
     whole = leaf_values(module(**inputs))
     inputs, stream = _flushed(threaded, inputs), threaded.meta.get(STREAM, signature)
     in_torch, _ = run_in_chunks(threaded, stream, inputs, zero_states(threaded, batch), chunks)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from thesean.errors import DataError
-from thesean.passes.graph.resample import Dim, all_shown, resampled, sizes_of
+from thesean.passes.graph.resample import Dim, all_shown, in_a_row, resampled, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +154,11 @@ class Signature:
         return ""
 
     def random_inputs(
-        self, sizes: dict[str, int], seed: int = 0, device: str = "cpu", fresh: bool = False
+        self, sizes: dict[str, int], seed: int = 0, device: str = "cpu", fresh: bool = False, in_order: bool = False
     ) -> dict[str, torch.Tensor]:
         """Inputs of these sizes, like the examples that the guide was captured with (`resampled`); `fresh` ones are
-        none of them. Without an example, integers are uniform below `high`, floats standard normal, booleans True.
+        none of them, those `in_order` are they themselves, one after another to a sequence. Without an example,
+        integers are uniform below `high`, floats standard normal, booleans True.
         """
         generator = torch.Generator().manual_seed(seed)
         before = self.example_sizes
@@ -166,7 +167,9 @@ class Signature:
             if spec.mask and spec.example is not None:
                 value = all_shown(spec.example, [sizes[d] if isinstance(d, str) else d for d in spec.shape])
             elif spec.example is not None:
-                value = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
+                own = in_a_row(spec.example, spec.shape, sizes) if in_order else None
+                made_up = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
+                value = made_up if own is None else own
             else:
                 value = _without_example(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape], generator)
             made[spec.name] = value.to(device)
