@@ -109,9 +109,9 @@ class ThreadState(Pass):
                 alone = self._rows_are_alone(graph_module, threaded)
             states, length = zero_states(threaded, 1), _long_enough(graph_module)
             both = Threaded(graph_module=threaded, stateless=graph_module, signature=self.signature, states=states)
-            if told := both.misfit(length):
+            told, threaded.meta[FAR] = both.misfit(length)
+            if told:
                 raise PassRefused(f"thread state: {told}")
-            threaded.meta[FAR] = both.far(length)
             threaded.meta["rows_are_alone"] = alone
         return PassResult(graph_module=threaded, modified=True)
 

@@ -151,10 +151,17 @@ def test_a_dimension_that_the_caller_wants_free_is_refused_where_it_must_be_fixe
 
 
 def test_a_guard_too_far_off_to_be_tried_is_taken_at_its_word():
-    guide = Sized(lambda _, h: h * 2 if h.shape[1] > 100_000 else h)
+    guide = Sized(lambda _, h: h * 2 if h.shape[1] > 300_000 else h)
     captured = capture(guide, vectors(3, 12, 8))
-    assert captured.signature.bounds == (Bound(name="time", most=100_000),)
+    assert captured.signature.bounds == (Bound(name="time", most=300_000),)
     assert "its code asks for that" in captured.notes[0]
+
+
+def test_a_guard_far_off_is_tried_where_the_guide_is_quick():
+    cut = Sized(lambda _, h: torch.cat([h[:, :3000], h[:, 3000:]], 1))  # whatever the trace asked, it is the same
+    assert capture(cut, vectors(3, 12, 8)).signature.bounds == ()
+    branch = Sized(lambda _, h: h * 2 if h.shape[1] > 3000 else h)
+    assert capture(branch, vectors(3, 12, 8)).signature.bounds == (Bound(name="time", most=3000),)
 
 
 @pytest.mark.parametrize("attention", KERNELS)

@@ -33,45 +33,31 @@ class Threaded:
     states: Mapping[str, torch.Tensor]
 
     @torch.no_grad()
-    def misfit(self, length: int) -> str:
-        """Why it doesn't give the stateless one's numbers, "" where it does: in `length` single steps, node by node."""
+    def misfit(self, length: int) -> tuple[str, int]:
+        """Why it doesn't give the stateless one's numbers, "" where it does: in `length` single steps, node by node;
+        and how long a sequence was, past each whole number that positions are compared with and past each window.
+        """
         # one sequence: rows would interleave where a node flattens batch and time
         inputs, chunks = self._inputs(length), (1,) * length
         difference = same_in_chunks(self.graph_module, self.signature, inputs, dict(self.states), chunks)
         if difference is not None:
-            return self._describe(difference)
-        if told := self._compare(inputs, chunks) or self._mixed(length):
-            return told
-        far = self.far(length)
-        if far <= length:
-            return ""
-        # single steps where another way may begin, and all at once between
-        cuts = {c + d for c in self._constants(length) for d in (-1, 0, 1, 2)}
-        ends = [0, *sorted(c for c in cuts if 0 < c < far), far]
-        return self._compare(self._inputs(far, in_order=True), [b - a for a, b in itertools.pairwise(ends)])
-
-    def far(self, length: int) -> int:
-        """A length past each whole number that the graph compares positions with and past each of its windows, as far
-        as they aren't out of reach; `length` where there is none.
-        """
-        return max((n + _PAST_IT for n in self._constants(length)), default=length)
-
-    def _constants(self, length: int) -> list[int]:
-        long, short = self._runs(length)
-        windows = [getattr(m, "window", None) for m in self.graph_module.modules()]
-        found = constants_of_time(self.graph_module.graph, long, short, self.states)
-        return [n for n in (*found, *(w for w in windows if isinstance(w, int))) if length < n + _PAST_IT <= _FARTHEST]
-
-    def _mixed(self, length: int) -> str:
-        long, short = self._runs(length)
-        mixed = first_mixed(self.graph_module.graph, long, short)
-        return "" if mixed is None else self._describe(Difference(node=mixed.node.name, what=mixed.what))
-
-    def _runs(self, length: int) -> tuple[Mapping[fx.Node, object], Mapping[fx.Node, object]]:
-        """Every node's value at this length and at another one."""
-        lengths = (length, length - 1 if length > 1 else 2)
+            return self._describe(difference), length
+        if told := self._compare(inputs, chunks):
+            return told, length
+        graph, lengths = self.graph_module.graph, (length, length - 1 if length > 1 else 2)
         long, short = (record(self.graph_module, {**self._inputs(n), **self.states}) for n in lengths)
-        return long, short
+        if mixed := first_mixed(graph, long, short):
+            return self._describe(Difference(node=mixed.node.name, what=mixed.what)), length
+        windows = (getattr(m, "window", None) for m in self.graph_module.modules())
+        held = (*constants_of_time(graph, long, short, self.states), *(w for w in windows if isinstance(w, int)))
+        constants = [n for n in held if length < n + _PAST_IT <= _FARTHEST]
+        if not constants:
+            return "", length
+        far = max(constants) + _PAST_IT
+        # single steps where another way may begin, and all at once between
+        cuts = {c + d for c in constants for d in (-1, 0, 1, 2)}
+        ends = [0, *sorted(c for c in cuts if 0 < c < far), far]
+        return self._compare(self._inputs(far, in_order=True), [b - a for a, b in itertools.pairwise(ends)]), far
 
     def _inputs(self, length: int, in_order: bool = False) -> dict[str, torch.Tensor]:
         sizes = {s: 1 if s.startswith("batch") else length for s in self.signature.symbols}

@@ -7,6 +7,7 @@ both sides of each are tried: where the guide runs and the graph gives other num
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 Guide = Callable[[dict[str, torch.Tensor]], Any]
 Sizes = Mapping[str, int]
 
-# Steps that a guide is run with for this; where a guard breaks later, it is taken at its word.
-_FARTHEST = 2048
+# Steps that a guide is run with for this, more where it is quick; where a guard breaks later, it is taken at its word.
+_NEAR, _FARTHEST = 2048, 2**16
+_QUICK = 1.0  # seconds that half as many steps take
 _UNBOUNDED = 2**20  # a guard that holds as far as that never breaks
 _ONE_BY_ONE = 512  # sizes around the example that are looked at, so that a guard on remainders is seen to be one
 
@@ -61,7 +63,8 @@ def bound_sizes(captured: Captured, guide: Guide) -> Captured | Fixed:
     for name in signature.symbols:
         around = _Around(name, trials.example, guards)
         breaks = {guard: around.breaks(guard) for guard in around.guards}
-        tried = {n: trials.differs(around.at(n)) for n in around.to_try(breaks, table_rows(captured.graph_module))}
+        far = trials.reach(around, max((above or 0 for _, above in breaks.values()), default=0))
+        tried = {n: trials.differs(around.at(n)) for n in around.to_try(breaks, table_rows(captured.graph_module), far)}
         other = sorted((n for n, differs in tried.items() if differs), key=around.distance)
         guilty = around.guilty(tried)
         told = other[0] if other else 0
@@ -74,7 +77,7 @@ def bound_sizes(captured: Captured, guide: Guide) -> Captured | Fixed:
             return Fixed(steps, told)
         least, most = around.interval((*guilty, *around.untried))
         inside = {n for n in (least, most, around.own + 1, around.own * 2 + 1) if n is not None and least <= n}
-        wrong = [n for n in sorted(inside) if n <= min(most or n, _FARTHEST) and trials.differs(around.at(n))]
+        wrong = [n for n in sorted(inside) if n <= min(most or n, far) and trials.differs(around.at(n))]
         if least == most or wrong:
             return Fixed(name, wrong[0] if wrong else told)
         bounds.append(Bound(name=name, least=least, most=most))
@@ -98,6 +101,17 @@ class _Trials:
         self.captured, self.guide = captured, guide
         self.example: Sizes = captured.signature.check(captured.example)
         self._known: dict[tuple[tuple[str, int], ...], bool | None] = {}
+
+    def reach(self, around: _Around, wanted: int) -> int:
+        """Up to which size the guide may be run: further than usual as long as half of it is quick."""
+        size = _NEAR
+        while size < min(wanted, _FARTHEST):
+            start = time.monotonic()
+            self.differs(around.at(size))
+            if time.monotonic() - start > _QUICK:
+                break
+            size *= 2
+        return size
 
     def differs(self, sizes: Sizes) -> bool | None:
         """Whether the graph isn't the guide there; None where the guide itself doesn't run, or gives no number."""
@@ -156,8 +170,9 @@ class _Around:
             kept, stride = at, stride * 2
         return None
 
-    def to_try(self, breaks: Mapping[Guard, tuple[int | None, int | None]], table: int | None) -> list[int]:
-        """Sizes outside of each guard, near and farther off; one, and one of another parity than the example's.
+    def to_try(self, breaks: Mapping[Guard, tuple[int | None, int | None]], table: int | None, most: int) -> list[int]:
+        """Sizes outside of each guard, near and farther off as far as `most`; one, and one of another parity than the
+        example's.
 
         A guard that breaks too far off for that is `untried`, and kept; where a table of positions ends there, how it
         goes on is not the trace's to say.
@@ -167,9 +182,9 @@ class _Around:
         for guard, (below, above) in breaks.items():
             if below is not None:
                 wanted += [below, below // 2]
-            if above is not None and above <= _FARTHEST:
-                wanted += [above, above + 1, min(2 * above + 1, _FARTHEST)]
-            elif above is not None and below is None and above - 1 != table:
+            if above is not None and above <= most:
+                wanted += [above, above + 1, min(2 * above + 1, most)]
+            elif above is not None and above - 1 != table:
                 self.untried += (guard,)
         return [n for n in dict.fromkeys(wanted) if n >= 1 and n != self.own]
 
