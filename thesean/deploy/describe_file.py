@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, WEIGHTS, read, told_by
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, WEIGHTS, read, told_by
+from thesean.deploy.parity import Check, largest
 from thesean.errors import ExportError
 from thesean.passes.graph.signature import Bound
 
@@ -39,10 +40,9 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         sections.append("\n".join(["sizes", *(f"  {b.name}: {b.describe()}, no others" for b in bounds)]))
     sections.append("operators\n  " + _operators(model))
     if PARITY_SEEN in told:
-        checks = _parsed(told[PARITY_SEEN])
-        worst = max(checks, key=lambda c: c["max_abs_error"])
-        largest = f"{worst['max_abs_error']:.1e} ({worst['label']} at {tuple(worst['shape'])})"
-        sections.append(f"parity\n  {len(checks)} checks in onnxruntime; largest error {largest}")
+        checks = [Check(c["label"], tuple(c["shape"]), c["max_abs_error"]) for c in _parsed(told[PARITY_SEEN])]
+        unchecked = f"\n  not checked: {told[UNCHECKED]}" if UNCHECKED in told else ""
+        sections.append(f"parity\n  {len(checks)} checks in onnxruntime; {largest(checks)}{unchecked}")
     return "\n\n".join(sections), told
 
 

@@ -12,15 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import fx
 
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, draft
-from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, rounding, runnable, sizes_to_check
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, draft
+from thesean.deploy.parity import (
+    Check,
+    CheckSizes,
+    compare_chunks,
+    compare_whole,
+    largest,
+    rounding,
+    runnable,
+    sizes_to_check,
+)
 from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
@@ -39,6 +48,7 @@ from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.scratch import named
 
 Stateful = Literal["auto", "yes", "no"] | bool
+Checking = Literal["all", "skip"]
 
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
@@ -56,6 +66,7 @@ class Form(TypedDict, total=False):
     dtype: torch.dtype | str | None
     external_data: bool | None
     about: Mapping[str, str]
+    check: Checking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +92,12 @@ class ExportReport:
     weights: Path | None = None
 
     def __str__(self) -> str:
-        worst = max(self.checks, key=lambda c: c.max_abs_error)
         kind = "with state" if self.stateful else "without state"
         told = kind if self.dtype == "float32" else f"{self.dtype}, {kind}"
-        largest = f"{worst.max_abs_error:.1e} ({worst.label} at {worst.shape})"
         lines = [
             f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {told}, {self.seconds:.1f} s",
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
-            f"  {len(self.checks)} checks in onnxruntime; largest error {largest}, tolerance {self.tolerance:.0e}",
+            f"  {len(self.checks)} checks in onnxruntime; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
         ]
         if self.delay:
             lines.insert(2, f"  outputs come {self.delay} steps late: {self.delay} more, not seen, bring the last ones")
@@ -122,13 +131,16 @@ def export(
     `dtype`: torch.float32, the default whatever the network's own, or torch.float16; file and torch are compared in
     that precision, by default to `PARITY` of the output's scale. `external_data`: the weights in a file of their own
     beside `path`; None: where they are too large for one, past 2 GiB. `about`: what the file's metadata say, beside the
-    states and the parity that was seen.
+    states and the parity that was seen. `check`: "skip" writes, and tells, what can't be compared as torch gives no
+    finite number; what can be compared is.
 
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     wanted = _parse(stateful)
+    if form.get("check", "all") not in get_args(Checking):
+        raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
     asked = _Asked(
         module=graph_module,
         signature=signature,
@@ -197,12 +209,21 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
             checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            unchecked = _not_comparable(checks)
+            if unchecked and asked.form.get("check", "all") != "skip":
+                raise ExportError(
+                    f"{path}: {unchecked}. No file was written. Convert with data= or example_inputs= that the network "
+                    "is finite on: checks are made of them. check='skip' writes it all the same, and says so."
+                )
+            skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
             _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
         except ExportError as error:
             if threaded is None:
                 raise
             raise _StateFailed(str(error)) from error
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
+        if unchecked:
+            drafted.tell({UNCHECKED: unchecked})
         size = drafted.bytes
         drafted.publish()
     return ExportReport(
@@ -339,20 +360,25 @@ def _example(
     return example
 
 
+def _not_comparable(checks: list[Check]) -> str:
+    """What stands against a comparison, "" where all that could be was made."""
+    if not checks:
+        return "the torch module runs at none of the sizes to compare at: pass train_length="
+    void = next((c for c in checks if c.void), None)
+    if void is None:
+        return ""
+    return (
+        f"{void.label} at {void.shape}: expected finite numbers to compare, found none in the torch module's own "
+        f"{', '.join(void.void)}"
+    )
+
+
 def _refuse_errors(
     checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
 ) -> None:
-    if not checks:
-        raise ExportError(f"{path}: the torch module runs at none of the sizes to compare at. Pass train_length=.")
-    void = next((c for c in checks if c.max_abs_error != c.max_abs_error), None)
-    if void is not None:
-        raise ExportError(
-            f"{path}: {void.label} at {void.shape}: expected finite numbers to compare, found none in an output of the "
-            "torch module's own. No file was written. Convert with data= or example_inputs= that the network is finite "
-            "on: checks are made of them."
-        )
-    worst = max(checks, key=lambda c: c.max_abs_error)
-    if not worst.max_abs_error <= tolerance:
+    compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
+    worst = max(compared, key=lambda c: c.max_abs_error, default=None)
+    if worst is not None and not worst.max_abs_error <= tolerance:
         own = rounding_at(worst.shape)
         advice = "Try another opset=, or raise tolerance= if that is good enough for you."
         if own > tolerance / 2:

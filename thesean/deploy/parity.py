@@ -36,13 +36,20 @@ _CHUNKED = (3, 20)
 
 
 class Check(NamedTuple):
-    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number, NaN where
-    an output of torch's has no finite number to compare with.
+    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number. `void`
+    are the outputs in which torch's has no finite number to compare with; NaN where all of them are.
     """
 
     label: str
     shape: tuple[int, ...]
     max_abs_error: float
+    void: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, label: str, shape: tuple[int, ...], outputs: Sequence[str], errors: Sequence[float]) -> Check:
+        """`errors` of the `outputs`; NaN, nothing compared, is no error."""
+        void = tuple(name for name, error in zip(outputs, errors, strict=True) if error != error)
+        return cls(label, shape, max((e for e in errors if e == e), default=float("nan")), void)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +134,7 @@ def compare_whole(
         ):
             got, want = got[shown_BT], want[shown_BT]
         errors.append(relative_error(got, want))
-    return Check("onnxruntime vs torch", sizes.shape, worst(errors))
+    return Check.of("onnxruntime vs torch", sizes.shape, outputs, errors)
 
 
 @torch.no_grad()
@@ -178,7 +185,7 @@ def _compare_chunks(
             if not isinstance(joined, str):
                 joined = in_time(joined, value.shape, delay)
             errors.append(float("inf") if isinstance(joined, str) else relative_error(joined.numpy(), value.numpy()))
-        checks.append(Check(label, sizes.shape, worst(errors)))
+        checks.append(Check.of(label, sizes.shape, outputs, errors))
     return checks
 
 
@@ -201,7 +208,8 @@ def rounding(module: fx.GraphModule, signature: Signature, shape: tuple[int, ...
     except (RuntimeError, TheseanError) as error:
         logger.debug("the module does not run in float64: %s", error)
         return 0.0
-    return worst([relative_error(a.numpy(), b.numpy()) for a, b in zip(found, exact, strict=True)])
+    errors = [relative_error(a.numpy(), b.numpy()) for a, b in zip(found, exact, strict=True)]
+    return max((e for e in errors if e == e), default=0.0)
 
 
 def _with_padding(
@@ -240,9 +248,13 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(a[finite] - b[finite]).max()) / max(1.0, float(np.abs(b[finite]).max()))
 
 
-def worst(errors: Sequence[float]) -> float:
-    """The largest; NaN, nothing compared, is worse than any."""
-    return max(errors, key=lambda e: (e != e, e))
+def largest(checks: Sequence[Check]) -> str:
+    """The largest error of all that was compared, as text."""
+    compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
+    if not compared:
+        return "nothing could be compared"
+    worst = max(compared, key=lambda c: c.max_abs_error)
+    return f"largest error {worst.max_abs_error:.1e} ({worst.label} at {tuple(worst.shape)})"
 
 
 def _cut(length: int) -> tuple[int, ...]:
