@@ -62,6 +62,9 @@ class Converted:
         except (IndexError, RuntimeError) as error:
             if why := self.signature.out_of_range(inputs):
                 raise DataError(f"{why}.") from error
+            if empty := next((name for name, value in inputs.items() if not value.numel()), None):
+                shape = tuple(inputs[empty].shape)
+                raise DataError(f"{empty} is empty, of shape {shape}: the network does not run on that.") from error
             length, trained = self.signature.check(inputs).get("time"), self.report.train_length
             if length is None or trained is None or length <= trained:
                 raise
@@ -101,8 +104,8 @@ class Converted:
         it; left out, where they don't fit in one (2 GiB). `check`: "skip" writes what can't be compared, as an output
         of torch's holds no finite number, and says so in report and file. The file's metadata hold the plan, the
         report, the states and the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the
-        graph as text after each pass of the export, numbered behind what `compile` left there. Raises ExportError and WriteError, and then
-        leaves no file; MissingExtraError.
+        graph as text after each pass of the export, numbered behind what `compile` left there. Raises ExportError and
+        WriteError, and then leaves no file; MissingExtraError.
         """
         from thesean.deploy.export import export
         from thesean.deploy.onnx_file import PLAN, REPORT

@@ -19,7 +19,7 @@ from torch import fx
 
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, draft
+from thesean.deploy.onnx_file import DELAY, IDS, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, draft
 from thesean.deploy.parity import (
     Check,
     CheckSizes,
@@ -201,6 +201,8 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note, told[ROWS] = _TOGETHER, TOGETHER
+        if ids := {s.name: s.high for s in signature.inputs if s.high and _refuses_negative(module, signature, s.name)}:
+            told[IDS] = json.dumps(ids)
         if signature.bounds:
             told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
         try:
@@ -358,6 +360,22 @@ def _example(
     for spec in states:
         example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example
+
+
+@torch.no_grad()
+def _refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -> bool:
+    """Whether torch finds no row -1 in the table that an input indexes: onnxruntime reads the last one."""
+    sizes = signature.within(CheckSizes(batch=2, length=7).of(signature))
+    inputs = signature.random_inputs(sizes)
+    try:
+        module(**inputs)
+    except (RuntimeError, IndexError):
+        return False  # nothing is known
+    try:
+        module(**{**inputs, name: torch.full_like(inputs[name], -1)})
+    except (RuntimeError, IndexError):
+        return True
+    return False
 
 
 def _not_comparable(checks: list[Check]) -> str:
