@@ -190,12 +190,16 @@ def _root(
 ) -> nn.Module:
     """A module tree that holds what the graph reads and calls. `modules` get the tensors that are theirs."""
     root = nn.Module()
-    left = dict(tensors)
+    left, aliases = dict(tensors), _texts(body["aliases"])
     try:
         for name, described in body["modules"].items():
             prefix = f"{name}."
             own = [key for key in left if key.partition(":")[2].startswith(prefix)]
             state = {key.partition(":")[2].removeprefix(prefix): left.pop(key) for key in own}
+            for alias, original in aliases.items():  # tied: loaded twice, and made one below
+                kept = next((tensors[k] for k in (f"parameter:{original}", f"buffer:{original}") if k in tensors), None)
+                if alias.startswith(prefix) and kept is not None:
+                    state[alias.removeprefix(prefix)] = kept
             # with the precision that it was saved in, tensor by tensor
             modules[name].load_state_dict(state, assign=True)
             if state and not _on_meta(state.values()) and _on_meta(_all_tensors(modules[name])):
@@ -212,11 +216,10 @@ def _root(
         if kind not in ("parameter", "buffer") or not graph_json.is_attribute_path(path):
             raise ArtifactError(f"{folder}: {key!r:.80} is not a tensor's name.")
         _attach(root, path, nn.Parameter(value) if kind == "parameter" else value)
-    for name, original in _texts(body["aliases"]).items():
+    for name, original in aliases.items():
         if not graph_json.is_attribute_path(name):
             raise ArtifactError(f"{folder}: {name!r:.80} is not a tensor's name.")
-        if original.split(".")[0] not in body["modules"]:
-            _attach(root, name, _held(root, original, folder))
+        _attach(root, name, _held(root, original, folder))
     for node in graph.find_nodes(op="get_attr"):
         node.meta["val"] = _held(root, str(node.target), folder)
     for node in graph.find_nodes(op="call_module"):
