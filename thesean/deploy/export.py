@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from thesean.deploy.parity import (
     compare_chunks,
     compare_whole,
     largest,
+    not_comparable,
+    refuse_errors,
     rounding,
     runnable,
     sizes_to_check,
@@ -211,14 +213,14 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
             checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
-            unchecked = _not_comparable(checks)
+            unchecked = not_comparable(checks)
             if unchecked and asked.form.get("check", "all") != "skip":
                 raise ExportError(
                     f"{path}: {unchecked}. No file was written. Convert with data= or example_inputs= that the network "
                     "is finite on: checks are made of them. check='skip' writes it all the same, and says so."
                 )
             skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
-            _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+            refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
         except ExportError as error:
             if threaded is None:
                 raise
@@ -376,35 +378,3 @@ def _refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -
     except (RuntimeError, IndexError):
         return True
     return False
-
-
-def _not_comparable(checks: list[Check]) -> str:
-    """What stands against a comparison, "" where all that could be was made."""
-    if not checks:
-        return "the torch module runs at none of the sizes to compare at: pass train_length="
-    void = next((c for c in checks if c.void), None)
-    if void is None:
-        return ""
-    return (
-        f"{void.label} at {void.shape}: expected finite numbers to compare, found none in the torch module's own "
-        f"{', '.join(void.void)}"
-    )
-
-
-def _refuse_errors(
-    checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
-) -> None:
-    compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
-    worst = max(compared, key=lambda c: c.max_abs_error, default=None)
-    if worst is not None and not worst.max_abs_error <= tolerance:
-        own = rounding_at(worst.shape)
-        advice = "Try another opset=, or raise tolerance= if that is good enough for you."
-        if own > tolerance / 2:
-            advice = (
-                f"The network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies "
-                "rounding, and no file can be held against it. Look at what it computes, or raise tolerance=."
-            )
-        raise ExportError(
-            f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's "
-            f"scale, found {worst.max_abs_error:.1e}. No file was written. {advice}"
-        )

@@ -6,8 +6,9 @@ B batch, T time
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.session import Session
-from thesean.errors import TheseanError
+from thesean.errors import ExportError, TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import run_passes
@@ -255,6 +256,38 @@ def largest(checks: Sequence[Check]) -> str:
         return "nothing could be compared"
     worst = max(compared, key=lambda c: c.max_abs_error)
     return f"largest error {worst.max_abs_error:.1e} ({worst.label} at {tuple(worst.shape)})"
+
+
+def not_comparable(checks: list[Check]) -> str:
+    """What stands against a comparison, "" where all that could be was made."""
+    if not checks:
+        return "the torch module runs at none of the sizes to compare at: pass train_length="
+    void = next((c for c in checks if c.void), None)
+    if void is None:
+        return ""
+    return (
+        f"{void.label} at {void.shape}: expected finite numbers to compare, found none in the torch module's own "
+        f"{', '.join(void.void)}"
+    )
+
+
+def refuse_errors(
+    checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
+) -> None:
+    compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
+    worst = max(compared, key=lambda c: c.max_abs_error, default=None)
+    if worst is not None and not worst.max_abs_error <= tolerance:
+        own = rounding_at(worst.shape)
+        advice = "Try another opset=, or raise tolerance= if that is good enough for you."
+        if own > tolerance / 2:
+            advice = (
+                f"The network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies "
+                "rounding, and no file can be held against it. Look at what it computes, or raise tolerance=."
+            )
+        raise ExportError(
+            f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's "
+            f"scale, found {worst.max_abs_error:.1e}. No file was written. {advice}"
+        )
 
 
 def _cut(length: int) -> tuple[int, ...]:
