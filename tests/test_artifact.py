@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from tests.models import tokens, vectors
 from thesean import artifact, load_artifact, replace_folder
 from thesean.artifact import Artifact
 from thesean.errors import ArtifactError
+from thesean.passes.graph.nodes import attribute
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.report.conversion import ConversionReport
@@ -527,3 +529,26 @@ def test_paths_may_be_text_and_below_folders_that_are_not_there_yet(tmp_path: Pa
     folder = converted().save(f"{tmp_path}/a/b/c")
     assert folder == tmp_path / "a" / "b" / "c"
     thesean.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.weight"),
+        ("part_0.last.weight", "part_1.last.weight"),
+        ("transformer.h.0.ln_1.bias", "part_1.last.bias"),
+        ("part_0.last.bias", "transformer.h.1.ln_1.bias"),
+        ("part_0.core.weight_ih_l0", "part_0.core.weight_hh_l0"),
+    ],
+)
+def test_weights_that_the_caller_ties_are_saved_once_and_stay_tied(names: tuple[str, str], tmp_path: Path):
+    original = copy.deepcopy(converted())
+    holders = [original.module.get_submodule(n.rpartition(".")[0]) for n in names]
+    leaves = [n.rpartition(".")[2] for n in names]
+    setattr(holders[1], leaves[1], getattr(holders[0], leaves[0]))
+    loaded = thesean.load(original.save(tmp_path / "saved"))
+    first, second = (attribute(loaded.module, name) for name in names)
+    assert first is second
+    assert len(list(loaded.module.parameters())) == len(list(original.module.parameters()))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens(2, 5)).logits, original(tokens(2, 5)).logits, rtol=0, atol=0)

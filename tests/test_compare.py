@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -241,3 +242,12 @@ def test_both_modules_of_a_merged_part_go_by_its_path():
     found = thesean.compare(converted, converted, data, layers_b="transformer.h.0..1")
     kept, dropped = sorted(converted.plan.parts[0].replaces, key=lambda path: not path.endswith("attn"))
     assert set(found.layers_a) == set(found.layers_b) == {f"{kept} (linear-attention)", f"{dropped} (identity)"}
+
+
+def test_data_without_an_end_is_compared_on_its_first_batches(monkeypatch):
+    monkeypatch.setattr(sys.modules["thesean.compare"], "_MOST", 3)
+    model = Blocks(8, 1).eval()
+    with pytest.warns(UserWarning, match="may have no end: compared on its first 3 batches"):
+        found = thesean.compare(model, model, itertools.cycle(batches(8)))
+    assert found.examples == 24
+    assert thesean.compare(model, model, batches(8, 8, 8, 8)).examples == 32  # a list has one

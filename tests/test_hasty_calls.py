@@ -13,6 +13,7 @@ import torch
 
 import thesean
 from benchmarks.hostility.guides import POSITIONS, WORDS, Blocks, Words, compiled, ids, seeded, vectors
+from tests.models import gpt2, token_batches, tokens
 from thesean.errors import DataError, ExportError, NumericalError, PlanError, TargetMismatchError, TheseanError
 from thesean.report.report_json import read_report
 
@@ -46,6 +47,13 @@ def test_ids_past_the_table_are_told_at_the_call():
     for number in (WORDS, -1):
         with pytest.raises(DataError, match=rf"ids holds {number}; expected ids from 0 to {WORDS - 1}"):
             converted(with_last(ids(1)[0], number))
+
+
+def test_a_sequence_without_a_step_is_told_and_a_batch_without_a_row_gives_none():
+    converted = thesean.compile(gpt2(1), "gru", data=token_batches(), recipe="fast", progress=False)
+    assert len(converted(tokens(0)).logits) == 0
+    with pytest.raises(DataError, match=r"input_ids is empty, of shape \(4, 0\): the network does not run on that"):
+        converted(tokens(4, 0))
 
 
 class Once:

@@ -126,6 +126,14 @@ def unknown_dtype(document):
     document["signature"]["inputs"][0]["dtype"] = "load"
 
 
+def bound_of(*rows: Any) -> Change:
+    def change(document: dict[str, Any]) -> None:
+        document["signature"]["bounds"] = [dict(zip(("name", "least", "most"), row, strict=True)) for row in rows]
+
+    change.__name__ = f"bounds {rows}"
+    return change
+
+
 def extra_input(document):
     document["signature"]["inputs"].append({"name": "more", "dtype": "int64", "shape": ["batch"]})
 
@@ -167,6 +175,8 @@ IDS = {"node": "input_ids"}
         added("aten.scaled_dot_product_attention.default", IDS, IDS, IDS),
         added("aten._reshape_alias.default", IDS, [10**6], [1]), added("aten._ctc_loss.default", IDS, IDS, [1], [1]),
         added("aten._sparse_coo_tensor_unsafe.default", IDS, IDS, [1]),
+        bound_of(("times", 1, 16)), bound_of(("time", 0, 16)), bound_of(("time", 9, 8)), bound_of(("time", 1, "many")),
+        bound_of(("time", 1, 1.5)), bound_of(("time", 1, 2**70)), bound_of((["time"], 1, None)),
         added("aten.segment_reduce.default", IDS, "max"), added("aten.set_grad_enabled.default", False),
     ],
     ids=lambda change: change.__name__,
@@ -347,3 +357,8 @@ def test_altered_folders_are_refused_or_harmless():
     found |= outcomes(0, 10**6, until=time.monotonic() + 15)
     assert len(found) > 50
     assert {n: text for n, text in found.items() if text.startswith(("foreign", "died"))} == {}
+
+
+def test_bounds_of_sizes_that_are_ones_pass(folder: Path):
+    rewrite(folder, bound_of(("time", 2, None), ("batch", 1, 8)))
+    assert [b.describe() for b in thesean.load(folder).signature.bounds] == ["2 or more", "1 to 8"]

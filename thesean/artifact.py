@@ -203,4 +203,5 @@ def _signature_to_json(signature: Signature) -> dict[str, Any]:
         | {"high": s.high, "low": s.low, **({"mask": True} if s.mask else {})}
         for s in signature.inputs
     ]
-    return {"inputs": inputs, "output_class": signature.output_class}
+    bounds = {"bounds": [bound.to_json() for bound in signature.bounds]} if signature.bounds else {}
+    return {"inputs": inputs, "output_class": signature.output_class, **bounds}

@@ -6,7 +6,7 @@ L layers of model a, M of model b, N examples of a batch, P width
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from thesean.similarity import Measure, get_measure
 from thesean.similarity.shared.hsic import u_centred
 from thesean.similarity.shared.layer_cka import LayerCKA
 from thesean.similarity.shared.rows import Flatten, rows
+from thesean.warn import warn
 
+_MOST = 1024  # batches of data without a length
 _CHUNK = 256  # examples of a Gram: more cost memory, fewer precision
 _GRAM_BYTES = 256 << 20  # of one batch's Grams, over all layers; smaller chunks hold it
 
@@ -73,6 +75,9 @@ def compare(
     count = skipped = 0
     with evaluating(model_a), evaluating(model_b):
         for number, batch in enumerate(each_of(data, "data")):
+            if number == _MOST and not isinstance(data, Sized):
+                warn([f"data tells no length and may have no end: compared on its first {_MOST} batches."])
+                break
             mask = batch.get("attention_mask") if flatten == "token" and isinstance(batch, Mapping) else None
             keep = _keeper(by_gram, flatten, mask, len(names_a) + len(names_b))
             try:

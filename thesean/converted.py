@@ -62,6 +62,9 @@ class Converted:
         except (IndexError, RuntimeError) as error:
             if why := self.signature.out_of_range(inputs):
                 raise DataError(f"{why}.") from error
+            if empty := next((name for name, value in inputs.items() if not value.numel()), None):
+                shape = tuple(inputs[empty].shape)
+                raise DataError(f"{empty} is empty, of shape {shape}: the network does not run on that.") from error
             length, trained = self.signature.check(inputs).get("time"), self.report.train_length
             if length is None or trained is None or length <= trained:
                 raise
@@ -90,6 +93,7 @@ class Converted:
         dtype: torch.dtype | str | None = None,
         dump_graphs: str | Path | None = None,
         external_data: bool | None = None,
+        check: Literal["all", "skip"] = "all",
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
@@ -97,10 +101,11 @@ class Converted:
         and step-by-step decoding; an attention that was kept has its keys and values as state. `dtype`: torch.float32,
         the default whatever the network's own, or torch.float16; the comparison is in that precision, to 1e-4 or 3e-2
         of the output's scale unless `tolerance` is given. `external_data`: the weights in a file of their own beside
-        it; left out, where they don't fit in one (2 GiB). The file's metadata hold the plan, the report, the states and
-        the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the graph as text after
-        each pass of the export, numbered behind what `compile` left there. Raises ExportError and WriteError, and then
-        leaves no file; MissingExtraError.
+        it; left out, where they don't fit in one (2 GiB). `check`: "skip" writes what can't be compared, as an output
+        of torch's holds no finite number, and says so in report and file. The file's metadata hold the plan, the
+        report, the states and the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the
+        graph as text after each pass of the export, numbered behind what `compile` left there. Raises ExportError and
+        WriteError, and then leaves no file; MissingExtraError.
         """
         from thesean.deploy.export import export
         from thesean.deploy.onnx_file import PLAN, REPORT
@@ -116,6 +121,7 @@ class Converted:
                 dtype=dtype,
                 train_length=self.report.train_length,
                 external_data=external_data,
+                check=check,
                 about={PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())},
             )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-import torch
 from torch import nn
 
 from thesean.passes.capture.capture import capture
@@ -14,7 +13,7 @@ from thesean.passes.plan.hybrid import bound_positions
 from thesean.request import Request
 
 if TYPE_CHECKING:
-    from thesean.deploy.export import ExportReport
+    from thesean.deploy.export import ExportReport, Form
 
 
 def export_guide(
@@ -26,13 +25,14 @@ def export_guide(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     stateful: Literal["auto", "yes", "no"] | bool = "auto",
     opset: int | None = None,
-    dtype: torch.dtype | str | None = None,
+    **form: Unpack[Form],
 ) -> ExportReport:
     """Write `model` as it is to an ONNX file that onnxruntime was seen to run with torch's numbers.
 
     A causal language model gets its keys and values as state, so that one file serves prefill, chunks and single steps:
     the fair rival of a conversion's. It is what `compile(...).frontier[0].export(path)` writes, without a conversion;
-    positions past a table read its last row there. The arguments are those of `compile` and `Converted.export`.
+    positions past a table read its last row there. The arguments are those of `compile` and `Converted.export`,
+    `dtype`, `external_data` and `check` among them.
 
     Raises CaptureError, DataError, ExportError (no file is left then) and MissingExtraError.
     """
@@ -47,6 +47,6 @@ def export_guide(
         path,
         stateful=stateful,
         opset=opset,
-        dtype=dtype,
+        **form,
         train_length=captured.signature.example_sizes.get("time"),
     )

@@ -22,7 +22,7 @@ from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.fitting import Fitting
 from thesean.passes.graph.shapes import Shapes
-from thesean.passes.graph.signature import InputSpec, Signature, fits_record
+from thesean.passes.graph.signature import Bound, InputSpec, Signature, fits_record
 from thesean.passes.graph.unchecked import look_first
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import standing
@@ -52,7 +52,16 @@ class _InputRow(TypedDict):
     mask: NotRequired[bool]
 
 
+class _BoundRow(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    name: str
+    least: Annotated[int, Field(ge=1, lt=2**63)]
+    most: Annotated[int, Field(ge=1, lt=2**63)] | None
+
+
 _ROWS = TypeAdapter(list[_InputRow])
+_BOUNDS = TypeAdapter(list[_BoundRow])
 
 
 def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
@@ -181,12 +190,16 @@ def _root(
 ) -> nn.Module:
     """A module tree that holds what the graph reads and calls. `modules` get the tensors that are theirs."""
     root = nn.Module()
-    left = dict(tensors)
+    left, aliases = dict(tensors), _texts(body["aliases"])
     try:
         for name, described in body["modules"].items():
             prefix = f"{name}."
             own = [key for key in left if key.partition(":")[2].startswith(prefix)]
             state = {key.partition(":")[2].removeprefix(prefix): left.pop(key) for key in own}
+            for alias, original in aliases.items():  # tied: loaded twice, and made one below
+                kept = next((tensors[k] for k in (f"parameter:{original}", f"buffer:{original}") if k in tensors), None)
+                if alias.startswith(prefix) and kept is not None:
+                    state[alias.removeprefix(prefix)] = kept
             # with the precision that it was saved in, tensor by tensor
             modules[name].load_state_dict(state, assign=True)
             if state and not _on_meta(state.values()) and _on_meta(_all_tensors(modules[name])):
@@ -203,11 +216,10 @@ def _root(
         if kind not in ("parameter", "buffer") or not graph_json.is_attribute_path(path):
             raise ArtifactError(f"{folder}: {key!r:.80} is not a tensor's name.")
         _attach(root, path, nn.Parameter(value) if kind == "parameter" else value)
-    for name, original in _texts(body["aliases"]).items():
+    for name, original in aliases.items():
         if not graph_json.is_attribute_path(name):
             raise ArtifactError(f"{folder}: {name!r:.80} is not a tensor's name.")
-        if original.split(".")[0] not in body["modules"]:
-            _attach(root, name, _held(root, original, folder))
+        _attach(root, name, _held(root, original, folder))
     for node in graph.find_nodes(op="get_attr"):
         node.meta["val"] = _held(root, str(node.target), folder)
     for node in graph.find_nodes(op="call_module"):
@@ -258,7 +270,13 @@ def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]
             raise ValueError(f"the example of {row['name']!r} is not of its dtype and rank")
         fields: dict[str, Any] = {**row, "dtype": dtype, "shape": tuple(row["shape"])}
         specs.append(InputSpec(**fields, example=example))
-    signature = Signature(inputs=tuple(specs), output_class=data["output_class"])
+    rows = _BOUNDS.validate_python(data.get("bounds", []), strict=True)
+    bounds = tuple(Bound(name=row["name"], least=row["least"], most=row["most"]) for row in rows)
+    signature = Signature(inputs=tuple(specs), output_class=data["output_class"], bounds=bounds)
+    if {b.name for b in bounds} - set(signature.symbols) or any(
+        b.most is not None and b.most < b.least for b in bounds
+    ):
+        raise ValueError("bounds of no dimension, or of no size")
     if not isinstance(signature.output_class, str | None):
         raise ValueError("output_class is neither text nor null")
     given = {s.name: s.example for s in specs if s.example is not None}

@@ -19,6 +19,7 @@ import thesean
 from tests import captured, exported, models
 from tests.exported import hybrid
 from thesean.deploy import parity
+from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import ExportReport, export, for_export
 from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import relative_error
@@ -56,8 +57,9 @@ def check_stateful(report: ExportReport) -> None:
     assert report.note == ""
     assert report.inputs == ("input_ids", "state_in_0", "state_in_1", "state_in_2")
     assert report.outputs == ("logits", "state_out_0", "state_out_1", "state_out_2")
-    assert [c.shape for c in report.checks] == [*SIZES, (1, 120), (3, 20), (3, 20)]  # 120 is past the guide's table
-    assert {c.label for c in report.checks[-2:]} == {"chunks in onnxruntime vs whole", "chunks in torch vs whole"}
+    chunks = [(3, 20), (3, 20), (1, 66), (1, 66)]  # 66 is past the bound of the positions
+    assert [c.shape for c in report.checks] == [*SIZES, (1, 120), *chunks]  # 120 is past the guide's table
+    assert {c.label for c in report.checks[-4:]} == {"chunks in onnxruntime vs whole", "chunks in torch vs whole"}
     assert max(c.max_abs_error for c in report.checks) < 1e-5
     assert report.bytes == report.path.stat().st_size
     assert "with state" in str(report)
@@ -336,7 +338,12 @@ def test_nan_against_nan_is_no_comparison():
     nothing = np.array([float("nan"), float("-inf")])
     assert np.isnan(relative_error(nothing, nothing))
     assert relative_error(np.append(nothing, 3.0), np.append(nothing, 4.0)) == pytest.approx(0.25)
-    assert np.isnan(parity.worst([0.0, float("nan"), float("inf")]))
+    nan, inf = float("nan"), float("inf")
+    assert parity.Check.of("all", (1,), ("a", "b", "c"), (0.5, nan, inf)) == ("all", (1,), inf, ("b",))
+    void = parity.Check.of("all", (1,), ("a",), (nan,))
+    assert np.isnan(void.max_abs_error)
+    assert parity.largest([void]) == parity.largest([]) == "nothing could be compared"
+    assert parity.largest([void, parity.Check("whole", (2, 7), 0.5)]) == "largest error 5.0e-01 (whole at (2, 7))"
 
 
 def test_a_file_is_not_written_where_the_module_gives_no_numbers(gru, tmp_path):
@@ -348,6 +355,40 @@ def test_a_file_is_not_written_where_the_module_gives_no_numbers(gru, tmp_path):
     with pytest.raises(ExportError, match="expected finite numbers to compare, found none"):
         export(broken, guide.signature, tmp_path / "m.onnx", stateful=False)
     assert leftovers(tmp_path) == []
+    report = export(broken, guide.signature, tmp_path / "m.onnx", stateful=False, check="skip")
+    assert "nothing could be compared" in str(report)
+
+
+class HalfVoid(nn.Module):
+    """Two outputs, of which one holds no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"good": self.layer(x), "void": self.layer(x).abs().neg().log()}
+
+
+def test_what_can_not_be_compared_is_written_where_the_caller_says_so_and_told(tmp_path):
+    torch.manual_seed(0)
+    guide, path = HalfVoid(), tmp_path / "m.onnx"
+    with pytest.raises(ExportError, match=r"found none in the torch module's own void\. .*check='skip'"):
+        thesean.export_guide(guide, path, example_inputs=(models.vectors(4, 8),))
+    assert leftovers(tmp_path) == []
+    report = thesean.export_guide(guide, path, example_inputs=(models.vectors(4, 8),), check="skip")
+    assert "not checked, as check='skip' allows: onnxruntime vs torch at (1,)" in report.note
+    assert max(c.max_abs_error for c in report.checks) < 1e-5  # of the other output
+    assert "not checked: onnxruntime vs torch at (1,)" in describe_file(path)[0]
+
+
+def test_an_output_that_can_be_compared_is_compared_all_the_same(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(parity, "_arrays", lambda inputs: {n: v.numpy() + 1 for n, v in inputs.items()})
+    with pytest.raises(ExportError, match="expected an error of at most"):
+        thesean.export_guide(HalfVoid(), tmp_path / "m.onnx", example_inputs=(models.vectors(4, 8),), check="skip")
+    with pytest.raises(ExportError, match="check: expected one of all, skip, found 'never'"):
+        thesean.export_guide(HalfVoid(), tmp_path / "m.onnx", example_inputs=(models.vectors(4, 8),), check="never")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("length", "chunks"), [(20, (1, 5, 1, 13)), (7, (1, 5, 1)), (4, (1, 3)), (1, (1,))])

@@ -123,7 +123,7 @@ def test_inputs_that_do_not_fit_are_told_quietly(files, capfd):
     with pytest.raises(DataError, match="missing input 'input_ids'"):
         session.run({"ids": np.zeros((1, 2))})
     with pytest.raises(DataError, match="onnxruntime refuses these inputs"):
-        session.run({"input_ids": np.full((1, 2), models.VOCABULARY)})
+        session.run({"input_ids": np.zeros((1, 2, 2))})
     assert capfd.readouterr().err == ""
 
 
@@ -131,3 +131,30 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no model")
     with pytest.raises(ExportError, match=r"m\.onnx is no ONNX model"):
         Session(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("number", [-1, models.VOCABULARY])
+def test_ids_that_no_table_holds_are_refused_where_onnxruntime_would_read_its_last_row(files, number):
+    ids_BT = models.tokens(2, 5).numpy()
+    ids_BT[1, 3] = number
+    for session in files[1:]:
+        with pytest.raises(DataError, match=f"input_ids holds {number}; expected ids from 0 to"):
+            session.run({"input_ids": ids_BT})
+
+
+class FromTheEnd(torch.nn.Module):
+    """Looks tokens up by a subscript, of which -1 is the last row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table[ids] * 2
+
+
+def test_ids_that_torch_reads_from_a_tables_end_are_read_there_by_the_file_too(tmp_path):
+    guide, ids_BT = FromTheEnd(), torch.tensor([[0, -1, 8], [3, -9, 2]])
+    report = thesean.export_guide(guide, tmp_path / "m.onnx", example_inputs=(ids_BT.abs() % 9,))
+    found = Session(report.path).run({"ids": ids_BT.numpy()})[0]["output"]
+    np.testing.assert_allclose(found, guide(ids_BT).detach().numpy(), rtol=1e-5)

@@ -14,7 +14,7 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
-from thesean.targets import Target
+from thesean.targets import Target, TargetModule
 
 
 def inputs_of(guide: Captured, count: int = 8, batch: int = 16, seed: int = 0):
@@ -144,3 +144,27 @@ def test_not_a_number_in_the_data_names_the_part():
     data = [{"input": torch.full((4, 8), float("nan"))}]
     with pytest.raises(NumericalError, match=r"^0\.\.1: activations are not finite"):
         solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-3)
+
+
+@torch.no_grad()
+def test_what_stays_of_the_stream_says_nothing_that_the_features_of_the_same_row_do():
+    """The normal equations: features and what is left of each row's own stream are uncorrelated after the fit."""
+    guide = captured.token_mixer()
+    _, hybrid = drafted(guide, "gru")
+    r = hybrid.replacements[1]
+    module = hybrid.module(r)
+    assert isinstance(module, TargetModule)
+    assert r.join is not None
+    assert r.guide_join is not None
+    data = inputs_of(guide)
+    solve_parts(guide.graph_module, hybrid, [1], data, ridge=1e-9)  # behind part 0, whose errors differ from row to row
+    names = [r.entry, r.join[0]]
+    own = [intermediates(hybrid.graph_module, names, with_output=False)(**x) for x in data]
+    theirs = [intermediates(guide.graph_module, [r.guide_join], with_output=False)(**x) for x in data]
+    features_NE = torch.cat([module.features(o[names[0]])[0].flatten(0, 1) for o in own]).double()
+    pairs = zip(theirs, own, strict=True)
+    left_NO = torch.cat([(t[r.guide_join] - o[names[1]]).flatten(0, 1) for t, o in pairs]).double()
+    assert left_NO.std() > 0.1  # part 0 left something that no row of features says
+    width = features_NE.shape[1]
+    correlation_EO = torch.corrcoef(torch.cat([features_NE, left_NO], 1).T)[:width, width:]
+    assert correlation_EO.abs().max() < 1e-2

@@ -151,3 +151,20 @@ def test_a_gated_mlp_exports_too(tmp_path: Path):
     guide = captured.llama(layers=1)
     report = export(narrowed(guide).graph_module.eval(), guide.signature, tmp_path / "narrow.onnx")
     assert max(check.max_abs_error for check in report.checks) < 1e-5
+
+
+class Idle(Doubled):
+    """Half of the neurons give the same number whatever comes in: nothing of them is left but a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            for up in self.ups:
+                assert isinstance(up, nn.Linear)
+                up.weight[12:], up.bias[12:] = 0.0, 2.0
+
+
+def test_neurons_that_never_move_are_folded_into_the_bias():
+    guide = capture(models.seeded(Idle), vectors(3, 6, 8))
+    hybrid = narrowed(guide)
+    assert error_of(hybrid, guide) < 10 * VALUE[torch.float32]

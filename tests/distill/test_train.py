@@ -78,3 +78,22 @@ def test_the_learning_rate_rises_then_falls_to_a_floor():
 
 def test_a_single_step_has_a_learning_rate():
     assert 0 < cosine(0, 1, 20) <= 1
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.25])
+def test_gradients_are_as_long_as_the_clip_lets_them(clip):
+    p, lengths = nn.Parameter(torch.zeros(3)), []
+
+    def after(step: int, loss: float) -> bool:
+        assert p.grad is not None
+        lengths.append(float(p.grad.norm()))
+        return False
+
+    trainer = Trainer(observer=NullObserver(), warmup=1, clip=clip)
+    given: Any = {"steps": 3, "learning_rate": 0.1, "where": "here", "after": after}
+
+    def steep(step: int, batch: torch.Tensor) -> torch.Tensor:
+        return 1000 * quadratic(p)(step, batch)
+
+    trainer.train([p], steep, itertools.repeat(torch.ones(3)), **given)
+    assert lengths == pytest.approx([clip] * 3, rel=1e-4)

@@ -184,3 +184,20 @@ def test_of_passes_that_are_attempted_together_all_are_taken_back_where_one_refu
 def test_a_refusal_ends_the_run_unless_the_pass_was_an_attempt(relu):
     with pytest.raises(PassRefused, match="refuse tanh: expected none"):
         run_passes(relu, ReluToTanh(), RefuseTanh())
+
+
+def test_a_pass_whose_graph_reads_a_value_before_it_is_made_is_told():
+    @dataclass(frozen=True)
+    class Disorder(Pass):
+        in_place = True
+
+        def call(self, graph_module: fx.GraphModule) -> PassResult:
+            made = next(n for n in graph_module.graph.nodes if n.op == "call_function")
+            graph_module.graph.output_node().append(made)
+            return PassResult(graph_module=graph_module, modified=True)
+
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.create_node("call_function", aten.relu.default, (x,), name="relu"))
+    with pytest.raises(RuntimeError, match="used before it has been defined"):
+        Disorder()(fx.GraphModule(nn.Module(), graph))

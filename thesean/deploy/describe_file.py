@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, STATES, WEIGHTS, read, told_by
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, WEIGHTS, read, told_by
+from thesean.deploy.parity import Check, largest
 from thesean.errors import ExportError
+from thesean.passes.graph.signature import Bound
 
 _OPERATORS = 12  # the most frequent; the rest are counted together
 
@@ -33,12 +35,14 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         late = _parsed(told[DELAY])
         steps, seen = late["steps"], late["seen"]
         sections.append(f"delay\n  outputs come {steps} steps late; after the last token {steps} more, {seen} False")
+    if SIZES in told:
+        bounds = [Bound(**row) for row in _parsed(told[SIZES])]
+        sections.append("\n".join(["sizes", *(f"  {b.name}: {b.describe()}, no others" for b in bounds)]))
     sections.append("operators\n  " + _operators(model))
     if PARITY_SEEN in told:
-        checks = _parsed(told[PARITY_SEEN])
-        worst = max(checks, key=lambda c: c["max_abs_error"])
-        largest = f"{worst['max_abs_error']:.1e} ({worst['label']} at {tuple(worst['shape'])})"
-        sections.append(f"parity\n  {len(checks)} checks in onnxruntime; largest error {largest}")
+        checks = [Check(c["label"], tuple(c["shape"]), c["max_abs_error"]) for c in _parsed(told[PARITY_SEEN])]
+        unchecked = f"\n  not checked: {told[UNCHECKED]}" if UNCHECKED in told else ""
+        sections.append(f"parity\n  {len(checks)} checks in onnxruntime; {largest(checks)}{unchecked}")
     return "\n\n".join(sections), told
 
 

@@ -8,19 +8,30 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import fx
 
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, ROWS, STATES, TOGETHER, draft
-from thesean.deploy.parity import Check, CheckSizes, compare_chunks, compare_whole, rounding, runnable, sizes_to_check
+from thesean.deploy.onnx_file import DELAY, IDS, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, draft
+from thesean.deploy.parity import (
+    Check,
+    CheckSizes,
+    compare_chunks,
+    compare_whole,
+    largest,
+    not_comparable,
+    refuse_errors,
+    rounding,
+    runnable,
+    sizes_to_check,
+)
 from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
@@ -39,6 +50,7 @@ from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.scratch import named
 
 Stateful = Literal["auto", "yes", "no"] | bool
+Checking = Literal["all", "skip"]
 
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
@@ -56,6 +68,7 @@ class Form(TypedDict, total=False):
     dtype: torch.dtype | str | None
     external_data: bool | None
     about: Mapping[str, str]
+    check: Checking
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +94,12 @@ class ExportReport:
     weights: Path | None = None
 
     def __str__(self) -> str:
-        worst = max(self.checks, key=lambda c: c.max_abs_error)
         kind = "with state" if self.stateful else "without state"
         told = kind if self.dtype == "float32" else f"{self.dtype}, {kind}"
-        largest = f"{worst.max_abs_error:.1e} ({worst.label} at {worst.shape})"
         lines = [
             f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {told}, {self.seconds:.1f} s",
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
-            f"  {len(self.checks)} checks in onnxruntime; largest error {largest}, tolerance {self.tolerance:.0e}",
+            f"  {len(self.checks)} checks in onnxruntime; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
         ]
         if self.delay:
             lines.insert(2, f"  outputs come {self.delay} steps late: {self.delay} more, not seen, bring the last ones")
@@ -122,23 +133,65 @@ def export(
     `dtype`: torch.float32, the default whatever the network's own, or torch.float16; file and torch are compared in
     that precision, by default to `PARITY` of the output's scale. `external_data`: the weights in a file of their own
     beside `path`; None: where they are too large for one, past 2 GiB. `about`: what the file's metadata say, beside the
-    states and the parity that was seen.
+    states and the parity that was seen. `check`: "skip" writes, and tells, what can't be compared as torch gives no
+    finite number; what can be compared is.
 
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
-    path = named(path)
-    dtype = _parse_dtype(form.get("dtype"))
-    dtypes = dtypes_for(graph_module, signature, dtype)
-    signature = cast_signature(signature, dtypes)
-    file_dtype = dtype or torch.float32
-    tolerance = PARITY[file_dtype] if tolerance is None else tolerance
+    wanted = _parse(stateful)
+    if form.get("check", "all") not in get_args(Checking):
+        raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
+    asked = _Asked(
+        module=graph_module,
+        signature=signature,
+        path=named(path),
+        dtype=_parse_dtype(form.get("dtype")),
+        opset=DEFAULT_OPSET if opset is None else opset,
+        tolerance=tolerance,
+        train_length=train_length,
+        form=form,
+    )
+    try:
+        report = _write(asked, wanted)
+    except _StateFailed as failure:
+        if wanted:
+            raise
+        report = _write(asked, False)  # what stands in the way of any file stands in this one's too
+        report = replace(report, note="; ".join(n for n in (f"without state: {failure}", report.note) if n))
+    return replace(report, seconds=time.monotonic() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a file is to be made of, and how."""
+
+    module: fx.GraphModule
+    signature: Signature
+    path: Path
+    dtype: torch.dtype | None
+    opset: int
+    tolerance: float | None
+    train_length: int | None
+    form: Form
+
+
+class _StateFailed(ExportError):
+    """A file that carries a state could not be written, or doesn't give the network's numbers."""
+
+
+def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
+    """One file, compared. Raises ExportError, WriteError; _StateFailed where it may do without its state."""
+    path, train_length = asked.path, asked.train_length
+    dtypes = dtypes_for(asked.module, asked.signature, asked.dtype)
+    signature = cast_signature(asked.signature, dtypes)
+    file_dtype = asked.dtype or torch.float32
+    tolerance = PARITY[file_dtype] if asked.tolerance is None else asked.tolerance
     if isinstance(tolerance, bool) or not isinstance(tolerance, float | int) or not 0 < tolerance < float("inf"):
         raise ExportError(f"tolerance: expected a number above 0, found {tolerance!r}.")
-    wanted = _parse(stateful)
     with draft(path) as drafted:  # first of all: an unwritable folder should not cost an export
-        module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
+        module, _ = run_passes(asked.module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
         lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
         names = output_names(module)
         states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
@@ -146,22 +199,35 @@ def export(
         stream = lowered.meta.get(STREAM, signature) if states else signature
         inputs = (*stream.inputs, *states)
         outputs = (*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states))
-        model = to_onnx(
-            lowered,
-            _example(module, signature, stream, states, train_length),
-            inputs,
-            outputs,
-            DEFAULT_OPSET if opset is None else opset,
-        )
         delay = delay_of(lowered) if states else 0
         told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note, told[ROWS] = _TOGETHER, TOGETHER
-        model.metadata_props.update(_about(states, {**told, **form.get("about", {})}))
-        drafted.write(model, form.get("external_data"))
-        checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
-        _refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+        if ids := {s.name: s.high for s in signature.inputs if s.high and _refuses_negative(module, signature, s.name)}:
+            told[IDS] = json.dumps(ids)
+        if signature.bounds:
+            told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
+        try:
+            example = _example(module, signature, stream, states, train_length)
+            model = to_onnx(lowered, example, inputs, outputs, asked.opset)
+            model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
+            drafted.write(model, asked.form.get("external_data"))
+            checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            unchecked = not_comparable(checks)
+            if unchecked and asked.form.get("check", "all") != "skip":
+                raise ExportError(
+                    f"{path}: {unchecked}. No file was written. Convert with data= or example_inputs= that the network "
+                    "is finite on: checks are made of them. check='skip' writes it all the same, and says so."
+                )
+            skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
+            refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+        except ExportError as error:
+            if threaded is None:
+                raise
+            raise _StateFailed(str(error)) from error
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
+        if unchecked:
+            drafted.tell({UNCHECKED: unchecked})
         size = drafted.bytes
         drafted.publish()
     return ExportReport(
@@ -173,7 +239,7 @@ def export(
         outputs=outputs,
         checks=tuple(checks),
         tolerance=tolerance,
-        seconds=time.monotonic() - start,
+        seconds=0.0,
         note="; ".join([*([note] if note else []), *skipped]),
         delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),
@@ -218,7 +284,8 @@ def for_export(
 def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:
     """Inputs of several lengths, where time is dynamic."""
     lengths = (1, 7, 19, train_length or 64) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
-    return tuple(signature.random_inputs(CheckSizes(batch=2, length=length).of(signature)) for length in lengths)
+    sizes = dict.fromkeys(CheckSizes(batch=2, length=length).within(signature) for length in lengths)
+    return tuple(signature.random_inputs(s.of(signature)) for s in sizes)
 
 
 def _compare(
@@ -286,7 +353,7 @@ def _example(
     """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
     lengths = [None] if all(s.startswith("batch") for s in signature.symbols) else [7, 19, train_length]
     for length in lengths:
-        sizes = CheckSizes(batch=2, length=length)
+        sizes = CheckSizes(batch=2, length=length).within(signature)
         if runnable(module, signature, sizes):
             break
     else:
@@ -297,28 +364,17 @@ def _example(
     return example
 
 
-def _refuse_errors(
-    checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
-) -> None:
-    if not checks:
-        raise ExportError(f"{path}: the torch module runs at none of the sizes to compare at. Pass train_length=.")
-    void = next((c for c in checks if c.max_abs_error != c.max_abs_error), None)
-    if void is not None:
-        raise ExportError(
-            f"{path}: {void.label} at {void.shape}: expected finite numbers to compare, found none in an output of the "
-            "torch module's own. No file was written. Convert with data= or example_inputs= that the network is finite "
-            "on: checks are made of them."
-        )
-    worst = max(checks, key=lambda c: c.max_abs_error)
-    if not worst.max_abs_error <= tolerance:
-        own = rounding_at(worst.shape)
-        advice = "Try another opset=, or raise tolerance= if that is good enough for you."
-        if own > tolerance / 2:
-            advice = (
-                f"The network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies "
-                "rounding, and no file can be held against it. Look at what it computes, or raise tolerance=."
-            )
-        raise ExportError(
-            f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's "
-            f"scale, found {worst.max_abs_error:.1e}. No file was written. {advice}"
-        )
+@torch.no_grad()
+def _refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -> bool:
+    """Whether torch finds no row -1 in the table that an input indexes: onnxruntime reads the last one."""
+    sizes = signature.within(CheckSizes(batch=2, length=7).of(signature))
+    inputs = signature.random_inputs(sizes)
+    try:
+        module(**inputs)
+    except (RuntimeError, IndexError):
+        return False  # nothing is known
+    try:
+        module(**{**inputs, name: torch.full_like(inputs[name], -1)})
+    except (RuntimeError, IndexError):
+        return True
+    return False

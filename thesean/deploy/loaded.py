@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from thesean.deploy.onnx_file import DELAY, ROWS, TOGETHER, check_weights, metadata
+from thesean.deploy.onnx_file import DELAY, IDS, ROWS, SIZES, TOGETHER, check_weights, metadata
 from thesean.deploy.states import Arrays, LoadedFile, State, StateTable
 from thesean.errors import DataError, ExportError, MissingExtraError, StateError
+from thesean.passes.graph.signature import Bound
 from thesean.passes.thread_state import STATE_IN, STATE_OUT
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -67,6 +68,8 @@ class Loaded:
         self.outputs = tuple(n for n in self._given if not n.startswith(STATE_OUT))
         late = json.loads(self.metadata.get(DELAY, "{}"))
         self.delay, self._seen = int(late.get("steps", 0)), str(late.get("seen", ""))
+        self._tables: dict[str, int] = json.loads(self.metadata.get(IDS, "{}"))
+        self._bounds = {b["name"]: Bound(**b) for b in json.loads(self.metadata.get(SIZES, "[]"))}
         self._names = [*self.outputs, *(STATE_OUT + n.removeprefix(STATE_IN) for n in self.states)]
         self._dtypes = {n: _DTYPES[self._declared[n].type] for n in self._declared}
         self._table = StateTable(
@@ -116,6 +119,11 @@ class Loaded:
                 raise DataError(f"{name}: expected an array of numbers: {error}.") from error
             if not value.size:
                 raise DataError(f"{name}: expected at least one row and one step, found the shape {value.shape}.")
+            if name in self._tables and not (value.min() >= 0 and value.max() < self._tables[name]):
+                worst = value.min() if value.min() < 0 else value.max()
+                raise DataError(f"{name} holds {worst}; expected ids from 0 to {self._tables[name] - 1}.")
+            if self._bounds:
+                self._check_bounds(name, value)
         rows = None
         if self.states:
             rows = next(len(v) if v.ndim else 1 for v in given.values())
@@ -127,6 +135,15 @@ class Loaded:
         count = len(self.outputs)
         after = State(zip(self.states, values[count:], strict=True), self._table.file, rows)
         return dict(zip(self.outputs, values[:count], strict=True)), after
+
+    def _check_bounds(self, name: str, value: np.ndarray) -> None:
+        for dim, size in zip(self._declared[name].shape, value.shape, strict=False):
+            bound = self._bounds.get(dim)
+            if bound is not None and not bound.holds(size):
+                raise DataError(
+                    f"{name}: expected {bound.describe()} for {dim!r}, found {size}: the network that the file was "
+                    "made of computes otherwise there."
+                )
 
     def flush(self, inputs: Arrays, state: Mapping[str, np.ndarray]) -> tuple[Arrays, State]:
         """The last `delay` outputs of sequences that have ended, after a run that left `state`; `inputs` are any that

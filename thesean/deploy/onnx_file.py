@@ -40,6 +40,9 @@ _MOVING = "moving"
 WEIGHTS, WEIGHTS_HASH = "thesean.weights", "thesean.weights_sha256"
 STATES, PARITY_SEEN, PLAN, REPORT = "thesean.states", "thesean.parity", "thesean.plan", "thesean.report"
 ROWS, TOGETHER = "thesean.rows", "together"  # where the rows of a batch have to start at once
+SIZES = "thesean.sizes"  # bounds of dimensions by name, where other sizes are another network
+IDS = "thesean.ids"  # of inputs that index a table by numbers from 0 on: how many rows it has
+UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the caller let that pass
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
 
 

@@ -6,8 +6,9 @@ B batch, T time
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.session import Session
-from thesean.errors import TheseanError
+from thesean.errors import ExportError, TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import run_passes
@@ -25,7 +26,7 @@ from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.resample import is_mask
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import STREAM, delay_of, flushed, in_time
-from thesean.passes.thread_state import zero_states
+from thesean.passes.thread_state import FAR, zero_states
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,20 @@ _CHUNKED = (3, 20)
 
 
 class Check(NamedTuple):
-    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number, NaN where
-    an output of torch's has no finite number to compare with.
+    """One comparison: max|a - b| / max(1, max|b|) over the outputs, infinite where only one side is a number. `void`
+    are the outputs in which torch's has no finite number to compare with; NaN where all of them are.
     """
 
     label: str
     shape: tuple[int, ...]
     max_abs_error: float
+    void: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, label: str, shape: tuple[int, ...], outputs: Sequence[str], errors: Sequence[float]) -> Check:
+        """`errors` of the `outputs`; NaN, nothing compared, is no error."""
+        void = tuple(name for name, error in zip(outputs, errors, strict=True) if error != error)
+        return cls(label, shape, max((e for e in errors if e == e), default=float("nan")), void)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +67,18 @@ class CheckSizes:
     def of(self, signature: Signature) -> dict[str, int]:
         return {s: self.batch if s.startswith("batch") else self.length or 1 for s in signature.symbols}
 
+    def within(self, signature: Signature) -> CheckSizes:
+        """The nearest ones that the signature's bounds allow."""
+        sizes = signature.within(self.of(signature))
+        batch = max((n for s, n in sizes.items() if s.startswith("batch")), default=self.batch)
+        lengths = [n for s, n in sizes.items() if not s.startswith("batch")]
+        return CheckSizes(batch=batch, length=self.length if self.length is None else max(lengths, default=self.length))
+
 
 def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: CheckSizes) -> bool:
     """Whether the torch module itself runs at these sizes: a short input may not fill a kernel, a long one a table."""
+    if not signature.fits(sizes.of(signature)):
+        return False
     try:
         with torch.no_grad():
             graph_module(**signature.random_inputs(sizes.of(signature)))
@@ -83,6 +100,7 @@ def sizes_to_check(
         wanted = [CheckSizes(batch=b, length=None) for b in _BATCHES]
     else:
         wanted = [CheckSizes(batch=1, length=None)]
+    wanted = list(dict.fromkeys(s.within(signature) for s in wanted))
     sizes = [s for s in wanted if runnable(graph_module, signature, s)]
     return sizes, [
         f"not checked at {s.shape}: the torch module doesn't run there either" for s in wanted if s not in sizes
@@ -117,7 +135,7 @@ def compare_whole(
         ):
             got, want = got[shown_BT], want[shown_BT]
         errors.append(relative_error(got, want))
-    return Check("onnxruntime vs torch", sizes.shape, worst(errors))
+    return Check.of("onnxruntime vs torch", sizes.shape, outputs, errors)
 
 
 @torch.no_grad()
@@ -129,13 +147,30 @@ def compare_chunks(
     outputs: Sequence[str],
     longest: int | None,
 ) -> list[Check]:
-    """Chunks with the state carried against the whole sequence, in onnxruntime and in torch."""
-    batch, length = _CHUNKED[0], max(_CHUNKED[1], receptive_field(module.graph) + 2)
-    length = min(length, longest or length)
-    delay = delay_of(threaded)
-    chunks = _cut(length + delay)
-    sizes = CheckSizes(batch=batch, length=length)
-    inputs = signature.random_inputs(sizes.of(signature), seed=2)
+    """Chunks with the state carried against the whole sequence, in onnxruntime and in torch; once more past all that
+    the graph compares positions with, on the caller's own sequences.
+    """
+    length = max(_CHUNKED[1], receptive_field(module.graph) + 2)
+    sizes = CheckSizes(batch=_CHUNKED[0], length=min(length, longest or length)).within(signature)
+    checks = _compare_chunks(session, threaded, module, signature, outputs, sizes)
+    far = CheckSizes(batch=1, length=int(threaded.meta[FAR])).within(signature)
+    if (far.length or 0) > (sizes.length or 0) and runnable(module, signature, far):
+        checks += _compare_chunks(session, threaded, module, signature, outputs, far, in_order=True)
+    return checks
+
+
+def _compare_chunks(
+    session: Session,
+    threaded: fx.GraphModule,
+    module: fx.GraphModule,
+    signature: Signature,
+    outputs: Sequence[str],
+    sizes: CheckSizes,
+    in_order: bool = False,
+) -> list[Check]:
+    delay, batch = delay_of(threaded), sizes.batch
+    chunks = _cut((sizes.length or 1) + delay)
+    inputs = signature.random_inputs(sizes.of(signature), seed=2, in_order=in_order)
     whole = leaf_values(module(**inputs))
     inputs, stream = _flushed(threaded, inputs), threaded.meta.get(STREAM, signature)
     in_torch, _ = run_in_chunks(threaded, stream, inputs, zero_states(threaded, batch), chunks)
@@ -151,7 +186,7 @@ def compare_chunks(
             if not isinstance(joined, str):
                 joined = in_time(joined, value.shape, delay)
             errors.append(float("inf") if isinstance(joined, str) else relative_error(joined.numpy(), value.numpy()))
-        checks.append(Check(label, sizes.shape, worst(errors)))
+        checks.append(Check.of(label, sizes.shape, outputs, errors))
     return checks
 
 
@@ -174,7 +209,8 @@ def rounding(module: fx.GraphModule, signature: Signature, shape: tuple[int, ...
     except (RuntimeError, TheseanError) as error:
         logger.debug("the module does not run in float64: %s", error)
         return 0.0
-    return worst([relative_error(a.numpy(), b.numpy()) for a, b in zip(found, exact, strict=True)])
+    errors = [relative_error(a.numpy(), b.numpy()) for a, b in zip(found, exact, strict=True)]
+    return max((e for e in errors if e == e), default=0.0)
 
 
 def _with_padding(
@@ -213,9 +249,45 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(a[finite] - b[finite]).max()) / max(1.0, float(np.abs(b[finite]).max()))
 
 
-def worst(errors: Sequence[float]) -> float:
-    """The largest; NaN, nothing compared, is worse than any."""
-    return max(errors, key=lambda e: (e != e, e))
+def largest(checks: Sequence[Check]) -> str:
+    """The largest error of all that was compared, as text."""
+    compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
+    if not compared:
+        return "nothing could be compared"
+    worst = max(compared, key=lambda c: c.max_abs_error)
+    return f"largest error {worst.max_abs_error:.1e} ({worst.label} at {tuple(worst.shape)})"
+
+
+def not_comparable(checks: list[Check]) -> str:
+    """What stands against a comparison, "" where all that could be was made."""
+    if not checks:
+        return "the torch module runs at none of the sizes to compare at: pass train_length="
+    void = next((c for c in checks if c.void), None)
+    if void is None:
+        return ""
+    return (
+        f"{void.label} at {void.shape}: expected finite numbers to compare, found none in the torch module's own "
+        f"{', '.join(void.void)}"
+    )
+
+
+def refuse_errors(
+    checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
+) -> None:
+    compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
+    worst = max(compared, key=lambda c: c.max_abs_error, default=None)
+    if worst is not None and not worst.max_abs_error <= tolerance:
+        own = rounding_at(worst.shape)
+        advice = "Try another opset=, or raise tolerance= if that is good enough for you."
+        if own > tolerance / 2:
+            advice = (
+                f"The network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies "
+                "rounding, and no file can be held against it. Look at what it computes, or raise tolerance=."
+            )
+        raise ExportError(
+            f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's "
+            f"scale, found {worst.max_abs_error:.1e}. No file was written. {advice}"
+        )
 
 
 def _cut(length: int) -> tuple[int, ...]:

@@ -14,15 +14,7 @@ import torch
 from torch import fx, nn
 
 from thesean.errors import PassRefused
-from thesean.passes.analyse.chunks import (
-    RELATES,
-    Difference,
-    is_close,
-    join,
-    run_in_chunks,
-    same_in_chunks,
-    split_inputs,
-)
+from thesean.passes.analyse.chunks import RELATES, is_close, join, split_inputs
 from thesean.passes.analyse.positions import (
     Counter,
     Table,
@@ -33,10 +25,11 @@ from thesean.passes.analyse.positions import (
     tables,
 )
 from thesean.passes.analyse.receptive_field import receptive_field
+from thesean.passes.analyse.threaded import Threaded
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.clock import find_clock
 from thesean.passes.graph.modes import evaluating
-from thesean.passes.graph.nodes import leaf_nodes, leaf_values, owner
+from thesean.passes.graph.nodes import leaf_nodes, leaf_values
 from thesean.passes.graph.record import record
 from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
@@ -53,6 +46,9 @@ PAST = "past"
 # Long enough that a step sees some past, short enough to take one by one.
 _LENGTH = 9
 _BATCH = 2
+# In a threaded graph's meta: the length at which it was seen to be the stateless one.
+FAR = "far"
+
 # A longer window is not filled step by step: the whole network would run thousands of times.
 _LONGEST_WINDOW = 64
 
@@ -81,6 +77,11 @@ class ThreadState(Pass):
         if len(times) != 1:
             found = f"{len(times)} ({', '.join(times)})" if times else "none"
             raise PassRefused(f"thread state: expected inputs with one dynamic time dimension, found {found}.")
+        if bound := next((b for b in self.signature.bounds if b.name == times[0]), None):
+            raise PassRefused(
+                f"thread state: the guide computes otherwise but for {bound.describe()} steps, and a stream has any "
+                "number."
+            )
         read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
         # an initial state that no replacement reads is none of the file's: it has states of its own
         timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape and s.name in read]
@@ -106,7 +107,11 @@ class ThreadState(Pass):
             if not alone:  # where no position can be one row's, one count serves all
                 threaded = self._thread(graph_module, specs, {})
                 alone = self._rows_are_alone(graph_module, threaded)
-            self._check(graph_module, threaded)
+            states, length = zero_states(threaded, 1), _long_enough(graph_module)
+            both = Threaded(graph_module=threaded, stateless=graph_module, signature=self.signature, states=states)
+            told, threaded.meta[FAR] = both.misfit(length)
+            if told:
+                raise PassRefused(f"thread state: {told}")
             threaded.meta["rows_are_alone"] = alone
         return PassResult(graph_module=threaded, modified=True)
 
@@ -203,7 +208,7 @@ class ThreadState(Pass):
         sizes = {s: 2 if s.startswith("batch") else sum(chunks) for s in self.signature.symbols}
         inputs = self.signature.random_inputs(sizes, seed=1, device=_device(stateless))
         before, after = split_inputs(self.signature, inputs, chunks)
-        try:
+        try:  # rows of counts may not fit what reads them, and modules have errors of their own
             whole, anew = leaf_values(stateless(**inputs)), leaf_values(stateless(**after))
             start = threaded(**before, **zero_states(threaded, 2))
             states = dict(zip(zero_states(threaded, 2), start[len(whole) :], strict=True))
@@ -212,7 +217,7 @@ class ThreadState(Pass):
                     states[spec.name] = states[spec.name].clone()
                     states[spec.name][1] = 0
             end = threaded(**after, **states)
-        except (RuntimeError, IndexError):
+        except (RuntimeError, IndexError, ValueError):
             return False
         for index, want in enumerate(whole):
             goes_on = join([start[index][:1], end[index][:1]], want[:1].shape)
@@ -220,23 +225,6 @@ class ThreadState(Pass):
             if not all(is_close(got, wanted) for got, wanted in pairs):
                 return False
         return True
-
-    @torch.no_grad()
-    def _check(self, stateless: fx.GraphModule, threaded: fx.GraphModule) -> None:
-        """Single steps with state against the stateless graph on the whole sequence, node by node."""
-        length = _long_enough(stateless)
-        # rows would interleave where a node flattens batch and time
-        sizes = {s: 1 if s.startswith("batch") else length for s in self.signature.symbols}
-        inputs = self.signature.random_inputs(sizes, device=_device(stateless))
-        states = zero_states(threaded, 1)
-        chunks = (1,) * length
-        difference = same_in_chunks(threaded, self.signature, inputs, states, chunks)
-        if difference is not None:
-            raise PassRefused(f"thread state: {_describe(threaded, difference)}")
-        pieces, _ = run_in_chunks(threaded, self.signature, inputs, states, chunks)
-        for index, whole in enumerate(leaf_values(stateless(**inputs))):
-            if not is_close(join([piece[index] for piece in pieces], whole.shape), whole):
-                raise PassRefused(f"thread state: output {index} of single steps isn't the whole sequence's.")
 
     @torch.no_grad()
     def _recorded(self, graph_module: fx.GraphModule) -> dict[fx.Node, Any]:
@@ -342,17 +330,6 @@ def _stateful_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
         if getattr(module := modules.get(str(call.target)), "stateful", False)
         and len(call.args) == getattr(module, "reads", 1)
     ]
-
-
-def _describe(graph_module: fx.GraphModule, difference: Difference) -> str:
-    node = next(n for n in graph_module.graph.nodes if n.name == difference.node)
-    if node.op == "call_module":
-        return (
-            f"part {node.target!r} needs the whole sequence ({difference.what}); it is not a causal recurrence. "
-            "A sequence target with causal=True is one."
-        )
-    place = owner(node) or node.name
-    return f"{place} ({node.target}) mixes time outside of the converted parts ({difference.what}). Convert it too."
 
 
 def _device(graph_module: fx.GraphModule) -> str:

@@ -183,3 +183,12 @@ def _self_contained(region: Region, graph_module: fx.GraphModule) -> bool:
     inside = {region.entry, *region.nodes}
     outside = [i for n in region.nodes for i in n.all_input_nodes if i not in inside]
     return all(i.op == "get_attr" and attribute(graph_module, str(i.target)) is not None for i in outside)
+
+
+def test_a_region_whose_inside_is_read_outside_of_it_is_told_apart():
+    """Up to the last addition, which reads the block's middle as well as its end."""
+    flow = captured.flow_of(captured.gpt2())
+    region = module_regions(flow)["transformer.h.0"]
+    shorter = Region(entry=region.entry, exit=region.nodes[-2], nodes=region.nodes[:-1])
+    assert not is_single_entry_single_exit(flow, shorter)
+    assert not is_single_entry_single_exit(flow, Region(entry=region.entry, exit=region.exit, nodes=()))

@@ -17,14 +17,16 @@ import torch
 from torch import fx, nn
 from torch.export import Dim
 
-from thesean.errors import CaptureError, DataError
+from thesean.errors import CaptureError
 from thesean.passes.base import run_passes
+from thesean.passes.capture.branches import Fixed, bound_sizes
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.convention import check_same, plain_calling_convention, same_outputs, void
-from thesean.passes.capture.dynamic import Dynamic, at_least_two, check_dynamic, guess_dynamic
-from thesean.passes.capture.explain import explained, short, where_of
+from thesean.passes.capture.convention import check_same, plain_calling_convention
+from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
+from thesean.passes.capture.explain import explained, short
 from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
+from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
 from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
@@ -32,7 +34,6 @@ from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.dump import dump
 from thesean.passes.graph.lean_trace import lean_trace
-from thesean.passes.graph.modes import KeptBuffers, configured, evaluating
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
 from thesean.passes.inline_regions import InlineRegions
@@ -43,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
 CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), Simplify())
-
-# Serving flags of Hugging Face's forward: a key-value cache has no place in a converted model.
-_SWITCHED_OFF = ("use_cache",)
 
 
 def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:
@@ -61,81 +59,70 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     given = named_inputs(model, example_inputs)
     free: Dynamic = guess_dynamic(given, sequence=True) if dynamic is None else check_dynamic(dynamic, given)
     accepted = forward_parameters(model)
-    constants = {k: False for k in _SWITCHED_OFF if k in accepted}
-    with evaluating(model) as buffers, configured(model, dict.fromkeys(_SWITCHED_OFF, False)), torch.no_grad():
-
-        def guide(inputs: dict[str, torch.Tensor]) -> Any:
-            return model(**own_copies(inputs), **constants)
-
-        inputs, eager, free = _first_run(model, given, constants, buffers, free, guessed=dynamic is None)
-        if dynamic is not None:
-            captured = _captured(model, inputs, constants, eager, [free])
-        else:
-            less = guess_dynamic(inputs, sequence=False)
-            captured = _captured(model, inputs, constants, eager, [free, less] if free != less else [less])
-            if not _runs_elsewhere(captured):
-                captured = _captured(model, inputs, constants, eager, [less])
-            captured = replace(captured, notes=fixed_lengths(captured, guide))
-        del eager  # it may be as large as the guide
-        captured = keep_training(captured, guide)
-        check_same(captured, guide)
-    return replace(captured, notes=(*captured.notes, *told_precision(captured.graph_module)))
+    constants = {k: False for k in SWITCHED_OFF if k in accepted}
+    with running(model, constants) as guide, torch.no_grad():
+        captured = _captured_right(guide, given, free, guessed=dynamic is None)
+    return replace(captured, notes=(*guide.notes, *captured.notes, *told_precision(captured.graph_module)))
 
 
-def _first_run(
-    model: nn.Module,
-    given: dict[str, torch.Tensor],
-    constants: dict[str, Any],
-    buffers: KeptBuffers,
-    free: Dynamic,
-    guessed: bool,
-) -> tuple[dict[str, torch.Tensor], Any, Dynamic]:
-    """The inputs to trace with, the guide's output on them, and what is free. What was guessed to be a sequence of one
-    step may be the one channel of a signal, and can't be doubled.
+def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic, guessed: bool) -> Captured:
+    """With the sizes free at which the graph was seen to be the guide. Raises CaptureError where that takes a dimension
+    which the caller wants free.
     """
-    tries = [free, guess_dynamic(given, sequence=False)] if guessed else [free]
-    for last, attempt in zip((len(tries) == 1, True), tries, strict=False):
-        inputs = {k: at_least_two(v.clone(), attempt[k]) for k, v in given.items()}
-        try:
-            return inputs, _run(model, inputs, constants, buffers), attempt
-        except DataError:
-            if last or all(torch.Size(v.shape[1:]) == given[k].shape[1:] for k, v in inputs.items()):
-                raise
-    raise AssertionError  # the last try returns or raises
-
-
-def _run(model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], before: KeptBuffers) -> Any:
-    """The guide's output. Raises CaptureError where it depends on the calls before, through buffers that it writes."""
-    try:
-        eager = model(**own_copies(inputs), **constants)
-    except Exception as error:
-        raise DataError(f"the guide does not run on the example inputs{where_of(error)}: {short(error)}") from error
-    if void(eager):
-        raise DataError(
-            "the guide's outputs on the example inputs hold no finite number: nothing can be compared with them. Check "
-            "the weights, and give data= or example_inputs= that the guide was trained for."
+    told: list[str] = []
+    fixed: set[tuple[str, int]] = set()
+    while True:
+        inputs, eager, free = guide.first_run(given, free, guessed)
+        captured = _captured(guide, inputs, eager, free, guessed)
+        del eager  # it may be as large as the guide
+        found = bound_sizes(captured, guide.afresh)
+        if isinstance(found, Captured) and (outside := _outside(found, given)) is None:
+            lengths = fixed_lengths(found, guide, fixed) if guessed else ()
+            found = keep_training(replace(found, notes=(*told, *lengths, *found.notes)), guide)
+            check_same(found, guide)
+            return found
+        check_same(captured, guide)
+        one = found if isinstance(found, Fixed) else outside
+        assert one is not None
+        places = _places(captured, one.name)
+        (name, dim), *_ = places
+        says = (
+            f"dimension {dim} of {name} ({one.name}) at {given[name].shape[dim]}, the example's: its code goes another "
+            f"way at {one.size}"
         )
-    if changed := before.changed():
-        again = model(**own_copies(inputs), **constants)
-        before.restore()
-        if not same_outputs(eager, again):
-            raise CaptureError(
-                f"the guide keeps a state from call to call in its buffers {', '.join(changed[:3])}"
-                f"{', ...' if len(changed) > 3 else ''}: the same input gave two outputs. A graph has no memory: start "
-                "every sequence inside forward (zeros), and let the converted network carry the state."
-            )
-    return eager
+        if not guessed:
+            raise CaptureError(f"the guide fixes {says}. Leave it out of dynamic=, or write the branch as torch.where.")
+        told.append(f"fixed {says}. Give example inputs of the size that you need, or write the branch as torch.where.")
+        fixed |= set(places)
+        free = {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in free.items()}
 
 
-def own_copies(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """For a forward that may write into what it is given: the caller's tensors are not ours to change."""
-    return {name: value.clone() for name, value in inputs.items()}
+def _places(captured: Captured, name: str) -> list[tuple[str, int]]:
+    """Inputs and dimensions of a size, by its name."""
+    return [(s.name, d) for s in captured.signature.inputs for d, size in enumerate(s.shape) if size == name]
 
 
-def _captured(
-    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], eager: Any, tries: list[Dynamic]
-) -> Captured:
-    exported, free = _export(model, inputs, constants, tries)
+def _outside(captured: Captured, given: dict[str, torch.Tensor]) -> Fixed | None:
+    """A size of the caller's own that the bounds of the traced branch exclude: one, which was doubled to be traced."""
+    for bound in captured.signature.bounds:
+        for name, dim in _places(captured, bound.name):
+            if not bound.holds(given[name].shape[dim]):
+                return Fixed(bound.name, bound.least)
+    return None
+
+
+def _captured(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, free: Dynamic, guessed: bool) -> Captured:
+    """Where the free dimensions were `guessed`, without those of time if the guide doesn't allow them."""
+    less = {k: {d: n for d, n in dims.items() if n.startswith("batch")} for k, dims in free.items()}
+    if not guessed or free == less:
+        return _traced(guide, inputs, eager, [free])
+    captured = _traced(guide, inputs, eager, [free, less])
+    return captured if _runs_elsewhere(captured) else _traced(guide, inputs, eager, [less])
+
+
+def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: list[Dynamic]) -> Captured:
+    exported, free = _export(guide, inputs, tries)
+    guards = _guards_of(exported)
     graph_module = _plain_graph(exported, list(inputs), eager)
     if writes(graph_module):  # into views: torch's own functionalisation follows those, and splits more operators
         with warnings.catch_warnings():
@@ -144,7 +131,14 @@ def _captured(
         graph_module = _plain_graph(exported, list(inputs), eager)
     mark_constants(graph_module.graph)
     signature = read_signature(graph_module, inputs, eager, free)
-    return Captured(graph_module=graph_module, signature=signature, example=inputs)
+    return Captured(graph_module=graph_module, signature=signature, example=inputs, guards=guards)
+
+
+def _guards_of(exported: torch.export.ExportedProgram) -> tuple[Any, ...]:
+    """What the trace assumed of sizes."""
+    sizes = (d for n in exported.graph.find_nodes(op="placeholder") for d in getattr(n.meta.get("val"), "shape", ()))
+    shape_env = next((d.node.shape_env for d in sizes if isinstance(d, torch.SymInt)), None)
+    return () if shape_env is None else tuple(dict.fromkeys(guard.expr for guard in shape_env.guards))
 
 
 def _runs_elsewhere(captured: Captured) -> bool:
@@ -163,10 +157,11 @@ def _runs_elsewhere(captured: Captured) -> bool:
 
 
 def _export(
-    model: nn.Module, inputs: dict[str, torch.Tensor], constants: dict[str, Any], tries: list[Dynamic]
+    guide: Guide, inputs: dict[str, torch.Tensor], tries: list[Dynamic]
 ) -> tuple[torch.export.ExportedProgram, Dynamic]:
     """With the first of `tries` that the model allows, and that one."""
     failure: Exception | None = None
+    model, constants = guide.model, guide.constants
     traced = _with_named_inputs(model, [*inputs, *constants])
     for free in tries:
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
@@ -176,7 +171,7 @@ def _export(
         most = max((len(dims) for dims in free.values()), default=0)
         try:
             # with gradients, so that what the guide runs without them is a region of its own
-            with warnings.catch_warnings(), OpaqueCells(), torch.enable_grad(), lean_trace(most):
+            with guide.forgetting(), warnings.catch_warnings(), OpaqueCells(), torch.enable_grad(), lean_trace(most):
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from thesean.passes.graph.signature import InputSpec
 
 
 @torch.no_grad()
-def fixed_lengths(captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any]) -> tuple[str, ...]:
+def fixed_lengths(
+    captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any], told: Collection[tuple[str, int]] = ()
+) -> tuple[str, ...]:
     """A note for each dimension of a signal or a sequence that the guide runs with twice over, and the graph can't.
 
-    Images have their sizes, and are left alone.
+    Images have their sizes, and are left alone; so are the dimensions, by input and place, that were `told` already.
     """
     signature = captured.signature
     sizes = probe_sizes(captured)
@@ -25,7 +27,8 @@ def fixed_lengths(captured: Captured, guide: Callable[[dict[str, torch.Tensor]],
     for spec in signature.inputs:
         sequence = (2, 3) if spec.dtype.is_floating_point else (2,)
         for dim in range(1, len(spec.shape)) if len(spec.shape) in sequence else ():
-            if isinstance(spec.shape[dim], str) or not _runs_longer(captured, guide, sizes, spec, dim):
+            known = isinstance(spec.shape[dim], str) or (spec.name, dim) in told
+            if known or not _runs_longer(captured, guide, sizes, spec, dim):
                 continue
             free = {k: d.split("_")[0] for k, d in enumerate(spec.shape) if isinstance(d, str)}
             notes.append(

@@ -100,20 +100,25 @@ def _described(name: str, value: torch.Tensor) -> str:
 
 def probe_sizes(captured: Captured) -> dict[str, int]:
     """Small sizes for probing: a length that no static dimension has, so that dimensions can be told apart, and longer
-    than the kernels reach, as far as the guide's position table allows.
+    than the kernels reach, as far as the guide's position table and the signature's bounds allow.
     """
     static: set[int] = set()
     for node in captured.graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             static.update(int(d) for d in value.shape if not isinstance(d, torch.SymInt))
-    most = min(table_rows(captured.graph_module) or _LONGEST_PROBE, _LONGEST_PROBE)
+    bounds = [b for b in captured.signature.bounds if not b.name.startswith("batch")]
+    most = min(
+        [table_rows(captured.graph_module) or _LONGEST_PROBE, _LONGEST_PROBE, *(b.most for b in bounds if b.most)]
+    )
     least = min(max(_PROBE, receptive_field(captured.graph_module.graph) + 2), most)
     least = _long_enough(captured.graph_module, least, most)
     # odd ones first: a length that is twice a width is told apart less well
     lengths = [*range(least | 1, most + 1, 2), *range(least, 1, -1)]
     length = next((n for n in lengths if n not in static), least)
-    return {name: 2 if name.startswith("batch") else length for name in captured.signature.symbols}
+    return captured.signature.within(
+        {name: 2 if name.startswith("batch") else length for name in captured.signature.symbols}
+    )
 
 
 def _long_enough(graph_module: fx.GraphModule, least: int, most: int) -> int:

@@ -57,6 +57,21 @@ def resampled(
     return _counted(_rows(example, free, wanted, generator), example, sizes, before, high)
 
 
+def in_a_row(example: torch.Tensor, shape: Sequence[Dim], sizes: Mapping[str, int]) -> torch.Tensor | None:
+    """The example's own sequences one after another, from a row of its own in each row, to a value of `shape`. None
+    where that is another kind of input: positions, a mask, lengths.
+    """
+    free = [at for at, d in enumerate(shape) if isinstance(d, str)]
+    if len(free) != 2 or not example.numel() or is_mask(example) or _rises(example, free):
+        return None
+    rows, steps = (sizes[str(shape[at])] for at in free)
+    order = [*free, *(at for at in range(example.ndim) if at not in free)]
+    have, long = example.shape[free[0]], example.shape[free[1]]
+    flat_N = example.permute(order).flatten(0, 1)
+    picks_MS = (torch.arange(rows).unsqueeze(1) * long + torch.arange(steps)) % (have * long)
+    return flat_N[picks_MS].permute([order.index(at) for at in range(example.ndim)]).contiguous()
+
+
 def is_mask(example: torch.Tensor) -> bool:
     """Booleans, or integers that are 0 and 1."""
     return example.dtype == torch.bool or bool(((example == 0) | (example == 1)).all())

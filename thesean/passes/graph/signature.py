@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 
 from thesean.errors import DataError
-from thesean.passes.graph.resample import Dim, all_shown, resampled, sizes_of
+from thesean.passes.graph.resample import Dim, all_shown, in_a_row, resampled, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,28 @@ class InputSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The sizes of a dynamic dimension that a network is right for; `most` None: however large."""
+
+    name: str
+    least: int = 1
+    most: int | None = None
+
+    def describe(self) -> str:
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+
+    def holds(self, size: int) -> bool:
+        return self.least <= size and (self.most is None or size <= self.most)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "least": self.least, "most": self.most}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Signature:
     """Inputs in the order of the guide's `forward`, and the class of its output.
+
+    `bounds`: of dynamic dimensions that aren't free altogether, as the guide computes otherwise at other sizes.
 
     `output_class` is an importable path such as "transformers.modeling_outputs.CausalLMOutput", or None when the
     output is a tensor, tuple, list or dict. `record` is that class itself where the guide is at hand: a path is not
@@ -42,6 +62,7 @@ class Signature:
 
     inputs: tuple[InputSpec, ...]
     output_class: str | None = None
+    bounds: tuple[Bound, ...] = ()
     record: type | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -92,6 +113,12 @@ class Signature:
                     raise DataError(
                         f"expected {spec.describe()}, found shape {tuple(value.shape)} ({want}={expected})."
                     )
+        for bound in self.bounds:
+            if bound.name in sizes and not bound.holds(sizes[bound.name]):
+                raise DataError(
+                    f"{bound.name}: expected {bound.describe()}, found {sizes[bound.name]}: the guide computes "
+                    "otherwise there, and was captured at another size. Example inputs of such a size give that branch."
+                )
         return sizes
 
     def first_rows(self, inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
@@ -102,6 +129,18 @@ class Signature:
                 if size == "batch":
                     few[spec.name] = few[spec.name].narrow(dim, 0, min(count, few[spec.name].shape[dim]))
         return few
+
+    def fits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether sizes by name are within the bounds."""
+        return self.within(sizes) == sizes
+
+    def within(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The nearest sizes by name that are within the bounds."""
+        found = dict(sizes)
+        for bound in self.bounds:
+            if bound.name in found:
+                found[bound.name] = max(bound.least, min(found[bound.name], bound.most or found[bound.name]))
+        return found
 
     def out_of_range(self, inputs: dict[str, torch.Tensor]) -> str:
         """What is wrong with ids that no table holds, "" where nothing is known to be. Reads all of them."""
@@ -115,10 +154,11 @@ class Signature:
         return ""
 
     def random_inputs(
-        self, sizes: dict[str, int], seed: int = 0, device: str = "cpu", fresh: bool = False
+        self, sizes: dict[str, int], seed: int = 0, device: str = "cpu", fresh: bool = False, in_order: bool = False
     ) -> dict[str, torch.Tensor]:
         """Inputs of these sizes, like the examples that the guide was captured with (`resampled`); `fresh` ones are
-        none of them. Without an example, integers are uniform below `high`, floats standard normal, booleans True.
+        none of them, those `in_order` are they themselves, one after another to a sequence. Without an example,
+        integers are uniform below `high`, floats standard normal, booleans True.
         """
         generator = torch.Generator().manual_seed(seed)
         before = self.example_sizes
@@ -127,7 +167,9 @@ class Signature:
             if spec.mask and spec.example is not None:
                 value = all_shown(spec.example, [sizes[d] if isinstance(d, str) else d for d in spec.shape])
             elif spec.example is not None:
-                value = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
+                own = in_a_row(spec.example, spec.shape, sizes) if in_order else None
+                made_up = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
+                value = made_up if own is None else own
             else:
                 value = _without_example(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape], generator)
             made[spec.name] = value.to(device)

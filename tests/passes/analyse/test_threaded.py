@@ -1,0 +1,167 @@
+"""A network is a stream where each of its steps is its own, or is refused by the node that mixes them.
+
+B batch, T time, D width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.exported import hybrid
+from tests.models import VOCABULARY, seeded
+from thesean.deploy.export import export, for_export
+from thesean.errors import ExportError, PassRefused
+from thesean.passes.analyse.chunks import join, run_in_chunks
+from thesean.passes.base import run_passes
+from thesean.passes.capture.capture import capture
+from thesean.passes.thread_state import FAR, zero_states
+
+Rule = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_RARE = 7  # a token that stands once in each text
+_LONG = 150
+
+
+class Text(nn.Module):
+    """ids_BT -> logits_BTV: two causal blocks on a rule's x_BTD, made of the ids and their rows of the table."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.table, self.places, self.head = nn.Embedding(VOCABULARY, 8), nn.Embedding(400, 8), nn.Linear(8, VOCABULARY)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, time = self.rule(self, ids, self.table(ids)), ids.shape[1]
+        mask_TT = torch.ones(time, time, dtype=torch.bool).triu(1)
+        for block in self.blocks:
+            x = block(x, mask_TT)
+        return self.head(x)
+
+
+def texts(rows: int = 3, time: int = 40) -> torch.Tensor:
+    """ids_BT"""
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(_RARE + 1, VOCABULARY, (rows, time), generator=generator)
+    ids_BT[torch.arange(rows), torch.randint(time // 2, time, (rows,), generator=generator)] = _RARE
+    return ids_BT
+
+
+def at(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.shape[1])
+
+
+STREAMS: dict[str, Rule] = {
+    "nothing": lambda m, ids, x: x,
+    "a count of the data": lambda m, ids, x: x + m.places((ids == _RARE).cumsum(1)),
+    "a bounded count of the data": lambda m, ids, x: x + m.places((ids == _RARE).cumsum(1).clamp(max=2)),
+    "positions": lambda m, ids, x: x + m.places(at(ids)),
+    "positions of a row in front": lambda m, ids, x: x + m.places(at(ids))[None],
+    "positions in turns": lambda m, ids, x: x + m.places(at(ids) % 7)[None],
+    "positions by sixteen": lambda m, ids, x: x + m.places(at(ids) // 16)[None],
+    "every second position": lambda m, ids, x: x + m.places(torch.arange(0, 2 * ids.shape[1], 2))[None],
+    "after 50 steps": lambda m, ids, x: torch.where(at(ids)[None, :, None] < 50, x * 2, x),
+    "a drift that ends": lambda m, ids, x: x * at(ids)[:, None].clamp(max=60) / 60,
+    "all of it": lambda m, ids, x: x[:, : ids.shape[1]] + x[:, 0:],
+    "a norm of each step": lambda m, ids, x: F.normalize(x, dim=-1) + x.softmax(2) + x.sort(-1).values + x.flip(2),
+    "heads": lambda m, ids, x: (x.unflatten(2, (2, 4)).transpose(1, 2) * 2).transpose(1, 2).flatten(2),
+    "a pad of the width": lambda m, ids, x: F.pad(x, (1, 1))[..., 1:-1] @ m.head.weight.T @ m.head.weight,
+}
+
+MIXED: dict[str, tuple[Rule, str]] = {
+    "a cut": (lambda m, ids, x: torch.cat([x[:, :32] * 0.5, x[:, 32:]], 1), "cuts the sequence"),
+    "a cut past all probes": (lambda m, ids, x: torch.cat([x[:, :130] * 0.5, x[:, 130:]], 1), "cuts the sequence"),
+    "a cut from the end": (lambda m, ids, x: torch.cat([x[:, :-30] * 0.5, x[:, -30:]], 1), "cuts the sequence"),
+    "every second step": (lambda m, ids, x: x + x[:, ::2].mean(1, keepdim=True), "slice"),
+    "whether any is rare": (lambda m, ids, x: x * (ids == _RARE).any(1)[:, None, None], "works along time"),
+    "whether any of all is rare": (lambda m, ids, x: x * (ids == 99).any(), "sums up the steps"),
+    "where the first rare one is": (
+        lambda m, ids, x: x + m.places((ids == _RARE).int().argmax(1))[:, None],
+        "works along time",
+    ),
+    "a maximum": (lambda m, ids, x: x - x.amax(1, keepdim=True), "amax"),
+    "a maximum so far": (lambda m, ids, x: x.cummax(1).values, "mixes time"),
+    "a sum so far": (lambda m, ids, x: x + x.cumsum(1), "cumsum"),
+    "a product so far": (lambda m, ids, x: x * (ids != _RARE).long().cumprod(1)[..., None], "works along time"),
+    "the mean": (lambda m, ids, x: x - x.mean(1, keepdim=True), "mean"),
+    "sorted steps": (lambda m, ids, x: x.sort(1).values, "mixes time"),
+    "sorted tokens that are nearly so": (
+        lambda m, ids, x: x + m.table((ids == 99).long().sort(1).values),
+        "mixes time",
+    ),
+    "flipped": (lambda m, ids, x: x + x.flip(1), "flip"),
+    "rolled": (lambda m, ids, x: x + x.roll(1, 1), "roll"),
+    "a softmax over time": (lambda m, ids, x: x * x.softmax(1), "softmax"),
+    "a norm over time": (lambda m, ids, x: F.normalize(x, dim=1), "linalg_vector_norm"),
+    "the last step": (lambda m, ids, x: x + x[:, -1:], "add"),
+    "the last token, if it is rare": (lambda m, ids, x: x * (ids[:, -1] != 99)[:, None, None], "last step meets"),
+    "the first step": (lambda m, ids, x: x + x[:, :1], "slice"),
+    "the step before": (lambda m, ids, x: x + F.pad(x[:, :-1], (0, 0, 1, 0)), "mixes time"),
+    "the length": (lambda m, ids, x: x * ids.shape[1], "mul"),
+    "how far the end is": (lambda m, ids, x: x + m.places(ids.shape[1] - 1 - at(ids)), "mixes time"),
+    "similarities": (lambda m, ids, x: (x @ x.mT) @ x, "matmul"),
+    "picked steps": (lambda m, ids, x: x + x.index_select(1, at(ids) // 2), "mixes time"),
+    "filled steps": (lambda m, ids, x: x.index_fill(1, torch.tensor([0]), 0.0), "index_fill"),
+}  # fmt: skip
+
+
+def threaded(rule: Rule) -> Any:
+    guide = capture(seeded(Text, rule), texts())
+    stateless = hybrid(guide, {"blocks.*": "gru"})
+    streaming = for_export(guide.signature, (), stateful=True)[:4]
+    return run_passes(stateless, *streaming)[0], stateless, guide.signature
+
+
+@pytest.mark.parametrize("rule", STREAMS)
+@torch.no_grad()
+def test_a_network_whose_steps_are_their_own_is_a_stream_at_any_length(rule):
+    graph_module, stateless, signature = threaded(STREAMS[rule])
+    inputs = {"ids": texts(2, _LONG)}
+    chunks = (1,) * 70 + (_LONG - 71, 1)
+    pieces, _ = run_in_chunks(graph_module, signature, inputs, zero_states(graph_module, 2), chunks)
+    whole = stateless(**inputs)
+    found = join([outputs[0] for outputs in pieces], whole.shape)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", MIXED)
+def test_a_network_that_mixes_steps_is_refused_by_the_node_that_does(rule):
+    made, why = MIXED[rule]
+    with pytest.raises(PassRefused, match=why):
+        threaded(made)
+
+
+@pytest.mark.parametrize(("rule", "far"), [("after 50 steps", 53), ("a drift that ends", 63), ("nothing", 9)])
+def test_a_stream_is_compared_past_what_its_positions_are_compared_with(rule, far):
+    assert threaded(STREAMS[rule])[0].meta[FAR] == far
+
+
+def test_a_file_whose_numbers_with_state_are_wrong_is_written_without(tmp_path, monkeypatch):
+    """A network that all checks before an export let pass: what onnxruntime gives in chunks has the last word."""
+    from thesean.passes.analyse import threaded as checks
+
+    monkeypatch.setattr(checks.Threaded, "misfit", lambda self, length: ("", length))
+    guide = capture(seeded(Text, MIXED["the mean"][0]), texts())
+    module = hybrid(guide, {"blocks.*": "gru"})
+    report = export(module, guide.signature, tmp_path / "m.onnx")
+    assert not report.stateful
+    assert report.note.startswith("without state: ")
+    assert "chunks in" in report.note
+    assert report.inputs == ("ids",)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    with pytest.raises(ExportError, match="chunks in"):
+        export(module, guide.signature, tmp_path / "yes.onnx", stateful="yes")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_the_checks_read_the_callers_own_sequences_in_order():
+    guide = capture(seeded(Text, STREAMS["nothing"]), texts(3, 40))
+    made = guide.signature.random_inputs({"batch": 2, "time": 100}, in_order=True)["ids"]
+    assert torch.equal(made[0], texts(3, 40).flatten()[:100])
+    assert torch.equal(made[1], texts(3, 40).flatten().roll(-40)[:100])

@@ -1,0 +1,123 @@
+"""The guide as it is run for a capture: from what it kept before the first call, each time, and told where it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.errors import CaptureError, DataError
+from thesean.passes.capture.convention import same_outputs, void
+from thesean.passes.capture.dynamic import Dynamic, at_least_two, guess_dynamic
+from thesean.passes.capture.explain import short, where_of
+from thesean.passes.graph.attributes import KeptAttributes
+from thesean.passes.graph.modes import KeptBuffers, configured, evaluating
+
+# Serving flags of Hugging Face's forward: a key-value cache has no place in a converted model.
+SWITCHED_OFF = ("use_cache",)
+
+
+class Guide:
+    """`model` in eval mode: called with inputs by name, which it may write into. What a call leaves behind in Python is
+    gone after it; buffers are as they were when `running` ends. `notes` are what a person should know of it.
+    """
+
+    def __init__(self, model: nn.Module, constants: dict[str, Any], buffers: KeptBuffers) -> None:
+        self.model, self.constants, self.buffers = model, constants, buffers
+        self.attributes = KeptAttributes(model)
+        self.notes: tuple[str, ...] = ()
+
+    def __call__(self, inputs: dict[str, torch.Tensor]) -> Any:
+        with self.forgetting():
+            return self.model(**own_copies(inputs), **self.constants)
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """What the model's code keeps in attributes inside is gone afterwards."""
+        try:
+            yield
+        finally:
+            self.attributes.restore()
+
+    def afresh(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """One call from buffers that no earlier one wrote."""
+        self.buffers.restore()
+        return self(inputs)
+
+    def first_run(
+        self, given: dict[str, torch.Tensor], free: Dynamic, guessed: bool
+    ) -> tuple[dict[str, torch.Tensor], Any, Dynamic]:
+        """The inputs to trace with, the guide's output on them, and what is free. What was guessed to be a sequence of
+        one step may be the one channel of a signal, and can't be doubled.
+        """
+        tries = [free, guess_dynamic(given, sequence=False)] if guessed else [free]
+        for last, attempt in zip((len(tries) == 1, True), tries, strict=False):
+            inputs = {k: at_least_two(v.clone(), attempt[k]) for k, v in given.items()}
+            try:
+                return inputs, self.run(inputs), attempt
+            except DataError:
+                if last or all(torch.Size(v.shape[1:]) == given[k].shape[1:] for k, v in inputs.items()):
+                    raise
+        raise AssertionError  # the last try returns or raises
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """The guide's output. Raises CaptureError where it depends on the calls before, through buffers that it writes;
+        what it keeps in Python is a note.
+        """
+        with self.forgetting():
+            try:
+                eager = self.model(**own_copies(inputs), **self.constants)
+            except Exception as error:
+                raise DataError(
+                    f"the guide does not run on the example inputs{where_of(error)}: {short(error)}"
+                ) from error
+            if void(eager):
+                raise DataError(
+                    "the guide's outputs on the example inputs hold no finite number: nothing can be compared with "
+                    "them. Check the weights, and give data= or example_inputs= that the guide was trained for."
+                )
+            if self.buffers.changed() or self.attributes.changed():
+                self._run_again(inputs, eager)
+        return eager
+
+    def _run_again(self, inputs: dict[str, torch.Tensor], eager: Any) -> None:
+        """What is another after a second call with the same inputs is a memory of calls; what isn't is made of them."""
+        changed = self.buffers.changed()
+        once = KeptAttributes(self.model)
+        again = self.model(**own_copies(inputs), **self.constants)
+        self.buffers.restore()
+        same, kept = same_outputs(eager, again), once.changed()
+        if changed and not same and not kept:
+            raise CaptureError(
+                f"the guide keeps a state from call to call in its buffers {_listed(changed)}: the same input gave two "
+                "outputs. A graph has no memory: start every sequence inside forward (zeros), and let the converted "
+                "network carry the state."
+            )
+        if kept:
+            told = "the same input gave two outputs" if not same else "which outputs of later calls may depend on"
+            note = (
+                f"the guide keeps {_listed(kept)} from call to call, {told}: a graph has no memory, and computes what "
+                "the guide's next call would."
+            )
+            self.notes = (note,)
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def own_copies(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For a forward that may write into what it is given: the caller's tensors are not ours to change."""
+    return {name: value.clone() for name, value in inputs.items()}
+
+
+@contextmanager
+def running(model: nn.Module, constants: dict[str, Any]) -> Iterator[Guide]:
+    """`model` in eval mode and without a cache; flags, settings, buffers and attributes are the caller's afterwards."""
+    with evaluating(model) as buffers, configured(model, dict.fromkeys(SWITCHED_OFF, False)):
+        guide = Guide(model, constants, buffers)
+        with guide.forgetting():
+            yield guide
