@@ -86,13 +86,13 @@ def test_what_hangs_is_killed(monkeypatch: pytest.MonkeyPatch):
 
 def careless(folder: Path, version: int) -> None:
     (folder / "file").unlink(missing_ok=True)
-    time.sleep(0.02)
+    time.sleep(0.3)  # nearly all of the time that a fork takes, on a busy machine too
     (folder / "file").write_text(str(version))
 
 
 def test_a_careless_writer_is_found_out():
     victim = Victim(write=careless, read=lambda folder: int((folder / "file").read_text()), names=frozenset({"file"}))
-    assert killed(victim, points=24, seed=0)["lost"] > 0
+    assert killed(victim, points=12, seed=0)["lost"] > 0
 
 
 def test_there_are_three_hundred_inputs_each_with_a_name_of_its_own():
