@@ -16,11 +16,13 @@ MICROSOFT = "com.microsoft"
 Node = Any
 Value = Any
 
+_FRESH = "_lean"
+
 _SMALL = 64  # elements of a constant that a pass may look at
 
 
 def producer(value: Value | None, *kinds: str, domain: str = "") -> Node | None:
-    """The node that makes a value, if it is of one of the kinds and nothing else reads what it makes."""
+    """The node that makes a value, if it is of one of the kinds and one node alone reads that value."""
     node = None if value is None else value.producer()
     return node if node is not None and is_kind(node, *kinds, domain=domain) and is_private(value) else None
 
@@ -136,7 +138,7 @@ def shaped(value: Value, *dims: Any) -> Value:
 
 def _fresh(graph: ir.Graph, like: Value) -> str:
     count = graph.meta["lean"] = graph.meta.get("lean", 0) + 1
-    return f"{like.name}_lean{count}"
+    return f"{str(like.name).split(_FRESH)[0]}{_FRESH}{count}"
 
 
 def _copied(shape: ir.Shape | None) -> ir.Shape | None:

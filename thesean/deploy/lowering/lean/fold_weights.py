@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thesean.deploy.lowering.lean.edit import Node, Value, lazily, number, replace, weight
+from thesean.deploy.lowering.lean.edit import Node, Value, lazily, number, replace, small, weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,11 +22,14 @@ _MADE: dict[str, Callable[..., np.ndarray]] = {
     "MatMul": lambda node, a, b: a @ b,
     "Mul": lambda node, a, b: a * b,
     "Neg": lambda node, a: -a,
+    "Pad": lambda node, a, pads, value=0: np.pad(a, pads.reshape(2, -1).T, constant_values=value),
     "Reshape": lambda node, a, shape: a.reshape([a.shape[i] if not s else int(s) for i, s in enumerate(shape)]),
     "Squeeze": lambda node, a, axes: a.squeeze(tuple(int(i) for i in axes)),
     "Transpose": lambda node, a: a.transpose(number(node, "perm", None)),
     "Unsqueeze": lambda node, a, axes: np.expand_dims(a, tuple(int(i) for i in axes)),
 }
+
+FOLDED = ".folded"
 
 _SMALL = 1024  # elements; of a larger weight no second copy is made where other nodes need the first
 
@@ -35,7 +38,7 @@ def fold_weights(model: ir.Model) -> int:
     changed = 0
     node: Node
     for node in list(model.graph):
-        if node.domain or node.op_type not in _MADE:
+        if node.domain or node.op_type not in _MADE or not _known(node):
             continue
         given, made = list(node.inputs), node.outputs[0]
         tensors: list[Any] = [None if v is None or not v.is_initializer() else v.const_value for v in given]
@@ -50,7 +53,7 @@ def fold_weights(model: ir.Model) -> int:
             continue
         largest = max(given, key=lambda v: v.const_value.size)
         tensor = lazily(_maker(node, tensors), made.dtype, shape)
-        replace(made, weight(model.graph, f"{largest.name}.{node.op_type.lower()}", tensor))
+        replace(made, weight(model.graph, f"{str(largest.name).removesuffix(FOLDED)}{FOLDED}", tensor))
         model.graph.remove(node, safe=True)
         forget(model.graph, given)
         changed += 1
@@ -62,6 +65,13 @@ def forget(graph: ir.Graph, values: list[Value]) -> None:
     for value in values:
         if value.is_initializer() and not value.uses() and not value.is_graph_output():
             graph.initializers.pop(value.name, None)
+
+
+def _known(node: Node) -> bool:
+    """Whether the functions above say what it is."""
+    if node.op_type == "Pad":
+        return len(node.inputs) <= 3 and number(node, "mode", "constant") == "constant"
+    return node.op_type != "Reshape" or small(node.inputs[1]) is not None
 
 
 def _maker(node: Node, tensors: list[Any]) -> Callable[[], np.ndarray]:

@@ -22,10 +22,13 @@ from thesean.deploy.lowering.lean.edit import (
     shaped,
     weight,
 )
-from thesean.deploy.lowering.lean.fold_weights import forget
+from thesean.deploy.lowering.lean.fold_weights import FOLDED, forget
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+_LARGER = 8  # times the size of a weight that may be
 
 
 class Product(NamedTuple):
@@ -50,17 +53,25 @@ def join_products(model: ir.Model) -> int:
     for node in model.graph:
         if is_kind(node, "MatMul") and (found := _product(node)) is not None:
             by_input.setdefault(id(node.inputs[0]), []).append(found)
-    for products in by_input.values():
+    for products in map(_joinable, by_input.values()):
         if len(products) > 1 and len({p.node.inputs[0].dtype for p in products}) == 1:
             _join(model.graph, products)
             changed += 1
     return changed
 
 
+def _joinable(products: list[Product]) -> list[Product]:
+    """Without those whose weight is another node's too, unless it is small beside the others: it will be written
+    twice.
+    """
+    own = sum(p.weight.const_value.size for p in products if is_private(p.weight))
+    return [p for p in products if is_private(p.weight) or _LARGER * p.weight.const_value.size <= own]
+
+
 def _product(node: Node) -> Product | None:
     x, matrix = node.inputs
     size = dims(matrix)
-    if x is None or matrix is None or not matrix.is_initializer() or not is_private(matrix):
+    if x is None or matrix is None or not matrix.is_initializer():
         return None
     if size is None or len(size) != 2 or not dims(x) or x.is_initializer() or node.outputs[0].is_graph_output():
         return None
@@ -76,7 +87,7 @@ def _join(graph: ir.Graph, products: list[Product]) -> None:
     rows, columns = int(products[0].weight.shape[0]), [p.columns for p in products]
     front = dims(products[0].made)[:-1]
     matrices, dtype = [p.weight.const_value for p in products], products[0].weight.dtype
-    name = "+".join(str(p.weight.name) for p in products)
+    name = "+".join(str(p.weight.name).removesuffix(FOLDED) for p in products)
     joined = weight(
         graph, name, lazily(lambda: np.concatenate([m.numpy() for m in matrices], 1), dtype, [rows, sum(columns)])
     )

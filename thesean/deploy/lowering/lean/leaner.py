@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
-from thesean.deploy.lowering.lean.fuse_norms import fuse_norms
 from thesean.deploy.lowering.lean.join_products import join_products
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
 from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
+from thesean.deploy.lowering.lean.split_rows import split_rows
 from thesean.deploy.lowering.lean.split_slices import split_slices
+from thesean.deploy.lowering.lean.sum_residuals import sum_residuals
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,9 +24,11 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     split_slices,
     products_of_rows,
     fold_weights,
+    split_rows,
     join_products,
+    split_rows,
     fuse_gelu,
-    fuse_norms,
+    sum_residuals,
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from thesean.deploy.lowering.lean.edit import dims, ints, is_kind, replace, small
+from thesean.deploy.lowering.lean.edit import Value, dims, ints, is_kind, replace, small
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -20,8 +20,13 @@ def reshape_by_constant(model: ir.Model) -> int:
     for node in list(model.graph):
         if not is_kind(node, "Reshape") or node.inputs[0] is None:
             continue
-        value, made = node.inputs[0], node.outputs[0]
+        value: Value = node.inputs[0]
+        made = node.outputs[0]
+        inner = value.producer()
         before, after = dims(value), dims(made)
+        if inner is not None and is_kind(inner, "Reshape") and dims(inner.inputs[0]) == after and after is not None:
+            value = inner.inputs[0]  # there and back
+            before = after
         if before is None or after is None:
             continue
         named = value.is_graph_input() or value.is_graph_output() or value.is_initializer()
