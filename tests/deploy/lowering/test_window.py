@@ -18,7 +18,8 @@ from tests.deploy.lowering.test_lower import Flat, assert_same, export, run, tar
 from tests.exported import hybrid
 from tests.targets.build import tensors
 from thesean.deploy.export import export as export_hybrid
-from thesean.deploy.lowering.forms.window_attention import BIASED, DOMAIN, NAME, define
+from thesean.deploy.lowering.forms.window import define
+from thesean.deploy.lowering.forms.window_attention import BIASED, DOMAIN, NAME
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.session import Session
 from thesean.errors import ExportError
@@ -91,18 +92,18 @@ def test_a_bias_of_distance_goes_along(window):
         made.window.bias.slope_H.uniform_(-1, 0)
     flat = Flat(made).eval()
     proto = exported(flat, opset=20)
-    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [BIASED]
-    assert [f.name for f in proto.functions] == [BIASED]
-    assert {n.domain for n in proto.functions[0].node} == {""}
+    called = f"Window_H4_G2_C4_K4_W{window}_N4_biased"
+    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [called]
+    assert {f.name for f in proto.functions} == {called, BIASED}
     for batch, time in SIZES:
         assert_same(proto, flat, some_state(flat, batch, time))
 
 
 def test_the_model_carries_the_function_that_it_calls(windowed):
     _, proto = windowed
-    assert [(f.domain, f.name) for f in proto.functions] == [(DOMAIN, NAME)]
-    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [NAME]
-    assert {n.domain for n in proto.functions[0].node} == {""}  # standard operators: any runtime has them
+    called = f"Window_H4_G2_C4_K4_W{WINDOW}_N4"
+    assert {(f.domain, f.name) for f in proto.functions} == {(DOMAIN, called), (DOMAIN, NAME)}
+    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [called]
 
 
 def test_a_model_without_a_window_gets_no_function():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from thesean.deploy.lowering.lean.edit import Node, dims, insert, ints, is_kind, number, replace, small
+from thesean.deploy.lowering.lean.edit import Node, Value, dims, insert, ints, is_kind, number, replace, small
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -70,9 +70,9 @@ def _parts_of_joined(model: ir.Model) -> int:
 
 def _splits(model: ir.Model) -> int:
     changed = 0
-    values = {id(v): v for node in model.graph for v in node.inputs if v is not None and is_kind(node, "Slice")}
+    values: dict[int, Value] = {id(n.inputs[0]): n.inputs[0] for n in model.graph if is_kind(n, "Slice")}
     for value in values.values():
-        cuts = [cut for node in value.consumers() if (cut := _cut(node)) is not None]
+        cuts = [cut for n in value.consumers() if (cut := _cut(n)) is not None and n.inputs[0] is value]
         for axis in {cut.axis for cut in cuts}:
             along = sorted((cut for cut in cuts if cut.axis == axis), key=lambda cut: cut.start)
             edges = [0, *(cut.end for cut in along)]
