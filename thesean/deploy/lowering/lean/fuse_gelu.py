@@ -40,7 +40,11 @@ def fuse_gelu(model: ir.Model) -> int:
             continue
         x, kind, inner = found
         attributes = {"alpha": 1.0} if kind == "QuickGelu" else {}
-        inputs, add = [x], producer(x, "Add") if kind in ("FastGelu", "BiasGelu") else None
+        inputs, add = [x], x.producer()
+        if add is None or kind == "QuickGelu" or not is_kind(add, "Add") or x.is_graph_output():
+            add = None
+        elif any(n is not node and n not in inner for n in x.consumers()):  # the sum is needed elsewhere too
+            add = None
         for bias in add.inputs if add is not None else ():
             plain = other(add, bias)
             if bias.is_initializer() and dims(bias) == (dims(x) or [])[-1:] and plain is not None:
