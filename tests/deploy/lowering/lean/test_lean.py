@@ -18,6 +18,7 @@ from thesean.deploy.lowering.lean.leaner import leaner
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
 from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
+from thesean.deploy.lowering.lean.split_later import split_later
 from thesean.deploy.lowering.lean.split_rows import split_rows
 from thesean.deploy.lowering.lean.split_slices import split_slices
 from thesean.deploy.lowering.lean.sum_residuals import sum_residuals
@@ -367,6 +368,29 @@ def test_a_split_of_a_split_is_one():
         a, b = Split <axis = 2> (some, inner)
     }}"""
     assert after(text, inferred(lifted(split_rows))) == ["Split", "Neg"]
+
+
+HEADS = """g (float[batch, time, 16] x)
+    => (float[batch, 2, time, 4] q, float[batch, 1, time, 4] k, float[batch, 1, time, 4] v)
+    <float[batch, time, 2, 4] a, float[batch, time, 1, 4] b, float[batch, time, 1, 4] c>
+{
+    sizes = Constant <value_ints = [8, 4, 4]> ()
+    rows, keys, values = Split <axis = 2> (x, sizes)
+    two = Constant <value_ints = [0, 0, 2, 4]> ()
+    one = Constant <value_ints = [0, 0, 1, 4]> ()
+    a = Reshape (rows, two)
+    q = Transpose <perm = [0, 2, 1, 3]> (a)
+    b = Reshape (keys, one)
+    k = Transpose <perm = [0, 2, 1, 3]> (b)
+    c = Reshape (values, one)
+    v = Transpose <perm = [0, 2, 1, 3]> (c)
+}"""
+
+
+def test_heads_are_made_and_transposed_once_before_they_are_cut():
+    assert after(HEADS, inferred(lifted(split_later))) == ["Reshape", "Transpose", "Split"]
+    other = HEADS.replace("[0, 2, 1, 3]> (c)", "[0, 2, 3, 1]> (c)").replace("1, time, 4] v", "1, 4, time] v")
+    assert "Split" in after(other, inferred(lifted(split_later)), count=0)[:1]
 
 
 def test_all_together_leave_what_a_layer_needs():

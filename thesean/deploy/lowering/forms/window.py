@@ -103,8 +103,8 @@ class LoweredWindow(nn.Module):
             )
             return made
         given = (query_BTHC, new_BTGX, log_decay_BTG, *state, self.gate_H, *map(signed_map, maps))
-        mean_BTHK, linear, held = self.emitted(*given, *(getattr(self, name) for name in self.extra))
-        return mean_BTHK, (linear, held)
+        mean_BTHK, linear, held = self.emitted(*given)
+        return mean_BTHK, (linear.to(state[0].dtype), held.to(state[1].dtype))
 
     def _emit(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query_BTHC, new_BTGX, _, linear, held = tensors[:5]
@@ -113,7 +113,7 @@ class LoweredWindow(nn.Module):
         shape = Shape(heads, new_BTGX.shape[2], key, value, self.size, self.places, self.turned, self.biased)
         mean_BTE, linear, held = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{shape.name}",
-            tensors,
+            (*tensors, *(getattr(self, name) for name in self.extra)),  # in float32, whatever the network is in
             {"scale": self.scale},
             dtypes=[query_BTHC.dtype] * 3,
             shapes=[[batch, time, heads * value], linear.shape, held.shape],

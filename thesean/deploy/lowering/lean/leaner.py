@@ -11,6 +11,7 @@ from thesean.deploy.lowering.lean.join_products import join_products
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
 from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
+from thesean.deploy.lowering.lean.split_later import split_later
 from thesean.deploy.lowering.lean.split_rows import split_rows
 from thesean.deploy.lowering.lean.split_slices import split_slices
 from thesean.deploy.lowering.lean.sum_residuals import sum_residuals
@@ -27,6 +28,7 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     split_rows,
     join_products,
     split_rows,
+    split_later,
     fuse_gelu,
     sum_residuals,
 )
