@@ -102,20 +102,22 @@ class LoweredWindow(nn.Module):
                 query_BTHC, new_BTGX, log_decay_BTG, maps, state, steps
             )
             return made
-        given = (query_BTHC, new_BTGX, log_decay_BTG, *state, self.gate_H, *map(signed_map, maps))
+        map_ICF = torch.cat([signed_map(m) for m in maps])
+        given = (query_BTHC.flatten(2), new_BTGX.flatten(2), log_decay_BTG, *state, self.gate_H, map_ICF)
         mean_BTHK, linear, held = self.emitted(*given)
         return mean_BTHK, (linear.to(state[0].dtype), held.to(state[1].dtype))
 
     def _emit(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        query_BTHC, new_BTGX, _, linear, held = tensors[:5]
-        batch, time, heads, key = query_BTHC.shape
-        value = new_BTGX.shape[3] - key - 1
-        shape = Shape(heads, new_BTGX.shape[2], key, value, self.size, self.places, self.turned, self.biased)
+        query_BTE, new_BTX, log_decay_BTG, linear, held, gate_H, _ = tensors
+        (batch, time, width), heads, groups = query_BTE.shape, len(gate_H), log_decay_BTG.shape[2]
+        key = width // heads
+        value = new_BTX.shape[2] // groups - key - 1
+        shape = Shape(heads, groups, key, value, self.size, self.places, self.turned, self.biased)
         mean_BTE, linear, held = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{shape.name}",
             (*tensors, *(getattr(self, name) for name in self.extra)),  # in float32, whatever the network is in
             {"scale": self.scale},
-            dtypes=[query_BTHC.dtype] * 3,
+            dtypes=[query_BTE.dtype] * 3,
             shapes=[[batch, time, heads * value], linear.shape, held.shape],
             version=1,
         )
@@ -128,18 +130,40 @@ def lower(window: Window, path: str, opset: int) -> LoweredWindow:
 
 def define(model: Any) -> None:
     """Add the functions that an onnx_ir model calls, and what they call; others stay as they are."""
-    called = {n.op_type for n in model.graph.all_nodes() if n.domain == DOMAIN}
-    shapes = [shape for name in sorted(called) if (shape := Shape.of(name)) is not None]
+    calls = [n for n in model.graph if n.domain == DOMAIN and Shape.of(n.op_type) is not None]
+    shapes = [shape for name in sorted({n.op_type for n in calls}) if (shape := Shape.of(name)) is not None]
+    _tell_steps(model, calls)
     for shape in shapes:
         add_function(model, _function(shape, model.opset_imports[""]))
     for biased in sorted({shape.biased for shape in shapes}):
         window_attention.add(model, window_attention.BIASED if biased else window_attention.NAME)
 
 
+def _tell_steps(model: Any, calls: list[Any]) -> None:
+    """Whether there is one step, found out once for all calls of a length: their last input."""
+    import onnx_ir as ir
+
+    known: dict[str, Any] = {}
+    for call in calls:
+        length = str(call.inputs[0].shape[1])
+        if length not in known:
+            one = ir.Value(name=f"one_step_{len(known)}", const_value=ir.tensor([1]))
+            one.shape, one.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+            model.graph.register_initializer(one)
+            time = ir.node("Shape", [call.inputs[0]], {"start": 1, "end": 2})
+            found = ir.node("Equal", [time.outputs[0], one])
+            time.outputs[0].name, found.outputs[0].name = f"steps_{len(known)}", f"is_step_{len(known)}"
+            model.graph.insert_before(call, [time, found])
+            known[length] = found.outputs[0]
+        call.resize_inputs(len(call.inputs) + 1)
+        call.replace_input_with(len(call.inputs) - 1, known[length])
+
+
 def _function(shape: Shape, opset: int) -> str:
-    inputs = ["query_BTHC", "new_BTGX", "log_decay_BTG", "linear", "held", "gate_H", "map_query", "map_key"]
+    inputs = ["query_BTE", "new_BTX", "log_decay_BTG", "linear", "held", "gate_H", "map_ICF"]
     inputs += ["cos_MC", "sin_MC", "partner_C", "leading_C", "rest_C", "sign_C"] if shape.turned else []
     inputs += ["bias_HM", "bias_HW"] if shape.biased else []
+    inputs += ["is_step"]
     outputs = "float[B, T, E] mean_{0}, float[B, G, F, k] linear_{0}, float[B, G, M, X] held_{0}"
     step, chunk = (
         f"{name} () => ({outputs.format(name)})\n    {{\n" + "\n".join(f"        {x}" for x in lines) + "\n    }"
@@ -148,9 +172,6 @@ def _function(shape: Shape, opset: int) -> str:
     return f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1, "{DOMAIN}" : 1]>
 {shape.name} <scale> ({", ".join(inputs)}) => (mean_BTE, next_linear, next_held)
 {{
-    time = Shape <start = 1, end = 2> (query_BTHC)
-    one_step = Constant <value_ints = [1]> ()
-    is_step = Equal (time, one_step)
     mean_BTE, next_linear, next_held = If (is_step) <then_branch = {step}, else_branch = {chunk}>
 }}
 """
@@ -214,7 +235,7 @@ def _step(s: Shape) -> list[str]:
     t = _Text("s")
     H, G, C, K, W, N = s[:6]
     R, k, X, M = H // G, K + 1, C + K + 1, W + N
-    t.reshape("new_BG1X", "new_BTGX", 0, G, 1, X)
+    t.reshape("new_BG1X", "new_BTX", 0, G, 1, X)
     t.split(("first", "left", "stay"), "held", (N, 1, W - 1), 2)
     t.split(("left_key", "left_value"), "left", (C, k), 3)
     rest, kept = "left_value", [*(["stay"] if W > 1 else []), "new_BG1X"]
@@ -233,10 +254,9 @@ def _step(s: Shape) -> list[str]:
     t("held_step", "Concat" if len(kept) > 1 else "Identity", *kept, **({"axis": 2} if len(kept) > 1 else {}))
 
     # what is older: the linear state after the token that left, and the query's own sum over it
-    t.reshape("query_BH1C", "query_BTHC", 0, H, 1, C)
+    t.reshape("query_BH1C", "query_BTE", 0, H, 1, C)
     t("both", "Concat", "query_BH1C", "left_key", axis=1)
-    t("map_both", "Concat", "map_query", "map_key", axis=0)
-    t("mapped", "MatMul", "both", "map_both")
+    t("mapped", "MatMul", "both", "map_ICF")
     t("phi", "Softmax", "mapped", axis=-1)
     t.split(("phi_query", "phi_key"), "phi", (H, G), 1)
     t.reshape("log_decay", "log_decay_BTG", 0, G, 1, 1)
@@ -250,7 +270,7 @@ def _step(s: Shape) -> list[str]:
     t("log_weight", "Log", "weight_BGR1")
     t("gate", "Add", "log_weight", t.reshape("gate_GR1", "gate_H", G, R, 1))
 
-    own = "query_BH1C" if R == 1 else t.reshape("query_BGRC", "query_BTHC", 0, G, R, C)
+    own = "query_BH1C" if R == 1 else t.reshape("query_BGRC", "query_BTE", 0, G, R, C)
     key = "held_step"
     if s.turned:
         t.slice("key_BGMC", "held_step", 0, C, 3)
@@ -291,6 +311,10 @@ def _chunk(s: Shape) -> list[str]:
     t = _Text("c")
     H, G, C, K, W, N = s[:6]
     k = K + 1
+    t("time", "Shape", "query_BTE", start=1, end=2)
+    t.reshape("query_BTHC", "query_BTE", 0, 0, H, C)
+    t.reshape("new_BTGX", "new_BTX", 0, 0, G, C + k)
+    t.split(("map_query", "map_key"), "map_ICF", (H, G), 0)
     t("held_BMGX", "Transpose", "held", perm=[0, 2, 1, 3])
     t.split(("first_BNGX", "past_BWGX"), "held_BMGX", (N, W), 1)
     t("all_BSGX", "Concat", "past_BWGX", "new_BTGX", axis=1)
