@@ -25,7 +25,7 @@ class LinearAttention(LinearHeads):
     With a window, w_ts = exp(scale q_t.k_s + bias) as in the guide, turned as there by `rotation`, rows of (feature,
     feature, radians a step), and with its bias of the distance t - s, for the last W tokens, t's own included; of those
     that leave it the first `sinks` are kept the same way, and any other enters the linear state and decays from then
-    on. The state is then (state_BGFk, key_BWGC, value_BWGk, key_BNGC, value_BNGk), the last two where there are sinks.
+    on. The state is then (state_BGFk, held_BGMX): sinks and window, M = N + W, X = C + k, each token's key and value.
     With a look-ahead of k steps q_t reads what is held at t + k, and the last k of the W tokens are those after t.
 
     With `taps` the values of the last P steps, v_t back to v_{t-P+1}, stand beside the means under `last`; the P - 1

@@ -18,13 +18,15 @@ from tests.deploy.lowering.test_lower import Flat, assert_same, export, run, tar
 from tests.exported import hybrid
 from tests.targets.build import tensors
 from thesean.deploy.export import export as export_hybrid
-from thesean.deploy.lowering.forms.window_attention import BIASED, DOMAIN, NAME, define
+from thesean.deploy.lowering.forms.window import define
+from thesean.deploy.lowering.forms.window_attention import BIASED, DOMAIN, NAME
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.session import Session
 from thesean.errors import ExportError
 from thesean.targets import PartFacts, Target, build_module
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.distance_bias import LearntReach
+from thesean.targets.shared.registry import rebuild
 
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")]
 
@@ -91,18 +93,18 @@ def test_a_bias_of_distance_goes_along(window):
         made.window.bias.slope_H.uniform_(-1, 0)
     flat = Flat(made).eval()
     proto = exported(flat, opset=20)
-    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [BIASED]
-    assert [f.name for f in proto.functions] == [BIASED]
-    assert {n.domain for n in proto.functions[0].node} == {""}
+    called = f"Window_H4_G2_C4_K4_W{window}_N4_biased"
+    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [called]
+    assert {f.name for f in proto.functions} == {called, BIASED}
     for batch, time in SIZES:
         assert_same(proto, flat, some_state(flat, batch, time))
 
 
 def test_the_model_carries_the_function_that_it_calls(windowed):
     _, proto = windowed
-    assert [(f.domain, f.name) for f in proto.functions] == [(DOMAIN, NAME)]
-    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [NAME]
-    assert {n.domain for n in proto.functions[0].node} == {""}  # standard operators: any runtime has them
+    called = f"Window_H4_G2_C4_K4_W{WINDOW}_N4"
+    assert {(f.domain, f.name) for f in proto.functions} == {(DOMAIN, called), (DOMAIN, NAME)}
+    assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [called]
 
 
 def test_a_model_without_a_window_gets_no_function():
@@ -125,6 +127,64 @@ def test_one_file_serves_a_long_prefill_chunks_and_single_steps(windowed):
     np.testing.assert_allclose(np.concatenate(outputs, 1), full, rtol=1e-4, atol=1e-5)
     for state, full_state in zip(states, full_states, strict=True):
         np.testing.assert_allclose(state, full_state, rtol=1e-4, atol=1e-5)
+
+
+def turned(sinks: int) -> Any:
+    """Rotated queries in groups, and a window that many tokens leave."""
+    shape = ("batch", "time", 16)
+    part = PartFacts(path="layers.0", input_shape=shape, output_shape=shape, mixing="causal", params=1)
+    made: Any = build_module(Target("linear-attention", heads=4, kv_heads=2, window=5, sinks=sinks), part)
+    rotation = [[0, 1, 1.0], [2, 3, 0.1]]
+    made = rebuild("linear-attention", {**made.config(), "rotation": rotation})
+    with torch.no_grad():
+        made.last.weight.normal_()
+        made.window.gate_H.normal_()
+        for each in (made.query.bias, made.key.bias, made.value.bias):
+            each.normal_()
+    return made.eval()
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+def test_steps_alone_equal_all_at_once_under_a_rotation_while_the_sinks_fill_and_after(sinks):
+    torch.manual_seed(0)
+    flat = Flat(turned(sinks)).eval()
+    proto = exported(flat, opset=20)
+    x_BTD, *zeros = with_state(flat, 2, 20, size=0.0)
+    expected = flat(x_BTD, *zeros)
+    states, outputs = zeros, []
+    for t in range(20):
+        y, *after = run(proto, (x_BTD[:, t : t + 1], *states))
+        states = [torch.from_numpy(s) for s in after]
+        outputs.append(y)
+    np.testing.assert_allclose(np.concatenate(outputs, 1), expected[0].detach().numpy(), rtol=1e-4, atol=1e-5)
+    for state, known in zip(states, expected[1:], strict=True):
+        torch.testing.assert_close(state, known, rtol=1e-4, atol=1e-5)
+    for batch, time in SIZES:
+        assert_same(proto, flat, some_state(flat, batch, time))
+
+
+def test_rows_of_a_batch_are_steps_apart():
+    """One row's sinks are full, another's window is half full, a third has just begun."""
+    flat = Flat(turned(4)).eval()
+    proto = exported(flat, opset=20)
+    lengths, states = (30, 3, 0), []
+    for length in lengths:
+        x_BTD, *zeros = with_state(flat, 1, max(length, 1), size=0.0)
+        states.append(tensors(flat(x_BTD, *zeros)[1:]) if length else zeros)
+    joined = tuple(torch.cat(rows).detach() for rows in zip(*states, strict=True))
+    x_BTD = torch.randn(3, 1, 16)
+    assert_same(proto, flat, (x_BTD, *joined))
+
+
+def test_a_score_far_below_nothing_still_counts():
+    """Rows of the window that hold no token score 0 by themselves: they must not outweigh what is there."""
+    made = turned(4)
+    with torch.no_grad():
+        made.query.bias.fill_(20.0)
+        made.key.bias.fill_(-20.0)
+    flat = Flat(made).eval()
+    proto = exported(flat, opset=20)
+    assert_same(proto, flat, with_state(flat, 2, 1, size=0.0))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

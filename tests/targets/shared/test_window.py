@@ -281,9 +281,10 @@ def test_the_state_is_the_linear_one_and_the_last_keys_and_values(sequence_part,
     module = copied(sequence_part(attention=grouped_facts), window=6, sinks=0)
     x_BTD = torch.randn(3, 10, 16)
     zeros = module.initial_state(x_BTD)
-    assert [tuple(s.shape) for s in tensors(zeros)] == [(3, 2, 8, 5), (3, 6, 2, 4), (3, 6, 2, 5)]
+    assert [tuple(s.shape) for s in tensors(zeros)] == [(3, 2, 8, 5), (3, 2, 6, 9)]
     assert not any(s.any() for s in tensors(zeros))
-    y_BTD, (linear, key, value) = module(x_BTD, zeros)
+    y_BTD, (linear, held_BGMX) = module(x_BTD, zeros)
+    key, value = held_BGMX.transpose(1, 2).split([4, 5], -1)
     torch.testing.assert_close(y_BTD, module(x_BTD)[0], rtol=0, atol=0)
     torch.testing.assert_close(key, module.key(x_BTD)[:, -6:].unflatten(-1, (2, 4)))
     torch.testing.assert_close(value[..., :-1], module.value(x_BTD)[:, -6:].unflatten(-1, (2, 4)))
@@ -296,8 +297,9 @@ def test_the_first_tokens_that_leave_the_window_are_kept_and_none_of_them_is_in_
 ):
     module = copied(sequence_part(attention=grouped_facts), window=6, sinks=3)
     x_BTD = torch.randn(3, 10, 16)
-    assert [tuple(s.shape) for s in tensors(module.initial_state(x_BTD))][3:] == [(3, 3, 2, 4), (3, 3, 2, 5)]
-    _, (linear, *_, key, value) = module(x_BTD)
+    assert [tuple(s.shape) for s in tensors(module.initial_state(x_BTD))] == [(3, 2, 8, 5), (3, 2, 9, 9)]
+    _, (linear, held_BGMX) = module(x_BTD)
+    key, value = held_BGMX[:, :, :3].transpose(1, 2).split([4, 5], -1)
     torch.testing.assert_close(key, module.key(x_BTD)[:, :3].unflatten(-1, (2, 4)))
     torch.testing.assert_close(value[..., :-1], module.value(x_BTD)[:, :3].unflatten(-1, (2, 4)))
     torch.testing.assert_close(linear[..., -1].sum(-1), torch.ones(3, 2))  # the fourth alone, which has just left
@@ -326,9 +328,9 @@ def test_under_a_rotation_the_first_tokens_stand_right_before_the_window(sequenc
 
 def test_before_a_token_leaves_the_window_the_linear_state_is_empty(sequence_part, attention_facts):
     module = copied(sequence_part(attention=attention_facts()), window=6, sinks=0)
-    _, (linear, _, value) = module(torch.randn(2, 4, 16))
+    _, (linear, held_BGMX) = module(torch.randn(2, 4, 16))
     assert not linear.any()
-    assert value[0, :, 0, -1].tolist() == [0, 0, 1, 1, 1, 1]
+    assert held_BGMX[0, 0, :, -1].tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_only_the_past_is_read(sequence_part, attention_facts):

@@ -14,6 +14,7 @@ from torch import nn
 from thesean.errors import ExportError
 from thesean.kernels.shared.precision import HALF, wide
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.window import Window
 
 _FORMS = "thesean.deploy.lowering.forms"
 
@@ -51,10 +52,12 @@ def require_exporting(path: str) -> None:
 
 
 def operation_of(module: nn.Module) -> str | None:
-    """The name of the form that takes a module's place: a core's operation, "torch_cell" for nn.RNN and its kin."""
+    """The name of the form that takes a module's place: the operation of a core and of what is made of several,
+    "torch_cell" for nn.RNN and its kin.
+    """
     if isinstance(module, nn.RNNBase):
         return "torch_cell"
-    return module.operation if isinstance(module, Core) else None
+    return module.operation if isinstance(module, Core | Window) else None
 
 
 def operations(module: nn.Module) -> list[str]:

@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.loaded import first_line
+from thesean.deploy.lowering.lean.leaner import leaner
 from thesean.deploy.lowering.lower import lower_cells
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.promoting import promoted_by_value
@@ -100,6 +101,7 @@ def to_onnx(
         if form is not None and hasattr(form, "define"):
             form.define(model)
     _name_dims(model, inputs)
+    leaner(model)
     _name_nodes(model)
     _drop_traces(model)
     return model

@@ -28,12 +28,12 @@ from thesean.targets.shared.distance_bias import LearntReach, seen_from
 from thesean.targets.shared.facts import Affine, AttentionFacts, NormFacts, PartFacts
 from thesean.targets.shared.head_norm import copy_norms, head_norms
 from thesean.targets.shared.heads import MEMORY, SHARPNESS, HeadsFrame
-from thesean.targets.shared.lookahead import InPlace, Late
+from thesean.targets.shared.lookahead import Late
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.sequence import SequenceTarget, small_linear
-from thesean.targets.shared.sinks import First
+from thesean.targets.shared.signed_softmax import features, signed_softmax
 from thesean.targets.shared.steps import Steps, hide
 from thesean.targets.shared.taps import Taps
 from thesean.targets.shared.window import Window
@@ -133,35 +133,53 @@ class LinearHeads(SequenceTarget):
         return {**super().config(), **given, **taps}
 
     def core_state(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | torch.Tensor:
-        held: tuple[torch.Tensor, ...] = (
-            x.new_zeros(x.shape[0], self.kv_heads, 2 * self.key_width, self.value_width + 1),
-        )
+        widths = (self.key_width, self.value_width + 1)
+        held: tuple[torch.Tensor, ...] = (x.new_zeros(x.shape[0], self.kv_heads, 2 * widths[0], widths[1]),)
         if self.window is not None:
-            held += self.window.initial_state(x, self.kv_heads, (self.key_width, self.value_width + 1))
+            held = self.window.initial_state(x, self.kv_heads, widths)
         if self.taps is not None:
             held += self.taps.initial_state(x, self.tap_width)
         return held if len(held) > 1 else held[0]
 
-    def phi(self, x_BTD: torch.Tensor, linear: nn.Linear, map_HCC: torch.Tensor) -> torch.Tensor:
-        """softmax([Wx, -Wx]) per head, (B, T, H, F)."""
-        heads = len(map_HCC)
-        # W is folded into the projection: one small product of weights instead of one a token, and a constant in ONNX
-        weight_HCD = map_HCC @ linear.weight.unflatten(0, (heads, self.key_width))
-        bias_HC = (map_HCC @ linear.bias.view(heads, self.key_width, 1)).squeeze(-1)
-        projected = F.linear(x_BTD, weight_HCD.flatten(0, 1), bias_HC.flatten())
-        return _signed_softmax(projected.unflatten(-1, (heads, self.key_width)))
+    def folded(self, linear: nn.Linear, map_HCC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W folded into a projection, its weight and bias: one small product of weights instead of one a token, and a
+        constant in ONNX.
+        """
+        weight_HCD = map_HCC @ linear.weight.unflatten(0, (len(map_HCC), self.key_width))
+        bias_HC = (map_HCC @ linear.bias.view(len(map_HCC), self.key_width, 1)).squeeze(-1)
+        return weight_HCD.flatten(0, 1), bias_HC.flatten()
 
-    def projected(self, x_BTD: torch.Tensor, own_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The guide's query_BTHC and key_BTGC."""
-        query, key = (x.unflatten(-1, (-1, self.key_width)) for x in (self.query(own_BTD), self.key(x_BTD)))
-        if len(self.norms):
-            query, key = self.norms[0](query), self.norms[1](key)
-        return query, key
+    def phi(self, x_BTD: torch.Tensor, own_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """softmax([Wx, -Wx]) of queries and keys per head, (B, T, H, F) and (B, T, G, F)."""
+        query, key = self.folded(self.query, self.map_query_HCC), self.folded(self.key, self.map_key_GCC)
+        if own_BTD is not x_BTD:
+            projected = torch.cat([F.linear(own_BTD, *query), F.linear(x_BTD, *key)], -1)
+        else:
+            projected = F.linear(x_BTD, *(torch.cat(both) for both in zip(query, key, strict=True)))
+        both = signed_softmax(projected.unflatten(-1, (-1, self.key_width)))
+        query_BTHF, key_BTGF = both.split([self.heads, self.kv_heads], 2)
+        return query_BTHF, key_BTGF
 
-    def values(self, value_BTV: torch.Tensor, steps: Steps | None = None) -> torch.Tensor:
-        """By head with the column of ones; zero where no token is, so that whatever the key is does not count."""
-        value_BTGK = value_BTV.unflatten(-1, (self.kv_heads, self.value_width))
-        return hide(F.pad(value_BTGK, (0, 1), value=1.0), steps)
+    def projected(
+        self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, steps: Steps | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The guide's query_BTHC, and new_BTGX: its key_BTGC and value_BTGk with its column of ones. Zero where no
+        token is, the column of ones too, so that whatever the key is does not count.
+        """
+        query = self.query(own_BTD).unflatten(-1, (-1, self.key_width))
+        if not len(self.norms):
+            return query, hide(self._by_head(x_BTD, self.key, self.value), steps)
+        key = self.norms[1](self.key(x_BTD).unflatten(-1, (-1, self.key_width)))
+        return self.norms[0](query), hide(torch.cat([key, self._by_head(x_BTD, self.value)], -1), steps)
+
+    def _by_head(self, x_BTD: torch.Tensor, *linears: nn.Linear) -> torch.Tensor:
+        """What these give and a column of ones, side by side in each head: one projection, whose last row reads nothing
+        and has a bias of 1.
+        """
+        weight_GXD = torch.cat([linear.weight.unflatten(0, (self.kv_heads, -1)) for linear in linears], 1)
+        bias_GX = torch.cat([linear.bias.unflatten(0, (self.kv_heads, -1)) for linear in linears], 1)
+        weight_GXD, bias_GX = F.pad(weight_GXD, (0, 0, 0, 1)), F.pad(bias_GX, (0, 1), value=1.0)
+        return F.linear(x_BTD, weight_GXD.flatten(0, 1), bias_GX.flatten()).unflatten(-1, (self.kv_heads, -1))
 
     def mix(
         self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None, late: Late | None = None
@@ -172,14 +190,13 @@ class LinearHeads(SequenceTarget):
         self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, state: Any, steps: Steps | None
     ) -> tuple[torch.Tensor, State | None]:
         """`own_BTD`: the steps whose queries read what is held by now."""
-        value_BTV = self.value(x_BTD)
         if self.taps is None:
-            return self._heads(x_BTD, own_BTD, self.values(value_BTV, steps), state, steps)
+            return self._heads(x_BTD, own_BTD, state, steps)
         held = state if isinstance(state, tuple) else (state,)
         core, past = (held[:-1], held[-1:]) if self.taps.carries else (held, ())
         given = core if len(core) > 1 else core[0]
-        mean_BTE, after = self._heads(x_BTD, own_BTD, self.values(value_BTV, steps), given, steps)
-        tapped_BTV = x_BTD if self.tapped == "inputs" else value_BTV
+        mean_BTE, after = self._heads(x_BTD, own_BTD, given, steps)
+        tapped_BTV = x_BTD if self.tapped == "inputs" else self.value(x_BTD)
         tapped_BTE, past = self.taps(hide(tapped_BTV, steps), past, steps)
         if past:
             after = (*(after if isinstance(after, tuple) else (after,)), *past)
@@ -194,21 +211,22 @@ class LinearHeads(SequenceTarget):
         return tapped_BTE[:, self.lookahead :]
 
     def _heads(
-        self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, value_BTGk: torch.Tensor, state: Any, steps: Steps | None
+        self, x_BTD: torch.Tensor, own_BTD: torch.Tensor, state: Any, steps: Steps | None
     ) -> tuple[torch.Tensor, State | None]:
         """mean_BT(H K) and the state without that of the taps."""
         log_decay_BTG = None if self.decay is None else hide(self._log_decay(x_BTD), steps)
         if self.window is not None and log_decay_BTG is not None:
-            projected = (*self.projected(x_BTD, own_BTD), value_BTGk)
-            mean_BTHK, state = self._mix_window(projected, log_decay_BTG, self.window, state, steps)
+            query_BTHC, new_BTGX = self.projected(x_BTD, own_BTD, steps)
+            maps = (self.map_query_HCC, self.map_key_GCC)
+            mean_BTHK, state = self.window(query_BTHC, new_BTGX, log_decay_BTG, maps, state, steps)
             return mean_BTHK.flatten(-2), state
         if len(self.norms):  # between a projection and its map: nothing can be folded
-            query_BTHC, key_BTGC = self.projected(x_BTD, own_BTD)
-            query_BTHF = _features(query_BTHC, self.map_query_HCC)
-            key_BTGF = _features(key_BTGC, self.map_key_GCC)
+            query_BTHC, new_BTGX = self.projected(x_BTD, own_BTD, steps)
+            key_BTGC, value_BTGk = new_BTGX.split([self.key_width, self.value_width + 1], -1)
+            query_BTHF, key_BTGF = features(query_BTHC, self.map_query_HCC), features(key_BTGC, self.map_key_GCC)
         else:
-            query_BTHF = self.phi(own_BTD, self.query, self.map_query_HCC)
-            key_BTGF = self.phi(x_BTD, self.key, self.map_key_GCC)
+            query_BTHF, key_BTGF = self.phi(x_BTD, own_BTD)
+            value_BTGk = hide(self._by_head(x_BTD, self.value), steps)
         if log_decay_BTG is None or state is None:
             out_BTHk = full_linear_attention(query_BTHF, key_BTGF, value_BTGk)
         else:
@@ -219,51 +237,6 @@ class LinearHeads(SequenceTarget):
     def _log_decay(self, x_BTD: torch.Tensor) -> torch.Tensor:
         assert self.decay is not None
         return -F.softplus(self.decay(x_BTD))
-
-    def _mix_window(
-        self,
-        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        log_decay_BTG: torch.Tensor,
-        window: Window,
-        state: tuple[torch.Tensor, ...],
-        steps: Steps | None,
-    ) -> tuple[torch.Tensor, State]:
-        query_BTHC, key_BTGC, value_BTGk = projected
-        linear, past_key, past_value, *first = state
-        key_BSGC, left_key, past_key = window.slide(past_key, key_BTGC, steps)
-        value_BSGk, left_value, past_value = window.slide(past_value, value_BTGk, steps)
-        older_BTHk, linear, sinks = self._older(
-            query_BTHC,
-            left_key,
-            left_value if steps is None else steps.hide_left(left_value),
-            log_decay_BTG,
-            (linear, *first),
-        )
-        mean_BTHK = window(query_BTHC, key_BSGC, value_BSGk, older_BTHk, sinks)
-        if isinstance(steps, InPlace):  # a window without a token has no mean
-            mean_BTHK = mean_BTHK.masked_fill(mean_BTHK.isnan(), 0.0)
-        return mean_BTHK, (linear, past_key, past_value, *(sinks[:2] if sinks is not None else ()))
-
-    def _older(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        log_decay: torch.Tensor,
-        state: tuple[torch.Tensor, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor, First | None]:
-        """What the tokens that left the window add up to for each query, the state with them, and the sinks.
-
-        Where no token left yet, the values and their column of ones are zero, so that the features of no key count.
-        """
-        linear, *past = state
-        sinks = None
-        if self.window is not None and self.window.sinks is not None:
-            first_key, first_value = past
-            sinks, value = self.window.sinks.take(first_key, first_value, key, value)
-        query_BTHF, key_BTGF = _features(query, self.map_query_HCC), _features(key, self.map_key_GCC)
-        older_BTHk, linear = self.core(query_BTHF, key_BTGF, value, log_decay, linear)
-        return older_BTHk, linear, sinks
 
     def attention_of(self, part: PartFacts) -> AttentionFacts | None:
         """What the heads are taken from."""
@@ -350,14 +323,15 @@ class LinearHeads(SequenceTarget):
             if x_BTD.shape[1] <= self.window.size:
                 continue
             own_BTD = F.pad(x_BTD, (0, 0, self.lookahead, 0))[:, : x_BTD.shape[1]]
-            query_BTHC, key_BTGC = self.projected(x_BTD, own_BTD)
-            value_BTGk = self.values(self.value(x_BTD))
-            linear, no_key, no_value, *first = self.core_state(x_BTD)
-            first = first[: 0 if self.window.sinks is None else 2]
-            _, left_key, _ = self.window.slide(no_key, key_BTGC)
-            _, left_value, _ = self.window.slide(no_value, value_BTGk)
-            log_decay_BTG = self._log_decay(x_BTD)
-            older_BTHk, _, sinks = self._older(query_BTHC, left_key, left_value, log_decay_BTG, (linear, *first))
+            query_BTHC, new_BTGX = self.projected(x_BTD, own_BTD)
+            linear, held_BGMX = self.core_state(x_BTD)[:2]
+            first_BNGX, past_BWGX = held_BGMX.transpose(1, 2).split([self.window.places, self.window.size], 1)
+            _, left_BTGX, _ = self.window.slide(past_BWGX, new_BTGX)
+            maps, log_decay_BTG = (self.map_query_HCC, self.map_key_GCC), self._log_decay(x_BTD)
+            older_BTHk, _, sinks, _ = self.window.older(
+                query_BTHC, left_BTGX, log_decay_BTG, maps, (linear, first_BNGX)
+            )
+            key_BTGC, value_BTGk = new_BTGX.split([self.key_width, self.value_width + 1], -1)
             looked.append(self.window.look((query_BTHC, key_BTGC, value_BTGk), older_BTHk, sinks))
         self.window.balance(looked)
 
@@ -371,12 +345,3 @@ class LinearHeads(SequenceTarget):
             near = self.window.size + (0 if self.window.sinks is None else self.window.sinks.size)
             work += self.heads * near * (self.key_width + self.value_width + 1)
         return 2 * part.rows(sizes) * work
-
-
-def _features(x_BTHC: torch.Tensor, map_HCC: torch.Tensor) -> torch.Tensor:
-    """softmax([Wx, -Wx]) per head, of what is projected already."""
-    return _signed_softmax((x_BTHC.transpose(1, 2) @ map_HCC.mT).transpose(1, 2))
-
-
-def _signed_softmax(x_BTHC: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x_BTHC, -x_BTHC], -1).softmax(-1)

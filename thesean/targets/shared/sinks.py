@@ -4,7 +4,7 @@ Trained attentions put much of their weight on the first tokens, whatever these 
 window that loses them loses what its softmax was divided by.
 
 B batch, T time, W window, N sinks, H heads of queries, G heads of keys and values, C width of queries and keys,
-k = K + 1 columns of the values, the last of ones
+k = K + 1 columns of the values, the last of ones, X = C + k: a token's key, then its value
 """
 
 from __future__ import annotations
@@ -39,25 +39,18 @@ class Sinks(nn.Module):
         self.window = window
         self.rotate = rotate
 
-    def take(
-        self,
-        key_BNGC: torch.Tensor,
-        value_BNGk: torch.Tensor,
-        left_key_BTGC: torch.Tensor,
-        left_value_BTGk: torch.Tensor,
-    ) -> tuple[First, torch.Tensor]:
-        """With those of the tokens that left taken in; and the values of what found no place, zeros elsewhere."""
-        left_BT = left_value_BTGk[:, :, 0, -1] > 0
-        before_B1 = (value_BNGk[:, :, 0, -1] > 0).sum(1, keepdim=True)
+    def take(self, first_BNGX: torch.Tensor, left_BTGX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(first_BNGX with those of the tokens that left taken in, how many places were taken up to each step)."""
+        left_BT = left_BTGX[:, :, 0, -1] > 0
+        before_B1 = (first_BNGX[:, :, 0, -1] > 0).sum(1, keepdim=True)
         count_BT = before_B1 + left_BT.to(torch.int64).cumsum(1)
         place_N = torch.arange(self.size, device=left_BT.device)
-        at_BTN = (left_BT.unsqueeze(-1) & (count_BT.unsqueeze(-1) - 1 == place_N)).to(left_key_BTGC.dtype)
-        taken_key, taken_value = (
-            torch.einsum("btn,btgx->bngx", at_BTN, left) for left in (left_key_BTGC, left_value_BTGk)
-        )
-        full_BT = count_BT > self.size
-        rest_BTGk = left_value_BTGk * full_BT.to(left_value_BTGk.dtype).unsqueeze(-1).unsqueeze(-1)
-        return First(key_BNGC + taken_key, value_BNGk + taken_value, count_BT), rest_BTGk
+        at_BTN = (left_BT.unsqueeze(-1) & (count_BT.unsqueeze(-1) - 1 == place_N)).to(left_BTGX.dtype)
+        return first_BNGX + torch.einsum("btn,btgx->bngx", at_BTN, left_BTGX), count_BT
+
+    def full(self, count_BT: torch.Tensor) -> torch.Tensor:
+        """Whether a token that left found no place."""
+        return count_BT > self.size
 
     def scores(self, query_BTHC: torch.Tensor, key_BNGC: torch.Tensor, count_BT: torch.Tensor) -> torch.Tensor:
         """q.k of each query with each place, (B, T, H, N); -inf where it was still empty at that step."""

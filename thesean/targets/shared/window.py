@@ -1,7 +1,8 @@
 """What a linear attention adds to keep the guide's softmax over the last W tokens, and the first few.
 
 B batch, T time, S = W + T, H heads of queries, G heads of keys and values, C width of queries and keys, k = K + 1
-columns of the values, the last of ones, N sinks, M queries that are looked at
+columns of the values, the last of ones, X = C + k: a token's key, then its value, N sinks, F features, M queries that
+are looked at
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.distance_bias import LearntReach
+from thesean.targets.shared.lookahead import InPlace
 from thesean.targets.shared.rotation import Rotate
+from thesean.targets.shared.signed_softmax import features
 from thesean.targets.shared.sinks import First, Sinks, add_sinks
 from thesean.targets.shared.steps import Steps, last
 
@@ -42,9 +45,11 @@ class Window(nn.Module):
     `bias` is that of the distance t - s, where there is one. With `ahead` the queries are those of so many steps before
     the window's last row; the bias then begins at that row. o_t is what a linear attention over all other tokens adds
     up to. `gate_H` is learnt; `balance` sets it to where the mean is nearest to softmax attention over everything. Its
-    state is the keys and values of the last W tokens, (B, W, G, C) and (B, W, G, k), and those of the sinks; a row
-    whose last value is 0 holds no token.
+    state is the linear one, (B, G, F, k), and the keys and values of the sinks and of the last W tokens in one,
+    (B, G, N + W, X); a row whose last value is 0 holds no token.
     """
+
+    operation = "window"  # what an export writes for it: deploy/lowering/forms/window.py
 
     def __init__(
         self,
@@ -64,13 +69,20 @@ class Window(nn.Module):
         self.scale = float(scale)
         self.gate_H = nn.Parameter(torch.zeros(heads))
         self.core = Core("window_attention")
+        self.linear = Core("linear_attention")
         self.sinks = Sinks(size=sinks, window=size - ahead, rotate=rotate) if sinks else None
         self.bias = bias
 
+    @property
+    def places(self) -> int:
+        """N, of the sinks."""
+        return 0 if self.sinks is None else self.sinks.size
+
     def initial_state(self, x_BTD: torch.Tensor, groups: int, widths: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Of keys and values, each of its width: those of the window, and those of the sinks where there are any."""
-        sizes = (self.size, *((self.sinks.size,) if self.sinks is not None else ()))
-        return tuple(x_BTD.new_zeros(x_BTD.shape[0], size, groups, width) for size in sizes for width in widths)
+        """For keys and values of these widths, C and k."""
+        batch, (key, value) = x_BTD.shape[0], widths
+        linear = x_BTD.new_zeros(batch, groups, 2 * key, value)
+        return linear, x_BTD.new_zeros(batch, groups, self.places + self.size, key + value)
 
     def slide(
         self, past_BWGX: torch.Tensor, new_BTGX: torch.Tensor, steps: Steps | None = None
@@ -82,11 +94,55 @@ class Window(nn.Module):
     def forward(
         self,
         query_BTHC: torch.Tensor,
-        key_BSGC: torch.Tensor,
-        value_BSGk: torch.Tensor,
-        older_BTHk: torch.Tensor,
-        first: First | None = None,
+        new_BTGX: torch.Tensor,
+        log_decay_BTG: torch.Tensor,
+        maps: tuple[torch.Tensor, torch.Tensor],
+        state: tuple[torch.Tensor, torch.Tensor],
+        steps: Steps | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """mean_BTHK and the state; `maps` are those of the features of queries and keys."""
+        linear, held_BGMX = state
+        first_BNGX, past_BWGX = held_BGMX.transpose(1, 2).split([self.places, self.size], 1)
+        all_BSGX, left_BTGX, past_BWGX = self.slide(past_BWGX, new_BTGX, steps)
+        if steps is not None:
+            left_BTGX = steps.hide_left(left_BTGX)
+        older_BTHk, linear, first, first_BNGX = self.older(
+            query_BTHC, left_BTGX, log_decay_BTG, maps, (linear, first_BNGX)
+        )
+        mean_BTHK = self.mean(query_BTHC, all_BSGX, older_BTHk, first)
+        if isinstance(steps, InPlace):  # a window without a token has no mean
+            mean_BTHK = mean_BTHK.masked_fill(mean_BTHK.isnan(), 0.0)
+        return mean_BTHK, (linear, torch.cat([first_BNGX, past_BWGX], 1).transpose(1, 2))
+
+    def older(
+        self,
+        query_BTHC: torch.Tensor,
+        left_BTGX: torch.Tensor,
+        log_decay_BTG: torch.Tensor,
+        maps: tuple[torch.Tensor, torch.Tensor],
+        state: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, First | None, torch.Tensor]:
+        """What the tokens that left the window add up to for each query, the state with them, and the sinks, as a chunk
+        meets them and as they are after it.
+
+        Where no token left yet, the values and their column of ones are zero, so that the features of no key count.
+        """
+        linear, first_BNGX = state
+        width, first = query_BTHC.shape[-1], None
+        key_BTGC, value_BTGk = left_BTGX[..., :width], left_BTGX[..., width:]
+        if self.sinks is not None:
+            first_BNGX, count_BT = self.sinks.take(first_BNGX, left_BTGX)
+            first = First(first_BNGX[..., :width], first_BNGX[..., width:], count_BT)
+            value_BTGk = value_BTGk * self.sinks.full(count_BT).to(value_BTGk.dtype).unsqueeze(-1).unsqueeze(-1)
+        query_BTHF, key_BTGF = features(query_BTHC, maps[0]), features(key_BTGC, maps[1])
+        older_BTHk, linear = self.linear(query_BTHF, key_BTGF, value_BTGk, log_decay_BTG, linear)
+        return older_BTHk, linear, first, first_BNGX
+
+    def mean(
+        self, query_BTHC: torch.Tensor, all_BSGX: torch.Tensor, older_BTHk: torch.Tensor, first: First | None
     ) -> torch.Tensor:
+        width = query_BTHC.shape[-1]
+        key_BSGC, value_BSGk = all_BSGX[..., :width], all_BSGX[..., width:]
         gate: torch.Tensor = self.gate_H
         if first is not None:
             scores_BTHN, value_BNGk = self._of_sinks(query_BTHC, first)

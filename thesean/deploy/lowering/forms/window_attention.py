@@ -170,9 +170,12 @@ def lower(core: Core, path: str, opset: int) -> Lowered:
 def define(model: Any) -> None:
     """Add the functions to an onnx_ir model that calls them; others stay as they are."""
     called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
-    opset = str(model.opset_imports[""])
-    for name, (arguments, scores) in _FUNCTIONS.items():
+    for name in _FUNCTIONS:
         if name in called:
-            add_function(
-                model, _BODY.replace("CALL", f"{name} ({arguments})").replace("SCORES", scores).replace("OPSET", opset)
-            )
+            add(model, name)
+
+
+def add(model: Any, name: str) -> None:
+    arguments, scores = _FUNCTIONS[name]
+    text = _BODY.replace("CALL", f"{name} ({arguments})").replace("SCORES", scores)
+    add_function(model, text.replace("OPSET", str(model.opset_imports[""])))

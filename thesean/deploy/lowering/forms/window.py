@@ -1,0 +1,157 @@
+"""A window, its sinks and what is older as one function of the ONNX model, with a branch of its own for one step.
+
+Written for any number of steps, a step costs a hundred small nodes a layer, and a node costs more than what it computes
+(onnxruntime 1.32, one thread: .5 microseconds, an `If` 1.3). One step needs a third of them: nothing is in blocks or
+transposed, sinks and window are one tensor and one softmax, and a row that holds no token gets log(0).
+
+B batch, T time, S = W + T, W window, N sinks, M = N + W, H heads, G heads of keys and values, R = H / G, C width of
+queries and keys, K width of values, k = K + 1, X = C + k, F = 2C features
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.deploy.lowering.forms import window_attention
+from thesean.deploy.lowering.lowered import Lowered, add_function
+from thesean.deploy.lowering.window_function.any_steps import any_steps
+from thesean.deploy.lowering.window_function.one_step import one_step
+from thesean.deploy.lowering.window_function.shape import Shape, runs_of
+from thesean.targets.shared.signed_softmax import signed_map
+from thesean.targets.shared.steps import Steps
+from thesean.targets.shared.window import Window
+
+DOMAIN = window_attention.DOMAIN
+
+
+class LoweredWindow(nn.Module):
+    """A call of the function; where steps may hold no token, the module as torch code, its cores lowered."""
+
+    def __init__(self, window: Window, path: str, opset: int) -> None:
+        super().__init__()
+        from thesean.deploy.lowering.lower import lower_cells  # which finds this file by its name
+
+        self.scale, self.size, self.places, self.ahead = window.scale, window.size, window.places, window.ahead
+        self.turned, self.biased = window.rotate is not None, window.bias is not None
+        self.gate_H = window.gate_H
+        self.emitted = Lowered(path, self._emit)
+        self.extra: list[str] = []
+        self.runs: tuple[tuple[int, int], ...] = ()
+        with torch.no_grad():
+            if window.rotate is not None:
+                rotate = window.rotate
+                # as seen from the last row, the query's: it need not be turned itself
+                cos_M1C, sin_M1C = (t.flip(0) for t in rotate.tables(self.places + self.size, torch.zeros(())))
+                self._keep("cos_MC", cos_M1C.squeeze(1).contiguous())
+                self._keep("sin_MC", -sin_M1C.squeeze(1))
+                self._keep("partner_sin_MC", -sin_M1C.squeeze(1)[:, rotate.partner_C])
+                self.runs = runs_of(rotate.partner_C.tolist())
+                for name in ("partner_C", "leading_C", "rest_C", "sign_C"):
+                    self._keep(name, getattr(rotate, name).detach().clone())
+            if window.bias is not None:
+                bias_HM = window._bias(0, self.places + self.size).detach().float()
+                self._keep("bias_HM", bias_HM.flip(1).contiguous())
+                self._keep("bias_HW", bias_HM[:, : self.size].contiguous())
+        inner = copy.copy(window)
+        inner._modules = {
+            n: None if m is None else lower_cells(m, opset=opset, path=path) for n, m in window._modules.items()
+        }
+        self.inner = inner
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        self.register_buffer(name, tensor)
+        self.extra.append(name)
+
+    def forward(
+        self,
+        query_BTHC: torch.Tensor,
+        new_BTGX: torch.Tensor,
+        log_decay_BTG: torch.Tensor,
+        maps: tuple[torch.Tensor, torch.Tensor],
+        state: tuple[torch.Tensor, torch.Tensor],
+        steps: Steps | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        if steps is not None or self.ahead:
+            made: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = self.inner(
+                query_BTHC, new_BTGX, log_decay_BTG, maps, state, steps
+            )
+            return made
+        map_ICF = torch.cat([signed_map(m) for m in maps])
+        given = (query_BTHC.flatten(2), new_BTGX.flatten(2), log_decay_BTG, *state, self.gate_H, map_ICF)
+        mean_BTHK, linear, held = self.emitted(*given)
+        return mean_BTHK, (linear.to(state[0].dtype), held.to(state[1].dtype))
+
+    def _emit(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query_BTE, new_BTX, log_decay_BTG, linear, held, gate_H, _ = tensors
+        (batch, time, width), heads, groups = query_BTE.shape, len(gate_H), log_decay_BTG.shape[2]
+        key = width // heads
+        value = new_BTX.shape[2] // groups - key - 1
+        shape = Shape(heads, groups, key, value, self.size, self.places, self.turned, self.biased, self.runs)
+        mean_BTE, linear, held = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{shape.name}",
+            (*tensors, *(getattr(self, name) for name in self.extra)),  # in float32, whatever the network is in
+            {"scale": self.scale},
+            dtypes=[query_BTE.dtype] * 3,
+            shapes=[[batch, time, heads * value], linear.shape, held.shape],
+            version=1,
+        )
+        return mean_BTE.unflatten(-1, (heads, value)), linear, held
+
+
+def lower(window: Window, path: str, opset: int) -> LoweredWindow:
+    return LoweredWindow(window, path, opset)
+
+
+def define(model: Any) -> None:
+    """Add the functions that an onnx_ir model calls, and what they call; others stay as they are."""
+    calls = [n for n in model.graph if n.domain == DOMAIN and Shape.of(n.op_type) is not None]
+    shapes = [shape for name in sorted({n.op_type for n in calls}) if (shape := Shape.of(name)) is not None]
+    _tell_steps(model, calls)
+    for shape in shapes:
+        add_function(model, _function(shape, model.opset_imports[""]))
+    for biased in sorted({shape.biased for shape in shapes}):
+        window_attention.add(model, window_attention.BIASED if biased else window_attention.NAME)
+
+
+def _tell_steps(model: Any, calls: list[Any]) -> None:
+    """Whether there is one step, found out once for all calls of a length: their last input."""
+    import onnx_ir as ir
+
+    known: dict[str, Any] = {}
+    for call in calls:
+        length = str(call.inputs[0].shape[1])
+        if length not in known:
+            one = ir.Value(name=f"one_step_{len(known)}", const_value=ir.tensor([1]))
+            one.shape, one.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+            model.graph.register_initializer(one)
+            time = ir.node("Shape", [call.inputs[0]], {"start": 1, "end": 2})
+            found = ir.node("Equal", [time.outputs[0], one])
+            time.outputs[0].name, found.outputs[0].name = f"steps_{len(known)}", f"is_step_{len(known)}"
+            model.graph.insert_before(call, [time, found])
+            known[length] = found.outputs[0]
+        call.resize_inputs(len(call.inputs) + 1)
+        call.replace_input_with(len(call.inputs) - 1, known[length])
+
+
+def _function(shape: Shape, opset: int) -> str:
+    inputs = ["query_BTE", "new_BTX", "log_decay_BTG", "linear", "held", "gate_H", "map_ICF"]
+    inputs += (
+        ["cos_MC", "sin_MC", "partner_sin_MC", "partner_C", "leading_C", "rest_C", "sign_C"] if shape.turned else []
+    )
+    inputs += ["bias_HM", "bias_HW"] if shape.biased else []
+    inputs += ["is_step"]
+    outputs = "float[B, T, E] mean_{0}, float[B, G, F, k] linear_{0}, float[B, G, M, X] held_{0}"
+    step, chunk = (
+        f"{name} () => ({outputs.format(name)})\n    {{\n" + "\n".join(f"        {x}" for x in lines) + "\n    }"
+        for name, lines in (("step", one_step(shape)), ("chunk", any_steps(shape)))
+    )
+    return f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1, "{DOMAIN}" : 1]>
+{shape.name} <scale> ({", ".join(inputs)}) => (mean_BTE, next_linear, next_held)
+{{
+    mean_BTE, next_linear, next_held = If (is_step) <then_branch = {step}, else_branch = {chunk}>
+}}
+"""

@@ -1,0 +1,47 @@
+"""All passes that leave fewer nodes, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from thesean.deploy.lowering.lean.fold_weights import fold_weights
+from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
+from thesean.deploy.lowering.lean.join_products import join_products
+from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
+from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
+from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
+from thesean.deploy.lowering.lean.split_later import split_later
+from thesean.deploy.lowering.lean.split_rows import split_rows
+from thesean.deploy.lowering.lean.split_slices import split_slices
+from thesean.deploy.lowering.lean.sum_residuals import sum_residuals
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+PASSES: tuple[Callable[[ir.Model], int], ...] = (
+    reshape_by_constant,
+    plain_softplus,
+    split_slices,
+    products_of_rows,
+    fold_weights,
+    split_rows,
+    join_products,
+    split_rows,
+    split_later,
+    fuse_gelu,
+    sum_residuals,
+)
+
+
+def leaner(model: ir.Model) -> None:
+    """Apply them, and drop what nothing reads. What the graph computes stays the same to rounding."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    before = {value.name for value in model.graph.inputs}
+    for leave in PASSES:
+        leave(model)
+    RemoveUnusedNodesPass()(model)
+    assert before == {value.name for value in model.graph.inputs}
+    if any(node.domain == "com.microsoft" for node in model.graph.all_nodes()):
+        model.graph.opset_imports.setdefault("com.microsoft", 1)
