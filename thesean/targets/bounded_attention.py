@@ -4,7 +4,7 @@ A trained attention puts nearly all of its weight on what is near and on a few t
 first (Xiao et al. 2024), full stops, names (the heavy hitters of Zhang et al. 2023, H2O). H2O keeps those that were
 looked at most so far, one step after the other. Here a linear map of what the attention reads foretells it, solved on
 the guide's attention: who stays at each step is then known for a whole sequence at once, and the first tokens need no
-rule of their own. On eight layers of a pretrained decoder of 135 M parameters half of 128 tokens chosen so leave less
+rule of their own. On five layers of a pretrained decoder of 135 M parameters half of 128 tokens chosen so leave less
 than half of the error that the last 128 and the first 4 leave.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),

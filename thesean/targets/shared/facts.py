@@ -90,16 +90,21 @@ class AttentionFacts:
         )  # fmt: skip
         return key, value
 
+    def met(self, q_BTHK: torch.Tensor, k_BTHK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was projected as it meets: normed, and turned by the steps from the first on."""
+        if self.norms is not None:
+            q_BTHK, k_BTHK = self.norms[0].of(q_BTHK), self.norms[1].of(k_BTHK)
+        if self.rotation is not None:
+            rotate = Rotate(self.rotation, q_BTHK.shape[-1]).to(q_BTHK.device)
+            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
+        return q_BTHK, k_BTHK
+
     def mixed_values(self, x_BTD: torch.Tensor, causal: bool) -> torch.Tensor:
         """What the output projection reads, (B, T, H V), where the attention is `plain`."""
         q_BTHK, k_BTHK, v_BTHV = (
             affine.of(x_BTD).unflatten(-1, (self.heads, -1)) for affine in (self.query, self.key, self.value)
         )
-        if self.norms is not None:
-            q_BTHK, k_BTHK = self.norms[0].of(q_BTHK), self.norms[1].of(k_BTHK)
-        if self.rotation is not None:
-            rotate = Rotate(self.rotation, q_BTHK.shape[-1]).to(x_BTD.device)
-            q_BTHK, k_BTHK = rotate(q_BTHK), rotate(k_BTHK)
+        q_BTHK, k_BTHK = self.met(q_BTHK, k_BTHK)
         return attend(q_BTHK, k_BTHK, v_BTHV, self.scale, causal, bias=self.bias)
 
 

@@ -40,11 +40,10 @@ def window_errors(
         scores_HMT, value_HTV, age_MT = _scores(facts, x_TD[:_TOKENS])
         wanted.append(_outputs(facts, scores_HMT, value_HTV))
         first_T = torch.arange(age_MT.shape[1], device=age_MT.device) < sinks
-        for window, outputs in found.items():
+        found[0].append(_outputs(facts, torch.where(scores_HMT > -torch.inf, 0.0, scores_HMT), value_HTV))
+        for window in windows:
             seen_MT = (age_MT < window) | first_T
-            near_HMT = scores_HMT.masked_fill(~seen_MT, -torch.inf)
-            even_HMT = torch.where(scores_HMT > -torch.inf, 0.0, scores_HMT)
-            outputs.append(_outputs(facts, near_HMT if window else even_HMT, value_HTV))
+            found[window].append(_outputs(facts, scores_HMT.masked_fill(~seen_MT, -torch.inf), value_HTV))
     if not wanted:
         return {}
     wanted_MD = torch.cat(wanted)

@@ -11,7 +11,6 @@ import torch
 
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.facts import Affine, AttentionFacts
-from thesean.targets.shared.rotation import Rotate
 
 # Of a sequence, and of all: attention of everything to everything takes time and memory quadratic in the length.
 _LONGEST, _TOKENS = 2048, 32768
@@ -65,10 +64,8 @@ def attention_past(facts: AttentionFacts, x_TD: torch.Tensor, window: int) -> to
 
 def meeting(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """query_THC and key_THC as they meet: normed and turned, in float32 at least."""
-    query, key = (wide(affine.of(x_TD)).unflatten(-1, (facts.heads, -1)) for affine in (facts.query, facts.key))
-    if facts.norms is not None:
-        query, key = facts.norms[0].of(query), facts.norms[1].of(key)
-    if facts.rotation is not None:
-        rotate = Rotate(facts.rotation, query.shape[-1]).to(query.device)
-        query, key = (rotate(z.unsqueeze(0)).squeeze(0) for z in (query, key))
-    return query, key
+    query_1THC, key_1THC = (
+        wide(affine.of(x_TD)).unflatten(-1, (facts.heads, -1)).unsqueeze(0) for affine in (facts.query, facts.key)
+    )
+    query_1THC, key_1THC = facts.met(query_1THC, key_1THC)
+    return query_1THC[0], key_1THC[0]
