@@ -69,8 +69,9 @@ def test_a_window_is_carried_beside_the_linear_state_of_each_part(guide, window)
     stateless, signature = converted(guide(), Target("linear-attention", window=window))
     threaded = ThreadState(signature)(stateless).graph_module
     states = [s.shape for s in threaded.meta["states"] if s.dtype == torch.float32]
-    # two heads of keys and values, the window's tokens and the first four, in two parts
-    assert [shape[1] for shape in states] == [2, window, window, 4, 4] * 2
+    # two heads of keys and values, features beside the window's tokens and the first four, in two parts
+    width = states[1][3] - states[0][3]
+    assert [shape[1:3] for shape in states] == [(2, 2 * width), (2, 4 + window)] * 2
     assert_chunks_equal_whole(threaded, stateless, signature, ids())
 
 

@@ -66,6 +66,9 @@ class LoweredWindow(nn.Module):
         self.register_buffer(name, tensor)
         self.extra.append(name)
 
+    def initial_state(self, x_BTD: torch.Tensor, groups: int, widths: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        return self.inner.initial_state(x_BTD, groups, widths)
+
     def forward(
         self,
         query_BTHC: torch.Tensor,
