@@ -8,8 +8,8 @@ rule of their own. On five layers of a pretrained decoder of 135 M parameters ha
 than half of the error that the last 128 and the first 4 leave.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
-C width of a head's query and key, K width of a value, k = K + 1, X = C + 1 + k, W tokens in the window, S = W + T, M
-tokens that are kept
+C width of a head's query and key, K width of a value, k = K + 1, X = C + 1 + k, W tokens in the window, M tokens that
+are kept, N = M + W
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.targets.shared.copying import copy_affine
-from thesean.targets.shared.core import Core
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.head_norm import NormForm, copy_norms, head_norms
+from thesean.targets.shared.held import Held
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.sequence import (
@@ -37,7 +37,7 @@ from thesean.targets.shared.sequence import (
     sequence_frame,
     small_linear,
 )
-from thesean.targets.shared.steps import Steps, hide, last
+from thesean.targets.shared.steps import Steps
 from thesean.targets.shared.worth import foretell
 
 WINDOW = KEPT = 64
@@ -61,8 +61,8 @@ class BoundedAttention(SequenceTarget):
     highest of all before these; queries and keys normed and turned as the guide does.
 
     Scores are of each head of keys, score_BTG = a linear map of x that `prepare` solves. A held token is a row of its
-    key, score, value and a 1. x_BTD, (window_BWGX, kept_BMGX, and with a rotation the count of steps_B) ->
-    (y_BTD, the same). Keys are turned by their step, counted from each row's first token.
+    key, score, value and a 1. x_BTD, (held_BGNX, and with a rotation the count of steps_B) -> (y_BTD, the same). Keys
+    are turned by their step, counted from each row's first token.
     """
 
     family = "bounded-attention"
@@ -97,7 +97,7 @@ class BoundedAttention(SequenceTarget):
         self.rotation, self.norm_eps, self.norm_form = rotation, norm_eps, norm_form
         self.norms = head_norms(key_width, (heads, kv_heads), norm_eps, norm_form)
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.older, self.core = Core("kept_attention"), Core("window_attention")
+        self.held = Held(window, places)
         self.last = small_linear(heads * value_width, self.width_out)
 
     @property
@@ -106,22 +106,15 @@ class BoundedAttention(SequenceTarget):
         return self.key_width + 1 + self.value_width + 1
 
     def core_state(self, x: torch.Tensor) -> State:
-        held = (x.new_zeros(x.shape[0], size, self.kv_heads, self.row) for size in (self.window, self.places))
-        return *held, *(() if self.rotate is None else (x.new_zeros(x.shape[0], dtype=torch.int64),))
+        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.places + self.window, self.row)
+        return held_BGNX if self.rotate is None else (held_BGNX, x.new_zeros(x.shape[0], dtype=torch.int64))
 
     def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
-        window_BWGX, kept_BMGX, *counted = state
-        query_BTHC, row_BTGX = self._rows(x_BTD, counted[0] if counted else None)
-        held_BSGX = torch.cat([window_BWGX, hide(row_BTGX, steps)], 1)
-        left_BTGX = held_BSGX[:, : -self.window]
-        sums_BTHk, top_BTH, kept_BMGX = self.older(
-            query_BTHC, left_BTGX if steps is None else steps.hide_left(left_BTGX), kept_BMGX
-        )
-        key_BSGC, value_BSGk = held_BSGX[..., : self.key_width], held_BSGX[..., self.key_width + 1 :]
-        mean_BTHK = self.core(query_BTHC, key_BSGC, value_BSGk, sums_BTHk, top_BTH)
+        held_BGNX, count_B = (state, None) if self.rotate is None else state
+        query_BTHC, row_BTGX = self._rows(x_BTD, count_B)
+        mean_BTHK, held_BGNX = self.held(query_BTHC, row_BTGX, held_BGNX, steps)
         came = x_BTD.shape[1] if steps is None else steps.count_B
-        after = (count_B + came for count_B in counted)
-        return mean_BTHK.flatten(-2), (last(held_BSGX, self.window, steps), kept_BMGX, *after)
+        return mean_BTHK.flatten(-2), held_BGNX if count_B is None else (held_BGNX, count_B + came)
 
     def _rows(self, x_BTD: torch.Tensor, count_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, scaled, and what is held of each step."""

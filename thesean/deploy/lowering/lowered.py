@@ -14,6 +14,7 @@ from torch import nn
 from thesean.errors import ExportError
 from thesean.kernels.shared.precision import HALF, wide
 from thesean.targets.shared.core import Core
+from thesean.targets.shared.held import Held
 from thesean.targets.shared.window import Window
 
 _FORMS = "thesean.deploy.lowering.forms"
@@ -57,7 +58,7 @@ def operation_of(module: nn.Module) -> str | None:
     """
     if isinstance(module, nn.RNNBase):
         return "torch_cell"
-    return module.operation if isinstance(module, Core | Window) else None
+    return module.operation if isinstance(module, Core | Held | Window) else None
 
 
 def operations(module: nn.Module) -> list[str]:

@@ -134,4 +134,8 @@ def lower(core: Core, path: str, opset: int) -> Lowered:
 def define(model: Any) -> None:
     """Add the function to an onnx_ir model that calls it; others stay as they are."""
     if any(node.domain == DOMAIN and node.op_type == NAME for node in model.graph.all_nodes()):
-        add_function(model, _BODY.replace("OPSET", str(model.opset_imports[""])))
+        add(model)
+
+
+def add(model: Any) -> None:
+    add_function(model, _BODY.replace("OPSET", str(model.opset_imports[""])))

@@ -18,6 +18,7 @@ from torch import nn
 
 from thesean.deploy.lowering.forms import window_attention
 from thesean.deploy.lowering.lowered import Lowered, add_function
+from thesean.deploy.lowering.text import branches, tell_steps
 from thesean.deploy.lowering.window_function.any_steps import any_steps
 from thesean.deploy.lowering.window_function.one_step import one_step
 from thesean.deploy.lowering.window_function.shape import Shape, runs_of
@@ -113,31 +114,11 @@ def define(model: Any) -> None:
     """Add the functions that an onnx_ir model calls, and what they call; others stay as they are."""
     calls = [n for n in model.graph if n.domain == DOMAIN and Shape.of(n.op_type) is not None]
     shapes = [shape for name in sorted({n.op_type for n in calls}) if (shape := Shape.of(name)) is not None]
-    _tell_steps(model, calls)
+    tell_steps(model, calls)
     for shape in shapes:
         add_function(model, _function(shape, model.opset_imports[""]))
     for biased in sorted({shape.biased for shape in shapes}):
         window_attention.add(model, window_attention.BIASED if biased else window_attention.NAME)
-
-
-def _tell_steps(model: Any, calls: list[Any]) -> None:
-    """Whether there is one step, found out once for all calls of a length: their last input."""
-    import onnx_ir as ir
-
-    known: dict[str, Any] = {}
-    for call in calls:
-        length = str(call.inputs[0].shape[1])
-        if length not in known:
-            one = ir.Value(name=f"one_step_{len(known)}", const_value=ir.tensor([1]))
-            one.shape, one.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
-            model.graph.register_initializer(one)
-            time = ir.node("Shape", [call.inputs[0]], {"start": 1, "end": 2})
-            found = ir.node("Equal", [time.outputs[0], one])
-            time.outputs[0].name, found.outputs[0].name = f"steps_{len(known)}", f"is_step_{len(known)}"
-            model.graph.insert_before(call, [time, found])
-            known[length] = found.outputs[0]
-        call.resize_inputs(len(call.inputs) + 1)
-        call.replace_input_with(len(call.inputs) - 1, known[length])
 
 
 def _function(shape: Shape, opset: int) -> str:
@@ -146,15 +127,6 @@ def _function(shape: Shape, opset: int) -> str:
         ["cos_MC", "sin_MC", "partner_sin_MC", "partner_C", "leading_C", "rest_C", "sign_C"] if shape.turned else []
     )
     inputs += ["bias_HM", "bias_HW"] if shape.biased else []
-    inputs += ["is_step"]
-    outputs = "float[B, T, E] mean_{0}, float[B, G, F, k] linear_{0}, float[B, G, M, X] held_{0}"
-    step, chunk = (
-        f"{name} () => ({outputs.format(name)})\n    {{\n" + "\n".join(f"        {x}" for x in lines) + "\n    }"
-        for name, lines in (("step", one_step(shape)), ("chunk", any_steps(shape)))
-    )
-    return f"""<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1, "{DOMAIN}" : 1]>
-{shape.name} <scale> ({", ".join(inputs)}) => (mean_BTE, next_linear, next_held)
-{{
-    mean_BTE, next_linear, next_held = If (is_step) <then_branch = {step}, else_branch = {chunk}>
-}}
-"""
+    outputs = ["float[B, T, E] mean", "float[B, G, F, k] linear", "float[B, G, M, X] held"]
+    domains = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "com.microsoft" : 1, "{DOMAIN}" : 1]>'
+    return f"{domains}\n{branches(shape.name, inputs, outputs, (one_step(shape), any_steps(shape)), '<scale> ')}"

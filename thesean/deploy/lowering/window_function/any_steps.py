@@ -7,9 +7,10 @@ queries and keys, K width of values, k = K + 1, X = C + k, F = 2C features
 from __future__ import annotations
 
 from thesean.deploy.lowering.forms import window_attention
+from thesean.deploy.lowering.text import END, Reference, Text
 from thesean.deploy.lowering.value_blocks import value_blocks
 from thesean.deploy.lowering.window_function.shape import Shape
-from thesean.deploy.lowering.window_function.text import END, Reference, Text, turn
+from thesean.deploy.lowering.window_function.turned import turn
 
 
 def any_steps(s: Shape) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from thesean.deploy.lowering.text import Reference, Text
 from thesean.deploy.lowering.window_function.shape import Shape
-from thesean.deploy.lowering.window_function.text import Reference, Text, partner
+from thesean.deploy.lowering.window_function.turned import partner
 
 
 def one_step(s: Shape) -> list[str]:

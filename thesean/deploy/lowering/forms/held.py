@@ -1,0 +1,169 @@
+"""The last tokens and those that were kept as one function of the ONNX model, with a branch of its own for one step.
+
+A step drops the least of what was kept and of what leaves the window, adds its own row at the end, and attends over
+what is left: one softmax, nothing sorted, no older state. See forms/window.py for why a step is not written as a chunk.
+
+B batch, T time, W window, M kept, N = M + W, H heads, G heads of keys and values, R = H / G, C width of queries and
+keys, K width of values, k = K + 1, X = C + 1 + k
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from thesean.deploy.lowering.forms import kept_attention, window_attention
+from thesean.deploy.lowering.lowered import Lowered, add_function
+from thesean.deploy.lowering.text import END, Text, branches, tell_steps
+from thesean.targets.shared.held import Held
+from thesean.targets.shared.steps import Steps
+
+DOMAIN = window_attention.DOMAIN
+
+
+class Shape(NamedTuple):
+    """What a function is written for; its name says all of it."""
+
+    heads: int
+    groups: int
+    key: int
+    value: int
+    window: int
+    places: int
+
+    @property
+    def name(self) -> str:
+        return "Held_" + "_".join(f"{letter}{size}" for letter, size in zip("HGCKWM", self, strict=True))
+
+    @classmethod
+    def of(cls, name: str) -> Shape | None:
+        found = re.fullmatch("Held_" + "_".join(rf"{letter}(\d+)" for letter in "HGCKWM"), name)
+        return None if found is None else cls(*map(int, found.groups()))
+
+
+class LoweredHeld(nn.Module):
+    """A call of the function; where steps may hold no token, the module as torch code, its cores lowered."""
+
+    def __init__(self, held: Held, path: str, opset: int) -> None:
+        super().__init__()
+        from thesean.deploy.lowering.lower import lower_cells  # which finds this file by its name
+
+        self.sizes = held.window, held.places
+        self.emitted = Lowered(path, self._emit)
+        self.inner = copy.copy(held)
+        self.inner._modules = {
+            n: None if m is None else lower_cells(m, opset=opset, path=path) for n, m in held._modules.items()
+        }
+
+    def forward(
+        self,
+        query_BTHC: torch.Tensor,
+        row_BTGX: torch.Tensor,
+        held_BGNX: torch.Tensor,
+        steps: Steps | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if steps is not None:
+            mean_BTHK, held_BGNX = self.inner(query_BTHC, row_BTGX, held_BGNX, steps)
+            return mean_BTHK, held_BGNX
+        heads = query_BTHC.shape[2]
+        mean_BTE, held = self.emitted(query_BTHC.flatten(2), row_BTGX.flatten(2), held_BGNX, heads)
+        return mean_BTE.unflatten(-1, (heads, -1)), held.to(held_BGNX.dtype)
+
+    def _emit(
+        self, query_BTE: torch.Tensor, row_BTX: torch.Tensor, held_BGNX: torch.Tensor, heads: int
+    ) -> tuple[torch.Tensor, ...]:
+        (batch, time, width), groups = query_BTE.shape, held_BGNX.shape[1]
+        key = width // heads
+        value = held_BGNX.shape[3] - key - 2
+        mean_BTE, held = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{Shape(heads, groups, key, value, *self.sizes).name}",
+            (query_BTE, row_BTX, held_BGNX),
+            dtypes=[query_BTE.dtype] * 2,
+            shapes=[[batch, time, heads * value], held_BGNX.shape],
+            version=1,
+        )
+        return mean_BTE, held
+
+
+def lower(held: Held, path: str, opset: int) -> LoweredHeld:
+    return LoweredHeld(held, path, opset)
+
+
+def define(model: Any) -> None:
+    """Add the functions that an onnx_ir model calls, and what they call; others stay as they are."""
+    calls = [n for n in model.graph if n.domain == DOMAIN and Shape.of(n.op_type) is not None]
+    shapes = [shape for name in sorted({n.op_type for n in calls}) if (shape := Shape.of(name)) is not None]
+    tell_steps(model, calls)
+    opsets = f'"" : {model.opset_imports[""]}, "com.microsoft" : 1, "{DOMAIN}" : 1'
+    for shape in shapes:
+        outputs = ["float[B, T, E] mean", "float[B, G, N, X] held"]
+        text = branches(shape.name, ["query_BTE", "row_BTX", "before"], outputs, (one_step(shape), any_steps(shape)))
+        add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
+    if shapes:
+        kept_attention.add(model)
+        window_attention.add(model, window_attention.NAME)
+
+
+def one_step(s: Shape) -> list[str]:
+    """T = 1. Of equals the last is dropped, and where no token is before all that are."""
+    t = Text("s")
+    H, G, C, K, W, M = s
+    X, N = C + K + 2, W + M
+    t.reshape("row_BG1X", "row_BTX", 0, G, 1, X)
+    t("all_BGJX", "Concat", "before", "row_BG1X", axis=2)
+    t.split(("first_BGJX", "rest_BGJX"), "all_BGJX", (M + 1, W), 2)
+    t.slice("score_BGJ1", "first_BGJX", C, C + 1, 3)
+    t.slice("token_BGJ1", "first_BGJX", X - 1, X, 3)
+    t("none_BGJ1", "Log", "token_BGJ1")
+    t("rank_BGJ1", "Add", "score_BGJ1", "none_BGJ1")
+    t("least_BG11", "ArgMin", "rank_BGJ1", axis=2, keepdims=1, select_last_index=1)
+    t.split(("stay_BGMX", "last_BG1X"), "first_BGJX", (M, 1), 2)
+    t.slice("next_BGMX", "first_BGJX", 1, M + 1, 2)
+    t.reshape("row_M1", t.ints(*range(M)), M, 1)
+    t("before_BGM1", "Less", "row_M1", "least_BG11")
+    t("kept_BGMX", "Where", "before_BGM1", "stay_BGMX", "next_BGMX")
+    t("held_step", "Concat", "kept_BGMX", "rest_BGJX", axis=2)
+    t.reshape("query_BGRC", "query_BTE", 0, G, H // G, C)
+    t("query_BGRX", "Pad", "query_BGRC", t.ints(0, 0, 0, 0, 0, 0, 0, X - C))
+    t("scores", "com.microsoft.FusedMatMul", "query_BGRX", "held_step", transB=1)
+    t.slice("held_token", "held_step", X - 1, X, 3)
+    t.reshape("held_BG1N", "held_token", 0, G, 1, N)
+    t("seen_BG1N", "Log", "held_BG1N")
+    t("logits", "Add", "scores", "seen_BG1N")
+    t("weights", "Softmax", "logits", axis=-1)
+    t("mean_BGRX", "MatMul", "weights", "held_step")
+    t.slice("mean_BGRK", "mean_BGRX", C + 1, C + 1 + K, 3)
+    t.reshape("mean_step", "mean_BGRK", 0, 1, H * K)
+    return t.lines
+
+
+def any_steps(s: Shape) -> list[str]:
+    """Any T: `Held.forward` line by line, its two cores as they are written elsewhere."""
+    t = Text("c")
+    H, G, C, K, W, M = s
+    X = C + K + 2
+    t("time", "Shape", "query_BTE", start=1, end=2)
+    t.reshape("query_BTHC", "query_BTE", 0, 0, H, C)
+    t.reshape("row_BTGX", "row_BTX", 0, 0, G, X)
+    t("before_BNGX", "Transpose", "before", perm=[0, 2, 1, 3])
+    t.split(("kept_BMGX", "past_BWGX"), "before_BNGX", (M, W), 1)
+    t("all_BSGX", "Concat", "past_BWGX", "row_BTGX", axis=1)
+    t("left_BTGX", "Slice", "all_BSGX", t.ints(0), "time", t.ints(1))
+    t(
+        "sums_BTHk, top_BTH, stay_BMGX",
+        f"{DOMAIN}.{kept_attention.NAME}",
+        "query_BTHC",
+        "left_BTGX",
+        "kept_BMGX",
+    )
+    t.split(("key_BSGC", "score_BSG1", "value_BSGk"), "all_BSGX", (C, 1, K + 1), 3)
+    t("mean_BTHK", f"{DOMAIN}.{window_attention.NAME}", "query_BTHC", "key_BSGC", "value_BSGk", "sums_BTHk", "top_BTH")
+    t.reshape("mean_chunk", "mean_BTHK", 0, 0, H * K)
+    t.slice("last_BWGX", "all_BSGX", -W, END, 1)
+    t("held_BNGX", "Concat", "stay_BMGX", "last_BWGX", axis=1)
+    t("held_chunk", "Transpose", "held_BNGX", perm=[0, 2, 1, 3])
+    return t.lines

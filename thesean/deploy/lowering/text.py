@@ -1,0 +1,96 @@
+"""Functions of an ONNX model as text: lines in the syntax of ONNX, and a branch of their own for one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+END = 2**63 - 1
+
+
+class Text:
+    """Lines of a graph; constants are written where they are first used."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.lines = prefix, list[str]()
+        self._known: dict[str, str] = {}
+
+    def ints(self, *numbers: int) -> str:
+        return self.constant(f"value_ints = [{', '.join(map(str, numbers))}]")
+
+    def floats(self, *numbers: float) -> str:
+        return self.constant(f"value_floats = [{', '.join(f'{float(n)!r}' for n in numbers)}]")
+
+    def constant(self, text: str) -> str:
+        if text not in self._known:
+            self._known[text] = f"{self.prefix}_c{len(self._known)}"
+            self.lines.append(f"{self._known[text]} = Constant <{text}> ()")
+        return self._known[text]
+
+    def __call__(self, made: str, kind: str, *inputs: str, **attributes: Any) -> str:
+        """`made` = kind <attributes> (inputs); the names that it makes."""
+        told = ", ".join(
+            f"{k} = {v}" if not isinstance(v, Reference) else f"{k}: float = {v}" for k, v in attributes.items()
+        )
+        self.lines.append(f"{made} = {kind} {f'<{told}> ' if told else ''}({', '.join(inputs)})")
+        return made
+
+    def reshape(self, made: str, x: str, *sizes: int) -> str:
+        return self(made, "Reshape", x, self.ints(*sizes))
+
+    def split(self, made: tuple[str, ...], x: str, sizes: tuple[int, ...], axis: int) -> tuple[str, ...]:
+        """Parts of size 0 are left out."""
+        kept = [(n, s) for n, s in zip(made, sizes, strict=True) if s]
+        if len(kept) == 1:
+            self(kept[0][0], "Identity", x)
+        else:
+            self(", ".join(n for n, _ in kept), "Split", x, self.ints(*(s for _, s in kept)), axis=axis)
+        return made
+
+    def slice(self, made: str, x: str, start: int, end: int, axis: int) -> str:
+        return self(made, "Slice", x, self.ints(start), self.ints(end), self.ints(axis))
+
+
+class Reference(str):
+    """An attribute of the function, as one of a node."""
+
+
+def branches(
+    name: str, given: Sequence[str], made: Sequence[str], bodies: tuple[list[str], list[str]], attributes: str = ""
+) -> str:
+    """A function of the model, but for its opsets: `made` tells type and shape, "float[B, T] y", of what the first body
+    computes where the input "is_step" is true, y_step, and the second where it isn't, y_chunk.
+    """
+    branch = [
+        f"{end} () => ({', '.join(f'{told}_{end}' for told in made)})\n    {{\n"
+        + "\n".join(f"        {line}" for line in body)
+        + "\n    }"
+        for end, body in zip(("step", "chunk"), bodies, strict=True)
+    ]
+    names = [told.split()[-1] for told in made]
+    outputs = ", ".join(f"next_{n}" for n in names)
+    return f"""{name} {attributes}({", ".join([*given, "is_step"])}) => ({outputs})
+{{
+    {outputs} = If (is_step) <then_branch = {branch[0]}, else_branch = {branch[1]}>
+}}
+"""
+
+
+def tell_steps(model: Any, calls: Sequence[Any]) -> None:
+    """Whether there is one step, found out once for all calls of a length, as their last input: is_step."""
+    import onnx_ir as ir
+
+    known = {value.name: value for node in model.graph for value in node.outputs}
+    for call in calls:
+        length = str(call.inputs[0].shape[1])
+        if (name := f"is_step_{length}") not in known:
+            one = ir.Value(name=f"one_step_{length}", const_value=ir.tensor([1]))
+            one.shape, one.type = ir.Shape([1]), ir.TensorType(ir.DataType.INT64)
+            model.graph.register_initializer(one)
+            time = ir.node("Shape", [call.inputs[0]], {"start": 1, "end": 2})
+            found = ir.node("Equal", [time.outputs[0], one])
+            time.outputs[0].name, found.outputs[0].name = f"steps_{length}", name
+            model.graph.insert_before(call, [time, found])
+            known[name] = found.outputs[0]
+        call.resize_inputs(len(call.inputs) + 1)
+        call.replace_input_with(len(call.inputs) - 1, known[name])
