@@ -21,6 +21,7 @@ def kept_attention(
     equals; over these sum exp(q.k - top) v -> (sums_BTHk, top_BTH, kept_BMGX).
 
     A token is a row of its key (C), its score, and its value, whose last column is 1; a row where that is 0 holds none.
+    Kept ones are in the order in which they came, after the rows that hold none.
     `top` is the largest q.k, or the smallest float where nothing is kept. T steps at once equal T single steps: who is
     kept depends on scores alone, so that it is known without a step after the other. Linear in T; half precision is
     computed in float32. Scores get no gradient: to be kept is no matter of degree (as the heavy hitters of Zhang et al.
@@ -76,10 +77,11 @@ def _block(
     top_BGRL = scores_BGRLJ.detach().amax(-1).clamp_min(torch.finfo(scores_BGRLJ.dtype).min)
     weights_BGRLJ = (scores_BGRLJ - top_BGRL.unsqueeze(-1)).exp()
     sums_BGRLk = weights_BGRLJ @ row_BGJX[..., width + 1 :].unsqueeze(2)
-    order_J = torch.arange(all_BGJX.shape[2], 0, -1, device=all_BGJX.device)
-    place_BGM = (stays_BGLJ[:, :, -1] * order_J).topk(kept, -1)
-    held_BGMX = all_BGJX.gather(2, place_BGM.indices.unsqueeze(-1).expand(-1, -1, -1, all_BGJX.shape[3]))
-    held_BGMX = held_BGMX * (place_BGM.values > 0).unsqueeze(-1).to(held_BGMX.dtype)
+    order_J = torch.arange(1, all_BGJX.shape[2] + 1, device=all_BGJX.device)
+    last_BGM = (stays_BGLJ[:, :, -1] * order_J).topk(kept, -1)
+    order_BGM, place_BGM = last_BGM.values.flip(-1), last_BGM.indices.flip(-1)
+    held_BGMX = all_BGJX.gather(2, place_BGM.unsqueeze(-1).expand(-1, -1, -1, all_BGJX.shape[3]))
+    held_BGMX = held_BGMX * (order_BGM > 0).unsqueeze(-1).to(held_BGMX.dtype)
     return (
         sums_BGRLk.permute(0, 3, 1, 2, 4).flatten(2, 3),
         top_BGRL.permute(0, 3, 1, 2).flatten(2),
