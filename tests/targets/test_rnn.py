@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 
 import thesean
 from tests import models
 from tests.targets.build import build
+from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts, PartFacts
 from thesean.targets.rnn import RnnOptions, decide
 from thesean.targets.shared.distance_bias import DistanceBias, Reach
@@ -85,12 +87,44 @@ def test_sinks_are_kept_where_the_first_tokens_hold_much(sequence_part, attentio
         facts, bias=None, query=Affine(0.2 * facts.query.weight_OI, torch.ones_like(facts.query.bias_O))
     )
     place = Place(sequence_part(attention=bias), lambda: (x, None))
-    assert decide([place], RnnOptions())["sinks"] == 4
+    assert decide([place], RnnOptions(kept=0))["sinks"] == 4
+
+
+def looking_at_few(facts: AttentionFacts, sharp: float) -> AttentionFacts:
+    """Whose queries look for the same wherever they are, so that what they look at is the same to all of them."""
+    same = Affine(0.1 * facts.query.weight_OI, sharp * torch.ones_like(facts.query.bias_O))
+    return dataclasses.replace(facts, plain=True, query=same)
+
+
+def test_an_attention_to_few_tokens_far_back_holds_them(sequence_part, attention_facts):
+    facts = attention_facts()
+    found = [decided(sequence_part(attention=looking_at_few(facts, sharp))) for sharp in (8.0, 3.0)]
+    assert found[0] == {"window": 8, "kept": 8}
+    assert found[1]["window"] > 8  # at more of them
+    assert decided(sequence_part(attention=looking_at_few(facts, 0.0))) == {"window": 0}  # at all alike
+    part = sequence_part(attention=looking_at_few(facts, 8.0))
+    assert build("rnn", part, **found[0]).family == "bounded-attention"
+    assert build("rnn", part, kept=4).family == "bounded-attention"
+    assert build("rnn", part, window=8).family == "linear-attention"
+    assert set(decided(part, kept=0)) == {"window", "sinks"}
+    assert decided(part, kept=8) == {}
+
+
+def test_what_can_not_be_kept_is_refused(sequence_part, attention_facts):
+    part = sequence_part(attention=attention_facts())
+    for refused, options in (
+        (sequence_part(), {"kept": 4}),
+        (part, {"kept": 4, "sinks": 2}),
+        (part, {"kept": 4, "taps": 2}),
+        (part, {"kept": 4, "window": 0}),
+    ):
+        with pytest.raises(TargetMismatchError, match="kept=4"):
+            build("rnn", refused, **options)
 
 
 def test_the_plan_says_what_was_decided():
     guide = models.llama()
     plan = thesean.plan(guide, "rnn", data=[{"input_ids": models.tokens(4, 64)}])
-    assert all({"window", "sinks"} >= set(part.options) for part in plan.replaced)
+    assert all({"window", "kept"} == set(part.options) for part in plan.replaced)
     again = thesean.plan(guide, "rnn", data=[{"input_ids": models.tokens(4, 64)}])
     assert plan == again

@@ -28,8 +28,8 @@ SIZES = [(2, 7), (1, 1), (3, 1), (1, 63), (2, 64), (1, 65), (2, 200)]
 def some_attention(heads: int, width: int = 16) -> AttentionFacts:
     """One that turns queries and keys; two heads of queries share one of keys and values."""
     query, key, value, output = (Affine(torch.randn(width, width) / 4, torch.randn(width) / 10) for _ in range(4))
-    key, value = (Affine(a.weight_OI.view(2, 2, 4, width)[:, :1].expand(2, 2, 4, width).reshape(width, width),
-                         a.bias_O.view(2, 2, 4)[:, :1].expand(2, 2, 4).reshape(width)) for a in (key, value))  # fmt: skip
+    twice = torch.tensor([*range(4), *range(4), *range(8, 12), *range(8, 12)])
+    key, value = (Affine(a.weight_OI[twice], a.bias_O[twice]) for a in (key, value))
     facts = AttentionFacts(heads=heads, scale=0.5, query=query, key=key, value=value, output=output)
     return dataclasses.replace(facts, rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)))
 

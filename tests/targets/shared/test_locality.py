@@ -10,7 +10,8 @@ import torch
 
 from thesean.targets import Affine, AttentionFacts
 from thesean.targets.shared.distance_bias import DistanceBias, Reach
-from thesean.targets.shared.locality import window_errors
+from thesean.targets.shared.locality import held_errors, window_errors
+from thesean.targets.shared.worth import attention_within
 
 WINDOWS = (8, 16, 32)
 
@@ -58,7 +59,8 @@ def test_the_error_is_that_of_the_output_without_the_other_tokens():
             heads = []
             for h in range(2):
                 rows = slice(4 * h, 4 * h + 4)
-                q, k, v = (affine.of(z)[..., rows] for affine, z in
+                seen = ((given.query, x_BTD[0, at]), (given.key, x_BTD[0, kept]), (given.value, x_BTD[0, kept]))
+                q, k, v = (affine.of(z)[..., rows] for affine, z in seen)
                            ((given.query, x_BTD[0, at]), (given.key, x_SD), (given.value, x_SD)))  # fmt: skip
                 heads.append((0.5 * k @ q).softmax(0) @ v)
             outputs.append(given.output.of(torch.cat(heads)))
@@ -75,6 +77,28 @@ def test_padded_steps_make_no_difference():
     alone = window_errors(facts(sharp=2.0), x_BTD, None, WINDOWS, sinks=4)
     masked = window_errors(facts(sharp=2.0), padded, mask, WINDOWS, sinks=4)
     assert masked == pytest.approx(alone)
+
+
+def test_what_was_looked_at_most_in_the_window_is_held():
+    given, x_BTD = facts(sharp=1.5), sequences(1)
+    worth_TG = attention_within(given, x_BTD[0], [8])[0]
+    wanted, held = [], []
+    for at in torch.linspace(24, 95, 64).long().tolist():
+        outputs: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+        for h in range(2):
+            best = worth_TG[: at - 7, h].topk(5).indices.tolist()
+            rows = slice(4 * h, 4 * h + 4)
+            for few, kept in ((True, [*best, *range(at - 7, at + 1)]), (False, list(range(at + 1)))):
+                seen = ((given.query, x_BTD[0, at]), (given.key, x_BTD[0, kept]), (given.value, x_BTD[0, kept]))
+                q, k, v = (affine.of(z)[..., rows] for affine, z in seen)
+                outputs[few].append((0.5 * k @ q).softmax(0) @ v)
+        wanted.append(given.output.of(torch.cat(outputs[False])))
+        held.append(given.output.of(torch.cat(outputs[True])))
+    y, z = torch.stack(wanted), torch.stack(held)
+    expected = float((y - z).square().sum() / (y - y.mean(0)).square().sum())
+    found = held_errors(given, x_BTD, None, [(8, 5), (96, 1)])
+    assert found[8, 5] == pytest.approx(expected, rel=1e-4)
+    assert found[96, 1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_rows_too_short_to_tell_tell_nothing():

@@ -1,22 +1,26 @@
 """How near an attention looks: what of it a window over the last tokens would hold, measured on the guide's own input.
 
-B batch, T time, D width, H heads, K head width of queries and keys, V of values, M queries that are looked at
+B batch, T time, D width, H heads, G heads of keys and values, C width of queries and keys, V of values, M queries that
+are looked at, K tokens that are kept
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.facts import AttentionFacts
-from thesean.targets.shared.worth import meeting
+from thesean.targets.shared.worth import attention_within, meeting
 
 # Queries are spread over the last three quarters of so many tokens of so many rows: all would take time quadratic in
 # the length.
 _QUERIES, _TOKENS, _ROWS = 64, 1024, 4
 _SHORTEST = 16
+
+Choice = TypeVar("Choice")
 
 
 @torch.no_grad()
@@ -31,40 +35,85 @@ def window_errors(
     a share of its output's variance from token to token; at 0, of the plain mean of all tokens so far. `mask_BT` is
     True at tokens. Empty where rows are too short to tell.
     """
-    wanted: list[torch.Tensor] = []
-    found: dict[int, list[torch.Tensor]] = {window: [] for window in (0, *windows)}
-    for row in range(min(len(x_BTD), _ROWS)):
-        x_TD = x_BTD[row] if mask_BT is None else x_BTD[row][mask_BT[row]]
+
+    def choices(row: _Row) -> Iterator[tuple[int, torch.Tensor]]:
+        first_T = torch.arange(row.age_MT.shape[1], device=row.age_MT.device) < sinks
+        yield 0, torch.where(row.scores_HMT > -torch.inf, 0.0, row.scores_HMT)
+        for window in windows:
+            yield window, row.seeing((row.age_MT < window) | first_T)
+
+    return _shares(facts, _rows(facts, x_BTD, mask_BT), choices)
+
+
+@torch.no_grad()
+def held_errors(
+    facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | None, sizes: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], float]:
+    """(window, kept) -> the same error of one that sees the last `window` tokens and `kept` of those before: those that
+    got most attention while they were in the window, which stands for what is foretold, and needs nothing solved.
+    """
+    windows = sorted({window for window, _ in sizes})
+
+    def choices(row: _Row) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        got = dict(zip(windows, attention_within(facts, row.x_TD, windows), strict=True))
+        for window, kept in sizes:
+            left_MT = row.age_MT >= window
+            worth_GMT = got[window].mT.unsqueeze(1).masked_fill(~left_MT, -torch.inf)
+            best_GMK = worth_GMT.topk(min(kept, worth_GMT.shape[-1]), -1).indices
+            kept_GMT = torch.zeros_like(worth_GMT, dtype=torch.bool).scatter(-1, best_GMK, True) & left_MT
+            seen_HMT = (~left_MT | kept_GMT).repeat_interleave(facts.heads // facts.kv_heads, 0)
+            yield (window, kept), row.seeing(seen_HMT)
+
+    return _shares(facts, _rows(facts, x_BTD, mask_BT), choices)
+
+
+class _Row(NamedTuple):
+    """Scores of some queries of a sequence, -inf at later tokens, values, and how old each token is to each query."""
+
+    x_TD: torch.Tensor
+    scores_HMT: torch.Tensor
+    value_HTV: torch.Tensor
+    age_MT: torch.Tensor
+
+    def seeing(self, seen: torch.Tensor) -> torch.Tensor:
+        return self.scores_HMT.masked_fill(~seen, -torch.inf)
+
+
+def _rows(facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[_Row]:
+    for index in range(min(len(x_BTD), _ROWS)):
+        x_TD = x_BTD[index] if mask_BT is None else x_BTD[index][mask_BT[index]]
         if len(x_TD) < _SHORTEST:
             continue
-        scores_HMT, value_HTV, age_MT = _scores(facts, x_TD[:_TOKENS])
-        wanted.append(_outputs(facts, scores_HMT, value_HTV))
-        first_T = torch.arange(age_MT.shape[1], device=age_MT.device) < sinks
-        found[0].append(_outputs(facts, torch.where(scores_HMT > -torch.inf, 0.0, scores_HMT), value_HTV))
-        for window in windows:
-            seen_MT = (age_MT < window) | first_T
-            found[window].append(_outputs(facts, scores_HMT.masked_fill(~seen_MT, -torch.inf), value_HTV))
+        x_TD = x_TD[:_TOKENS]
+        query_THC, key_THC = meeting(facts, x_TD)
+        value_THV = wide(facts.value.of(x_TD)).unflatten(-1, (facts.heads, -1))
+        time = len(x_TD)
+        at_M = torch.linspace(time // 4, time - 1, min(_QUERIES, time - time // 4), device=x_TD.device).long()
+        scores_HMT = facts.scale * query_THC[at_M].transpose(0, 1) @ key_THC.permute(1, 2, 0)
+        if facts.bias is not None:
+            scores_HMT = scores_HMT + facts.bias.matrix(time, scores_HMT)[:, at_M]
+        age_MT = at_M.unsqueeze(1) - torch.arange(time, device=x_TD.device)
+        yield _Row(x_TD, scores_HMT.masked_fill(age_MT < 0, -torch.inf), value_THV.transpose(0, 1), age_MT)
+
+
+def _shares(
+    facts: AttentionFacts, rows: Iterable[_Row], choices: Callable[[_Row], Iterator[tuple[Choice, torch.Tensor]]]
+) -> dict[Choice, float]:
+    """Choice -> squared error of what comes of its scores, as a share of the variance of what the guide's come to."""
+    wanted: list[torch.Tensor] = []
+    found: dict[Choice, list[torch.Tensor]] = {}
+    for row in rows:
+        wanted.append(_outputs(facts, row.scores_HMT, row))
+        for choice, scores_HMT in choices(row):
+            found.setdefault(choice, []).append(_outputs(facts, scores_HMT, row))
     if not wanted:
         return {}
     wanted_MD = torch.cat(wanted)
     spread = (wanted_MD - wanted_MD.mean(0)).square().sum()
-    errors = {window: (torch.cat(outputs) - wanted_MD).square().sum() for window, outputs in found.items()}
-    return {window: float(error / spread) for window, error in errors.items()}
+    errors = {choice: (torch.cat(outputs) - wanted_MD).square().sum() for choice, outputs in found.items()}
+    return {choice: float(error / spread) for choice, error in errors.items()}
 
 
-def _scores(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores of some queries, -inf at later tokens, values, and how old each token is to each query."""
-    query, key = meeting(facts, x_TD)
-    value = wide(facts.value.of(x_TD)).unflatten(-1, (facts.heads, -1))
-    time = len(x_TD)
-    at_M = torch.linspace(time // 4, time - 1, min(_QUERIES, time - time // 4), device=x_TD.device).long()
-    scores_HMT = facts.scale * query[at_M].transpose(0, 1) @ key.permute(1, 2, 0)
-    if facts.bias is not None:
-        scores_HMT = scores_HMT + facts.bias.matrix(time, scores_HMT)[:, at_M]
-    age_MT = at_M.unsqueeze(1) - torch.arange(time, device=x_TD.device)
-    return scores_HMT.masked_fill(age_MT < 0, -torch.inf), value.transpose(0, 1), age_MT
-
-
-def _outputs(facts: AttentionFacts, scores_HMT: torch.Tensor, value_HTV: torch.Tensor) -> torch.Tensor:
-    mixed_HMV = scores_HMT.softmax(-1) @ value_HTV
+def _outputs(facts: AttentionFacts, scores_HMT: torch.Tensor, row: _Row) -> torch.Tensor:
+    mixed_HMV = scores_HMT.softmax(-1) @ row.value_HTV
     return facts.output.of(mixed_HMV.transpose(0, 1).flatten(1))

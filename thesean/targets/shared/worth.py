@@ -5,7 +5,7 @@ T time, D width of the part, H heads of queries, G heads of keys and values
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -49,17 +49,36 @@ def foretell(facts: AttentionFacts, inputs: Sequence[torch.Tensor], window: int)
 @torch.no_grad()
 def attention_past(facts: AttentionFacts, x_TD: torch.Tensor, window: int) -> torch.Tensor:
     """(T, G): the mean weight that queries `window` steps after a token and later give it, in all heads of a group."""
+    time = len(x_TD)
+    queries_T = (time - window - torch.arange(time, device=x_TD.device)).clamp_min(1)
+    (found_TG,) = _attention(facts, x_TD, lambda weights_TT: [weights_TT.tril(-window)])
+    return found_TG / queries_T.unsqueeze(1)
+
+
+@torch.no_grad()
+def attention_within(facts: AttentionFacts, x_TD: torch.Tensor, windows: Sequence[int]) -> list[torch.Tensor]:
+    """(T, G) for each window: the mean weight that a token's own query and those of the `window` - 1 steps after it
+    give it.
+    """
+    left_T = len(x_TD) - torch.arange(len(x_TD), device=x_TD.device)
+    found = _attention(facts, x_TD, lambda weights_TT: [weights_TT.triu(1 - window) for window in windows])
+    return [f / left_T.clamp_max(window).unsqueeze(1) for f, window in zip(found, windows, strict=True)]
+
+
+def _attention(
+    facts: AttentionFacts, x_TD: torch.Tensor, parts: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """For each part of all weights_TT, what it gives each token: (T, G), the mean over the heads of a group."""
     query_THC, key_THC = meeting(facts, x_TD)
     time, repeats = len(x_TD), facts.heads // facts.kv_heads
     step_T = torch.arange(time, device=x_TD.device)
     later_TT = step_T.unsqueeze(1) < step_T
-    found_GT = query_THC.new_zeros(facts.kv_heads, time)
+    found: list[list[torch.Tensor]] = []
     for head in range(facts.heads):  # one at a time: each takes T x T
         scores_TT = facts.scale * query_THC[:, head] @ key_THC[:, head].mT
         weights_TT = scores_TT.masked_fill(later_TT, -torch.inf).softmax(-1)
-        found_GT[head // repeats] += weights_TT.tril(-window).sum(0)
-    queries_T = (time - window - step_T).clamp_min(1)
-    return (found_GT / queries_T / repeats).mT
+        found.append([part_TT.sum(0) for part_TT in parts(weights_TT)])
+    return [torch.stack(heads).unflatten(0, (-1, repeats)).mean(1).mT for heads in zip(*found, strict=True)]
 
 
 def meeting(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
