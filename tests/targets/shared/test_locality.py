@@ -59,9 +59,8 @@ def test_the_error_is_that_of_the_output_without_the_other_tokens():
             heads = []
             for h in range(2):
                 rows = slice(4 * h, 4 * h + 4)
-                seen = ((given.query, x_BTD[0, at]), (given.key, x_BTD[0, kept]), (given.value, x_BTD[0, kept]))
+                seen = ((given.query, x_BTD[0, at]), (given.key, x_SD), (given.value, x_SD))
                 q, k, v = (affine.of(z)[..., rows] for affine, z in seen)
-                           ((given.query, x_BTD[0, at]), (given.key, x_SD), (given.value, x_SD)))  # fmt: skip
                 heads.append((0.5 * k @ q).softmax(0) @ v)
             outputs.append(given.output.of(torch.cat(heads)))
     y, z = torch.stack(wanted), torch.stack(near)
