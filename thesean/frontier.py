@@ -39,7 +39,9 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         *training.journal.told,
         *(note for note in bound_plan.plan.notes if note.startswith(UNMET)),
     ]
-    if frozen := [name for name, p in hybrid.graph_module.named_parameters() if not p.requires_grad]:
+    new = tuple(f"{replacement.name}." for replacement in hybrid.replacements)
+    frozen = [name for name, p in hybrid.graph_module.named_parameters() if not p.requires_grad]
+    if frozen := [name for name in frozen if not name.startswith(new)]:
         some = ", ".join(frozen[:3]) + (", ..." if len(frozen) > 3 else "")
         notes.append(f"frozen in the guide and left as they were (requires_grad=False): {some}")
     if told := bound_positions(hybrid.graph_module, recipe.positions):

@@ -153,3 +153,9 @@ def test_a_hybrid_is_written_and_read_again(make, tmp_path: Path):
     ids = models.tokens(2, 24, seed=9)
     again = thesean.load(tmp_path / "saved")
     assert torch.equal(again(input_ids=ids)["logits"], converted(input_ids=ids)["logits"])
+
+
+def test_scores_that_take_no_gradient_are_not_told_as_frozen_in_the_guide():
+    data = [{"input_ids": models.tokens(4, 24, seed=seed)} for seed in range(4)]
+    converted = thesean.compile(models.gpt2(), "bounded-attention", data=data, recipe="fast", progress=False)
+    assert not any("frozen" in note for note in converted.report.notes)

@@ -43,7 +43,7 @@ def test_width_reaches_the_family_that_was_picked(sequence_part):
     assert build("rnn", sequence_part(), width=24).last.in_features == 24
 
 
-def decided(part: PartFacts, length: int = 256, **options: Any) -> dict[str, int]:
+def decided(part: PartFacts, length: int = 256, **options: Any) -> dict[str, Any]:
     x = torch.randn(3, length, part.width_in, generator=torch.Generator().manual_seed(0))
     return decide([Place(part, lambda: (x, None))], RnnOptions(**options))
 
@@ -112,12 +112,13 @@ def test_an_attention_to_few_tokens_far_back_holds_them(sequence_part, attention
 
 def test_what_can_not_be_kept_is_refused(sequence_part, attention_facts):
     part = sequence_part(attention=attention_facts())
-    for refused, options in (
+    refused_options: list[tuple[PartFacts, dict[str, Any]]] = [
         (sequence_part(), {"kept": 4}),
         (part, {"kept": 4, "sinks": 2}),
         (part, {"kept": 4, "taps": 2}),
         (part, {"kept": 4, "window": 0}),
-    ):
+    ]
+    for refused, options in refused_options:
         with pytest.raises(TargetMismatchError, match="kept=4"):
             build("rnn", refused, **options)
 
