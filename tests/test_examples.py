@@ -14,6 +14,7 @@ import pytest
 
 import thesean
 from benchmarks import language
+from tests import models
 from thesean.deploy.session import Session
 
 pytest.importorskip("onnxruntime")
@@ -87,3 +88,42 @@ def test_the_digits_demo_keeps_the_hybrids_afloat(tmp_path, run_here):
     assert all(stage["metric"] > 0.9 for stage in report["stages"])  # chance is 0.1
     assert rows["converted"]["metric"] > 0.97
     assert "accuracy" in printed
+
+
+def test_a_missing_package_of_the_pretrained_model_is_one_line(monkeypatch):
+    from examples import smollm
+
+    monkeypatch.setattr(smollm, "NEEDS", {"no_such_module": "no-such-package==1.0"})
+    with pytest.raises(SystemExit, match=r"pip install --no-deps no-such-package==1\.0"):
+        smollm.read_guide()
+
+
+def test_the_pretrained_models_answer_is_written_token_by_token(tmp_path, capsys):
+    from rich.console import Console
+
+    from examples.smollm import Text, answer
+
+    class Letters:
+        """A tokenizer whose tokens are letters; 0 ends."""
+
+        eos_token_id = 0
+
+        def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1 + ord(c) % 31 for c in text]}
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> list[int]:
+            return self(messages[0]["content"])["input_ids"]
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(chr(96 + t) for t in tokens)
+
+    letters = Letters()
+    windows = Text.of_python(letters, held_out=True).windows(3, 20)
+    assert [w["input_ids"].shape for w in windows] == [(2, 20)] * 3
+    converted = thesean.compile(models.gpt2(), data=windows, recipe="fast", progress=False)
+    converted.export(tmp_path / "model.onnx")
+    session = Session(tmp_path / "model.onnx")
+    count = answer(session, letters, "hello", Console(), tokens=12)
+    wanted = session.generate(letters("hello")["input_ids"], 12, stop_ids=[0], repetition_penalty=1.1)
+    assert capsys.readouterr().out.strip() == letters.decode([t for t in wanted if t])
+    assert count == len([t for t in wanted if t])
