@@ -199,7 +199,7 @@ def check(part: PartFacts, options: BoundedAttentionOptions) -> None:
 def build(part: PartFacts, options: BoundedAttentionOptions) -> BoundedAttention:
     facts = part.attention
     assert facts is not None  # checked
-    key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
+    key_width, value_width = facts.widths
     return BoundedAttention(
         heads=facts.heads,
         kv_heads=facts.kv_heads,

@@ -135,7 +135,7 @@ class NarrowAttention(MaskReader):
     def _fits(self, facts: AttentionFacts) -> bool:
         widths = (self.width_in, self.key_width, self.value_width, self.width_out)
         enough = facts.heads >= self.heads
-        return enough and widths == (facts.query.weight_OI.shape[1], *_head_widths(facts), len(facts.output.bias_O))
+        return enough and widths == (facts.query.weight_OI.shape[1], *facts.widths, len(facts.output.bias_O))
 
     def _keep(self, facts: AttentionFacts, kept_H: torch.Tensor) -> None:
         key_rows, value_rows = _features_of(kept_H, self.key_width), _features_of(kept_H, self.value_width)
@@ -154,10 +154,6 @@ class NarrowAttention(MaskReader):
         self.last.bias.copy_(facts.output.bias_O)
 
 
-def _head_widths(facts: AttentionFacts) -> tuple[int, int]:
-    return len(facts.query.bias_O) // facts.heads, len(facts.value.bias_O) // facts.heads
-
-
 def _features_of(heads_H: torch.Tensor, width: int) -> torch.Tensor:
     """The features of these heads among all heads' concatenated ones."""
     return (heads_H.unsqueeze(1) * width + torch.arange(width, device=heads_H.device)).flatten()
@@ -170,7 +166,7 @@ def check(part: PartFacts, options: NarrowHeadsOptions) -> None:
 def build(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
     facts = part.attention
     assert facts is not None  # check_heads
-    key_width, value_width = _head_widths(facts)
+    key_width, value_width = facts.widths
     return NarrowAttention(
         width_in=part.width_in,
         width_out=part.width_out,

@@ -72,6 +72,11 @@ class AttentionFacts:
         """Of the norms of query and key."""
         return None if self.norms is None else [norm.eps for norm in self.norms]
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of a head's query and key, and of its value."""
+        return len(self.query.bias_O) // self.heads, len(self.value.bias_O) // self.heads
+
     @cached_property
     def kv_heads(self) -> int:
         """Heads of keys and values before they were repeated: H / kv_heads queries in a row share one of each."""

@@ -117,7 +117,7 @@ class HeadShape(NamedTuple):
 def head_shape(part: PartFacts, options: LinearAttentionOptions) -> HeadShape:
     facts = part.attention
     if facts is not None and not _asked(options):
-        key_width, value_width = (len(affine.bias_O) // facts.heads for affine in (facts.query, facts.value))
+        key_width, value_width = facts.widths
         windowed = window_of(part, options) is not None
         return HeadShape(
             heads=facts.heads,
