@@ -62,7 +62,7 @@ def test_of_older_tokens_those_that_score_highest_are_seen(part):
     module, x_BTD = copied(part, window=3, kept=2), torch.randn(1, 12, 16)
     with torch.no_grad():
         module.score.weight[:] = 0
-        module.score.weight[:, 0] = 1.0  # the first feature decides
+        module.score.weight[:, 0] = 1000.0  # the first feature decides
     kept = x_BTD[0, :9, 0].topk(2).indices.tolist()
     at = sorted([*kept, 9, 10, 11])
     facts = part.attention
@@ -85,6 +85,16 @@ def test_chunks_equal_the_whole(part, chunks):
         outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, last)
+
+
+def test_of_equal_tokens_the_same_one_is_kept_whatever_rounding_does(part):
+    """As in a network's first layer, which sees words without their places."""
+    module = copied(part, window=4, kept=5)
+    words, ids = torch.randn(6, 16), torch.randint(6, (40,), generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(module.score.weight, std=30.0)
+    x_BTD = words[ids].unsqueeze(0)
+    noise = 1e-6 * torch.randn(x_BTD.shape)
+    torch.testing.assert_close(module(x_BTD + noise)[0], module(x_BTD)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_padded_row_is_what_it_is_alone(part):

@@ -42,6 +42,10 @@ from thesean.targets.shared.worth import foretell
 
 WINDOW = KEPT = 64
 
+# Scores are whole numbers of this part of a logarithm. Equal tokens have equal scores in a first layer, but for
+# rounding, which is another one in chunks and in a file; so they are told apart by which came first.
+_GRAINS = 64
+
 
 class BoundedAttentionOptions(SequenceOptions):
     """Width rule: heads, groups and widths of the guide's attention."""
@@ -60,9 +64,9 @@ class BoundedAttention(SequenceTarget):
     """y_t = last(softmax_s(scale q_t.k_s) v_s), s over the last W tokens, t's own included, and over the M that score
     highest of all before these; queries and keys normed and turned as the guide does.
 
-    Scores are of each head of keys, score_BTG = a linear map of x that `prepare` solves. A held token is a row of its
-    key, score, value and a 1. x_BTD, (held_BGNX, and with a rotation the count of steps_B) -> (y_BTD, the same). Keys
-    are turned by their step, counted from each row's first token.
+    Scores are of each head of keys, score_BTG = round(a linear map of x that `prepare` solves). A held token is a row
+    of its key, score, value and a 1. x_BTD, (held_BGNX, and with a rotation the count of steps_B) -> (y_BTD, the same).
+    Keys are turned by their step, counted from each row's first token.
     """
 
     family = "bounded-attention"
@@ -125,7 +129,7 @@ class BoundedAttention(SequenceTarget):
             step_BT = count_B.unsqueeze(1) + torch.arange(x_BTD.shape[1], device=x_BTD.device)
             tables = self.rotate.tables_at(step_BT, x_BTD)
             query_BTHC, key_BTGC = (self.rotate.turn_by(z, *tables) for z in (query_BTHC, key_BTGC))
-        score_BTG1 = self.score(x_BTD).unsqueeze(-1)
+        score_BTG1 = self.score(x_BTD).round().unsqueeze(-1)
         value_BTGk = F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
         return self.scale * query_BTHC, torch.cat([key_BTGC, score_BTG1, value_BTGk], -1)
 
@@ -159,8 +163,8 @@ class BoundedAttention(SequenceTarget):
             return
         found = foretell(part.attention, [x for x, _ in examples], self.window)
         if found is not None:
-            self.score.weight.copy_(found.weight_OI)
-            self.score.bias.copy_(found.bias_O)
+            self.score.weight.copy_(_GRAINS * found.weight_OI)
+            self.score.bias.copy_(_GRAINS * found.bias_O)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         linears = (self.query, self.key, self.value, self.score, self.last)
