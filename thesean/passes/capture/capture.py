@@ -25,6 +25,7 @@ from thesean.passes.capture.convention import check_same, plain_calling_conventi
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, short
 from thesean.passes.capture.fixed import fixed_lengths
+from thesean.passes.capture.give_back import give_back
 from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
@@ -75,11 +76,15 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
         inputs, eager, free = guide.first_run(given, free, guessed)
         captured = _captured(guide, inputs, eager, free, guessed)
         del eager  # it may be as large as the guide
+        give_back()
         found = bound_sizes(captured, guide.afresh)
         if isinstance(found, Captured) and (outside := _outside(found, given)) is None:
             lengths = fixed_lengths(found, guide, fixed) if guessed else ()
+            give_back()
             found = keep_training(replace(found, notes=(*told, *lengths, *found.notes)), guide)
+            give_back()
             check_same(found, guide)
+            give_back()
             return found
         check_same(captured, guide)
         one = found if isinstance(found, Fixed) else outside
