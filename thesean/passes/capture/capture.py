@@ -25,7 +25,6 @@ from thesean.passes.capture.convention import check_same, plain_calling_conventi
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, short
 from thesean.passes.capture.fixed import fixed_lengths
-from thesean.passes.capture.give_back import give_back
 from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
@@ -34,6 +33,7 @@ from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.dump import dump
+from thesean.passes.graph.give_back import give_back
 from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells

@@ -89,6 +89,7 @@ class Binder:
                 decided(target, [Place(s.facts, partial(self._look, s)) for s in sites if s.target == target]),
             )
             sites = tuple(replace(s, target=target) if s.target == given else s for s in sites)
+            give_back()  # its facts are copies of its weights
         merged = len(group.members) > 1
         skeleton = kept.path if merged and target is not None and any(s.target != target for s in sites) else None
         row = PlannedPart(
