@@ -76,6 +76,14 @@ def test_wrong_settings_are_named(text, reason, tmp_path: Path):
     assert isinstance(caught.value, TheseanError)
 
 
+@pytest.mark.parametrize("recipe", [5, ["fast"], True])
+def test_what_names_no_recipe_is_told(recipe):
+    with pytest.raises(
+        RecipeError, match=f"expected a Recipe, a dict, a name or a path, found {type(recipe).__name__}"
+    ):
+        Recipe.resolve(recipe)
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"can't read the recipe .*No such file"):
         Recipe.from_yaml(tmp_path / "none.yaml")

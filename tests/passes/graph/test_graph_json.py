@@ -267,6 +267,13 @@ def test_inputs_come_first_and_once_and_without_a_value_of_their_own():
             load([{**first, **more}, second, last])
 
 
+@pytest.mark.parametrize("target", [5, None, ["a"], "a" * 2001, "a." * 1000 + "a"])
+def test_an_attributes_path_is_text_of_some_length(target):
+    with pytest.raises(ArtifactError, match="not an attribute's path"):
+        load(altered(op="get_attr", target=target, args=[]))
+    assert load(altered(op="get_attr", target="a." * 999 + "aa", args=[])).find_nodes(op="get_attr")
+
+
 @pytest.mark.parametrize("op", ["call_method", "root", "import", None, 3])
 def test_other_kinds_of_nodes_are_refused(op):
     with pytest.raises(ArtifactError):
