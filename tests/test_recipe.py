@@ -76,6 +76,12 @@ def test_wrong_settings_are_named(text, reason, tmp_path: Path):
     assert isinstance(caught.value, TheseanError)
 
 
+def test_settings_may_be_given_as_a_dict():
+    assert Recipe.resolve({"steps": 7}) == Recipe(steps=7)
+    with pytest.raises(RecipeError, match=r"recipe: step: .*known: name, steps"):
+        Recipe.resolve({"step": 7})
+
+
 @pytest.mark.parametrize("recipe", [5, ["fast"], True])
 def test_what_names_no_recipe_is_told(recipe):
     with pytest.raises(

@@ -312,6 +312,7 @@ def test_only_artifact_errors_come_out(folder: Path):
         lambda d: d["modules"].update(part_0=[]),
         lambda d: d.update(symbols=[]),
         lambda d: d.update(aliases={"a b\\": "lm_head.weight"}),
+        lambda d: d.update(aliases={"part_0.last.bias": "nothing"}),
         lambda d: d.update(nodes=None),
     ],
 )
