@@ -149,17 +149,27 @@ def _passes(item: pytest.Item, following: pytest.Item | None, seen: Any = None) 
 
 
 def _tests_of(mutant: Mutant, seconds: dict[str, float], lines: Lines, most: float) -> list[str]:
-    """The tests that come by the line: first those of the file's own name, the fastest first, as far as time allows."""
+    """The tests that come by the line, as far as time allows: those of the file's own name, then one of each file in
+    turn, those of the folder's own first, the fastest of each first.
+    """
     place = range(mutant.line, mutant.last_line + 1)
-    found = [test for test, files in lines.items() if any(n in place for n in files.get(mutant.file, ()))]
-    own = f"test_{Path(mutant.file).stem}.py"
-    found.sort(key=lambda test: (own not in test, seconds[test]))
+    files: dict[str, list[str]] = defaultdict(list)
+    for test, seen in lines.items():
+        if any(n in place for n in seen.get(mutant.file, ())):
+            files[test.partition("::")[0]].append(test)
+    source = Path(mutant.file)
+    folder = "/".join(("tests", *source.parts[1:-1]))
+    turns: list[tuple[bool, int, bool, float, str]] = []
+    for file, tests in files.items():
+        own, near = f"test_{source.stem}" in file, file.startswith(f"{folder}/")
+        for turn, test in enumerate(sorted(tests, key=seconds.__getitem__)):
+            turns.append((not own, turn, not near, seconds[test], test))
     chosen: list[str] = []
     taken = 0.0
-    for test in found:
-        taken += seconds[test]
-        if taken > most and chosen:
-            break
+    for *_, cost, test in sorted(turns):
+        if chosen and taken + cost > most:
+            continue
+        taken += cost
         chosen.append(test)
     return chosen
 
