@@ -43,11 +43,11 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     asked = json.loads(session.config.getoption("--mutants").read_text(encoding="utf-8"))
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     session.config.pluginmanager.unregister(terminal)
-    for name in _HEAVY:
-        with suppress(ImportError):
-            import_module(name)
     items = {item.nodeid: item for item in session.items}
     files = sorted({p.relative_to(ROOT).as_posix() for glob in asked["files"] for p in ROOT.glob(glob)})
+    for name in (*_HEAVY, *(file.removesuffix(".py").replace("/", ".") for file in files)):
+        with suppress(ImportError):
+            import_module(name)
     seconds, lines = _come_by(items, files, Path(asked["lines"]))
     every = [m for file in files for m in mutants(ROOT / file, file)]
     sample = random.Random(asked["seed"]).sample(every, min(asked["count"], len(every)))
