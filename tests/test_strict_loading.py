@@ -390,6 +390,9 @@ def test_a_plan_that_is_none_is_told_where_no_weights_are_read(folder: Path):
     (folder / "plan.yaml").write_text("[]")
     with pytest.raises(PlanError, match="not a mapping with parts"):
         load_artifact.read_plan_and_report(folder)
+    (folder / "report.json").write_text("[")
+    with pytest.raises(ArtifactError, match=r"report\.json can't be read: JSONDecodeError"):
+        load_artifact.read_plan_and_report(folder)
 
 
 @pytest.mark.parametrize("path", [5, [], {"transformers.modeling_outputs": "BaseModelOutput"}, True])
