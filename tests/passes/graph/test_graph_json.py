@@ -217,6 +217,19 @@ def test_malformed_arguments_are_refused(argument):
         load(altered(args=[argument]))
 
 
+@pytest.mark.parametrize("around", [lambda v: [v], lambda v: {"tuple": [v]}, lambda v: {"dict": {"a": v}}])
+def test_values_are_nested_so_deep_and_no_deeper(around):
+    value: Any = {"node": "x"}
+    for _ in range(16):
+        value = around(value)
+    body = rows()
+    body[-1]["value"] = value
+    assert load(body).output_node().all_input_nodes
+    body[-1]["value"] = around(value)
+    with pytest.raises(ArtifactError, match="a value is nested more than 16 levels deep"):
+        load(body)
+
+
 @pytest.mark.parametrize(
     "body",
     [
