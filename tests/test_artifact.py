@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from thesean import artifact, load_artifact, replace_folder
 from thesean.artifact import Artifact
 from thesean.errors import ArtifactError
 from thesean.passes.graph.nodes import attribute
+from thesean.passes.graph.signature import Bound, InputSpec
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.report.conversion import ConversionReport
@@ -513,6 +515,74 @@ def test_buffers_that_share_storage_and_lifted_constants_are_saved(tmp_path: Pat
     original = thesean.Converted(module, guide.signature, bound_plan.plan, converted().report)
     loaded = thesean.load(original.save(tmp_path / "saved"))
     assert torch.equal(loaded(vectors(2, 8)), original(vectors(2, 8)))
+
+
+def test_a_constant_that_no_state_dict_has_is_saved_where_the_graph_reads_it(tmp_path: Path):
+    original = copy.deepcopy(converted(captured.functional, "mlp"))
+    inputs = original.signature.random_inputs({"batch": 2})
+    before = original(**inputs)
+    original.module.held = nn.Module()
+    original.module.held.register_buffer("offset", torch.tensor(3.0), persistent=False)
+    graph = original.module.graph
+    with graph.inserting_before(graph.output_node()):
+        offset = graph.get_attr("held.offset")
+        moved = graph.call_function(torch.ops.aten.add.Tensor, (graph.output_node().args[0], offset))
+    graph.output_node().args = (moved,)
+    original.module.recompile()
+    loaded = thesean.load(original.save(tmp_path / "saved"))
+    assert torch.equal(loaded(**inputs), before + 3)
+
+
+def test_bounds_and_masks_of_a_signature_come_back(tmp_path: Path):
+    ids, *others = converted().signature.inputs
+    mask = InputSpec(name="mask", dtype=torch.float32, shape=("batch", "time"), mask=True)
+    bounds = (Bound(name="time", least=2), Bound(name="batch", least=1, most=8))
+    signature = replace(converted().signature, inputs=(replace(ids, low=1), *others, mask), bounds=bounds)
+    original = thesean.Converted(copy.deepcopy(converted().module), signature, converted().plan, converted().report)
+    graph = original.module.graph
+    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+        graph.placeholder("mask")
+    assert thesean.load(original.save(tmp_path / "saved")).signature == signature
+
+
+def beside(folder: Path, text: str) -> dict[Path, str]:
+    return {folder / name: f"{name} {text}" for name in ("plan.yaml", "recipe.yaml", "notes.txt")}
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_files_that_belong_to_a_conversion_are_back_where_it_can_not_be_replaced(at, tmp_path: Path, monkeypatch):
+    """The earlier ones are taken away right before: the second of them can't be, or the replacement fails."""
+    made = converted()
+    found = Artifact(graph_module=made.module, signature=made.signature, plan=made.plan, report=made.report)
+    first = dict(list(beside(tmp_path, "1").items())[:2])
+    artifact.save(found, tmp_path / "converted", first)
+    before = files_in(tmp_path)
+    unlink, taken = Path.unlink, []
+
+    def second(self: Path, missing_ok: bool = False) -> None:
+        if self.parent == tmp_path and self.name in before:
+            taken.append(self)
+        if len(taken) > at:
+            raise OSError(28, "No space left on device")
+        unlink(self, missing_ok)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if at < 2:
+        monkeypatch.setattr(Path, "unlink", second)
+    else:
+        monkeypatch.setattr(replace_folder, "exchange", full)
+    with pytest.raises(ArtifactError, match="No space left on device"):
+        artifact.save(found, tmp_path / "converted", beside(tmp_path, "2"))
+    monkeypatch.undo()
+    assert files_in(tmp_path) == before
+    artifact.save(found, tmp_path / "converted", beside(tmp_path, "3"))
+    assert files_in(tmp_path) == {n: f"{n} 3" for n in ("plan.yaml", "recipe.yaml", "notes.txt")}
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path):

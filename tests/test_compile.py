@@ -320,6 +320,10 @@ def nan_loss(output: Any, batch: Any) -> torch.Tensor:
     return thesean.cross_entropy(output, batch) * float("nan")
 
 
+def nan_gradient(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    return output.mean() * (float("nan") if torch.is_grad_enabled() else 1.0)
+
+
 PAPER = Recipe.named("paper").model_copy(update={"steps": 4})
 
 
@@ -353,7 +357,11 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], type[Exceptio
     "nothing to go by": (models.mlp, "mlp", {}, DataError, r"no example inputs: .*Pass example_inputs=\(x,\) or data="),
     "NaN in the data": (models.mlp, "mlp", {"data": nan_data()}, NumericalError, "NaN"),
     "NaN in the loss": (
-        models.mlp, "mlp", {"data": labelled(3, 8, 8), "loss": nan_loss, "recipe": SHORT}, NumericalError,
+        models.mlp, "mlp", {"data": labelled(3, 8, 8), "loss": nan_loss}, NumericalError,
+        r"held-out batch 0: loss\(output, batch\) is nan for the guide's own outputs",
+    ),
+    "NaN in the loss where it is trained on": (
+        models.mlp, "mlp", {"data": labelled(3, 8, 8), "loss": nan_gradient, "recipe": SHORT}, NumericalError,
         r"fine-tuning: the loss is nan at step \d+\. Lower",
     ),
     "an unknown target": (

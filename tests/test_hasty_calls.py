@@ -90,6 +90,59 @@ def test_a_network_whose_outputs_are_nan_is_refused():
         compiled(None, thesean.Target("mine", build=lambda part: Broken()))
 
 
+class FirstTime:
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, output: torch.Tensor, batch: torch.Tensor) -> float:
+        self.seen, first = True, not self.seen
+        return 0.0 if first else float("nan")
+
+
+def later(value: float) -> Any:
+    """A loss or a metric that is this number from its second batch on, and a mean before."""
+    seen: list[Any] = []
+
+    def found(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        seen.append(batch)
+        return output.square().mean() if batch is seen[0] else output.sum() * 0 + value
+
+    return found
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_on_the_guides_own_outputs_is_refused(value):
+    held = vectors(3)
+    with pytest.raises(
+        NumericalError, match=rf"held-out batch 1: loss\(output, batch\) is {value} for the guide's own"
+    ):
+        compiled(eval_data=held, loss=later(value))
+    with pytest.raises(NumericalError, match="held-out batch 1"):
+        thesean.baseline(
+            seeded(Blocks), "narrow", kind="scratch", data=vectors(), eval_data=held, loss=later(value), progress=False
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_metric_that_is_no_number_is_told(value):
+    with pytest.warns(UserWarning, match="it says nothing") as seen:
+        converted = compiled(eval_data=vectors(3), metric=later(value))
+    told = [
+        f"the metric of {who} is {value} on held-out data: it says nothing"
+        for who in ("the guide", "the converted network")
+    ]
+    assert [str(w.message) for w in seen] == told
+    assert [f"warning: {each}" for each in told] == [n for n in converted.report.notes if "metric" in n]
+    assert {w.filename for w in seen} == {compiled.__code__.co_filename}
+
+
+def test_a_metric_of_the_converted_network_alone_is_told():
+    with pytest.warns(UserWarning, match="the metric of the converted network is nan on held-out data"):
+        converted = compiled(metric=FirstTime())
+    assert converted.report.guide["metric"] == 0
+    assert not any("metric of the guide" in note for note in converted.report.notes)
+
+
 @pytest.mark.parametrize("seed", ["1", 1.5, None, True, 2**63])
 def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(TheseanError, match="seed: expected a whole number"):

@@ -76,6 +76,20 @@ def test_wrong_settings_are_named(text, reason, tmp_path: Path):
     assert isinstance(caught.value, TheseanError)
 
 
+def test_settings_may_be_given_as_a_dict():
+    assert Recipe.resolve({"steps": 7}) == Recipe(steps=7)
+    with pytest.raises(RecipeError, match=r"recipe: step: .*known: name, steps"):
+        Recipe.resolve({"step": 7})
+
+
+@pytest.mark.parametrize("recipe", [5, ["fast"], True])
+def test_what_names_no_recipe_is_told(recipe):
+    with pytest.raises(
+        RecipeError, match=f"expected a Recipe, a dict, a name or a path, found {type(recipe).__name__}"
+    ):
+        Recipe.resolve(recipe)
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path):
     with pytest.raises(RecipeError, match=r"can't read the recipe .*No such file"):
         Recipe.from_yaml(tmp_path / "none.yaml")

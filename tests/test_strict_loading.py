@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from benchmarks.fuzz import FOLDERS, FOUND, outcomes
 from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
-from thesean.errors import ArtifactError
+from thesean import load_artifact
+from thesean.errors import ArtifactError, PlanError
 from thesean.passes.graph import unchecked
 from thesean.passes.graph.record import record
 
@@ -311,6 +312,7 @@ def test_only_artifact_errors_come_out(folder: Path):
         lambda d: d["modules"].update(part_0=[]),
         lambda d: d.update(symbols=[]),
         lambda d: d.update(aliases={"a b\\": "lm_head.weight"}),
+        lambda d: d.update(aliases={"part_0.last.bias": "nothing"}),
         lambda d: d.update(nodes=None),
     ],
 )
@@ -357,6 +359,47 @@ def test_altered_folders_are_refused_or_harmless():
     found |= outcomes(0, 10**6, until=time.monotonic() + 15)
     assert len(found) > 50
     assert {n: text for n, text in found.items() if text.startswith(("foreign", "died"))} == {}
+
+
+def test_an_example_that_the_document_knows_nothing_of_is_not_read(folder: Path):
+    (folder / "example.safetensors").write_bytes(b"of somebody else")
+    rewrite(folder, lambda document: document["files_sha256"].pop("example.safetensors"))
+    assert all(spec.example is None for spec in thesean.load(folder).signature.inputs)
+
+
+def test_files_and_what_a_call_holds_are_bounded_together(folder: Path):
+    rewrite(folder, added("aten.ones.default", [2**22]))  # 16 MiB
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    with pytest.raises(ArtifactError, match=rf"a call holds 16,\d+,\d+ bytes beside {size:,} of files"):
+        thesean.load(folder, max_bytes=2**24 + size // 2)
+
+
+def test_a_network_is_probed_at_a_size_that_it_is_known_to_run_at():
+    signature, plan, report = converted().signature, converted().plan, converted().report
+    bare = replace(signature, inputs=tuple(replace(s, example=None) for s in signature.inputs))
+    unknown = replace(plan, sizes={})
+    probed = [load_artifact._probed(s, signature, plan, report) for s in ("batch", "time")]
+    assert probed == [signature.example_sizes[s] for s in ("batch", "time")]
+    for length, expected in ((10, 10), (None, 8)):
+        told = replace(report, train_length=length)
+        assert load_artifact._probed("time", bare, unknown, told) == expected
+        assert load_artifact._probed("batch", bare, unknown, told) == 2
+
+
+def test_a_plan_that_is_none_is_told_where_no_weights_are_read(folder: Path):
+    (folder / "plan.yaml").write_text("[]")
+    with pytest.raises(PlanError, match="not a mapping with parts"):
+        load_artifact.read_plan_and_report(folder)
+    (folder / "report.json").write_text("[")
+    with pytest.raises(ArtifactError, match=r"report\.json can't be read: JSONDecodeError"):
+        load_artifact.read_plan_and_report(folder)
+
+
+@pytest.mark.parametrize("path", [5, [], {"transformers.modeling_outputs": "BaseModelOutput"}, True])
+def test_an_output_class_is_text_or_null(path, folder: Path):
+    rewrite(folder, named(path))
+    with pytest.raises(ArtifactError, match="output_class is neither text nor null"):
+        thesean.load(folder)
 
 
 def test_bounds_of_sizes_that_are_ones_pass(folder: Path):

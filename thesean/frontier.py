@@ -19,11 +19,12 @@ from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report.conversion import ConversionReport, StageRow
+from thesean.warn import warn
 
 
 def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
     """The converted network with its report; `start` is when the run began, on the monotonic clock. Raises
-    NumericalError for one whose outputs are NaN.
+    NumericalError for one whose outputs are NaN; warns of a loss or a metric that is.
     """
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
     if not math.isfinite(conversion.final.divergence):
@@ -48,6 +49,9 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         notes.append(told)
     if lost := training.task.outputs.lost(conversion.final.divergence):
         notes.append(f"warning: {lost}")
+    own = conversion.final.told("the converted network")
+    warn(own)
+    notes += [f"warning: {told}" for told in (*conversion.guide.told("the guide"), *own)]
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),

@@ -41,8 +41,9 @@ def read(text: str) -> Any:
         loader.dispose()
 
 
-def _line(place: yaml.Event | yaml.Node) -> str:
-    return "" if place.start_mark is None else f" in line {place.start_mark.line + 1}"
+def _line(place: Any) -> str:
+    """Of an event or a node that was read: it has a mark."""
+    return f" in line {place.start_mark.line + 1}"
 
 
 def _check_tags(node: yaml.Node) -> None:

@@ -123,7 +123,7 @@ class Recipe(_Settings):
             text = plain_yaml.text_of(named(path, "read", RecipeError))
             return _validated(plain_yaml.read(text), str(path))
         except OSError as error:
-            raise RecipeError(f"can't read the recipe {path}: {error.strerror or error}.") from error
+            raise RecipeError(f"can't read the recipe {path}: {error.strerror}.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
 

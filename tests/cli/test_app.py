@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import thesean
@@ -343,6 +344,37 @@ def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) 
     assert told.exit_code == 0, told.output
     assert str(thesean.load(guides / "out").plan) in told.stdout
     assert "of 2 parts replaced" in told.stdout
+
+
+def test_what_can_not_be_compared_is_written_where_check_says_so(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "convert guides_for_cli:toy -t mlp --parts layer --data guides_for_cli:vectors --recipe fast"
+    assert run(*words.split(), "--out", "out").exit_code == 0
+    broken = thesean.load(guides / "out")
+    with torch.no_grad():
+        for parameter in broken.module.parameters():
+            parameter.fill_(float("nan"))
+    broken.save(guides / "out")
+    monkeypatch.setattr(thesean, "compile", lambda *_, **__: broken)
+    void = "expected finite numbers to compare, found none in the torch module's own"
+    told = "not checked, as check='skip' allows: onnxruntime vs torch at"
+    for file, command in (("a.onnx", [*words.split(), "--onnx", "a.onnx"]), ("b.onnx", ["export", "out", "b.onnx"])):
+        assert void in error_of(run(*command))
+        assert not (guides / file).exists()
+        result = run(*command, "--check", "skip")
+        assert result.exit_code == 0, result.output
+        assert told in result.stdout
+        assert "not checked: onnxruntime vs torch" in run("inspect", file).stdout
+
+
+def test_check_belongs_to_a_file_and_is_one_of_two_words(guides: Path) -> None:
+    words = "convert guides_for_cli:gpt --data guides_for_cli:batches"
+    assert "--check says how --onnx FILE is verified" in error_of(
+        run(*words.split(), "--out", "out", "--check", "skip")
+    )
+    assert not (guides / "out").exists()
+    result = run("export", "out", "b.onnx", "--check", "never")
+    assert result.exit_code == 2
+    assert "'never' is not one of 'all', 'skip'" in result.stderr.replace("\n", " ")
 
 
 @pytest.mark.thorough

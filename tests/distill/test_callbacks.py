@@ -42,11 +42,29 @@ def test_a_loss_comes_back_as_it_is(value):
     assert loss(OUTPUT, None) is value
 
 
-@pytest.mark.parametrize("value", ["high", None, [1.0], 1j, OUTPUT])
-def test_what_is_no_metric_is_told(value):
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("high", "'high'"),
+        (None, "None"),
+        ([1.0], r"\[1.0\]"),
+        (1j, "1j"),
+        (OUTPUT, r"a tensor of shape \(2, 3\)"),
+        (OUTPUT[:0], r"a tensor of shape \(0, 3\)"),
+        (torch.tensor(1j), "complex numbers"),
+    ],
+)
+def test_what_is_no_metric_is_told(value, found):
     metric = checked_metric(giving(value))
     assert metric is not None
-    with pytest.raises(DataError, match=r"metric\(output, batch\) returned .*expected a number"):
+    with pytest.raises(DataError, match=rf"metric\(output, batch\) returned {found}; expected a number"):
+        metric(OUTPUT, None)
+
+
+def test_a_metric_that_no_float_holds_is_told():
+    metric = checked_metric(giving(10**400))
+    assert metric is not None
+    with pytest.raises(DataError, match=r"metric\(output, batch\) raised OverflowError"):
         metric(OUTPUT, None)
 
 

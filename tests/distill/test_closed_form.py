@@ -8,6 +8,7 @@ import torch
 from tests import captured, models
 from tests.distill.tools import batches_of, drafted
 from tests.models import vectors
+from thesean.distill import closed_form
 from thesean.distill.closed_form import solve_parts
 from thesean.errors import NumericalError
 from thesean.passes.capture.capture import capture
@@ -136,6 +137,28 @@ def test_features_that_do_not_vary_are_no_division_by_zero():
     solve_parts(guide.graph_module, hybrid, [0, 1, 2], constant, ridge=1e-3)
     assert hybrid.graph_module(torch.ones(4, 8)).isfinite().all()
     torch.testing.assert_close(hybrid.graph_module(torch.ones(4, 8)), guide.graph_module(torch.ones(4, 8)))
+
+
+def test_a_row_counts_once_and_less_where_it_is_far_larger_than_others(monkeypatch: pytest.MonkeyPatch):
+    """By the square of how much larger it is than eight times the median."""
+    guide, seen = captured.mlp(), []
+    _, hybrid = drafted(guide)
+    add = closed_form._Sums.add
+
+    def looked(self, features, residual, weight_N=None):
+        seen.append((residual.norm(dim=1), weight_N))
+        add(self, features, residual, weight_N)
+
+    monkeypatch.setattr(closed_form._Sums, "add", looked)
+    data = inputs_of(guide, 1, 16)
+    data[0]["input"][3] *= 1e4
+    solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-3)
+    (size_N, weight_N), *_ = seen
+    limit = 8 * size_N.median()
+    assert size_N[3] > 100 * limit
+    assert weight_N is not None
+    torch.testing.assert_close(weight_N[3], (limit / size_N[3]).square())
+    assert torch.equal(weight_N[torch.arange(16) != 3], torch.ones(15))
 
 
 def test_not_a_number_in_the_data_names_the_part():

@@ -55,3 +55,12 @@ def test_not_a_number_is_no_improvement():
     plateau = fed(make(), float("nan"), float("nan"))
     assert plateau.best == float("inf")
     assert fed(make(), 1.0, float("nan"), float("nan")).reason == "plateau"
+
+
+def test_what_was_waited_and_decided_comes_back():
+    for losses, reason in (((1.0, 1.1), "budget"), ((1.0, 1.1, 1.1), "plateau"), ((0.001,), "ceiling")):
+        before, again = fed(make(), *losses), make()
+        again.load_state_dict(before.state_dict())
+        assert again == before
+        assert (again.reason, again.done) == (reason, reason != "budget")
+        assert set(before.state_dict()) == {"best", "waited", "reason"}  # as earlier checkpoints have them

@@ -68,6 +68,18 @@ def test_the_graph_before_and_after():
     ]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_known_of_the_graph_and_its_mode_stay(training):
+    before, signature = graph_of(Sums())
+    before.train(training)
+    before.meta["symbols"] = {"s0": "batch"}
+    after = InlineModules(signature)(before).graph_module
+    assert after.meta["symbols"] == {"s0": "batch"}
+    assert after.training == training
+    assert set(dict(after.named_parameters())) == {"part.weight_D"}
+    assert not list(after.graph.find_nodes(op="call_module"))
+
+
 def test_parameters_are_shared_and_the_incoming_graph_stays():
     guide = captured.gpt2()
     before = hybrid(guide)

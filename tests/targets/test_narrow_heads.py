@@ -238,3 +238,23 @@ def test_not_a_number_in_the_data_names_the_part(plain_part):
     x = torch.full((1, 4, 16), float("nan"))
     with pytest.raises(NumericalError, match=r"^layers.0: can't choose heads, activations are not finite"):
         build("narrow-heads", part).prepare(part, [(x, x)])
+
+
+def test_without_data_heads_stay_whose_values_reach_the_output_most(plain_part):
+    """By the product of both norms: a head whose values are large and go nowhere is none."""
+    part = plain_part(heads=4)
+    facts = part.attention
+    assert facts is not None
+    value_HVD = facts.value.weight_OI.unflatten(0, (4, -1)).clone()
+    output_OHV = facts.output.weight_OI.unflatten(1, (4, -1)).clone()
+    for head, (value, output) in enumerate([(100.0, 1e-3), (1.0, 1.0), (1e-3, 100.0), (1.0, 1.0)]):
+        value_HVD[head] *= value / value_HVD[head].norm()
+        output_OHV[:, head] *= output / output_OHV[:, head].norm()
+    made = dataclasses.replace(
+        facts,
+        value=facts.value._replace(weight_OI=value_HVD.flatten(0, 1)),
+        output=facts.output._replace(weight_OI=output_OHV.flatten(1)),
+    )
+    module = narrowed(dataclasses.replace(part, attention=made), data=False, heads=2)
+    kept = module.value.weight.unflatten(0, (2, -1))
+    torch.testing.assert_close(kept, value_HVD[[1, 3]])

@@ -13,6 +13,8 @@ from thesean.artifact import check_free
 from thesean.cli.look import PASSED_ON, bench, compare, inspect, measures, report, targets
 from thesean.cli.options import (
     Budget,
+    Check,
+    Checked,
     Choices,
     Data,
     Debug,
@@ -103,6 +105,7 @@ def convert(
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
+    check: Checked = Check.all,
     workdir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep checkpoints here, and the converted model: run again, it goes on."),
@@ -153,6 +156,8 @@ def convert(
     with one_line_errors(debug):
         if out is None and onnx is None and workdir is None:
             raise ArgumentError("nothing to write: give --out DIR, --onnx FILE, --workdir DIR or several.")
+        if onnx is None and check is not Check.all:
+            raise ArgumentError("--check says how --onnx FILE is verified: give both, or leave it to `thesean export`.")
         chosen_twice = target or parts or keep or merge or target_parts or granularity or constraint
         if plan is not None and chosen_twice:
             raise ArgumentError(
@@ -175,7 +180,9 @@ def convert(
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None and (lost := kept_or_told(converted, out)):
             raise ArtifactError(lost)
-        exported = converted.export(onnx, dump_graphs=dump_graphs) if onnx is not None else None
+        exported = None
+        if onnx is not None:
+            exported = converted.export(onnx, dump_graphs=dump_graphs, check=check.value)
         if not quiet:
             typer.echo(str(converted.report))
             if exported is not None:
@@ -268,6 +275,7 @@ def export(
         bool | None,
         typer.Option("--external-data/--no-external-data", help="Weights in a file beside it (default: past 2 GiB)."),
     ] = None,
+    check: Checked = Check.all,
     dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
@@ -287,7 +295,13 @@ def export(
         converted = thesean.load(folder)
         wanted = None if dtype is None else getattr(torch, dtype)
         made = converted.export(
-            file, stateful=chosen, opset=opset, dtype=wanted, dump_graphs=dump_graphs, external_data=external_data
+            file,
+            stateful=chosen,
+            opset=opset,
+            dtype=wanted,
+            dump_graphs=dump_graphs,
+            external_data=external_data,
+            check=check.value,
         )
         typer.echo(str(made))
 

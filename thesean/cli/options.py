@@ -38,6 +38,11 @@ class Stateful(enum.StrEnum):
     no = "no"
 
 
+class Check(enum.StrEnum):
+    all = "all"
+    skip = "skip"
+
+
 class FileDtype(enum.StrEnum):
     float32 = "float32"
     float16 = "float16"
@@ -147,6 +152,14 @@ RecipeName = Annotated[
     str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
 ]
 Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
+Checked = Annotated[
+    Check,
+    typer.Option(
+        "--check",
+        help="all: no file unless every output was compared with torch's; skip: one all the same where torch's holds "
+        "no finite number, which the file and what is printed tell.",
+    ),
+]
 DumpGraphs = Annotated[
     Path | None,
     typer.Option("--dump-graphs", metavar="DIR", help="Write the graph after each pass there, as numbered text files."),

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, WEIGHTS, read, told_by
-from thesean.deploy.parity import Check, largest
+from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, UNTRIED, WEIGHTS, read, told_by
+from thesean.deploy.parity import Check, largest, untried
 from thesean.errors import ExportError
 from thesean.passes.graph.signature import Bound
 
@@ -42,6 +42,8 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
     if PARITY_SEEN in told:
         checks = [Check(c["label"], tuple(c["shape"]), c["max_abs_error"]) for c in _parsed(told[PARITY_SEEN])]
         unchecked = f"\n  not checked: {told[UNCHECKED]}" if UNCHECKED in told else ""
+        if UNTRIED in told:
+            unchecked += f"\n  {untried(_parsed(told[UNTRIED]))}"
         sections.append(f"parity\n  {len(checks)} checks in onnxruntime; {largest(checks)}{unchecked}")
     return "\n\n".join(sections), told
 

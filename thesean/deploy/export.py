@@ -19,7 +19,7 @@ from torch import fx
 
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, IDS, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, draft
+from thesean.deploy.onnx_file import DELAY, IDS, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, UNTRIED, draft
 from thesean.deploy.parity import (
     Check,
     CheckSizes,
@@ -31,6 +31,8 @@ from thesean.deploy.parity import (
     rounding,
     runnable,
     sizes_to_check,
+    untried,
+    untried_of,
 )
 from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError, PassRefused
@@ -203,6 +205,8 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         told = {DELAY: json.dumps({"steps": delay, "seen": stream.inputs[-1].name})} if delay else {}
         if threaded is not None and not threaded.meta["rows_are_alone"]:
             note, told[ROWS] = _TOGETHER, TOGETHER
+        if constants := untried_of(threaded):
+            told[UNTRIED] = json.dumps(constants)
         if ids := {s.name: s.high for s in signature.inputs if s.high and _refuses_negative(module, signature, s.name)}:
             told[IDS] = json.dumps(ids)
         if signature.bounds:
@@ -219,6 +223,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
                     f"{path}: {unchecked}. No file was written. Convert with data= or example_inputs= that the network "
                     "is finite on: checks are made of them. check='skip' writes it all the same, and says so."
                 )
+            skipped += [untried(constants)] if constants else []
             skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
             refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
         except ExportError as error:

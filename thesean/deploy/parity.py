@@ -26,7 +26,7 @@ from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.resample import is_mask
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import STREAM, delay_of, flushed, in_time
-from thesean.passes.thread_state import FAR, zero_states
+from thesean.passes.thread_state import FAR, UNTRIED, zero_states
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +268,19 @@ def not_comparable(checks: list[Check]) -> str:
     return (
         f"{void.label} at {void.shape}: expected finite numbers to compare, found none in the torch module's own "
         f"{', '.join(void.void)}"
+    )
+
+
+def untried_of(threaded: fx.GraphModule | None) -> tuple[int, ...]:
+    """What a stream compares its positions with and was not seen to pass."""
+    return () if threaded is None else tuple(threaded.meta[UNTRIED])
+
+
+def untried(constants: Sequence[int]) -> str:
+    steps = ", ".join(map(str, constants))
+    return (
+        f"with state not tried past step {steps}, with which positions are compared: the network may go another way "
+        "there, and so many steps would take too long"
     )
 
 

@@ -40,7 +40,7 @@ def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind
         raise DataError("the baseline 'scratch' needs a task: pass loss=.")
     hybrid = build_hybrid(bound_plan, copy_weights=False)
     Reinitialise()(hybrid.graph_module)
-    guide = training.judge(training.guide)  # first: a guide that returns NaN should not cost a training
+    guide = training.judge_guide()  # first: a guide that returns NaN should not cost a training
     tuned = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
     final = training.judge(hybrid.graph_module)
     return Conversion(

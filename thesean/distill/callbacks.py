@@ -58,9 +58,12 @@ def checked_metric(metric: Metric | None) -> Metric | None:
             value = metric(output, batch)
         is_scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
         if not is_scalar and not isinstance(value, numbers.Real):
-            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:40]
-            raise DataError(f"metric(output, batch) returned {found}; expected a number.")
-        return float(value)
+            found = repr(value)[:40]
+            if isinstance(value, torch.Tensor):
+                found = "complex numbers" if value.is_complex() else f"a tensor of shape {tuple(value.shape)}"
+            raise DataError(f"metric(output, batch) returned {found}; expected a number, such as a mean.")
+        with telling("metric(output, batch)"):  # a whole number may be none that a float holds
+            return float(value)
 
     return checked
 

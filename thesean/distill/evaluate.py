@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from thesean.distill.seen import Seen
 from thesean.distill.task import Batch, Task
+from thesean.errors import NumericalError
 from thesean.passes.graph.intermediates import intermediates
 
 
@@ -30,6 +32,15 @@ class Evaluation:
     def value(self) -> float:
         """What training is judged by, lower is better: the user's loss, without one the divergence."""
         return self.loss if self.loss is not None else self.divergence
+
+    def told(self, whose: str) -> tuple[str, ...]:
+        """What to tell of means that are no numbers."""
+        means = (("loss", self.loss), ("metric", self.metric))
+        return tuple(
+            f"the {name} of {whose} is {mean} on held-out data: it says nothing"
+            for name, mean in means
+            if mean is not None and not math.isfinite(mean)
+        )
 
 
 # Guide outputs up to this size, or half of the guide's weights, are kept between evaluations; a large vocabulary's are
@@ -67,8 +78,8 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, hybrid: fx.GraphModule, numbers: Sequence[int] | None = None) -> Evaluation:
-        """`hybrid` may be the guide itself: its divergence is 0. Raises NumericalError when the guide's output is
-        NaN or infinite; a hybrid's own loss may be anything.
+        """`hybrid` may be the guide itself: its divergence is 0. Raises NumericalError when the guide's output, or its
+        loss, by which states are chosen, is NaN or infinite; a hybrid's own loss, and metrics, may be anything.
         """
         if hybrid is self.guide:
             return self.of(None, numbers)
@@ -93,7 +104,14 @@ class Judge:
                 masks = self._masks(number, inputs)
                 total["divergence"] += self.task.outputs.distance(output, wanted, masks=masks).item() * size
             if self.task.loss is not None:
-                total["loss"] += float(self.task.loss(wrapped, batch)) * size
+                loss = float(self.task.loss(wrapped, batch))
+                if output_of is None and not math.isfinite(loss):
+                    raise NumericalError(
+                        f"held-out batch {number}: loss(output, batch) is {loss} for the guide's own outputs, "
+                        "which are finite: nothing could be judged by it. A mean over no labels is NaN: leave such "
+                        "batches out of eval_data=."
+                    )
+                total["loss"] += loss * size
             if self.task.metric is not None:
                 total["metric"] += float(self.task.metric(wrapped, batch)) * size
             rows += size

@@ -79,7 +79,7 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     """
     journal = training.journal
     journal.always = (RandomState(), training.feed.stream)
-    guide = training.judge(training.guide)
+    guide = training.judge_guide()
     aligning = _Aligning(bound_plan, hybrid, training)
     journal.piece("align", aligning.run, aligning)
     results = {s.result.stage.number: s.result for s in aligning.snapshots if s.result is not None}

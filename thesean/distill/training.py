@@ -8,12 +8,13 @@ from functools import cached_property
 from torch import fx
 
 from thesean.distill.data import Feed
-from thesean.distill.evaluate import Judge
+from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.observer import Observer
 from thesean.distill.task import Task
 from thesean.distill.train import Trainer
 from thesean.journal import Journal
 from thesean.recipe import Recipe
+from thesean.warn import warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +44,11 @@ class Training:
             precision=recipe.precision,
             journal=self.journal,
         )
+
+    def judge_guide(self) -> Evaluation:
+        """Before anything is trained: raises NumericalError for a guide that returns NaN or whose loss is, and warns of
+        a metric that is.
+        """
+        found = self.judge(self.guide)
+        warn(found.told("the guide"))
+        return found

@@ -48,6 +48,8 @@ _LENGTH = 9
 _BATCH = 2
 # In a threaded graph's meta: the length at which it was seen to be the stateless one.
 FAR = "far"
+# And the constants of its positions past which that was too long to see.
+UNTRIED = "untried"
 
 # A longer window is not filled step by step: the whole network would run thousands of times.
 _LONGEST_WINDOW = 64
@@ -109,9 +111,10 @@ class ThreadState(Pass):
                 alone = self._rows_are_alone(graph_module, threaded)
             states, length = zero_states(threaded, 1), _long_enough(graph_module)
             both = Threaded(graph_module=threaded, stateless=graph_module, signature=self.signature, states=states)
-            told, threaded.meta[FAR] = both.misfit(length)
-            if told:
-                raise PassRefused(f"thread state: {told}")
+            compared = both.compare(length)
+            if compared.misfit:
+                raise PassRefused(f"thread state: {compared.misfit}")
+            threaded.meta[FAR], threaded.meta[UNTRIED] = compared.length, compared.untried
             threaded.meta["rows_are_alone"] = alone
         return PassResult(graph_module=threaded, modified=True)
 

@@ -34,6 +34,22 @@ def test_time_that_is_over_leaves_five_repeats():
     assert measure({"a": lambda: None}, repeats=50, seconds=0)["a"].repeats == 5
 
 
+@pytest.mark.parametrize(("turn_ms", "warm_up"), [(0.3, 1), (0.1, 2)])
+def test_a_call_that_takes_long_has_warmed_itself_up(turn_ms, warm_up, monkeypatch):
+    monkeypatch.setattr("thesean.deploy.timing.latency._LONG_MS", 0.2)
+    monkeypatch.setattr("thesean.deploy.timing.latency._TURN_MS", 0.0)  # one call a turn
+    now, calls = [0.0], list[None]()
+    monkeypatch.setattr("thesean.deploy.timing.latency.time.perf_counter", lambda: now[0])
+
+    def call() -> None:
+        calls.append(None)
+        now[0] += turn_ms / 1e3
+
+    found = measure({"a": call}, repeats=3)["a"]
+    assert len(calls) == warm_up + 3
+    assert found.median_ms == pytest.approx(turn_ms)
+
+
 @pytest.mark.thorough
 def test_a_file_with_state_steps_and_one_without_recomputes_as_far_as_its_table_goes(monkeypatch: pytest.MonkeyPatch):
     files = {"guide": exported.gpt2_guide().path, "rnn": exported.gpt2_gru().path}

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import captured, models
 from tests.captured import KERNELS
-from thesean.passes.analyse.attention import find_attention
+from thesean.passes.analyse.attention import _holds_heads, find_attention
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.capture import capture
@@ -134,3 +134,14 @@ def test_a_region_with_two_attentions_has_no_single_one():
     first, second = (p.region for p in partition(captured.flow_of(guide)))
     both = type(first)(entry=first.entry, exit=second.exit, nodes=(*first.nodes, *second.nodes))
     assert find_attention(both, captured.recorded(guide)) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "holds"),
+    [((2, 4, 5, 8), True), ((2, 5, 4, 8), True), ((8, 4, 5, 3), False), ((2, 5, 32), True), ((2, 5, 64), True),
+     ((2, 5, 12), False), ((2, 5, 128), False), ((3, 5, 32), False), ((10, 32), False), ((2, 4, 5, 8, 1), False)],
+)  # fmt: skip
+def test_heads_are_held_by_four_dimensions_or_in_the_width(shape, holds):
+    """Of 2 examples, 8 heads of width 8, 5 steps."""
+    assert _holds_heads(torch.ones(shape), torch.ones(2, 8, 5, 8), 8) == holds
+    assert not _holds_heads(shape, torch.ones(2, 8, 5, 8), 8)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from tests import captured, models
 from tests.captured import KERNELS
-from thesean.passes.analyse.describe import describe_operators
+from thesean.passes.analyse.describe import _convolution, describe_operators
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.partition import Granularity, partition
@@ -58,3 +58,14 @@ def test_class_names_say_nothing():
 
     guide = capture(nn.Sequential(Attention(), Attention(), nn.Linear(8, 3)).eval(), models.vectors(3, 8))
     assert words(guide) == ["linear"] * 2
+
+
+@pytest.mark.parametrize(("groups", "told"), [(1, "conv2d 3x5"), (2, "conv2d 3x5"), (4, "depthwise conv2d 3x5")])
+def test_a_convolution_is_depthwise_where_each_channel_has_its_own(groups, told):
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    weight.meta["val"] = torch.ones(4, 4 // groups, 3, 5)
+    places = ([1, 1], [0, 0], [1, 1])
+    plain = graph.call_function(torch.ops.aten.conv2d.default, (x, weight, None, *places, groups))
+    general = graph.call_function(torch.ops.aten.convolution.default, (x, weight, None, *places, False, [0, 0], groups))
+    assert [_convolution(node) for node in (plain, general)] == [told] * 2

@@ -13,6 +13,7 @@ from benchmarks import zoo
 from tests import models
 from thesean.passes.analyse.attention import find_attention
 from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.distance_bias import find_distance_bias
 from thesean.passes.analyse.padding import find_padding
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.probe import recorded_probe
@@ -185,6 +186,18 @@ def test_a_bias_of_more_than_the_distance_is_told(how):
     assert not facts.plain
     assert facts.bias is None
     assert facts.differs == "a bias on the scores that is no matter of distance alone"
+
+
+@pytest.mark.parametrize(("error", "is_read"), [(0.0, True), (1e-6, True), (1e-2, False)])
+def test_a_bias_is_of_the_distance_to_five_digits_whatever_a_mask_hides(error, is_read):
+    step_T = torch.arange(24)
+    scores_HTT = -0.25 * (step_T.unsqueeze(1) - step_T).float().expand(2, 24, 24).clone()
+    scores_HTT.masked_fill_(step_T > step_T.unsqueeze(1), -1e9)
+    scores_HTT[1, 20, 3] += error
+    found = find_distance_bias(scores_HTT, None)
+    assert (found is not None) == is_read
+    if found is not None:
+        torch.testing.assert_close(found.behind.slope_H, torch.full((2,), -0.25))
 
 
 def test_a_capped_score_is_told():

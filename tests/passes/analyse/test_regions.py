@@ -13,7 +13,7 @@ from tests.models import vectors
 from thesean.errors import PlanError
 from thesean.passes.analyse.chains import branches, chains
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
-from thesean.passes.analyse.regions import Region, is_single_entry_single_exit, module_regions
+from thesean.passes.analyse.regions import Region, is_single_entry_single_exit, module_regions, sum_of
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.nodes import attribute
 from thesean.passes.graph.surgery import clone
@@ -192,3 +192,36 @@ def test_a_region_whose_inside_is_read_outside_of_it_is_told_apart():
     shorter = Region(entry=region.entry, exit=region.nodes[-2], nodes=region.nodes[:-1])
     assert not is_single_entry_single_exit(flow, shorter)
     assert not is_single_entry_single_exit(flow, Region(entry=region.entry, exit=region.exit, nodes=()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "first", "is_sum"),
+    [
+        ((2, 3, WIDTH), {}, True, True),
+        ((2, 3, WIDTH), {}, False, True),
+        ((WIDTH,), {}, True, False),  # a bias
+        (None, {}, True, False),  # nobody recorded what it is
+        ((2, 3, WIDTH), {"alpha": 2}, True, False),  # it enters as something else
+        ((2, 3, WIDTH), {"alpha": 2}, False, True),  # the branch does, which is its own affair
+    ],
+)
+def test_a_branch_is_summed_with_a_stream_of_its_own_rank_that_enters_as_it_is(shape, kwargs, first, is_sum):
+    graph = fx.Graph()
+    branch, stream = graph.placeholder("branch"), graph.placeholder("stream")
+    branch.meta["val"] = torch.ones(2, 3, WIDTH)
+    if shape is not None:
+        stream.meta["val"] = torch.ones(shape)
+    both = (branch, stream) if first else (stream, branch)
+    total = graph.call_function(torch.ops.aten.add.Tensor, both, kwargs)
+    assert sum_of(branch) == ((total, stream) if is_sum else None)
+    graph.call_function(torch.ops.aten.relu.default, (branch,))
+    assert sum_of(branch) is None  # it is read elsewhere too
+
+
+def test_a_branch_that_is_added_to_itself_or_to_a_number_is_no_sum_with_a_stream():
+    for other in (None, 1.0):
+        graph = fx.Graph()
+        branch = graph.placeholder("branch")
+        branch.meta["val"] = torch.ones(2, 3, WIDTH)
+        graph.call_function(torch.ops.aten.add.Tensor, (branch, branch if other is None else other))
+        assert sum_of(branch) is None

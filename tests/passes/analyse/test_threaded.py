@@ -15,12 +15,14 @@ from torch import nn
 
 from tests.exported import hybrid
 from tests.models import VOCABULARY, seeded
+from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import export, for_export
 from thesean.errors import ExportError, PassRefused
 from thesean.passes.analyse.chunks import join, run_in_chunks
+from thesean.passes.analyse.threaded import Threaded
 from thesean.passes.base import run_passes
 from thesean.passes.capture.capture import capture
-from thesean.passes.thread_state import FAR, zero_states
+from thesean.passes.thread_state import FAR, UNTRIED, zero_states
 
 Rule = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -142,11 +144,62 @@ def test_a_stream_is_compared_past_what_its_positions_are_compared_with(rule, fa
     assert threaded(STREAMS[rule])[0].meta[FAR] == far
 
 
+def after(steps: int) -> Rule:
+    return lambda m, ids, x: torch.where(at(ids)[None, :, None] < steps, x * 2, x)
+
+
+@pytest.mark.parametrize(("steps", "far"), [(5000, 5003), (32768, 32771), (32769, 9)])
+def test_past_four_thousand_steps_a_stream_is_compared_where_a_step_costs_what_the_last_one_did(steps, far):
+    graph_module, _, _ = threaded(after(steps))
+    assert graph_module.meta[FAR] == far
+    assert graph_module.meta[UNTRIED] == ((steps,) if far == 9 else ())
+
+
+def test_what_goes_another_way_past_four_thousand_steps_is_found():
+    graph_module, _, signature = threaded(after(5000))
+    _, stateless, _ = threaded(STREAMS["nothing"])
+    other = capture(seeded(Text, lambda m, ids, x: x * 2), texts())
+    states = zero_states(graph_module, 1)
+    right = hybrid(other, {"blocks.*": "gru"})
+    right.load_state_dict(stateless.state_dict())
+    both = Threaded(graph_module=graph_module, stateless=right, signature=signature, states=states)
+    assert both.compare(9).misfit == "output 0 of chunks of 5003 steps isn't the whole sequence's."
+
+
+def test_a_smaller_constant_is_tried_where_the_largest_is_past_the_end_of_a_table():
+    """The table has 400 rows: a sequence of 3,000 doesn't run."""
+
+    def rule(m: Any, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return after(3000)(m, ids, after(50)(m, ids, x)) + m.places(at(ids))
+
+    assert threaded(rule)[0].meta[FAR] == 53
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [("_FARTHEST_LINEAR", 5002), ("_LARGEST_BYTES", 5003 * 32 * 4 - 1), ("_MOST_PRODUCTS", 5003 * 1000)],
+)
+def test_a_sequence_that_takes_long_is_not_tried(limit, value, monkeypatch):
+    monkeypatch.setattr(f"thesean.passes.analyse.threaded.{limit}", value)
+    assert threaded(after(5000))[0].meta[UNTRIED] == (5000,)
+
+
+def test_what_a_stream_was_not_tried_past_is_told_by_report_and_file(tmp_path):
+    guide = capture(seeded(Text, after(5000)), texts())
+    report = export(hybrid(guide, {"blocks.0": "gru"}), guide.signature, tmp_path / "m.onnx")
+    assert report.stateful
+    told = "with state not tried past step 5000, with which positions are compared"
+    assert told in report.note
+    shown, metadata = describe_file(report.path)
+    assert told in shown
+    assert metadata["thesean.untried"] == "[5000]"
+
+
 def test_a_file_whose_numbers_with_state_are_wrong_is_written_without(tmp_path, monkeypatch):
     """A network that all checks before an export let pass: what onnxruntime gives in chunks has the last word."""
     from thesean.passes.analyse import threaded as checks
 
-    monkeypatch.setattr(checks.Threaded, "misfit", lambda self, length: ("", length))
+    monkeypatch.setattr(checks.Threaded, "compare", lambda self, length: checks.Compared(length=length))
     guide = capture(seeded(Text, MIXED["the mean"][0]), texts())
     module = hybrid(guide, {"blocks.*": "gru"})
     report = export(module, guide.signature, tmp_path / "m.onnx")

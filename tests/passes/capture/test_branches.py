@@ -18,6 +18,7 @@ from tests.models import VOCABULARY, bert, seeded, tokens, vectors
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.session import Session
 from thesean.errors import CaptureError, DataError, ExportError
+from thesean.passes.capture import branches
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.signature import Bound
 
@@ -296,3 +297,19 @@ def test_what_is_made_anew_at_each_call_or_once_is_no_memory(keep):
     assert capture(guide, vectors(3, 4)).notes == ()
     assert guide.cache is None
     assert not hasattr(guide, "last")
+
+
+@pytest.mark.parametrize("least", [1, 5, 10, 11, 12])
+@pytest.mark.parametrize("most", [12, 13, 14, 15, 16, 47, 100, 10_000, None])
+def test_a_guard_breaks_at_the_nearest_size_on_either_side(least, most):
+    asked = []
+
+    def holds(sizes: dict[str, int]) -> bool:
+        asked.append(sizes["time"])
+        return least <= sizes["time"] and (most is None or sizes["time"] <= most)
+
+    around = branches._Around("time", {"time": 12}, [])
+    below, above = around.breaks(SimpleNamespace(holds=holds))  # type: ignore[arg-type]
+    assert below == (least - 1 or None)
+    assert above == (None if most is None else most + 1)
+    assert len(asked) < 100

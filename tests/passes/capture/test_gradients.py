@@ -146,3 +146,14 @@ def test_of_many_large_weights_one_of_each_shape_is_compared(monkeypatch, large)
     layers = [RoundedWeight(*w) if at == large else nn.Linear(*w) for at, w in enumerate(widths)]
     guide = nn.Sequential(*layers, *(nn.Sequential(nn.Linear(6, 90), nn.Linear(90, 6)) for _ in range(2))).eval()
     assert f"{large}.weight would get no gradient" in capture(guide, vectors(4, 6)).untrainable
+
+
+def test_what_is_compared_is_small_first_one_of_each_shape_and_each_once(monkeypatch):
+    monkeypatch.setattr(gradients, "_ALWAYS", 12)
+    small, again, large, last = torch.ones(2), torch.ones(2), torch.ones(2, 3), torch.ones(3)
+    chosen = gradients._affordable([large, small, last, again])
+    assert [id(p) for p in chosen] == [id(p) for p in (small, last, large)]  # 11 numbers: `again` would be two more
+    monkeypatch.setattr(gradients, "_ALWAYS", 13)
+    assert gradients._affordable([large, small, last, again])[-1] is again
+    monkeypatch.setattr(gradients, "_ALWAYS", 1)
+    assert gradients._affordable([large]) == [large]  # one of them at least

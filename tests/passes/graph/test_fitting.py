@@ -74,16 +74,31 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.cat.default, ([torch.ones(2, 3), torch.ones(0), torch.ones(5, 3, dtype=torch.int64)],)),
     (aten.cat.default, ([torch.ones(2, 3), torch.ones(2, 1)], -1)),
     (aten.cat.default, ([torch.ones(2, 3), torch.ones(3, 2)],)),
+    (aten.cat.default, ([torch.ones(0), torch.ones(0)],)),
+    (aten.cat.default, ([torch.ones(2, 3), torch.ones(2, 3)], 2)),
+    (aten.cat.default, ([torch.ones(2, 3), torch.ones(2, 3)], -3)),
+    (aten.cat.default, ([torch.ones(2, 3), torch.ones(3)],)),
     (aten.stack.default, ([torch.ones(2, 3), torch.ones(2, 3)], -1)),
     (aten.stack.default, ([torch.ones(2, 3), torch.ones(2, 4)],)),
     (aten.addmm.default, (torch.ones(3), torch.ones(2, 4), torch.ones(4, 3))),
     (aten.addmm.default, (torch.ones(2), torch.ones(2, 4), torch.ones(4, 3))),
     (aten.addmm.default, (torch.ones(3), torch.ones(2, 4), torch.ones(4, 3, dtype=torch.int64))),
+    (aten.addmm.default, (torch.ones(3), torch.ones(1, 2, 4), torch.ones(4, 3))),
+    (aten.addmm.default, (torch.ones(3), torch.ones(2, 5), torch.ones(4, 3))),
     (aten.native_layer_norm.default, (torch.ones(2, 3), [3], torch.ones(3), None, 1e-5)),
+    (aten.native_layer_norm.default, (torch.ones(2, 3), [2, 3], None, torch.ones(2, 3), 1e-5)),
+    (aten.native_layer_norm.default, (torch.ones(2, 3), [], None, None, 1e-5)),
+    (aten.native_layer_norm.default, (torch.ones(2, 3), [1, 2, 3], None, None, 1e-5)),
+    (aten.native_layer_norm.default, (torch.ones(2, 3), [4], None, None, 1e-5)),
     (aten.native_layer_norm.default, (torch.ones(2, 3), [3], torch.ones(2), None, 1e-5)),
     (aten.native_group_norm.default, (torch.ones(2, 4, 5), torch.ones(4), None, 2, 4, 5, 2, 1e-5)),
     (aten.native_group_norm.default, (torch.ones(2, 4, 5), torch.ones(4), None, 2, 4, 5, 3, 1e-5)),
     (aten.native_batch_norm.default, (torch.ones(2, 3), torch.ones(4), None, None, None, True, 0.1, 1e-5)),
+    (aten.native_group_norm.default, (torch.ones(2, 4, 5), torch.ones(3), None, 2, 4, 5, 2, 1e-5)),
+    (aten.native_batch_norm.default, (torch.ones(2, 3), torch.ones(3), None, None, None, True, 0.1, 1e-5)),
+    (aten.native_batch_norm.default, (torch.ones(2, 3), None, None, *[torch.ones(3)] * 2, False, 0.1, 1e-5)),
+    (aten.native_batch_norm.default, (torch.ones(3), torch.ones(3), None, None, None, True, 0.1, 1e-5)),
+    (aten.cumsum.default, (torch.ones(()), 0)),
     (aten.cumsum.default, (torch.ones(2, 3, dtype=torch.bool), 1)),
     (aten.cumsum.default, (torch.ones(2, 3), 2)),
     (aten.mean.dim, (torch.ones(2, 3), [-1], True)),
@@ -93,6 +108,7 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.mm.default, (torch.ones(2, 3), torch.ones(3, 4))),
     (aten.mm.default, (torch.ones(2, 3), torch.ones(2, 4))),
     (aten.mm.default, (torch.ones(1, 2, 3), torch.ones(1, 3, 4))),
+    (aten.mm.default, (torch.ones(1, 2, 3), torch.ones(3, 4))),
     (aten.bmm.default, (torch.ones(5, 2, 3), torch.ones(5, 3, 4))),
     (aten.bmm.default, (torch.ones(5, 2, 3), torch.ones(1, 3, 4))),
     (aten.bmm.default, (torch.ones(5, 2, 3), torch.ones(5, 3, 4, dtype=torch.float16))),
@@ -100,11 +116,13 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.repeat.default, (torch.ones(2, 3), [4])),
     (aten.embedding.default, (torch.ones(2, 3), torch.ones(4, 5, dtype=torch.int64))),
     (aten.embedding.default, (torch.ones(2, 3), torch.ones(4, 5))),
+    (aten.embedding.default, (torch.ones(3), torch.ones(4, 5, dtype=torch.int64))),
     (aten.flip.default, (torch.ones(2, 3), [-1])),
     (aten.flip.default, (torch.ones(2, 3), [2])),
     (aten._softmax.default, (torch.ones(2, 3), 1, False)),
     (aten._softmax.default, (torch.ones(2, 3), 2, False)),
     (aten.amax.default, (torch.ones(2, 3), [1])),
+    (aten.amax.default, (torch.ones(2, 3),)),
     (aten.roll.default, (torch.ones(2, 3), [1], [0])),
     (aten.add.Tensor, (torch.ones(2, 1), torch.ones(3, dtype=torch.int64))),
     (aten.add.Tensor, (torch.ones(2, 2), torch.ones(3))),
@@ -130,6 +148,20 @@ def test_shapes_are_those_that_the_operators_give(call, args):
     on_meta = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
     with Shapes():
         assert described(call, on_meta) == described(call, args)
+
+
+@pytest.mark.parametrize(("call", "sizes"), [(aten.eye.default, (3,)), (aten.eye.m, (2, 3)), (aten.eye.m, (3, 0))])
+def test_an_identity_is_as_large_as_torchs(call, sizes):
+    with Shapes():
+        found = described(lambda *n: call(*n, device=torch.device("meta"), dtype=torch.float64), sizes)
+    assert found == described(lambda *n: call(*n, dtype=torch.float64), sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
+def test_a_range_is_of_the_dtype_that_is_asked_for(dtype):
+    with Shapes():
+        found = aten.arange.start(0, 2.5, dtype=dtype, device=torch.device("meta"))
+    assert (found.dtype, found.shape) == (dtype, (3,))
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,19 @@ def test_malformed_arguments_are_refused(argument):
         load(altered(args=[argument]))
 
 
+@pytest.mark.parametrize("around", [lambda v: [v], lambda v: {"tuple": [v]}, lambda v: {"dict": {"a": v}}])
+def test_values_are_nested_so_deep_and_no_deeper(around):
+    value: Any = {"node": "x"}
+    for _ in range(16):
+        value = around(value)
+    body = rows()
+    body[-1]["value"] = value
+    assert load(body).output_node().all_input_nodes
+    body[-1]["value"] = around(value)
+    with pytest.raises(ArtifactError, match="a value is nested more than 16 levels deep"):
+        load(body)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -265,6 +278,13 @@ def test_inputs_come_first_and_once_and_without_a_value_of_their_own():
     for more in ({"args": [1]}, {"kwargs": {"a": 1}}):
         with pytest.raises(ArtifactError, match="is not an input's name"):
             load([{**first, **more}, second, last])
+
+
+@pytest.mark.parametrize("target", [5, None, ["a"], "a" * 2001, "a." * 1000 + "a"])
+def test_an_attributes_path_is_text_of_some_length(target):
+    with pytest.raises(ArtifactError, match="not an attribute's path"):
+        load(altered(op="get_attr", target=target, args=[]))
+    assert load(altered(op="get_attr", target="a." * 999 + "aa", args=[])).find_nodes(op="get_attr")
 
 
 @pytest.mark.parametrize("op", ["call_method", "root", "import", None, 3])

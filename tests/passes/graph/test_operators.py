@@ -95,6 +95,11 @@ def test_no_operator_writes_or_takes_strides_offsets_storage_names_generators_or
         ("aten.one_hot.default", (None, -1), {}),
         ("aten.upsample_nearest2d.default", (None, [4, 4], 1e-300, 1.0), {}),
         ("aten.upsample_nearest2d.vec", (None, None, [2.0, float("nan")]), {}),
+        ("aten.upsample_nearest2d.default", (None, [4, 4], "x", 1.0), {}),
+        ("aten.upsample_nearest2d.vec", (None, None, "x"), {}),
+        ("aten.einsum.default", (None, []), {}),
+        ("aten.one_hot.default", (None, 2.0), {}),
+        ("aten.ones.default", ([-(2**63) - 1],), {}),
         ("aten.ones.default", ([2],), {"device": torch.device("cuda")}),
         ("aten.ones.default", ([2],), {"pin_memory": True}),
         ("aten.ones.default", ([2**63],), {}),
@@ -111,6 +116,30 @@ def test_no_operator_writes_or_takes_strides_offsets_storage_names_generators_or
 def test_arguments_out_of_their_range_are_refused(name, args, kwargs):
     with pytest.raises(ArtifactError):
         check_values(name, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("aten.upsample_nearest2d.default", (None, [4, 4])),
+        ("aten.upsample_nearest2d.default", (None, [4, 4], 2.0, 2)),
+        ("aten.upsample_nearest2d.vec", (None, None, [2.0, 2.0])),
+        ("aten.upsample_nearest2d.vec", (None, [4, 4], None)),
+        ("aten.einsum.default", ("bi,oi->bo", [])),
+        ("aten.one_hot.default", (None, 5)),
+        ("aten.ones.default", ([-(2**63)],)),
+        ("aten.ones.default", ([2**63 - 1],)),
+    ],
+)
+def test_arguments_within_their_range_pass(name, args):
+    check_values(name, args, {})
+
+
+def test_an_operator_that_torch_has_no_more_is_unknown(monkeypatch: pytest.MonkeyPatch):
+    from thesean.passes.graph import operators as listed
+
+    monkeypatch.setattr(listed, "_ATEN", "# a comment\nadd.Tensor nothing_of_the_kind add.of_no_kind")
+    assert set(listed.operators.__wrapped__()) == {"aten.add.Tensor", *listed._PYTHON}
 
 
 def test_what_is_computed_may_not_choose_a_mode():

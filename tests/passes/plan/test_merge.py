@@ -12,6 +12,7 @@ from tests.captured import flow_of, recorded
 from tests.models import tokens
 from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.graph.surgery import clone
+from thesean.passes.plan.divide import divide
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import bind_plan, make_plan
 from thesean.passes.plan.merge import merge_by_count, merge_to_count, most_changing, regroup, singles
@@ -53,6 +54,14 @@ def test_the_member_that_changes_most_is_the_one_to_keep():
     values[first.region.exit] = values[first.region.entry] + 0.01
     values[second.region.exit] = values[second.region.entry] * 1.01
     assert most_changing(group, values) is third
+
+
+def test_of_two_members_too_the_one_that_changes_most_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("thesean.passes.plan.divide.most_changing", lambda group, values: group.members[-1])
+    merged = divide(captured.gpt2(4), merge=2)
+    assert [m.path for m in merged.members()] == ["transformer.h.1", "transformer.h.3"]
+    alone = divide(captured.gpt2(4))
+    assert [m.path for m in alone.members()] == [f"transformer.h.{k}" for k in range(4)]
 
 
 def test_two_members_that_change_the_shape_do_not_merge():

@@ -107,6 +107,13 @@ def test_groups_are_kept_whole():
     assert select_groups(covariance, weight, 2, 3).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e8])
+def test_groups_are_chosen_alike_however_large_activations_are(scale):
+    covariance = scale * torch.diag(torch.tensor([1.0, 1.0, 4.0, 0.0, 3.0, 3.0], dtype=DOUBLE))
+    assert select_groups(covariance, torch.ones(1, 6, dtype=DOUBLE), 2, 2).tolist() == [1, 2]
+    assert select_groups(covariance, torch.zeros(1, 6, dtype=DOUBLE), 2, 2).tolist() == [0, 1]
+
+
 def test_a_group_that_repeats_another_is_not_kept_beside_it():
     small = matrix([3, 0], [0, 3])
     covariance = torch.block_diag(torch.cat([torch.cat([small, small], 1)] * 2), torch.eye(2, dtype=DOUBLE))

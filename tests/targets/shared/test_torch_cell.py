@@ -8,6 +8,7 @@ import torch
 from tests.targets.build import build
 from tests.targets.contract import recurrent_families
 from thesean.errors import TargetMismatchError
+from thesean.targets.shared.torch_cell import orthogonal_recurrence
 
 
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm", "mingru", "ssm"])
@@ -49,3 +50,16 @@ def test_an_lstm_carries_hidden_and_cell_side_by_side(sequence_part):
     x_BTD = torch.randn(2, 4, 16)
     _, (hidden, cell) = module.core(x_BTD)
     torch.testing.assert_close(module(x_BTD)[1], torch.cat([hidden[0], cell[0]], -1))
+
+
+@pytest.mark.parametrize(("make", "gates"), [(torch.nn.RNN, 1), (torch.nn.GRU, 3), (torch.nn.LSTM, 4)])
+def test_each_gates_recurrent_matrix_is_orthogonal_and_nothing_else_is_touched(make, gates):
+    core = make(5, 4, bidirectional=True)
+    before = {name: value.clone() for name, value in core.named_parameters()}
+    orthogonal_recurrence(core, 0.5)
+    for name, value in core.named_parameters():
+        if not name.startswith("weight_hh"):
+            assert torch.equal(value, before[name])
+            continue
+        for gate in value.detach().unflatten(0, (gates, 4)):
+            torch.testing.assert_close(gate @ gate.T, 0.25 * torch.eye(4), rtol=1e-5, atol=1e-6)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,8 +20,23 @@ from thesean.passes.graph.nodes import leaf_values, owner
 from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import Signature
 
-# A length past a constant is tried up to so many steps, and so many past it.
-_FARTHEST, _PAST_IT = 4096, 3
+# A length past a constant is tried so many steps past it, and up to so many steps. Up to far more where each costs what
+# the last one did: no value of the whole sequence is larger than so many bytes, and steps times parameters are so few
+# (seconds on one core).
+_PAST_IT, _FARTHEST = 3, 4096
+_FARTHEST_LINEAR, _LARGEST_BYTES, _MOST_PRODUCTS = 2**15 + _PAST_IT, 2**28, 10**11
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What came of a comparison. `misfit`: why the numbers aren't the stateless one's, "" where they are; `length`: of
+    the longest sequence; `untried`: the whole numbers that positions are compared with, or windows, past which there
+    was none.
+    """
+
+    misfit: str = ""
+    length: int
+    untried: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,43 +49,61 @@ class Threaded:
     states: Mapping[str, torch.Tensor]
 
     @torch.no_grad()
-    def misfit(self, length: int) -> tuple[str, int]:
-        """Why it doesn't give the stateless one's numbers, "" where it does: in `length` single steps, node by node;
-        and how long a sequence was, past each whole number that positions are compared with and past each window.
+    def compare(self, length: int) -> Compared:
+        """In `length` single steps, node by node; and once more past each whole number that positions are compared with
+        and past each window, where that is a matter of seconds.
         """
         # one sequence: rows would interleave where a node flattens batch and time
         inputs, chunks = self._inputs(length), (1,) * length
         difference = same_in_chunks(self.graph_module, self.signature, inputs, dict(self.states), chunks)
         if difference is not None:
-            return self._describe(difference), length
-        if told := self._compare(inputs, chunks):
-            return told, length
+            return Compared(misfit=self._describe(difference), length=length)
+        wanted = self._whole(inputs)
+        if wanted is not None and (told := self._misfit(inputs, chunks, wanted)):
+            return Compared(misfit=told, length=length)
         graph, lengths = self.graph_module.graph, (length, length - 1 if length > 1 else 2)
         long, short = (record(self.graph_module, {**self._inputs(n), **self.states}) for n in lengths)
         if mixed := first_mixed(graph, long, short):
-            return self._describe(Difference(node=mixed.node.name, what=mixed.what)), length
+            misfit = self._describe(Difference(node=mixed.node.name, what=mixed.what))
+            return Compared(misfit=misfit, length=length)
         windows = (getattr(m, "window", None) for m in self.graph_module.modules())
-        held = (*constants_of_time(graph, long, short, self.states), *(w for w in windows if isinstance(w, int)))
-        constants = [n for n in held if length < n + _PAST_IT <= _FARTHEST]
-        if not constants:
-            return "", length
-        far = max(constants) + _PAST_IT
-        # single steps where another way may begin, and all at once between
-        cuts = {c + d for c in constants for d in (-1, 0, 1, 2)}
-        ends = [0, *sorted(c for c in cuts if 0 < c < far), far]
-        return self._compare(self._inputs(far, in_order=True), [b - a for a, b in itertools.pairwise(ends)]), far
+        held = {*constants_of_time(graph, long, short, self.states), *(w for w in windows if isinstance(w, int))}
+        constants = sorted(n for n in held if length < n + _PAST_IT)
+        tried = [n for n in constants if self._affords(n + _PAST_IT, length, long, short)]
+        untried = tuple(n for n in constants if n not in tried)
+        for last in range(len(tried), 0, -1):
+            far = tried[last - 1] + _PAST_IT
+            inputs = self._inputs(far, in_order=True)
+            wanted = self._whole(inputs)
+            if wanted is not None:  # what is past the end of a table is no length of the network's
+                misfit = self._misfit(inputs, _pieces(tried[:last], far), wanted)
+                return Compared(misfit=misfit, length=far, untried=untried)
+        return Compared(length=length, untried=untried)
+
+    def _affords(self, steps: int, length: int, long: Mapping[fx.Node, Any], short: Mapping[fx.Node, Any]) -> bool:
+        """Whether so long a sequence is a matter of seconds, by the graph's structure and its values at `length`."""
+        if steps <= _FARTHEST:
+            return True
+        keeps_all = any(getattr(m, "grows", None) is not None for m in self.graph_module.modules())
+        products = steps * sum(p.numel() for p in self.graph_module.parameters())
+        if steps > _FARTHEST_LINEAR or keeps_all or products > _MOST_PRODUCTS:
+            return False
+        return all(_bytes_at(steps / length, long[n], short.get(n)) <= _LARGEST_BYTES for n in long)
 
     def _inputs(self, length: int, in_order: bool = False) -> dict[str, torch.Tensor]:
         sizes = {s: 1 if s.startswith("batch") else length for s in self.signature.symbols}
         device = str(next((p.device for p in self.graph_module.parameters()), torch.device("cpu")))
         return self.signature.random_inputs(sizes, device=device, in_order=in_order)
 
-    def _compare(self, inputs: dict[str, torch.Tensor], chunks: Sequence[int]) -> str:
-        """The outputs of one sequence in chunks with those at once, where the network itself runs."""
+    def _whole(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
+        """The network's own outputs of a sequence at once; None where it doesn't run."""
         try:
-            wanted = leaf_values(self.stateless(**inputs))
+            return leaf_values(self.stateless(**inputs))
         except (RuntimeError, IndexError):
-            return ""
+            return None
+
+    def _misfit(self, inputs: dict[str, torch.Tensor], chunks: Sequence[int], wanted: Sequence[torch.Tensor]) -> str:
+        """The outputs of one sequence in chunks with those at once."""
         try:
             pieces, _ = run_in_chunks(self.graph_module, self.signature, inputs, dict(self.states), chunks)
         except (RuntimeError, IndexError, ValueError) as error:
@@ -89,3 +123,18 @@ class Threaded:
             )
         place = owner(node) or node.name
         return f"{place} ({node.target}) mixes time outside of the converted parts ({difference.what}). Convert it too."
+
+
+def _pieces(constants: Sequence[int], length: int) -> list[int]:
+    """Single steps where another way may begin, and all at once between."""
+    cuts = {c + d for c in constants for d in (-1, 0, 1, 2)}
+    ends = [0, *sorted(c for c in cuts if 0 < c < length), length]
+    return [b - a for a, b in itertools.pairwise(ends)]
+
+
+def _bytes_at(times: float, value: Any, other: Any) -> float:
+    """How large a value gets where the sequence is so many times as long; `other` is what it is at another length."""
+    if not (isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor) and value.ndim == other.ndim):
+        return 0
+    grown = sum(m != n for m, n in zip(value.shape, other.shape, strict=True))
+    return value.numel() * value.element_size() * times**grown

@@ -45,14 +45,15 @@ def _fixed_size(
 ) -> str:
     """Names the dimensions and, where another size shows it, the line."""
     names = [f"dimension {dim} of {name} ({dynamic[name].get(dim, 'fixed')})" for name, dim in fixed]
-    sizes = " and ".join(f"{inputs[name].shape[dim]}" for name, dim in fixed[:1])
+    first, along = fixed[0]
+    size = inputs[first].shape[along]
     line, by_len = _line_that_fixes(fixed, model, inputs, constants)
     mend = "len(x) is a plain number: write x.shape[0]. " if by_len else ""
     kept = {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in dynamic.items()}
     kept = {k: dims for k, dims in kept.items() if dims}
     other = f"dynamic={kept!r} keeps it fixed, dynamic={{}} fixes all sizes" if kept else "dynamic={} fixes all sizes"
     return (
-        f"the guide's code fixes {' and '.join(names)} at {sizes}, the example's size{line}. {mend}Take sizes from the "
+        f"the guide's code fixes {' and '.join(names)} at {size}, the example's size{line}. {mend}Take sizes from the "
         f"input's shape, so that any will do; or {other}."
     )
 

@@ -206,6 +206,30 @@ def test_a_large_weight_that_two_nodes_read_is_not_written_twice():
     assert after(text, fold_weights, count=0) == ["Transpose", "MatMul", "MatMul"]
 
 
+@pytest.mark.parametrize(("mode", "count"), [("", 1), ('<mode = "constant">', 1), ('<mode = "reflect">', 0)])
+def test_a_weight_is_padded_by_zeros_alone(mode, count):
+    text = f"""g ({X.replace("8", "4")}, float[2, 3] W) => (float[batch, time, 6] y)
+    <int64[4] p = {{1, 2, 1, 1}}, float[4, 6] padded>
+    {{
+        padded = Pad {mode} (W, p)
+        y = MatMul (x, padded)
+    }}"""
+    assert after(text, fold_weights, count=count) == ["Pad"] * (1 - count) + ["MatMul"]
+
+
+@pytest.mark.parametrize("axes", ["", ", axes"])
+def test_a_pad_of_some_axes_is_left_as_it_is(axes):
+    text = f"""g ({X.replace("8", "3")}, float[2, 3] W) => (float[batch, time, 3] y)
+    <int64[2] p = {{1, 0}}, float zero = {{0.0}}, int64[1] axes = {{0}}, float[3, 3] padded>
+    {{
+        padded = Pad (W, p, zero{axes})
+        y = MatMul (x, padded)
+    }}"""
+    if not axes:
+        text = text.replace("int64[2] p = {1, 0}", "int64[4] p = {1, 0, 0, 0}")
+    assert after(text, fold_weights, count=int(not axes)) == ["Pad"] * bool(axes) + ["MatMul"]
+
+
 JOIN = f"""g ({X}, float[8, 4] W, float[4] B, float[8, 6] V, float[8, 2] U, float[2] C)
     => (float[batch, time, 4] q, float[batch, time, 6] k, float[batch, time, 2] v)
 {{

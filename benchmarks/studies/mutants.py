@@ -1,0 +1,101 @@
+"""Would a test notice? Small faults are put into the code, one at a time, and the tests that come by are run.
+
+A fault (`mutation/changes.py`) is "killed" where a test fails, "no end" where the tests take five times as long, "died"
+where the process does; it "survived" where all pass, and is "not run" where none comes by. The score counts the first
+three among all that could be taken up. Tests are those of `make test-fast`: for each fault those of the file's own name
+first, then the fastest, as many as take `seconds`. `python -m benchmarks mutants --seeds 1` draws other faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import ROOT, Case, Result, Run
+
+FILES = [
+    f"thesean/{place}"
+    for place in (
+        "passes/**/*.py",
+        "distill/*.py",
+        "targets/**/*.py",
+        "artifact.py",
+        "load_artifact.py",
+        "deploy/**/*.py",
+    )
+]
+# What is slow to be told by, or is of other things.
+LEFT_OUT = [
+    "tests/benchmarks", "tests/docs", "tests/kernels", "tests/similarity", "tests/report", "tests/test_examples.py",
+    "tests/test_contributing.py", "tests/test_installed.py", "tests/test_real_packages.py",
+]  # fmt: skip
+NOTICED = ("killed", "no end", "died")
+
+
+def bench(run: Run) -> None:
+    settings = run.settings
+    for seed in run.seeds:
+        read, write = os.pipe()
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            asked = Path(folder) / "asked.json"
+            lines = run.part.with_name("mutants-lines.json")
+            held = [row["name"] for row in run.rows if row["seed"] == seed]
+            asked.write_text(json.dumps({**settings, "seed": seed, "lines": str(lines), "pipe": write, "held": held}))
+            tests = [*settings["tests"], *(f"--ignore={path}" for path in settings["left_out"])]
+            words = ["-p", "benchmarks.mutation.plugin", "--mutants", str(asked), "-p", "no:cacheprovider", "-q"]
+            words += ["-m", "not slow and not thorough", f"--basetemp={folder}/tests", *tests]
+            child = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=ROOT, pass_fds=[write])
+            os.close(write)
+            with os.fdopen(read) as rows:
+                for text in rows:
+                    row: dict[str, Any] = json.loads(text)
+                    run.add(row.pop("name"), seed=seed, **row)
+            if child.wait():
+                run.fault(f"pytest ended with {child.returncode}")
+    told = Counter(row["outcome"] for row in run.rows)
+    if told["broken"]:
+        run.fault(f"{told['broken']} faults could not be tried: what was printed says why")
+    run.keep(outcomes=dict(told), score=score(run.rows))
+
+
+def score(rows: list[dict[str, Any]]) -> float | None:
+    """The share of the faults that could be taken up which something noticed."""
+    counted = [row["outcome"] for row in rows if row["outcome"] not in ("not taken up", "broken")]
+    return sum(outcome in NOTICED for outcome in counted) / len(counted) if counted else None
+
+
+def table(result: Result) -> str:
+    """Noticed and others, by the folder that they are in."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for row in result["cases"]:
+        places.setdefault("/".join(row["name"].split(":")[0].split("/")[:2]), []).append(row)
+    lines = ["| | faults | noticed | survived | no test comes by | score |", "|---|---|---|---|---|---|"]
+    for place, rows in [*sorted(places.items()), ("all", result["cases"])]:
+        told = Counter(row["outcome"] for row in rows)
+        noticed, of = sum(told[n] for n in NOTICED), score(rows)
+        share = "-" if of is None else f"{of:.0%}"
+        lines.append(f"| {place} | {len(rows)} | {noticed} | {told['survived']} | {told['not run']} | {share} |")
+    return "\n".join(lines)
+
+
+CASE = Case(
+    question="Would a test notice a fault?",
+    minutes=60,
+    unit="faults",
+    run=bench,
+    seeds=(0,),
+    settings={"files": FILES, "tests": ["tests"], "left_out": LEFT_OUT, "count": 600, "seconds": 30},
+    quick={
+        "files": ["thesean/passes/graph/text.py"],
+        "tests": ["tests/passes/graph/test_text.py"],
+        "left_out": [],
+        "count": 3,
+    },
+    table=table,
+)

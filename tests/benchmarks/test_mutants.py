@@ -1,0 +1,120 @@
+"""Faults that are put into the code: which there are, and that a live function takes them up."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks.mutation.changes import mutants, take_up
+from benchmarks.studies.mutants import score, table
+
+SOURCE = '''
+"""A module."""
+import logging
+logger = logging.getLogger(__name__)
+LIMIT = 3
+
+
+def first(values: list, most: int = 2) -> int:
+    """The first of the values that is small."""
+    logger.info("asked for %d", 1)
+    assert most > 0, "more"
+    for value in values:
+        if not value < most and value is not None:
+            continue
+        return value
+    raise ValueError(f"none below {most + 1}")
+
+
+class Holder:
+    def all_of(self, values: list) -> bool:
+        inner = lambda v: v == 1
+        return all(inner(v) for v in values if v)
+'''
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> tuple[ModuleType, Path]:
+    path = tmp_path / "held.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("held", path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made, path
+
+
+def test_faults_are_of_what_runs_in_functions_and_not_of_what_is_said(module):
+    _, path = module
+    found = [(m.function[0], m.line, m.what) for m in mutants(path, "held.py")]
+    assert found == [
+        ("first", 13, "condition negated"),
+        ("first", 13, "And -> Or"),
+        ("first", 13, "no Not"),
+        ("first", 13, "Lt -> LtE"),
+        ("first", 13, "IsNot -> Is"),
+        ("first", 14, "no Continue"),
+        ("first", 15, "returns None"),
+        ("first", 16, "no Raise"),
+        ("Holder.all_of", 21, "Eq -> NotEq"),
+        ("Holder.all_of", 21, "1 -> 2"),
+        ("Holder.all_of", 22, "returns None"),
+        ("Holder.all_of", 22, "all -> any"),
+        ("Holder.all_of", 22, "no filter"),
+    ]
+    assert {m.last_line for m in mutants(path, "held.py") if m.line == 13} == {13}
+    assert len({m.name for m in mutants(path, "held.py")}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("what", "call", "before", "after"),
+    [
+        ("Lt -> LtE", lambda m: m.first([2, 1]), 1, 2),
+        ("no Continue", lambda m: m.first([3]), ValueError, 3),
+        ("no Raise", lambda m: m.first([3]), ValueError, None),
+        ("all -> any", lambda m: m.Holder().all_of([1, 2]), False, True),
+        ("no filter", lambda m: m.Holder().all_of([1, 0]), True, False),
+        ("1 -> 2", lambda m: m.Holder().all_of([1]), True, False),
+    ],
+)
+def test_a_live_function_takes_a_fault_up(what, call, before, after, module):
+    made, path = module
+
+    def found() -> object:
+        try:
+            return call(made)
+        except ValueError:
+            return ValueError
+
+    assert found() == before
+    assert take_up(next(m for m in mutants(path, "held.py") if m.what == what), path)
+    assert found() == after
+
+
+def test_a_function_that_nothing_holds_takes_nothing_up(tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere.py"
+    elsewhere.write_text(SOURCE)
+    assert not take_up(mutants(elsewhere, "elsewhere.py")[0], elsewhere)
+
+
+def test_the_score_is_of_what_could_be_tried():
+    rows = [
+        {"name": f"thesean/{place}/x.py:1 a ({k})", "outcome": outcome}
+        for k, (place, outcome) in enumerate(
+            [("passes", "killed"), ("passes", "survived"), ("passes", "not taken up"), ("deploy", "no end"),
+             ("deploy", "died"), ("deploy", "broken"), ("distill", "not run")]
+        )
+    ]  # fmt: skip
+    assert score(rows) == 3 / 5
+    assert score([]) is None
+    lines = table({"cases": rows}).splitlines()
+    assert lines[2:] == [
+        "| thesean/deploy | 3 | 2 | 0 | 0 | 100% |",
+        "| thesean/distill | 1 | 0 | 0 | 1 | 0% |",
+        "| thesean/passes | 3 | 1 | 1 | 0 | 50% |",
+        "| all | 7 | 3 | 1 | 1 | 60% |",
+    ]
