@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from thesean.errors import CaptureError
 from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.give_back import give_back
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def _disagreement(
 ) -> str:
     """By how much the two differ on these inputs, in the first output that does; "" where none does."""
     wanted = [(v.shape, thinned(v, _PIECE)) for v in tensors(guide(inputs))]
+    give_back()
     got = [v for v in pytree.tree_leaves(captured.graph_module(**inputs)) if isinstance(v, torch.Tensor)]
     for index, (a, (shape, b)) in enumerate(zip(got, wanted, strict=True)):
         if a.shape != shape:

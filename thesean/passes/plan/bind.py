@@ -24,6 +24,7 @@ from thesean.passes.analyse.speed import time_of_module, time_of_nodes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import recorded_probe
 from thesean.passes.graph.along import Along
+from thesean.passes.graph.give_back import give_back
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion
 from thesean.passes.plan.plan import Plan
