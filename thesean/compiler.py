@@ -105,7 +105,7 @@ def compile(
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
     Raises ArtifactError, WriteError, CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError,
-    NumericalError.
+    NumericalError, LostError.
     """
     start = time.monotonic()
     request = Request(
@@ -142,9 +142,8 @@ def compile(
                 hybrid = build_hybrid(bound_plan, share=True)
                 training = rehearsed(hybrid, training, captured.signature, run)
                 aligned = align(bound_plan, hybrid, training)
-                conversion = tune(hybrid, training, aligned)
-        converted = finish(bound_plan, training, conversion, start)
-    warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
+                conversion = tune(training, aligned)
+        converted = finish(training, conversion, start)
     if run is not None:
         warn(filter(None, [run.keep(converted)]))
     return converted
@@ -212,7 +211,7 @@ def baseline(
             bound_plan, training = planned(captured, request, observer)
             with seeded(seed):
                 conversion = train_baseline(bound_plan, training, kind)
-        return finish(bound_plan, training, conversion, start)
+        return finish(training, conversion, start)
 
 
 def plan(
@@ -373,7 +372,7 @@ def told_of(captured: Captured) -> tuple[str, ...]:
 
 def check_trainable(captured: Captured, recipe: Recipe) -> None:
     """Raises CaptureError where steps of gradients would not train what they would in the guide."""
-    if captured.untrainable and recipe.steps:
+    if captured.untrainable and recipe.gradients:
         raise CaptureError(captured.untrainable)
 
 

@@ -11,9 +11,10 @@ from functools import partial
 from thesean.choose.search import UNMET
 from thesean.converted import Converted, Frontier
 from thesean.distill.evaluate import Evaluation
-from thesean.distill.stages import Conversion, Snapshot, with_state
+from thesean.distill.snapshot import Snapshot, with_state
+from thesean.distill.stages import Conversion
 from thesean.distill.training import Training
-from thesean.errors import NumericalError
+from thesean.errors import LostError, NumericalError
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
@@ -21,10 +22,11 @@ from thesean.recipe import Recipe
 from thesean.report.conversion import ConversionReport, StageRow
 
 
-def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
+def finish(training: Training, conversion: Conversion, start: float) -> Converted:
     """The converted network with its report; `start` is when the run began, on the monotonic clock. Raises
-    NumericalError for one whose outputs are NaN.
+    NumericalError for one whose outputs are NaN, and LostError for one that is worse than nothing.
     """
+    bound_plan = conversion.bound_plan
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
     if not math.isfinite(conversion.final.divergence):
         raise NumericalError(
@@ -46,8 +48,6 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         notes.append(f"frozen in the guide and left as they were (requires_grad=False): {some}")
     if told := bound_positions(hybrid.graph_module, recipe.positions):
         notes.append(told)
-    if lost := training.task.outputs.lost(conversion.final.divergence):
-        notes.append(f"warning: {lost}")
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),
@@ -67,6 +67,10 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
     makers: list[Callable[[], Converted]] = [partial(_hybrid, bound_plan, None, report, recipe)]
     makers += [partial(_hybrid, bound_plan, s, report, recipe) for s in conversion.snapshots[:-1]]
     converted.frontier = Frontier([*makers, lambda: converted])
+    if conversion.lost:
+        error = LostError(conversion.lost)
+        error.converted = converted
+        raise error
     return converted
 
 
@@ -105,7 +109,7 @@ def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -
                 part=conversion.hybrid.parts[snapshot.count - 1],
                 replaced=snapshot.count,
                 of=len(conversion.hybrid.parts),
-                measure=recipe.alignment.measure if result else "closed form",
+                measure=result.measure if result else "closed form",
                 before=result.before if result else None,
                 after=result.after if result else divergence,
                 loss=snapshot.evaluation.loss,

@@ -19,6 +19,7 @@ from thesean.cli.words import (
     parse_target,
     parse_targets,
 )
+from thesean.recipe import Recipe
 
 
 class Granularity(enum.StrEnum):
@@ -146,6 +147,17 @@ EvalData = Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="He
 RecipeName = Annotated[
     str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
 ]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Parts that raise the held-out loss (without --loss: the divergence from the guide) by more are tried once "
+        "more, and then stay as they are.",
+    ),
+]
+Retry = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE.yaml", help="The recipe that they are tried with once more.")
+]
 Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
 DumpGraphs = Annotated[
     Path | None,
@@ -230,3 +242,9 @@ def check_writable(option: str, path: Path | None) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ArgumentError(f"{option} {path}: {nearest} is not a folder that you may write. Choose another.")
+
+
+def adjusted(recipe: str, **settings: Any) -> Recipe:
+    """A recipe by name or file, with the settings that have an option of their own. Raises RecipeError."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return Recipe.resolve({**Recipe.resolve(recipe).model_dump(), **given}) if given else Recipe.resolve(recipe)
