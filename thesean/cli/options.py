@@ -151,8 +151,8 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="Parts that raise the held-out loss (without --loss: the divergence from the guide) by more are tried once "
-        "more, and then stay as they are.",
+        help="Parts that raise the held-out loss (without --loss: the divergence from the guide) by more are tried "
+        "once again, and then stay as they are.",
     ),
 ]
 Retry = Annotated[

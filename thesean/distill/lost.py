@@ -70,8 +70,8 @@ def _blamed(hybrid: Hybrid, on_the_way: Sequence[float]) -> str:
 
 @contextmanager
 def left_out(hybrid: Hybrid) -> Iterator[list[str]]:
-    """Inside, the parts that can be do nothing: what was added to a residual stream is 0, and what stood in line hands on
-    what it gets. Yields their paths.
+    """Inside, the parts that can be do nothing: what was added to a residual stream is 0, and what stood in line hands
+    on what it gets. Yields their paths.
     """
     found: dict[str, tuple[nn.Module, str]] = {}
     for r in hybrid.replacements:

@@ -12,7 +12,7 @@ from thesean.passes.plan.sites import ends_of
 
 
 def without(bound_plan: BoundPlan, path: str, why: str) -> BoundPlan:
-    """The part at `path` is kept, and the plan's notes say `why`. What is known of the other parts isn't measured anew."""
+    """The part at `path` is kept, and the plan's notes say `why`. What is known of the others isn't measured anew."""
     went = next(p for p in bound_plan.parts if p.planned.path == path)
     row = replace(
         went.planned,
