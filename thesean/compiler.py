@@ -79,6 +79,7 @@ def compile(
     plan: Plan | str | Path | None = None,
     dump_graphs: str | Path | None = None,
     resume: Resume = "auto",
+    budget: int | str | None = None,
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -101,6 +102,7 @@ def compile(
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion, written together at the end, and until then
     for checkpoints: after an interruption the same call goes on. resume: "auto" begins anew, and says so, where guide,
     data, recipe or code are others by now; "must" raises ResumeError there; "never" begins anew.
+    budget: "60s", "10min", "2h", or steps, in place of the recipe's: shared by what a trial of each phase gains.
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
@@ -130,6 +132,7 @@ def compile(
         recipe=recipe,
         seed=seed,
         resume=resume,
+        budget=budget,
     )
     journal = journal_in(workdir)
     with usual_settings(), dumping(dump_graphs), watched(progress) as observer, stoppable(journal):
@@ -314,7 +317,7 @@ def planned(
         chosen, training = chosen_plan(captured, request, observer, journal)
         warn(note for note in chosen.notes if note.startswith(UNMET))
         if not chosen.replaced:
-            raise PlanError(f"the guide itself meets the constraints ({request.budget}): nothing to convert.")
+            raise PlanError(f"the guide itself meets the constraints ({request.bounds}): nothing to convert.")
         return bind_plan(captured, chosen), training
     if request.edited is not None:
         bound_plan = bind_plan(captured, request.edited)
@@ -331,7 +334,7 @@ def chosen_plan(
     division = divide(captured, **request.division)
     training = bind_data(captured, request, observer, journal)
     # as text, so that a plan that was found before an interruption needn't be found again
-    found = journal.piece("plan", lambda: choose_plan(division, request.budget, request.candidates, training).to_yaml())
+    found = journal.piece("plan", lambda: choose_plan(division, request.bounds, request.candidates, training).to_yaml())
     return Plan.from_yaml(found), training
 
 
@@ -359,6 +362,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         observer=observer,
         seed=request.seed,
         journal=journal,
+        begun=request.begun,
     )
     journal.open(lambda: run_facts(captured, request, feed), request.resume)
     training.judge.learn(0, first)

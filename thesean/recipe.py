@@ -78,6 +78,8 @@ class Recipe(_Settings):
     name: str = "custom"
     steps: int = Field(default=400, ge=0, description="optimizer steps in all: alignment and fine-tuning")
     closed_form: ClosedForm = ClosedForm()
+    # Of the whole run, in place of `steps`, which is then only whether any are taken: see distill/budget.py
+    seconds: float | None = Field(default=None, gt=0)
     alignment: Alignment = Alignment()
     fine_tuning: FineTuning = FineTuning()
     warmup: int = Field(default=20, ge=0)

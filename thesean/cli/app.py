@@ -37,6 +37,7 @@ from thesean.cli.options import (
     Stateful,
     TargetParts,
     Targets,
+    TimeOrSteps,
     adjusted,
     check_writable,
     loaded_arguments,
@@ -102,6 +103,7 @@ def convert(
     recipe: RecipeName = "default",
     max_drop: MaxDrop = None,
     retry: Retry = None,
+    budget: TimeOrSteps = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
     ] = None,
@@ -182,6 +184,7 @@ def convert(
         model = load_guide(guide)
         chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         chosen |= {"workdir": workdir, "resume": resume}
+        chosen["budget"] = int(budget) if budget is not None and budget.isdecimal() else budget
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None and (lost := kept_or_told(converted, out)):
             raise ArtifactError(lost)

@@ -158,6 +158,10 @@ MaxDrop = Annotated[
 Retry = Annotated[
     str | None, typer.Option(metavar="NAME|FILE.yaml", help="The recipe that they are tried with once more.")
 ]
+TimeOrSteps = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="60s|10min|2h|STEPS", help="Time for the whole run, or steps in all."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
 DumpGraphs = Annotated[
     Path | None,

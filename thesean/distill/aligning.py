@@ -15,6 +15,7 @@ from torch import fx
 
 from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
+from thesean.distill.budget import Shares, shared
 from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.partial import Partials, stand_apart
@@ -44,6 +45,7 @@ class Aligning:
         self.notes: list[str] = []
         self._start = time.monotonic()
         self.take(bound_plan, hybrid)
+        self.shares: Shares | None = None
         self.unshared = False  # whether the hybrid may be trained
         held_out = training.feed.held_out
         count = len(hybrid.parts)
@@ -79,19 +81,33 @@ class Aligning:
             )
 
     @property
-    def steps(self) -> int:
-        """Of all stages."""
+    def staged(self) -> bool:
+        """Whether there is more than a closed form."""
         alignment = self.training.recipe.alignment
-        return 0 if alignment.schedule == "none" else round(self.training.recipe.steps * alignment.share)
+        return alignment.schedule != "none" and round(self.training.recipe.steps * alignment.share) > 0
 
     def run(self) -> None:
-        if not self.steps:
+        if not self.staged:
             self._solve_all()
+            self._share()
             return
         self.unshare()
         self.training.journal.piece("solve", self._prepare, self)
-        for stage in stages(self.training.recipe.alignment.schedule, len(self.hybrid.parts), self.steps):
+        self._share()
+        steps = round(self.training.recipe.steps * self.training.recipe.alignment.share)
+        steps = steps if self.shares is None else self.shares.align
+        for stage in stages(self.training.recipe.alignment.schedule, len(self.hybrid.parts), steps):
             self.training.journal.piece(f"stage {stage.number + 1}", partial(self._run_stage, stage), self)
+
+    def _share(self) -> None:
+        """Of a budget of time."""
+        if self.training.recipe.seconds is not None:
+            self.unshare()
+            self.training.journal.piece("shares", self._found, self)
+
+    def _found(self) -> None:
+        self.shares = shared(self.hybrid, self.training, self.solving)
+        self.notes.append(self.shares.told)
 
     def unshare(self) -> None:
         """The hybrid is about to be trained."""
@@ -189,6 +205,7 @@ class Aligning:
             ],
             "results": [asdict(result) for result in self.results],
             "notes": list(self.notes),
+            "shares": None if self.shares is None else self.shares.to_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -206,6 +223,7 @@ class Aligning:
         ]
         self.results = [StageResult.from_dict(result) for result in state["results"]]
         self.notes = list(state["notes"])
+        self.shares = None if state["shares"] is None else Shares.from_dict(state["shares"])
 
     @cached_property
     def partials(self) -> Partials:

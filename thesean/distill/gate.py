@@ -102,7 +102,7 @@ class Gated(Aligning):
             self.solving,
             ridge=form.ridge if form.enabled else None,
             solve_copied=form.solve_copied,
-            preparing=not self.steps,  # before stages all parts were
+            preparing=not self.staged,  # before stages all parts were
         )
         solver.solve(k)
         self.snapshot(k + 1, self._aligned(k) if recipe.steps else None)

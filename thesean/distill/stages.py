@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from thesean.curve import Curve
 from thesean.distill.aligning import Aligning
+from thesean.distill.budget import Shares
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import Tuned, fine_tune
 from thesean.distill.gate import Gated
@@ -26,6 +27,7 @@ class Aligned:
 
     bound_plan: BoundPlan
     hybrid: Hybrid
+    shares: Shares | None  # of a budget of time
     snapshots: tuple[Snapshot, ...]
     guide: Evaluation
     steps: int
@@ -62,6 +64,7 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     return Aligned(
         bound_plan=aligning.bound_plan,
         hybrid=aligning.hybrid,
+        shares=aligning.shares,
         snapshots=tuple(aligning.snapshots),
         guide=guide,
         steps=sum(result.steps for result in results),
@@ -75,6 +78,8 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
     """Fine-tune end to end with the steps that alignment left over: plateaus shift steps, they don't lose them."""
     hybrid = aligned.hybrid
     steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
+    if (shares := aligned.shares) is not None:  # a number that a run which goes on is given again
+        steps = training.journal.piece("tuning steps", lambda: shares.tuning_steps(training))
     tuned = Tuned(steps=0)
     if steps > 0:
         unshare(hybrid.graph_module, training.guide)
@@ -92,7 +97,21 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
         guide=aligned.guide,
         final=final,
         steps=aligned.steps + tuned.steps,
-        notes=(*aligned.notes, *tuned.notes),
+        notes=(*aligned.notes, *tuned.notes, *_ended(training, aligned, steps, tuned)),
         curves=(*aligned.curves, *tuned.curves),
         lost=lost,
     )
+
+
+def _ended(training: Training, aligned: Aligned, steps: int, tuned: Tuned) -> list[str]:
+    """Why each phase of a budget of time ended."""
+    if aligned.shares is None:
+        return []
+    stages = {s.result.stage.number: s.result for s in aligned.snapshots if s.result is not None}
+    asked, reasons = sum(r.stage.steps for r in stages.values()), {r.stopped_by for r in stages.values()}
+    taken = sum(r.steps for r in stages.values())
+    if taken >= asked:
+        reasons = {"its share"}
+    alignment = f"alignment ended after {taken} of {asked} steps: {', '.join(sorted(reasons))}"
+    why = "its share" if tuned.steps >= steps else "the time was up"
+    return [f"{alignment}; fine-tuning after {tuned.steps} of {steps} steps: {why if steps else 'no time was left'}"]
