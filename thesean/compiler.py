@@ -135,7 +135,7 @@ def compile(
         budget=budget,
     )
     journal = journal_in(workdir)
-    with usual_settings(), dumping(dump_graphs), watched(progress) as observer, stoppable(journal):
+    with usual_settings(), dumping(dump_graphs), watched(progress, journal.log) as observer, stoppable(journal):
         captured = traced(model, request)
         check_trainable(captured, request.settings)
         with naming_misfits(captured, request.sources, request.reading):
@@ -298,9 +298,9 @@ def traced(model: nn.Module, request: Request) -> Captured:
 
 
 @contextmanager
-def watched(progress: bool) -> Iterator[Observer]:
+def watched(progress: bool, log: Path | None = None) -> Iterator[Observer]:
     """Whoever shows progress, closed at the end, whatever happens."""
-    observer = make_observer(progress)
+    observer = make_observer(progress, log)
     try:
         yield observer
     finally:

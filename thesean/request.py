@@ -62,8 +62,9 @@ class Request:
     resume: Resume = "auto"
 
     def __post_init__(self) -> None:
-        recipe = Recipe.resolve(self.recipe)
-        self._resolve("recipe", recipe.model_copy(update=spending(self.budget)))
+        self._resolve("recipe", Recipe.resolve(self.recipe))
+        if self.budget is not None:
+            self._resolve("recipe", self.settings.model_copy(update=spending(self.budget)))
         if isinstance(self.plan, (str, Path)):
             self._resolve("plan", Plan.from_yaml(self.plan))
         self._check_types()
