@@ -248,7 +248,9 @@ def check_writable(option: str, path: Path | None) -> None:
         raise ArgumentError(f"{option} {path}: {nearest} is not a folder that you may write. Choose another.")
 
 
-def adjusted(recipe: str, **settings: Any) -> Recipe:
-    """A recipe by name or file, with the settings that have an option of their own. Raises RecipeError."""
+def adjusted(recipe: str, **settings: Any) -> Recipe | str:
+    """A recipe by name or file, with the settings that have an option of their own, if any was given. Raises
+    RecipeError.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
-    return Recipe.resolve({**Recipe.resolve(recipe).model_dump(), **given}) if given else Recipe.resolve(recipe)
+    return Recipe.resolve({**Recipe.resolve(recipe).model_dump(), **given}) if given else recipe
