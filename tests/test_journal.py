@@ -244,7 +244,7 @@ def converted(folder: Path | None, schedule: str, kill_after: int | None = None)
     journal._write = counted  # type: ignore[method-assign]
     bound_plan, hybrid = drafted(guide)
     torch.manual_seed(5)
-    conversion = tune(hybrid, told, align(bound_plan, hybrid, told))
+    conversion = tune(told, align(bound_plan, hybrid, told))
     return conversion, journal.told, writes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -170,3 +171,32 @@ def stopped_in_fine_tuning(folder: Path, chosen: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(thesean.journal.Journal, "piece", stopping)
         run(folder, **chosen)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_a_line_of_json(tmp_path: Path):
+    converted = run(tmp_path)
+    found = lines(tmp_path)
+    steps = [line for line in found if line["event"] == "step"]
+    assert len(steps) == converted.report.steps == 30
+    assert [line["step"] for line in steps if line["phase"] == "align"] == list(range(1, 7))
+    tuned = [line["loss"] for line in steps if line["phase"] == "fine-tune"]
+    assert tuned == pytest.approx(converted.report.curves[-1].losses, rel=1e-5)
+    assert [line["event"] for line in found].count("begin") == [line["event"] for line in found].count("end")
+    run(tmp_path)
+    assert lines(tmp_path) == found  # nothing was taken anew
+
+
+def test_the_lines_of_an_interrupted_run_go_on_and_those_of_another_run_are_its_own(tmp_path: Path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, {25: signal.SIGINT})
+    before = lines(tmp_path)
+    run(tmp_path)
+    after = lines(tmp_path)
+    assert after[: len(before)] == before
+    assert len({(line["phase"], line["step"]) for line in after if line["event"] == "step"}) == 30
+    run(tmp_path, seed=1, resume="never")
+    assert len([line for line in lines(tmp_path) if line["event"] == "step"]) == 30

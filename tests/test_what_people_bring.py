@@ -15,7 +15,7 @@ from torch import nn
 import thesean
 from tests import models
 from tests.models import tokens, vectors
-from thesean.errors import ArtifactError, CaptureError, DataError, PlanError, TargetMismatchError
+from thesean.errors import ArtifactError, CaptureError, DataError, LostError, PlanError, TargetMismatchError
 
 pytestmark = pytest.mark.thorough  # each idea has a test of its own beside its module
 
@@ -515,8 +515,7 @@ class Negative(nn.Module):
         return -x
 
 
-def test_a_conversion_that_a_uniform_guess_beats_is_a_warning():
+def test_a_conversion_that_a_uniform_guess_beats_is_an_error():
     opposite = thesean.Target("opposite", build=lambda part: Negative())
-    with pytest.warns(UserWarning, match=r"nats from the guide, and a uniform guess over 48 classes is nearer \(3\.87"):
-        converted = convert(models.seeded(Sure), opposite)
-    assert any("a uniform guess over 48 classes" in note for note in converted.report.notes)
+    with pytest.raises(LostError, match=r"nats from the guide, and a uniform guess over 48 classes is nearer \(3\.6"):
+        convert(models.seeded(Sure), opposite)

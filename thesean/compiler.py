@@ -79,6 +79,7 @@ def compile(
     plan: Plan | str | Path | None = None,
     dump_graphs: str | Path | None = None,
     resume: Resume = "auto",
+    budget: int | str | None = None,
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -101,11 +102,12 @@ def compile(
     workdir: a folder for plan.yaml, recipe.yaml and the saved conversion, written together at the end, and until then
     for checkpoints: after an interruption the same call goes on. resume: "auto" begins anew, and says so, where guide,
     data, recipe or code are others by now; "must" raises ResumeError there; "never" begins anew.
+    budget: "60s", "10min", "2h", or steps, in place of the recipe's: shared by what a trial of each phase gains.
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
     Raises ArtifactError, WriteError, CaptureError, PlanError, UnknownNameError, TargetMismatchError, DataError,
-    NumericalError.
+    NumericalError, LostError.
     """
     start = time.monotonic()
     request = Request(
@@ -130,9 +132,10 @@ def compile(
         recipe=recipe,
         seed=seed,
         resume=resume,
+        budget=budget,
     )
     journal = journal_in(workdir)
-    with usual_settings(), dumping(dump_graphs), watched(progress) as observer, stoppable(journal):
+    with usual_settings(), dumping(dump_graphs), watched(progress, journal.log) as observer, stoppable(journal):
         captured = traced(model, request)
         check_trainable(captured, request.settings)
         with naming_misfits(captured, request.sources, request.reading):
@@ -142,9 +145,8 @@ def compile(
                 hybrid = build_hybrid(bound_plan, share=True)
                 training = rehearsed(hybrid, training, captured.signature, run)
                 aligned = align(bound_plan, hybrid, training)
-                conversion = tune(hybrid, training, aligned)
-        converted = finish(bound_plan, training, conversion, start)
-    warn(filter(None, [training.task.outputs.lost(conversion.final.divergence)]))
+                conversion = tune(training, aligned)
+        converted = finish(training, conversion, start)
     if run is not None:
         warn(filter(None, [run.keep(converted)]))
     return converted
@@ -212,7 +214,7 @@ def baseline(
             bound_plan, training = planned(captured, request, observer)
             with seeded(seed):
                 conversion = train_baseline(bound_plan, training, kind)
-        return finish(bound_plan, training, conversion, start)
+        return finish(training, conversion, start)
 
 
 def plan(
@@ -296,9 +298,9 @@ def traced(model: nn.Module, request: Request) -> Captured:
 
 
 @contextmanager
-def watched(progress: bool) -> Iterator[Observer]:
+def watched(progress: bool, log: Path | None = None) -> Iterator[Observer]:
     """Whoever shows progress, closed at the end, whatever happens."""
-    observer = make_observer(progress)
+    observer = make_observer(progress, log)
     try:
         yield observer
     finally:
@@ -315,7 +317,7 @@ def planned(
         chosen, training = chosen_plan(captured, request, observer, journal)
         warn(note for note in chosen.notes if note.startswith(UNMET))
         if not chosen.replaced:
-            raise PlanError(f"the guide itself meets the constraints ({request.budget}): nothing to convert.")
+            raise PlanError(f"the guide itself meets the constraints ({request.bounds}): nothing to convert.")
         return bind_plan(captured, chosen), training
     if request.edited is not None:
         bound_plan = bind_plan(captured, request.edited)
@@ -332,7 +334,7 @@ def chosen_plan(
     division = divide(captured, **request.division)
     training = bind_data(captured, request, observer, journal)
     # as text, so that a plan that was found before an interruption needn't be found again
-    found = journal.piece("plan", lambda: choose_plan(division, request.budget, request.candidates, training).to_yaml())
+    found = journal.piece("plan", lambda: choose_plan(division, request.bounds, request.candidates, training).to_yaml())
     return Plan.from_yaml(found), training
 
 
@@ -360,6 +362,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         observer=observer,
         seed=request.seed,
         journal=journal,
+        begun=request.begun,
     )
     journal.open(lambda: run_facts(captured, request, feed), request.resume)
     training.judge.learn(0, first)
@@ -373,7 +376,7 @@ def told_of(captured: Captured) -> tuple[str, ...]:
 
 def check_trainable(captured: Captured, recipe: Recipe) -> None:
     """Raises CaptureError where steps of gradients would not train what they would in the guide."""
-    if captured.untrainable and recipe.steps:
+    if captured.untrainable and recipe.gradients:
         raise CaptureError(captured.untrainable)
 
 

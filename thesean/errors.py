@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 # What an installer is asked for. The import and the command are `thesean`, but on the package index that name is
 # another project's, with a `thesean` command of its own.
@@ -51,6 +52,14 @@ class StateError(DataError):
 
 class NumericalError(TheseanError, ArithmeticError):
     """NaN or infinity in activations or in a loss."""
+
+
+class LostError(TheseanError):
+    """A conversion worse than nothing: a uniform guess, or leaving its parts out, is nearer to the guide. The message
+    names the part that did it; `converted`, where there is one, is what it came to.
+    """
+
+    converted: Any = None
 
 
 class ExportError(TheseanError):

@@ -11,9 +11,10 @@ from functools import partial
 from thesean.choose.search import UNMET
 from thesean.converted import Converted, Frontier
 from thesean.distill.evaluate import Evaluation
-from thesean.distill.stages import Conversion, Snapshot, with_state
+from thesean.distill.snapshot import Snapshot, with_state
+from thesean.distill.stages import Conversion
 from thesean.distill.training import Training
-from thesean.errors import NumericalError
+from thesean.errors import LostError, NumericalError
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
@@ -22,10 +23,11 @@ from thesean.report.conversion import ConversionReport, StageRow
 from thesean.warn import warn
 
 
-def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, start: float) -> Converted:
+def finish(training: Training, conversion: Conversion, start: float) -> Converted:
     """The converted network with its report; `start` is when the run began, on the monotonic clock. Raises
     NumericalError for one whose outputs are NaN; warns of a loss or a metric that is.
     """
+    bound_plan = conversion.bound_plan
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
     if not math.isfinite(conversion.final.divergence):
         raise NumericalError(
@@ -47,11 +49,14 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
         notes.append(f"frozen in the guide and left as they were (requires_grad=False): {some}")
     if told := bound_positions(hybrid.graph_module, recipe.positions):
         notes.append(told)
+<<<<<<< HEAD
     if lost := training.task.outputs.lost(conversion.final.divergence):
         notes.append(f"warning: {lost}")
     own = conversion.final.told("the converted network")
     warn(own)
     notes += [f"warning: {told}" for told in (*conversion.guide.told("the guide"), *own)]
+=======
+>>>>>>> gate
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),
@@ -71,6 +76,10 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
     makers: list[Callable[[], Converted]] = [partial(_hybrid, bound_plan, None, report, recipe)]
     makers += [partial(_hybrid, bound_plan, s, report, recipe) for s in conversion.snapshots[:-1]]
     converted.frontier = Frontier([*makers, lambda: converted])
+    if conversion.lost:
+        error = LostError(conversion.lost)
+        error.converted = converted
+        raise error
     return converted
 
 
@@ -109,7 +118,7 @@ def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -
                 part=conversion.hybrid.parts[snapshot.count - 1],
                 replaced=snapshot.count,
                 of=len(conversion.hybrid.parts),
-                measure=recipe.alignment.measure if result else "closed form",
+                measure=result.measure if result else "closed form",
                 before=result.before if result else None,
                 after=result.after if result else divergence,
                 loss=snapshot.evaluation.loss,

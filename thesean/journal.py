@@ -5,6 +5,7 @@ finished isn't computed: what it touches is put into the state that it left. The
 on from its last checkpoint. Together with the random state and the place in the data, which belong to every piece, the
 run ends with the same bits as one that was never interrupted.
 
+    FOLDER/../steps.jsonl        every step that was taken: see report/lines.py
     FOLDER/run.json              what the run is of: another guide, recipe, plan, target code or data is another run
     FOLDER/align.safetensors     a piece; those inside of it go when it is whole
     FOLDER/tune.3@120.safetensors    a piece under way, the last two checkpoints of it
@@ -91,12 +92,19 @@ class Journal:
         text = json.dumps({"format": _FORMAT, "facts": found}, indent=2) + "\n"
         write_text(self.folder / "run.json", text)
 
+    @property
+    def log(self) -> Path | None:
+        """Where the steps of the run are told, one a line."""
+        return None if self.folder is None else self.folder.parent / "steps.jsonl"
+
     def clear(self) -> None:
         """Remove what was kept."""
         if self.folder is not None and self.folder.is_dir():
             with telling(self.folder):
                 for path in (self.folder / "run.json", *self.folder.glob("*.safetensors")):
                     path.unlink(missing_ok=True)
+                if self.log is not None:
+                    self.log.unlink(missing_ok=True)
 
     def piece(self, name: str, compute: Callable[[], Value], *parts: Stateful) -> Value:
         """What `compute` returns (numbers, texts, lists, dicts), or returned when it was computed; `parts` are left as

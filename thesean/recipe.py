@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from thesean import plain_yaml
 from thesean.errors import TheseanError, unknown_name
@@ -19,6 +19,8 @@ Precision = Literal["as-is", "bfloat16"]
 
 # Peak learning rates that a search goes through, in this order.
 RATES = (2e-3, 1e-3, 3e-4, 1e-4, 3e-5)
+
+_RETRY_STEPS = 100
 
 
 class RecipeError(TheseanError, ValueError):
@@ -76,6 +78,8 @@ class Recipe(_Settings):
     name: str = "custom"
     steps: int = Field(default=400, ge=0, description="optimizer steps in all: alignment and fine-tuning")
     closed_form: ClosedForm = ClosedForm()
+    # Of the whole run, in place of `steps`, which is then only whether any are taken: see distill/budget.py
+    seconds: float | None = Field(default=None, gt=0)
     alignment: Alignment = Alignment()
     fine_tuning: FineTuning = FineTuning()
     warmup: int = Field(default=20, ge=0)
@@ -86,6 +90,40 @@ class Recipe(_Settings):
     # What steps compute in: "as-is" as the guide does, "bfloat16" under autocast. Weights of half precision have
     # float32 copies while they are trained in either, or they would stand still: a step is less than they can hold.
     precision: Precision = "as-is"
+    # What one part may cost, in the unit of what is judged: the rise of the held-out loss, without a loss= that of the
+    # output's divergence from the guide (nats for logits). A part that costs more is tried once more by `second`, and
+    # then kept as the guide's; None keeps none.
+    max_drop: float | None = Field(default=None, ge=0)
+    retry: Recipe | None = Field(default=None, description="what such a part is tried with; None: see `second`")
+
+    @field_validator("retry", mode="before")
+    @classmethod
+    def _resolved(cls, given: Any) -> Any:
+        """A name or a path is good enough, as everywhere."""
+        return Recipe.resolve(given) if isinstance(given, (str, Path)) else given
+
+    @property
+    def second(self) -> Recipe:
+        """What a part is tried with that cost more than `max_drop`: of `retry`, its closed form, and its steps of
+        alignment on this part alone. By default a closed form that trusts the data less, and where this recipe takes
+        steps at all up to a hundred careful ones on what the hybrid gives.
+        """
+        if self.retry is not None:
+            return self.retry
+        return Recipe(
+            name="retry",
+            steps=min(_RETRY_STEPS, self.steps),
+            closed_form=self.closed_form.model_copy(update={"enabled": True, "ridge": 100 * self.closed_form.ridge}),
+            alignment=Alignment(schedule="sequential", learning_rate=1e-3, share=1.0),
+            warmup=self.warmup,
+            clip=self.clip,
+            precision=self.precision,
+        )
+
+    @property
+    def gradients(self) -> bool:
+        """Whether any step may be taken."""
+        return self.steps > 0 or (self.max_drop is not None and self.second.steps > 0)
 
     @staticmethod
     def named(name: str) -> Recipe:

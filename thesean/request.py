@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.targets import Target
+
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+_TIME = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>s|min|h)")
 
 _LARGEST_SEED = 2**48  # seeds are made of it, and torch takes 64 bits
 
@@ -51,10 +57,14 @@ class Request:
     candidates: Sequence[str | Target] | None = None
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None  # resolved
     seed: int = 0
+    budget: int | str | None = None  # the recipe's by now
+    begun: float = field(default_factory=time.monotonic)
     resume: Resume = "auto"
 
     def __post_init__(self) -> None:
         self._resolve("recipe", Recipe.resolve(self.recipe))
+        if self.budget is not None:
+            self._resolve("recipe", self.settings.model_copy(update=spending(self.budget)))
         if isinstance(self.plan, (str, Path)):
             self._resolve("plan", Plan.from_yaml(self.plan))
         self._check_types()
@@ -77,7 +87,7 @@ class Request:
         return self.recipe
 
     @property
-    def budget(self) -> Constraints:
+    def bounds(self) -> Constraints:
         assert isinstance(self.constraints, Constraints)  # since __post_init__, with target "auto"
         return self.constraints
 
@@ -150,6 +160,19 @@ class Request:
             raise PlanError(
                 f"plan= says what replaces which part: leave {', '.join(given_twice)} out, or edit the plan."
             )
+
+
+def spending(budget: int | str | None) -> dict[str, Any]:
+    """A budget as settings of a recipe: steps, or the seconds of "60s", "10min" and "2h". Raises DataError."""
+    if budget is None:
+        return {}
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return {"steps": budget, "seconds": None}
+    told = _TIME.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    seconds = float(told["number"]) * _SECONDS[told["unit"]] if told else 0.0
+    if not 0 < seconds < math.inf:
+        raise DataError(f'budget: expected a time such as "60s", "10min" or "2h", or steps, found {budget!r}.')
+    return {"seconds": seconds}
 
 
 def sizes_of(name: str, given: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -60,8 +60,9 @@ class Workdir:
                 file.truncate(size)  # takes no blocks, but is held against the limit of a file's size
 
     def keep(self, converted: Converted) -> str:
-        """Save. Returns what to tell of a failure, "" where there was none."""
-        return keep(converted, self.conversion, self.beside)
+        """Save, with the plan as it was executed. Returns what to tell of a failure, "" where there was none."""
+        executed = {self.conversion.parent / "plan.yaml": converted.plan.to_yaml()}
+        return keep(converted, self.conversion, {**self.beside, **executed})
 
 
 def keep(converted: Converted, folder: Path, beside: Mapping[Path, str] | None = None) -> str:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -237,6 +238,23 @@ def test_convert_hands_every_choice_to_compile(guides: Path, monkeypatch: pytest
     assert len(seen["data"]) == len(seen["eval_data"]) == 4  # type: ignore[arg-type]
     rest = {key: seen[key] for key in ("keep", "parts", "seed", "recipe", "granularity", "progress")}
     assert rest == dict(keep=("c", "d"), parts=["x.*"], seed=7, recipe="fast", granularity="sublayer", progress=False)
+
+
+def test_what_a_part_may_cost_and_what_is_spent_are_handed_on(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def record(model: object, **chosen: object) -> None:
+        seen.update(chosen)
+        raise PlanError("seen")
+
+    monkeypatch.setattr(thesean, "compile", record, raising=False)
+    words = "convert guides_for_cli:toy --out o --quiet --recipe paper --max-drop 0.02 --retry fast --budget"
+    for given, wanted in (("90", 90), ("10min", "10min")):
+        error_of(run(*words.split(), given))
+        assert seen["budget"] == wanted
+    assert seen["recipe"].max_drop == 0.02
+    assert seen["recipe"].retry == thesean.Recipe.named("fast")
+    assert seen["recipe"].alignment.measure == "cka"
 
 
 @pytest.mark.parametrize("command", ["convert", "plan"])

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, recipe, task, training
-from thesean.distill.stages import Conversion, align, tune, with_state
+from thesean.distill.snapshot import with_state
+from thesean.distill.stages import Conversion, align, tune
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
 from thesean.passes.capture.capture import capture
@@ -28,7 +29,7 @@ def run(guide, target="mlp", settings=None, seed=0, what=None, observer=None, **
 def converted(bound_plan: BoundPlan, told: Training, seed: int = 0) -> Conversion:
     torch.manual_seed(seed)
     hybrid = build_hybrid(bound_plan)
-    return tune(hybrid, told, align(bound_plan, hybrid, told))
+    return tune(told, align(bound_plan, hybrid, told))
 
 
 @pytest.mark.thorough
@@ -232,7 +233,7 @@ def test_a_hybrid_that_shared_the_guides_weights_shares_none_at_the_end():
     theirs = {p.data_ptr() for p in guide.graph_module.parameters()}
     assert not theirs.isdisjoint(p.data_ptr() for p in hybrid.graph_module.parameters())
     told = training(guide, task(logits="softmax"), Recipe.named("fast"))
-    conversion = tune(hybrid, told, align(bound_plan, hybrid, told))
+    conversion = tune(told, align(bound_plan, hybrid, told))
     own = {p.data_ptr() for p in conversion.hybrid.graph_module.parameters()}
     assert theirs.isdisjoint(own)
     kept = {v.data_ptr() for s in conversion.snapshots for state in s.state.values() for v in state.values()}

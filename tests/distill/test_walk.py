@@ -16,7 +16,7 @@ from tests.kept_captures import capture
 from tests.models import vectors
 from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.partial import Partials, stand_apart
-from thesean.distill.stages import with_state
+from thesean.distill.snapshot import with_state
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph import walk as walking
 from thesean.passes.plan.hybrid import Hybrid

@@ -29,14 +29,18 @@ from thesean.cli.options import (
     Keep,
     LabelsOf,
     LossFunction,
+    MaxDrop,
     Merge,
     Outputs,
     Parts,
     RecipeName,
+    Retry,
     Seed,
     Stateful,
     TargetParts,
     Targets,
+    TimeOrSteps,
+    adjusted,
     check_writable,
     loaded_arguments,
     planning_arguments,
@@ -99,6 +103,9 @@ def convert(
     constraint: Budget = None,
     candidate: Choices = None,
     recipe: RecipeName = "default",
+    max_drop: MaxDrop = None,
+    retry: Retry = None,
+    budget: TimeOrSteps = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
     ] = None,
@@ -145,6 +152,10 @@ def convert(
         --outputs policy=softmax --outputs value=mse --dynamic board=0:batch --out build/agent
 
     \b
+    No part may cost more than 0.02 nats; one that does stays as it is:
+      thesean convert models.gpt:make --data texts:batches --loss texts:loss --max-drop 0.02 --out build/rnn
+
+    \b
     A plan that you edited:
       thesean plan models.gpt:make --yaml plan.yaml
       thesean convert models.gpt:make --plan plan.yaml --data texts:batches --out build/rnn
@@ -168,7 +179,8 @@ def convert(
             check_writable(option, path)  # before the training, not after
         if out is not None:
             check_free(out)
-        chosen: dict[str, Any] = {"recipe": recipe, "seed": seed, "progress": not quiet}
+        settings = adjusted(recipe, max_drop=max_drop, retry=retry)
+        chosen: dict[str, Any] = {"recipe": settings, "seed": seed, "progress": not quiet}
         if plan is not None:
             chosen["plan"] = thesean.Plan.from_yaml(plan)
         else:
@@ -177,6 +189,7 @@ def convert(
         model = load_guide(guide)
         chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         chosen |= {"workdir": workdir, "resume": resume}
+        chosen["budget"] = int(budget) if budget is not None and budget.isdecimal() else budget
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if out is not None and (lost := kept_or_told(converted, out)):
             raise ArtifactError(lost)

@@ -19,6 +19,7 @@ from thesean.cli.words import (
     parse_target,
     parse_targets,
 )
+from thesean.recipe import Recipe
 
 
 class Granularity(enum.StrEnum):
@@ -151,6 +152,21 @@ EvalData = Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="He
 RecipeName = Annotated[
     str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
 ]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Parts that raise the held-out loss (without --loss: the divergence from the guide) by more are tried "
+        "once again, and then stay as they are.",
+    ),
+]
+Retry = Annotated[
+    str | None, typer.Option(metavar="NAME|FILE.yaml", help="The recipe that they are tried with once more.")
+]
+TimeOrSteps = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="60s|10min|2h|STEPS", help="Time for the whole run, or steps in all."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
 Checked = Annotated[
     Check,
@@ -243,3 +259,11 @@ def check_writable(option: str, path: Path | None) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ArgumentError(f"{option} {path}: {nearest} is not a folder that you may write. Choose another.")
+
+
+def adjusted(recipe: str, **settings: Any) -> Recipe | str:
+    """A recipe by name or file, with the settings that have an option of their own, if any was given. Raises
+    RecipeError.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    return Recipe.resolve({**Recipe.resolve(recipe).model_dump(), **given}) if given else recipe

@@ -57,6 +57,7 @@ class StageResult:
     steps: int
     stopped_by: str
     curve: Curve
+    measure: str
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> StageResult:
@@ -130,6 +131,7 @@ class Aligner:
             steps=steps,
             stopped_by=watch.plateau.reason if parameters else "nothing to train",
             curve=watch.trace.done(best.step),
+            measure=settings.measure,
         )
         self.observer.end({self.measure.name: best.value})
         return result

@@ -44,6 +44,7 @@ def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind
     tuned = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
     final = training.judge(hybrid.graph_module)
     return Conversion(
+        bound_plan=bound_plan,
         hybrid=hybrid,
         snapshots=(),
         guide=guide,

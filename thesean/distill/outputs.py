@@ -5,7 +5,6 @@ B batch, T time, V classes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -34,16 +33,10 @@ class Outputs:
     told: str = ""
     classes: int = 0  # of the widest softmax
 
-    def lost(self, divergence: float) -> str | None:
-        """What to tell of a hybrid so far from the guide that a uniform guess over the classes would be nearer."""
-        counted = {k for k in self.kinds.values() if k != "ignore"}
-        if counted != {"softmax"} or self.classes < 2 or divergence <= math.log(self.classes):
-            return None
-        return (
-            f"the conversion is {divergence:.2f} nats from the guide, and a uniform guess over {self.classes} classes "
-            f"is nearer ({math.log(self.classes):.2f} at most). Keep parts (keep=; report.stages tells of each), "
-            "give linear-attention a window=, or train: recipe='default'."
-        )
+    @property
+    def of_classes(self) -> bool:
+        """Whether distances are over classes alone, one of which is right."""
+        return {k for k in self.kinds.values() if k != "ignore"} == {"softmax"}
 
     @property
     def in_nats(self) -> bool:

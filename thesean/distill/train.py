@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class Trainer:
     clip: float = 1.0
     precision: Precision = "as-is"
     journal: Journal = field(default_factory=Journal)
+    deadline: float = math.inf  # on the monotonic clock: the step under way then is the last
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -89,7 +91,7 @@ class Trainer:
                 optimizer.step()
                 masters.write()
             self.observer.step(step + 1, {"loss": value})
-            if after is not None and after(step + 1, value):
+            if (after is not None and after(step + 1, value)) or time.monotonic() > self.deadline:
                 return step + 1
             self.journal.after_step(step + 1, *kept)
         return steps

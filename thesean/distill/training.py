@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +30,17 @@ class Training:
     observer: Observer
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return math.inf if self.recipe.seconds is None else self.recipe.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.begun + self.seconds - time.monotonic()
 
     @cached_property
     def judge(self) -> Judge:
@@ -43,6 +56,7 @@ class Training:
             clip=recipe.clip,
             precision=recipe.precision,
             journal=self.journal,
+            deadline=self.begun + self.seconds,
         )
 
     def judge_guide(self) -> Evaluation:

@@ -9,20 +9,21 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from thesean.report.lines import JsonLines, Several
 from thesean.units import duration
 
 
-def make_observer(progress: bool) -> RichObserver | PlainObserver | NullObserver:
-    """Silent when `progress` is False, a bar when stderr is a terminal, else plain lines."""
-    if not progress:
-        return NullObserver()
-    return RichObserver() if sys.stderr.isatty() else PlainObserver()
+def make_observer(progress: bool, log: Path | None = None) -> RichObserver | PlainObserver | NullObserver | Several:
+    """Silent when `progress` is False, a bar when stderr is a terminal, else plain lines; and every step in `log`."""
+    shown = NullObserver() if not progress else RichObserver() if sys.stderr.isatty() else PlainObserver()
+    return shown if log is None else Several([shown, JsonLines(log)])
 
 
 class NullObserver:

@@ -1,0 +1,81 @@
+"""A budget of time or steps, and what it is spent on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import thesean
+from tests import models
+from tests.distill.test_gate import Cells, windows
+from thesean.distill.budget import Trial
+from thesean.errors import DataError
+from thesean.request import spending
+
+FEW = {"warmup": 1, "alignment": {"check_every": 5}}
+
+
+def convert(budget: Any, recipe: Any = FEW, **settings: Any) -> thesean.Converted:
+    given = {"data": windows(), "recipe": recipe, "budget": budget, "progress": False, **settings}
+    return thesean.compile(models.seeded(Cells), "mingru", **given)
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [("60s", 60), ("10min", 600), ("2h", 7200), ("0.5 h", 1800)])
+def test_times_are_read(budget, seconds):
+    assert spending(budget) == {"seconds": seconds}
+
+
+@pytest.mark.parametrize("budget", ["60", "s", "-5s", "0s", "1d", True, -1, 1.5, ""])
+def test_what_is_no_budget_is_refused(budget):
+    with pytest.raises(DataError, match="budget: expected a time"):
+        spending(budget)
+
+
+def test_steps_take_the_place_of_the_recipes():
+    assert convert(12).report.steps == 12
+    assert convert(0, {**FEW, "steps": 50}).report.steps == 0
+
+
+def test_a_time_is_kept_and_the_report_says_why_each_phase_ended():
+    begun = time.monotonic()
+    converted = convert("12s")
+    took = time.monotonic() - begun
+    solved = convert("12s", "fast")
+    (shares,) = [n for n in converted.report.notes if n.startswith("budget 12 s:")]
+    (ended,) = [n for n in converted.report.notes if n.startswith("alignment ended after")]
+    assert "by a trial's gain a second" in shares
+    assert "fine-tuning after" in ended
+    assert took < 24  # longer by a step, an evaluation and the report; whatever else runs here
+    assert converted.report.steps > 20
+    assert converted.report.converted["divergence"] < solved.report.converted["divergence"]
+    assert any("the recipe 'fast' takes no steps" in n for n in solved.report.notes)
+
+
+def test_a_time_that_the_closed_form_needs_leaves_none():
+    converted = convert("0.001s")
+    assert converted.report.steps == 0
+    assert any("no time was left" in n for n in converted.report.notes)
+    assert len(converted.plan.replaced) == 3
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "none"])
+def test_other_schedules_share_as_the_recipe_does(schedule):
+    converted = convert("8s", {**FEW, "alignment": {"schedule": schedule, "share": 0.3, "check_every": 5}})
+    assert any("for fine-tuning, a" in n for n in converted.report.notes)
+    assert converted.report.steps > 0
+
+
+def test_a_trial_tells_how_many_steps_fit():
+    trial = Trial(gain=0.5, seconds=2.0, steps=10)
+    assert trial.rate == 0.25
+    assert trial.steps_in(5.0) == 25
+    assert trial.steps_in(-1.0) == 0
+
+
+def test_a_finished_run_of_a_budget_is_read_again(tmp_path: Path):
+    first, again = (convert("6s", workdir=tmp_path) for _ in range(2))
+    assert models.same_state(again.module, first.module.state_dict())
+    assert [n for n in again.report.notes if "budget" in n] == [n for n in first.report.notes if "budget" in n]

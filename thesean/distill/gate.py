@@ -1,0 +1,148 @@
+"""What a part may cost. One that costs more than the recipe's `max_drop` is tried once more by a second recipe, and
+kept as the guide's where that costs too much as well.
+
+A part's cost is the rise of what stages are judged by, from the hybrid before it to the hybrid with it, on the same
+held-out batches: the user's loss; where there is none, or where stages are judged by it alone, the divergence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from thesean.distill.align import Aligner, Stage, StageResult
+from thesean.distill.aligning import Aligning
+from thesean.distill.closed_form import Solver
+from thesean.distill.training import Training
+from thesean.errors import LostError
+from thesean.passes.graph.dump import not_dumping
+from thesean.passes.graph.surgery import unshare
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.without import without
+
+logger = logging.getLogger(__name__)
+
+States = list[dict[str, torch.Tensor]]
+
+
+class Gated(Aligning):
+    """An alignment that gives up parts. Its hybrid and plan may be others afterwards."""
+
+    def __init__(self, bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> None:
+        super().__init__(bound_plan, hybrid, training)
+        assert training.recipe.max_drop is not None
+        self.most, self.second = training.recipe.max_drop, training.recipe.second
+        self.kept: list[tuple[str, str]] = []  # parts that are the guide's again, and why
+        self._begun: dict[str, States] = {}  # of a part by its path: its modules before anything was solved
+
+    def run(self) -> None:
+        """Raises LostError where no part is left."""
+        super().run()
+        if not self.snapshots:
+            told = "; ".join(f"{path}: {why}" for path, why in self.kept)
+            raise LostError(f"nothing is left to convert. {told}. Choose another target, or allow a larger max_drop.")
+
+    def begins(self, parts: Iterable[int]) -> None:
+        for k in parts:
+            self._begun[self.hybrid.parts[k]] = deepcopy(self._states(k))
+
+    def inner(self, name: str, compute: Callable[[], None]) -> None:
+        self.training.journal.piece(name, compute, self)
+
+    def passes(self, number: int) -> bool:
+        k = len(self.snapshots) - 1
+        path, first = self.hybrid.parts[k], self._rise()
+        if first <= self.most:
+            return True
+        self.inner(f"retry {number + 1}", partial(self._retry, k))
+        second, what = self._rise(), "loss" if self.snapshots[-1].evaluation.loss is not None else "divergence"
+        told = f"its {what} rose by {first:.4g}, more than max_drop {self.most:g}"
+        if second <= self.most:
+            self.notes.append(f"{path}: {told}; by the recipe {self.second.name!r} by {second:.4g}, which was taken")
+            return False
+        self._undo(k)
+        self.keep(k, f"kept as the guide's: {told}, and by the recipe {self.second.name!r} by {second:.4g}")
+        self.notes.append(": ".join(self.kept[-1]))
+        return False
+
+    def _rise(self) -> float:
+        """What the last part cost."""
+        after = self.snapshots[-1].evaluation
+        if len(self.snapshots) > 1:
+            return after.value - self.snapshots[-2].evaluation.value
+        return after.value - self.judge.of(None, range(len(self._judged))).value
+
+    def _undo(self, k: int) -> None:
+        """Back to before the part: the ones before it as they were, itself as it began."""
+        self.snapshots.pop()
+        before = self.snapshots[-1].state if self.snapshots else {}
+        for r in self.hybrid.replacements:
+            if r.part < k:
+                self.hybrid.module(r).load_state_dict(before[r.name])
+        for r, state in zip(self.hybrid.of_part(k), self._begun[self.hybrid.parts[k]], strict=True):
+            self.hybrid.module(r).load_state_dict(state)
+        self.partials.forget()
+
+    def _retry(self, k: int) -> None:
+        self._undo(k)
+        recipe = self.second
+        logger.info("%s: tried again by the recipe %s", self.hybrid.parts[k], recipe.name)
+        form = recipe.closed_form
+        solver = Solver(
+            self.training.guide,
+            self.hybrid,
+            [k],
+            self.solving,
+            ridge=form.ridge if form.enabled else None,
+            solve_copied=form.solve_copied,
+            preparing=not self.staged,  # before stages all parts were
+        )
+        solver.solve(k)
+        self.snapshot(k + 1, self._aligned(k) if recipe.steps else None)
+
+    def _aligned(self, k: int) -> StageResult:
+        """This part alone, on what the hybrid gives it."""
+        if not self.unshared:
+            self.unshare()
+        schedule = {"schedule": "sequential", "refit_all": False}
+        recipe = self.second.model_copy(update={"alignment": self.second.alignment.model_copy(update=schedule)})
+        count = len(self.hybrid.parts)
+        stage = Stage(number=k, count=max(2, count), trained=(k,), compared=(k,), steps=recipe.steps)
+        result = Aligner(self.hybrid, replace(self.training, recipe=recipe), self.solving).run(stage)
+        self.results.append(result)
+        self.partials.forget()
+        return result
+
+    def keep(self, k: int, why: str) -> None:
+        """Part k is the guide's again, in a hybrid whose other parts are as they are now."""
+        path, old = self.hybrid.parts[k], self.hybrid
+        self.kept.append((path, why))
+        bound_plan = without(self.bound_plan, path, why)
+        with torch.random.fork_rng(devices=[]), not_dumping():
+            hybrid = build_hybrid(bound_plan, share=True)
+        for r in hybrid.replacements:
+            for other in old.of_part(r.part + (r.part >= k)):
+                if other.facts.path == r.facts.path:
+                    hybrid.module(r).load_state_dict(old.module(other).state_dict())
+        if self.unshared:
+            unshare(hybrid.graph_module, self.training.guide)
+        self.take(bound_plan, hybrid)
+
+    def _states(self, k: int) -> States:
+        return [self.hybrid.module(r).state_dict() for r in self.hybrid.of_part(k)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "kept": [list(pair) for pair in self.kept], "begun": dict(self._begun)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for path, why in state["kept"][len(self.kept) :]:
+            self.keep(self.hybrid.parts.index(path), why)
+        super().load_state_dict(state)
+        self._begun = dict(state["begun"])

@@ -1,0 +1,102 @@
+"""Whether a conversion is worse than nothing: than a uniform guess, or than its parts simply left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from thesean.distill.evaluate import Judge
+from thesean.distill.training import Training
+from thesean.passes.plan.hybrid import Hybrid
+
+# A divergence that exceeds another by less, of it and at all, is no worse: held-out rows are few.
+_MARGIN, _LEAST = 0.01, 1e-3
+
+
+@torch.no_grad()
+def lost_by(hybrid: Hybrid, training: Training, on_the_way: Sequence[float]) -> str:
+    """What to tell of a hybrid that is worse than nothing, "" of any other. `on_the_way`: the divergence after each of
+    its parts, which says which one did it.
+    """
+    if not hybrid.parts:
+        return ""
+    guide, given = training.guide, training.judge
+    # by the divergence alone: a loss of the user's own may be anything, and cost anything
+    judge = Judge(guide, replace(training.task, loss=None, metric=None), [given.batches[k] for k in given.sample])
+    own = judge(hybrid.graph_module).divergence
+    if not own > _LEAST:
+        return ""
+    with left_out(hybrid) as names:
+        without = judge(hybrid.graph_module).divergence if names else float("inf")
+    outputs, classes = training.task.outputs, training.task.outputs.classes
+    guess = float("inf")
+    if outputs.of_classes and classes > 1:
+        guess = judge.of(lambda k: pytree.tree_map(_flat, guide(**judge.batches[k][1]))).divergence
+    told = []
+    if _worse(own, guess):
+        told.append(f"a uniform guess over {classes} classes is nearer ({guess:.4g})")
+    if _worse(own, without):
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        told.append(f"with {some} simply left out it is {without:.4g}")
+    if not told:
+        return ""
+    unit = " nats" if outputs.of_classes else ""
+    return f"the conversion is {own:.4g}{unit} from the guide, and {' and '.join(told)}. {_blamed(hybrid, on_the_way)}"
+
+
+def _worse(own: float, other: float) -> bool:
+    return own > other * (1 + _MARGIN) and own > other + _LEAST
+
+
+def _blamed(hybrid: Hybrid, on_the_way: Sequence[float]) -> str:
+    """Which part did it, and what to do."""
+    told = "Train for longer, or choose another target."
+    if len(on_the_way) == len(hybrid.parts):
+        rises = [b - a for a, b in zip((0.0, *on_the_way), on_the_way, strict=False)]
+        worst = max(range(len(rises)), key=rises.__getitem__)
+        path, after = hybrid.parts[worst], on_the_way[worst]
+        told = (
+            f"It is {path} that did most of it: {after - rises[worst]:.4g} before, {after:.4g} after. "
+            f"Keep it (keep={path!r}), or let max_drop in the recipe keep what costs too much."
+        )
+    return told
+
+
+@contextmanager
+def left_out(hybrid: Hybrid) -> Iterator[list[str]]:
+    """Inside, the parts that can be do nothing: what was added to a residual stream is 0, and what stood in line hands
+    on what it gets. Yields their paths.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for r in hybrid.replacements:
+        module = hybrid.module(r)
+        if r.family != "identity" and r.facts.input_shape == r.facts.output_shape:
+            found[r.name] = (module, hybrid.parts[r.part])
+            stateful = bool(getattr(module, "stateful", False))
+            setattr(hybrid.graph_module, r.name, _LeftOut(added=r.join is not None, stateful=stateful))
+    try:
+        yield list(dict.fromkeys(path for _, path in found.values()))
+    finally:
+        for name, (module, _) in found.items():
+            setattr(hybrid.graph_module, name, module)
+
+
+class _LeftOut(nn.Module):
+    def __init__(self, added: bool, stateful: bool) -> None:
+        super().__init__()
+        self.added, self.stateful = added, stateful
+
+    def forward(self, x: torch.Tensor, *args: Any, **given: Any) -> Any:
+        y = torch.zeros_like(x) if self.added else x
+        return (y, None) if self.stateful else y
+
+
+def _flat(value: Any) -> Any:
+    """Equal logits."""
+    return torch.zeros_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

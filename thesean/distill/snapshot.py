@@ -1,0 +1,36 @@
+"""What a stage leaves behind: the hybrid's modules as they were right after it, and how good it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from thesean.distill.align import StageResult
+from thesean.distill.evaluate import Evaluation
+from thesean.passes.graph.dump import not_dumping
+from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+
+State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The target modules right after a stage; `count` parts are replaced. Later stages do not touch it."""
+
+    count: int
+    state: State
+    evaluation: Evaluation
+    result: StageResult | None
+    seconds: float
+
+
+def with_state(bound_plan: BoundPlan, count: int, state: State) -> Hybrid:
+    """The hybrid with the first `count` parts replaced by modules in this state, the rest the guide's."""
+    with torch.random.fork_rng(devices=[]), not_dumping():
+        hybrid = build_hybrid(bound_plan, count)
+    for replacement in hybrid.replacements:
+        hybrid.module(replacement).load_state_dict(state[replacement.name])
+    hybrid.graph_module.eval()
+    return hybrid
