@@ -9,6 +9,7 @@ from typing import Any
 
 from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, UNTRIED, WEIGHTS, read, told_by
 from thesean.deploy.parity import Check, largest, untried
+from thesean.deploy.quantizing.quantized import QUANTIZED, Quantized
 from thesean.errors import ExportError
 from thesean.passes.graph.signature import Bound
 
@@ -45,6 +46,11 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         if UNTRIED in told:
             unchecked += f"\n  {untried(_parsed(told[UNTRIED]))}"
         sections.append(f"parity\n  {len(checks)} checks in onnxruntime; {largest(checks)}{unchecked}")
+    if QUANTIZED in told:
+        row = _parsed(told[QUANTIZED])
+        for name in ("whole_ms", "step_ms"):
+            row[name] = row[name] and tuple(row[name])
+        sections.append(f"quantised\n{Quantized(**row)}")
     return "\n\n".join(sections), told
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # What a protobuf message can hold, less what the graph itself takes.
-_LIMIT = 2**31 - 2**24
+LIMIT = 2**31 - 2**24
 
 _SMALL = 1024  # bytes; such constants stay in the model, where an optimiser reads them
 
@@ -62,7 +62,7 @@ class Draft:
         import onnx_ir as ir
 
         model.producer_name, model.producer_version = DISTRIBUTION, _version()
-        if beside or (beside is None and weights_bytes(model) > _LIMIT):
+        if beside or (beside is None and weights_bytes(model) > LIMIT):
             self.weights = self.path.with_name(f"{_shortened(self.name.name)}.{secrets.token_hex(4)}.weights")
             ir.external_data.unload_from_model(
                 model, self.path.parent, self.weights.name, size_threshold_bytes=_SMALL, max_workers=1
