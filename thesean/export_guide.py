@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import nn
 
+from thesean.origin import with_origin
 from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.request import Request
@@ -43,7 +44,7 @@ def export_guide(
     if form.get("quantize") is not None:
         check_form(form.get("quantize"), form.get("dtype"))
     request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic)
-    captured = capture(model, request.example(model), request.dynamic)
+    captured = with_origin(capture(model, request.example(model), request.dynamic))
     bound_positions(captured.graph_module)
     if form.get("quantize") is not None:
         form["samples"] = samples_of(data, captured.signature)

@@ -14,6 +14,7 @@ from thesean.distill.evaluate import Evaluation
 from thesean.distill.stages import Conversion, Snapshot, with_state
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
+from thesean.origin import with_origin
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
@@ -27,6 +28,7 @@ def finish(bound_plan: BoundPlan, training: Training, conversion: Conversion, st
     NumericalError for one whose outputs are NaN; warns of a loss or a metric that is.
     """
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
+    bound_plan = replace(bound_plan, captured=with_origin(bound_plan.captured))
     if not math.isfinite(conversion.final.divergence):
         raise NumericalError(
             f"the converted network's outputs on held-out batches are not finite (divergence "

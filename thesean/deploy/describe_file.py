@@ -7,7 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, UNTRIED, WEIGHTS, read, told_by
+from thesean.deploy.onnx_file import (
+    DELAY,
+    GUIDE,
+    PARITY_SEEN,
+    SIZES,
+    STATES,
+    UNCHECKED,
+    UNTRIED,
+    WEIGHTS,
+    read,
+    told_by,
+)
 from thesean.deploy.parity import Check, largest, untried
 from thesean.deploy.quantizing.quantized import QUANTIZED, Quantized
 from thesean.errors import ExportError
@@ -39,6 +50,10 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
     if SIZES in told:
         bounds = [Bound(**row) for row in _parsed(told[SIZES])]
         sections.append("\n".join(["sizes", *(f"  {b.name}: {b.describe()}, no others" for b in bounds)]))
+    if GUIDE in told:
+        row = _parsed(told[GUIDE])
+        known = [("weights", row.get("weights")), ("commit", row.get("commit"))]
+        sections.append("\n".join(["guide", *(f"  {name} {value}" for name, value in known if value)]))
     sections.append("operators\n  " + _operators(model))
     if PARITY_SEEN in told:
         checks = [Check(c["label"], tuple(c["shape"]), c["max_abs_error"]) for c in _parsed(told[PARITY_SEEN])]

@@ -17,10 +17,23 @@ from typing import Literal, Unpack, get_args
 import torch
 from torch import fx
 
+from thesean.deploy.describe_values import describe_values
 from thesean.deploy.export_report import Checking, ExportReport, Form
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, IDS, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, UNTRIED, draft
+from thesean.deploy.onnx_file import (
+    DELAY,
+    GUIDE,
+    IDS,
+    PARITY_SEEN,
+    ROWS,
+    SIZES,
+    STATES,
+    TOGETHER,
+    UNCHECKED,
+    UNTRIED,
+    draft,
+)
 from thesean.deploy.parity import (
     IN_TORCH,
     Check,
@@ -174,11 +187,14 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             told[UNTRIED] = json.dumps(constants)
         if ids := {s.name: s.high for s in signature.inputs if s.high and _refuses_negative(module, signature, s.name)}:
             told[IDS] = json.dumps(ids)
+        if origin := signature.origin.to_json():
+            told[GUIDE] = json.dumps(origin)
         if signature.bounds:
             told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
         try:
             example = _example(module, signature, stream, states, train_length)
             model = to_onnx(lowered, example, inputs, outputs, asked.opset)
+            describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
             checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)

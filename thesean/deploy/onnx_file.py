@@ -44,6 +44,7 @@ SIZES = "thesean.sizes"  # bounds of dimensions by name, where other sizes are a
 IDS = "thesean.ids"  # of inputs that index a table by numbers from 0 on: how many rows it has
 UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the caller let that pass
 UNTRIED = "thesean.untried"  # whole numbers that positions are compared with, too large to try steps past them
+GUIDE = "thesean.guide"  # the hash of its weights, and their commit where one is known
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
 
 
