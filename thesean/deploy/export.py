@@ -57,6 +57,7 @@ from thesean.deploy.quantizing.quantized import (
     quantized,
 )
 from thesean.deploy.session import Session
+from thesean.deploy.torch_file import SUFFIX, write_torch
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
@@ -114,8 +115,14 @@ def export(
     finite number; what can be compared is. `quantize`: whole numbers for weights, by onnxruntime's tools; the exact
     file is made and compared first, and `samples` say what the other one is calibrated and judged on.
 
+    A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`.
+
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
+    if named(path).suffix == SUFFIX:
+        return _export_torch(
+            graph_module, signature, named(path), _parse(stateful), tolerance, train_length, opset, form
+        )
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     wanted = _parse(stateful)
@@ -141,6 +148,28 @@ def export(
         report = _write(asked, False)  # what stands in the way of any file stands in this one's too
         report = replace(report, note="; ".join(n for n in (f"without state: {failure}", report.note) if n))
     return replace(report, seconds=time.monotonic() - start)
+
+
+def _export_torch(
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    path: Path,
+    wanted: bool | None,
+    tolerance: float | None,
+    train_length: int | None,
+    opset: int | None,
+    form: Form,
+) -> ExportReport:
+    """Raises ExportError, for what is said of ONNX alone too."""
+    given = {"opset": opset, **{k: v for k, v in form.items() if k not in ("about", "samples")}}
+    if meant := [k for k, v in given.items() if v is not None and v != "all"]:
+        raise ExportError(f"{path}: {', '.join(meant)} is for ONNX files alone. Leave it out, or write an .onnx file.")
+    dtypes = dtypes_for(graph_module, signature, None)
+    signature = cast_signature(signature, dtypes)
+    module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))
+    lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
+    allowed = PARITY[torch.float32] if tolerance is None else tolerance
+    return write_torch(module, lowered, signature, path, allowed, train_length, note)
 
 
 @dataclass(frozen=True, kw_only=True)

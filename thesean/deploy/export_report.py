@@ -30,7 +30,8 @@ class Form(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """A file and what was seen of it. Errors in `checks` are relative to the output's scale, none above `tolerance`.
+    """A file and what was seen of it; its `opset` is 0 where it is no ONNX. Errors in `checks` are relative to the
+    output's scale, none above `tolerance`.
 
     `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both. `delay`: how many
     steps late the outputs of a stream whose parts look ahead come.
@@ -54,10 +55,11 @@ class ExportReport:
     def __str__(self) -> str:
         kind = "with state" if self.stateful else "without state"
         told = kind if self.dtype == "float32" else f"{self.dtype}, {kind}"
+        form, runtime = (f"opset {self.opset}", "onnxruntime") if self.opset else ("a graph of torch's", "torch")
         lines = [
-            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {told}, {self.seconds:.1f} s",
+            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, {form}, {told}, {self.seconds:.1f} s",
             f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
-            f"  {len(self.checks)} checks in onnxruntime; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
+            f"  {len(self.checks)} checks in {runtime}; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
         ]
         if self.delay:
             lines.insert(2, f"  outputs come {self.delay} steps late: {self.delay} more, not seen, bring the last ones")

@@ -9,13 +9,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import fx
 
-from thesean.deploy.session import Session
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.receptive_field import receptive_field
@@ -36,6 +35,15 @@ _CHUNKS = (1, 5, 1)  # and the rest
 _CHUNKED = (3, 20)
 
 IN_TORCH = "chunks in torch vs whole"  # the label of a check that no file has a part in
+
+
+class Runs(Protocol):
+    """A file that is loaded, in whichever runtime."""
+
+    @property
+    def is_stateful(self) -> bool: ...
+
+    def run(self, inputs: dict[str, np.ndarray], state: Any = None) -> tuple[dict[str, np.ndarray], Any]: ...
 
 
 class Check(NamedTuple):
@@ -111,7 +119,7 @@ def sizes_to_check(
 
 @torch.no_grad()
 def compare_whole(
-    session: Session,
+    session: Runs,
     module: fx.GraphModule,
     signature: Signature,
     sizes: CheckSizes,
@@ -142,7 +150,7 @@ def compare_whole(
 
 @torch.no_grad()
 def compare_chunks(
-    session: Session,
+    session: Runs,
     threaded: fx.GraphModule,
     module: fx.GraphModule,
     signature: Signature,
@@ -162,7 +170,7 @@ def compare_chunks(
 
 
 def _compare_chunks(
-    session: Session,
+    session: Runs,
     threaded: fx.GraphModule,
     module: fx.GraphModule,
     signature: Signature,
