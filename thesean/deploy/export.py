@@ -42,6 +42,7 @@ from thesean.deploy.parity import (
     compare_whole,
     not_comparable,
     refuse_errors,
+    refuses_negative,
     rounding,
     runnable,
     sizes_to_check,
@@ -214,7 +215,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             note, told[ROWS] = _TOGETHER, TOGETHER
         if constants := untried_of(threaded):
             told[UNTRIED] = json.dumps(constants)
-        if ids := {s.name: s.high for s in signature.inputs if s.high and _refuses_negative(module, signature, s.name)}:
+        if ids := {s.name: s.high for s in signature.inputs if s.high and refuses_negative(module, signature, s.name)}:
             told[IDS] = json.dumps(ids)
         if origin := signature.origin.to_json():
             told[GUIDE] = json.dumps(origin)
@@ -388,19 +389,3 @@ def _example(
     for spec in states:
         example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example
-
-
-@torch.no_grad()
-def _refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -> bool:
-    """Whether torch finds no row -1 in the table that an input indexes: onnxruntime reads the last one."""
-    sizes = signature.within(CheckSizes(batch=2, length=7).of(signature))
-    inputs = signature.random_inputs(sizes)
-    try:
-        module(**inputs)
-    except (RuntimeError, IndexError):
-        return False  # nothing is known
-    try:
-        module(**{**inputs, name: torch.full_like(inputs[name], -1)})
-    except (RuntimeError, IndexError):
-        return True
-    return False

@@ -328,3 +328,19 @@ def _cut(length: int) -> tuple[int, ...]:
 
 def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -> bool:
+    """Whether torch finds no row -1 in the table that an input indexes: onnxruntime reads the last one."""
+    sizes = signature.within(CheckSizes(batch=2, length=7).of(signature))
+    inputs = signature.random_inputs(sizes)
+    try:
+        module(**inputs)
+    except (RuntimeError, IndexError):
+        return False  # nothing is known
+    try:
+        module(**{**inputs, name: torch.full_like(inputs[name], -1)})
+    except (RuntimeError, IndexError):
+        return True
+    return False
