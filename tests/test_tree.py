@@ -21,7 +21,12 @@ LONGEST = 400  # lines; a file past it is two ideas
 MOST = 8  # parameters
 
 # What a user calls names everything that can be said; the rest takes what belongs together in one piece.
-EXPLICIT = {"thesean.compiler.compile", "thesean.compiler.baseline", "thesean.compiler.plan"}
+EXPLICIT = {
+    "thesean.compiler.compile",
+    "thesean.compiler.baseline",
+    "thesean.compiler.plan",
+    "thesean.converted.export",
+}
 
 
 @cache

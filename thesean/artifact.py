@@ -204,4 +204,5 @@ def _signature_to_json(signature: Signature) -> dict[str, Any]:
         for s in signature.inputs
     ]
     bounds = {"bounds": [bound.to_json() for bound in signature.bounds]} if signature.bounds else {}
-    return {"inputs": inputs, "output_class": signature.output_class, **bounds}
+    origin = {"origin": told} if (told := signature.origin.to_json()) else {}
+    return {"inputs": inputs, "output_class": signature.output_class, **bounds, **origin}

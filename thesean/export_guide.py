@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import nn
 
+from thesean.origin import with_origin
 from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.request import Request
+from thesean.samples import samples_of
 
 if TYPE_CHECKING:
     from thesean.deploy.export import ExportReport, Form
@@ -32,15 +34,20 @@ def export_guide(
     A causal language model gets its keys and values as state, so that one file serves prefill, chunks and single steps:
     the fair rival of a conversion's. It is what `compile(...).frontier[0].export(path)` writes, without a conversion;
     positions past a table read its last row there. The arguments are those of `compile` and `Converted.export`,
-    `dtype`, `external_data` and `check` among them.
+    `dtype`, `external_data`, `check` and `quantize` among them.
 
     Raises CaptureError, DataError, ExportError (no file is left then) and MissingExtraError.
     """
     from thesean.deploy.export import export
+    from thesean.deploy.quantizing.quantized import check_form
 
+    if form.get("quantize") is not None:
+        check_form(form.get("quantize"), form.get("dtype"))
     request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic)
-    captured = capture(model, request.example(model), request.dynamic)
+    captured = with_origin(capture(model, request.example(model), request.dynamic))
     bound_positions(captured.graph_module)
+    if form.get("quantize") is not None:
+        form["samples"] = samples_of(data, captured.signature)
     return export(
         captured.graph_module,
         captured.signature,

@@ -15,6 +15,7 @@ from thesean.distill.snapshot import Snapshot, with_state
 from thesean.distill.stages import Conversion
 from thesean.distill.training import Training
 from thesean.errors import LostError, NumericalError
+from thesean.origin import with_origin
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
@@ -29,6 +30,7 @@ def finish(training: Training, conversion: Conversion, start: float) -> Converte
     """
     bound_plan = conversion.bound_plan
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
+    bound_plan = replace(bound_plan, captured=with_origin(bound_plan.captured))
     if not math.isfinite(conversion.final.divergence):
         raise NumericalError(
             f"the converted network's outputs on held-out batches are not finite (divergence "
@@ -49,14 +51,9 @@ def finish(training: Training, conversion: Conversion, start: float) -> Converte
         notes.append(f"frozen in the guide and left as they were (requires_grad=False): {some}")
     if told := bound_positions(hybrid.graph_module, recipe.positions):
         notes.append(told)
-<<<<<<< HEAD
-    if lost := training.task.outputs.lost(conversion.final.divergence):
-        notes.append(f"warning: {lost}")
     own = conversion.final.told("the converted network")
     warn(own)
     notes += [f"warning: {told}" for told in (*conversion.guide.told("the guide"), *own)]
-=======
->>>>>>> gate
     report = ConversionReport(
         guide=_figures(conversion.guide),
         converted=_figures(conversion.final),

@@ -22,7 +22,7 @@ from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.fitting import Fitting
 from thesean.passes.graph.shapes import Shapes
-from thesean.passes.graph.signature import Bound, InputSpec, Signature, fits_record
+from thesean.passes.graph.signature import Bound, InputSpec, Origin, Signature, fits_record
 from thesean.passes.graph.unchecked import look_first
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import standing
@@ -52,6 +52,13 @@ class _InputRow(TypedDict):
     mask: NotRequired[bool]
 
 
+class _OriginRow(TypedDict, total=False):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    weights: str
+    commit: str
+
+
 class _BoundRow(TypedDict):
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
@@ -62,6 +69,7 @@ class _BoundRow(TypedDict):
 
 _ROWS = TypeAdapter(list[_InputRow])
 _BOUNDS = TypeAdapter(list[_BoundRow])
+_ORIGIN = TypeAdapter(_OriginRow)
 
 
 def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
@@ -272,7 +280,9 @@ def _signature_from_json(data: dict[str, Any], examples: dict[str, torch.Tensor]
         specs.append(InputSpec(**fields, example=example))
     rows = _BOUNDS.validate_python(data.get("bounds", []), strict=True)
     bounds = tuple(Bound(name=row["name"], least=row["least"], most=row["most"]) for row in rows)
-    signature = Signature(inputs=tuple(specs), output_class=data["output_class"], bounds=bounds)
+    told = _ORIGIN.validate_python(data.get("origin", {}), strict=True)
+    origin = Origin(weights=told.get("weights"), commit=told.get("commit"))
+    signature = Signature(inputs=tuple(specs), output_class=data["output_class"], bounds=bounds, origin=origin)
     if {b.name for b in bounds} - set(signature.symbols) or any(
         b.most is not None and b.most < b.least for b in bounds
     ):

@@ -348,6 +348,22 @@ def test_a_run_in_a_workdir_is_called_again(guides: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_a_saved_folder_is_exported_with_whole_numbers_for_weights(guides: Path) -> None:
+    made = run(
+        "convert", "guides_for_cli:gpt", "--data", "guides_for_cli:batches", "--recipe", "fast", "--out", "out", "-q"
+    )
+    assert made.exit_code == 0, made.output
+    told = run("export", "out", "q.onnx", "--quantize", "int8-static", "--data", "guides_for_cli:batches")
+    assert told.exit_code == 0, told.output
+    assert "calibrated on 3 batches" in told.stdout
+    assert "from the exact file on the last batch of data" in told.stdout
+    assert "quantised" in run("inspect", "q.onnx").stdout
+    assert "give --quantize too" in error_of(run("export", "out", "no.onnx", "--data", "guides_for_cli:batches"))
+    assert "give both" in error_of(run("convert", "guides_for_cli:gpt", "--out", "other", "--quantize", "int8"))
+    assert not Path("no.onnx").exists()
+
+
+@pytest.mark.thorough
 def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) -> None:
     words = "convert guides_for_cli:gpt --data guides_for_cli:batches --loss guides_for_cli:loss --recipe fast"
     result = run(*words.split(), "--out", "out", "--onnx", "a.onnx")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
-from tests import exported
+import thesean
+from tests import exported, models
 from tests.cli.test_app import error_of, run
+from thesean.deploy.onnx_file import GUIDE, metadata
 
 
 def test_a_file_of_ours_tells_its_inputs_states_and_parity() -> None:
@@ -16,10 +20,43 @@ def test_a_file_of_ours_tells_its_inputs_states_and_parity() -> None:
     assert result.exit_code == 0, result.output
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "made by thesean-compiler" in lines[0]
-    assert "input_ids int64 (batch, time)" in lines
+    assert "input_ids int64 (batch, time) ids from 0 to 31" in lines
     assert any(line.startswith("logits float (batch, time, ") for line in lines)
     assert sum(line.startswith("state_in_") and line.endswith("state, starts as zeros") for line in lines) == 3
     assert any("checks in onnxruntime; largest error" in line for line in lines)
+
+
+def test_inputs_and_outputs_say_what_they_are() -> None:
+    model = onnx.load(exported.gpt2_gru().path)
+    told = {value.name: value.doc_string for value in (*model.graph.input, *model.graph.output)}
+    assert told["input_ids"] == "ids from 0 to 31"
+    assert told["logits"] == "the guide's output"
+    assert told["state_in_0"] == "state; starts as zeros, then state_out_0 of the last call"
+    assert told["state_out_2"] == "state; the next call's state_in_2"
+    assert "ids from 0 to 31" in run("inspect", exported.gpt2_gru().path).stdout
+
+
+def test_a_file_tells_of_which_guide_it_is_and_so_does_that_of_a_saved_conversion(tmp_path: Path) -> None:
+    guide, batches = models.gpt2(), models.token_batches()
+    guide.config._commit_hash = "0123abc"
+    assert thesean.export_guide(guide, tmp_path / "guide.onnx", data=batches).stateful
+    converted = thesean.compile(guide, "gru", data=batches, recipe="fast", progress=False)
+    thesean.load(converted.save(tmp_path / "saved")).export(tmp_path / "m.onnx")
+    converted.frontier[1].export(tmp_path / "one.onnx")
+    with torch.no_grad():
+        next(guide.parameters()).mul_(2)
+    thesean.export_guide(guide, tmp_path / "other.onnx", data=batches)
+    own, loaded, one, other = (
+        json.loads(metadata(tmp_path / f"{n}.onnx")[GUIDE]) for n in ("guide", "m", "one", "other")
+    )
+    assert own == loaded == one
+    assert own["commit"] == other["commit"] == "0123abc"
+    assert own["weights"] != other["weights"]
+    told = run("inspect", tmp_path / "m.onnx").stdout
+    assert f"weights {own['weights']}" in told
+    assert "commit 0123abc" in told
+    shown = {v.name: v.doc_string for v in onnx.load(tmp_path / "guide.onnx").graph.input}
+    assert any("starts as nothing (past of 0)" in text for text in shown.values())
 
 
 def test_another_makers_model_is_described_too(tmp_path: Path) -> None:

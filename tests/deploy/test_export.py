@@ -296,7 +296,7 @@ def test_a_missing_package_is_named_with_its_extra(gru, tmp_path, monkeypatch):
 
 def test_weights_that_one_file_can_not_hold_are_beside_it(gru, tmp_path, monkeypatch):
     module, guide = gru
-    monkeypatch.setattr("thesean.deploy.onnx_file._LIMIT", 1000)
+    monkeypatch.setattr("thesean.deploy.onnx_file.LIMIT", 1000)
     report = export(module, guide.signature, tmp_path / "m.onnx", stateful=False)
     assert report.weights is not None
     assert report.weights.parent == tmp_path

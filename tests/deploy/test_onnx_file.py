@@ -45,7 +45,7 @@ def value_of(path: Path) -> float:
 def test_small_weights_are_inside_and_large_ones_beside(tmp_path, monkeypatch):
     write(tmp_path / "m.onnx", 2.0)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
-    monkeypatch.setattr(onnx_file, "_LIMIT", 4 * LARGE - 1)
+    monkeypatch.setattr(onnx_file, "LIMIT", 4 * LARGE - 1)
     write(tmp_path / "n.onnx", 3.0)
     weights = weights_of(tmp_path / "n.onnx")
     assert weights is not None

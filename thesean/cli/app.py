@@ -33,6 +33,7 @@ from thesean.cli.options import (
     Merge,
     Outputs,
     Parts,
+    Quantize,
     RecipeName,
     Retry,
     Seed,
@@ -113,6 +114,7 @@ def convert(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Save the converted model here.")] = None,
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Export it here, verified in onnxruntime.")] = None,
     check: Checked = Check.all,
+    quantize: Quantize = None,
     workdir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep checkpoints here, and the converted model: run again, it goes on."),
@@ -170,6 +172,8 @@ def convert(
         if onnx is None and check is not Check.all:
             raise ArgumentError("--check says how --onnx FILE is verified: give both, or leave it to `thesean export`.")
         chosen_twice = target or parts or keep or merge or target_parts or granularity or constraint
+        if quantize is not None and onnx is None:
+            raise ArgumentError("--quantize is how --onnx FILE is written: give both.")
         if plan is not None and chosen_twice:
             raise ArgumentError(
                 "--plan already says what replaces which part: leave --target, --parts, --keep, --granularity, --merge "
@@ -195,7 +199,10 @@ def convert(
             raise ArtifactError(lost)
         exported = None
         if onnx is not None:
-            exported = converted.export(onnx, dump_graphs=dump_graphs, check=check.value)
+            form: dict[str, Any] = {"check": check.value}
+            if quantize is not None:
+                form |= {"quantize": quantize.value, "data": chosen.get("data")}
+            exported = converted.export(onnx, dump_graphs=dump_graphs, **form)
         if not quiet:
             typer.echo(str(converted.report))
             if exported is not None:
@@ -289,6 +296,8 @@ def export(
         typer.Option("--external-data/--no-external-data", help="Weights in a file beside it (default: past 2 GiB)."),
     ] = None,
     check: Checked = Check.all,
+    quantize: Quantize = None,
+    data: Data = None,
     dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
@@ -300,11 +309,14 @@ def export(
     Examples:
       thesean export build/rnn model.onnx
       thesean export build/rnn step.onnx --stateful yes --opset 22
+      thesean export build/rnn small.onnx --quantize int8-static --data texts:batches
     """
     with one_line_errors(debug):
         check_writable("FILE.onnx", file)
         check_writable("--dump-graphs", dump_graphs)
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
+        if data is not None and quantize is None:
+            raise ArgumentError("--data is what a quantised file is calibrated and judged on: give --quantize too.")
         converted = thesean.load(folder)
         wanted = None if dtype is None else getattr(torch, dtype)
         made = converted.export(
@@ -315,6 +327,8 @@ def export(
             dump_graphs=dump_graphs,
             external_data=external_data,
             check=check.value,
+            quantize=None if quantize is None else quantize.value,
+            **loaded_arguments(data, None),
         )
         typer.echo(str(made))
 

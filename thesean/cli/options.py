@@ -49,6 +49,12 @@ class FileDtype(enum.StrEnum):
     float16 = "float16"
 
 
+class QuantizedForm(enum.StrEnum):
+    int8 = "int8"
+    int8_static = "int8-static"
+    int4 = "int4"
+
+
 Guide = Annotated[
     str,
     typer.Argument(
@@ -66,6 +72,10 @@ Targets = Annotated[
         help="What replaces the parts (default: rnn). Repeat with GLOB= to choose per part; the name 'keep' keeps a "
         "part. See `thesean targets`.",
     ),
+]
+Quantize = Annotated[
+    QuantizedForm | None,
+    typer.Option(help="Weights of whole numbers, by onnxruntime's tools; the report compares them with exact ones."),
 ]
 Data = Annotated[
     str | None, typer.Option(metavar="MODULE:FACTORY", help="Batches: a list, a DataLoader, anything re-iterable.")

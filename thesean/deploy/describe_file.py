@@ -7,8 +7,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thesean.deploy.onnx_file import DELAY, PARITY_SEEN, SIZES, STATES, UNCHECKED, UNTRIED, WEIGHTS, read, told_by
+from thesean.deploy.onnx_file import (
+    DELAY,
+    GUIDE,
+    PARITY_SEEN,
+    SIZES,
+    STATES,
+    UNCHECKED,
+    UNTRIED,
+    WEIGHTS,
+    read,
+    told_by,
+)
 from thesean.deploy.parity import Check, largest, untried
+from thesean.deploy.quantizing.quantized import QUANTIZED, Quantized
 from thesean.errors import ExportError
 from thesean.passes.graph.signature import Bound
 
@@ -38,6 +50,10 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
     if SIZES in told:
         bounds = [Bound(**row) for row in _parsed(told[SIZES])]
         sections.append("\n".join(["sizes", *(f"  {b.name}: {b.describe()}, no others" for b in bounds)]))
+    if GUIDE in told:
+        row = _parsed(told[GUIDE])
+        known = [("weights", row.get("weights")), ("commit", row.get("commit"))]
+        sections.append("\n".join(["guide", *(f"  {name} {value}" for name, value in known if value)]))
     sections.append("operators\n  " + _operators(model))
     if PARITY_SEEN in told:
         checks = [Check(c["label"], tuple(c["shape"]), c["max_abs_error"]) for c in _parsed(told[PARITY_SEEN])]
@@ -45,6 +61,11 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         if UNTRIED in told:
             unchecked += f"\n  {untried(_parsed(told[UNTRIED]))}"
         sections.append(f"parity\n  {len(checks)} checks in onnxruntime; {largest(checks)}{unchecked}")
+    if QUANTIZED in told:
+        row = _parsed(told[QUANTIZED])
+        for name in ("whole_ms", "step_ms"):
+            row[name] = row[name] and tuple(row[name])
+        sections.append(f"quantised\n{Quantized(**row)}")
     return "\n\n".join(sections), told
 
 

@@ -12,29 +12,53 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import fx
 
+from thesean.deploy.describe_values import describe_values
+from thesean.deploy.export_report import Checking, ExportReport, Form
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
-from thesean.deploy.onnx_file import DELAY, IDS, PARITY_SEEN, ROWS, SIZES, STATES, TOGETHER, UNCHECKED, UNTRIED, draft
+from thesean.deploy.onnx_file import (
+    DELAY,
+    GUIDE,
+    IDS,
+    PARITY_SEEN,
+    ROWS,
+    SIZES,
+    STATES,
+    TOGETHER,
+    UNCHECKED,
+    UNTRIED,
+    draft,
+)
 from thesean.deploy.parity import (
+    IN_TORCH,
     Check,
     CheckSizes,
     compare_chunks,
     compare_whole,
-    largest,
     not_comparable,
     refuse_errors,
+    refuses_negative,
     rounding,
     runnable,
     sizes_to_check,
     untried,
     untried_of,
 )
+from thesean.deploy.quantizing.quantized import (
+    COARSE,
+    QUANTIZED,
+    QUANTIZED_PARITY,
+    Quantized,
+    check_form,
+    quantized,
+)
 from thesean.deploy.session import Session
+from thesean.deploy.torch_file import SUFFIX, write_torch
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
@@ -52,7 +76,6 @@ from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.scratch import named
 
 Stateful = Literal["auto", "yes", "no"] | bool
-Checking = Literal["all", "skip"]
 
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
@@ -62,52 +85,6 @@ _STATES = re.compile(r"^(cache attention|delay steps|thread state): ")  # how th
 _TOGETHER = "the rows of a batch count their steps together: start them together"
 
 _REMEMBERED = 3  # steps of the states to trace with: not the batch, which would be taken for the same
-
-
-class Form(TypedDict, total=False):
-    """How a file is written, beside what it computes."""
-
-    dtype: torch.dtype | str | None
-    external_data: bool | None
-    about: Mapping[str, str]
-    check: Checking
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """A file and what was seen of it. Errors in `checks` are relative to the output's scale, none above `tolerance`.
-
-    `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both. `delay`: how many
-    steps late the outputs of a stream whose parts look ahead come.
-    """
-
-    path: Path
-    bytes: int
-    opset: int
-    stateful: bool
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    checks: tuple[Check, ...]
-    tolerance: float
-    seconds: float
-    note: str = ""
-    delay: int = 0
-    dtype: str = "float32"
-    weights: Path | None = None
-
-    def __str__(self) -> str:
-        kind = "with state" if self.stateful else "without state"
-        told = kind if self.dtype == "float32" else f"{self.dtype}, {kind}"
-        lines = [
-            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, opset {self.opset}, {told}, {self.seconds:.1f} s",
-            f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
-            f"  {len(self.checks)} checks in onnxruntime; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
-        ]
-        if self.delay:
-            lines.insert(2, f"  outputs come {self.delay} steps late: {self.delay} more, not seen, bring the last ones")
-        if self.weights is not None:
-            lines.insert(1, f"  the weights are in {self.weights.name}, beside it: move both together")
-        return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
 
 
 def export(
@@ -136,15 +113,24 @@ def export(
     that precision, by default to `PARITY` of the output's scale. `external_data`: the weights in a file of their own
     beside `path`; None: where they are too large for one, past 2 GiB. `about`: what the file's metadata say, beside the
     states and the parity that was seen. `check`: "skip" writes, and tells, what can't be compared as torch gives no
-    finite number; what can be compared is.
+    finite number; what can be compared is. `quantize`: whole numbers for weights, by onnxruntime's tools; the exact
+    file is made and compared first, and `samples` say what the other one is calibrated and judged on.
+
+    A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`.
 
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
+    if named(path).suffix == SUFFIX:
+        return _export_torch(
+            graph_module, signature, named(path), _parse(stateful), tolerance, train_length, opset, form
+        )
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     wanted = _parse(stateful)
     if form.get("check", "all") not in get_args(Checking):
         raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
+    if form.get("quantize") is not None:
+        check_form(form.get("quantize"), form.get("dtype"))
     asked = _Asked(
         module=graph_module,
         signature=signature,
@@ -163,6 +149,28 @@ def export(
         report = _write(asked, False)  # what stands in the way of any file stands in this one's too
         report = replace(report, note="; ".join(n for n in (f"without state: {failure}", report.note) if n))
     return replace(report, seconds=time.monotonic() - start)
+
+
+def _export_torch(
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    path: Path,
+    wanted: bool | None,
+    tolerance: float | None,
+    train_length: int | None,
+    opset: int | None,
+    form: Form,
+) -> ExportReport:
+    """Raises ExportError, for what is said of ONNX alone too."""
+    given = {"opset": opset, **{k: v for k, v in form.items() if k not in ("about", "samples")}}
+    if meant := [k for k, v in given.items() if v is not None and v != "all"]:
+        raise ExportError(f"{path}: {', '.join(meant)} is for ONNX files alone. Leave it out, or write an .onnx file.")
+    dtypes = dtypes_for(graph_module, signature, None)
+    signature = cast_signature(signature, dtypes)
+    module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))
+    lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
+    allowed = PARITY[torch.float32] if tolerance is None else tolerance
+    return write_torch(module, lowered, signature, path, allowed, train_length, note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,13 +215,16 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             note, told[ROWS] = _TOGETHER, TOGETHER
         if constants := untried_of(threaded):
             told[UNTRIED] = json.dumps(constants)
-        if ids := {s.name: s.high for s in signature.inputs if s.high and _refuses_negative(module, signature, s.name)}:
+        if ids := {s.name: s.high for s in signature.inputs if s.high and refuses_negative(module, signature, s.name)}:
             told[IDS] = json.dumps(ids)
+        if origin := signature.origin.to_json():
+            told[GUIDE] = json.dumps(origin)
         if signature.bounds:
             told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
         try:
             example = _example(module, signature, stream, states, train_length)
             model = to_onnx(lowered, example, inputs, outputs, asked.opset)
+            describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
             checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
@@ -231,6 +242,16 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
                 raise
             raise _StateFailed(str(error)) from error
         drafted.tell({PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
+        made: Quantized | None = None
+        if quantize := asked.form.get("quantize"):
+            samples = asked.form.get("samples")
+            assert samples is not None, "whoever asks for a quantised file says what it is judged on"
+            made = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
+            tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
+            found, _ = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            checks = [c for c in found if c.label != IN_TORCH]
+            refuse_errors(checks, tolerance, path, lambda shape: 0.0, COARSE)
+            drafted.tell({QUANTIZED: made.to_json(), PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
         if unchecked:
             drafted.tell({UNCHECKED: unchecked})
         size = drafted.bytes
@@ -249,6 +270,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),
         weights=drafted.weights,
+        quantized=made,
     )
 
 
@@ -367,19 +389,3 @@ def _example(
     for spec in states:
         example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example
-
-
-@torch.no_grad()
-def _refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -> bool:
-    """Whether torch finds no row -1 in the table that an input indexes: onnxruntime reads the last one."""
-    sizes = signature.within(CheckSizes(batch=2, length=7).of(signature))
-    inputs = signature.random_inputs(sizes)
-    try:
-        module(**inputs)
-    except (RuntimeError, IndexError):
-        return False  # nothing is known
-    try:
-        module(**{**inputs, name: torch.full_like(inputs[name], -1)})
-    except (RuntimeError, IndexError):
-        return True
-    return False

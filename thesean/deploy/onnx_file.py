@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # What a protobuf message can hold, less what the graph itself takes.
-_LIMIT = 2**31 - 2**24
+LIMIT = 2**31 - 2**24
 
 _SMALL = 1024  # bytes; such constants stay in the model, where an optimiser reads them
 
@@ -44,6 +44,7 @@ SIZES = "thesean.sizes"  # bounds of dimensions by name, where other sizes are a
 IDS = "thesean.ids"  # of inputs that index a table by numbers from 0 on: how many rows it has
 UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the caller let that pass
 UNTRIED = "thesean.untried"  # whole numbers that positions are compared with, too large to try steps past them
+GUIDE = "thesean.guide"  # the hash of its weights, and their commit where one is known
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
 
 
@@ -62,7 +63,7 @@ class Draft:
         import onnx_ir as ir
 
         model.producer_name, model.producer_version = DISTRIBUTION, _version()
-        if beside or (beside is None and weights_bytes(model) > _LIMIT):
+        if beside or (beside is None and weights_bytes(model) > LIMIT):
             self.weights = self.path.with_name(f"{_shortened(self.name.name)}.{secrets.token_hex(4)}.weights")
             ir.external_data.unload_from_model(
                 model, self.path.parent, self.weights.name, size_threshold_bytes=_SMALL, max_workers=1

@@ -9,13 +9,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import fx
 
-from thesean.deploy.session import Session
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.receptive_field import receptive_field
@@ -34,6 +33,17 @@ _SIZES = ((2, 7), (2, 19), (5, 3), (1, 1))
 _BATCHES = (1, 2, 5)
 _CHUNKS = (1, 5, 1)  # and the rest
 _CHUNKED = (3, 20)
+
+IN_TORCH = "chunks in torch vs whole"  # the label of a check that no file has a part in
+
+
+class Runs(Protocol):
+    """A file that is loaded, in whichever runtime."""
+
+    @property
+    def is_stateful(self) -> bool: ...
+
+    def run(self, inputs: dict[str, np.ndarray], state: Any = None) -> tuple[dict[str, np.ndarray], Any]: ...
 
 
 class Check(NamedTuple):
@@ -109,7 +119,7 @@ def sizes_to_check(
 
 @torch.no_grad()
 def compare_whole(
-    session: Session,
+    session: Runs,
     module: fx.GraphModule,
     signature: Signature,
     sizes: CheckSizes,
@@ -140,7 +150,7 @@ def compare_whole(
 
 @torch.no_grad()
 def compare_chunks(
-    session: Session,
+    session: Runs,
     threaded: fx.GraphModule,
     module: fx.GraphModule,
     signature: Signature,
@@ -160,7 +170,7 @@ def compare_chunks(
 
 
 def _compare_chunks(
-    session: Session,
+    session: Runs,
     threaded: fx.GraphModule,
     module: fx.GraphModule,
     signature: Signature,
@@ -179,7 +189,7 @@ def _compare_chunks(
         found, state = session.run(_arrays(piece), state)
         in_onnx.append([torch.from_numpy(found[name]) for name in outputs])
     checks = []
-    for label, pieces in (("chunks in onnxruntime vs whole", in_onnx), ("chunks in torch vs whole", in_torch)):
+    for label, pieces in (("chunks in onnxruntime vs whole", in_onnx), (IN_TORCH, in_torch)):
         errors = []
         for index, value in enumerate(whole):
             joined = join([piece[index] for piece in pieces], value.shape, delay)
@@ -285,13 +295,17 @@ def untried(constants: Sequence[int]) -> str:
 
 
 def refuse_errors(
-    checks: list[Check], tolerance: float, path: Path, rounding_at: Callable[[tuple[int, ...]], float]
+    checks: list[Check],
+    tolerance: float,
+    path: Path,
+    rounding_at: Callable[[tuple[int, ...]], float],
+    advice: str = "Try another opset=, or raise tolerance= if that is good enough for you.",
 ) -> None:
+    """Raises ExportError where one is above the tolerance. `rounding_at`: what the network itself loses at a shape."""
     compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
     worst = max(compared, key=lambda c: c.max_abs_error, default=None)
     if worst is not None and not worst.max_abs_error <= tolerance:
         own = rounding_at(worst.shape)
-        advice = "Try another opset=, or raise tolerance= if that is good enough for you."
         if own > tolerance / 2:
             advice = (
                 f"The network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies "
@@ -314,3 +328,19 @@ def _cut(length: int) -> tuple[int, ...]:
 
 def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def refuses_negative(module: fx.GraphModule, signature: Signature, name: str) -> bool:
+    """Whether torch finds no row -1 in the table that an input indexes: onnxruntime reads the last one."""
+    sizes = signature.within(CheckSizes(batch=2, length=7).of(signature))
+    inputs = signature.random_inputs(sizes)
+    try:
+        module(**inputs)
+    except (RuntimeError, IndexError):
+        return False  # nothing is known
+    try:
+        module(**{**inputs, name: torch.full_like(inputs[name], -1)})
+    except (RuntimeError, IndexError):
+        return True
+    return False

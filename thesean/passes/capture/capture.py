@@ -37,6 +37,7 @@ from thesean.passes.graph.give_back import give_back
 from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
+from thesean.passes.graph.signature import Origin
 from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
@@ -63,7 +64,15 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     constants = {k: False for k in SWITCHED_OFF if k in accepted}
     with running(model, constants) as guide, torch.no_grad():
         captured = _captured_right(guide, given, free, guessed=dynamic is None)
+    origin = Origin(commit=_commit(model))
+    captured = replace(captured, signature=replace(captured.signature, origin=origin))
     return replace(captured, notes=(*guide.notes, *captured.notes, *told_precision(captured.graph_module)))
+
+
+def _commit(model: nn.Module) -> str | None:
+    """Of the weights, as a configuration that was loaded from a hub tells it."""
+    found = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return found if isinstance(found, str) else None
 
 
 def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic, guessed: bool) -> Captured:

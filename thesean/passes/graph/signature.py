@@ -50,6 +50,19 @@ class Bound:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Whose calling convention it is: the hash of the guide's weights, and the commit of the repository that they were
+    loaded from, where the guide's own configuration tells one.
+    """
+
+    weights: str | None = None
+    commit: str | None = None
+
+    def to_json(self) -> dict[str, str]:
+        return {k: v for k, v in (("weights", self.weights), ("commit", self.commit)) if v}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Signature:
     """Inputs in the order of the guide's `forward`, and the class of its output.
 
@@ -64,6 +77,7 @@ class Signature:
     output_class: str | None = None
     bounds: tuple[Bound, ...] = ()
     record: type | None = field(default=None, compare=False, repr=False)
+    origin: Origin = field(default=Origin(), compare=False)
 
     @property
     def symbols(self) -> tuple[str, ...]:

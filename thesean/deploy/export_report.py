@@ -1,0 +1,70 @@
+"""How a file may be written, and what is told of one that was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+
+from thesean.deploy.parity import Check, largest
+from thesean.deploy.quantizing.quantized import Quantized
+from thesean.deploy.quantizing.samples import Samples
+from thesean.deploy.quantizing.tools import Quantize
+
+Checking = Literal["all", "skip"]
+
+
+class Form(TypedDict, total=False):
+    """How a file is written, beside what it computes."""
+
+    dtype: torch.dtype | str | None
+    external_data: bool | None
+    about: Mapping[str, str]
+    check: Checking
+    quantize: Quantize | None
+    samples: Samples | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """A file and what was seen of it; its `opset` is 0 where it is no ONNX. Errors in `checks` are relative to the
+    output's scale, none above `tolerance`.
+
+    `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both. `delay`: how many
+    steps late the outputs of a stream whose parts look ahead come.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    stateful: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    checks: tuple[Check, ...]
+    tolerance: float
+    seconds: float
+    note: str = ""
+    delay: int = 0
+    dtype: str = "float32"
+    weights: Path | None = None
+    quantized: Quantized | None = None
+
+    def __str__(self) -> str:
+        kind = "with state" if self.stateful else "without state"
+        told = kind if self.dtype == "float32" else f"{self.dtype}, {kind}"
+        form, runtime = (f"opset {self.opset}", "onnxruntime") if self.opset else ("a graph of torch's", "torch")
+        lines = [
+            f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, {form}, {told}, {self.seconds:.1f} s",
+            f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
+            f"  {len(self.checks)} checks in {runtime}; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
+        ]
+        if self.delay:
+            lines.insert(2, f"  outputs come {self.delay} steps late: {self.delay} more, not seen, bring the last ones")
+        if self.weights is not None:
+            lines.insert(1, f"  the weights are in {self.weights.name}, beside it: move both together")
+        if self.quantized is not None:
+            lines.append(str(self.quantized))
+        return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])

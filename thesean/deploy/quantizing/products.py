@@ -1,0 +1,89 @@
+"""Which products of a file may be quantised: of activations with a matrix of weights, in the graph itself.
+
+What stands in functions and in the branches of an `If` multiplies no weights: heads meet there, and states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from thesean.deploy.lowering.lean.edit import Node, dims, insert, is_kind, number, replace, weight
+from thesean.deploy.lowering.lean.fold_weights import forget
+from thesean.deploy.onnx_file import weights_bytes
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """The names of nodes, and how much of the file's weights, in bytes, they multiply."""
+
+    names: tuple[str, ...]
+    share: float
+
+
+def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
+    """Those with weights, among nodes of these kinds."""
+    import onnx_ir as ir
+
+    found: list[str] = []
+    counted: dict[int, int] = {}
+    for node in model.graph:
+        if node.domain or node.op_type not in kinds or len(node.inputs) < 2:
+            continue
+        value = node.inputs[1]
+        if value is None or not value.is_initializer() or value.const_value is None:
+            continue
+        if value.const_value.dtype != ir.DataType.FLOAT or not value.const_value.size:
+            continue
+        if node.op_type == "MatMul" and len(value.const_value.shape) != 2:
+            continue
+        found.append(str(node.name))
+        counted[id(value)] = value.const_value.nbytes
+    return Products(names=tuple(found), share=sum(counted.values()) / max(1, weights_bytes(model)))
+
+
+def split_gemms(model: ir.Model) -> int:
+    """Gemm => MatMul -> Add, its weights the way a MatMul reads them: the tools know more of these. A matrix that
+    another node reads as it lies stays for that one, so an embedding that is the head too is written twice.
+    """
+    changed = 0
+    node: Node
+    for node in list(model.graph):
+        matrix = _matrix(node) if is_kind(node, "Gemm") else None
+        if matrix is None:
+            continue
+        made, bias = node.outputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        given = matrix
+        if number(node, "transB", 0):
+            matrix = _transposed(model.graph, matrix)
+        (product,) = insert(node, "MatMul", [node.inputs[0], matrix], like=[made])
+        product.producer().name = node.name
+        if bias is not None:
+            (product,) = insert(node, "Add", [product, bias], like=[made])
+            product.producer().name = f"{node.name}_bias"
+        replace(made, product)
+        model.graph.remove(node, safe=True)
+        forget(model.graph, [given])
+        changed += 1
+    return changed
+
+
+def _matrix(node: Node) -> Any:
+    """The weights of a Gemm that does no more than multiply and add."""
+    value = node.inputs[1]
+    if value is None or not value.is_initializer() or value.const_value is None or dims(value) is None:
+        return None
+    if number(node, "transA", 0) or number(node, "alpha", 1.0) != 1.0 or number(node, "beta", 1.0) != 1.0:
+        return None
+    return value
+
+
+def _transposed(graph: ir.Graph, value: Any) -> Any:
+    import numpy as np
+    import onnx_ir as ir
+
+    array = np.ascontiguousarray(value.const_value.numpy().T)
+    return weight(graph, f"{value.name}.transposed", ir.Tensor(array))

@@ -1,0 +1,158 @@
+"""A .pt2 file: torch's own form of a graph, which torch.export.load reads without Thesean.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.export import Dim
+
+from thesean.deploy.export_report import ExportReport
+from thesean.deploy.loaded import first_line
+from thesean.deploy.lowering.to_onnx import output_names, quiet
+from thesean.deploy.parity import (
+    IN_TORCH,
+    CheckSizes,
+    compare_chunks,
+    compare_whole,
+    not_comparable,
+    refuse_errors,
+    rounding,
+    runnable,
+    sizes_to_check,
+)
+from thesean.errors import ExportError
+from thesean.passes.analyse.positions import table_rows
+from thesean.passes.graph.signature import InputSpec, Signature
+from thesean.passes.graph.stream import STREAM, delay_of
+from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape, zero_states
+from thesean.write_file import new_file
+
+SUFFIX = ".pt2"
+
+# Sizes to trace with: those that a graph has of its own (heads, taps) would be taken for it
+_TRACED = ((5, 11), (3, 7), (7, 19))
+_REMEMBERED = 13
+
+
+def write_torch(
+    module: fx.GraphModule,
+    lowered: fx.GraphModule,
+    signature: Signature,
+    path: Path,
+    tolerance: float,
+    train_length: int | None,
+    note: str,
+) -> ExportReport:
+    """Save `lowered`, what an export makes of the frozen `module`; compare the saved file with it, whole and in chunks,
+    and only then let it take its name. It takes inputs and states by name, and gives a tuple of outputs and states.
+
+    Raises ExportError for a graph that is right for one size alone (a classic cell, whose steps torch writes out), and
+    WriteError.
+    """
+    start = time.monotonic()
+    states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
+    threaded = lowered if states else None
+    stream: Signature = lowered.meta.get(STREAM, signature) if states else signature
+    names = output_names(module)
+    program = _traced(lowered, module, signature, stream, states)
+    with new_file(path, parents=True) as made:
+        with made.open("wb") as file:
+            torch.export.save(program, file)
+        loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
+        longest = table_rows(module)
+        long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
+        sizes, skipped = sizes_to_check(module, signature, long)
+        try:
+            checks = [compare_whole(loaded, module, signature, s, names, threaded) for s in sizes]
+            if threaded is not None:
+                checks += compare_chunks(loaded, threaded, module, signature, names, longest)
+        except (AssertionError, RuntimeError) as error:  # torch's guards on sizes
+            raise ExportError(f"{path}: the file does not run where the module does: {first_line(error)}") from error
+        checks = [c._replace(label=c.label.replace("onnxruntime", "the file")) for c in checks if c.label != IN_TORCH]
+        if unchecked := not_comparable(checks):
+            raise ExportError(f"{path}: {unchecked}. No file was written.")
+        refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+        size = made.stat().st_size
+    return ExportReport(
+        path=path,
+        bytes=size,
+        opset=0,
+        stateful=bool(states),
+        inputs=tuple(s.name for s in (*stream.inputs, *states)),
+        outputs=(*names, *(STATE_OUT + s.name.removeprefix(STATE_IN) for s in states)),
+        checks=tuple(checks),
+        tolerance=tolerance,
+        seconds=time.monotonic() - start,
+        note="; ".join(n for n in (note, *skipped) if n),
+        delay=delay_of(lowered) if states else 0,
+    )
+
+
+def _traced(
+    lowered: fx.GraphModule,
+    module: fx.GraphModule,
+    signature: Signature,
+    stream: Signature,
+    states: tuple[InputSpec, ...],
+) -> torch.export.ExportedProgram:
+    specs = (*stream.inputs, *states)
+    shapes = {s.name: {d: Dim.DYNAMIC for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs}
+    timeless = all(s.startswith("batch") for s in signature.symbols)
+    last: Exception | None = None
+    for batch, length in _TRACED:
+        sizes = CheckSizes(batch=batch, length=None if timeless else length).within(signature)
+        if not runnable(module, signature, sizes):
+            continue
+        example = stream.random_inputs(sizes.of(stream))
+        for spec in states:
+            example[spec.name] = torch.zeros(state_shape(spec.shape, sizes.batch, _REMEMBERED), dtype=spec.dtype)
+        try:
+            with quiet(), torch.no_grad():
+                return torch.export.export(lowered, (), example, dynamic_shapes=shapes)
+        except Exception as error:
+            last = error
+    if last is None:
+        raise ExportError(f"the module runs at none of the sizes {_TRACED} to trace it with: write an .onnx file.")
+    raise ExportError(
+        f"torch can't write this graph for every size: {first_line(last)} A classic cell has its steps written out "
+        "there; write an .onnx file, which has an operator for it."
+    ) from last
+
+
+class _Program:
+    """As a session of onnxruntime is called: arrays by name in and out, the state beside."""
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        stream: Signature,
+        states: tuple[InputSpec, ...],
+        names: tuple[str, ...],
+        threaded: fx.GraphModule | None,
+    ) -> None:
+        self._module, self._stream, self._names = program.module(), stream, names
+        self._states, self._threaded = tuple(s.name for s in states), threaded
+
+    @property
+    def is_stateful(self) -> bool:
+        return bool(self._states)
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, np.ndarray], state: Any = None) -> tuple[dict[str, np.ndarray], Any]:
+        given = {s.name: torch.from_numpy(inputs[s.name]) for s in self._stream.inputs}
+        if self._threaded is not None:
+            given |= zero_states(self._threaded, len(next(iter(given.values())))) if state is None else state
+        found = self._module(**given)
+        values = found if isinstance(found, (tuple, list)) else (found,)
+        count = len(self._names)
+        outputs = {n: v.numpy() for n, v in zip(self._names, values[:count], strict=True)}
+        return outputs, dict(zip(self._states, values[count:], strict=True))
