@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,9 @@ from thesean.passes.plan.hybrid import Hybrid
 
 # A divergence that exceeds another by less, of it and at all, is no worse: held-out rows are few.
 _MARGIN, _LEAST = 0.01, 1e-3
+
+# Of the logarithm of the classes: a guide nearer to a uniform guess than that, an untrained one, has little to lose.
+_KNOWS_LITTLE = 0.15
 
 
 @torch.no_grad()
@@ -38,6 +42,8 @@ def lost_by(hybrid: Hybrid, training: Training, on_the_way: Sequence[float]) -> 
     guess = float("inf")
     if outputs.of_classes and classes > 1:
         guess = judge.of(lambda k: pytree.tree_map(_flat, guide(**judge.batches[k][1]))).divergence
+    if guess < _KNOWS_LITTLE * math.log(max(classes, 2)):
+        return ""
     told = []
     if _worse(own, guess):
         told.append(f"a uniform guess over {classes} classes is nearer ({guess:.4g})")
