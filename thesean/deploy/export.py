@@ -38,14 +38,12 @@ from thesean.deploy.parity import (
     IN_TORCH,
     Check,
     CheckSizes,
-    compare_chunks,
-    compare_whole,
+    compare_all,
     not_comparable,
     refuse_errors,
     refuses_negative,
     rounding,
     runnable,
-    sizes_to_check,
     untried,
     untried_of,
 )
@@ -60,7 +58,6 @@ from thesean.deploy.quantizing.quantized import (
 from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX, write_torch
 from thesean.errors import DataError, ExportError, PassRefused
-from thesean.passes.analyse.positions import table_rows
 from thesean.passes.base import Attempt, Pass, run_passes
 from thesean.passes.cache_attention import CacheAttention
 from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
@@ -324,17 +321,10 @@ def _compare(
     train_length: int | None,
     path: Path,
 ) -> tuple[list[Check], list[str]]:
-    """All comparisons, and a note for each size at which the module itself doesn't run."""
-    longest = table_rows(module)
-    long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
-    sizes, skipped = sizes_to_check(module, signature, long)
     try:
-        checks = [compare_whole(session, module, signature, s, names, threaded) for s in sizes]
-        if threaded is not None:
-            checks += compare_chunks(session, threaded, module, signature, names, longest)
+        return compare_all(session, threaded, module, signature, names, train_length)
     except DataError as error:
         raise ExportError(f"{path}: the file does not run where the module does: {error}") from error
-    return checks, skipped
 
 
 def _parse(stateful: Stateful) -> bool | None:

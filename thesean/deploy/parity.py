@@ -17,6 +17,7 @@ from torch import fx
 
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
+from thesean.passes.analyse.positions import table_rows
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import run_passes
 from thesean.passes.cast_floats import CastFloats
@@ -146,6 +147,24 @@ def compare_whole(
             got, want = got[shown_BT], want[shown_BT]
         errors.append(relative_error(got, want))
     return Check.of("onnxruntime vs torch", sizes.shape, outputs, errors)
+
+
+def compare_all(
+    session: Runs,
+    threaded: fx.GraphModule | None,
+    module: fx.GraphModule,
+    signature: Signature,
+    names: Sequence[str],
+    train_length: int | None,
+) -> tuple[list[Check], list[str]]:
+    """All comparisons, and a note for each size at which the module itself doesn't run."""
+    longest = table_rows(module)
+    long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
+    sizes, skipped = sizes_to_check(module, signature, long)
+    checks = [compare_whole(session, module, signature, s, names, threaded) for s in sizes]
+    if threaded is not None:
+        checks += compare_chunks(session, threaded, module, signature, names, longest)
+    return checks, skipped
 
 
 @torch.no_grad()

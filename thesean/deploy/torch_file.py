@@ -21,16 +21,13 @@ from thesean.deploy.lowering.to_onnx import output_names, quiet
 from thesean.deploy.parity import (
     IN_TORCH,
     CheckSizes,
-    compare_chunks,
-    compare_whole,
+    compare_all,
     not_comparable,
     refuse_errors,
     rounding,
     runnable,
-    sizes_to_check,
 )
 from thesean.errors import ExportError
-from thesean.passes.analyse.positions import table_rows
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape, zero_states
@@ -68,13 +65,8 @@ def write_torch(
         with made.open("wb") as file:
             torch.export.save(program, file)
         loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
-        longest = table_rows(module)
-        long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
-        sizes, skipped = sizes_to_check(module, signature, long)
         try:
-            checks = [compare_whole(loaded, module, signature, s, names, threaded) for s in sizes]
-            if threaded is not None:
-                checks += compare_chunks(loaded, threaded, module, signature, names, longest)
+            checks, skipped = compare_all(loaded, threaded, module, signature, names, train_length)
         except (AssertionError, RuntimeError) as error:  # torch's guards on sizes
             raise ExportError(f"{path}: the file does not run where the module does: {first_line(error)}") from error
         checks = [c._replace(label=c.label.replace("onnxruntime", "the file")) for c in checks if c.label != IN_TORCH]
