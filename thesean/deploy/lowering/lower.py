@@ -6,10 +6,22 @@ B batch, T time
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from torch import nn
 
 from thesean.deploy.lowering.lowered import form_of, operation_of
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def lower_inside(module: Module, *, opset: int, path: str) -> Module:
+    """`module` itself as torch code, with copies of what is in it whose cells are lowered."""
+    inside = copy.copy(module)
+    inside._modules = {
+        n: None if m is None else lower_cells(m, opset=opset, path=path) for n, m in module._modules.items()
+    }
+    return inside
 
 
 def lower_cells(module: nn.Module, *, opset: int = 18, path: str = "") -> nn.Module:

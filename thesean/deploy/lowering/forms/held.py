@@ -9,7 +9,6 @@ keys, K width of values, k = K + 1, X = C + 1 + k
 
 from __future__ import annotations
 
-import copy
 import re
 from typing import Any, NamedTuple
 
@@ -50,14 +49,11 @@ class LoweredHeld(nn.Module):
 
     def __init__(self, held: Held, path: str, opset: int) -> None:
         super().__init__()
-        from thesean.deploy.lowering.lower import lower_cells  # which finds this file by its name
+        from thesean.deploy.lowering.lower import lower_inside  # which finds this file by its name
 
         self.sizes = held.window, held.places
         self.emitted = Lowered(path, self._emit)
-        self.inner = copy.copy(held)
-        self.inner._modules = {
-            n: None if m is None else lower_cells(m, opset=opset, path=path) for n, m in held._modules.items()
-        }
+        self.inner = lower_inside(held, opset=opset, path=path)
 
     def forward(
         self,

@@ -10,7 +10,6 @@ queries and keys, K width of values, k = K + 1, X = C + k, F = 2C features
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class LoweredWindow(nn.Module):
 
     def __init__(self, window: Window, path: str, opset: int) -> None:
         super().__init__()
-        from thesean.deploy.lowering.lower import lower_cells  # which finds this file by its name
+        from thesean.deploy.lowering.lower import lower_inside  # which finds this file by its name
 
         self.scale, self.size, self.places, self.ahead = window.scale, window.size, window.places, window.ahead
         self.turned, self.biased = window.rotate is not None, window.bias is not None
@@ -57,11 +56,7 @@ class LoweredWindow(nn.Module):
                 bias_HM = window._bias(0, self.places + self.size).detach().float()
                 self._keep("bias_HM", bias_HM.flip(1).contiguous())
                 self._keep("bias_HW", bias_HM[:, : self.size].contiguous())
-        inner = copy.copy(window)
-        inner._modules = {
-            n: None if m is None else lower_cells(m, opset=opset, path=path) for n, m in window._modules.items()
-        }
-        self.inner = inner
+        self.inner = lower_inside(window, opset=opset, path=path)
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         self.register_buffer(name, tensor)
