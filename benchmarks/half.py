@@ -86,7 +86,7 @@ def bench(run: Run) -> None:
     for layers in run.settings["layers"]:
         name = f"Llama's shape, {layers} layers, width {run.settings['width']}, {run.settings['dtype']}"
         if run.wants(name):
-            run.add(name, **apart(layers, run.settings, "benchmarks.half"))
+            run.add(name, **apart(name, "benchmarks.half", layers, run.settings))
 
 
 def table(result: Result) -> str:

@@ -108,12 +108,13 @@ def _status(name: str) -> float:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 2**10
 
 
-def apart(layers: int, settings: dict[str, Any], module: str = "benchmarks.size") -> dict[str, Any]:
-    """A module's `measure` in a process of its own."""
-    code = f"import json; from {module} import measure; print(json.dumps(measure({layers}, {settings!r})))"
+def apart(what: str, module: str, *arguments: Any) -> dict[str, Any]:
+    """A module's `measure` in a process of its own. Raises BenchmarkError, which names `what` it was asked for."""
+    call = f"measure({', '.join(map(repr, arguments))})"
+    code = f"import json; from {module} import measure; print(json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
-        raise BenchmarkError(f"{layers} layers: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
+        raise BenchmarkError(f"{what}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -122,7 +123,7 @@ def bench(run: Run) -> None:
     for layers in run.settings["layers"]:
         name = f"GPT-2, {layers} layers, width {run.settings['width']}"
         if run.wants(name):
-            run.add(name, **apart(layers, run.settings))
+            run.add(name, **apart(name, "benchmarks.size", layers, run.settings))
 
 
 def table(result: Result) -> str:

