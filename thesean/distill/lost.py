@@ -36,14 +36,14 @@ def lost_by(hybrid: Hybrid, training: Training, on_the_way: Sequence[float]) -> 
     own = judge(hybrid.graph_module).divergence
     if not own > _LEAST:
         return ""
-    with left_out(hybrid) as names:
-        without = judge(hybrid.graph_module).divergence if names else float("inf")
     outputs, classes = training.task.outputs, training.task.outputs.classes
     guess = float("inf")
     if outputs.of_classes and classes > 1:
         guess = judge.of(lambda k: pytree.tree_map(_flat, guide(**judge.batches[k][1]))).divergence
     if guess < _KNOWS_LITTLE * math.log(max(classes, 2)):
         return ""
+    with left_out(hybrid) as names:
+        without = judge(hybrid.graph_module).divergence if names else float("inf")
     told = []
     if _worse(own, guess):
         told.append(f"a uniform guess over {classes} classes is nearer ({guess:.4g})")
