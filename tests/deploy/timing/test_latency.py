@@ -37,9 +37,9 @@ def test_time_that_is_over_leaves_five_repeats():
 @pytest.mark.parametrize(("turn_ms", "warm_up"), [(0.3, 1), (0.1, 2)])
 def test_a_call_that_takes_long_has_warmed_itself_up(turn_ms, warm_up, monkeypatch):
     monkeypatch.setattr("thesean.deploy.timing.turns._LONG_MS", 0.2)
-    monkeypatch.setattr("thesean.deploy.timing.latency._TURN_MS", 0.0)  # one call a turn
+    monkeypatch.setattr("thesean.deploy.timing.turns._TURN_MS", 0.0)  # one call a turn
     now, calls = [0.0], list[None]()
-    monkeypatch.setattr("thesean.deploy.timing.latency.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("thesean.deploy.timing.turns.time.perf_counter", lambda: now[0])
 
     def call() -> None:
         calls.append(None)
