@@ -73,8 +73,10 @@ def test_the_language_demo_writes_a_stateful_file_that_continues_text_as_torch_d
         assert {"loss", "metric", "params", "flops", "onnx_bytes", "latency_ms", "steps", "seconds"} <= set(row)
     assert rows["converted"]["steps"] == rows["scratch"]["steps"] == rows["distillation"]["steps"] == 6
     assert {f"token_{c}" for c in (64, 512, 2048)} <= set(rows["converted"]["latency_ms"])
-    # six steps: copied weights and closed forms alone are far ahead of six steps from scratch
-    assert rows["guide"]["loss"] < rows["converted"]["loss"] < rows["scratch"]["loss"]
+    # six steps: copied weights and closed forms alone are far ahead of six steps from scratch, and train what the cut
+    # of the guide's layers left
+    assert rows["converted"]["loss"] < rows["scratch"]["loss"]
+    assert rows["guide"]["loss"] < rows["scratch"]["loss"]
     assert thesean.load(tmp_path / "converted").plan.replaced
     assert (tmp_path / "model.onnx").stat().st_size == rows["converted"]["onnx_bytes"]
 

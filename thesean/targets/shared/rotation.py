@@ -88,4 +88,5 @@ class Rotate(nn.Module):
         return turned.to(x_BSHC.dtype)
 
     def forward(self, x_BSHC: torch.Tensor) -> torch.Tensor:
-        return self.turn(x_BSHC, self.tables(x_BSHC.shape[1], x_BSHC))
+        # a row for each step already: cut to its length, they couldn't be counted by row of the batch
+        return self.turn_by(x_BSHC, *self.tables(x_BSHC.shape[1], x_BSHC))
