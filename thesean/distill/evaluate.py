@@ -101,8 +101,7 @@ class Judge:
             output = wanted if output_of is None else output_of(number)
             wrapped = self.task.wrap(output)
             if output_of is not None:
-                masks = self._masks(number, inputs)
-                total["divergence"] += self.task.outputs.distance(output, wanted, masks=masks).item() * size
+                total["divergence"] += self._distance(number, output, wanted) * size
             if self.task.loss is not None:
                 loss = float(self.task.loss(wrapped, batch))
                 if output_of is None and not math.isfinite(loss):
@@ -120,6 +119,22 @@ class Judge:
             metric=total["metric"] / rows if self.task.metric is not None else None,
             divergence=total["divergence"] / rows,
         )
+
+    @torch.no_grad()
+    def divergence(self, output_of: Callable[[int, Any], Any], numbers: Sequence[int]) -> float:
+        """The mean of `of` alone, without the user's loss and metric; the guide's output is told as well."""
+        total, rows = 0.0, 0
+        for number in numbers:
+            inputs = self.batches[number][1]
+            size = next(iter(inputs.values())).shape[0]
+            wanted = self._guide_output(number, inputs)
+            total += self._distance(number, output_of(number, wanted), wanted) * size
+            rows += size
+        return total / rows
+
+    def _distance(self, number: int, output: Any, wanted: Any) -> float:
+        masks = self._masks(number, self.batches[number][1])
+        return self.task.outputs.distance(output, wanted, masks=masks).item()
 
     def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Of the outputs that have padded steps."""

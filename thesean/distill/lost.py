@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from thesean.distill.evaluate import Judge
 from thesean.distill.training import Training
 from thesean.passes.plan.hybrid import Hybrid
 
@@ -22,34 +20,43 @@ _MARGIN, _LEAST = 0.01, 1e-3
 # Of the logarithm of the classes: a guide nearer to a uniform guess than that, an untrained one, has little to lose.
 _KNOWS_LITTLE = 0.15
 
+# How many times as near as both is near enough on one batch of a few.
+_FAR = 2.0
+
 
 @torch.no_grad()
-def lost_by(hybrid: Hybrid, training: Training, on_the_way: Sequence[float]) -> str:
-    """What to tell of a hybrid that is worse than nothing, "" of any other. `on_the_way`: the divergence after each of
-    its parts, which says which one did it.
+def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Sequence[float]) -> str:
+    """What to tell of a hybrid that is worse than nothing, "" of any other. `final` is its divergence, `on_the_way` the
+    one after each of its parts, which says which one did it.
     """
-    if not hybrid.parts:
+    if not hybrid.parts or not final > _LEAST:
         return ""
-    guide, given = training.guide, training.judge
     # by the divergence alone: a loss of the user's own may be anything, and cost anything
-    judge = Judge(guide, replace(training.task, loss=None, metric=None), [given.batches[k] for k in given.sample])
-    own = judge(hybrid.graph_module).divergence
-    if not own > _LEAST:
+    judge, outputs = training.judge, training.task.outputs
+    sample = judge.sample
+    first, classes = sample[:1], outputs.classes if outputs.of_classes else 0
+
+    def guess(numbers: Sequence[int]) -> float:
+        return judge.divergence(lambda _, wanted: pytree.tree_map(_flat, wanted), numbers) if classes > 1 else math.inf
+
+    def network(numbers: Sequence[int]) -> float:
+        return judge.divergence(lambda k, _: hybrid.graph_module(**judge.batches[k][1]), numbers)
+
+    def without(numbers: Sequence[int]) -> float:
+        with left_out(hybrid) as names:
+            return network(numbers) if names else math.inf
+
+    far = guess(first)
+    if far < _KNOWS_LITTLE * math.log(max(classes, 2)) or final * _FAR < min(far, without(first)):
         return ""
-    outputs, classes = training.task.outputs, training.task.outputs.classes
-    guess = float("inf")
-    if outputs.of_classes and classes > 1:
-        guess = judge.of(lambda k: pytree.tree_map(_flat, guide(**judge.batches[k][1]))).divergence
-    if guess < _KNOWS_LITTLE * math.log(max(classes, 2)):
-        return ""
-    with left_out(hybrid) as names:
-        without = judge(hybrid.graph_module).divergence if names else float("inf")
+    own, uniform, bare = network(sample), guess(sample), without(sample)
     told = []
-    if _worse(own, guess):
-        told.append(f"a uniform guess over {classes} classes is nearer ({guess:.4g})")
-    if _worse(own, without):
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        told.append(f"with {some} simply left out it is {without:.4g}")
+    if _worse(own, uniform):
+        told.append(f"a uniform guess over {classes} classes is nearer ({uniform:.4g})")
+    if _worse(own, bare):
+        with left_out(hybrid) as names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        told.append(f"with {some} simply left out it is {bare:.4g}")
     if not told:
         return ""
     unit = " nats" if outputs.of_classes else ""

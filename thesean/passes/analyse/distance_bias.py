@@ -62,6 +62,9 @@ def _read(scores_HTT: torch.Tensor) -> tuple[DistanceBias, bool] | None:
     """(bias, whether its tables end within half of the distances); None where it is no matter of distance alone."""
     heads = len(scores_HTT)
     scores_HTT = scores_HTT[:1] if _are_alike(scores_HTT) else scores_HTT
+    if _is_nothing(scores_HTT):  # most guides', and what follows takes some hundred bytes a score
+        zero_H1 = torch.zeros(heads, 1, device=scores_HTT.device)
+        return DistanceBias(*(Reach(zero_H1.clone(), zero_H1[:, 0].clone()) for _ in range(2))), True
     own_HT1 = scores_HTT.diagonal(dim1=1, dim2=2).unsqueeze(2).double()
     bias_HTT = torch.where(scores_HTT < LOW, HIDDEN, scores_HTT.double() - own_HT1)  # constants of a row cancel
     step_T = torch.arange(scores_HTT.shape[1], device=scores_HTT.device)
@@ -77,6 +80,16 @@ def _read(scores_HTT: torch.Tensor) -> tuple[DistanceBias, bool] | None:
         return None
     narrow = [Reach(*(t.float().expand(heads, *t.shape[1:]).contiguous() for t in reach)) for reach in found]
     return DistanceBias(*narrow), ends and ends_too
+
+
+def _is_nothing(scores_HTT: torch.Tensor) -> bool:
+    """Whether each query scores all keys alike that it sees, which are all, or all but the later ones."""
+    if len(scores_HTT) > 1:
+        return False
+    hidden_TT = scores_HTT[0] < LOW
+    own_T1 = scores_HTT[0].diagonal().unsqueeze(1)
+    differs = bool(((scores_HTT[0] != own_T1) & ~hidden_TT).any())
+    return not differs and (not bool(hidden_TT.any()) or torch.equal(hidden_TT, torch.ones_like(hidden_TT).triu(1)))
 
 
 def _are_alike(scores_HTT: torch.Tensor) -> bool:
