@@ -98,5 +98,5 @@ def hash_of(tensors: Iterable[torch.Tensor]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
