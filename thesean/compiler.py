@@ -22,6 +22,7 @@ from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
 from thesean.distill.data import different, make_feed
+from thesean.distill.keep_best import keep_best
 from thesean.distill.losses import warn_of_chance
 from thesean.distill.misfit import naming_misfits
 from thesean.distill.observer import Observer
@@ -322,9 +323,9 @@ def planned(
     if request.edited is not None:
         bound_plan = bind_plan(captured, request.edited)
     else:
-        division = divide(captured, globs_of(request.target), **request.division)
-        bound_plan = plan_division(division, request.target)
-    return bound_plan, bind_data(captured, request, observer, journal)
+        bound_plan = plan_division(divide(captured, globs_of(request.target), **request.division), request.target)
+    training = bind_data(captured, request, observer, journal)
+    return keep_best(bound_plan, training), training
 
 
 def chosen_plan(
@@ -393,8 +394,7 @@ def rehearsed(hybrid: Hybrid, training: Training, signature: Signature, run: Wor
         feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
     if run is not None:
         run.check_room(hybrid.graph_module)
-    graph_module = hybrid.graph_module
-    for told in filter(None, (unwritable(graph_module), unstreamable(graph_module, signature))):
+    for told in filter(None, (unwritable(hybrid.graph_module), unstreamable(hybrid.graph_module, signature))):
         warn([told])
         feed = replace(feed, notes=(*feed.notes, told))
     return replace(training, feed=feed)

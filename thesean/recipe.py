@@ -90,6 +90,8 @@ class Recipe(_Settings):
     # What steps compute in: "as-is" as the guide does, "bfloat16" under autocast. Weights of half precision have
     # float32 copies while they are trained in either, or they would stand still: a step is less than they can hold.
     precision: Precision = "as-is"
+    # Parts that stay the guide's, those whose return helps most once all are replaced and solved: see keep_best.py
+    keep_best: int = Field(default=0, ge=0)
     # What one part may cost, in the unit of what is judged: the rise of the held-out loss, without a loss= that of the
     # output's divergence from the guide (nats for logits). A part that costs more is tried once more by `second`, and
     # then kept as the guide's; None keeps none.

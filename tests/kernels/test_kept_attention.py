@@ -17,14 +17,14 @@ BATCH, HEADS, WIDTH, COLUMNS = 2, 4, 3, 5
 def inputs(
     time: int, kept: int, groups: int = HEADS, held: int = 0, dtype: torch.dtype = torch.float64
 ) -> list[torch.Tensor]:
-    """query, new and kept tokens, of which the first `held` places are taken. Every third score is that of another."""
+    """query, new and kept tokens, of which the first `held` places are taken. Scores are quarters, many alike."""
     g = torch.Generator().manual_seed(100 * time + kept)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     tokens = normal(BATCH, kept + time, groups, WIDTH + 1 + COLUMNS)
-    tokens[..., WIDTH] = (2 * tokens[..., WIDTH]).round()
+    tokens[..., WIDTH] = (4 * tokens[..., WIDTH]).round() / 4
     tokens[..., -1] = 1
     before = tokens[:, :kept].clone()
     before[:, held:] = 0
@@ -34,20 +34,19 @@ def inputs(
 def test_three_tokens_worked_by_hand():
     query = torch.ones(1, 3, 1, 1)
     key = torch.tensor([2.0, 3.0, 5.0]).log()
-    score = torch.tensor([1.0, 0.0, 2.0])
+    score = torch.tensor([1.0, 0.0, 1.5])
     value = torch.tensor([10.0, 20.0, 30.0])
     new = torch.stack([key, score, value, torch.ones(3)], -1).view(1, 3, 1, 4)
     sums, top, kept = kept_attention(query, new, torch.zeros(1, 2, 1, 4))
     sums = sums * top.exp().unsqueeze(-1)
-    expected = torch.tensor([[20.0, 2.0], [80.0, 5.0], [170.0, 7.0]])  # the second token leaves when the third comes
+    # as many as stay at most: the second has faded when it comes, and the first when the third takes its place
+    expected = torch.tensor([[20.0, 2.0], [20.0, 2.0], [75.0, 2.5]])
     torch.testing.assert_close(sums.view(3, 2), expected)
     assert torch.equal(kept[:, :, 0, 2], torch.tensor([[10.0, 30.0]]))
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize(
-    ("time", "kept", "held"), [(1, 1, 0), (1, 4, 4), (7, 3, 2), (BLOCK, 5, 5), (150, 40, 3), (5, 70, 70)]
-)
+@pytest.mark.parametrize(("time", "kept", "held"), [(1, 4, 4), (7, 3, 2), (BLOCK, 5, 5), (150, 40, 3), (5, 70, 70)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_blocks_equal_one_token_after_the_other(time, kept, held, groups, dtype):
     given = [x.requires_grad_() for x in inputs(time, kept, groups, held, dtype)]

@@ -27,6 +27,7 @@ from thesean.cli.options import (
     Guide,
     InputsOf,
     Keep,
+    KeepBest,
     LabelsOf,
     LossFunction,
     MaxDrop,
@@ -104,6 +105,7 @@ def convert(
     constraint: Budget = None,
     candidate: Choices = None,
     recipe: RecipeName = "default",
+    keep_best: KeepBest = None,
     max_drop: MaxDrop = None,
     retry: Retry = None,
     budget: TimeOrSteps = None,
@@ -183,7 +185,7 @@ def convert(
             check_writable(option, path)  # before the training, not after
         if out is not None:
             check_free(out)
-        settings = adjusted(recipe, max_drop=max_drop, retry=retry)
+        settings = adjusted(recipe, keep_best=keep_best, max_drop=max_drop, retry=retry)
         chosen: dict[str, Any] = {"recipe": settings, "seed": seed, "progress": not quiet}
         if plan is not None:
             chosen["plan"] = thesean.Plan.from_yaml(plan)

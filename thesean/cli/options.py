@@ -162,6 +162,12 @@ EvalData = Annotated[str | None, typer.Option(metavar="MODULE:FACTORY", help="He
 RecipeName = Annotated[
     str, typer.Option(metavar="NAME|FILE.yaml", help="default, fast (closed form, seconds), paper, or your own.")
 ]
+KeepBest = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=0, help="Parts that stay as they are: the N whose return helps most once all are replaced."
+    ),
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(

@@ -18,14 +18,17 @@ def kept_attention(
     query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """At each step the new token comes in, and of all up to it the M with the highest scores stay, the earlier one of
-    equals; over these sum exp(q.k - top) v -> (sums_BTHk, top_BTH, kept_BMGX).
+    equals; over these sum f exp(q.k - top) v -> (sums_BTHk, top_BTH, kept_BMGX).
+
+    Where M stay, f = min(1, score - the least score of these), so that a token has faded when another takes its place:
+    which of two near ones is kept, a matter of rounding, makes a difference as small as theirs. Else f = 1.
 
     A token is a row of its key (C), its score, and its value, whose last column is 1; a row where that is 0 holds none.
     Kept ones are in the order in which they came, after the rows that hold none.
-    `top` is the largest q.k, or the smallest float where nothing is kept. T steps at once equal T single steps: who is
-    kept depends on scores alone, so that it is known without a step after the other. Linear in T; half precision is
-    computed in float32. Scores get no gradient: to be kept is no matter of degree (as the heavy hitters of Zhang et al.
-    2023, H2O, whose scores are the attention that was met so far). Raises ValueError for shapes that do not fit.
+    `top` is the largest q.k + log f, or the smallest float where nothing is kept. T steps at once equal T single steps:
+    who is kept depends on scores alone, so that it is known without a step after the other. Linear in T; half precision
+    is computed in float32. Scores get no gradient (as the heavy hitters of Zhang et al. 2023, H2O, whose scores are the
+    attention that was met so far). Raises ValueError for shapes that do not fit.
     """
     _check(query_BTHC, new_BTGX, kept_BMGX)
     sums, tops = [], []
@@ -57,6 +60,10 @@ def kept_attention_reference(
                 for h in range(g * repeats, (g + 1) * repeats) if rows else ():
                     held = torch.stack(rows)
                     scores = held[:, :width] @ query_BTHC[b, t, h]
+                    if len(rows) == kept.shape[1]:
+                        scores = scores + (held[:, width] - held[:, width].min()).detach().clamp_max(1).log()
+                    if scores.max().isinf():  # the one that is kept has faded
+                        continue
                     top_BTH[b, t, h] = scores.max()
                     sums_BTHk[b, t, h] = (scores - scores.max()).exp() @ held[:, width + 1 :]
             empty = kept.new_zeros(kept.shape[1] - len(rows), kept.shape[3])
@@ -69,11 +76,12 @@ def _block(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width, groups, kept = query_BLHC.shape[3], new_BLGX.shape[2], kept_BMGX.shape[1]
     all_BGJX = torch.cat([kept_BMGX, new_BLGX.to(kept_BMGX.dtype)], 1).transpose(1, 2)
-    stays_BGLJ = _stays(all_BGJX[..., width].detach(), all_BGJX[..., -1] > 0, kept)
+    score_BGJ = wide(all_BGJX[..., width].detach())
+    stays_BGLJ = _stays(score_BGJ, all_BGJX[..., -1] > 0, kept)
     row_BGJX, query_BLHC = wide(all_BGJX), wide(query_BLHC)
     query_BGRLC = query_BLHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     scores_BGRLJ = query_BGRLC @ row_BGJX[..., :width].unsqueeze(2).mT
-    scores_BGRLJ = scores_BGRLJ.masked_fill(~stays_BGLJ.unsqueeze(2), -torch.inf)
+    scores_BGRLJ = scores_BGRLJ + _faded(score_BGJ, stays_BGLJ, kept).log().unsqueeze(2)
     top_BGRL = scores_BGRLJ.detach().amax(-1).clamp_min(torch.finfo(scores_BGRLJ.dtype).min)
     weights_BGRLJ = (scores_BGRLJ - top_BGRL.unsqueeze(-1)).exp()
     sums_BGRLk = weights_BGRLJ @ row_BGJX[..., width + 1 :].unsqueeze(2)
@@ -100,6 +108,14 @@ def _stays(score_BGJ: torch.Tensor, held_BGJ: torch.Tensor, kept: int) -> torch.
     here_BGLJ = held_BGJ.unsqueeze(-2) & came_LJ
     better_BGLJ = here_BGLJ.to(torch.float32) @ beats_BGJJ.to(torch.float32)
     return here_BGLJ & (better_BGLJ < kept)
+
+
+def _faded(score_BGJ: torch.Tensor, stays_BGLJ: torch.Tensor, kept: int) -> torch.Tensor:
+    """How much of each token counts: none of those that don't stay."""
+    score_BG1J = score_BGJ.unsqueeze(-2)
+    least_BGL1 = score_BG1J.masked_fill(~stays_BGLJ, torch.inf).amin(-1, keepdim=True)
+    is_full_BGL1 = stays_BGLJ.sum(-1, keepdim=True) == kept
+    return (score_BG1J - least_BGL1.where(is_full_BGL1, -torch.inf)).clamp(0, 1) * stays_BGLJ
 
 
 def _check(query: torch.Tensor, new: torch.Tensor, kept: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ than half of the error that the last 128 and the first 4 leave.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
 C width of a head's query and key, K width of a value, k = K + 1, X = C + 1 + k, W tokens in the window, M tokens that
-are kept, N = M + W
+are kept, and one more that has faded, N = M + 1 + W
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ from thesean.targets.shared.worth import foretell
 
 WINDOW = KEPT = 64
 
-# Scores are whole numbers of this part of a logarithm. Equal tokens have equal scores in a first layer, but for
-# rounding, which is another one in chunks and in a file; so they are told apart by which came first.
-_GRAINS = 64
+# Scores to the logarithm of what a token is looked at: within the last one above the least a kept token fades.
+_STEEP = 8
 
 
 class BoundedAttentionOptions(SequenceOptions):
@@ -64,8 +63,9 @@ class BoundedAttention(SequenceTarget):
     """y_t = last(softmax_s(scale q_t.k_s) v_s), s over the last W tokens, t's own included, and over the M that score
     highest of all before these; queries and keys normed and turned as the guide does.
 
-    Scores are of each head of keys, score_BTG = round(a linear map of x that `prepare` solves). A held token is a row
-    of its key, score, value and a 1. x_BTD, (held_BGNX, and with a rotation the count of steps_B) -> (y_BTD, the same).
+    Scores are of each head of keys, a linear map of x that `prepare` solves; those that are kept fade as others come
+    near to take their place, see kernels/kept_attention.py. A held token is a row of its key, score, value and a 1.
+    x_BTD, (held_BGNX, and with a rotation the count of steps_B) -> (y_BTD, the same).
     Keys are turned by their step, counted from each row's first token.
     """
 
@@ -94,14 +94,11 @@ class BoundedAttention(SequenceTarget):
         self.query = nn.Linear(self.width_in, heads * key_width)
         self.key = nn.Linear(self.width_in, kv_heads * key_width)
         self.value = nn.Linear(self.width_in, kv_heads * value_width)
-        # who is kept is no matter of degree: gradients don't reach it
         self.score = nn.Linear(self.width_in, kv_heads).requires_grad_(False)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
         self.rotation, self.norm_eps, self.norm_form = rotation, norm_eps, norm_form
         self.norms = head_norms(key_width, (heads, kv_heads), norm_eps, norm_form)
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.held = Held(window, places)
+        self.held = Held(window, places + 1)  # the least fades
         self.last = small_linear(heads * value_width, self.width_out)
 
     @property
@@ -110,7 +107,7 @@ class BoundedAttention(SequenceTarget):
         return self.key_width + 1 + self.value_width + 1
 
     def core_state(self, x: torch.Tensor) -> State:
-        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.places + self.window, self.row)
+        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.held.places + self.window, self.row)
         return held_BGNX if self.rotate is None else (held_BGNX, x.new_zeros(x.shape[0], dtype=torch.int64))
 
     def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
@@ -129,7 +126,7 @@ class BoundedAttention(SequenceTarget):
             step_BT = count_B.unsqueeze(1) + torch.arange(x_BTD.shape[1], device=x_BTD.device)
             tables = self.rotate.tables_at(step_BT, x_BTD)
             query_BTHC, key_BTGC = (self.rotate.turn_by(z, *tables) for z in (query_BTHC, key_BTGC))
-        score_BTG1 = self.score(x_BTD).round().unsqueeze(-1)
+        score_BTG1 = self.score(x_BTD).unsqueeze(-1)
         value_BTGk = F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
         return self.scale * query_BTHC, torch.cat([key_BTGC, score_BTG1, value_BTGk], -1)
 
@@ -163,8 +160,8 @@ class BoundedAttention(SequenceTarget):
             return
         found = foretell(part.attention, [x for x, _ in examples], self.window)
         if found is not None:
-            self.score.weight.copy_(_GRAINS * found.weight_OI)
-            self.score.bias.copy_(_GRAINS * found.bias_O)
+            self.score.weight.copy_(_STEEP * found.weight_OI)
+            self.score.bias.copy_(_STEEP * found.bias_O)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         linears = (self.query, self.key, self.value, self.score, self.last)

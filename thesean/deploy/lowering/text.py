@@ -21,6 +21,9 @@ class Text:
     def floats(self, *numbers: float) -> str:
         return self.constant(f"value_floats = [{', '.join(f'{float(n)!r}' for n in numbers)}]")
 
+    def number(self, number: float) -> str:
+        return self.constant(f"value_float = {float(number)!r}")
+
     def constant(self, text: str) -> str:
         if text not in self._known:
             self._known[text] = f"{self.prefix}_c{len(self._known)}"

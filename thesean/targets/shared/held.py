@@ -16,7 +16,7 @@ from thesean.targets.shared.steps import Steps, hide, last
 
 class Held(nn.Module):
     """y_t = the mean of v_s by exp(q_t.k_s), s over the last W tokens, t's own included, and over the M that score
-    highest of all before these.
+    highest of all before these, which fade as they come near to the least of them: see kernels/kept_attention.py.
 
     A row whose last value is 0 holds no token. Rows stand in the order in which they came, so that a step drops one of
     the first M + 1 and adds its own at the end.

@@ -23,6 +23,9 @@ from thesean.targets.shared.steps import Steps
 
 DOMAIN = window_attention.DOMAIN
 
+# what no score comes near to
+_FAR = 1e30
+
 
 class Shape(NamedTuple):
     """What a function is written for; its name says all of it."""
@@ -114,20 +117,27 @@ def one_step(s: Shape) -> list[str]:
     t.split(("first_BGJX", "rest_BGJX"), "all_BGJX", (M + 1, W), 2)
     t.slice("score_BGJ1", "first_BGJX", C, C + 1, 3)
     t.slice("token_BGJ1", "first_BGJX", X - 1, X, 3)
-    t("none_BGJ1", "Log", "token_BGJ1")
+    t("lacks_BGJ1", "Sub", "token_BGJ1", t.number(1.0))
+    t("none_BGJ1", "Mul", "lacks_BGJ1", t.number(_FAR))
     t("rank_BGJ1", "Add", "score_BGJ1", "none_BGJ1")
     t("least_BG11", "ArgMin", "rank_BGJ1", axis=2, keepdims=1, select_last_index=1)
-    t.split(("stay_BGMX", "last_BG1X"), "first_BGJX", (M, 1), 2)
-    t.slice("next_BGMX", "first_BGJX", 1, M + 1, 2)
     t.reshape("row_M1", t.ints(*range(M)), M, 1)
     t("before_BGM1", "Less", "row_M1", "least_BG11")
-    t("kept_BGMX", "Where", "before_BGM1", "stay_BGMX", "next_BGMX")
+    for name, rows, columns in (("kept", "first_BGJX", "X"), ("stay", "rank_BGJ1", "1")):
+        t.slice(f"these_{name}", rows, 0, M, 2)
+        t.slice(f"next_{name}", rows, 1, M + 1, 2)
+        t(f"{name}_BGM{columns}", "Where", "before_BGM1", f"these_{name}", f"next_{name}")
+    # where a row holds no token the least is far below all that do, and these count whole
+    t("limit_BG11", "ReduceMin", "stay_BGM1", t.ints(2), keepdims=1)
+    t("above_BGM1", "Sub", "stay_BGM1", "limit_BG11")
+    t("faded_BGM1", "Min", "above_BGM1", t.number(1.0))
     t("held_step", "Concat", "kept_BGMX", "rest_BGJX", axis=2)
     t.reshape("query_BGRC", "query_BTE", 0, G, H // G, C)
     t("query_BGRX", "Pad", "query_BGRC", t.ints(0, 0, 0, 0, 0, 0, 0, X - C))
     t("scores", "com.microsoft.FusedMatMul", "query_BGRX", "held_step", transB=1)
-    t.slice("held_token", "held_step", X - 1, X, 3)
-    t.reshape("held_BG1N", "held_token", 0, G, 1, N)
+    t.slice("window_BGW1", "rest_BGJX", X - 1, X, 3)
+    t("counts_BGN1", "Concat", "faded_BGM1", "window_BGW1", axis=2)
+    t.reshape("held_BG1N", "counts_BGN1", 0, G, 1, N)
     t("seen_BG1N", "Log", "held_BG1N")
     t("logits", "Add", "scores", "seen_BG1N")
     t("weights", "Softmax", "logits", axis=-1)
