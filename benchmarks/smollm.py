@@ -3,8 +3,8 @@
 SmolLM2-135M, from a package. Nothing is trained: `fast`, on windows of Python's documentation. Judged in nats on
 held-out topics of it and on Python's own source code, which the conversion never saw, also at more tokens than it was
 converted on. A row each: the guide, `rnn` as it decides, the same with six of the thirty attentions kept, and its rival
-that needs no method, a softmax window with the first tokens. Each is converted in a process of its own, by the processor's clock and the memory it takes; files run
-side by side on one thread.
+that needs no method, a softmax window with the first tokens. Each is converted in a process of its own, by the
+processor's clock and the memory it takes; files run side by side on one thread.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
     else:
         made: list[thesean.Converted] = []
         options, stay = asked
-        target, recipe = thesean.Target("rnn", **options), {**thesean.Recipe.named("fast").model_dump(), "keep_best": stay}
+        target, fast = thesean.Target("rnn", **options), thesean.Recipe.named("fast")
+        recipe = fast.model_copy(update={"keep_best": stay})
         seconds = processor(
             lambda: made.append(
                 thesean.compile(
