@@ -58,6 +58,23 @@ def test_settings_left_out_have_their_defaults(tmp_path: Path):
         ("stpes: 7", "stpes: Extra inputs are not permitted"),
         ("alignment: {shedule: joint}", "alignment.shedule"),
         ("alignment: {schedule: sideways}", "alignment.schedule"),
+        ("alignment: {order: sideways}", "alignment.order"),
+        (
+            "alignment: {order: back-to-front}",
+            "alignment: .*it needs the schedule 'progressive' or",
+        ),
+        ("alignment: {schedule: stochastic, inputs: guide}", "alignment: .*inputs 'guide' has no meaning with"),
+        ("alignment: {inputs: both}", "alignment.inputs"),
+        ("alignment: {measure: {nmse: 0}}", "alignment.measure.sum.nmse: Input should be greater than 0"),
+        ("alignment: {measure: 3}", "alignment.measure.name: Input should be a valid string"),
+        ("alignment: {measure: {}}", "alignment.measure"),
+        ("alignment: {weights: {h.0: -1}}", "alignment.weights.h.0"),
+        ("alignment: {output: l2}", "alignment.output"),
+        ("alignment: {output_weight: 0}", "alignment.output_weight"),
+        ("alignment: {task: -1}", "alignment.task"),
+        ("alignment: {swap_from: 1.5}", "alignment.swap_from"),
+        ("alignment: {swap_all_at: 0}", "alignment.swap_all_at"),
+        ("fine_tuning: {divergence: l2}", "fine_tuning.divergence"),
         ("steps: -1", "steps"),
         ("steps: many", "steps"),
         ("fine_tuning: {learning_rate: 0}", "fine_tuning.learning_rate"),
@@ -74,6 +91,25 @@ def test_wrong_settings_are_named(text, reason, tmp_path: Path):
     with pytest.raises(RecipeError, match=reason) as caught:
         Recipe.from_yaml(path)
     assert isinstance(caught.value, TheseanError)
+
+
+def test_a_recipe_of_an_earlier_version_is_what_it_was(tmp_path: Path):
+    """Written before orders, companions and what parts read were settings."""
+    later = {"order", "inputs", "weights", "output", "output_weight", "task", "swap_from", "swap_all_at", "recalibrate"}
+    data = yaml.safe_load(Recipe.named("paper").to_yaml())
+    data["alignment"] = {k: v for k, v in data["alignment"].items() if k not in later}
+    del data["fine_tuning"]["divergence"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert Recipe.from_yaml(path) == Recipe.named("paper")
+    assert (Recipe().alignment.reads, Recipe.named("paper").alignment.reads) == ("guide", "hybrid")
+
+
+def test_sums_and_weights_come_back_from_yaml(tmp_path: Path):
+    alignment = {"measure": {"nmse": 1.0, "cka": 0.5}, "weights": {"h.*": 2.0}, "output": "js", "recalibrate": True}
+    recipe = Recipe.resolve({"alignment": {"schedule": "progressive", "order": "easiest-first", **alignment}})
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
 
 
 def test_settings_may_be_given_as_a_dict():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -82,25 +82,25 @@ def finish(training: Training, conversion: Conversion, start: float) -> Converte
 
 def _hybrid(bound_plan: BoundPlan, snapshot: Snapshot | None, report: ConversionReport, recipe: Recipe) -> Converted:
     """The frontier's member after a stage, on demand."""
-    count = snapshot.count if snapshot is not None else 0
-    hybrid = with_state(bound_plan, count, snapshot.state if snapshot is not None else {})
+    numbers = snapshot.parts if snapshot is not None else ()
+    hybrid = with_state(bound_plan, numbers, snapshot.state if snapshot is not None else {})
     bound_positions(hybrid.graph_module, recipe.positions)
-    replaced = {p.path for p in bound_plan.plan.replaced[:count]}
+    replaced = {bound_plan.plan.replaced[k].path for k in numbers}
     rows = tuple(
         p if p.path in replaced else replace(p, target="keep", options={}, scope=None) for p in bound_plan.plan
     )
     told = replace(
         report,
         converted=_figures(snapshot.evaluation) if snapshot is not None else report.guide,
-        stages=report.stages[:count],
+        stages=report.stages[: len(numbers)],
         params=sum(p.numel() for p in hybrid.graph_module.parameters()),
-        flops=_flops_with(bound_plan.plan, count),
+        flops=_flops_with(bound_plan.plan, numbers),
     )
     return Converted(hybrid.graph_module, bound_plan.captured.signature, replace(bound_plan.plan, parts=rows), told)
 
 
-def _flops_with(plan: Plan, count: int) -> int:
-    return plan.flops + sum(p.new_flops - p.flops for p in plan.replaced[:count])
+def _flops_with(plan: Plan, parts: Sequence[int]) -> int:
+    return plan.flops + sum(plan.replaced[k].new_flops - plan.replaced[k].flops for k in parts)
 
 
 def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -> tuple[StageRow, ...]:
@@ -112,7 +112,7 @@ def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -
         divergence = snapshot.evaluation.divergence
         rows.append(
             StageRow(
-                part=conversion.hybrid.parts[snapshot.count - 1],
+                part=conversion.hybrid.parts[snapshot.parts[-1]],
                 replaced=snapshot.count,
                 of=len(conversion.hybrid.parts),
                 measure=result.measure if result else "closed form",
@@ -124,8 +124,8 @@ def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -
                 steps=result.steps if result else 0,
                 seconds=snapshot.seconds - seconds,
                 stopped_by=result.stopped_by if result else "solved",
-                params=bound_plan.plan.params + sum(added_params(p) for p in replaced[: snapshot.count]),
-                flops=_flops_with(bound_plan.plan, snapshot.count),
+                params=bound_plan.plan.params + sum(added_params(replaced[k]) for k in snapshot.parts),
+                flops=_flops_with(bound_plan.plan, snapshot.parts),
             )
         )
         seconds = snapshot.seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from thesean import plain_yaml
 from thesean.errors import TheseanError, unknown_name
@@ -16,6 +16,13 @@ from thesean.write_file import write_text
 
 Positions = Literal["clamp", "wrap", "drop", "refuse"]
 Precision = Literal["as-is", "bfloat16"]
+Divergence = Literal["kl", "reverse-kl", "js"]
+PartInputs = Literal["guide", "hybrid", "mixed"]
+Weight = Annotated[float, Field(gt=0)]
+Measures = Annotated[
+    Annotated[str, Tag("name")] | Annotated[dict[str, Weight], Field(min_length=1), Tag("sum")],
+    Discriminator(lambda given: "sum" if isinstance(given, Mapping) else "name"),
+]
 
 # Peak learning rates that a search goes through, in this order.
 RATES = (2e-3, 1e-3, 3e-4, 1e-4, 3e-5)
@@ -45,8 +52,25 @@ class ClosedForm(_Settings):
 class Alignment(_Settings):
     """Gradient steps that bring parts to the guide's activations, before the network is trained as a whole."""
 
-    schedule: Literal["progressive", "sequential", "independent", "joint", "none"] = "independent"
-    measure: str = "nmse"
+    schedule: Literal["progressive", "sequential", "independent", "joint", "stochastic", "none"] = "independent"
+    # In which progressive and sequential stages take the parts: "easiest-first" is by how far the guide with one part
+    # replaced, in closed form, is from the guide.
+    order: Literal["front-to-back", "back-to-front", "easiest-first"] = "front-to-back"
+    # What a part reads while it is trained: the guide's activations, the hybrid's own, or "mixed", the mean of the
+    # losses on both. None: the guide's where the schedule is independent, the hybrid's elsewhere.
+    inputs: PartInputs | None = None
+    # At parts' exits: a measure, or several with their weights
+    measure: Measures = "nmse"
+    weights: dict[str, Weight] = Field(default_factory=dict, description="of parts, by globs; the last one that fits")
+    # Companions of the measure, of the network in which the parts so far are replaced
+    output: Divergence | None = Field(default=None, description="divergence of the outputs, hybrid from guide")
+    output_weight: Weight = 1.0
+    task: float = Field(default=0.0, ge=0, description="weight of the user's loss")
+    # Stochastic: the probability that a part is swapped in, which rises from the first step on, linearly
+    swap_from: float = Field(default=0.3, ge=0, le=1)
+    swap_all_at: float = Field(default=0.8, gt=0, le=1, description="share of the steps after which it is 1")
+    # Running statistics of the parts' batch norms, computed anew on the closed form's batches before a stage is judged
+    recalibrate: bool = False
     share: float = Field(default=0.1, ge=0, le=1, description="of the recipe's steps, over all stages")
     learning_rate: float = Field(default=3e-3, gt=0)
     # A stage ends early when the refitted held-out measure stopped improving, or reached its ceiling.
@@ -56,6 +80,31 @@ class Alignment(_Settings):
     ceiling: float = Field(default=0.002, ge=0, description="loss below which a stage is done")
     refit: bool = True
     refit_all: bool = Field(default=True, description="refit parts 1..k after stage k, not k alone")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Alignment:
+        if self.order != "front-to-back" and self.schedule not in ("progressive", "sequential"):
+            raise ValueError(
+                f"order {self.order!r} is one of stages: it needs the schedule 'progressive' or 'sequential', found "
+                f"{self.schedule!r}"
+            )
+        if self.inputs is not None and self.schedule in ("stochastic", "none"):
+            raise ValueError(f"inputs {self.inputs!r} has no meaning with the schedule {self.schedule!r}: leave it out")
+        return self
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Weights by name."""
+        return {self.measure: 1.0} if isinstance(self.measure, str) else dict(self.measure)
+
+    @property
+    def reads(self) -> PartInputs:
+        return self.inputs or ("guide" if self.schedule == "independent" else "hybrid")
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all parts are trained in one stage."""
+        return self.schedule in ("joint", "independent", "stochastic")
 
 
 class FineTuning(_Settings):
@@ -68,6 +117,7 @@ class FineTuning(_Settings):
     weight_decay: float = Field(default=0.01, ge=0)
     distillation: float = Field(default=0.9, ge=0, le=1, description="weight of the guide's outputs at the start")
     temperature: float = Field(default=2.0, gt=0)
+    divergence: Divergence = Field(default="kl", description="by which outputs are compared where they are classes")
     hidden: float = Field(default=0.3, ge=0, description="weight of the normalised MSE at part exits, annealed")
     anneal_until: float = Field(default=0.8, gt=0, le=1, description="share of the steps after which both are 0")
 

@@ -22,7 +22,8 @@ from thesean.journal import RESUMES, Resume
 from thesean.passes.plan.make_plan import TargetSpec, check_target
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
-from thesean.recipe import Recipe
+from thesean.recipe import Recipe, RecipeError
+from thesean.similarity import get_measure
 from thesean.targets import Target
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -68,6 +69,7 @@ class Request:
         if isinstance(self.plan, (str, Path)):
             self._resolve("plan", Plan.from_yaml(self.plan))
         self._check_types()
+        self._check_objective()
         if self.plan is not None:
             self._check_alone()
         elif self.is_auto:
@@ -152,6 +154,18 @@ class Request:
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
                 raise PlanError(f"{name}: expected a whole number, found {number!r}.")
+
+    def _check_objective(self) -> None:
+        """What no recipe can know of itself."""
+        for recipe in filter(None, (self.settings, self.settings.retry)):
+            for name in recipe.alignment.measures:
+                if not get_measure(name).differentiable:
+                    raise RecipeError(
+                        f"alignment.measure: {name!r} has no gradient to train on; it can be reported by "
+                        "thesean.similarity."
+                    )
+            if recipe.alignment.task and self.loss is None:
+                raise RecipeError("alignment.task: it is the weight of loss=, and none was given.")
 
     def _check_alone(self) -> None:
         more = ("parts", "keep", "granularity", "merge", "target_parts", "constraints", "candidates")

@@ -8,8 +8,9 @@ import torch
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
 from tests.models import vectors
-from thesean.distill.align import Aligner, Stage, examples, faint, stages
+from thesean.distill.align import Aligner, Stage, stages
 from thesean.distill.closed_form import solve_parts
+from thesean.distill.objective import examples, faint
 from thesean.errors import DataError, NumericalError
 
 

@@ -13,6 +13,7 @@ from tests.models import vectors
 from thesean.distill import outputs
 from thesean.distill.outputs import Outputs, named_outputs, read_outputs
 from thesean.errors import DataError, NumericalError, UnknownNameError
+from thesean.similarity import get_measure
 
 INTEGERS = torch.tensor([0, 2])
 
@@ -112,6 +113,35 @@ def test_divergences_have_the_values_worked_by_hand():
     # one logit of log 3 is the same distribution over two; the second one agrees
     assert distance(own, guide, "sigmoid").item() == pytest.approx(by_hand, rel=1e-5)
     assert distance(own[:, 0], guide[:, 0], "sigmoid").item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_the_other_divergences_are_the_measures_of_their_names():
+    own, guide = vectors(6, 4), vectors(6, 4, seed=1)
+    outputs = Outputs(kinds={"output": "softmax"})
+    reverse = get_measure("kl").value(guide, own).item()
+    assert outputs.distance(own, guide, by="reverse-kl").item() == pytest.approx(reverse, rel=1e-5)
+    assert outputs.distance(own, guide, by="js").item() == pytest.approx(
+        get_measure("js").value(own, guide).item(), rel=1e-5
+    )
+    kinds = Outputs(kinds={"output": "sigmoid"})
+    pair = [torch.stack([z, torch.zeros_like(z)], -1) for z in (own, guide)]  # one logit is a softmax of two
+    for by in ("kl", "reverse-kl", "js"):
+        found, expected = kinds.distance(own, guide, by=by), outputs.distance(pair[0], pair[1], by=by)
+        assert found.item() == pytest.approx(4 * expected.item(), rel=1e-5)  # summed over 4 classes
+
+
+@pytest.mark.parametrize("by", ["kl", "reverse-kl", "js"])
+def test_divergences_of_a_confident_network_and_of_ruled_out_classes_have_gradients(by):
+    own = torch.tensor([[80.0, -80.0, 0.0], [0.0, 0.0, 5.0]], requires_grad=True)
+    guide = torch.tensor([[-80.0, 80.0, 0.0], [1.0, 0.0, -torch.inf]])
+    loss = Outputs(kinds={"output": "softmax"}).distance(own, guide, by=by)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert own.grad is not None
+    assert own.grad.isfinite().all()
+    assert own.grad[1, 2] == 0
+    if by == "js":
+        assert loss.item() <= math.log(2)
 
 
 @pytest.mark.parametrize("how", ["softmax", "sigmoid"])

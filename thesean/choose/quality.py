@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from thesean.choose.candidates import Candidates
-from thesean.distill.align import examples as rows_of
 from thesean.distill.closed_form import solve_alone, solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
+from thesean.distill.objective import examples as rows_of
 from thesean.distill.seen import Seen
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING

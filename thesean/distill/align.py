@@ -1,15 +1,14 @@
 """Bring target parts to the guide's activations, stage by stage, by a similarity measure.
 
 Schedules (Network of Theseus, arXiv 2512.04198): progressive (stage k trains parts 1..k), sequential (stage k trains
-part k, earlier ones frozen), independent (every part on the guide's own inputs), joint (all at once).
-
-N examples (tokens of a sequence, images of a batch), P features
+part k, earlier ones frozen), independent (every part on the guide's own inputs), joint (all at once); and stochastic
+(BERT-of-Theseus, arXiv 2002.02925: all at once, and which parts stand in the network is drawn each step).
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -20,54 +19,66 @@ from torch import fx
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
+from thesean.distill.objective import Objective
+from thesean.distill.recalibrate import batch_norms, recalibrate
 from thesean.distill.seen import Seen, rows
 from thesean.distill.stopping import Plateau
+from thesean.distill.swapping import Swapping, frozen, probability
 from thesean.distill.task import Batch
 from thesean.distill.training import Training
-from thesean.errors import DataError, NumericalError
 from thesean.journal import Stateful
 from thesean.passes.graph.intermediates import intermediates
-from thesean.passes.plan.hybrid import Hybrid
-from thesean.similarity import Measure, get_measure
+from thesean.passes.plan.hybrid import Hybrid, Replacement
 
-# CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
-_MAX_EXAMPLES = 4096
-
-_FAINT = 1e-8
-
-logger = logging.getLogger(__name__)
+LossOf = Callable[[int, Batch], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """`number` of `count`; `trained` are the parts whose weights move, `compared` those whose exits are matched."""
+    """`number` of `count`; `trained` are the parts whose weights move, `compared` those whose exits are matched, the
+    newest one last. `replaced` are all that stand by then in the order in which they came; left out, the first ones.
+    """
 
     number: int
     count: int
     trained: tuple[int, ...]
     compared: tuple[int, ...]
     steps: int
+    replaced: tuple[int, ...] = ()
+
+    @property
+    def standing(self) -> list[int]:
+        """In the network's order."""
+        return sorted(self.replaced or range(self.compared[-1] + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
     stage: Stage
-    before: float  # the held-out loss at the stage's last part, after the closed form
+    before: float  # the held-out loss at the stage's last part, or of the whole, after the closed form
     after: float
     steps: int
     stopped_by: str
     curve: Curve
     measure: str
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> StageResult:
-        return StageResult(**{**data, "stage": Stage(**data["stage"]), "curve": Curve.from_dict(data["curve"])})
+        return StageResult(
+            **{
+                **data,
+                "stage": Stage(**data["stage"]),
+                "curve": Curve.from_dict(data["curve"]),
+                "notes": tuple(data["notes"]),
+            }
+        )
 
 
 def stages(schedule: str, parts: int, steps: int) -> list[Stage]:
     """The stages of a schedule over `parts` parts with `steps` optimizer steps in all."""
     everything = tuple(range(parts))
-    if schedule in ("joint", "independent"):
+    if schedule in ("joint", "independent", "stochastic"):
         return [Stage(number=0, count=1, trained=everything, compared=everything, steps=steps)]
     shares = [steps // parts + (k < steps % parts) for k in range(parts)]
     return [
@@ -90,40 +101,41 @@ class Aligner:
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.held_out = [training.judge.batches[number] for number in training.judge.sample]
         self.seen = Seen(self.guide)
-        self.measure: Measure = get_measure(self.recipe.alignment.measure)
-        self.own_inputs = self.recipe.alignment.schedule != "independent"
+        self.objective = Objective(training, hybrid.parts)
+        self.refits = self.recipe.alignment.refit and self.objective.exits
 
     def run(self, stage: Stage) -> StageResult:
-        """Train a stage, refit, and leave the hybrid in the best refitted state that was seen."""
+        """Train a stage, and leave the hybrid in the best settled state that was seen."""
         settings = self.recipe.alignment
-        last = stage.compared[-1]
-        where = self.hybrid.parts[last] if stage.count > 1 else f"{len(stage.trained)} parts"
+        where = self.hybrid.parts[stage.compared[-1]] if stage.count > 1 else f"{len(stage.trained)} parts"
         self.observer.begin("align", where, stage.number + 1, stage.count, stage.steps)
         graph_module = self.hybrid.graph_module
-        previous = [p.requires_grad for p in graph_module.parameters()]
-        graph_module.requires_grad_(False)
         parameters = self.hybrid.parameters_of(stage.trained)
-        for p in parameters:
-            p.requires_grad_(True)
-        before = self.held_out_loss(last)
-        watch = _Watch(self, stage, where, before)
-        steps = 0
-        if stage.steps and not watch.plateau.done and parameters:
-            graph_module.train()
-            steps = self.training.trainer.train(
-                parameters,
-                self._loss(stage),
-                self.training.feed.stream,
-                steps=stage.steps,
-                learning_rate=settings.learning_rate,
-                where=f"aligning {where}",
-                after=watch,
-            )
-        best = watch.best
-        best.restore()
-        for p, flag in zip(graph_module.parameters(), previous, strict=True):
-            p.requires_grad_(flag)
+        # not the guide's either, which a hybrid may hold parts of
+        with frozen(self.guide), frozen(graph_module):
+            for p in parameters:
+                p.requires_grad_(True)
+            before = self.value(stage)
+            watch = _Watch(self, stage, where, before)
+            steps = 0
+            if stage.steps and not watch.plateau.done and parameters:
+                graph_module.train()
+                steps = self.training.trainer.train(
+                    parameters,
+                    self._loss(stage),
+                    self.training.feed.stream,
+                    steps=stage.steps,
+                    learning_rate=settings.learning_rate,
+                    where=f"aligning {where}",
+                    after=watch,
+                )
+            best = watch.best
+            best.restore()
         graph_module.eval()
+        notes = []
+        if self.normed(stage) and steps:
+            done = f"recalibrated over {len(self.solving)} batches" if best.step else "as they were did best: kept"
+            notes.append(f"{where}: batch norms {done}")
         result = StageResult(
             stage=stage,
             before=before,
@@ -131,94 +143,125 @@ class Aligner:
             steps=steps,
             stopped_by=watch.plateau.reason if parameters else "nothing to train",
             curve=watch.trace.done(best.step),
-            measure=settings.measure,
+            measure=self.objective.name,
+            notes=tuple(notes),
         )
-        self.observer.end({self.measure.name: best.value})
+        self.observer.end({self.objective.name: best.value})
         return result
 
-    def refit(self, stage: Stage) -> None:
-        parts = range(stage.compared[-1] + 1) if self.recipe.alignment.refit_all else stage.trained
+    def settle(self, stage: Stage) -> None:
+        """What follows from weights and data alone: statistics of batch norms, and last layers."""
+        parts = stage.standing if self.recipe.alignment.refit_all else sorted(stage.trained)
+        normed = self.normed(stage)
+        for k in stage.standing if normed else []:  # each reads what the ones before make of it by then
+            if k in normed:
+                recalibrate(self.hybrid, k, self.solving)
+            if self.refits and k in parts:
+                self._solve([k])
+        if self.refits and not normed:
+            self._solve(parts)
+
+    def normed(self, stage: Stage) -> list[int]:
+        """Parts whose batch norms are recalibrated."""
+        wanted = self.recipe.alignment.recalibrate
+        return [k for k in stage.standing if wanted and batch_norms(self.hybrid, k)]
+
+    def _solve(self, parts: Sequence[int]) -> None:
         form = self.recipe.closed_form
-        solve_parts(
-            self.guide, self.hybrid, list(parts), self.solving, ridge=form.ridge, solve_copied=form.solve_copied
-        )
+        solve_parts(self.guide, self.hybrid, parts, self.solving, ridge=form.ridge, solve_copied=form.solve_copied)
+
+    def value(self, stage: Stage) -> float:
+        """What a stage is judged by, lower is better: at its last part, or where no exit is compared of the whole."""
+        if self.objective.exits:
+            return self.held_out_loss(stage.compared[-1])
+        return self.training.judge(self.hybrid.graph_module, self.training.judge.sample).value
 
     @torch.no_grad()
     def held_out_loss(self, part: int) -> float:
-        """The measure's loss at the exit of `part`, hybrid against guide, over the held-out batches."""
+        """The objective at the exit of `part`, hybrid against guide, and at the output, over the held-out batches."""
         own, theirs = self._ends((part,))
         own.eval()
-        exit_own, exit_guide = self.hybrid.boundaries[part]
         total = 0.0
-        for _, inputs in self.held_out:
-            wanted = theirs(**inputs)
-            mask_BT = self.seen.of(exit_guide, wanted)
-            y, g = rows(own(**inputs)[exit_own], mask_BT), rows(wanted[exit_guide], mask_BT)
-            total += self._compare(part, y, g).item()
+        for whole, inputs in self.held_out:
+            wanted, got = theirs(**inputs), own(**inputs)
+            total += sum(
+                term.item() for term in (self._at_exit(part, got, wanted), *self._at_output(got, wanted, whole))
+            )
         return total / len(self.held_out)
 
-    def _compare(self, part: int, y: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        """The measure's loss, 0 where the guide's activations are `faint`; what is wrong with them is told of the part
-        that they belong to.
-        """
-        if faint(guide):
-            logger.warning("%s: the guide's activations hardly vary there, nothing is aligned", self.hybrid.parts[part])
-            return 0.0 * y.sum()
-        try:
-            return self.measure.loss(examples(y), examples(guide))
-        except (DataError, NumericalError) as error:
-            raise type(error)(f"{self.hybrid.parts[part]}: {error}") from error
-
-    def _ends(self, parts: Sequence[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
-        own = intermediates(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=False)
+    def _ends(self, parts: Sequence[int], more: Sequence[str] = ()) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Hybrid and guide up to the exits of parts, or to the output; the guide's has `more` nodes."""
+        whole = self.objective.whole
+        own = intermediates(self.hybrid.graph_module, [self.hybrid.boundaries[k][0] for k in parts], with_output=whole)
         exits = [self.hybrid.boundaries[k][1] for k in parts]
-        theirs = intermediates(self.guide, [*exits, *self.seen.names], with_output=False)
+        theirs = intermediates(self.guide, [*exits, *more, *self.seen.names], with_output=whole)
         return own, theirs
 
-    def _loss(self, stage: Stage) -> Any:
-        return self._own_inputs_loss(stage) if self.own_inputs else self._independent_loss()
-
-    def _own_inputs_loss(self, stage: Stage) -> Any:
-        """Sum over the compared parts of the measure at their exits, on the hybrid's own activations."""
-        own, theirs = self._ends(stage.compared)
-        names = [self.hybrid.boundaries[k] for k in stage.compared]
-
-        def loss(step: int, batch: Batch) -> torch.Tensor:
-            inputs = batch[1]
-            with torch.no_grad():
-                wanted = theirs(**inputs)
-            got = own(**inputs)
-            terms = []
-            for k, (y, g) in zip(stage.compared, names, strict=True):
-                mask_BT = self.seen.of(g, wanted)
-                terms.append(self._compare(k, rows(got[y], mask_BT), rows(wanted[g], mask_BT)))
-            return torch.stack(terms).sum()
-
-        return loss
-
-    def _independent_loss(self) -> Any:
-        """Sum over modules of the measure at their own output, each fed the guide's activations."""
+    def _loss(self, stage: Stage) -> LossOf:
+        """Over the compared parts the objective at their exits, on the hybrid's own activations, or at their modules'
+        outputs, each fed the guide's; and at the output.
+        """
+        if not self.objective.exits:
+            return self._swapping_loss(stage)
+        reads = self.recipe.alignment.reads
+        exits = stage.compared if reads != "guide" else ()
         # a part that was only dropped has nothing to train
-        replacements = [r for r in self.hybrid.replacements if any(True for _ in self.hybrid.module(r).parameters())]
-        names = [n for r in replacements for n in (r.guide_entry, r.guide_exit)]
-        theirs = intermediates(self.guide, [*names, *self.seen.names], with_output=False)
+        alone = [
+            r
+            for r in self.hybrid.replacements
+            if reads != "hybrid" and r.part in stage.compared and any(True for _ in self.hybrid.module(r).parameters())
+        ]
+        runs = bool(exits) or self.objective.whole
+        own, theirs = self._ends(exits, [name for r in alone for name in (r.guide_entry, r.guide_exit)])
 
         def loss(step: int, batch: Batch) -> torch.Tensor:
             with torch.no_grad():
-                values = theirs(**batch[1])
-            terms = []
-            for r in replacements:
-                read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
-                y = self.hybrid.module(r)(values[r.guide_entry], **({} if read is None else {"mask": read}))
-                y = y[0] if isinstance(y, tuple) else y
-                terms.append(self._compare(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT)))
-            return torch.stack(terms).sum()
+                wanted = theirs(**batch[1])
+            got = own(**batch[1]) if runs else {}
+            terms = [self._at_exit(k, got, wanted) for k in exits]
+            terms += [self._alone(r, wanted) for r in alone]
+            if reads == "mixed":
+                terms = [term / 2 for term in terms]
+            return torch.stack([*terms, *self._at_output(got, wanted, batch[0])]).sum()
 
         return loss
+
+    def _swapping_loss(self, stage: Stage) -> LossOf:
+        """The objective at the output of a network in which some of the parts stand, others each step."""
+        settings, swapping = self.recipe.alignment, Swapping(self.guide, self.hybrid)
+        names = [] if self.objective.output is None else self.seen.names
+        theirs = intermediates(self.guide, names, with_output=self.objective.output is not None)
+
+        def loss(step: int, batch: Batch) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = theirs(**batch[1])
+            chance = probability(step, stage.steps, settings.swap_from, settings.swap_all_at)
+            output = swapping.output(swapping.drawn(chance), batch[1])
+            return torch.stack(self._at_output({"output": output}, wanted, batch[0])).sum()
+
+        return loss
+
+    def _at_exit(self, part: int, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> torch.Tensor:
+        own, guide = self.hybrid.boundaries[part]
+        mask_BT = self.seen.of(guide, wanted)
+        return self.objective.at_exit(part, rows(got[own], mask_BT), rows(wanted[guide], mask_BT))
+
+    def _at_output(self, got: Mapping[str, Any], wanted: Mapping[str, Any], batch: Any) -> list[torch.Tensor]:
+        if not self.objective.whole:
+            return []
+        masks = self.seen.of_outputs(wanted) if self.objective.output is not None else {}
+        return self.objective.at_output(got["output"], wanted.get("output"), masks, batch)
+
+    def _alone(self, r: Replacement, values: Mapping[str, Any]) -> torch.Tensor:
+        """The objective at the output of one module that reads the guide's activations."""
+        read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
+        y = self.hybrid.module(r)(values[r.guide_entry], **({} if read is None else {"mask": read}))
+        y = y[0] if isinstance(y, tuple) else y
+        return self.objective.at_exit(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT))
 
 
 class _Watch:
-    """Now and then refits a stage's parts and measures them, and says when the stage is over."""
+    """Now and then settles a stage's parts and measures them, and says when the stage is over."""
 
     def __init__(self, aligner: Aligner, stage: Stage, where: str, before: float) -> None:
         settings = aligner.recipe.alignment
@@ -228,6 +271,8 @@ class _Watch:
         self.best = Best(self.modules)
         self.best.offer(before)
         self.plateau = Plateau(settings.patience, settings.min_improvement, settings.ceiling)
+        if not aligner.objective.exits:  # before all parts are swapped in a plateau says nothing
+            self.plateau = Plateau(sys.maxsize, 0.0, float("-inf"))
         self.plateau.update(before)
 
     def __call__(self, step: int, loss: float) -> bool:
@@ -235,9 +280,8 @@ class _Watch:
         if step % self.settings.check_every and step != self.stage.steps:
             return False
         training = [deepcopy(m.state_dict()) for m in self.modules]
-        if self.settings.refit:
-            self.aligner.refit(self.stage)
-        value = self.aligner.held_out_loss(self.stage.compared[-1])
+        self.aligner.settle(self.stage)
+        value = self.aligner.value(self.stage)
         self.best.offer(value, step)
         self.trace.held_out.append((step, value))
         self.plateau.update(value)
@@ -255,19 +299,3 @@ class _Watch:
     def load_state_dict(self, state: list[Any]) -> None:
         for part, own in zip(self._parts, state, strict=True):
             part.load_state_dict(own)
-
-
-def faint(guide: torch.Tensor) -> bool:
-    """Whether activations vary, but so little that one step of a weight moves them by many times as much.
-
-    Deep guides with random weights are like that, each layer 1e-3 of the one before.
-    """
-    return 0 < float(examples(guide).std(0).amax()) < _FAINT
-
-
-def examples(value: torch.Tensor) -> torch.Tensor:
-    """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
-    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
-    if flat.shape[0] > _MAX_EXAMPLES:
-        flat = flat[:: -(-flat.shape[0] // _MAX_EXAMPLES)]
-    return flat

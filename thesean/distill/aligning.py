@@ -18,14 +18,18 @@ from thesean.distill.best import Best
 from thesean.distill.budget import Shares, shared
 from thesean.distill.closed_form import Solver, solve_parts
 from thesean.distill.evaluate import Evaluation, Judge
+from thesean.distill.objective import Objective
 from thesean.distill.partial import Partials, stand_apart
+from thesean.distill.recalibrate import batch_norms
 from thesean.distill.snapshot import Snapshot, State, with_state
 from thesean.distill.training import Training
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import Hybrid, Replacement
+from thesean.passes.plan.hybrid import Hybrid, Replacement, view_of
+from thesean.passes.plan.partition import matches, no_match
+from thesean.recipe import Alignment, RecipeError
 
 # Stages are judged on so many held-out batches, or on more where that costs no more than solving does. To judge each of
 # n stages runs what is left of the guide, n / 2 forwards a batch: past so many stages fewer batches are taken, or some
@@ -44,6 +48,7 @@ class Aligning:
         self.results: list[StageResult] = []  # of all that was trained, kept or not
         self.notes: list[str] = []
         self._start = time.monotonic()
+        self.order = in_order(training.recipe.alignment, hybrid.parts)  # in which parts come
         self.take(bound_plan, hybrid)
         self.shares: Shares | None = None
         self.unshared = False  # whether the hybrid may be trained
@@ -82,9 +87,10 @@ class Aligning:
 
     @property
     def staged(self) -> bool:
-        """Whether there is more than a closed form."""
+        """Whether there is more than a closed form of all parts as they stand."""
         alignment = self.training.recipe.alignment
-        return alignment.schedule != "none" and round(self.training.recipe.steps * alignment.share) > 0
+        takes_steps = round(self.training.recipe.steps * alignment.share) > 0
+        return alignment.schedule != "none" and (takes_steps or alignment.order != "front-to-back")
 
     def run(self) -> None:
         if not self.staged:
@@ -106,8 +112,14 @@ class Aligning:
             self.training.journal.piece("shares", self._found, self)
 
     def _found(self) -> None:
-        self.shares = shared(self.hybrid, self.training, self.solving)
+        self.shares = shared(self.hybrid, self.training, self._tried)
         self.notes.append(self.shares.told)
+
+    def _tried(self, stage: Stage) -> StageResult:
+        taken = self.order[: stage.number + 1]
+        if not self.training.recipe.alignment.at_once:
+            stage = moved(stage, taken)
+        return Aligner(self.standing(stage.standing), self.training, self.solving).run(stage)
 
     def unshare(self) -> None:
         """The hybrid is about to be trained."""
@@ -121,7 +133,7 @@ class Aligning:
             observer.begin("solve", part, number + 1, len(parts), 0)
             self.begins([k])
             solver.solve(k)
-            self.snapshot(k + 1, None)
+            self.snapshot(self.order[: k + 1], None)
             observer.end({"divergence": self.snapshots[-1].evaluation.divergence})
             if not self.passes(number) and part != parts[-1]:
                 solver = self.solver(len(self.snapshots), preparing=True)
@@ -131,46 +143,79 @@ class Aligning:
         parts = range(len(self.hybrid.parts))
         prepare(self.training.guide, self.hybrid, self.solving)
         self.begins(parts)
-        if self.training.recipe.alignment.schedule in ("joint", "independent"):
-            self.solve(parts)
+        if self.training.recipe.alignment.recalibrate and not any(batch_norms(self.hybrid, k) for k in parts):
+            self.notes.append("no part has a batch norm that could be recalibrated")
+        if self.training.recipe.alignment.at_once:
+            self.solve(self.hybrid, parts)
+        elif self.training.recipe.alignment.order == "easiest-first":
+            self._find_order()
+
+    def _find_order(self) -> None:
+        """By how far the guide with one part replaced is from the guide. Leaves the parts as they were."""
+        apart: list[float] = []
+        for k, part in enumerate(self.hybrid.parts):
+            self.training.observer.begin("order", part, k + 1, len(self.hybrid.parts), 0)
+            before = [deepcopy(self.hybrid.module(r).state_dict()) for r in self.hybrid.of_part(k)]
+            view = view_of(self.bound_plan, self.hybrid, [k])
+            self.solve(view, [k])
+            apart.append(self._judge_hybrid(view).divergence)
+            for r, state in zip(self.hybrid.of_part(k), before, strict=True):
+                self.hybrid.module(r).load_state_dict(state)
+            self.training.observer.end({"divergence": apart[-1]})
+        self.order = sorted(range(len(apart)), key=lambda k: apart[k] if math.isfinite(apart[k]) else math.inf)
+        how = "in closed form" if self.training.recipe.closed_form.enabled else "as it begins"
+        told = ", ".join(f"{self.hybrid.parts[k]} {apart[k]:.4g}" for k in self.order)
+        self.notes.append(f"easiest first, by the divergence of the guide with this part alone replaced, {how}: {told}")
 
     def _run_stage(self, stage: Stage) -> None:
-        if self.training.recipe.alignment.schedule in ("progressive", "sequential"):
-            k = len(self.snapshots)
-            self.inner("first", partial(self._one_part, moved(stage, k), k))
-            self.passes(stage.number)
-        else:
+        if self.training.recipe.alignment.at_once:
             self._all_at_once(stage)
+        else:
+            self.inner("first", partial(self._one_part, stage, self.order[: len(self.snapshots) + 1]))
+            self.passes(stage.number)
 
-    def _one_part(self, stage: Stage, k: int) -> None:
-        self.solve([k])
-        self.snapshot(k + 1, self._trained(stage))
+    def _one_part(self, stage: Stage, taken: list[int]) -> None:
+        standing = self.standing(taken)
+        self.solve(standing, taken[-1:])
+        self.snapshot(taken, self._trained(moved(stage, taken), standing))
 
     def _all_at_once(self, stage: Stage) -> None:
         self.inner("first", partial(self._train_all, stage))
         result = self.results[-1]
         for number in range(len(self.hybrid.parts)):
-            k = len(self.snapshots)
-            self.snapshot(k + 1, result)
+            self.snapshot(self.order[: len(self.snapshots) + 1], result)
             if not self.passes(number):
                 # what comes after was solved on what this part gave
-                self.solve(range(len(self.snapshots), len(self.hybrid.parts)))
+                self.solve(self.hybrid, range(len(self.snapshots), len(self.hybrid.parts)))
                 self.partials.forget()
 
     def _train_all(self, stage: Stage) -> None:
         solved = Best([self.hybrid.module(r) for r in self.hybrid.replacements])
         solved.offer(self.value())
-        self._trained(stage)
+        self._trained(stage, self.hybrid)
         if math.isfinite(solved.value):
             if not solved.offer(self.value()):
                 self.notes.append("alignment did not help: kept what the closed form gave")
             solved.restore()
 
-    def _trained(self, stage: Stage) -> StageResult:
-        result = Aligner(self.hybrid, self.training, self.solving).run(stage)
+    def _trained(self, stage: Stage, standing: Hybrid) -> StageResult:
+        return self.add(Aligner(standing, self.training, self.solving).run(stage))
+
+    def add(self, result: StageResult) -> StageResult:
         self.results.append(result)
+        self.notes += result.notes
         self.partials.forget()
         return result
+
+    def standing(self, parts: Sequence[int], training: Training | None = None) -> Hybrid:
+        """In which a stage trains once these parts are replaced: the whole hybrid where they are all of its parts, or
+        the first ones and nothing looks past them; else the guide with these parts of the hybrid.
+        """
+        count = len(self.hybrid.parts)
+        sees = Objective(training or self.training, self.hybrid.parts).whole
+        if len(parts) == count or (not sees and sorted(parts) == list(range(len(parts)))):
+            return self.hybrid
+        return view_of(self.bound_plan, self.hybrid, parts)
 
     def inner(self, name: str, compute: Callable[[], None]) -> None:
         """What another piece may follow in the same stage."""
@@ -193,9 +238,10 @@ class Aligning:
         """Modules, and what stages left behind."""
         return {
             "modules": {r.name: self.hybrid.module(r).state_dict() for r in self.hybrid.replacements},
+            "order": list(self.order),
             "snapshots": [
                 {
-                    "count": s.count,
+                    "parts": s.parts,
                     "state": s.state,
                     "evaluation": asdict(s.evaluation),
                     "result": None if s.result is None else asdict(s.result),
@@ -211,9 +257,10 @@ class Aligning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for r in self.hybrid.replacements:
             self.hybrid.module(r).load_state_dict(state["modules"][r.name])
+        self.order = list(state["order"])
         self.snapshots = [
             Snapshot(
-                count=s["count"],
+                parts=s["parts"],
                 state=s["state"],
                 evaluation=Evaluation(**s["evaluation"]),
                 result=None if s["result"] is None else StageResult.from_dict(s["result"]),
@@ -242,17 +289,18 @@ class Aligning:
             preparing=preparing,
         )
 
-    def solve(self, parts: Sequence[int]) -> None:
+    def solve(self, hybrid: Hybrid, parts: Sequence[int]) -> None:
         form = self.training.recipe.closed_form
         if form.enabled:
             ridge, copied = form.ridge, form.solve_copied
-            solve_parts(self.training.guide, self.hybrid, parts, self.solving, ridge=ridge, solve_copied=copied)
+            solve_parts(self.training.guide, hybrid, parts, self.solving, ridge=ridge, solve_copied=copied)
 
-    def snapshot(self, parts: int, result: StageResult | None) -> None:
-        state = {r.name: self._state_of(r) for r in self.hybrid.replacements if r.part < parts}
+    def snapshot(self, parts: Sequence[int], result: StageResult | None) -> None:
+        """Of the hybrid in which these parts are replaced, the newest one last."""
+        state = {r.name: self._state_of(r) for r in self.hybrid.replacements if r.part in parts}
         self.snapshots.append(
             Snapshot(
-                count=parts,
+                parts=tuple(parts),
                 state=state,
                 evaluation=self._evaluate(parts, state),
                 result=result,
@@ -272,20 +320,35 @@ class Aligning:
             self._latest[replacement.name] = kept = writes, copy
         return kept[1]
 
-    def _evaluate(self, parts: int, state: State) -> Evaluation:
-        """The hybrid with the first `parts` parts as they are now, and the guide's elsewhere."""
-        judge = self.judge
-        if not self._apart:
-            partial = with_state(self.bound_plan, parts, state)
-            return judge.of(lambda number: partial.graph_module(**self._judged[number]), range(len(self._judged)))
+    def _evaluate(self, parts: Sequence[int], state: State) -> Evaluation:
+        """The hybrid with these parts as they are now, and the guide's elsewhere."""
+        if not self._apart or self.order != sorted(self.order):
+            return self._judge_hybrid(with_state(self.bound_plan, parts, state))
         with evaluating(self.hybrid.graph_module):
-            return judge.of(lambda number: self.partials.output(parts, number), range(len(self._judged)))
+            return self.judge.of(lambda number: self.partials.output(len(parts), number), range(len(self._judged)))
+
+    def _judge_hybrid(self, hybrid: Hybrid) -> Evaluation:
+        """As stages are judged."""
+        with evaluating(hybrid.graph_module):
+            outputs = (lambda number: hybrid.graph_module(**self._judged[number]), range(len(self._judged)))
+            return self.judge.of(*outputs)
 
 
-def moved(stage: Stage, part: int) -> Stage:
-    """The stage where its last part is this one: parts before it may be the guide's again."""
-    parts = tuple(range(part + 1)) if len(stage.trained) > 1 else (part,)
-    return replace(stage, trained=parts, compared=parts)
+def in_order(settings: Alignment, paths: Sequence[str]) -> list[int]:
+    """Parts as stages take them, as far as it is known before any is measured. Raises RecipeError for a weight of no
+    part.
+    """
+    for glob in settings.weights:
+        if not any(matches(path, glob) for path in paths):
+            raise RecipeError(f"alignment.weights: {no_match(glob, paths)}.")
+    parts = list(range(len(paths)))
+    return parts[::-1] if settings.order == "back-to-front" else parts
+
+
+def moved(stage: Stage, taken: Sequence[int]) -> Stage:
+    """The stage where these parts stand, the last one new: not all may have come that were to, nor in this order."""
+    parts = tuple(taken) if len(stage.trained) > 1 else (taken[-1],)
+    return replace(stage, trained=parts, compared=parts, replaced=tuple(taken))
 
 
 def prepare(guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[dict[str, torch.Tensor]]) -> None:

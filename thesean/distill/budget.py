@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
-from thesean.distill.align import Aligner, Stage, stages
+from thesean.distill.align import Stage, stages
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.training import Training
 from thesean.passes.plan.hybrid import Hybrid
@@ -60,10 +58,10 @@ class Shares:
         return 0 if self.tuning is None else self.tuning.steps_in(training.left)
 
 
-def shared(hybrid: Hybrid, training: Training, solving: list[dict[str, torch.Tensor]]) -> Shares:
-    """What the seconds left are spent on. The hybrid is left as it was."""
+def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage], object]) -> Shares:
+    """What the seconds left are spent on; `run_stage` aligns. The hybrid is left as it was."""
     recipe, begun = training.recipe, training.left
-    at_once = recipe.alignment.schedule in ("joint", "independent")
+    at_once = recipe.alignment.at_once
     aligns, tunes = recipe.alignment.schedule != "none" and recipe.alignment.share > 0, recipe.fine_tuning.share > 0
     spent = f"{duration(training.seconds - begun)} until the closed form was solved"
     if not recipe.steps or begun <= 0 or not (aligns or tunes):
@@ -72,7 +70,7 @@ def shared(hybrid: Hybrid, training: Training, solving: list[dict[str, torch.Ten
 
     def align() -> None:
         for stage in stages(recipe.alignment.schedule, len(hybrid.parts), _TRIAL_STEPS):
-            step = partial(_aligned, hybrid, training, solving, stage)
+            step = partial(_aligned, run_stage, stage)
             training.journal.piece(f"trial stage {stage.number + 1}", step, hybrid.graph_module)
 
     def tune() -> None:
@@ -94,8 +92,8 @@ def shared(hybrid: Hybrid, training: Training, solving: list[dict[str, torch.Ten
     return Shares(align=steps, tuning=tuning, told=told)
 
 
-def _aligned(hybrid: Hybrid, training: Training, solving: list[dict[str, torch.Tensor]], stage: Stage) -> None:
-    Aligner(hybrid, training, solving).run(stage)
+def _aligned(run_stage: Callable[[Stage], object], stage: Stage) -> None:
+    run_stage(stage)
 
 
 def _trial(hybrid: Hybrid, training: Training, run: Callable[[], None]) -> Trial:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from thesean.curve import Curve, Tracing
-from thesean.distill.align import examples, faint
 from thesean.distill.best import Best
+from thesean.distill.objective import examples, faint
 from thesean.distill.seen import Seen, rows
-from thesean.distill.task import Batch, Task
+from thesean.distill.task import Batch, task_loss
 from thesean.distill.training import Training
-from thesean.errors import DataError, NumericalError
+from thesean.errors import NumericalError
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.recipe import RATES
@@ -202,13 +202,14 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
         hidden = settings.hidden * left
         terms: list[Any] = []
         if task.loss is not None and weight < 1:
-            terms.append((1 - weight) * _task_loss(task, got["output"], whole))
+            terms.append((1 - weight) * task_loss(task, got["output"], whole))
         if use_guide and (weight > 0 or hidden > 0):
             with torch.no_grad():
                 wanted = theirs(**inputs)
             if weight > 0:
                 masks = seen.of_outputs(wanted)
-                off = task.outputs.distance(got["output"], wanted["output"], settings.temperature, masks)
+                outputs = (got["output"], wanted["output"], settings.temperature)
+                off = task.outputs.distance(*outputs, masks, settings.divergence)
                 terms.append(weight * off)
             if hidden > 0:
                 for y, g in zip(own_names, guide_names, strict=True):
@@ -219,16 +220,3 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
     return loss_of
-
-
-def _task_loss(task: Task, output: Any, batch: Any) -> torch.Tensor:
-    """The user's loss; raises DataError unless it is a scalar that a gradient can flow from."""
-    assert task.loss is not None
-    value = task.loss(task.wrap(output), batch)
-    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise DataError(
-            f"loss(output, batch) returned {found}; expected a scalar tensor computed from output. "
-            "Return a mean, and not .item() of it."
-        )
-    return value

@@ -8,7 +8,7 @@ held-out batches: the user's loss; where there is none, or where stages are judg
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from thesean.distill.align import Aligner, Stage, StageResult
+from thesean.distill.align import Aligner, Stage
 from thesean.distill.aligning import Aligning
 from thesean.distill.closed_form import Solver
 from thesean.distill.training import Training
@@ -26,6 +26,7 @@ from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
 from thesean.passes.plan.without import without
+from thesean.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Gated(Aligning):
         self.training.journal.piece(name, compute, self)
 
     def passes(self, number: int) -> bool:
-        k = len(self.snapshots) - 1
+        k = self.order[len(self.snapshots) - 1]
         path, first = self.hybrid.parts[k], self._rise()
         if first <= self.most:
             return True
@@ -84,7 +85,7 @@ class Gated(Aligning):
         self.snapshots.pop()
         before = self.snapshots[-1].state if self.snapshots else {}
         for r in self.hybrid.replacements:
-            if r.part < k:
+            if r.name in before:
                 self.hybrid.module(r).load_state_dict(before[r.name])
         for r, state in zip(self.hybrid.of_part(k), self._begun[self.hybrid.parts[k]], strict=True):
             self.hybrid.module(r).load_state_dict(state)
@@ -95,9 +96,12 @@ class Gated(Aligning):
         recipe = self.second
         logger.info("%s: tried again by the recipe %s", self.hybrid.parts[k], recipe.name)
         form = recipe.closed_form
+        taken = self.order[: len(self.snapshots) + 1]
+        training = replace(self.training, recipe=self._alone(recipe))
+        standing = self.standing(taken, training)
         solver = Solver(
             self.training.guide,
-            self.hybrid,
+            standing,
             [k],
             self.solving,
             ridge=form.ridge if form.enabled else None,
@@ -105,20 +109,20 @@ class Gated(Aligning):
             preparing=not self.staged,  # before stages all parts were
         )
         solver.solve(k)
-        self.snapshot(k + 1, self._aligned(k) if recipe.steps else None)
+        result = None
+        if recipe.steps:
+            if not self.unshared:
+                self.unshare()
+            count = max(2, len(self.hybrid.parts))
+            stage = Stage(number=k, count=count, trained=(k,), compared=(k,), steps=recipe.steps, replaced=tuple(taken))
+            result = self.add(Aligner(standing, training, self.solving).run(stage))
+        self.snapshot(taken, result)
 
-    def _aligned(self, k: int) -> StageResult:
-        """This part alone, on what the hybrid gives it."""
-        if not self.unshared:
-            self.unshare()
+    @staticmethod
+    def _alone(recipe: Recipe) -> Recipe:
+        """For one part, on what the hybrid gives it."""
         schedule = {"schedule": "sequential", "refit_all": False}
-        recipe = self.second.model_copy(update={"alignment": self.second.alignment.model_copy(update=schedule)})
-        count = len(self.hybrid.parts)
-        stage = Stage(number=k, count=max(2, count), trained=(k,), compared=(k,), steps=recipe.steps)
-        result = Aligner(self.hybrid, replace(self.training, recipe=recipe), self.solving).run(stage)
-        self.results.append(result)
-        self.partials.forget()
-        return result
+        return recipe.model_copy(update={"alignment": recipe.alignment.model_copy(update=schedule)})
 
     def keep(self, k: int, why: str) -> None:
         """Part k is the guide's again, in a hybrid whose other parts are as they are now."""
@@ -127,10 +131,17 @@ class Gated(Aligning):
         bound_plan = without(self.bound_plan, path, why)
         with torch.random.fork_rng(devices=[]), not_dumping():
             hybrid = build_hybrid(bound_plan, share=True)
+        names: dict[str, str] = {}  # by what they were
         for r in hybrid.replacements:
             for other in old.of_part(r.part + (r.part >= k)):
                 if other.facts.path == r.facts.path:
                     hybrid.module(r).load_state_dict(old.module(other).state_dict())
+                    names[other.name] = r.name
+        self.order = _left(self.order, k)
+        self.snapshots = [
+            replace(s, parts=tuple(_left(s.parts, k)), state={names[n]: v for n, v in s.state.items() if n in names})
+            for s in self.snapshots
+        ]
         if self.unshared:
             unshare(hybrid.graph_module, self.training.guide)
         self.take(bound_plan, hybrid)
@@ -146,3 +157,8 @@ class Gated(Aligning):
             self.keep(self.hybrid.parts.index(path), why)
         super().load_state_dict(state)
         self._begun = dict(state["begun"])
+
+
+def _left(parts: Sequence[int], gone: int) -> list[int]:
+    """Parts' numbers in a plan without one of them."""
+    return [part - (part > gone) for part in parts if part != gone]

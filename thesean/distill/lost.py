@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +25,9 @@ _FAR = 2.0
 
 
 @torch.no_grad()
-def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Sequence[float]) -> str:
+def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Mapping[str, float]) -> str:
     """What to tell of a hybrid that is worse than nothing, "" of any other. `final` is its divergence, `on_the_way` the
-    one after each of its parts, which says which one did it.
+    one after each of its parts, by its path and in the order in which they came, which says which one did it.
     """
     if not hybrid.parts or not final > _LEAST:
         return ""
@@ -67,15 +67,16 @@ def _worse(own: float, other: float) -> bool:
     return own > other * (1 + _MARGIN) and own > other + _LEAST
 
 
-def _blamed(hybrid: Hybrid, on_the_way: Sequence[float]) -> str:
+def _blamed(hybrid: Hybrid, on_the_way: Mapping[str, float]) -> str:
     """Which part did it, and what to do."""
     told = "Train for longer, or choose another target."
     if len(on_the_way) == len(hybrid.parts):
-        rises = [b - a for a, b in zip((0.0, *on_the_way), on_the_way, strict=False)]
+        after = list(on_the_way.values())
+        rises = [b - a for a, b in zip((0.0, *after), after, strict=False)]
         worst = max(range(len(rises)), key=rises.__getitem__)
-        path, after = hybrid.parts[worst], on_the_way[worst]
+        path = list(on_the_way)[worst]
         told = (
-            f"It is {path} that did most of it: {after - rises[worst]:.4g} before, {after:.4g} after. "
+            f"It is {path} that did most of it: {after[worst] - rises[worst]:.4g} before, {after[worst]:.4g} after. "
             f"Keep it (keep={path!r}), or let max_drop in the recipe keep what costs too much."
         )
     return told

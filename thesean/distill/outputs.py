@@ -5,6 +5,7 @@ B batch, T time, V classes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from thesean.errors import DataError, NumericalError, unknown_name
 from thesean.kernels.shared.precision import widen
+from thesean.recipe import Divergence
 
 OutputKind = Literal["softmax", "sigmoid", "mse", "ignore"]
 Leaf = TypeVar("Leaf")
@@ -60,10 +62,11 @@ class Outputs:
         guide: Any,
         temperature: float = 1.0,
         masks: Mapping[str, torch.Tensor] | None = None,
+        by: Divergence = "kl",
     ) -> torch.Tensor:
-        """The mean over the outputs that count; 0 for equal ones. The temperature is that of softmax and sigmoid alone,
-        whose divergences are multiplied by its square (Hinton et al. 2015). `masks`: (B, T) booleans by name, True
-        where an output's step counts.
+        """The mean over the outputs that count; 0 for equal ones. Temperature and divergence are those of softmax and
+        sigmoid alone, which are multiplied by the temperature's square (Hinton et al. 2015). `masks`: (B, T) booleans
+        by name, True where an output's step counts.
         """
         own, theirs = named_outputs(output), named_outputs(guide)
         terms = []
@@ -81,7 +84,7 @@ class Outputs:
             elif mask_BT is not None:
                 y, g = y[mask_BT], g[mask_BT]
             by_kind = _softmax_distance if kind == "softmax" else _sigmoid_distance
-            terms.append(by_kind(y, g, temperature))
+            terms.append(by_kind(y, g, temperature, by))
         return torch.stack(terms).mean()
 
 
@@ -189,17 +192,15 @@ def _describe(name: str, kind: OutputKind, value: torch.Tensor, why: str) -> str
     return f"{name} {ways[kind]}" + (f" ({why})" if why else "")
 
 
-def _softmax_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(guide | hybrid) in nats, averaged over positions. A class at -inf, which the guide rules out, counts for
-    nothing in either.
-    """
+def _softmax_distance(y: torch.Tensor, g: torch.Tensor, temperature: float, by: Divergence) -> torch.Tensor:
+    """In nats, averaged over positions. A class at -inf, which the guide rules out, counts for nothing in either."""
     y_NV, g_NV = y.flatten(0, -2), g.flatten(0, -2)
     rows = max(1, _PIECE // y_NV.shape[1])
-    sums = [_summed_kl(a, b, temperature) for a, b in zip(y_NV.split(rows), g_NV.split(rows), strict=True)]
+    sums = [_summed(a, b, temperature, by) for a, b in zip(y_NV.split(rows), g_NV.split(rows), strict=True)]
     return torch.stack(sums).sum() / len(y_NV) * temperature**2
 
 
-def _summed_kl(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float) -> torch.Tensor:
+def _summed(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float, by: Divergence) -> torch.Tensor:
     y_NV, g_NV = widen(y_NV, g_NV)
     if temperature != 1:
         y_NV, g_NV = y_NV / temperature, g_NV / temperature
@@ -207,16 +208,33 @@ def _summed_kl(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float) -> to
     if bool(out_NV.any()):
         least = torch.finfo(g_NV.dtype).min / 4
         y_NV, g_NV = y_NV.masked_fill(out_NV, least), g_NV.masked_fill(out_NV, least)
-    return F.kl_div(F.log_softmax(y_NV, -1), F.log_softmax(g_NV, -1), log_target=True, reduction="sum")
+    return _diverged(F.log_softmax(y_NV, -1), F.log_softmax(g_NV, -1), by).sum()
 
 
-def _sigmoid_distance(y: torch.Tensor, g: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The sum over classes of each one's KL divergence, averaged over rows."""
+def _sigmoid_distance(y: torch.Tensor, g: torch.Tensor, temperature: float, by: Divergence) -> torch.Tensor:
+    """The sum over classes of each one's divergence, averaged over rows."""
     y, g = y / temperature, g / temperature
-    on = g.sigmoid() * (F.logsigmoid(g) - F.logsigmoid(y))
-    off = (-g).sigmoid() * (F.logsigmoid(-g) - F.logsigmoid(-y))
+    if by == "kl":  # the same, without an exponential of a logarithm
+        on = g.sigmoid() * (F.logsigmoid(g) - F.logsigmoid(y))
+        off = (-g).sigmoid() * (F.logsigmoid(-g) - F.logsigmoid(-y))
+    else:
+        on = _diverged(F.logsigmoid(y), F.logsigmoid(g), by)
+        off = _diverged(F.logsigmoid(-y), F.logsigmoid(-g), by)
     rows = max(1, y.numel() // (y.shape[-1] if y.ndim > 1 else 1))
     return (on + off).sum() / rows * temperature**2
+
+
+def _diverged(own: torch.Tensor, guide: torch.Tensor, by: Divergence) -> torch.Tensor:
+    """The terms of a divergence, of logarithms of probabilities: KL(guide | own), KL(own | guide), or the mean of both
+    from their mixture (Lin 1991).
+    """
+    if by == "kl":
+        return F.kl_div(own, guide, log_target=True, reduction="none")
+    if by == "reverse-kl":
+        return F.kl_div(guide, own, log_target=True, reduction="none")
+    middle = torch.logaddexp(own, guide) - math.log(2)
+    return (F.kl_div(middle, guide, log_target=True, reduction="none")
+            + F.kl_div(middle, own, log_target=True, reduction="none")) / 2  # fmt: skip
 
 
 def _squared_distance(y: torch.Tensor, g: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:

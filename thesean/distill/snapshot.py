@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +18,24 @@ State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its s
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The target modules right after a stage; `count` parts are replaced. Later stages do not touch it."""
+    """The target modules right after a stage. Later stages do not touch it."""
 
-    count: int
+    parts: tuple[int, ...]  # those that are replaced, in the order in which they were
     state: State
     evaluation: Evaluation
     result: StageResult | None
     seconds: float
 
+    @property
+    def count(self) -> int:
+        return len(self.parts)
 
-def with_state(bound_plan: BoundPlan, count: int, state: State) -> Hybrid:
-    """The hybrid with the first `count` parts replaced by modules in this state, the rest the guide's."""
+
+def with_state(bound_plan: BoundPlan, parts: int | Collection[int], state: State) -> Hybrid:
+    """The hybrid with the first so many parts, or these, replaced by modules in this state, the rest the guide's."""
     with torch.random.fork_rng(devices=[]), not_dumping():
-        hybrid = build_hybrid(bound_plan, count)
+        hybrid = build_hybrid(bound_plan, parts)
     for replacement in hybrid.replacements:
-        hybrid.module(replacement).load_state_dict(state[replacement.name])
+        hybrid.module(replacement).load_state_dict(state.get(replacement.name, {}))
     hybrid.graph_module.eval()
     return hybrid

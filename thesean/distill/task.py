@@ -40,3 +40,16 @@ def primary(output: Any) -> torch.Tensor:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.ndim:
             return leaf
     raise DataError("the guide's output holds no floating-point tensor; there is nothing to match.")
+
+
+def task_loss(task: Task, output: Any, batch: Any) -> torch.Tensor:
+    """The user's loss of a graph's output; raises DataError unless it is a scalar that a gradient can flow from."""
+    assert task.loss is not None
+    value = task.loss(task.wrap(output), batch)
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise DataError(
+            f"loss(output, batch) returned {found}; expected a scalar tensor computed from output. "
+            "Return a mean, and not .item() of it."
+        )
+    return value

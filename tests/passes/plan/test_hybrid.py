@@ -7,9 +7,10 @@ import torch
 
 from tests import captured, models
 from tests.models import tokens, vectors
+from thesean.distill.snapshot import with_state
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.intermediates import intermediates
-from thesean.passes.plan.hybrid import bound_positions, build_hybrid
+from thesean.passes.plan.hybrid import bound_positions, build_hybrid, view_of
 from thesean.passes.plan.make_plan import make_plan
 from thesean.targets import Target
 
@@ -41,6 +42,34 @@ def test_the_first_parts_are_replaced_in_order(count):
     assert hybrid.parts == ("transformer.h.0", "transformer.h.1")[:count]
     assert [r.name for r in hybrid.replacements] == ["part_0", "part_1"][:count]
     assert hybrid.graph_module(tokens(2, 6))["logits"].shape == (2, 6, 32)
+
+
+def test_any_parts_are_replaced_by_their_numbers():
+    guide = captured.gpt2(3)
+    bound_plan = make_plan(guide, "rnn")
+    hybrid = build_hybrid(bound_plan, [2, 0])
+    assert [(r.name, r.part) for r in hybrid.replacements] == [("part_0", 0), ("part_2", 2)]
+    assert hybrid.parts == ("transformer.h.0", "transformer.h.1", "transformer.h.2")
+    assert hybrid.boundaries[1] == (bound_plan.parts[1].region.exit.name,) * 2
+    kept = {k for k in hybrid.graph_module.state_dict() if "transformer.h.1.attn" in k}
+    assert kept == {k for k in guide.graph_module.state_dict() if "transformer.h.1.attn" in k}
+
+
+def test_a_view_holds_a_hybrids_own_modules_in_the_guide_itself():
+    guide = captured.gpt2(3)
+    bound_plan = make_plan(guide, "rnn")
+    hybrid = build_hybrid(bound_plan)
+    state = torch.get_rng_state()
+    view = view_of(bound_plan, hybrid, [1])
+    assert torch.equal(torch.get_rng_state(), state)
+    (r,) = view.replacements
+    assert view.module(r) is hybrid.module(hybrid.of_part(1)[0])
+    assert r.copied == hybrid.of_part(1)[0].copied == ("query", "key", "value", "output")
+    theirs = {id(p) for p in guide.graph_module.parameters()}
+    assert {id(p) for n, p in view.graph_module.named_parameters() if not n.startswith("part_")} <= theirs
+    ids = tokens(2, 6)
+    alone = with_state(bound_plan, [1], {r.name: hybrid.module(r).state_dict()})
+    assert torch.equal(view.graph_module.eval()(ids)["logits"], alone.graph_module(ids)["logits"])
 
 
 def test_what_fits_is_copied_from_the_guide():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx, nn
 
 from thesean.passes.analyse.dataflow import data_flow
@@ -12,7 +13,7 @@ from thesean.passes.analyse.padding import Padding
 from thesean.passes.analyse.regions import join_of
 from thesean.passes.base import Attempt, run_passes
 from thesean.passes.bound_positions import BoundPositions
-from thesean.passes.graph.dump import dump
+from thesean.passes.graph.dump import dump, not_dumping
 from thesean.passes.graph.surgery import clean, clone
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.sites import build_site, ends_of
@@ -43,12 +44,15 @@ class Replacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
-    """`graph_module` has parameters of its own; `boundaries[k]` names part k's exit in the hybrid and in the guide."""
+    """`graph_module` has parameters of its own; `boundaries[k]` names part k's exit in the hybrid and in the guide.
+
+    Where only some of the plan's parts are replaced, the others keep their numbers, up to the last one that is.
+    """
 
     graph_module: fx.GraphModule
     replacements: tuple[Replacement, ...]
     boundaries: tuple[tuple[str, str], ...]
-    parts: tuple[str, ...]  # paths of the replaced parts, in order
+    parts: tuple[str, ...]  # their paths, in order
 
     def module(self, replacement: Replacement) -> nn.Module:
         return self.graph_module.get_submodule(replacement.name)
@@ -62,16 +66,18 @@ class Hybrid:
 
 
 def build_hybrid(
-    bound_plan: BoundPlan, count: int | None = None, copy_weights: bool = True, share: bool = False
+    bound_plan: BoundPlan, only: int | Collection[int] | None = None, copy_weights: bool = True, share: bool = False
 ) -> Hybrid:
-    """Replace the first `count` replaceable parts (all by default); fresh modules, guide's weights where they fit.
+    """Replace the replaceable parts (`only` the first so many, or those of these numbers); fresh modules, the guide's
+    weights where they fit.
 
     The guide's graph and parameters are untouched; with `share`, what is kept is the guide's own until `unshare`. Draw
     order of the initial weights: part by part, so the same torch seed gives the same modules.
     """
     parts = [p for p in bound_plan.parts if p.target is not None]
-    parts = parts if count is None else parts[:count]
-    sites = [s for p in parts for s in p.sites]
+    chosen = set(range(len(parts) if only is None else only) if only is None or isinstance(only, int) else only)
+    parts = parts[: max(chosen, default=-1) + 1]
+    sites = [s for k, p in enumerate(parts) if k in chosen for s in p.sites]
     guide = bound_plan.captured.graph_module
     graph_module = clone(guide, share)
     flow = data_flow(graph_module.graph)  # once: it says of every part whether it can be cut out
@@ -84,7 +90,7 @@ def build_hybrid(
     outs: list[list[tuple[fx.Node, str]]] = []  # of each part: outputs in the hybrid, what they were in the guide
     for k, part in enumerate(parts):
         outs.append([])
-        for i, site in enumerate(part.sites):
+        for i, site in enumerate(part.sites if k in chosen else ()):
             name = f"{prefix}_{k}" if len(part.sites) == 1 else f"{prefix}_{k}_{i}"
             module = build_site(site)
             copied: tuple[str, ...] = ()
@@ -130,7 +136,8 @@ def build_hybrid(
     replacements = [
         _with_join(r, j, by_name, alive) for r, j in zip(replacements, joins, strict=True) if r.exit in named
     ]
-    boundaries = tuple(_boundary(p.region.exit.name, outs[k:], by_name, alive) for k, p in enumerate(parts))
+    exits = [p.region.exit.name for p in parts]
+    boundaries = tuple(_boundary(e, outs[k:], by_name, alive) if k in chosen else (e, e) for k, e in enumerate(exits))
     graph_module.meta["symbols"] = guide.meta["symbols"]
     return Hybrid(
         graph_module=graph_module,
@@ -138,6 +145,20 @@ def build_hybrid(
         boundaries=boundaries,
         parts=tuple(p.planned.path for p in parts),
     )
+
+
+def view_of(bound_plan: BoundPlan, hybrid: Hybrid, parts: Collection[int]) -> Hybrid:
+    """The guide with these parts of the hybrid in it, the hybrid's own modules: what trains one trains the other. The
+    rest is the guide's own, and not to be changed.
+    """
+    with torch.random.fork_rng(devices=[]), not_dumping():
+        view = build_hybrid(bound_plan, parts, copy_weights=False, share=True)
+    known = {r.name: r for r in hybrid.replacements}
+    for r in view.replacements:
+        if r.name in known:
+            setattr(view.graph_module, r.name, hybrid.module(r))
+    copied = (replace(r, copied=known[r.name].copied) if r.name in known else r for r in view.replacements)
+    return replace(view, replacements=tuple(copied))
 
 
 def bound_positions(graph_module: fx.GraphModule, positions: Positions = "clamp") -> str:

@@ -1,0 +1,154 @@
+"""What a stage minimises: measures and their sums, weights of parts, and what the whole network puts out.
+
+N examples, P features
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import thesean
+from tests import captured, models
+from tests.distill.test_gate import Cells, windows
+from tests.distill.tools import batches_of, drafted, recipe, task, training
+from tests.models import vectors
+from thesean.distill.align import Aligner, Stage, stages
+from thesean.distill.objective import Objective
+from thesean.errors import UnknownNameError
+from thesean.recipe import Recipe, RecipeError
+from thesean.similarity import get_measure
+
+OWN_NP, GUIDE_NP = vectors(9, 4, seed=1), vectors(9, 4, seed=2)
+
+
+def settings(schedule: str = "progressive", **alignment: Any) -> Recipe:
+    made = recipe(8, schedule, share=1.0)
+    given = {**made.model_dump(), "alignment": {**made.alignment.model_dump(), **alignment}}
+    return Recipe.model_validate(given)
+
+
+def objective(what: Any = None, **alignment: Any) -> Objective:
+    told = training(captured.mlp(), what or task(output="softmax"), settings(**alignment))
+    return Objective(told, ["0..1", "2..3", "4..5"])
+
+
+def loss_of(measure: str) -> float:
+    return get_measure(measure).loss(OWN_NP, GUIDE_NP).item()
+
+
+def test_one_measure_is_itself():
+    assert objective(measure="cka").at_exit(0, OWN_NP, GUIDE_NP).item() == loss_of("cka")
+    assert objective(measure="cka").name == "cka"
+
+
+def test_several_measures_are_summed_by_their_weights():
+    both = objective(measure={"nmse": 1.0, "cka": 0.5})
+    expected = loss_of("nmse") + 0.5 * loss_of("cka")
+    assert both.at_exit(0, OWN_NP, GUIDE_NP).item() == pytest.approx(expected, rel=1e-6)
+    assert both.name == "nmse + 0.5 cka"
+
+
+def test_the_last_glob_that_fits_weighs_a_part():
+    weighed = objective(weights={"*": 2.0, "4*": 3.0})
+    found = [weighed.at_exit(part, OWN_NP, GUIDE_NP).item() / loss_of("nmse") for part in range(3)]
+    assert found == pytest.approx([2, 2, 3], rel=1e-6)
+
+
+def test_companions_are_the_outputs_divergence_and_the_users_loss():
+    def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
+        return 7.0 + 0.0 * output.sum()
+
+    what = task(loss, output="softmax")
+    both = objective(what, output="reverse-kl", output_weight=0.25, task=0.5)
+    own_NV, guide_NV = vectors(6, 5, seed=3).requires_grad_(), vectors(6, 5, seed=4)
+    divergence, own = both.at_output(own_NV, guide_NV, {}, None)
+    reversed_kl = get_measure("kl").value(guide_NV, own_NV)
+    assert divergence.item() == pytest.approx(0.25 * reversed_kl.item(), rel=1e-5)
+    assert own.item() == pytest.approx(3.5)
+    assert both.name == "nmse + 0.25 output reverse-kl + 0.5 loss"
+    assert not objective(what).whole
+
+
+def test_a_stochastic_stage_has_the_users_loss_or_the_divergence_unless_told_otherwise():
+    with_loss = task(lambda output, batch: output.square().mean(), output="softmax")
+    for what, name in ((with_loss, "loss"), (task(output="softmax"), "output kl")):
+        assert objective(what, schedule="stochastic").name == name
+    assert objective(with_loss, schedule="stochastic", output="js", task=0.5).name == "output js + 0.5 loss"
+
+
+def aligner(**alignment: Any) -> Aligner:
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    told = training(guide, task(lambda o, b: o.square().mean(), output="softmax"), settings(**alignment))
+    return Aligner(hybrid, told, [inputs for _, inputs in told.feed.batches])
+
+
+def test_what_is_held_out_is_judged_by_the_whole_objective():
+    alone, more = aligner(), aligner(output="kl", task=2.0)
+    judged = more.training.judge(more.hybrid.graph_module)
+    assert judged.loss is not None
+    expected = alone.held_out_loss(2) + judged.divergence + 2 * judged.loss
+    assert more.held_out_loss(2) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("reads", ["guide", "hybrid", "mixed"])
+def test_a_companion_is_added_whatever_parts_read(reads):
+    alone, more = aligner(inputs=reads), aligner(inputs=reads, output="kl")
+    (stage,) = stages("joint", 3, 4)
+    batch = batches_of(captured.mlp(), 1, seed=3)[0]
+    found, exits = more._loss(stage)(0, batch), alone._loss(stage)(0, batch)
+    judge = training(captured.mlp(), task(output="softmax"), settings(), held_out=[batch]).judge
+    more.hybrid.graph_module.eval()
+    divergence = judge(more.hybrid.graph_module).divergence
+    assert found.item() == pytest.approx(exits.item() + divergence, rel=1e-6)
+    assert divergence > 1e-5 * exits.item()
+
+
+def test_a_stage_compares_what_it_is_told_to_whatever_parts_read():
+    batch = batches_of(captured.mlp(), 1, seed=3)[0]
+
+    def of(*compared: int) -> float:
+        stage = Stage(number=0, count=3, trained=compared, compared=compared, steps=1)
+        return aligner(inputs="guide")._loss(stage)(0, batch).item()
+
+    assert of(0, 1) == pytest.approx(of(0) + of(1), rel=1e-6)
+    assert of(2) != of(1)
+
+
+def convert(loss: Any = None, **alignment: Any) -> thesean.Converted:
+    whole = {"steps": 24, "warmup": 1, "alignment": {"share": 1.0, "check_every": 4, **alignment}}
+    guide = models.seeded(Cells)
+    return thesean.compile(guide, "mingru", data=windows(), recipe=whole, progress=False, loss=loss)
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "sequential"])
+def test_a_companion_is_of_the_network_in_which_the_parts_so_far_are_replaced(schedule):
+    converted = convert(schedule=schedule, output="kl", measure={"nmse": 1e-9})
+    for row in converted.report.stages:  # by next to nothing but the divergence, which the report has beside
+        assert row.measure == "1e-09 nmse + output kl"
+        assert row.after == pytest.approx(row.divergence, rel=1e-3)
+    assert converted.report.stages[0].after <= converted.report.stages[0].before
+
+
+def test_a_companion_brings_the_output_nearer_than_parts_exits_alone():
+    alone, more = convert(schedule="joint"), convert(schedule="joint", output="kl", output_weight=10.0)
+    found = [c.report.converted["divergence"] for c in (alone, more)]
+    assert found[1] < found[0]
+
+
+@pytest.mark.parametrize(
+    ("alignment", "error", "told"),
+    [
+        ({"task": 0.5}, RecipeError, r"^alignment.task: it is the weight of loss=, and none was given"),
+        ({"measure": "nmsee"}, UnknownNameError, "unknown measure 'nmsee'; did you mean 'nmse'"),
+        ({"measure": {"nmse": 1, "svcca": 1}}, RecipeError, r"^alignment.measure: 'svcca' has no gradient to train on"),
+        ({"weights": {"cell.1": 2.0}}, RecipeError, "^alignment.weights: no part matches 'cell.1'; did you mean"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_minimised_is_one_line(alignment, error, told):
+    with pytest.raises(error, match=told) as caught:
+        convert(**alignment)
+    assert "\n" not in str(caught.value)

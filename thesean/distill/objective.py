@@ -1,0 +1,110 @@
+"""What a stage minimises.
+
+loss = sum_k w_k sum_m w_m m(exit of part k) + w_o D(guide's output, output) + w_t task(output)
+
+over the parts k that a stage compares; the output is that of the network in which the parts so far are replaced.
+
+N examples (tokens of a sequence, images of a batch), P features
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from thesean.distill.task import task_loss
+from thesean.distill.training import Training
+from thesean.errors import DataError, NumericalError
+from thesean.passes.plan.partition import matches
+from thesean.similarity import get_measure
+
+# CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
+_MAX_EXAMPLES = 4096
+
+_FAINT = 1e-8
+
+logger = logging.getLogger(__name__)
+
+
+class Objective:
+    """Of the recipe's alignment, over parts of these paths. A stochastic stage compares no exits: where nothing else is
+    asked for it minimises the user's loss, or without one the outputs' divergence.
+    """
+
+    def __init__(self, training: Training, parts: Sequence[str]) -> None:
+        settings = training.recipe.alignment
+        self.task, self.parts = training.task, parts
+        self.exits = settings.schedule != "stochastic"
+        self.output, self.output_weight, self.task_weight = settings.output, settings.output_weight, settings.task
+        if not self.exits and self.output is None and not self.task_weight:
+            self.task_weight = 1.0 if self.task.loss is not None else 0.0
+            self.output = "kl" if self.task.loss is None else None
+        self.measures = [(weight, get_measure(name)) for name, weight in settings.measures.items()]
+        self.weights = [_weight(part, settings.weights) for part in parts]
+
+    @property
+    def whole(self) -> bool:
+        """Whether it looks at the network's output."""
+        return self.output is not None or self.task_weight > 0
+
+    @property
+    def name(self) -> str:
+        """For people: "nmse + 0.5 cka + output kl"."""
+        terms = [(weight, measure.name) for weight, measure in self.measures] if self.exits else []
+        terms += [(self.output_weight, f"output {self.output}")] if self.output is not None else []
+        terms += [(self.task_weight, "loss")] if self.task_weight else []
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
+
+    def at_exit(self, part: int, y: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+        """0 where the guide's activations are `faint`; what is wrong with them is told of the part that they are of."""
+        if faint(guide):
+            logger.warning("%s: the guide's activations hardly vary there, nothing is aligned", self.parts[part])
+            return 0.0 * y.sum()
+        own, theirs = examples(y), examples(guide)
+        try:
+            losses = [(weight * self.weights[part], measure.loss(own, theirs)) for weight, measure in self.measures]
+        except (DataError, NumericalError) as error:
+            raise type(error)(f"{self.parts[part]}: {error}") from error
+        return _summed([loss if weight == 1 else weight * loss for weight, loss in losses])
+
+    def at_output(self, output: Any, guide: Any, masks: Mapping[str, torch.Tensor], batch: Any) -> list[torch.Tensor]:
+        """The companions' terms; `guide` is only read for a divergence."""
+        terms = []
+        if self.output is not None:
+            terms.append(self.output_weight * self.task.outputs.distance(output, guide, masks=masks, by=self.output))
+        if self.task_weight:
+            if torch.is_grad_enabled():
+                loss = task_loss(self.task, output, batch)
+            else:  # held out, where any number will do
+                assert self.task.loss is not None
+                loss = torch.as_tensor(self.task.loss(self.task.wrap(output), batch))
+            terms.append(self.task_weight * loss.reshape(()))
+        return terms
+
+
+def _weight(part: str, weights: Mapping[str, float]) -> float:
+    fitting = [weight for glob, weight in weights.items() if matches(part, glob)]
+    return fitting[-1] if fitting else 1.0
+
+
+def _summed(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
+
+
+def faint(guide: torch.Tensor) -> bool:
+    """Whether activations vary, but so little that one step of a weight moves them by many times as much.
+
+    Deep guides with random weights are like that, each layer 1e-3 of the one before.
+    """
+    return 0 < float(examples(guide).std(0).amax()) < _FAINT
+
+
+def examples(value: torch.Tensor) -> torch.Tensor:
+    """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
+    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
+    if flat.shape[0] > _MAX_EXAMPLES:
+        flat = flat[:: -(-flat.shape[0] // _MAX_EXAMPLES)]
+    return flat
