@@ -584,7 +584,7 @@ def test_an_interruption_of_alignment_leaves_the_guide(monkeypatch: pytest.Monke
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Aligner, "refit", interrupt)
+    monkeypatch.setattr(Aligner, "settle", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compile_quietly(model, "mlp", data=labelled(3, 8, 8), recipe=SHORT)
     assert models.same_state(model, before)

@@ -61,7 +61,7 @@ class Alignment(_Settings):
     inputs: PartInputs | None = None
     # At parts' exits: a measure, or several with their weights
     measure: Measures = "nmse"
-    weights: dict[str, Weight] = Field(default_factory=dict, description="of parts, by globs; the last one that fits")
+    weights: dict[str, Weight] = Field(default={}, description="of parts, by globs; the last one that fits")
     # Companions of the measure, of the network in which the parts so far are replaced
     output: Divergence | None = Field(default=None, description="divergence of the outputs, hybrid from guide")
     output_weight: Weight = 1.0

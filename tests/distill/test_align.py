@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
@@ -12,6 +13,7 @@ from thesean.distill.align import Aligner, Stage, stages
 from thesean.distill.closed_form import solve_parts
 from thesean.distill.objective import examples, faint
 from thesean.errors import DataError, NumericalError
+from thesean.targets import Target
 
 
 def test_progressive_stages_train_all_parts_so_far():
@@ -103,6 +105,28 @@ def test_flags_come_back_and_the_hybrid_is_in_eval_mode():
     aligner(guide, hybrid, recipe(share=1.0)).run(stages("progressive", 3, 4)[0])
     assert [p.requires_grad for p in hybrid.graph_module.parameters()] == before
     assert not hybrid.graph_module.training
+
+
+class Noting(nn.Module):
+    """A map that keeps in which mode it was trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(8, 8)
+        self.modes: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.modes.append(self.training)
+        return self.map(x)
+
+
+def test_parts_stay_in_train_mode_when_held_out_batches_were_looked_at():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide, Target("noting", build=lambda part: Noting()))
+    aligner(guide, hybrid, recipe(share=1.0, check_every=2)).run(stages("joint", 3, 6)[0])
+    for r in hybrid.replacements:
+        assert hybrid.module(r).modes == [True] * 6
 
 
 def test_a_part_that_is_good_already_ends_at_the_ceiling_without_a_step():

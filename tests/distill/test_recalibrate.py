@@ -109,10 +109,10 @@ class Slow(nn.Module):
 
 def test_averages_that_are_stale_are_made_good():
     slow = Target("slow", build=lambda part: models.seeded(Slow))
-    settings: dict[str, Any] = {"schedule": "joint", "learning_rate": 0.1}
+    settings: dict[str, Any] = {"schedule": "joint", "learning_rate": 0.02}
     plain, anew = (convert(slow, recalibrate=flag, **settings) for flag in (False, True))
     assert told(anew) == ["3 parts: batch norms recalibrated over 7 batches"]
-    assert anew.report.stages[0].after < 0.8 * plain.report.stages[0].after
+    assert anew.report.stages[0].after < 0.9 * plain.report.stages[0].after
     assert anew.report.converted["divergence"] < plain.report.converted["divergence"]
 
 

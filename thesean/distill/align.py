@@ -28,6 +28,7 @@ from thesean.distill.task import Batch
 from thesean.distill.training import Training
 from thesean.journal import Stateful
 from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.modes import evaluating
 from thesean.passes.plan.hybrid import Hybrid, Replacement
 
 LossOf = Callable[[int, Batch], torch.Tensor]
@@ -180,10 +181,10 @@ class Aligner:
     def held_out_loss(self, part: int) -> float:
         """The objective at the exit of `part`, hybrid against guide, and at the output, over the held-out batches."""
         own, theirs = self._ends((part,))
-        own.eval()
         total = 0.0
         for whole, inputs in self.held_out:
-            wanted, got = theirs(**inputs), own(**inputs)
+            with evaluating(own):
+                wanted, got = theirs(**inputs), own(**inputs)
             total += sum(
                 term.item() for term in (self._at_exit(part, got, wanted), *self._at_output(got, wanted, whole))
             )
