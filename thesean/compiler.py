@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from thesean.passes.plan.make_plan import TargetSpec, bind_plan, globs_of, plan_
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
-from thesean.report import make_observer
+from thesean.report import Watching, watched
 from thesean.request import Request, sizes_of
 from thesean.run_facts import run_facts
 from thesean.targets import Target
@@ -76,7 +75,7 @@ def compile(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
     workdir: str | Path | None = None,
-    progress: bool = True,
+    progress: Watching = True,
     plan: Plan | str | Path | None = None,
     dump_graphs: str | Path | None = None,
     resume: Resume = "auto",
@@ -104,6 +103,8 @@ def compile(
     for checkpoints: after an interruption the same call goes on. resume: "auto" begins anew, and says so, where guide,
     data, recipe or code are others by now; "must" raises ResumeError there; "never" begins anew.
     budget: "60s", "10min", "2h", or steps, in place of the recipe's: shared by what a trial of each phase gains.
+    progress: False is silent; "tensorboard", "trackio" or an observer of your own (`thesean.distill.observer`) is told
+    besides of every step, several as a list: [False, "tensorboard"].
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...
 
@@ -177,7 +178,7 @@ def baseline(
     candidates: Sequence[str | Target] | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Watching = True,
     plan: Plan | str | Path | None = None,
 ) -> Converted:
     """What `compile` has to beat: the same architecture and steps without a single weight of the guide.
@@ -239,7 +240,7 @@ def plan(
     candidates: Sequence[str | Target] | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Watching = True,
     context: int | Sequence[int] | None = None,
     batch: int | Sequence[int] | None = None,
 ) -> Plan:
@@ -296,16 +297,6 @@ def traced(model: nn.Module, request: Request) -> Captured:
     """The guide's graph. Its own code runs as the caller had it."""
     with callers_settings():
         return capture(model, request.example(model), request.dynamic)
-
-
-@contextmanager
-def watched(progress: bool, log: Path | None = None) -> Iterator[Observer]:
-    """Whoever shows progress, closed at the end, whatever happens."""
-    observer = make_observer(progress, log)
-    try:
-        yield observer
-    finally:
-        observer.close()
 
 
 def planned(

@@ -32,6 +32,7 @@ from thesean.cli.options import (
     LossFunction,
     MaxDrop,
     Merge,
+    Observers,
     Outputs,
     Parts,
     Quantize,
@@ -125,6 +126,7 @@ def convert(
         str, typer.Option(metavar="auto|must|never", help="Go on with the run in --workdir, if it is the same.")
     ] = "auto",
     dump_graphs: DumpGraphs = None,
+    observe: Observers = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -186,7 +188,8 @@ def convert(
         if out is not None:
             check_free(out)
         settings = adjusted(recipe, keep_best=keep_best, max_drop=max_drop, retry=retry)
-        chosen: dict[str, Any] = {"recipe": settings, "seed": seed, "progress": not quiet}
+        shown = [not quiet, *observe] if observe else not quiet
+        chosen: dict[str, Any] = {"recipe": settings, "seed": seed, "progress": shown}
         if plan is not None:
             chosen["plan"] = thesean.Plan.from_yaml(plan)
         else:

@@ -183,6 +183,10 @@ TimeOrSteps = Annotated[
     str | None,
     typer.Option("--budget", metavar="60s|10min|2h|STEPS", help="Time for the whole run, or steps in all."),
 ]
+Observers = Annotated[
+    list[str] | None,
+    typer.Option("--observe", metavar="tensorboard|trackio", help="Tell it every step of the run. Repeatable."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed repeats the run.")]
 Checked = Annotated[
     Check,

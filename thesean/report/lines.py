@@ -58,7 +58,9 @@ class JsonLines:
             warn([f"{self.path}: no more steps are written: {error.strerror or error}"])
 
 
-class _Observer(Protocol):
+class AnObserver(Protocol):
+    """As `thesean.distill.observer` says."""
+
     def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None: ...
 
     def step(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -71,7 +73,7 @@ class _Observer(Protocol):
 class Several:
     """Observers that are told the same."""
 
-    def __init__(self, observers: Sequence[_Observer]) -> None:
+    def __init__(self, observers: Sequence[AnObserver]) -> None:
         self.observers = observers
 
     def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -16,14 +17,50 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from thesean.report.lines import JsonLines, Several
+from thesean.errors import DataError, unknown_name
+from thesean.report.lines import AnObserver, JsonLines, Several
+from thesean.report.trackers import TRACKERS, Tracked
 from thesean.units import duration
 
+Watching = bool | str | AnObserver | Sequence[bool | str | AnObserver]
 
-def make_observer(progress: bool, log: Path | None = None) -> RichObserver | PlainObserver | NullObserver | Several:
-    """Silent when `progress` is False, a bar when stderr is a terminal, else plain lines; and every step in `log`."""
-    shown = NullObserver() if not progress else RichObserver() if sys.stderr.isatty() else PlainObserver()
-    return shown if log is None else Several([shown, JsonLines(log)])
+
+def make_observer(progress: Watching, log: Path | None = None) -> AnObserver:
+    """Silent where `progress` is or holds False, a bar when stderr is a terminal, else plain lines; and every step in
+    `log`. Told besides are trackers by their names and observers of the caller's own. Raises UnknownNameError,
+    MissingExtraError, DataError.
+    """
+    given = list(progress) if isinstance(progress, Sequence) and not isinstance(progress, str) else [progress]
+    shows = not any(one is False for one in given)
+    observers = [_told_besides(one, log) for one in given if not isinstance(one, bool)]
+    shown: AnObserver = NullObserver() if not shows else RichObserver() if sys.stderr.isatty() else PlainObserver()
+    # a tracker looks at what an earlier call left in the log, so that it comes first
+    observers = [shown, *observers, *([JsonLines(log)] if log is not None else [])]
+    return shown if len(observers) == 1 else Several(observers)
+
+
+@contextmanager
+def watched(progress: Watching, log: Path | None = None) -> Iterator[AnObserver]:
+    """Whoever is told of progress, closed at the end, whatever happens."""
+    observer = make_observer(progress, log)
+    try:
+        yield observer
+    finally:
+        observer.close()
+
+
+def _told_besides(given: str | AnObserver, log: Path | None) -> AnObserver:
+    if isinstance(given, str):
+        if given not in TRACKERS:
+            raise unknown_name("observer", given, TRACKERS)
+        return Tracked(TRACKERS[given](), log)
+    missing = [name for name in ("begin", "step", "end", "close") if not callable(getattr(given, name, None))]
+    if missing:
+        raise DataError(
+            f"progress: expected True, False, {', '.join(map(repr, TRACKERS))} or an observer, found "
+            f"{type(given).__name__}, which has no {missing[0]}()."
+        )
+    return given
 
 
 class NullObserver:
