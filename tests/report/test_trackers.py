@@ -89,7 +89,7 @@ def test_every_step_is_a_scalar_in_the_folder_of_the_run(tmp_path: Path, tensorb
     curves = [loss for curve in converted.report.curves for loss in curve.losses]
     assert [value for value, _ in losses] == pytest.approx(curves, rel=1e-5)
     tags = {tag for tag, _, _ in writer.scalars}
-    assert {"align 3 parts/loss", "align 3 parts/held out nmse", "fine-tune/loss"} <= tags
+    assert {"align 3 parts/loss", "align 3 parts/held out nmse", "fine-tune/loss", "fine-tune/held out"} <= tags
 
 
 def test_without_a_folder_tensorboard_chooses_its_own(tensorboard: list[Writer]):

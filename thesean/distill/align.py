@@ -182,12 +182,11 @@ class Aligner:
         """The objective at the exit of `part`, hybrid against guide, and at the output, over the held-out batches."""
         own, theirs = self._ends((part,))
         total = 0.0
-        for whole, inputs in self.held_out:
-            with evaluating(own):
+        with evaluating(own):
+            for whole, inputs in self.held_out:
                 wanted, got = theirs(**inputs), own(**inputs)
-            total += sum(
-                term.item() for term in (self._at_exit(part, got, wanted), *self._at_output(got, wanted, whole))
-            )
+                terms = (self._at_exit(part, got, wanted), *self._at_output(got, wanted, whole))
+                total += sum(term.item() for term in terms)
         return total / len(self.held_out)
 
     def _ends(self, parts: Sequence[int], more: Sequence[str] = ()) -> tuple[fx.GraphModule, fx.GraphModule]:

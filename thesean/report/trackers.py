@@ -107,7 +107,7 @@ class Tracked:
         self._write({f"{self._where}/{name}": value for name, value in values.items()})
 
     def end(self, values: Mapping[str, float]) -> None:
-        self._write({f"{self._where}/held out {name}": value for name, value in values.items()})
+        self._write({f"{self._where}/{_held_out(name)}": value for name, value in values.items()})
 
     def close(self) -> None:
         if self._opened:
@@ -131,6 +131,10 @@ class Tracked:
             self._failed = True
             name = type(self.tracker).__name__
             warn([f"{name}: no more steps are told there: {type(error).__name__}: {str(error)[:200]}"])
+
+
+def _held_out(name: str) -> str:
+    return name if name.startswith("held out") else f"held out {name}"
 
 
 def _steps_in(log: Path | None) -> int:
