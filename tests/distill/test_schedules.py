@@ -200,7 +200,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("recipe", SETTINGS, ids=lambda r: "-".join(str(v) for v in r.values() if isinstance(v, str)))
-@pytest.mark.parametrize("at", [3, pytest.param(8, marks=pytest.mark.thorough), 14, 19])
+@pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.thorough) for at in (3, 8, 19)] + [13])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch, recipe, at):
     whole = convert(recipe)
     taken, after_step = 0, Journal.after_step

@@ -48,7 +48,10 @@ class Aligning:
         self.results: list[StageResult] = []  # of all that was trained, kept or not
         self.notes: list[str] = []
         self._start = time.monotonic()
-        self.order = in_order(training.recipe.alignment, hybrid.parts)  # in which parts come
+        check_weights(training.recipe.alignment, [p.planned.path for p in bound_plan.parts])
+        self.order = list(range(len(hybrid.parts)))  # in which parts come
+        if training.recipe.alignment.order == "back-to-front":
+            self.order.reverse()
         self.take(bound_plan, hybrid)
         self.shares: Shares | None = None
         self.unshared = False  # whether the hybrid may be trained
@@ -334,15 +337,11 @@ class Aligning:
             return self.judge.of(*outputs)
 
 
-def in_order(settings: Alignment, paths: Sequence[str]) -> list[int]:
-    """Parts as stages take them, as far as it is known before any is measured. Raises RecipeError for a weight of no
-    part.
-    """
+def check_weights(settings: Alignment, paths: Sequence[str]) -> None:
+    """Raises RecipeError for a weight of no part, replaced or kept."""
     for glob in settings.weights:
         if not any(matches(path, glob) for path in paths):
-            raise RecipeError(f"alignment.weights: {no_match(glob, paths)}.")
-    parts = list(range(len(paths)))
-    return parts[::-1] if settings.order == "back-to-front" else parts
+            raise RecipeError(f"alignment.weights: {no_match(glob, paths)}")
 
 
 def moved(stage: Stage, taken: Sequence[int]) -> Stage:
