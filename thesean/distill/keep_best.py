@@ -19,7 +19,7 @@ from thesean.distill.training import Training
 from thesean.errors import PlanError
 from thesean.passes.graph.dump import not_dumping
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.hybrid import build_hybrid, view_of
 from thesean.passes.plan.without import without
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) ->
     """The divergence of the hybrid, and of those with one part less."""
     form = training.recipe.closed_form
     batches = training.feed.take(_SOLVED_ON)
-    hybrid = _built(bound_plan)
+    with torch.random.fork_rng(devices=[]), not_dumping():
+        hybrid = build_hybrid(bound_plan, share=True)
     parts = range(len(hybrid.parts))
     solver = Solver(
         training.guide,
@@ -65,21 +66,8 @@ def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) ->
     # on what it was solved on: what is held out tells how good the choice is
     judge = Judge(training.guide, replace(training.task, loss=None, metric=None), batches[:_JUDGED_ON])
     alone = {}
-    for path in paths:
-        less = _built(without(bound_plan, path, ""))
-        _take(less, hybrid)
-        alone[path] = judge(less.graph_module).divergence
+    for number, path in enumerate(paths):
+        view = view_of(bound_plan, hybrid, [k for k in parts if k != number])
+        alone[path] = judge(view.graph_module).divergence
         logger.info("%s: %.4g without it", path, alone[path])
     return {"whole": judge(hybrid.graph_module).divergence, "alone": alone}
-
-
-def _built(bound_plan: BoundPlan) -> Hybrid:
-    with torch.random.fork_rng(devices=[]), not_dumping():
-        return build_hybrid(bound_plan, share=True)
-
-
-def _take(hybrid: Hybrid, other: Hybrid) -> None:
-    """The modules of another hybrid, where both have one for a part."""
-    states = {(other.parts[r.part], r.facts.path): other.module(r).state_dict() for r in other.replacements}
-    for r in hybrid.replacements:
-        hybrid.module(r).load_state_dict(states[hybrid.parts[r.part], r.facts.path])
