@@ -39,7 +39,7 @@ DEFAULT_OPSET = 20
 # Where the exporter says which modules a node is in, and what it says of one that a pass made.
 _SCOPES, _NO_MODULE = "pkg.torch.onnx.name_scopes", "_empty_nn_module_stack_from_metadata_hook"
 
-_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
 
 
 def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from thesean.deploy.lowering.in_torch import AtOnce
 from thesean.deploy.lowering.lowered import Lowered
 from thesean.deploy.lowering.value_blocks import linear_attention_operator
 from thesean.targets.shared.core import Core
@@ -25,3 +26,7 @@ def delta_rule(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, delta_rule)
+
+
+def in_torch(core: Core, path: str) -> AtOnce:
+    return AtOnce(core, "chunk")
