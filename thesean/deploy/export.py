@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import Checking, ExportReport, Form
+from thesean.deploy.export_report import Checking, ExportReport, Form, check_runtime
+from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
 from thesean.deploy.onnx_file import (
@@ -113,10 +114,20 @@ def export(
     finite number; what can be compared is. `quantize`: whole numbers for weights, by onnxruntime's tools; the exact
     file is made and compared first, and `samples` say what the other one is calibrated and judged on.
 
-    A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`.
+    A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`. `runtime`: "genai" makes a folder for
+    onnxruntime-genai, with the files of `tokenizer`: see `genai.folder.write_genai`.
 
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
+    runtime, tokenizer = form.pop("runtime", "onnxruntime"), form.pop("tokenizer", None)
+    if check_runtime(runtime, tokenizer) == "genai":
+        if _parse(stateful) is False:
+            raise ExportError("stateful: runtime='genai' decodes step by step; expected 'auto' or 'yes', found 'no'.")
+        write = partial(
+            export, graph_module, signature,
+            stateful=True, opset=opset, tolerance=tolerance, train_length=train_length, **form,
+        )  # fmt: skip
+        return write_genai(write, Served.of(graph_module, signature), named(path), tokenizer)
     if named(path).suffix == SUFFIX:
         return _export_torch(
             graph_module, signature, named(path), _parse(stateful), tolerance, train_length, opset, form
