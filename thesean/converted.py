@@ -101,7 +101,7 @@ class Converted:
         check: Literal["all", "skip"] = "all",
         quantize: Literal["int8", "int8-static", "int4"] | None = None,
         data: Iterable[Any] | None = None,
-        runtime: Literal["onnxruntime", "genai"] = "onnxruntime",
+        runtime: Literal["onnxruntime", "genai", "portable"] = "onnxruntime",
         tokenizer: Any = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
@@ -119,7 +119,7 @@ class Converted:
         report, the states and the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the
         graph as text after each pass of the export, numbered behind what `compile` left there. `runtime`: "genai" makes
         `path` a folder that onnxruntime-genai loads, compared there too; `tokenizer`, a folder or what has
-        `save_pretrained`, goes with it. Raises ExportError and
+        `save_pretrained`, goes with it. "portable" keeps to operators of ONNX itself. Raises ExportError and
         WriteError, and then leaves no file; MissingExtraError.
         """
         from thesean.deploy.export import export

@@ -302,7 +302,7 @@ def export(
     quantize: Quantize = None,
     data: Data = None,
     runtime: Annotated[
-        FileRuntime, typer.Option(help="genai: FILE is a folder that onnxruntime-genai loads.")
+        FileRuntime, typer.Option(help="genai: FILE is a folder; portable: operators of ONNX alone.")
     ] = FileRuntime.onnxruntime,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --runtime genai: its tokenizer is copied.")

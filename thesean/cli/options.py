@@ -52,6 +52,7 @@ class FileDtype(enum.StrEnum):
 class FileRuntime(enum.StrEnum):
     onnxruntime = "onnxruntime"
     genai = "genai"
+    portable = "portable"
 
 
 class QuantizedForm(enum.StrEnum):

@@ -115,12 +115,13 @@ def export(
     file is made and compared first, and `samples` say what the other one is calibrated and judged on.
 
     A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`. `runtime`: "genai" makes a folder for
-    onnxruntime-genai, with the files of `tokenizer`: see `genai.folder.write_genai`.
+    onnxruntime-genai, with the files of `tokenizer`: see `genai.folder.write_genai`; "portable" writes operators of
+    ONNX itself alone, and no functions.
 
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     runtime, tokenizer = form.pop("runtime", "onnxruntime"), form.pop("tokenizer", None)
-    if check_runtime(runtime, tokenizer) == "genai":
+    if check_runtime(runtime, tokenizer, named(path), form.get("quantize")) == "genai":
         if _parse(stateful) is False:
             raise ExportError("stateful: runtime='genai' decodes step by step; expected 'auto' or 'yes', found 'no'.")
         write = partial(
@@ -145,6 +146,7 @@ def export(
         path=named(path),
         dtype=_parse_dtype(form.get("dtype")),
         opset=DEFAULT_OPSET if opset is None else opset,
+        portable=runtime == "portable",
         tolerance=tolerance,
         train_length=train_length,
         form=form,
@@ -190,6 +192,7 @@ class _Asked:
     path: Path
     dtype: torch.dtype | None
     opset: int
+    portable: bool
     tolerance: float | None
     train_length: int | None
     form: Form
@@ -231,7 +234,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
         try:
             example = _example(module, signature, stream, states, train_length)
-            model = to_onnx(lowered, example, inputs, outputs, asked.opset)
+            model = to_onnx(lowered, example, inputs, outputs, asked.opset, asked.portable)
             describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))

@@ -16,7 +16,7 @@ from thesean.deploy.quantizing.tools import Quantize
 from thesean.errors import ExportError
 
 Checking = Literal["all", "skip"]
-Runtime = Literal["onnxruntime", "genai"]
+Runtime = Literal["onnxruntime", "genai", "portable"]
 
 
 class Form(TypedDict, total=False):
@@ -32,13 +32,17 @@ class Form(TypedDict, total=False):
     tokenizer: Any
 
 
-def check_runtime(runtime: Any, tokenizer: Any) -> Runtime:
-    """Raises ExportError for one that isn't known, and for a tokenizer that nothing would be done with."""
+def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Runtime:
+    """Raises ExportError for one that isn't known, and for what is nothing to it."""
     known = get_args(Runtime)
     if runtime not in known:
         raise ExportError(f"runtime: expected one of {', '.join(known)}, found {runtime!r}.")
     if tokenizer is not None and runtime != "genai":
         raise ExportError("tokenizer: only a folder for runtime='genai' has one. Leave it out, or ask for that.")
+    if runtime == "portable" and quantize is not None:
+        raise ExportError("quantize: its operators are onnxruntime's own; leave it out for runtime='portable'.")
+    if runtime != "onnxruntime" and path.suffix == ".pt2":
+        raise ExportError(f"{path}: runtime={runtime!r} is for ONNX. Leave it out, or give another name.")
     found: Runtime = runtime
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from thesean.kernels.shared.blocks import blocks
 from thesean.kernels.shared.precision import full_precision, wide
 
 # Tokens that are looked at together: who is kept at each of them is found by comparing all pairs.
@@ -33,7 +34,7 @@ def kept_attention(
     _check(query_BTHC, new_BTGX, kept_BMGX)
     sums, tops = [], []
     with full_precision(query_BTHC.device):
-        for query_BLHC, new_BLGX in zip(query_BTHC.split(block, 1), new_BTGX.split(block, 1), strict=True):
+        for query_BLHC, new_BLGX in zip(blocks(query_BTHC, block, 1), blocks(new_BTGX, block, 1), strict=True):
             sums_BLHk, top_BLH, kept_BMGX = _block(query_BLHC, new_BLGX, kept_BMGX)
             sums.append(sums_BLHk)
             tops.append(top_BLH)

@@ -172,7 +172,7 @@ def test_an_earlier_folder_stays_where_the_runtime_is_not_installed_or_disagrees
 def test_other_wrong_words_are_told_before_anything_is_made(pretended, tmp_path):
     guide = captured.gpt2(layers=1)
     for asked, told in [
-        ({"runtime": "tensorrt"}, "runtime: expected one of onnxruntime, genai, found 'tensorrt'"),
+        ({"runtime": "tensorrt"}, "runtime: expected one of onnxruntime, genai, portable, found 'tensorrt'"),
         ({"tokenizer": tmp_path}, "tokenizer: only a folder for runtime='genai' has one"),
         ({"runtime": "genai", "tokenizer": tmp_path}, "expected a folder with tokenizer files"),
         ({"runtime": "genai", "stateful": "no"}, "decodes step by step"),

@@ -40,6 +40,17 @@ def lower_cells(module: nn.Module, *, opset: int = 18, path: str = "") -> nn.Mod
     return _replaced(module, path, lambda form, child, where: form.lower(child, where, opset))
 
 
+def lower_portably(module: nn.Module, *, opset: int) -> nn.Module:
+    """The same in standard operators alone: `portable(module, path, opset)` of a form that has one, else `lower`. Where
+    it gives None the module stays torch code, and what is inside it is lowered.
+    """
+
+    def replace(form: ModuleType, child: nn.Module, where: str) -> nn.Module | None:
+        return (form.portable if hasattr(form, "portable") else form.lower)(child, where, opset)
+
+    return _replaced(module, "", replace)
+
+
 def cells_in_torch(module: nn.Module) -> nn.Module:
     """A frozen deep copy of `module` whose recurrent cells `torch.export` writes once for every length.
 
