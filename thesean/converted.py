@@ -101,6 +101,8 @@ class Converted:
         check: Literal["all", "skip"] = "all",
         quantize: Literal["int8", "int8-static", "int4"] | None = None,
         data: Iterable[Any] | None = None,
+        runtime: Literal["onnxruntime", "genai", "portable"] = "onnxruntime",
+        tokenizer: Any = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
@@ -115,7 +117,9 @@ class Converted:
         it on held-out batches of `data` (left out: on inputs like the example), its latency and its bytes; errors may
         be 0.15, 0.2 and 0.5 of the output's scale there. The file's metadata hold the plan, the
         report, the states and the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the
-        graph as text after each pass of the export, numbered behind what `compile` left there. Raises ExportError and
+        graph as text after each pass of the export, numbered behind what `compile` left there. `runtime`: "genai" makes
+        `path` a folder that onnxruntime-genai loads, compared there too; `tokenizer`, a folder or what has
+        `save_pretrained`, goes with it. "portable" keeps to operators of ONNX itself. Raises ExportError and
         WriteError, and then leaves no file; MissingExtraError.
         """
         from thesean.deploy.export import export
@@ -134,6 +138,8 @@ class Converted:
                 external_data=external_data,
                 check=check,
                 quantize=quantize,
+                runtime=runtime,
+                tokenizer=tokenizer,
                 samples=None if quantize is None else samples_of(data, self.signature, self._home),
                 about={PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())},
             )

@@ -382,6 +382,17 @@ def test_convert_saves_exports_and_the_saved_folder_exports_again(guides: Path) 
     assert "of 2 parts replaced" in told.stdout
 
 
+def test_a_runtime_and_its_tokenizer_are_handed_on(guides: Path) -> None:
+    words = "convert guides_for_cli:toy -t mlp --parts layer --data guides_for_cli:vectors --recipe fast"
+    assert run(*words.split(), "--out", "out").exit_code == 0
+    told = run("export", "out", "served", "--runtime", "genai")
+    assert "onnxruntime-genai serves causal language models alone" in error_of(told)
+    told = run("export", "out", "m.onnx", "--tokenizer", "out")
+    assert "tokenizer: only a folder for runtime='genai' has one" in error_of(told)
+    assert not (guides / "served").exists()
+    assert not (guides / "m.onnx").exists()
+
+
 def test_what_can_not_be_compared_is_written_where_check_says_so(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "convert guides_for_cli:toy -t mlp --parts layer --data guides_for_cli:vectors --recipe fast"
     assert run(*words.split(), "--out", "out").exit_code == 0

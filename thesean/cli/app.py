@@ -22,6 +22,7 @@ from thesean.cli.options import (
     EvalData,
     ExampleInputs,
     FileDtype,
+    FileRuntime,
     FreeSizes,
     Grain,
     Guide,
@@ -303,6 +304,12 @@ def export(
     check: Checked = Check.all,
     quantize: Quantize = None,
     data: Data = None,
+    runtime: Annotated[
+        FileRuntime, typer.Option(help="genai: FILE is a folder; portable: operators of ONNX alone.")
+    ] = FileRuntime.onnxruntime,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --runtime genai: its tokenizer is copied.")
+    ] = None,
     dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
@@ -315,9 +322,11 @@ def export(
       thesean export build/rnn model.onnx
       thesean export build/rnn step.onnx --stateful yes --opset 22
       thesean export build/rnn small.onnx --quantize int8-static --data texts:batches
+      thesean export build/rnn served --runtime genai --tokenizer ./gpt2
     """
     with one_line_errors(debug):
-        check_writable("FILE.onnx", file)
+        if runtime is FileRuntime.onnxruntime:  # else it is a folder's name
+            check_writable("FILE.onnx", file)
         check_writable("--dump-graphs", dump_graphs)
         chosen: Literal["auto"] | bool = "auto" if stateful is Stateful.auto else stateful is Stateful.yes
         if data is not None and quantize is None:
@@ -333,6 +342,8 @@ def export(
             external_data=external_data,
             check=check.value,
             quantize=None if quantize is None else quantize.value,
+            runtime=runtime.value,
+            tokenizer=tokenizer,
             **loaded_arguments(data, None),
         )
         typer.echo(str(made))

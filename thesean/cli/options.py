@@ -49,6 +49,12 @@ class FileDtype(enum.StrEnum):
     float16 = "float16"
 
 
+class FileRuntime(enum.StrEnum):
+    onnxruntime = "onnxruntime"
+    genai = "genai"
+    portable = "portable"
+
+
 class QuantizedForm(enum.StrEnum):
     int8 = "int8"
     int8_static = "int8-static"

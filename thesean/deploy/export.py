@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import Checking, ExportReport, Form
+from thesean.deploy.export_report import Checking, ExportReport, Form, check_runtime
+from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
 from thesean.deploy.onnx_file import (
@@ -113,10 +114,21 @@ def export(
     finite number; what can be compared is. `quantize`: whole numbers for weights, by onnxruntime's tools; the exact
     file is made and compared first, and `samples` say what the other one is calibrated and judged on.
 
-    A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`.
+    A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`. `runtime`: "genai" makes a folder for
+    onnxruntime-genai, with the files of `tokenizer`: see `genai.folder.write_genai`; "portable" writes operators of
+    ONNX itself alone, and no functions.
 
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
+    runtime, tokenizer = form.pop("runtime", "onnxruntime"), form.pop("tokenizer", None)
+    if check_runtime(runtime, tokenizer, named(path), form.get("quantize")) == "genai":
+        if _parse(stateful) is False:
+            raise ExportError("stateful: runtime='genai' decodes step by step; expected 'auto' or 'yes', found 'no'.")
+        write = partial(
+            export, graph_module, signature,
+            stateful=True, opset=opset, tolerance=tolerance, train_length=train_length, **form,
+        )  # fmt: skip
+        return write_genai(write, Served.of(graph_module, signature), named(path), tokenizer)
     if named(path).suffix == SUFFIX:
         return _export_torch(
             graph_module, signature, named(path), _parse(stateful), tolerance, train_length, opset, form
@@ -134,6 +146,7 @@ def export(
         path=named(path),
         dtype=_parse_dtype(form.get("dtype")),
         opset=DEFAULT_OPSET if opset is None else opset,
+        portable=runtime == "portable",
         tolerance=tolerance,
         train_length=train_length,
         form=form,
@@ -179,6 +192,7 @@ class _Asked:
     path: Path
     dtype: torch.dtype | None
     opset: int
+    portable: bool
     tolerance: float | None
     train_length: int | None
     form: Form
@@ -220,7 +234,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             told[SIZES] = json.dumps([bound.to_json() for bound in signature.bounds])
         try:
             example = _example(module, signature, stream, states, train_length)
-            model = to_onnx(lowered, example, inputs, outputs, asked.opset)
+            model = to_onnx(lowered, example, inputs, outputs, asked.opset, asked.portable)
             describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))

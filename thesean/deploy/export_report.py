@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -13,8 +13,10 @@ from thesean.deploy.parity import Check, largest
 from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.samples import Samples
 from thesean.deploy.quantizing.tools import Quantize
+from thesean.errors import ExportError
 
 Checking = Literal["all", "skip"]
+Runtime = Literal["onnxruntime", "genai", "portable"]
 
 
 class Form(TypedDict, total=False):
@@ -26,6 +28,23 @@ class Form(TypedDict, total=False):
     check: Checking
     quantize: Quantize | None
     samples: Samples | None
+    runtime: Runtime
+    tokenizer: Any
+
+
+def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Runtime:
+    """Raises ExportError for one that isn't known, and for what is nothing to it."""
+    known = get_args(Runtime)
+    if runtime not in known:
+        raise ExportError(f"runtime: expected one of {', '.join(known)}, found {runtime!r}.")
+    if tokenizer is not None and runtime != "genai":
+        raise ExportError("tokenizer: only a folder for runtime='genai' has one. Leave it out, or ask for that.")
+    if runtime == "portable" and quantize is not None:
+        raise ExportError("quantize: its operators are onnxruntime's own; leave it out for runtime='portable'.")
+    if runtime != "onnxruntime" and path.suffix == ".pt2":
+        raise ExportError(f"{path}: runtime={runtime!r} is for ONNX. Leave it out, or give another name.")
+    found: Runtime = runtime
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

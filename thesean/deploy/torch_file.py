@@ -17,6 +17,7 @@ from torch.export import Dim
 
 from thesean.deploy.export_report import ExportReport
 from thesean.deploy.loaded import first_line
+from thesean.deploy.lowering.lower import cells_in_torch
 from thesean.deploy.lowering.to_onnx import output_names, quiet
 from thesean.deploy.parity import (
     IN_TORCH,
@@ -52,8 +53,8 @@ def write_torch(
     """Save `lowered`, what an export makes of the frozen `module`; compare the saved file with it, whole and in chunks,
     and only then let it take its name. It takes inputs and states by name, and gives a tuple of outputs and states.
 
-    Raises ExportError for a graph that is right for one size alone (a classic cell, whose steps torch writes out), and
-    WriteError.
+    A chunk may have any length; attentions and linear states are quadratic in it. Raises ExportError for a graph that
+    torch can write for one size alone, and WriteError.
     """
     start = time.monotonic()
     states: tuple[InputSpec, ...] = lowered.meta.get("states", ())
@@ -62,7 +63,7 @@ def write_torch(
     names = output_names(module)
     program = _traced(lowered, module, signature, stream, states)
     with new_file(path, parents=True) as made:
-        with made.open("wb") as file:
+        with made.open("wb") as file, quiet():
             torch.export.save(program, file)
         loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
         try:
@@ -99,7 +100,7 @@ def _traced(
     specs = (*stream.inputs, *states)
     shapes = {s.name: {d: Dim.DYNAMIC for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs}
     timeless = all(s.startswith("batch") for s in signature.symbols)
-    last: Exception | None = None
+    written, last = cells_in_torch(lowered), None
     for batch, length in _TRACED:
         sizes = CheckSizes(batch=batch, length=None if timeless else length).within(signature)
         if not runnable(module, signature, sizes):
@@ -109,15 +110,12 @@ def _traced(
             example[spec.name] = torch.zeros(state_shape(spec.shape, sizes.batch, _REMEMBERED), dtype=spec.dtype)
         try:
             with quiet(), torch.no_grad():
-                return torch.export.export(lowered, (), example, dynamic_shapes=shapes)
+                return torch.export.export(written, (), example, dynamic_shapes=shapes)
         except Exception as error:
             last = error
     if last is None:
         raise ExportError(f"the module runs at none of the sizes {_TRACED} to trace it with: write an .onnx file.")
-    raise ExportError(
-        f"torch can't write this graph for every size: {first_line(last)} A classic cell has its steps written out "
-        "there; write an .onnx file, which has an operator for it."
-    ) from last
+    raise ExportError(f"torch can't write this graph for every size: {first_line(last)} Write an .onnx file.") from last
 
 
 class _Program:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from thesean.kernels.linear_attention import decay_between
+from thesean.kernels.shared.blocks import blocks
 from thesean.kernels.shared.precision import full_precision, widen
 
 
@@ -41,8 +42,8 @@ def delta_rule(
     )
     outs = []
     with full_precision(query_BTHF.device):
-        # split, not slices: the backward of a slice fills a tensor of the whole length, once per chunk
-        for query, key, value, beta, log_decay in zip(*(x.split(chunk, dim=2) for x in inputs), strict=True):
+        # not slices: the backward of a slice fills a tensor of the whole length, once per chunk
+        for query, key, value, beta, log_decay in zip(*(blocks(x, chunk, 2) for x in inputs), strict=True):
             out_BHCK, state_BHFK = _chunk(query, key, value, beta, log_decay, state_BHFK)
             outs.append(out_BHCK.transpose(1, 2))
     return torch.cat(outs, dim=1).to(dtype), state_BHFK

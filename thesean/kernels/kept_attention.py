@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from thesean.kernels.shared.blocks import blocks
 from thesean.kernels.shared.precision import full_precision, wide
 
 # Tokens that are looked at together: who is kept at each of them is found by comparing all pairs.
@@ -15,7 +16,7 @@ BLOCK = 64
 
 
 def kept_attention(
-    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
+    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor, *, block: int = BLOCK
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """At each step the new token comes in, and of all up to it the M with the highest scores stay, the earlier one of
     equals; over these sum f exp(q.k - top) v -> (sums_BTHk, top_BTH, kept_BMGX).
@@ -26,14 +27,14 @@ def kept_attention(
     A token is a row of its key (C), its score, and its value, whose last column is 1; a row where that is 0 holds none.
     Kept ones are in the order in which they came, after the rows that hold none.
     `top` is the largest q.k + log f, or the smallest float where nothing is kept. T steps at once equal T single steps:
-    who is kept depends on scores alone, so that it is known without a step after the other. Linear in T; half precision
-    is computed in float32. Scores get no gradient (as the heavy hitters of Zhang et al. 2023, H2O, whose scores are the
-    attention that was met so far). Raises ValueError for shapes that do not fit.
+    who is kept depends on scores alone, so that it is known without a step after the other. Linear in T, `block` tokens
+    at a time; half precision is computed in float32. Scores get no gradient (as the heavy hitters of Zhang et al. 2023,
+    H2O, whose scores are the attention that was met so far). Raises ValueError for shapes that do not fit.
     """
     _check(query_BTHC, new_BTGX, kept_BMGX)
     sums, tops = [], []
     with full_precision(query_BTHC.device):
-        for query_BLHC, new_BLGX in zip(query_BTHC.split(BLOCK, 1), new_BTGX.split(BLOCK, 1), strict=True):
+        for query_BLHC, new_BLGX in zip(blocks(query_BTHC, block, 1), blocks(new_BTGX, block, 1), strict=True):
             sums_BLHk, top_BLH, kept_BMGX = _block(query_BLHC, new_BLGX, kept_BMGX)
             sums.append(sums_BLHk)
             tops.append(top_BLH)

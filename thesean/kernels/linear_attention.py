@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from thesean.kernels.shared.blocks import blocks
 from thesean.kernels.shared.precision import full_precision, widen
 
 
@@ -31,12 +32,12 @@ def linear_attention(
     _check(query_BTHF, key_BTGF, value_BTGK, log_decay_BTG, state_BGFK, chunk)
     dtype, groups = value_BTGK.dtype, key_BTGF.shape[2]
     query_BTHF, key_BTGF, value_BTGK, state_BGFK = widen(query_BTHF, key_BTGF, value_BTGK, state_BGFK)
-    # split, not slices: the backward of a slice fills a tensor of the whole length, once per chunk
-    queries = query_BTHF.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).split(chunk, dim=3)
-    keys, values = (x.transpose(1, 2).split(chunk, dim=2) for x in (key_BTGF, value_BTGK))
+    # not slices: the backward of a slice fills a tensor of the whole length, once per chunk
+    queries = blocks(query_BTHF.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4), chunk, 3)
+    keys, values = (blocks(x.transpose(1, 2), chunk, 2) for x in (key_BTGF, value_BTGK))
     decays: tuple[torch.Tensor | None, ...] = (None,) * len(queries)
     if log_decay_BTG is not None:
-        decays = log_decay_BTG.to(state_BGFK.dtype).transpose(1, 2).split(chunk, dim=2)
+        decays = blocks(log_decay_BTG.to(state_BGFK.dtype).transpose(1, 2), chunk, 2)
     outs = []
     with full_precision(query_BTHF.device):
         for query_BGRCF, key_BGCF, value_BGCK, log_decay_BGC in zip(queries, keys, values, decays, strict=True):

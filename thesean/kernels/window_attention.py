@@ -24,6 +24,8 @@ def window_attention(
     older_BTHk: torch.Tensor,
     gate: torch.Tensor,
     bias_HW: torch.Tensor | None = None,
+    *,
+    block: int | None = None,
 ) -> torch.Tensor:
     """y_t = (sum_s exp(q_t.k_s + bias) v_s + exp(gate) o_t) / the same of the weights, s over t-W+1..t -> mean_BTHK.
 
@@ -33,13 +35,14 @@ def window_attention(
     or a query's in a head (B, T, H); the bias is column t - s of `bias_HW`. Each of the G heads of keys serves H / G
     heads of queries in a row. exp() is taken below the largest exponent, of window and older tokens alike, so that no
     score overflows or vanishes (the sum of Zhang et al. 2024, LoLCATs, eq. 6, with all of it below one maximum). Linear
-    in T, in time and memory; half precision is computed in float32. Raises ValueError for shapes that do not fit.
+    in T, in time and memory, `block` queries at a time (None: W, where that is enough); half precision is computed in
+    float32. Raises ValueError for shapes that do not fit.
     """
     _check(query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate, bias_HW)
     dtype = value_BSGk.dtype
     query, key, value, older, gate = widen(query_BTHC, key_BSGC, value_BSGk, older_BTHk, gate)
     with full_precision(query.device):
-        sums_BTHk, peak_BTH = _banded(query, key, value, None if bias_HW is None else bias_HW.to(query.dtype))
+        sums_BTHk, peak_BTH = _banded(query, key, value, None if bias_HW is None else bias_HW.to(query.dtype), block)
         # -inf where there is nothing older. Constants in the backward: they cancel in the quotient.
         top_BTH = torch.maximum(peak_BTH, gate.detach() + older[..., -1].detach().log())
         sums_BTHk = sums_BTHk * (peak_BTH - top_BTH).exp().unsqueeze(-1)
@@ -72,7 +75,11 @@ def window_attention_reference(
 
 
 def _banded(
-    query_BTHC: torch.Tensor, key_BSGC: torch.Tensor, value_BSGk: torch.Tensor, bias_HW: torch.Tensor | None
+    query_BTHC: torch.Tensor,
+    key_BSGC: torch.Tensor,
+    value_BSGk: torch.Tensor,
+    bias_HW: torch.Tensor | None,
+    block: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sum over the window of exp(score - peak) v and of exp(score - peak), and the peak: a token's largest score.
 
@@ -80,7 +87,8 @@ def _banded(
     """
     T, heads, groups = query_BTHC.shape[1], query_BTHC.shape[2], key_BSGC.shape[2]
     window = key_BSGC.shape[1] - T
-    size = min(T, max(window, LEAST_BLOCK))  # one step must not pay for a whole block
+    # one step must not pay for a whole block
+    size = min(T, max(window, LEAST_BLOCK)) if block is None else block
     start_N1 = torch.arange(0, T, size, device=query_BTHC.device).unsqueeze(1)
     row_L, row_J = (torch.arange(n, device=query_BTHC.device) for n in (size, size + window))
     # the last block may reach past the end: its last rows are repeated, and left out below
@@ -116,7 +124,8 @@ def _check(
     if fits:
         fits = query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3] and query.shape[2] % key.shape[2] == 0
         fits = fits and key.shape[1] > query.shape[1]
-        fits = fits and gate.shape in (query.shape[2:3], query.shape[:3])
+        # not as tuples: where sizes are symbols, (H,) == (B, T, H) would ask whether H is B
+        fits = fits and gate.shape == query.shape[(2 if gate.ndim == 1 else 0) : 3]
         fits = fits and older.shape == (*query.shape[:3], value.shape[3])
         fits = fits and (bias is None or bias.shape == (query.shape[2], key.shape[1] - query.shape[1]))
     if not fits:

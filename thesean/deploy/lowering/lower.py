@@ -6,6 +6,8 @@ B batch, T time
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import ModuleType
 from typing import TypeVar
 
 from torch import nn
@@ -35,19 +37,51 @@ def lower_cells(module: nn.Module, *, opset: int = 18, path: str = "") -> nn.Mod
     torch's exporter, and the comparison in onnxruntime decides. Where it isn't, `to_onnx` names the file to add.
     Raises ExportError for a cell that its form can't write (an LSTM with projections), naming its path.
     """
-    # One cell used in two places stays one cell. The original is kept beside its stand-in, or its id would be reused.
-    lowered: dict[int, tuple[nn.Module, nn.Module]] = {}
+    return _replaced(module, path, lambda form, child, where: form.lower(child, where, opset))
 
-    def lower(child: nn.Module, where: str) -> nn.Module:
-        if id(child) not in lowered:
+
+def lower_portably(module: nn.Module, *, opset: int) -> nn.Module:
+    """The same in standard operators alone: `portable(module, path, opset)` of a form that has one, else `lower`. Where
+    it gives None the module stays torch code, and what is inside it is lowered.
+    """
+
+    def replace(form: ModuleType, child: nn.Module, where: str) -> nn.Module | None:
+        return (form.portable if hasattr(form, "portable") else form.lower)(child, where, opset)
+
+    return _replaced(module, "", replace)
+
+
+def cells_in_torch(module: nn.Module) -> nn.Module:
+    """A frozen deep copy of `module` whose recurrent cells `torch.export` writes once for every length.
+
+    Each becomes what `forms/<operation>.py` says: `in_torch(module, path)`, torch code again; what has none stays as it
+    is, its insides excepted.
+    """
+
+    def replace(form: ModuleType, child: nn.Module, where: str) -> nn.Module | None:
+        return form.in_torch(child, where) if hasattr(form, "in_torch") else None
+
+    return _replaced(module, "", replace)
+
+
+def _replaced(
+    module: nn.Module, path: str, replace: Callable[[ModuleType, nn.Module, str], nn.Module | None]
+) -> nn.Module:
+    """`replace`: from a form and a module that it is of to what takes the module's place, if anything does."""
+    # One cell used in two places stays one cell. The original is kept beside its stand-in, or its id would be reused.
+    replaced: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+    def visit(child: nn.Module, where: str) -> nn.Module:
+        if id(child) not in replaced:
             operation = operation_of(child)
             form = None if operation is None else form_of(operation)
-            lowered[id(child)] = (child, child if form is None else form.lower(child, where, opset))
-            if form is None:
+            other = None if form is None else replace(form, child, where)
+            replaced[id(child)] = (child, child if other is None else other)
+            if other is None:
                 for name, grandchild in list(child._modules.items()):  # named_children() skips repeated ones
                     if grandchild is not None:
-                        setattr(child, name, lower(grandchild, f"{where}.{name}" if where else name))
-        return lowered[id(child)][1]
+                        setattr(child, name, visit(grandchild, f"{where}.{name}" if where else name))
+        return replaced[id(child)][1]
 
     # without gradients: torch 2.13's scan warns about .grad of inner tensors when it traces a trainable graph
-    return lower(copy.deepcopy(module).requires_grad_(False), path)
+    return visit(copy.deepcopy(module).requires_grad_(False), path)

@@ -21,7 +21,7 @@ from torch.export import Dim
 from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.loaded import first_line
 from thesean.deploy.lowering.lean.leaner import leaner
-from thesean.deploy.lowering.lower import lower_cells
+from thesean.deploy.lowering.lower import lower_cells, lower_portably
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.promoting import promoted_by_value
 from thesean.deploy.rewriting import rules_by_operator
@@ -39,7 +39,7 @@ DEFAULT_OPSET = 20
 # Where the exporter says which modules a node is in, and what it says of one that a pass made.
 _SCOPES, _NO_MODULE = "pkg.torch.onnx.name_scopes", "_empty_nn_module_stack_from_metadata_hook"
 
-_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
 
 
 def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
@@ -66,16 +66,18 @@ def to_onnx(
     inputs: Sequence[InputSpec],
     outputs: Sequence[str],
     opset: int,
+    portable: bool = False,
 ) -> ir.Model:
     """The ONNX model of a graph that `for_export` made ready. Raises ExportError when the exporter can't write it.
 
     The dimensions that `inputs` name are dynamic and keep their names; `example` has 2 or more in each. Nodes are named
-    by the module that they come from. Weights are those of the graph module, not copies.
+    by the module that they come from. Weights are those of the graph module, not copies. `portable`: operators of ONNX
+    itself alone, and no functions.
     """
     shapes = tuple({d: Dim.DYNAMIC for d, size in enumerate(spec.shape) if isinstance(size, str)} for spec in inputs)
     used = operations(graph_module)
     try:
-        lowered = lower_cells(graph_module, opset=opset)
+        lowered = (lower_portably if portable else lower_cells)(graph_module, opset=opset)
         with quiet(), quick_exporter(), lean_trace(max(map(len, shapes), default=0)), torch.no_grad():
             program = torch.onnx.export(
                 lowered,
@@ -101,10 +103,22 @@ def to_onnx(
         if form is not None and hasattr(form, "define"):
             form.define(model)
     _name_dims(model, inputs)
-    leaner(model)
+    if portable:
+        _inline(model)
+    leaner(model, portable)
     _name_nodes(model)
     _drop_traces(model)
     return model
+
+
+def _inline(model: ir.Model) -> None:
+    """Bodies in place of calls. Raises ExportError for what is left of others' operators."""
+    from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
+
+    InlinePass()(model)
+    RemoveUnusedOpsetsPass()(model)
+    if foreign := sorted({f"{n.domain}::{n.op_type}" for n in model.graph.all_nodes() if n.domain}):
+        raise ExportError(f"expected operators of ONNX itself for runtime='portable', found {', '.join(foreign)}.")
 
 
 def _missing_forms(used: Sequence[str]) -> str:

@@ -32,3 +32,7 @@ def causal_convolution(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, partial(causal_convolution, activation=core.settings.get("activation", "none")))
+
+
+def portable(core: Core, path: str, opset: int) -> None:
+    """Torch code: a product for each tap."""

@@ -6,7 +6,9 @@ B batch, T time, H heads, F features of a key, K width of a value
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from thesean.deploy.lowering.in_torch import AtOnce, over_time
 from thesean.deploy.lowering.lowered import Lowered
 from thesean.deploy.lowering.value_blocks import linear_attention_operator
 from thesean.targets.shared.core import Core
@@ -25,3 +27,33 @@ def delta_rule(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, delta_rule)
+
+
+def in_torch(core: Core, path: str) -> AtOnce:
+    return AtOnce(core, "chunk")
+
+
+class Stepwise(nn.Module):
+    """The recurrence a step at a time: ONNX has no operator that solves a triangular system."""
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *inputs, log_decay_BTH, state_BHFK = tensors
+        inputs_T = tuple(x.transpose(0, 1) for x in (*inputs, log_decay_BTH.exp()))
+        out_TBHK, (state_BHFK,) = over_time(_step, (state_BHFK,), inputs_T)
+        return out_TBHK.transpose(0, 1), state_BHFK
+
+
+def _step(
+    state: tuple[torch.Tensor, ...], at_t: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """u = b (v - a S k), S' = a S + k u."""
+    query_BHF, key_BHF, value_BHK, beta_BH, decay_BH = at_t
+    kept_BHFK = decay_BH.unsqueeze(-1).unsqueeze(-1) * state[0]
+    missing_BHK = value_BHK - (key_BHF.unsqueeze(-2) @ kept_BHFK).squeeze(-2)
+    update_BHK = beta_BH.unsqueeze(-1) * missing_BHK
+    state_BHFK = kept_BHFK + key_BHF.unsqueeze(-1) * update_BHK.unsqueeze(-2)
+    return (query_BHF.unsqueeze(-2) @ state_BHFK).squeeze(-2), (state_BHFK,)
+
+
+def portable(core: Core, path: str, opset: int) -> Stepwise:
+    return Stepwise()

@@ -92,6 +92,10 @@ def lower(held: Held, path: str, opset: int) -> LoweredHeld:
     return LoweredHeld(held, path, opset)
 
 
+def portable(held: Held, path: str, opset: int) -> None:
+    """Torch code: its step reads an operator of onnxruntime's own, its cores do not."""
+
+
 def define(model: Any) -> None:
     """Add the functions that an onnx_ir model calls, and what they call; others stay as they are."""
     calls = [n for n in model.graph if n.domain == DOMAIN and Shape.of(n.op_type) is not None]

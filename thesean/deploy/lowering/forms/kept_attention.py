@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from thesean.deploy.lowering.in_torch import AtOnce
 from thesean.deploy.lowering.lowered import Lowered, add_function
 from thesean.kernels.kept_attention import BLOCK
 from thesean.targets.shared.core import Core
@@ -187,6 +188,10 @@ def kept_attention(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, kept_attention)
+
+
+def in_torch(core: Core, path: str) -> AtOnce:
+    return AtOnce(core, "block")
 
 
 def define(model: Any) -> None:

@@ -33,3 +33,7 @@ def leaky_recurrence(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, leaky_recurrence)
+
+
+def in_torch(core: Core, path: str) -> Lowered:
+    return Lowered(path, leaky_recurrence)  # torch has the scan itself

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from thesean.deploy.lowering.in_torch import AtOnce
 from thesean.deploy.lowering.lowered import Lowered
 from thesean.deploy.lowering.value_blocks import linear_attention_operator
 from thesean.targets.shared.core import Core
@@ -24,3 +25,11 @@ def linear_attention(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, linear_attention)
+
+
+def in_torch(core: Core, path: str) -> AtOnce:
+    return AtOnce(core, "chunk")
+
+
+def portable(core: Core, path: str, opset: int) -> AtOnce:
+    return AtOnce(core, "chunk")

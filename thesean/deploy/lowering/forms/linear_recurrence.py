@@ -32,3 +32,7 @@ def linear_recurrence(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, linear_recurrence)
+
+
+def in_torch(core: Core, path: str) -> Lowered:
+    return Lowered(path, linear_recurrence)  # torch has the scan itself

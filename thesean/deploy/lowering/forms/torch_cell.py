@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from thesean.deploy.lowering.in_torch import over_time
 from thesean.deploy.lowering.lowered import require_exporting
 from thesean.errors import ExportError
 
@@ -107,3 +109,85 @@ def _state_names(kind: str) -> tuple[str, ...]:
 def lower(cell: nn.RNNBase, path: str, opset: int) -> LoweredCell:
     """Raises ExportError for an LSTM with projections."""
     return LoweredCell(cell, path, opset)
+
+
+class ScannedCell(nn.Module):
+    """The same cells as a scan of torch code: weights, arguments and results in torch's own order."""
+
+    def __init__(self, cell: nn.RNNBase, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.mode = cell.mode
+        self.batch_first = cell.batch_first
+        self.layers = cell.num_layers
+        self.suffixes = ("", "_reverse")[: 2 if cell.bidirectional else 1]
+        self.sizes = (cell.proj_size or cell.hidden_size, cell.hidden_size)[: 2 if cell.mode == "LSTM" else 1]
+        for name, weight in cell.named_parameters():
+            self.register_buffer(name, weight.detach().clone())
+
+    def forward(
+        self, input: torch.Tensor, hx: Any = None, lengths_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        if input.ndim != 3:
+            raise ExportError(f"{self.path}: expected a batch of sequences (3 dimensions), found {input.ndim}.")
+        x_TBD = input.transpose(0, 1) if self.batch_first else input
+        states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        if hx is None:
+            number = self.layers * len(self.suffixes)
+            states = tuple(x_TBD.new_zeros(number, x_TBD.shape[1], size) for size in self.sizes)
+        seen_TB1 = None
+        if lengths_B is not None:
+            seen_TB1 = (torch.arange(x_TBD.shape[0]).unsqueeze(1) < lengths_B).unsqueeze(-1)
+        lasts: list[tuple[torch.Tensor, ...]] = []
+        for layer in range(self.layers):
+            outs = []
+            for suffix in self.suffixes:
+                out_TBE, last = self._run(f"l{layer}{suffix}", x_TBD, tuple(s[len(lasts)] for s in states), seen_TB1)
+                lasts.append(last)
+                outs.append(out_TBE)
+            x_TBD = torch.cat(outs, -1)
+        final = tuple(torch.stack(each) for each in zip(*lasts, strict=True))
+        return x_TBD.transpose(0, 1) if self.batch_first else x_TBD, final if self.mode == "LSTM" else final[0]
+
+    def _run(
+        self, name: str, x_TBD: torch.Tensor, state: tuple[torch.Tensor, ...], seen_TB1: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """One layer in one direction; where a row is over, its state stays and nothing comes out."""
+        backwards = name.endswith("_reverse")
+        drive_TBE = F.linear(x_TBD, getattr(self, f"weight_ih_{name}"), getattr(self, f"bias_ih_{name}", None))
+        inputs_T: tuple[torch.Tensor, ...] = (drive_TBE,) if seen_TB1 is None else (drive_TBE, seen_TB1)
+        if backwards:
+            inputs_T = tuple(x.flip(0) for x in inputs_T)
+
+        def step(
+            before: tuple[torch.Tensor, ...], at_t: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            after = self._step(name, at_t[0], before)
+            if seen_TB1 is None:
+                return after[0], after
+            seen_B1 = at_t[1]
+            after = tuple(torch.where(seen_B1, new, old) for new, old in zip(after, before, strict=True))
+            return after[0] * seen_B1, after
+
+        out_TBE, last = over_time(step, state, inputs_T)
+        return out_TBE.flip(0) if backwards else out_TBE, last
+
+    def _step(self, name: str, drive_BE: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The equations of torch's nn.RNN, nn.GRU and nn.LSTM."""
+        hidden_BE = state[0]
+        read_BE = F.linear(hidden_BE, getattr(self, f"weight_hh_{name}"), getattr(self, f"bias_hh_{name}", None))
+        if self.mode == "GRU":
+            (reset, update, new), (reset_too, update_too, new_too) = drive_BE.chunk(3, -1), read_BE.chunk(3, -1)
+            candidate = torch.tanh(new + torch.sigmoid(reset + reset_too) * new_too)
+            return (torch.lerp(candidate, hidden_BE, torch.sigmoid(update + update_too)),)
+        if self.mode == "LSTM":
+            taken, forgotten, new, shown = (drive_BE + read_BE).chunk(4, -1)
+            cell_BE = torch.sigmoid(forgotten) * state[1] + torch.sigmoid(taken) * torch.tanh(new)
+            hidden_BE = torch.sigmoid(shown) * torch.tanh(cell_BE)
+            projection = getattr(self, f"weight_hr_{name}", None)
+            return hidden_BE if projection is None else hidden_BE @ projection.mT, cell_BE
+        return (torch.tanh(drive_BE + read_BE) if self.mode == "RNN_TANH" else torch.relu(drive_BE + read_BE),)
+
+
+def in_torch(cell: nn.RNNBase, path: str) -> ScannedCell:
+    return ScannedCell(cell, path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from thesean.deploy.lowering.in_torch import AtOnce
 from thesean.deploy.lowering.lowered import Lowered, add_function
 from thesean.kernels.window_attention import LARGEST_EXPONENT, LEAST_BLOCK
 from thesean.targets.shared.core import Core
@@ -165,6 +166,10 @@ def window_attention(
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, window_attention)
+
+
+def in_torch(core: Core, path: str) -> AtOnce:
+    return AtOnce(core, "block")
 
 
 def define(model: Any) -> None:

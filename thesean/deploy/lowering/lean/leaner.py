@@ -34,13 +34,20 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
 )
 
 
-def leaner(model: ir.Model) -> None:
-    """Apply them, and drop what nothing reads. What the graph computes stays the same to rounding."""
+# Those that write operators of onnxruntime's own.
+FOREIGN = (fuse_gelu,)
+
+
+def leaner(model: ir.Model, portable: bool = False) -> None:
+    """Apply them, and drop what nothing reads. What the graph computes stays the same to rounding. `portable`: no
+    operator comes in that ONNX itself doesn't have.
+    """
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     before = {value.name for value in model.graph.inputs}
     for leave in PASSES:
-        leave(model)
+        if not (portable and leave in FOREIGN):
+            leave(model)
     RemoveUnusedNodesPass()(model)
     assert before == {value.name for value in model.graph.inputs}
     if any(node.domain == "com.microsoft" for node in model.graph.all_nodes()):

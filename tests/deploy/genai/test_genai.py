@@ -1,0 +1,185 @@
+"""Folders for onnxruntime-genai: names, shapes and numbers; and the runtime itself, where it is installed.
+
+B batch, T time, S steps so far
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+import thesean
+from tests import captured, exported, models
+from tests.causal_guides import family
+from tests.deploy.test_export import leftovers
+from thesean.deploy.export import export
+from thesean.deploy.genai import folder as genai_folder
+from thesean.deploy.genai.states import Caches, rename_states
+from thesean.errors import ExportError, MissingExtraError
+
+MIXED: dict[str, str | thesean.Target] = {"*.0": thesean.Target("linear-attention", window=4), "*.1": "keep"}
+installed = importlib.util.find_spec("onnxruntime_genai") is not None
+
+
+def renamed(guide: Any, target: Any, folder: Path, mask: str | None) -> tuple[Any, ort.InferenceSession, Caches]:
+    module = exported.hybrid(guide, target)
+    report = export(module, guide.signature, folder / "m.onnx", stateful=True)
+    model = ir.load(report.path)
+    caches = rename_states(model, "input_ids", mask)
+    ir.save(model, folder / "genai.onnx")
+    return module, ort.InferenceSession(folder / "genai.onnx", providers=["CPUExecutionProvider"]), caches
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "mask", "wanted"),
+    [
+        (
+            lambda: family("gpt2", masked=True),
+            {"*.0": "gru", "*.1": "keep"},
+            "attention_mask",
+            {"0.key": [2, 8], "0.value": [2, 8], "0.conv_state": [1], "0.recurrent_state": [16]},
+        ),
+        pytest.param(
+            captured.llama,
+            MIXED,
+            None,
+            {"0.key": [2, 8], "0.value": [2, 8], "0.conv_state": [1], "0.recurrent_state": [2 * 16 * 9 + 2 * 8 * 17]},
+            marks=pytest.mark.thorough,
+        ),
+    ],
+)
+def test_a_file_with_genai_s_names_gives_the_whole_s_numbers_in_chunks(make, target, mask, wanted, tmp_path):
+    module, session, caches = renamed(make(), target, tmp_path, mask)
+    assert caches == Caches(layers=1, heads=2, width=8)
+    states = {i.name: i for i in session.get_inputs() if i.name.startswith("past_key_values.")}
+    assert {
+        n.removeprefix("past_key_values."): [d for d in i.shape if isinstance(d, int)] for n, i in states.items()
+    } == wanted
+    ids_BT = models.tokens(3, 9)
+    state = {
+        n: np.zeros(
+            [d if isinstance(d, int) else 3 if d == "batch" else 0 for d in i.shape],
+            np.int64 if i.type == "tensor(int64)" else np.float32,
+        )
+        for n, i in states.items()
+    }
+    names, found, start = [o.name for o in session.get_outputs()], [], 0
+    for length in (4, 1, 3, 1):
+        given = {"input_ids": ids_BT[:, start : start + length].numpy(), **state}
+        if mask is not None:
+            given[mask] = np.ones((3, start + length), np.int64)  # of all steps so far
+        made = dict(zip(names, session.run(None, given), strict=True))
+        found.append(made["logits"])
+        state = {n: made[n.replace("past_key_values", "present")] for n in states}
+        start += length
+    ones = {} if mask is None else {mask: torch.ones_like(ids_BT)}
+    with torch.no_grad():
+        whole_BTV = module.eval()(input_ids=ids_BT, **ones)["logits"].numpy()
+    np.testing.assert_allclose(np.concatenate(found, 1), whole_BTV, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not installed, reason="onnxruntime-genai is not installed")
+def test_onnxruntime_genai_loads_the_folder_and_writes_on(tmp_path):
+    import onnxruntime_genai as genai
+
+    converted = thesean.compile(models.llama(), MIXED, data=models.token_batches(), recipe="fast", progress=False)
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (words / "model.safetensors").write_text("large", encoding="utf-8")
+    (words / "generation_config.json").write_text('{"eos_token_id": [31, 30]}', encoding="utf-8")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    report = converted.export(folder, runtime="genai", tokenizer=words, external_data=True)
+    assert [c.label for c in report.checks][-2:] == ["onnxruntime-genai vs torch"] * 2
+    assert max(c.max_abs_error for c in report.checks) < 1e-5
+    assert "past_key_values.0.recurrent_state" in report.inputs
+    assert "present.0.key" in report.outputs
+    there = {p.name for p in folder.iterdir()}
+    assert {"model.onnx", "genai_config.json", "tokenizer.json", "notes.txt"} <= there
+    assert "model.safetensors" not in there
+    assert len([n for n in there if n.endswith(".weights")]) == 1
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    assert config["model"]["eos_token_id"] == [31, 30]
+    converted.export(folder, runtime="genai", tokenizer=words, external_data=True)  # once more, in its place
+    assert {n for n in there if not n.endswith(".weights")} == {
+        p.name for p in folder.iterdir() if p.suffix != ".weights"
+    }
+    assert len(list(folder.glob("*.weights"))) == 1
+
+    model = genai.Model(str(folder))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=12, do_sample=False)
+    generator, ids = genai.Generator(model, params), models.tokens(1, 5)
+    generator.append_tokens(ids.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    wanted = ids
+    while wanted.shape[1] < 12 and wanted[0, -1] not in (30, 31):
+        wanted = torch.cat([wanted, converted(wanted)["logits"][:, -1:].argmax(-1)], 1)
+    assert generator.get_sequence(0).tolist()[: wanted.shape[1]] == wanted[0].tolist()
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """As if onnxruntime-genai were installed, for what is refused before it is asked."""
+    monkeypatch.setattr(genai_folder, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (captured.resnet, "found input 'image' of shape"),
+        (captured.bert, "no part carries a state"),
+        (lambda: family("mistral"), "which ends at a window"),
+    ],
+)
+def test_what_genai_can_not_serve_is_refused_and_nothing_is_left(pretended, make, told, tmp_path):
+    guide = make()
+    with pytest.raises(ExportError, match=told):
+        export(guide.graph_module, guide.signature, tmp_path / "served", runtime="genai")
+    assert leftovers(tmp_path) == []
+
+
+def test_an_earlier_folder_stays_where_the_runtime_is_not_installed_or_disagrees(monkeypatch, tmp_path):
+    guide, folder = captured.gpt2(layers=1), tmp_path / "served"
+    folder.mkdir()
+    (folder / "genai_config.json").write_text("earlier", encoding="utf-8")
+    missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(genai_folder, "importlib", missing)
+    with pytest.raises(MissingExtraError, match=r"onnxruntime-genai is not installed.*\[genai\]"):
+        export(guide.graph_module, guide.signature, folder, runtime="genai")
+    found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr(genai_folder, "importlib", found)
+    monkeypatch.setattr(genai_folder, "_run", lambda made, served, ids_BT: (ids_BT, 1 + served.run(ids_BT)))
+    with pytest.raises(ExportError, match=r"onnxruntime-genai vs torch at \(1, 17\): expected an error of at most"):
+        export(guide.graph_module, guide.signature, folder, runtime="genai")
+    assert (folder / "genai_config.json").read_text(encoding="utf-8") == "earlier"
+    assert [p.name for p in folder.iterdir()] == ["genai_config.json"]
+    assert leftovers(tmp_path) == ["served"]
+
+
+def test_other_wrong_words_are_told_before_anything_is_made(pretended, tmp_path):
+    guide = captured.gpt2(layers=1)
+    for asked, told in [
+        ({"runtime": "tensorrt"}, "runtime: expected one of onnxruntime, genai, portable, found 'tensorrt'"),
+        ({"tokenizer": tmp_path}, "tokenizer: only a folder for runtime='genai' has one"),
+        ({"runtime": "genai", "tokenizer": tmp_path}, "expected a folder with tokenizer files"),
+        ({"runtime": "genai", "stateful": "no"}, "decodes step by step"),
+    ]:
+        with pytest.raises(ExportError, match=told):
+            export(guide.graph_module, guide.signature, tmp_path / "served", **asked)
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="is a file; runtime='genai' makes a folder"):
+        export(guide.graph_module, guide.signature, tmp_path / "file", runtime="genai")
+    assert leftovers(tmp_path) == ["file"]

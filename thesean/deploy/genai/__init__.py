@@ -1,0 +1,1 @@
+"""Folders that onnxruntime-genai serves."""
