@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from thesean.artifact import check_saveable
-from thesean.choose.choose_plan import choose_plan
+from thesean.choose.choose import UNMET
+from thesean.choose.choose_plan import choose_plans
 from thesean.choose.constraints import Constraints
-from thesean.choose.search import UNMET
 from thesean.converted import Converted
 from thesean.deploy.rehearse import unstreamable, unwritable
 from thesean.deploy.timing.plan import measure_plan
@@ -334,9 +334,12 @@ def chosen_plan(
     """What target "auto" finds, and what it was found with."""
     division = divide(captured, **request.division)
     training = bind_data(captured, request, observer, journal)
+
     # as text, so that a plan that was found before an interruption needn't be found again
-    found = journal.piece("plan", lambda: choose_plan(division, request.bounds, request.candidates, training).to_yaml())
-    return Plan.from_yaml(found), training
+    def found() -> str:
+        return choose_plans(division, [request.bounds], request.candidates, training)[0].to_yaml()
+
+    return Plan.from_yaml(journal.piece("plan", found)), training
 
 
 def bind_data(captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING) -> Training:

@@ -11,6 +11,9 @@ from thesean.errors import PlanError
 
 LatencyKind = Literal["prefill", "token"]
 
+# Bounds on sums over the network
+SUMS = ("params", "flops")
+
 
 class Constraints(BaseModel):
     """At least one of the four bounds; latency and speed-up are measured in onnxruntime, one thread.
