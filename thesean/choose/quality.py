@@ -19,28 +19,36 @@ from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING
+from thesean.passes.analyse.cost import SymbolicSizes
 from thesean.passes.graph.modes import seeded
 from thesean.passes.graph.shelf import Shelf
 from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
 from thesean.similarity import get_measure
 from thesean.targets import TargetModule
 
+Inputs = dict[str, torch.Tensor]
 State = list[dict[str, torch.Tensor]]  # one a site
 
 
-# A candidate this many times as far from the guide as one that costs no more is not worth gradient steps, nor is a
-# finalist that is as far behind the first
+# A candidate this many times as far from the guide as one that costs no more is not worth gradient steps
 HOPELESS = 3.0
+
+# Nor is a finalist that is so many times as far as the first, once its parts are solved on one another
+_BEHIND = 1.5
+
+# What probes are fitted on: rows of activations, and batches where those are large
+_ROWS, _ROWS_A_CHANNEL, _LEAST_BATCHES = 8192, 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Optimizer steps of a probe: of one part's module on cached activations, and of a whole finalist end to end; and
-    how many finalists are worth those.
+    """Optimizer steps of a probe: of one part's module on cached activations, and of a whole finalist end to end, with
+    so many steps of warm-up; and how many finalists are worth those.
     """
 
     part_steps: int = 15
-    whole_steps: int = 40
+    whole_steps: int = 25
+    warmup: int = 5
     tuned: int = 3
 
 
@@ -59,7 +67,7 @@ class Prober:
         self.training = replace(training, feed=replace(training.feed, batches=self.batches), journal=KEEPS_NOTHING)
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.judge = training.judge
-        self.inputs = [inputs for _, inputs in self.batches]
+        self.inputs = self._enough([inputs for _, inputs in self.batches])
         self._sample = {number: at for at, number in enumerate(self.judge.sample)}  # number of a batch -> which of them
         self._shelf = Shelf()
         judged = [self.judge.batches[number][1] for number in self._sample]
@@ -93,10 +101,11 @@ class Prober:
             tail = self._activations.tail(part, hybrid.graph_module)
             for replacement in hybrid.replacements:
                 self._start(hybrid.module(replacement), part, replacement)
-            divergence = self._judged(tail)
-            if divergence < hopeless_from and self.effort.part_steps:
-                moved = [self._improve(hybrid.module(r), part, r) for r in hybrid.replacements]
-                divergence = self._judged(tail) if any(moved) else divergence
+            # one batch tells multiples apart
+            if math.isinf(hopeless_from) or self._judged(tail, list(self._sample)[:1]) < hopeless_from:
+                for r in hybrid.replacements:
+                    self._improve(hybrid.module(r), part, r)
+            divergence = self._judged(tail, list(self._sample))
         self.states[part, candidate] = _states(hybrid)
         self.observer.end({"divergence": divergence})
         self._scores[part, candidate] = divergence
@@ -109,7 +118,7 @@ class Prober:
         solved = {choice: self.solved(choice) for choice in choices}
         ranked = sorted(choices, key=lambda choice: solved[choice].divergence)
         first = solved[ranked[0]].divergence
-        left = [c for c in ranked if solved[c].divergence <= HOPELESS * first][: self.effort.tuned]
+        left = [c for c in ranked if solved[c].divergence <= _BEHIND * first][: self.effort.tuned]
         if len(left) == 1:
             return {left[0]: solved[left[0]]}
         return {choice: self._tune(choice) for choice in left}
@@ -138,10 +147,19 @@ class Prober:
                 for replacement, state in zip(hybrid.replacements, self._solved[choice][1], strict=True):
                     hybrid.module(replacement).load_state_dict(state)
                 # each finalist begins with the first batch
-                again = replace(self.training, feed=replace(self.training.feed))
-                fine_tune(hybrid, again, self.effort.whole_steps, phase="finalist")
+                fine_tune(hybrid, self._brief(), self.effort.whole_steps, phase="finalist")
             self._tuned[choice] = self.judge(hybrid.graph_module)
         return self._tuned[choice]
+
+    def _brief(self) -> Training:
+        """For a few steps: soon at full speed, and not looked at for longer than they take."""
+        warmup = min(self.recipe.warmup, self.effort.warmup)
+        held_out = [self.judge.batches[number] for number in list(self._sample)[:1]]
+        return replace(
+            self.training,
+            recipe=self.recipe.model_copy(update={"warmup": warmup}),
+            feed=replace(self.training.feed, held_out=held_out),
+        )
 
     def _load(self, hybrid: Hybrid, choice: Choice) -> None:
         options = self.candidates.options
@@ -150,9 +168,23 @@ class Prober:
             for replacement, state in zip(hybrid.of_part(number), self.states[key], strict=True):
                 hybrid.module(replacement).load_state_dict(state)
 
-    def _judged(self, tail: Tail) -> float:
-        found = self.judge.of(lambda number: tail.output(self._sample[number]), list(self._sample))
-        return found.divergence
+    def _judged(self, tail: Tail, numbers: Sequence[int]) -> float:
+        return self.judge.of(lambda number: tail.output(self._sample[number]), numbers).divergence
+
+    def _enough(self, batches: list[Inputs]) -> list[Inputs]:
+        """As many of them as it takes: solving costs by the row, and all candidates have the same ones."""
+        part = self.candidates.kept[0].planned
+        shape = part.output_shape
+        channels = 1 if part.mixing == "spatial" and len(shape) > 2 else len(shape) - 1
+        rows = 0
+        for number, inputs in enumerate(batches):
+            sizes = SymbolicSizes(self.candidates.binder.captured.signature.check(inputs))
+            dims = [sizes[d] if isinstance(d, str) else d for d in shape]
+            wanted = max(_ROWS, _ROWS_A_CHANNEL * dims[channels])
+            if rows >= wanted and number >= _LEAST_BATCHES:
+                return batches[:number]
+            rows += math.prod(d for axis, d in enumerate(dims) if axis != channels)
+        return batches
 
     def _start(self, module: nn.Module, part: int, replacement: Replacement) -> None:
         """What a conversion would begin with. No other part is replaced, so the guide's own activations are the
@@ -166,11 +198,11 @@ class Prober:
         # copied output projections too: nothing else brings a hybrid as near without many steps
         solve_alone(module, examples, ridge=self.recipe.closed_form.ridge, where=replacement.facts.path)
 
-    def _improve(self, module: nn.Module, part: int, replacement: Replacement) -> bool:
-        """A few steps on the same activations; whether they helped."""
+    def _improve(self, module: nn.Module, part: int, replacement: Replacement) -> None:
+        """A few steps on the same activations, where they help."""
         parameters = [p for p in module.parameters() if p.requires_grad]
-        if not parameters:
-            return False
+        if not parameters or not self.effort.part_steps:
+            return
         examples = self._activations.examples(part, replacement)
         ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
         before, solved = _mean_loss(module, examples), deepcopy(module.state_dict())
@@ -185,10 +217,8 @@ class Prober:
         )
         module.eval()
         solve_alone(module, examples, ridge=ridge, where=where)
-        if _mean_loss(module, examples) < before:
-            return True
-        module.load_state_dict(solved)
-        return False
+        if not _mean_loss(module, examples) < before:
+            module.load_state_dict(solved)
 
 
 def _states(hybrid: Hybrid) -> State:
