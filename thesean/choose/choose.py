@@ -29,13 +29,13 @@ _LEVEL = 0.05
 
 def choose(candidates: Candidates, prober: Prober, constraints: Sequence[Constraints]) -> list[Plan]:
     """For each budget the plan with the smallest divergence that meets it, or, with a note, the nearest one found.
-    Latencies are measured where the first budget says.
+    Those that bound latency do so in one place.
 
     Raises PlanError, MissingExtraError.
     """
     length, positions = prober.training.feed.length, prober.recipe.positions
-    measures = any(c.measures for c in constraints)
-    with prober, PlanTimer(candidates, constraints[0], length, positions) as timer:
+    measures = [c for c in constraints if c.measures]
+    with prober, PlanTimer(candidates, (measures or constraints)[0], length, positions) as timer:
         for apart in (True, False):
             model = fit_latency(timer, candidates, apart) if measures else None
             timed = Timed(timer, candidates, model.guide_ms) if model is not None else None
