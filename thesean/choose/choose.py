@@ -123,7 +123,7 @@ def _told_times(search: Search, timed: Timed, best: Choice) -> list[str]:
     said = search.model.of(best)
     told = (
         f"the sum over parts said {said:.3g} ms"
-        if sum_agrees(said, timing.median_ms)
+        if sum_agrees(said, timing.median_ms, timed.guide_ms)
         else "the sum over parts contradicts that, and was corrected by what was measured"
     )
     took = f"{timing.median_ms:.3g} ms ({timing.p20_ms:.3g} to {timing.p80_ms:.3g})"

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 # Runs of one file that differ by more contradict each other: it is measured once more, up to so many times
 _AGREE, _RUNS = 0.1, 4
 
-# What a sum over parts may be off by before it says nothing of the whole
-_SUM_AGREES = 0.25
+# What a sum over parts may be off by before it says nothing of the whole: of what the plan changes, and of the guide
+_OFF, _OFF_AT_LEAST = 0.25, 0.03
 
 
 class Timed:
@@ -88,9 +88,11 @@ class Timed:
                 self._runs[choice].append(_scaled(timing, self.guide_ms / guide.median_ms))
 
 
-def sum_agrees(said_ms: float, measured_ms: float) -> bool:
+def sum_agrees(said_ms: float, measured_ms: float, guide_ms: float) -> bool:
     """Whether a sum over parts may stand beside what was measured."""
-    return said_ms > 0 and _near(said_ms, measured_ms, _SUM_AGREES)
+    return said_ms > 0 and abs(said_ms - measured_ms) <= max(
+        _OFF * abs(guide_ms - measured_ms), _OFF_AT_LEAST * guide_ms
+    )
 
 
 def _near(a: float, b: float, share: float) -> bool:

@@ -54,8 +54,8 @@ def measure(
         rows[name] = max(1, min(_MOST, round(_TURN_MS / max(once_ms, 1e-6))))
     end = time.perf_counter() + seconds
     for done in itertools.count():
-        enough = done >= repeats if settle is None else all(doubt(values) <= settle for values in taken.values())
-        if done >= least and (enough or time.perf_counter() > end):
+        known = settle is not None and all(doubt(values) <= settle for values in taken.values())
+        if (settle is None and done >= repeats) or (done >= least and (known or time.perf_counter() > end)):
             break
         for name, call in calls.items():
             if rows[name] > 1:  # a call of milliseconds fills the cache by itself
