@@ -75,11 +75,15 @@ class Search:
 
     def _tried(self, timed: Timed, bound_ms: float) -> list[Choice]:
         """Choices around the bound, all measured."""
-        search, count, tried, aim = self, _PROPOSALS, dict[Choice, None](), bound_ms
-        shifts = dict.fromkeys(SUMS, 0.0)
+        tried = dict.fromkeys(c for c, ms in timed.all_ms.items() if bound_ms * (1 - _NEAR) <= ms <= bound_ms)
+        first: Choice | None = None
+        count, aim, shifts = _PROPOSALS, bound_ms, dict.fromkeys(SUMS, 0.0)
         for number in range(_ROUNDS):
-            assert search.model is not None
-            model = search.model
+            assert self.model is not None
+            model = self.model.corrected(timed.all_ms)
+            search = replace(self, model=model)
+            if first is not None:
+                aim = bound_ms + model.of(first) - timed.ms(first)
             proposed, shifts = search.within_sums(aim, shifts, count)
             proposals = proposed or [search.fastest(model)]  # the model sees no way: the fastest it knows
             extra = [u for u in self.uniform() if model.of(u) <= bound_ms * (1 + _NEAR)] if number == 0 else []
@@ -90,12 +94,9 @@ class Search:
             first = next((c for c in proposals if math.isfinite(timed.ms(c))), None)
             if first is None or not new:
                 break  # none of them can take one token at a time
-            if any(bound_ms * (1 - _NEAR) <= timed.ms(c) <= bound_ms for c in tried):
-                break
-            assert self.model is not None
-            search, count = replace(self, model=self.model.corrected(timed.all_ms)), _MORE
-            assert search.model is not None
-            aim = bound_ms + search.model.of(first) - timed.ms(first)
+            if sum(bound_ms * (1 - _NEAR) <= timed.ms(c) <= bound_ms for c in tried) > 1:
+                break  # two to choose between
+            count = _MORE
         return list(tried)
 
     def meeting(self, tried: Sequence[Choice], timed: Timed) -> list[Choice]:
@@ -113,6 +114,8 @@ class Search:
         """By how much a choice misses its bounds; `ms` is its latency, where that is bounded."""
         plan, found = self.candidates.bind(choice).plan, []
         if self.model is not None and self.bound_ms is not None and not ms <= self.bound_ms:
+            if math.isinf(ms):
+                return f"no {self.constraints.kind} latency"
             found.append(f"{ms:.3g} ms of at most {self.bound_ms:.3g} ({self.model.guide_ms / ms:.2f} times as fast)")
         for name, bound in self.bounded_sums.items():
             if (count := getattr(plan, f"new_{name}")) > bound:
