@@ -20,7 +20,7 @@ from thesean.request import Request
 def test_settings_are_resolved_once():
     request = Request(target="auto", constraints={"params": 10}, recipe="fast")
     assert request.settings is RECIPES["fast"]
-    assert request.bounds == Constraints(params=10)
+    assert request.budgets[0] == Constraints(params=10)
     assert request.division["granularity"] == "sublayer"
     assert Request().division["granularity"] is None  # blocks, which nobody asked for by name
 

@@ -156,7 +156,7 @@ def test_auto_finds_its_plan_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }  # fmt: skip
     with pytest.raises(Interrupted):
         stopped_in_fine_tuning(tmp_path, chosen)
-    monkeypatch.setattr("thesean.compiler.choose_plan", pytest.fail)
+    monkeypatch.setattr("thesean.compiler.choose_plans", pytest.fail)
     assert went_on(run(tmp_path, **chosen))
 
 

@@ -6,6 +6,7 @@ converted.export("model.onnx")
 
 from typing import TYPE_CHECKING
 
+from thesean.choose.plans import Plans
 from thesean.compare import compare
 from thesean.compiler import baseline, compile, plan
 from thesean.converted import Converted, load
@@ -30,6 +31,7 @@ __all__ = [
     "Comparison",
     "Converted",
     "Plan",
+    "Plans",
     "Recipe",
     "Target",
     "TheseanError",

@@ -6,28 +6,26 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import nn
 
 from thesean.artifact import check_saveable
-from thesean.choose.choose_plan import choose_plan
-from thesean.choose.constraints import Constraints
-from thesean.choose.search import UNMET
+from thesean.bind_data import bind_data, told_of
+from thesean.choose.choose import UNMET
+from thesean.choose.choose_plan import choose_plans
+from thesean.choose.constraints import Budgets, Constraints
+from thesean.choose.plans import Plans
 from thesean.converted import Converted
 from thesean.deploy.rehearse import unstreamable, unwritable
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
-from thesean.distill.callbacks import checked_loss, checked_metric, telling
-from thesean.distill.data import different, make_feed
 from thesean.distill.keep_best import keep_best
-from thesean.distill.losses import warn_of_chance
 from thesean.distill.misfit import naming_misfits
 from thesean.distill.observer import Observer
-from thesean.distill.outputs import OutputKind, read_outputs
+from thesean.distill.outputs import OutputKind
 from thesean.distill.stages import align, tune
-from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric, Task
+from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.distill.training import Training
 from thesean.errors import ArtifactError, CaptureError, PlanError
 from thesean.frontier import finish
@@ -36,7 +34,7 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import callers_settings, seeded, usual_settings
-from thesean.passes.graph.signature import Signature, output_wrapper
+from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -46,7 +44,6 @@ from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report import Watching, watched
 from thesean.request import Request, sizes_of
-from thesean.run_facts import run_facts
 from thesean.targets import Target
 from thesean.warn import warn
 from thesean.workdir import Workdir
@@ -219,6 +216,9 @@ def baseline(
         return finish(training, conversion, start)
 
 
+@overload
+def plan(model: nn.Module, target: TargetSpec = "rnn", *, constraints: Budgets, **rest: Any) -> Plans: ...
+@overload
 def plan(
     model: nn.Module,
     target: TargetSpec = "rnn",
@@ -243,11 +243,37 @@ def plan(
     progress: Watching = True,
     context: int | Sequence[int] | None = None,
     batch: int | Sequence[int] | None = None,
-) -> Plan:
+) -> Plan: ...
+def plan(  # type: ignore[misc]  # the first takes the others' arguments by `rest`
+    model: nn.Module,
+    target: TargetSpec = "rnn",
+    *,
+    example_inputs: Any = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    eval_data: Iterable[Any] | None = None,
+    inputs: InputsOf | None = None,
+    labels: LabelsOf | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
+    parts: Sequence[str] | None = None,
+    keep: Sequence[str] = (),
+    granularity: Granularity | None = None,
+    merge: int | None = None,
+    target_parts: int | None = None,
+    constraints: Constraints | Mapping[str, Any] | Budgets | None = None,
+    candidates: Sequence[str | Target] | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    context: int | Sequence[int] | None = None,
+    batch: int | Sequence[int] | None = None,
+) -> Plan | Plans:
     """What `compile` would replace, and what it costs. `print` it, edit it, hand it over, `draw` it.
 
     Nothing is trained, unless target is "auto": then the candidates are probed for a few steps each on `data`, and
-    `recipe` says how a short tuning of the finalists goes. The other arguments are as in `compile`.
+    `recipe` says how a short tuning of the finalists goes. Of several constraints=[{"speedup": 1.5}, {"speedup": 2}],
+    from one probing, there is a plan for each, in a `Plans`. The other arguments are as in `compile`.
 
     context, batch: tokens and rows, one number or several. With either, guide, untrained plan and ceiling (the guide
     without the replaced parts) are timed in onnxruntime there, and the plan says in `notes` where a conversion can't
@@ -274,23 +300,26 @@ def plan(
         candidates=candidates,
         recipe=recipe,
         seed=seed,
+        several=True,
     )
     with usual_settings():
         captured = traced(model, request)
-        if request.is_auto:
-            with watched(progress) as observer, naming_misfits(captured, request.sources, request.reading):
-                chosen, _ = chosen_plan(captured, request, observer)
-            if not chosen.replaced or not (contexts or batches):
-                return chosen
-            bound_plan = bind_plan(captured, chosen)
-        else:
-            bound_plan = plan_division(divide(captured, globs_of(target), **request.division), target)
-        if told := told_of(captured):
-            noted = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, *told))
-            bound_plan = replace(bound_plan, plan=noted)
-        if not (contexts or batches):
-            return bound_plan.plan
-        return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
+
+        def told(bound_plan: BoundPlan) -> Plan:
+            if notes := told_of(captured):
+                noted = replace(bound_plan.plan, notes=(*bound_plan.plan.notes, *notes))
+                bound_plan = replace(bound_plan, plan=noted)
+            if not (contexts or batches):
+                return bound_plan.plan
+            return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
+
+        if not request.is_auto:
+            return told(plan_division(divide(captured, globs_of(target), **request.division), target))
+        with watched(progress) as observer, naming_misfits(captured, request.sources, request.reading):
+            found, _ = chosen_plans(captured, request, observer)
+        timing = bool(contexts or batches)
+        found = [told(bind_plan(captured, p)) if p.replaced and timing else p for p in found]
+        return found[0] if isinstance(request.constraints, Constraints) else Plans(found, request.budgets)
 
 
 def traced(model: nn.Module, request: Request) -> Captured:
@@ -306,10 +335,10 @@ def planned(
     "auto" has to find a plan first.
     """
     if request.is_auto:
-        chosen, training = chosen_plan(captured, request, observer, journal)
+        (chosen,), training = chosen_plans(captured, request, observer, journal)
         warn(note for note in chosen.notes if note.startswith(UNMET))
         if not chosen.replaced:
-            raise PlanError(f"the guide itself meets the constraints ({request.bounds}): nothing to convert.")
+            raise PlanError(f"the guide itself meets the constraints ({request.budgets[0]}): nothing to convert.")
         return bind_plan(captured, chosen), training
     if request.edited is not None:
         bound_plan = bind_plan(captured, request.edited)
@@ -319,51 +348,19 @@ def planned(
     return keep_best(bound_plan, training), training
 
 
-def chosen_plan(
+def chosen_plans(
     captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING
-) -> tuple[Plan, Training]:
-    """What target "auto" finds, and what it was found with."""
+) -> tuple[list[Plan], Training]:
+    """What target "auto" finds, a plan a budget, and what they were found with."""
     division = divide(captured, **request.division)
     training = bind_data(captured, request, observer, journal)
-    # as text, so that a plan that was found before an interruption needn't be found again
-    found = journal.piece("plan", lambda: choose_plan(division, request.bounds, request.candidates, training).to_yaml())
-    return Plan.from_yaml(found), training
+    if len(request.budgets) > 1:
+        return choose_plans(division, request.budgets, request.candidates, training), training
 
+    def found() -> str:  # as text, so that a plan that was found before an interruption needn't be found again
+        return choose_plans(division, request.budgets, request.candidates, training)[0].to_yaml()
 
-def bind_data(captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING) -> Training:
-    """The user's data and task, read through the guide's signature. Warns where there is no data."""
-    feed = make_feed(captured, request.data, request.eval_data, request.example_inputs, request.seed, request.reading)
-    wrap = output_wrapper(captured.signature)
-    batch, inputs = feed.held_out[0]
-    with torch.no_grad():
-        first = captured.graph_module(**inputs)
-        observed = [first if x is inputs else captured.graph_module(**x) for x in different(captured, inputs)]
-        with telling("loss(output, batch)"):
-            told = warn_of_chance(request.loss, lambda: wrap(first), batch)
-    if told is not None:
-        feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
-    feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
-    warn(feed.warnings)
-    outputs = read_outputs(observed, feed.example_labels, request.outputs)
-    task = Task(loss=checked_loss(request.loss), metric=checked_metric(request.metric), outputs=outputs, wrap=wrap)
-    training = Training(
-        guide=captured.graph_module,
-        task=task,
-        recipe=request.settings,
-        feed=feed,
-        observer=observer,
-        seed=request.seed,
-        journal=journal,
-        begun=request.begun,
-    )
-    journal.open(lambda: run_facts(captured, request, feed), request.resume)
-    training.judge.learn(0, first)
-    return training
-
-
-def told_of(captured: Captured) -> tuple[str, ...]:
-    """What a person should know of the guide's graph: whoever trains on, that it can't be trained."""
-    return (*captured.notes, *((captured.untrainable,) if captured.untrainable else ()))
+    return [Plan.from_yaml(journal.piece("plan", found))], training
 
 
 def check_trainable(captured: Captured, recipe: Recipe) -> None:

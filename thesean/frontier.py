@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from thesean.choose.search import UNMET
+from thesean.choose.choose import UNMET
 from thesean.converted import Converted, Frontier
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.snapshot import Snapshot, with_state

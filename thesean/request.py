@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from thesean.choose.constraints import Constraints, parse_constraints
+from thesean.choose.constraints import Budgets, Constraints, parse_budgets, parse_constraints
 from thesean.distill.callbacks import checked_reader
 from thesean.distill.data import Reading, example_inputs_of
 from thesean.distill.outputs import OutputKind
@@ -54,13 +54,14 @@ class Request:
     granularity: Granularity | None = None
     merge: int | None = None
     target_parts: int | None = None
-    constraints: Constraints | Mapping[str, Any] | None = None  # parsed where target is "auto"
+    constraints: Constraints | Mapping[str, Any] | Budgets | None = None  # parsed where target is "auto"
     candidates: Sequence[str | Target] | None = None
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None  # resolved
     seed: int = 0
     budget: int | str | None = None  # the recipe's by now
     begun: float = field(default_factory=time.monotonic)
     resume: Resume = "auto"
+    several: bool = False  # whether one plan a budget may be made
 
     def __post_init__(self) -> None:
         self._resolve("recipe", Recipe.resolve(self.recipe))
@@ -73,7 +74,7 @@ class Request:
         if self.plan is not None:
             self._check_alone()
         elif self.is_auto:
-            self._resolve("constraints", parse_constraints(self.constraints))
+            self._resolve("constraints", self._budgets())
         else:
             check_target(self.target)
             if self.constraints is not None or self.candidates is not None:
@@ -89,9 +90,11 @@ class Request:
         return self.recipe
 
     @property
-    def bounds(self) -> Constraints:
-        assert isinstance(self.constraints, Constraints)  # since __post_init__, with target "auto"
-        return self.constraints
+    def budgets(self) -> tuple[Constraints, ...]:
+        """One, unless a list was given."""
+        found = self.constraints
+        assert isinstance(found, (Constraints, tuple))  # since __post_init__, with target "auto"
+        return (found,) if isinstance(found, Constraints) else found
 
     @property
     def reading(self) -> Reading:
@@ -123,6 +126,19 @@ class Request:
     def example(self, model: nn.Module) -> Any:
         """What the guide is traced with: the example inputs, else the first batch, else its `dummy_inputs`."""
         return example_inputs_of(model, self.data, self.example_inputs, self.reading.inputs)
+
+    def _budgets(self) -> Constraints | Budgets:
+        given = self.constraints
+        if given is None or isinstance(given, (Constraints, Mapping)):
+            return parse_constraints(given)
+        if not isinstance(given, (list, tuple)):
+            raise PlanError(f"constraints: expected a dict, or a list of them, found {type(given).__name__}.")
+        if not self.several:
+            raise PlanError(
+                "constraints: one network has one budget, found a list. Let thesean.plan find a plan for each, and "
+                "convert by plan=."
+            )
+        return parse_budgets(given)
 
     def _resolve(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from thesean.choose.constraints import Constraints, parse_constraints
+from thesean.choose.constraints import Constraints, parse_budgets, parse_constraints
 from thesean.errors import PlanError
 
 
@@ -33,3 +33,24 @@ def test_no_bound_at_all_is_refused_with_examples(given):
 def test_wrong_fields_are_named(given, message):
     with pytest.raises(PlanError, match=message):
         parse_constraints(given)
+
+
+def test_a_list_is_read_one_by_one():
+    found = parse_budgets([{"speedup": 1.25, "context": 8}, {"speedup": 2, "context": 8}, {"params": 3}])
+    assert [str(one) for one in found] == [
+        "1.25 times as fast as the guide", "2 times as fast as the guide", "at most 3 parameters",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "expected at least one budget, found none"),
+        ([{"params": 3}, {"speed": 2}], r"constraints\[1\]: speed: "),
+        ([{"params": 3}, 2.0], r"constraints\[1\]: expected a dict, found float"),
+        ([{"speedup": 2, "context": 8}, {"speedup": 2, "context": 9}], "need the same context, batch and kind"),
+    ],
+)
+def test_of_a_list_the_wrong_one_is_named(given, message):
+    with pytest.raises(PlanError, match=message):
+        parse_budgets(given)

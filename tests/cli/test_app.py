@@ -451,6 +451,19 @@ def test_auto_chooses_for_a_budget(guides: Path) -> None:
     assert {p.target for p in plan} == {"keep", "identity"}
 
 
+@pytest.mark.thorough
+def test_several_budgets_write_a_plan_each(guides: Path) -> None:
+    result = run(
+        "plan", "guides_for_cli:gpt", "--target", "auto", "--data", "guides_for_cli:batches",
+        "--constraint", "params=8000,7000", "--candidate", "keep", "--candidate", "identity", "--yaml", "plan.yaml",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert [thesean.Plan.from_yaml(f"plan-{k}.yaml").new_params <= bound for k, bound in ((1, 8000), (2, 7000))] == [
+        True, True,
+    ]  # fmt: skip
+    assert "thesean convert guides_for_cli:gpt --plan plan-2.yaml" in result.output
+
+
 def test_a_budget_without_auto_and_auto_without_a_budget_are_refused(guides: Path) -> None:
     command = ("plan", "guides_for_cli:gpt", "--data", "guides_for_cli:batches")
     assert "belong to --target auto" in error_of(run(*command, "--constraint", "params=8000"))

@@ -87,9 +87,22 @@ def test_a_budget_is_read_as_yaml_reads_it():
     assert parse_budget([]) is None
 
 
+def test_several_values_of_one_key_are_several_budgets():
+    assert parse_budget(["speedup=1.25,1.5", "context=512"]) == [
+        {"speedup": 1.25, "context": 512},
+        {"speedup": 1.5, "context": 512},
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["latency_ms"], "expected key=value"), (["a=1", "a=2"], "'a' is given twice"), (["=3"], "expected key=value")],
+    [
+        (["latency_ms"], "expected key=value"),
+        (["a=1", "a=2"], "'a' is given twice"),
+        (["=3"], "expected key=value"),
+        (["a=1,"], "expected key=value"),
+        (["a=1,2", "b=1,2"], "a and b have several"),
+    ],
 )
 def test_a_malformed_budget_says_what_is_wrong(words, message):
     with pytest.raises(ArgumentError, match=message):

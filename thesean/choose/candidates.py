@@ -13,6 +13,8 @@ from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP
 from thesean.targets import Target, resolve
 
+Choice = tuple[int, ...]  # a candidate's number for each part
+
 # Keep, drop, and in between a recurrence, a convolution or fewer heads for what mixes, fewer neurons for what doesn't.
 # What doesn't fit a part is not a candidate there.
 DEFAULT: tuple[str | Target, ...] = (

@@ -1,13 +1,13 @@
-"""From a divided guide and a budget to a plan: the entry of this package."""
+"""From a divided guide and a budget to plans: the entry of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from thesean.choose.candidates import find_candidates
+from thesean.choose.choose import choose
 from thesean.choose.constraints import Constraints
 from thesean.choose.quality import Prober
-from thesean.choose.search import choose
 from thesean.choose.solve import require_solver
 from thesean.deploy.loaded import require
 from thesean.distill.training import Training
@@ -17,12 +17,17 @@ from thesean.passes.plan.plan import Plan
 from thesean.targets import Target
 
 
-def choose_plan(
-    division: Division, constraints: Constraints, candidates: Sequence[str | Target] | None, training: Training
-) -> Plan:
-    """The plan that target "auto" finds. Raises PlanError, UnknownNameError, TargetMismatchError, MissingExtraError."""
+def choose_plans(
+    division: Division,
+    constraints: Sequence[Constraints],
+    candidates: Sequence[str | Target] | None,
+    training: Training,
+) -> list[Plan]:
+    """The plans that target "auto" finds, one a budget, from one probing. Raises PlanError, UnknownNameError,
+    TargetMismatchError, MissingExtraError.
+    """
     require_solver()
-    if constraints.measures:
+    if any(one.measures for one in constraints):
         require("onnx", "onnxruntime", "onnxscript")
     found = find_candidates(division, candidates)
     with not_dumping():  # trials, hundreds of them

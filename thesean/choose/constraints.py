@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from thesean.errors import PlanError
 
 LatencyKind = Literal["prefill", "token"]
+
+# Bounds on sums over the network
+SUMS = ("params", "flops")
 
 
 class Constraints(BaseModel):
@@ -47,6 +50,9 @@ class Constraints(BaseModel):
         return " and ".join(bounds)
 
 
+Budgets = Sequence[Constraints | Mapping[str, Any]]
+
+
 def parse_constraints(given: Constraints | Mapping[str, Any] | None) -> Constraints:
     """Raises PlanError that names the wrong field, or says which bounds there are."""
     if isinstance(given, Constraints):
@@ -67,3 +73,24 @@ def parse_constraints(given: Constraints | Mapping[str, Any] | None) -> Constrai
             "{'params': ...} or {'flops': ...}."
         )
     return found
+
+
+def parse_budgets(given: Budgets) -> tuple[Constraints, ...]:
+    """Several budgets, each as `parse_constraints` takes it. Raises PlanError, also where latency is not bounded in the
+    same place by all that bound it: one probing times in one.
+    """
+    if not given:
+        raise PlanError("constraints: expected at least one budget, found none.")
+    found = []
+    for number, one in enumerate(given):
+        try:
+            found.append(parse_constraints(one))
+        except PlanError as error:
+            raise PlanError(str(error).replace("constraints:", f"constraints[{number}]:", 1)) from error
+    places = dict.fromkeys((c.context, c.batch, c.kind) for c in found if c.measures)
+    if len(places) > 1:
+        raise PlanError(
+            "constraints: one probing times in one place, so all budgets of latency need the same context, batch and "
+            f"kind; found {', '.join(map(str, places))}. Ask for the others in a call of their own."
+        )
+    return tuple(found)

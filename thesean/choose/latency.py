@@ -1,26 +1,32 @@
 """What a choice costs: parameters and FLOPs are sums over parts, latency is measured on whole hybrids.
 
 Latencies of parts do not add up (a graph optimiser fuses across them, caches are shared), so the additive model only
-proposes: base + sum over parts of what the candidate changed in a hybrid where all parts of the same structure have it,
-divided by their number. What is proposed is then measured itself.
+proposes: base + sum over parts of what the candidate takes there by itself, less what the guide's own part does. Where
+parts can't be timed by themselves, as for one more token with a state, it is what the candidate changed in a hybrid
+where all parts of the same structure have it, divided by their number. What is proposed is then measured itself, and
+what was measured corrects the model.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import fx
 
-from thesean.choose.candidates import Candidates
+from thesean.choose.candidates import Candidates, Choice
 from thesean.choose.constraints import Constraints
+from thesean.deploy.parity import CheckSizes
 from thesean.deploy.timing.latency import FileTimings, Timing, latency_of_models
 from thesean.deploy.timing.networks import Networks
+from thesean.deploy.timing.parts import cut_out, cut_replaced, time_cuts
 from thesean.errors import ExportError, PlanError
 from thesean.passes.analyse.mixing import probe_mixing
+from thesean.passes.graph.extract import Extract
 from thesean.passes.graph.surgery import clone
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import bound_positions, build_hybrid
@@ -30,6 +36,9 @@ from thesean.recipe import Positions
 logger = logging.getLogger(__name__)
 
 _REPEATS = 15
+
+# Medians are taken until they are known to this share of themselves, or their seconds are over
+_SETTLED = 0.02
 
 
 class PlanTimer:
@@ -59,21 +68,29 @@ class PlanTimer:
     def context(self) -> int | None:
         return None if self.length is None else self.constraints.context or self.length
 
-    def measure(self, bound_plans: Sequence[BoundPlan]) -> tuple[float, list[float]]:
-        """(the guide's, each plan's), all in turns; infinite for a plan that has no such latency. Raises PlanError
-        where the guide does not run at the context.
+    def measure(self, bound_plans: Sequence[BoundPlan]) -> tuple[Timing, list[Timing | None]]:
+        """(the guide's, each plan's), all in turns; None for a plan that has no such latency. Raises PlanError where
+        the guide does not run at the context, ExportError.
         """
         files = {"guide": self._guide()} | {str(i): self.export(p) for i, p in enumerate(bound_plans)}
         contexts = [self.context] if self.context is not None else []
-        found = latency_of_models(files, self.captured.signature, contexts, self.constraints.batch, _REPEATS)
+        found = latency_of_models(files, self.captured.signature, contexts, self.constraints.batch, _REPEATS, _SETTLED)
         guide = self._figure(found.pop("guide"), is_guide=True)
         if guide is None:
             raise PlanError(
                 f"constraints: the guide has no {self.constraints.kind} latency at context {self.context}; choose one "
                 "that it can run."
             )
-        figures = [self._figure(timings, is_guide=False) for timings in found.values()]
-        return guide.median_ms, [math.inf if f is None else f.median_ms for f in figures]
+        return guide, [self._figure(timings, is_guide=False) for timings in found.values()]
+
+    def alone(self, cuts: Mapping[tuple[int, int], Callable[[], Extract]]) -> dict[tuple[int, int], float] | None:
+        """Parts by themselves; None where one of them can't be timed so."""
+        sizes = CheckSizes(batch=self.constraints.batch, length=self.context)
+        found, refused = time_cuts(cuts, self.captured.signature, sizes, _SETTLED)
+        if refused:
+            logger.info("parts are timed within whole networks: %s", next(iter(refused.values())))
+            return None
+        return {key: timing.median_ms for key, timing in found.items()}
 
     def export(self, bound_plan: BoundPlan) -> Path:
         """The file of a plan's hybrid, written once; the guide's where it replaces nothing. Raises ExportError."""
@@ -110,13 +127,65 @@ class AdditiveModel:
     def of(self, choice: Sequence[int]) -> float:
         return self.base_ms + sum(row[c] for row, c in zip(self.delta, choice, strict=True))
 
+    def corrected(self, measured: Mapping[Choice, float]) -> AdditiveModel:
+        """What parts change, multiplied by what fits whole networks best, in least squares: fusing across parts and the
+        cost of a call make all of them too large or too small.
+        """
+        pairs = [(self.of(c) - self.base_ms, ms - self.base_ms) for c, ms in measured.items() if math.isfinite(ms)]
+        spread = sum(said * said for said, _ in pairs)
+        factor = sum(said * found for said, found in pairs) / spread if spread > 0 else 1.0
+        if factor <= 0:  # that is noise
+            return self
+        return replace(self, delta=tuple(tuple(factor * d for d in row) for row in self.delta))
 
-def fit_latency(latencies: PlanTimer, candidates: Candidates) -> AdditiveModel:
-    """One hybrid for each kind of part and candidate. Candidates that can't be exported are dropped, with a log line.
 
-    For "token", parts that mix over time begin from their first stateful candidate: a kept attention would make the
-    whole network read everything again.
+def fit_latency(latencies: PlanTimer, candidates: Candidates, apart: bool = True) -> AdditiveModel:
+    """Unless `apart` each candidate is measured within whole networks, and what can't be exported is dropped, with a
+    log line. For "token" it always is, and parts that mix over time begin from their first stateful candidate: a kept
+    attention would make the whole network read everything again.
     """
+    if apart and latencies.constraints.kind != "token":
+        found = _fit_apart(latencies, candidates)
+        if found is not None:
+            return found
+    return _fit_within(latencies, candidates)
+
+
+def _fit_apart(latencies: PlanTimer, candidates: Candidates) -> AdditiveModel | None:
+    """Each kind of part and candidate by itself; None where one can't be timed so."""
+    guide = candidates.binder.captured.graph_module
+    cuts: dict[tuple[int, int], Callable[[], Extract]] = {}
+    for p, row in enumerate(candidates.options):
+        kind = candidates.classes[p]
+        for c, option in enumerate(row):
+            if option is None or (kind, c) in cuts or option.target is None:
+                continue
+            cuts.setdefault((kind, _OWN), partial(cut_out, candidates.kept[p], guide))
+            cuts[kind, c] = partial(_cut_candidate, candidates, p, c)
+    took = latencies.alone(cuts)
+    if took is None:
+        return None
+    guide_ms = latencies.measure([])[0].median_ms
+    # a call by itself costs some microseconds more: all parts together can't take longer than the whole
+    own = sum(took.get((kind, _OWN), 0.0) for kind in candidates.classes)
+    scale = min(1.0, guide_ms / own) if own else 1.0
+    delta = []
+    for kind, row in zip(candidates.classes, candidates.options, strict=True):
+        before = took.get((kind, _OWN), 0.0)
+        delta.append(tuple((took.get((kind, c), before) - before) * scale for c in range(len(row))))
+    return AdditiveModel(guide_ms=guide_ms, base_ms=guide_ms, delta=tuple(delta))
+
+
+_OWN = -1  # in the place of a candidate: the guide's part
+
+
+def _cut_candidate(candidates: Candidates, part: int, candidate: int) -> Extract:
+    bound_plan = candidates.alone(part, candidate)
+    return cut_replaced(bound_plan.parts[part], build_hybrid(bound_plan, share=True))
+
+
+def _fit_within(latencies: PlanTimer, candidates: Candidates) -> AdditiveModel:
+    """One hybrid for each kind of part and candidate."""
     reference = _reference(candidates, latencies.constraints)
     kinds: dict[tuple[int, int], list[int]] = {}
     for p, row in enumerate(candidates.options):
@@ -137,20 +206,20 @@ def fit_latency(latencies: PlanTimer, candidates: Candidates) -> AdditiveModel:
         members.append((key, parts))
     guide, values = latencies.measure(bound_plans)
     base = values[0]
-    if not math.isfinite(base):
+    if base is None:
         raise PlanError(
             f"constraints: no plan has a {latencies.constraints.kind} latency at context {latencies.context}; choose "
             "one that the candidates can run."
         )
     share = {
-        key: (v - base) / len(parts) if math.isfinite(v) else math.nan
+        key: math.nan if v is None else (v.median_ms - base.median_ms) / len(parts)
         for v, (key, parts) in zip(values[1:], members[1:], strict=True)
     }
     delta = tuple(
         tuple(0.0 if c == reference[p] else share.get((candidates.classes[p], c), math.nan) for c in range(len(row)))
         for p, row in enumerate(candidates.options)
     )
-    return AdditiveModel(guide_ms=guide, base_ms=base, delta=delta)
+    return AdditiveModel(guide_ms=guide.median_ms, base_ms=base.median_ms, delta=delta)
 
 
 def _reference(candidates: Candidates, constraints: Constraints) -> list[int]:

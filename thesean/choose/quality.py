@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -10,38 +11,56 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from thesean.choose.candidates import Candidates
-from thesean.distill.closed_form import solve_alone, solve_parts
+from thesean.choose.activations import Activations, Tail
+from thesean.choose.candidates import Candidates, Choice
+from thesean.distill.closed_form import prepares, solve_alone, solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.objective import examples as rows_of
-from thesean.distill.seen import Seen
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING
-from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.analyse.cost import SymbolicSizes
 from thesean.passes.graph.modes import seeded
-from thesean.passes.plan.bind import BoundPlan
+from thesean.passes.graph.shelf import Shelf
 from thesean.passes.plan.hybrid import Hybrid, Replacement, build_hybrid
 from thesean.similarity import get_measure
 from thesean.targets import TargetModule
 
 Inputs = dict[str, torch.Tensor]
-State = list[dict[str, torch.Tensor]]  # one a site of the part
+State = list[dict[str, torch.Tensor]]  # one a site
+
+
+# A candidate this many times as far from the guide as one that costs no more is not worth gradient steps
+HOPELESS = 3.0
+
+# Nor is a finalist that is so many times as far as the first, once its parts are solved on one another
+_BEHIND = 1.5
+
+# What probes are fitted on: rows of activations, and batches where those are large
+_ROWS, _ROWS_A_CHANNEL, _LEAST_BATCHES = 8192, 16, 4
+
+# What they are judged on: batches of those that are held out, from all over them
+_JUDGED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Optimizer steps of a probe: of one part's module on cached activations, and of a whole finalist end to end."""
+    """Optimizer steps of a probe: of one part's module on cached activations, and of a whole finalist end to end; and
+    how many finalists are worth those. With fewer steps those win that are near at the start, and not at the end: on
+    the demo's model 25 put four halved attentions first, 40 a convolution and two of them.
+    """
 
     part_steps: int = 15
     whole_steps: int = 40
+    tuned: int = 3
 
 
 class Prober:
     """Scores candidates by the hybrid's divergence from the guide on held-out batches (nats, or normalised MSE).
 
     A part's module is initialised as a conversion would (copied, chosen by activations, solved in closed form), fitted
-    for a few steps on the guide's own activations, and left in the better of the two states.
+    for a few steps on the guide's own activations, and left in the better of the two states. Whatever was found is
+    found once, for however many budgets. Use as a context manager.
     """
 
     def __init__(self, candidates: Candidates, training: Training, effort: Effort = Effort()) -> None:
@@ -51,68 +70,141 @@ class Prober:
         self.training = replace(training, feed=replace(training.feed, batches=self.batches), journal=KEEPS_NOTHING)
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.judge = training.judge
-        self.inputs = [inputs for _, inputs in self.batches]
-        self._cached: tuple[tuple[str, ...], list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+        self.inputs = self._enough([inputs for _, inputs in self.batches])
+        sample = self.judge.sample
+        few = sample if len(sample) <= _JUDGED else sample[:: len(sample) - 1]
+        self._sample = {number: at for at, number in enumerate(few)}  # number of a batch -> which of them
+        self._shelf = Shelf()
+        judged = [self.judge.batches[number][1] for number in self._sample]
+        self._activations = Activations(candidates, self.inputs, judged, self._shelf)
         self.states: dict[tuple[int, int], State] = {}
+        self._scores: dict[tuple[int, int], float] = {}
+        self._solved: dict[Choice, tuple[Evaluation, State]] = {}
+        self._tuned: dict[Choice, Evaluation] = {}
 
-    def part(self, part: int, candidate: int) -> float:
-        """The divergence of the guide with this one part replaced; 0 where it is kept."""
+    def __enter__(self) -> Prober:
+        self._shelf.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._shelf.__exit__(*error)
+
+    def part(self, part: int, candidate: int, hopeless_from: float = math.inf) -> float:
+        """The divergence of the guide with this one part replaced, 0 where it is kept. One that is at `hopeless_from`
+        or beyond in closed form is left there.
+        """
+        if (part, candidate) in self._scores:
+            return self._scores[part, candidate]
         bound_plan = self.candidates.alone(part, candidate)
         if not bound_plan.plan.replaced:
             return 0.0
         path, name = bound_plan.plan.parts[part].path, self.candidates.names[candidate]
         self.observer.begin(f"probe {name}", path, part + 1, len(bound_plan.parts), self.effort.part_steps)
         with seeded(self.training.seed):
-            hybrid = build_hybrid(bound_plan)
+            hybrid = build_hybrid(bound_plan, share=True)  # all but the part's modules stays as it is
+            hybrid.graph_module.eval()
+            tail = self._activations.tail(part, hybrid.graph_module)
             for replacement in hybrid.replacements:
-                self._fit(hybrid.module(replacement), replacement)
-        hybrid.graph_module.eval()
-        self.states[part, candidate] = [deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements]
-        divergence = self.judge(hybrid.graph_module).divergence
+                self._start(hybrid.module(replacement), part, replacement)
+            # one batch tells multiples apart
+            if math.isinf(hopeless_from) or self._judged(tail, list(self._sample)[:1]) < hopeless_from:
+                for r in hybrid.replacements:
+                    self._improve(hybrid.module(r), part, r)
+            divergence = self._judged(tail, list(self._sample))
+        self.states[part, candidate] = _states(hybrid)
         self.observer.end({"divergence": divergence})
+        self._scores[part, candidate] = divergence
         return divergence
 
-    def whole(self, choice: Sequence[int]) -> Evaluation:
-        """All parts of a choice together, with the modules that were fitted alone, tuned end to end for a few steps."""
-        bound_plan = self.candidates.bind(choice)
-        with seeded(self.training.seed):
-            hybrid = build_hybrid(bound_plan)
-            self._load(hybrid, bound_plan, choice)
-            # part after part on what the ones before it give by now
-            parts = range(len(hybrid.parts))
-            ridge = self.recipe.closed_form.ridge
-            solve_parts(self.guide, hybrid, parts, self.inputs, ridge=ridge, solve_copied=True)
-            if self.effort.whole_steps:
-                # each finalist begins with the first batch
-                fine_tune(
-                    hybrid,
-                    replace(self.training, feed=replace(self.training.feed)),
-                    self.effort.whole_steps,
-                    phase="finalist",
-                )
-        return self.judge(hybrid.graph_module)
+    def race(self, choices: Sequence[Choice]) -> dict[Choice, Evaluation]:
+        """All parts of each choice together: solved part after part, and the few that are not hopeless by then tuned
+        end to end for a few steps. What is left out here was seen to be worse.
+        """
+        solved = {choice: self.solved(choice) for choice in choices}
+        ranked = sorted(choices, key=lambda choice: solved[choice].divergence)
+        first = solved[ranked[0]].divergence
+        left = [c for c in ranked if solved[c].divergence <= _BEHIND * first][: self.effort.tuned]
+        if len(left) == 1:
+            return {left[0]: solved[left[0]]}
+        return {choice: self._tune(choice) for choice in left}
 
-    def _load(self, hybrid: Hybrid, bound_plan: BoundPlan, choice: Sequence[int]) -> None:
-        replaced = [(p, c) for p, c in enumerate(choice) if bound_plan.parts[p].target is not None]
+    def solved(self, choice: Choice) -> Evaluation:
+        """All parts of a choice together, with the modules that were fitted alone: solved part after part on what the
+        ones before give by now.
+        """
+        if choice not in self._solved:
+            with seeded(self.training.seed):
+                hybrid = build_hybrid(self.candidates.bind(choice), share=True)
+                self._load(hybrid, choice)
+                parts = range(len(hybrid.parts))
+                ridge = self.recipe.closed_form.ridge
+                solve_parts(self.guide, hybrid, parts, self.inputs, ridge=ridge, solve_copied=True)
+            self._solved[choice] = (self.judge(hybrid.graph_module), _states(hybrid))
+        return self._solved[choice][0]
+
+    def _tune(self, choice: Choice) -> Evaluation:
+        if choice not in self._tuned:
+            bound_plan = self.candidates.bind(choice)
+            if not bound_plan.plan.replaced or not self.effort.whole_steps:
+                return self.solved(choice)
+            with seeded(self.training.seed):
+                hybrid = build_hybrid(bound_plan)
+                for replacement, state in zip(hybrid.replacements, self._solved[choice][1], strict=True):
+                    hybrid.module(replacement).load_state_dict(state)
+                # each finalist begins with the first batch
+                fine_tune(hybrid, self._brief(), self.effort.whole_steps, phase="finalist")
+            self._tuned[choice] = self.judge(hybrid.graph_module)
+        return self._tuned[choice]
+
+    def _brief(self) -> Training:
+        """For a few steps, which would take less time than looking at all of what is held out."""
+        held_out = [self.judge.batches[number] for number in list(self._sample)[:1]]
+        return replace(self.training, feed=replace(self.training.feed, held_out=held_out))
+
+    def _load(self, hybrid: Hybrid, choice: Choice) -> None:
+        options = self.candidates.options
+        replaced = [(p, c) for p, c in enumerate(choice) if (o := options[p][c]) is not None and o.target is not None]
         for number, key in enumerate(replaced):
             for replacement, state in zip(hybrid.of_part(number), self.states[key], strict=True):
                 hybrid.module(replacement).load_state_dict(state)
 
-    def _fit(self, module: nn.Module, replacement: Replacement) -> None:
-        """What a conversion would begin with, and a few steps on the guide's own activations: no other part is
-        replaced, so they are the hybrid's as well.
+    def _judged(self, tail: Tail, numbers: Sequence[int]) -> float:
+        return self.judge.of(lambda number: tail.output(self._sample[number]), numbers).divergence
+
+    def _enough(self, batches: list[Inputs]) -> list[Inputs]:
+        """As many of them as it takes: solving costs by the row, and all candidates have the same ones."""
+        part = self.candidates.kept[0].planned
+        shape = part.output_shape
+        channels = 1 if part.mixing == "spatial" and len(shape) > 2 else len(shape) - 1
+        rows = 0
+        for number, inputs in enumerate(batches):
+            sizes = SymbolicSizes(self.candidates.binder.captured.signature.check(inputs))
+            dims = [sizes[d] if isinstance(d, str) else d for d in shape]
+            wanted = max(_ROWS, _ROWS_A_CHANNEL * dims[channels])
+            if rows >= wanted and number >= _LEAST_BATCHES:
+                return batches[:number]
+            rows += math.prod(d for axis, d in enumerate(dims) if axis != channels)
+        return batches
+
+    def _start(self, module: nn.Module, part: int, replacement: Replacement) -> None:
+        """What a conversion would begin with. No other part is replaced, so the guide's own activations are the
+        hybrid's as well.
         """
-        examples = self._examples(replacement)
-        ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
-        if isinstance(module, TargetModule):
-            module.eval()
-            with torch.no_grad():
-                module.prepare(replacement.facts, examples)
+        if not isinstance(module, TargetModule) or not (prepares(module) or hasattr(module, "last")):
+            return
+        examples = self._activations.examples(part, replacement)
+        with torch.no_grad():
+            module.prepare(replacement.facts, examples)
         # copied output projections too: nothing else brings a hybrid as near without many steps
-        solve_alone(module, examples, ridge=ridge, where=where)
+        solve_alone(module, examples, ridge=self.recipe.closed_form.ridge, where=replacement.facts.path)
+
+    def _improve(self, module: nn.Module, part: int, replacement: Replacement) -> None:
+        """A few steps on the same activations, where they help."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters or not self.effort.part_steps:
             return
+        examples = self._activations.examples(part, replacement)
+        ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
         before, solved = _mean_loss(module, examples), deepcopy(module.state_dict())
         module.train()
         self.training.trainer.train(
@@ -128,15 +220,9 @@ class Prober:
         if not _mean_loss(module, examples) < before:
             module.load_state_dict(solved)
 
-    @torch.no_grad()
-    def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The guide's activations at a part's ends without padded steps, of one part at a time."""
-        key = (r.guide_entry, r.guide_exit, *(m.node for m in r.masks))
-        if self._cached is None or self._cached[0] != key:
-            seen = Seen(self.guide)
-            ends = intermediates(self.guide, [r.guide_entry, r.guide_exit, *seen.names], with_output=False)
-            self._cached = (key, [pair for inputs in self.inputs for pair in seen.examples(r, ends(**inputs))])
-        return self._cached[1]
+
+def _states(hybrid: Hybrid) -> State:
+    return [deepcopy(hybrid.module(r).state_dict()) for r in hybrid.replacements]
 
 
 def _loss(module: nn.Module, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -1,104 +1,41 @@
-"""The best plan under a budget: probe, price, solve, measure what was proposed, tune the finalists, choose.
+"""The best choices under one budget: the additive model proposes, whole networks are measured, and what was measured
+corrects the model.
 
-Scores of parts alone add up badly (two dropped layers lose more than the sum) and so do their latencies. The additive
-model therefore only proposes; what it proposes is measured whole, the bound is moved by what the model got wrong, and
-the last word has a short end-to-end tuning of a few finalists, uniform choices among them.
+Scores of parts alone add up badly (two dropped layers lose more than the sum) and so do their latencies: the last word
+has what was measured on whole networks.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from thesean.choose.candidates import Candidates
-from thesean.choose.constraints import Constraints
-from thesean.choose.latency import AdditiveModel, PlanTimer, fit_latency
-from thesean.choose.quality import Prober
+from thesean.choose.candidates import Candidates, Choice
+from thesean.choose.constraints import SUMS, Constraints
+from thesean.choose.latency import AdditiveModel
+from thesean.choose.quality import HOPELESS
 from thesean.choose.solve import Budget, solve
-from thesean.passes.plan.bind import BoundPlan, added_params
+from thesean.choose.timed import Timed
+from thesean.passes.plan.bind import added_params
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import ProbedCandidate
 
-logger = logging.getLogger(__name__)
-
-Choice = tuple[int, ...]
-
-_ROUNDS, _PROPOSALS, _FINALISTS = 4, 3, 5
+# Proposals of the first round, which are the finalists where the model is right, and of each later one: to measure one
+# is to export it, which takes longest of all
+_ROUNDS, _PROPOSALS, _MORE, _FINALISTS = 4, 3, 1, 5
 
 # Medians of one plan in two runs differ by this much on a shared machine
 _NOISE = 0.03
-
-# What the notes of a plan begin with that meets no budget
-UNMET = "warning: the constraints can't be met with these candidates"
-
-# Bounds on sums over the network
-_SUMS = ("params", "flops")
 
 # A plan is near enough to its bound
 _NEAR = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A choice and its latency, in the clock of the model's own run; None where latency is no constraint."""
-
-    choice: Choice
-    latency_ms: float | None
-
-
-def choose(candidates: Candidates, prober: Prober, constraints: Constraints) -> Plan:
-    """The plan with the smallest divergence that meets the constraints, or, with a note, the nearest one found.
-
-    Raises PlanError, MissingExtraError.
-    """
-    length, positions = prober.training.feed.length, prober.recipe.positions
-    with PlanTimer(candidates, constraints, length, positions) as timer:
-        model = fit_latency(timer, candidates) if constraints.measures else None
-        search = Search(candidates, constraints, model, _probe(candidates, prober, model))
-        measured, met = search.propose(timer)
-    finalists = search.finalists(measured)
-    scores = {m.choice: prober.whole(m.choice).divergence for m in finalists} if len(finalists) > 1 else {}
-    best = min(finalists, key=lambda m: scores.get(m.choice, 0.0)) if met else finalists[0]
-    notes = [f"chosen for {constraints}: {_described(candidates.bind(best.choice))}"]
-    if not met:
-        notes.insert(0, f"{UNMET} ({constraints}): this is the nearest one found")
-    if model is not None and best.latency_ms is not None:
-        where = "" if timer.context is None else f", {constraints.kind} at {timer.context} tokens"
-        notes.append(
-            f"measured {best.latency_ms:.3g} ms against the guide's {model.guide_ms:.3g} ms{where}, batch "
-            f"{constraints.batch} (bound {search.bound_ms:.3g} ms; the sum over parts said "
-            f"{model.of(best.choice):.3g} ms)"
-        )
-    if len(scores) > 1:
-        notes.append(
-            f"{len(scores)} finalists were tuned for a few steps; divergence {min(scores.values()):.3g} to "
-            f"{max(scores.values()):.3g}"
-        )
-    plan = candidates.bind(best.choice).plan
-    return replace(plan, notes=(*plan.notes, *notes), candidates=search.rows(best.choice))
-
-
-def _probe(candidates: Candidates, prober: Prober, model: AdditiveModel | None) -> list[list[float]]:
-    """Divergence of each part's candidates; infinite for what doesn't fit or has no latency."""
-    losses = []
-    for p, row in enumerate(candidates.options):
-        scores = []
-        for c, option in enumerate(row):
-            usable = option is not None and (model is None or not math.isnan(model.delta[p][c]))
-            scores.append(prober.part(p, c) if usable else math.inf)
-            if usable:
-                logger.info("%s -> %s: %.4g", candidates.kept[p].planned.path, candidates.names[c], scores[-1])
-        losses.append(scores)
-    return losses
-
-
 @dataclass(frozen=True)
 class Search:
-    """Choices under the constraints; `losses[p][c]` is infinite where a candidate can't be had. `model` is None where
+    """Choices under one budget; `losses[p][c]` is infinite where a candidate can't be had. `model` is None where
     latency is no constraint.
     """
 
@@ -119,50 +56,103 @@ class Search:
     @cached_property
     def bounded_sums(self) -> dict[str, float]:
         """The bounds on parameters and FLOPs that there are."""
-        return {name: bound for name in _SUMS if (bound := getattr(self.constraints, name)) is not None}
+        return {name: bound for name in SUMS if (bound := getattr(self.constraints, name)) is not None}
 
-    def propose(self, timer: PlanTimer) -> tuple[list[Measured], bool]:
-        """Choices that meet the constraints, measured; where none does, the nearest one and False."""
-        uniform = [u for u in self.uniform() if self.fits_sums(u)]
-        proposed, shifts = self.within_sums(self.bound_ms, dict.fromkeys(_SUMS, 0.0))
-        model, bound_ms = self.model, self.bound_ms
-        if model is None or bound_ms is None:
-            everything = list(dict.fromkeys([*proposed, *uniform]))
+    def propose(self, timed: Timed | None) -> tuple[list[Choice], bool]:
+        """Choices that meet the constraints; where none does, the nearest one and False. `timed` where latency is
+        bounded.
+        """
+        if timed is None or self.bound_ms is None:
+            proposed, _ = self.within_sums(None, dict.fromkeys(SUMS, 0.0))
+            everything = self._hopeful([*proposed, *self.uniform()])
             smallest = self.smallest()
             if not everything and self.fits_sums(smallest):
                 everything = [smallest]
-            return [Measured(choice=c, latency_ms=None) for c in everything or [smallest]], bool(everything)
-        seen: dict[Choice, float] = {}
-        for number in range(_ROUNDS):
-            proposals = proposed or [self.fastest(model)]  # the model sees no way: the fastest it knows
-            extra = [u for u in uniform if model.of(u) <= bound_ms * (1 + _NEAR)] if number == 0 else []
-            new = [c for c in dict.fromkeys([*proposals, *extra]) if c not in seen]
-            if new:
-                guide_ms, values = timer.measure([self.candidates.bind(c) for c in new])
-                seen |= {c: v * model.guide_ms / guide_ms for c, v in zip(new, values, strict=True)}
-            first = next((c for c in proposals if math.isfinite(seen[c])), None)
-            if first is None:
-                break  # none of them can take one token at a time
-            if bound_ms * (1 - _NEAR) <= seen[first] <= bound_ms * (1 + _NOISE) or not new:
-                break
-            proposed, shifts = self.within_sums(bound_ms + model.of(first) - seen[first], shifts)
-        meeting = [
-            Measured(choice=c, latency_ms=v)
-            for c, v in seen.items()
-            if v <= bound_ms * (1 + _NOISE) and self.fits_sums(c)
-        ]
-        if meeting:
-            return meeting, True
-        nearest = min(seen, key=lambda c: (not self.fits_sums(c), seen[c]))
-        return [Measured(choice=nearest, latency_ms=seen[nearest])], False
+            return everything or [smallest], bool(everything)
+        tried = self._tried(timed, self.bound_ms)
+        inside = self.meeting(tried, timed)
+        return inside or [self.nearest(tried, timed)], bool(inside)
 
-    def within_sums(self, bound_ms: float | None, shifts: dict[str, float]) -> tuple[list[Choice], dict[str, float]]:
+    def _tried(self, timed: Timed, bound_ms: float) -> list[Choice]:
+        """Choices around the bound, all measured."""
+        tried = dict.fromkeys(c for c, ms in timed.all_ms.items() if bound_ms * (1 - _NEAR) <= ms <= bound_ms)
+        first: Choice | None = None
+        count, aim, shifts = _PROPOSALS, bound_ms, dict.fromkeys(SUMS, 0.0)
+        for number in range(_ROUNDS):
+            assert self.model is not None
+            model = self.model.corrected(timed.all_ms)
+            search = replace(self, model=model)
+            if first is not None:
+                aim = bound_ms + model.of(first) - timed.ms(first)
+            proposed, shifts = search.within_sums(aim, shifts, count)
+            proposals = proposed or [search.fastest(model)]  # the model sees no way: the fastest it knows
+            extra = [u for u in self.uniform() if model.of(u) <= bound_ms * (1 + _NEAR)] if number == 0 else []
+            hopeful = sorted((u for u in self._hopeful([*proposals, *extra]) if u in extra), key=self.total)
+            new = [c for c in dict.fromkeys([*proposals, *hopeful[:1]]) if c not in tried]
+            tried |= dict.fromkeys(new)
+            timed.see(new)
+            first = next((c for c in proposals if math.isfinite(timed.ms(c))), None)
+            if first is None or not new:
+                break  # none of them can take one token at a time
+            if sum(bound_ms * (1 - _NEAR) <= timed.ms(c) <= bound_ms for c in tried) > 1:
+                break  # two to choose between
+            count = _MORE
+        return list(tried)
+
+    def meeting(self, tried: Sequence[Choice], timed: Timed) -> list[Choice]:
+        """Those inside the bounds; where there is none, those that are outside by no more than medians differ."""
+        assert self.bound_ms is not None
+        for bound_ms in (self.bound_ms, self.bound_ms * (1 + _NOISE)):
+            if inside := [c for c in tried if timed.ms(c) <= bound_ms and self.fits_sums(c)]:
+                return inside
+        return []
+
+    def nearest(self, tried: Sequence[Choice], timed: Timed) -> Choice:
+        return min(tried, key=lambda c: (not self.fits_sums(c), timed.ms(c)))
+
+    def missed(self, choice: Choice, ms: float) -> str:
+        """By how much a choice misses its bounds; `ms` is its latency, where that is bounded."""
+        plan, found = self.candidates.bind(choice).plan, []
+        if self.model is not None and self.bound_ms is not None and not ms <= self.bound_ms:
+            if math.isinf(ms):
+                return f"no {self.constraints.kind} latency"
+            found.append(f"{ms:.3g} ms of at most {self.bound_ms:.3g} ({self.model.guide_ms / ms:.2f} times as fast)")
+        for name, bound in self.bounded_sums.items():
+            if (count := getattr(plan, f"new_{name}")) > bound:
+                word = {"params": "parameters", "flops": "FLOPs"}[name]
+                found.append(f"{count:,} {word} of at most {bound:,}")
+        return " and ".join(found)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Candidates that were not probed in some part, though they have a latency there."""
+        found: dict[str, None] = {}
+        for p, row in enumerate(self.candidates.options):
+            for c, option in enumerate(row):
+                timed = self.model is None or not math.isnan(self.model.delta[p][c])
+                if option is not None and timed and math.isinf(self.losses[p][c]):
+                    found[self.candidates.names[c]] = None
+        return tuple(found)
+
+    def total(self, choice: Choice) -> float:
+        """The sum of its parts' divergences."""
+        return sum(row[c] for row, c in zip(self.losses, choice, strict=True))
+
+    def _hopeful(self, choices: Sequence[Choice]) -> list[Choice]:
+        """Those within the bounds on sums that lose no multiple of what the best of them does."""
+        fitting = [c for c in dict.fromkeys(choices) if self.fits_sums(c)]
+        least = min(map(self.total, fitting), default=0.0)
+        return [c for c in fitting if self.total(c) <= HOPELESS * least]
+
+    def within_sums(
+        self, bound_ms: float | None, shifts: dict[str, float], count: int = _PROPOSALS
+    ) -> tuple[list[Choice], dict[str, float]]:
         """The best few choices of which parameters and FLOPs, counted on the whole, are within their bounds.
 
         Parts that share weights cost less together than their sum: a bound is moved by what the sum got wrong.
         """
         for _ in range(_ROUNDS):
-            found = self.solve(bound_ms, shifts)
+            found = self.solve(bound_ms, shifts, count)
             fitting = [c for c in found if self.fits_sums(c)]
             if fitting or not found:
                 return fitting, shifts
@@ -171,8 +161,8 @@ class Search:
                 shifts = shifts | {name: shifts[name] + max(0, getattr(plan, f"new_{name}") - bound)}
         return [], shifts
 
-    def solve(self, bound_ms: float | None, shifts: dict[str, float]) -> list[Choice]:
-        """The best few choices under the additive model; `shifts` tighten the bounds of sums."""
+    def solve(self, bound_ms: float | None, shifts: dict[str, float], count: int) -> list[Choice]:
+        """The best `count` choices under the additive model; `shifts` tighten the bounds of sums."""
         allowed = [[c for c, loss in enumerate(row) if math.isfinite(loss)] for row in self.losses]
         budgets = []
         if self.model is not None and bound_ms is not None:
@@ -181,7 +171,7 @@ class Search:
         for name, bound in self.bounded_sums.items():
             costs = [[self.added(p, c, name) for c in row] for p, row in enumerate(allowed)]
             budgets.append(Budget(costs=costs, bound=bound - shifts[name] - getattr(self.guide, name)))
-        found = solve([[self.losses[p][c] for c in row] for p, row in enumerate(allowed)], budgets, _PROPOSALS)
+        found = solve([[self.losses[p][c] for c in row] for p, row in enumerate(allowed)], budgets, count)
         return [tuple(row[i] for row, i in zip(allowed, picked, strict=True)) for picked in found]
 
     @cached_property
@@ -234,13 +224,9 @@ class Search:
             for p, row in enumerate(self.losses)
         )
 
-    def finalists(self, measured: Sequence[Measured]) -> list[Measured]:
+    def finalists(self, choices: Sequence[Choice]) -> list[Choice]:
         """The most promising by the sum of their parts' divergences."""
-
-        def total(m: Measured) -> float:
-            return sum(row[c] for row, c in zip(self.losses, m.choice, strict=True))
-
-        return sorted(measured, key=total)[:_FINALISTS]
+        return sorted(self._hopeful(choices) or choices, key=self.total)[:_FINALISTS]
 
     def rows(self, choice: Choice) -> tuple[ProbedCandidate, ...]:
         """What was found out of each candidate, for the plan."""
@@ -262,8 +248,3 @@ class Search:
                     )
                 )
         return tuple(rows)
-
-
-def _described(bound_plan: BoundPlan) -> str:
-    counts = Counter("keep" if part.target is None else str(part.target) for part in bound_plan.parts)
-    return ", ".join(f"{count} x {name}" for name, count in counts.items())

@@ -47,6 +47,7 @@ from thesean.cli.options import (
     adjusted,
     check_writable,
     loaded_arguments,
+    numbered,
     planning_arguments,
     reading,
 )
@@ -264,6 +265,11 @@ def plan(
     Will it pay? At three contexts and two batches, about a minute:
       thesean plan models.gpt:make --target rnn --context 128,512,2048 --batch 1,8 \\
         --draw plan.svg
+
+    \b
+    Three budgets, one probing: plan-1.yaml, plan-2.yaml and plan-3.yaml.
+      thesean plan models.gpt:make -t auto --data texts:batches \\
+        --constraint speedup=1.25,1.5,2 --constraint context=512 --yaml plan.yaml
     """
     with one_line_errors(debug):
         check_writable("--yaml", yaml)
@@ -281,11 +287,14 @@ def plan(
         with steps_told():
             made = thesean.plan(model, **chosen)
         typer.echo(str(made))
-        if yaml is not None:
-            made.to_yaml(yaml)
-            typer.echo(f"wrote {yaml}: edit it, then `thesean convert {guide} --plan {yaml}`")
-        if draw is not None:
-            typer.echo(f"wrote {made.draw(draw)}")
+        several = isinstance(made, thesean.Plans)
+        for number, one in enumerate(made if several else [made], 1):
+            if yaml is not None:
+                path = numbered(yaml, number) if several else yaml
+                one.to_yaml(path)
+                typer.echo(f"wrote {path}: edit it, then `thesean convert {guide} --plan {path}`")
+            if draw is not None:
+                typer.echo(f"wrote {one.draw(numbered(draw, number) if several else draw)}")
 
 
 @app.command()

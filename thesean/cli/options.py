@@ -111,7 +111,7 @@ Budget = Annotated[
         "--constraint",
         metavar="KEY=VALUE",
         help="With --target auto, the budget: latency_ms, speedup, params or flops; context, batch and kind say where "
-        "latency is measured. Repeatable.",
+        "latency is measured. Repeatable. speedup=1.25,1.5,2 makes a plan for each, from one probing.",
     ),
 ]
 Choices = Annotated[
@@ -285,6 +285,11 @@ def check_writable(option: str, path: Path | None) -> None:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ArgumentError(f"{option} {path}: {nearest} is not a folder that you may write. Choose another.")
+
+
+def numbered(path: Path, number: int) -> Path:
+    """plan.yaml -> plan-1.yaml: one of several that are written."""
+    return path.with_stem(f"{path.stem}-{number}")
 
 
 def adjusted(recipe: str, **settings: Any) -> Recipe | str:

@@ -188,17 +188,25 @@ def parse_target(word: str) -> str | Target:
     return Target(name, scope=scope, **options)
 
 
-def parse_budget(words: Sequence[str]) -> dict[str, Any] | None:
-    """`["latency_ms=5", "context=512"]` -> constraints of target "auto"; None without words. Raises ArgumentError."""
-    found: dict[str, Any] = {}
+def parse_budget(words: Sequence[str]) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """`["latency_ms=5", "context=512"]` -> constraints of target "auto"; a list of two where a value is two, as in
+    speedup=1.25,1.5; None without words. Raises ArgumentError.
+    """
+    found: dict[str, list[Any]] = {}
     for word in words:
         key, equals, text = (piece.strip() for piece in word.partition("="))
-        if not (equals and key.isidentifier() and text):
+        values = [piece.strip() for piece in text.split(",")]
+        if not (equals and key.isidentifier() and all(values)):
             raise ArgumentError(f"--constraint {word!r}: expected key=value, such as latency_ms=5 or context=512.")
         if key in found:
-            raise ArgumentError(f"--constraint: {key!r} is given twice.")
-        found[key] = _scalar(text)
-    return found or None
+            raise ArgumentError(f"--constraint: {key!r} is given twice. Several budgets are {key}=A,B,C.")
+        found[key] = [_scalar(value) for value in values]
+    several = [key for key, values in found.items() if len(values) > 1]
+    if len(several) > 1:
+        raise ArgumentError(f"--constraint: {' and '.join(several)} have several values each; one of them may.")
+    if not several:
+        return {key: value for key, (value,) in found.items()} or None
+    return [{k: v if k == several[0] else values[0] for k, values in found.items()} for v in found[several[0]]]
 
 
 def parse_outputs(words: Sequence[str]) -> dict[str, str] | None:

@@ -6,6 +6,8 @@ B batch, T time
 from __future__ import annotations
 
 import itertools
+import math
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from thesean.deploy.session import Session
 from thesean.deploy.states import Arrays
 from thesean.deploy.timing import latency
 from thesean.deploy.timing.latency import benchmark, latency_of_models, measure
+from thesean.deploy.timing.turns import doubt
 from thesean.errors import ExportError
 
 
@@ -140,3 +143,19 @@ def test_an_encoder_has_prefill_figures_alone():
     module = exported.hybrid(captured.encoder(), "gru")
     found, _ = benchmark(module, captured.encoder().signature, contexts=(8, 16), repeats=5)
     assert set(found["converted"].medians_ms()) == {"prefill_8", "prefill_16"}
+
+
+def test_calls_are_timed_until_their_medians_are_known(monkeypatch: pytest.MonkeyPatch):
+    """A steady call is known after the fewest turns, one that varies takes as many as it needs."""
+    assert measure({"steady": lambda: time.sleep(0.004)}, repeats=50, seconds=60, settle=0.5)["steady"].repeats == 5
+    pauses = itertools.cycle([0.002, 0.012])
+    varying = measure({"varying": lambda: time.sleep(next(pauses))}, repeats=5, seconds=0.5, settle=0.01)["varying"]
+    assert varying.repeats > 5
+
+
+def test_the_doubt_of_a_median_shrinks_with_turns_and_is_none_without_spread():
+    few, many = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0] * 40
+    assert doubt([2.0] * 5) == 0
+    assert doubt(few) == pytest.approx(2 / 3)  # all five of them: (5 - 1) / 2 of 3
+    assert doubt(many) < doubt(few) / 2
+    assert doubt([]) == math.inf

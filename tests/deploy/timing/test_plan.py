@@ -184,9 +184,9 @@ def test_decoding_is_seen_in_the_numbers():
 @pytest.mark.parametrize("wrong", [0, -1, "128", (128, 0), (), True, 1.5])
 def test_wrong_sizes_are_refused_before_the_guide_is_traced(wrong: object):
     with pytest.raises(PlanError, match="context: expected whole numbers of 1 or more"):
-        thesean.plan(nn.Linear(2, 2), context=wrong)  # type: ignore[arg-type]
+        thesean.plan(nn.Linear(2, 2), context=wrong)  # type: ignore[call-overload]
     with pytest.raises(PlanError, match="batch: expected whole numbers of 1 or more"):
-        thesean.plan(nn.Linear(2, 2), batch=wrong)  # type: ignore[arg-type]
+        thesean.plan(nn.Linear(2, 2), batch=wrong)  # type: ignore[call-overload]
 
 
 def test_without_sizes_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):

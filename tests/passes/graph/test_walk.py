@@ -8,6 +8,7 @@ from tests import captured
 from tests.models import tokens, vectors
 from thesean.passes.graph import walk as walking
 from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.shelf import Shelf
 from thesean.passes.graph.walk import Walk
 
 
@@ -128,3 +129,16 @@ def test_a_module_that_changed_is_run_again_once_that_is_forgotten():
         layer.bias.fill_(2.0)
         walk.forget()
         assert torch.equal(walk.get(1, 0)[last.name], torch.full((2, 8), 2.0))
+
+
+def test_with_a_shelf_what_does_not_fit_is_read_from_disk_and_not_computed_again(ran):
+    guide = captured.gpt2().graph_module
+    names = residuals(guide)
+    batches = [{"input_ids": ids} for ids in (tokens(2, 5), tokens(3, 9, seed=1))]
+    with Shelf() as shelf, torch.no_grad():
+        walk = Walk(guide, [[n] for n in names], batches, budget=0, shelf=shelf)
+        for step, name in enumerate(names):
+            prefix = intermediates(guide, [name], with_output=False)
+            for number, inputs in enumerate(batches):
+                assert torch.equal(walk.get(step, number)[name], prefix(**inputs)[name])
+    assert all(ran.count(name) == 2 for name in ran)

@@ -60,18 +60,23 @@ def latency_of_models(
     contexts: Sequence[int] = CONTEXTS,
     batch: int = 1,
     repeats: int = 20,
+    settle: float | None = None,
 ) -> dict[str, FileTimings]:
     """Files that take the same inputs, side by side, on one thread.
 
     Prefill at each context; and where at least one file carries a state, one more token at each context, for a file
-    without state by reading everything again. Without a dynamic time dimension: one forward. Raises ExportError for a
-    file that onnxruntime can't load.
+    without state by reading everything again. Without a dynamic time dimension: one forward. `settle` as in `measure`.
+    Raises ExportError for a file that onnxruntime can't load.
     """
     sessions = {name: Session(path, threads=1) for name, path in paths.items()}
     seconds = _SECONDS * max(3, len(sessions))  # for all together: many files are no reason for few turns
+
+    def taken(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Timing]:
+        return measure(calls, repeats, seconds, settle=settle)
+
     if all(s.startswith("batch") for s in signature.symbols):
         feeds = random_feeds(signature, batch, None)
-        forward = measure({n: _prefill(s, feeds) for n, s in sessions.items()}, repeats, seconds)
+        forward = taken({n: _prefill(s, feeds) for n, s in sessions.items()})
         return {n: FileTimings(prefill={}, token={}, token_kind=None, forward=v) for n, v in forward.items()}
     decodes = any(s.is_stateful for s in sessions.values())
     prefill: dict[str, dict[int, Timing | None]] = {n: {} for n in sessions}
@@ -79,10 +84,10 @@ def latency_of_models(
     for context in contexts:
         feeds = random_feeds(signature, batch, context)
         states = {n: state_after(s, feeds) for n, s in sessions.items()}
-        whole = measure({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None}, repeats, seconds)
+        whole = taken({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None})
         one = random_feeds(signature, batch, 1)
         stateful = {n: s for n, s in sessions.items() if s.is_stateful and states[n] is not None}
-        steps = measure({n: _step(s, one, states[n]) for n, s in stateful.items()}, repeats, seconds)
+        steps = taken({n: _step(s, one, states[n]) for n, s in stateful.items()})
         for name, session in sessions.items():
             prefill[name][context] = whole.get(name)
             if decodes:

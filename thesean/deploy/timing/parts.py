@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -32,6 +32,8 @@ from thesean.passes.plan.bind import BoundPart, BoundPlan
 from thesean.passes.plan.hybrid import Hybrid
 
 logger = logging.getLogger(__name__)
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 _REPEATS, _SECONDS, _LEAST = 15, 0.3, 5  # seconds a call
 
@@ -62,24 +64,39 @@ def latency_of_parts(
         kinds.setdefault(key, []).append(part.planned.path)
         if len(kinds[key]) == 1:
             cuts[key] = _cuts(bound_plan, part, hybrid)
-    calls: dict[tuple[tuple[object, ...], str], Callable[[], Any]] = {}
-    notes = []
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for key, wanted in cuts.items():
-            for which, cut in wanted:
-                path = Path(folder) / f"{len(calls)}.onnx"
-                try:
-                    calls[key, which] = _call(cut(), bound_plan.captured.signature, sizes, path)
-                except (DataError, ExportError, PassRefused) as error:
-                    notes.append(f"{kinds[key][0]}: the part {which} could not be measured by itself: {error}")
-            logger.info("measured alone: %s%s", kinds[key][0], _others(len(kinds[key]) - 1))
-        found = measure({str(i): c for i, c in enumerate(calls.values())}, _REPEATS, _SECONDS * len(calls), _LEAST)
-    by_cut = dict(zip(calls, found.values(), strict=True))
+    every = {(key, which): cut for key, wanted in cuts.items() for which, cut in wanted}
+    by_cut, refused = time_cuts(every, bound_plan.captured.signature, sizes)
+    notes = [
+        f"{kinds[key][0]}: the part {which} could not be measured by itself: {error}"
+        for (key, which), error in refused.items()
+    ]
+    for paths in kinds.values():
+        logger.info("measured alone: %s%s", paths[0], _others(len(paths) - 1))
     return {
         path: PartTiming(before=by_cut.get((key, "before")), after=by_cut.get((key, "after")))
         for key, paths in kinds.items()
         for path in paths
     }, notes
+
+
+def time_cuts(
+    cuts: Mapping[_Key, Callable[[], Extract]], guide: Signature, sizes: CheckSizes, settle: float | None = None
+) -> tuple[dict[_Key, Timing], dict[_Key, Exception]]:
+    """Stretches of networks on random hidden states, in turns on one thread, and why others could not be timed.
+
+    `guide` is the signature of the whole network; `settle` as in `measure`.
+    """
+    calls: dict[_Key, Callable[[], Any]] = {}
+    refused: dict[_Key, Exception] = {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for number, (key, cut) in enumerate(cuts.items()):
+            try:
+                calls[key] = _call(cut(), guide, sizes, Path(folder) / f"{number}.onnx")
+            except (DataError, ExportError, PassRefused) as error:
+                refused[key] = error
+        numbered = {str(i): call for i, call in enumerate(calls.values())}
+        found = measure(numbered, _REPEATS, _SECONDS * len(calls), _LEAST, settle)
+    return dict(zip(calls, found.values(), strict=True)), refused
 
 
 def _structure(part: BoundPart) -> tuple[object, ...]:
@@ -89,12 +106,21 @@ def _structure(part: BoundPart) -> tuple[object, ...]:
 
 
 def _cuts(bound_plan: BoundPlan, part: BoundPart, hybrid: Hybrid | None) -> list[tuple[str, Callable[[], Extract]]]:
-    region, guide = part.region, bound_plan.captured.graph_module
-    cuts = [("before", lambda: extract(guide, region.entry, region.exit))]
+    guide = bound_plan.captured.graph_module
+    cuts = [("before", lambda: cut_out(part, guide))]
     if hybrid is not None and part.target is not None:
-        module = hybrid.graph_module
-        cuts.append(("after", lambda: extract(module, *_ends(hybrid, part))))
+        cuts.append(("after", lambda: cut_replaced(part, hybrid)))
     return cuts
+
+
+def cut_out(part: BoundPart, guide: fx.GraphModule) -> Extract:
+    """The guide's part by itself. Raises PassRefused."""
+    return extract(guide, part.region.entry, part.region.exit)
+
+
+def cut_replaced(part: BoundPart, hybrid: Hybrid) -> Extract:
+    """What a replaced part became, with whatever of it stays. Raises PassRefused."""
+    return extract(hybrid.graph_module, *_ends(hybrid, part))
 
 
 def _ends(hybrid: Hybrid, part: BoundPart) -> tuple[fx.Node, fx.Node]:

@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from thesean.passes.graph.nodes import above, attribute, compute
+from thesean.passes.graph.shelf import Shelf
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -24,9 +25,9 @@ HELD_BYTES = 256 * 2**20
 class Walk:
     """`get(step, number)` gives the values of the names in `steps[step]` on a batch; a batch's steps come in order.
 
-    Between two steps, what later ones read is held, of as many batches as fit into `budget` bytes; the others begin at
-    their inputs again. Whoever changes a module that was run already calls `forget`. Nothing here asks for gradients
-    or eval mode: that is the caller's.
+    Between two steps, what later ones read is held, of as many batches as fit into `budget` bytes; the others' lies on
+    the disk of the `shelf`, and without one they begin at their inputs again. Whoever changes a module that was run
+    already calls `forget`. Nothing here asks for gradients or eval mode: that is the caller's.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Walk:
         steps: Sequence[Sequence[str]],
         batches: Sequence[Inputs],
         budget: int | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
-        self.graph_module, self.batches = graph_module, batches
+        self.graph_module, self.batches, self.shelf = graph_module, batches, shelf
         by_name = {n.name: n for n in graph_module.graph.nodes}
         order = {n: i for i, n in enumerate(graph_module.graph.nodes)}
         self._ends = [[by_name[name] for name in dict.fromkeys(names)] for names in steps]
@@ -98,7 +100,14 @@ class Walk:
         self._bytes[number] = 0
         fits = sum(self._bytes) + size <= self.budget
         self._bytes[number] = size if fits else 0
+        if not fits and self.shelf is not None:
+            env, fits = {node: self._mapped(value) for node, value in env.items()}, True
         self._held[number] = (at, env) if fits else (0, {})
+
+    def _mapped(self, value: Any) -> Any:
+        assert self.shelf is not None
+        map_ = self.shelf.map
+        return pytree.tree_map_only(torch.Tensor, lambda t: t if _storage(t) in self._free else map_(t), value)
 
 
 def last_reads(runs: Sequence[Sequence[fx.Node]], ends: Sequence[Sequence[fx.Node]]) -> list[list[list[fx.Node]]]:
