@@ -65,9 +65,11 @@ def _chosen(search: Search, prober: Prober, timed: Timed | None) -> Plan:
     if timed is not None:
         notes += _told_times(search, timed, best)
     if len(finalists) > 1:
-        notes.append(f"{len(scores)} of {len(finalists)} finalists were tuned for a few steps")
+        tuned = scores if len(scores) > 1 else {}
+        told = f"{len(tuned)} of {len(finalists)} finalists were tuned for a few steps"
+        notes.append(told if tuned else f"of {len(finalists)} finalists one was far ahead before any step")
         ranked = sorted(finalists, key=lambda c: scores[c].divergence if c in scores else math.inf)
-        notes += [_told_finalist(search, timed, choice, prober, scores.get(choice)) for choice in ranked]
+        notes += [_told_finalist(search, timed, choice, prober, tuned.get(choice)) for choice in ranked]
     if search.skipped:
         notes.append(f"not tried where they cost no less than the guide's own part: {', '.join(search.skipped)}")
     plan = search.candidates.bind(best).plan

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _REPEATS = 15
 
 # Medians are taken until they are known to this share of themselves, or their seconds are over
-_SETTLED = 0.02
+_SETTLED = 0.03
 
 
 class PlanTimer:

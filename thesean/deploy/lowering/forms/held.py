@@ -54,7 +54,7 @@ class LoweredHeld(nn.Module):
         super().__init__()
         from thesean.deploy.lowering.lower import lower_inside  # which finds this file by its name
 
-        self.sizes = held.window, held.places
+        self.window, self.places = self.sizes = held.window, held.places  # the module around it reads them
         self.emitted = Lowered(path, self._emit)
         self.inner = lower_inside(held, opset=opset, path=path)
 
