@@ -162,6 +162,7 @@ def test_a_hybrid_is_written_and_read_again(make, tmp_path: Path):
     assert any("the last 4 tokens and 4 that were foretold to matter" in note for note in converted.plan.notes)
     exported = converted.export(tmp_path / "model.onnx", stateful="yes")
     assert exported.stateful
+    assert not converted.export(tmp_path / "whole.onnx", stateful="no").stateful
     converted.save(tmp_path / "saved")
     ids = models.tokens(2, 24, seed=9)
     again = thesean.load(tmp_path / "saved")
