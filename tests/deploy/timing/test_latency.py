@@ -105,9 +105,9 @@ def watched_turns(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Which files are timed together, call by call."""
     turns: list[list[str]] = []
 
-    def watched(calls, *settings):
+    def watched(calls, *settings, **named):
         turns.append(list(calls))
-        return measure(calls, *settings)
+        return measure(calls, *settings, **named)
 
     monkeypatch.setattr(latency, "measure", watched)
     return turns
