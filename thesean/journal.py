@@ -40,7 +40,7 @@ _FORMAT = 1
 _KEPT = 2  # checkpoints of the piece under way
 
 # A checkpoint is written when its cost is no more than this share of the time since the one before.
-_SHARE, _AT_LEAST_S = 0.03, 2.0
+_SHARE, _AT_LEAST_S = 0.03, 0.5
 
 _UNDER_WAY = re.compile(r"(?P<piece>.+)@(?P<step>\d+)\.safetensors")
 
