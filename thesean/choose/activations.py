@@ -14,9 +14,9 @@ from torch import fx
 
 from thesean.choose.candidates import Candidates
 from thesean.distill.seen import Seen
-from thesean.passes.graph.nodes import above
+from thesean.passes.graph.nodes import above, from_inputs
 from thesean.passes.graph.shelf import Shelf
-from thesean.passes.graph.walk import Inputs, Walk, last_reads, value_of
+from thesean.passes.graph.walk import Inputs, Walk, output_from
 from thesean.passes.plan.bind import BoundPart
 from thesean.passes.plan.hybrid import Replacement
 from thesean.passes.plan.sites import ends_of
@@ -88,14 +88,8 @@ class Tail:
 
     def output(self, number: int) -> Any:
         """On a judged batch. The hybrid is in eval mode by then."""
-        output = self.hybrid.graph.output_node()
         env = {node: self.values[number][node.name] for node in self._known}
-        (dead,) = last_reads([self._run], [output.all_input_nodes])
-        for node, gone in zip(self._run, dead, strict=False):
-            env[node] = value_of(self.hybrid, node, env, self.inputs[number])
-            for n in gone:
-                env.pop(n, None)
-        return fx.map_arg(output.args[0], env.__getitem__)
+        return output_from(self.hybrid, self._run, env, self.inputs[number])
 
 
 def _ends(row: Sequence[BoundPart]) -> list[str]:
@@ -109,14 +103,11 @@ def _known(guide: fx.GraphModule, row: Sequence[BoundPart]) -> set[str]:
     Constants are computed again: all of the guide's cast weights at once would take as much room as the weights.
     """
     own = {n for option in row for r in (option.region, *(s.region for s in option.sites)) for n in r.nodes}
-    given: set[fx.Node] = set()
     changed: set[fx.Node] = set()
     for node in guide.graph.nodes:
-        if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
-            given.add(node)
         if node in own or not changed.isdisjoint(node.all_input_nodes):
             changed.add(node)
-    settled = given - changed
+    settled = from_inputs(guide.graph) - changed
     read = {i for n in changed for i in n.all_input_nodes}
     entries = set(_ends(row))
     return {n.name for n in settled if n in read or n.name in entries}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.graph.nodes import above
-from thesean.passes.graph.walk import Inputs, Walk, last_reads, value_of
+from thesean.passes.graph.nodes import above, from_inputs
+from thesean.passes.graph.walk import Inputs, Walk, output_from
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.passes.plan.sites import ends_of
@@ -26,7 +26,7 @@ class Partials:
 
     def __init__(self, guide: fx.GraphModule, hybrid: Hybrid, batches: Sequence[Inputs]) -> None:
         self.guide, self.hybrid, self.batches = guide, hybrid, batches
-        self._reads = _given_inputs(guide.graph)
+        self._reads = from_inputs(guide.graph)
         self._exits = {r.guide_exit: r.exit for r in hybrid.replacements}
         self._needs = _parts_needed(hybrid)
         self._rests = [self._rest(count) for count in range(1, len(hybrid.parts) + 1)]
@@ -43,13 +43,7 @@ class Partials:
         values = self._walk.get(count - 1, number)
         env = {node: values[self._stand_in(node)] for node in known}
         del values
-        ends = self.guide.graph.output_node().all_input_nodes
-        (dead,) = last_reads([run], [ends])
-        for node, gone in zip(run, dead, strict=False):
-            env[node] = value_of(self.guide, node, env, self.batches[number])
-            for n in gone:
-                del env[n]
-        return fx.map_arg(self.guide.graph.output_node().args[0], env.__getitem__)
+        return output_from(self.guide, run, env, self.batches[number])
 
     def _rest(self, count: int) -> tuple[list[fx.Node], list[fx.Node]]:
         """The guide's nodes that the hybrid has values of once `count` parts are replaced, and those to run from them.
@@ -89,12 +83,3 @@ def _parts_needed(hybrid: Hybrid) -> dict[str, int]:
         own = part_of.get(str(node.target), -1) + 1 if node.op == "call_module" else 0
         found[node] = max([own, *(found[i] for i in node.all_input_nodes)])
     return {node.name: count for node, count in found.items()}
-
-
-def _given_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """What is computed from the inputs, and not from parameters and constants alone."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found

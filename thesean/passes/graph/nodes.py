@@ -98,6 +98,15 @@ def above(ends: Iterable[fx.Node], known: Container[fx.Node] = ()) -> set[fx.Nod
     return found
 
 
+def from_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed from the inputs, and not from parameters and constants alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def leaf_values(output: Any) -> list[torch.Tensor]:
     """The tensors of a nested output, in order."""
     return [v for v in pytree.tree_leaves(output) if isinstance(v, torch.Tensor)]

@@ -71,7 +71,7 @@ class Walk:
         if at > step:
             at, env = 0, {}
         for now in range(at, step + 1):
-            self._advance(now, env, self.batches[number])
+            run_through(self.graph_module, self._runs[now], self._dead[now], env, self.batches[number])
             values = {n.name: env[n] for n in self._ends[now]} if now == step else {}
             for node in self._dead[now][-1]:
                 env.pop(node, None)
@@ -85,13 +85,6 @@ class Walk:
         if node is not None and at and self._first[node] >= at:
             env[node] = value
             self._keep(at, number, env)
-
-    def _advance(self, step: int, env: dict[fx.Node, Any], inputs: Inputs) -> None:
-        for node, dead in zip(self._runs[step], self._dead[step], strict=False):
-            if node not in env:
-                env[node] = value_of(self.graph_module, node, env, inputs)
-            for gone in dead:
-                env.pop(gone, None)
 
     def _keep(self, at: int, number: int, env: dict[fx.Node, Any]) -> None:
         tensors = [t for t in pytree.tree_leaves(list(env.values())) if isinstance(t, torch.Tensor)]
@@ -122,6 +115,31 @@ def last_reads(runs: Sequence[Sequence[fx.Node]], ends: Sequence[Sequence[fx.Nod
     for node, (step, at) in last.items():
         dead[step][at].append(node)
     return dead
+
+
+def run_through(
+    graph_module: fx.GraphModule,
+    run: Sequence[fx.Node],
+    dead: Sequence[Sequence[fx.Node]],
+    env: dict[fx.Node, Any],
+    inputs: Inputs,
+) -> None:
+    """Put the values of a run's nodes into `env`, in order, those excepted that it has; after each of them goes what is
+    `dead` by then.
+    """
+    for node, gone in zip(run, dead, strict=False):
+        if node not in env:
+            env[node] = value_of(graph_module, node, env, inputs)
+        for value in gone:
+            env.pop(value, None)
+
+
+def output_from(graph_module: fx.GraphModule, run: Sequence[fx.Node], env: dict[fx.Node, Any], inputs: Inputs) -> Any:
+    """The graph's output, where `env` has all that a run of nodes up to it reads. Uses `env` up."""
+    output = graph_module.graph.output_node()
+    (dead,) = last_reads([run], [output.all_input_nodes])
+    run_through(graph_module, run, dead, env, inputs)
+    return fx.map_arg(output.args[0], env.__getitem__)
 
 
 def value_of(graph_module: fx.GraphModule, node: fx.Node, env: Mapping[fx.Node, Any], inputs: Inputs) -> Any:
