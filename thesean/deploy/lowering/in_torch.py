@@ -33,6 +33,20 @@ class AtOnce(nn.Module):
         return self.core.kernel(*tensors, **{**self.core.settings, self.setting: tensors[0].shape[1]})
 
 
+class Stepwise(nn.Module):
+    """A core with a decay a step at a time: `step` of the state and what is read at a step, the decay last."""
+
+    def __init__(self, step: Callable[..., tuple[Any, Any]]) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *inputs, log_decay, before = tensors
+        inputs_T = tuple(x.transpose(0, 1) for x in (*inputs, log_decay.exp()))
+        outs_T, (after,) = over_time(self.step, (before,), inputs_T)
+        return outs_T.transpose(0, 1), after
+
+
 def over_time(
     step: Callable[..., tuple[Any, Any]], state: tuple[torch.Tensor, ...], inputs_T: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

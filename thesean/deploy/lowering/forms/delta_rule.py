@@ -6,9 +6,8 @@ B batch, T time, H heads, F features of a key, K width of a value
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from thesean.deploy.lowering.in_torch import AtOnce, over_time
+from thesean.deploy.lowering.in_torch import AtOnce, Stepwise
 from thesean.deploy.lowering.lowered import Lowered
 from thesean.deploy.lowering.value_blocks import linear_attention_operator
 from thesean.targets.shared.core import Core
@@ -33,16 +32,6 @@ def in_torch(core: Core, path: str) -> AtOnce:
     return AtOnce(core, "chunk")
 
 
-class Stepwise(nn.Module):
-    """The recurrence a step at a time: ONNX has no operator that solves a triangular system."""
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        *inputs, log_decay_BTH, state_BHFK = tensors
-        inputs_T = tuple(x.transpose(0, 1) for x in (*inputs, log_decay_BTH.exp()))
-        out_TBHK, (state_BHFK,) = over_time(_step, (state_BHFK,), inputs_T)
-        return out_TBHK.transpose(0, 1), state_BHFK
-
-
 def _step(
     state: tuple[torch.Tensor, ...], at_t: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -56,4 +45,5 @@ def _step(
 
 
 def portable(core: Core, path: str, opset: int) -> Stepwise:
-    return Stepwise()
+    """ONNX has no operator that solves a triangular system."""
+    return Stepwise(_step)

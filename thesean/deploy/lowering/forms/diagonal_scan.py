@@ -6,9 +6,8 @@ B batch, T time, H heads, N states of a channel, P channels of a head
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from thesean.deploy.lowering.in_torch import over_time
+from thesean.deploy.lowering.in_torch import Stepwise
 from thesean.deploy.lowering.lowered import Lowered
 from thesean.deploy.lowering.value_blocks import linear_attention_operator
 from thesean.targets.shared.core import Core
@@ -32,22 +31,6 @@ def lower(core: Core, path: str, opset: int) -> Lowered:
     return Lowered(path, diagonal_scan)
 
 
-class Stepwise(nn.Module):
-    """The recurrence a step at a time: at once, the decays between T steps would be T x T a state."""
-
-    def forward(
-        self,
-        query_BTHN: torch.Tensor,
-        key_BTHN: torch.Tensor,
-        value_BTHP: torch.Tensor,
-        log_decay_BTHN: torch.Tensor,
-        state_BHNP: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs_T = tuple(x.transpose(0, 1) for x in (query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN.exp()))
-        out_TBHP, (state_BHNP,) = over_time(_step, (state_BHNP,), inputs_T)
-        return out_TBHP.transpose(0, 1), state_BHNP
-
-
 def _step(
     state: tuple[torch.Tensor, ...], at_t: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -57,8 +40,9 @@ def _step(
 
 
 def in_torch(core: Core, path: str) -> Stepwise:
-    return Stepwise()
+    """At once, the decays between T steps would be T x T a state."""
+    return Stepwise(_step)
 
 
 def portable(core: Core, path: str, opset: int) -> Stepwise:
-    return Stepwise()
+    return Stepwise(_step)
