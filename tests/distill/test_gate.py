@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from torch import nn
 
 import thesean
 from tests import models
+from tests.distill.tools import stopped_at
 from tests.models import vectors
 from thesean.errors import LostError
-from thesean.journal import Interrupted, Journal
+from thesean.journal import Interrupted
 from thesean.recipe import Recipe
 
 UNTRAINED = {"steps": 0, "closed_form": {"enabled": False}, "alignment": {"schedule": "none"}}
@@ -136,7 +136,7 @@ def test_a_gate_that_nothing_meets_changes_no_bit():
 @pytest.mark.parametrize("schedule", ["progressive", "independent"])
 @pytest.mark.parametrize("at", [2, 5, 7, 10, 13, 18])
 @pytest.mark.parametrize(("second", "most", "gives_up"), [("identity", 0.05, True), ("mingru", 0.0125, None)])
-def test_a_run_with_a_gate_goes_on_where_it_was(tmp_path: Path, monkeypatch, schedule, at, second, most, gives_up):
+def test_a_run_with_a_gate_goes_on_where_it_was(tmp_path: Path, schedule, at, second, most, gives_up):
     recipe = {
         "steps": 24,
         "warmup": 1,
@@ -153,18 +153,8 @@ def test_a_run_with_a_gate_goes_on_where_it_was(tmp_path: Path, monkeypatch, sch
     whole = run(None)
     assert any("more than max_drop" in note for note in whole.report.notes)
     assert gives_up is None or whole.plan.parts[1].kept == gives_up
-    taken, after_step = 0, Journal.after_step
-
-    def stopped(self: Journal, step: int, *parts: Any) -> None:
-        nonlocal taken
-        taken += 1
-        self.stopping = signal.SIGINT if taken == at else 0
-        after_step(self, step, *parts)
-
-    monkeypatch.setattr(Journal, "after_step", stopped)
-    with pytest.raises(Interrupted):
+    with stopped_at(at), pytest.raises(Interrupted):
         run(tmp_path)
-    monkeypatch.undo()
     again = run(tmp_path)
     assert any("went on at step" in note for note in again.report.notes)
     assert models.same_state(again.module, whole.module.state_dict())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch.nn import functional as F
 import thesean
 from tests import models
 from tests.distill.test_gate import TARGETS, Cells, windows
+from tests.distill.tools import stopped_at
 from tests.models import vectors
 from thesean.distill.training import Training
 from thesean.errors import LostError
-from thesean.journal import Interrupted, Journal
+from thesean.journal import Interrupted
 
 PARTS = ["cells.0", "cells.1", "cells.2"]
 
@@ -205,20 +205,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("recipe", SETTINGS, ids=lambda r: "-".join(str(v) for v in r.values() if isinstance(v, str)))
 @pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.thorough) for at in (3, 8, 19)] + [13])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch, recipe, at):
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, recipe, at):
     whole = convert(recipe)
-    taken, after_step = 0, Journal.after_step
-
-    def stopped(self: Journal, step: int, *parts: Any) -> None:
-        nonlocal taken
-        taken += 1
-        self.stopping = signal.SIGINT if taken == at else 0
-        after_step(self, step, *parts)
-
-    monkeypatch.setattr(Journal, "after_step", stopped)
-    with pytest.raises(Interrupted):
+    with stopped_at(at), pytest.raises(Interrupted):
         convert(recipe, workdir=tmp_path)
-    monkeypatch.undo()
     torch.manual_seed(at)  # another process, in which other things were drawn
     again = convert(recipe, workdir=tmp_path)
     assert any("went on at step" in note for note in again.report.notes)

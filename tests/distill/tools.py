@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,11 +16,28 @@ from thesean.distill.data import Feed
 from thesean.distill.outputs import Outputs
 from thesean.distill.task import Batch, Task
 from thesean.distill.training import Training
+from thesean.journal import Journal
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.recipe import Alignment, FineTuning, Recipe
+
+
+@contextmanager
+def stopped_at(at: int) -> Iterator[None]:
+    """Inside, a run is interrupted after so many steps of all its stages together."""
+    taken, after_step = 0, Journal.after_step
+
+    def stopped(self: Journal, step: int, *parts: Any) -> None:
+        nonlocal taken
+        taken += 1
+        self.stopping = signal.SIGINT if taken == at else 0
+        after_step(self, step, *parts)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Journal, "after_step", stopped)
+        yield
 
 
 class Recorder:
