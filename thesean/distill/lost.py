@@ -42,20 +42,19 @@ def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Mappin
     def network(numbers: Sequence[int]) -> float:
         return judge.divergence(lambda k, _: hybrid.graph_module(**judge.batches[k][1]), numbers)
 
-    def without(numbers: Sequence[int]) -> float:
+    def without(numbers: Sequence[int]) -> tuple[float, list[str]]:
         with left_out(hybrid) as names:
-            return network(numbers) if names else math.inf
+            return network(numbers) if names else math.inf, names
 
     far = guess(first)
-    if far < _KNOWS_LITTLE * math.log(max(classes, 2)) or final * _FAR < min(far, without(first)):
+    if far < _KNOWS_LITTLE * math.log(max(classes, 2)) or final * _FAR < min(far, without(first)[0]):
         return ""
-    own, uniform, bare = network(sample), guess(sample), without(sample)
+    own, uniform, (bare, names) = network(sample), guess(sample), without(sample)
     told = []
     if _worse(own, uniform):
         told.append(f"a uniform guess over {classes} classes is nearer ({uniform:.4g})")
     if _worse(own, bare):
-        with left_out(hybrid) as names:
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         told.append(f"with {some} simply left out it is {bare:.4g}")
     if not told:
         return ""
