@@ -265,7 +265,7 @@ def plan(  # type: ignore[misc]  # the first takes the others' arguments by `res
     candidates: Sequence[str | Target] | None = None,
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: Watching = True,
     context: int | Sequence[int] | None = None,
     batch: int | Sequence[int] | None = None,
 ) -> Plan | Plans:
