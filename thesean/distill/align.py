@@ -205,11 +205,10 @@ class Aligner:
             return self._swapping_loss(stage)
         reads = self.recipe.alignment.reads
         exits = stage.compared if reads != "guide" else ()
-        # a part that was only dropped has nothing to train
         alone = [
             r
             for r in self.hybrid.replacements
-            if reads != "hybrid" and r.part in stage.compared and any(True for _ in self.hybrid.module(r).parameters())
+            if reads != "hybrid" and r.part in stage.compared and self.hybrid.has_weights(r)
         ]
         runs = bool(exits) or self.objective.whole
         own, theirs = self._ends(exits, [name for r in alone for name in (r.guide_entry, r.guide_exit)])

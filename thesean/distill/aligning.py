@@ -16,7 +16,7 @@ from torch import fx
 from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
 from thesean.distill.budget import Shares, shared
-from thesean.distill.closed_form import Solver, solve_parts
+from thesean.distill.closed_form import Solver, solve_parts, solver_by
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.objective import Objective
 from thesean.distill.partial import Partials, stand_apart
@@ -87,6 +87,11 @@ class Aligning:
             self.judged_on = (
                 f"stages were judged by the divergence on {rows} of the {sizes[-1]} rows of a held-out batch"
             )
+
+    @property
+    def judged(self) -> range:
+        """The numbers of the batches that stages are judged on."""
+        return range(len(self._judged))
 
     @property
     def staged(self) -> bool:
@@ -281,16 +286,8 @@ class Aligning:
 
     def solver(self, first: int, preparing: bool) -> Solver:
         """Of all parts from this one on, in their order."""
-        form = self.training.recipe.closed_form
-        return Solver(
-            self.training.guide,
-            self.hybrid,
-            range(first, len(self.hybrid.parts)),
-            self.solving,
-            ridge=form.ridge if form.enabled else None,
-            solve_copied=form.solve_copied,
-            preparing=preparing,
-        )
+        parts, form = range(first, len(self.hybrid.parts)), self.training.recipe.closed_form
+        return solver_by(form, self.training.guide, self.hybrid, parts, self.solving, preparing)
 
     def solve(self, hybrid: Hybrid, parts: Sequence[int]) -> None:
         form = self.training.recipe.closed_form
@@ -328,13 +325,12 @@ class Aligning:
         if not self._apart or self.order != sorted(self.order):
             return self._judge_hybrid(with_state(self.bound_plan, parts, state))
         with evaluating(self.hybrid.graph_module):
-            return self.judge.of(lambda number: self.partials.output(len(parts), number), range(len(self._judged)))
+            return self.judge.of(lambda number: self.partials.output(len(parts), number), self.judged)
 
     def _judge_hybrid(self, hybrid: Hybrid) -> Evaluation:
         """As stages are judged."""
         with evaluating(hybrid.graph_module):
-            outputs = (lambda number: hybrid.graph_module(**self._judged[number]), range(len(self._judged)))
-            return self.judge.of(*outputs)
+            return self.judge.of(lambda number: hybrid.graph_module(**self._judged[number]), self.judged)
 
 
 def check_weights(settings: Alignment, paths: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from thesean.kernels.shared.precision import wide
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import Hybrid, Replacement
+from thesean.recipe import ClosedForm
 from thesean.targets import TargetModule
 from thesean.targets.shared.module import MaskReader
 
@@ -53,6 +54,19 @@ def solve_parts(
     """Refit the last layers of `parts`, in order; returns the modules solved. Leaves train/eval flags as they were."""
     solver = Solver(guide, hybrid, parts, batches, ridge=ridge, solve_copied=solve_copied)
     return [name for part in parts for name in solver.solve(part)]
+
+
+def solver_by(
+    form: ClosedForm,
+    guide: fx.GraphModule,
+    hybrid: Hybrid,
+    parts: Sequence[int],
+    batches: Sequence[Inputs],
+    preparing: bool,
+) -> Solver:
+    """As a recipe's closed form says; it prepares alone where that is off."""
+    ridge = form.ridge if form.enabled else None
+    return Solver(guide, hybrid, parts, batches, ridge=ridge, solve_copied=form.solve_copied, preparing=preparing)
 
 
 class Solver:

@@ -18,13 +18,12 @@ import torch
 
 from thesean.distill.align import Aligner, Stage
 from thesean.distill.aligning import Aligning
-from thesean.distill.closed_form import Solver
+from thesean.distill.closed_form import solver_by
 from thesean.distill.training import Training
 from thesean.errors import LostError
-from thesean.passes.graph.dump import not_dumping
 from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.hybrid import Hybrid, trial_hybrid
 from thesean.passes.plan.without import without
 from thesean.recipe import Recipe
 
@@ -78,7 +77,7 @@ class Gated(Aligning):
         after = self.snapshots[-1].evaluation
         if len(self.snapshots) > 1:
             return after.value - self.snapshots[-2].evaluation.value
-        return after.value - self.judge.of(None, range(len(self._judged))).value
+        return after.value - self.judge.of(None, self.judged).value
 
     def _undo(self, k: int) -> None:
         """Back to before the part: the ones before it as they were, itself as it began."""
@@ -95,20 +94,11 @@ class Gated(Aligning):
         self._undo(k)
         recipe = self.second
         logger.info("%s: tried again by the recipe %s", self.hybrid.parts[k], recipe.name)
-        form = recipe.closed_form
         taken = self.order[: len(self.snapshots) + 1]
         training = replace(self.training, recipe=self._alone(recipe))
         standing = self.standing(taken, training)
-        solver = Solver(
-            self.training.guide,
-            standing,
-            [k],
-            self.solving,
-            ridge=form.ridge if form.enabled else None,
-            solve_copied=form.solve_copied,
-            preparing=not self.staged,  # before stages all parts were
-        )
-        solver.solve(k)
+        preparing = not self.staged  # before stages all parts were
+        solver_by(recipe.closed_form, self.training.guide, standing, [k], self.solving, preparing).solve(k)
         result = None
         if recipe.steps:
             if not self.unshared:
@@ -129,8 +119,7 @@ class Gated(Aligning):
         path, old = self.hybrid.parts[k], self.hybrid
         self.kept.append((path, why))
         bound_plan = without(self.bound_plan, path, why)
-        with torch.random.fork_rng(devices=[]), not_dumping():
-            hybrid = build_hybrid(bound_plan, share=True)
+        hybrid = trial_hybrid(bound_plan, share=True)
         names: dict[str, str] = {}  # by what they were
         for r in hybrid.replacements:
             for other in old.of_part(r.part + (r.part >= k)):

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from thesean.distill.closed_form import Solver
+from thesean.distill.closed_form import solver_by
 from thesean.distill.evaluate import Judge
 from thesean.distill.training import Training
 from thesean.errors import PlanError
-from thesean.passes.graph.dump import not_dumping
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import build_hybrid, view_of
+from thesean.passes.plan.hybrid import trial_hybrid, view_of
 from thesean.passes.plan.without import without
 
 logger = logging.getLogger(__name__)
@@ -45,20 +42,11 @@ def keep_best(bound_plan: BoundPlan, training: Training) -> BoundPlan:
 
 def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) -> dict[str, Any]:
     """The divergence of the hybrid, and of those with one part less."""
-    form = training.recipe.closed_form
     batches = training.feed.take(_SOLVED_ON)
-    with torch.random.fork_rng(devices=[]), not_dumping():
-        hybrid = build_hybrid(bound_plan, share=True)
+    hybrid = trial_hybrid(bound_plan, share=True)
     parts = range(len(hybrid.parts))
-    solver = Solver(
-        training.guide,
-        hybrid,
-        parts,
-        [inputs for _, inputs in batches],
-        ridge=form.ridge if form.enabled else None,
-        solve_copied=form.solve_copied,
-        preparing=True,
-    )
+    solving = [inputs for _, inputs in batches]
+    solver = solver_by(training.recipe.closed_form, training.guide, hybrid, parts, solving, preparing=True)
     for number, path in enumerate(paths):
         training.observer.begin("keep", path, number + 1, len(paths), 0)
         solver.solve(number)

@@ -9,9 +9,8 @@ import torch
 
 from thesean.distill.align import StageResult
 from thesean.distill.evaluate import Evaluation
-from thesean.passes.graph.dump import not_dumping
 from thesean.passes.plan.bind import BoundPlan
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.hybrid import Hybrid, trial_hybrid
 
 State = dict[str, dict[str, torch.Tensor]]  # module name in the hybrid -> its state_dict
 
@@ -33,8 +32,7 @@ class Snapshot:
 
 def with_state(bound_plan: BoundPlan, parts: int | Collection[int], state: State) -> Hybrid:
     """The hybrid with the first so many parts, or these, replaced by modules in this state, the rest the guide's."""
-    with torch.random.fork_rng(devices=[]), not_dumping():
-        hybrid = build_hybrid(bound_plan, parts)
+    hybrid = trial_hybrid(bound_plan, parts)
     for replacement in hybrid.replacements:
         hybrid.module(replacement).load_state_dict(state.get(replacement.name, {}))
     hybrid.graph_module.eval()

@@ -43,7 +43,7 @@ class Swapping:
         self.guide, self.hybrid = guide, hybrid
         self._theirs = {n.name: n for n in guide.graph.nodes}
         self._exits = {r.exit: r.guide_exit for r in hybrid.replacements}
-        trained = {r.part for r in hybrid.replacements if any(True for _ in hybrid.module(r).parameters())}
+        trained = {r.part for r in hybrid.replacements if hybrid.has_weights(r)}
         self.free = sorted(trained)  # what is only dropped is dropped at each step
         self._always = {r.part for r in hybrid.replacements} - trained
         self._runs: dict[frozenset[int], _Run] = {}

@@ -57,6 +57,10 @@ class Hybrid:
     def module(self, replacement: Replacement) -> nn.Module:
         return self.graph_module.get_submodule(replacement.name)
 
+    def has_weights(self, replacement: Replacement) -> bool:
+        """Else it was only dropped, and has nothing to train."""
+        return any(True for _ in self.module(replacement).parameters())
+
     def of_part(self, part: int) -> tuple[Replacement, ...]:
         return tuple(r for r in self.replacements if r.part == part)
 
@@ -147,12 +151,19 @@ def build_hybrid(
     )
 
 
+def trial_hybrid(
+    bound_plan: BoundPlan, only: int | Collection[int] | None = None, copy_weights: bool = True, share: bool = False
+) -> Hybrid:
+    """One that is no step of the run's own: no number is drawn for it, and no graph told."""
+    with torch.random.fork_rng(devices=[]), not_dumping():
+        return build_hybrid(bound_plan, only, copy_weights, share)
+
+
 def view_of(bound_plan: BoundPlan, hybrid: Hybrid, parts: Collection[int]) -> Hybrid:
     """The guide with these parts of the hybrid in it, the hybrid's own modules: what trains one trains the other. The
     rest is the guide's own, and not to be changed.
     """
-    with torch.random.fork_rng(devices=[]), not_dumping():
-        view = build_hybrid(bound_plan, parts, copy_weights=False, share=True)
+    view = trial_hybrid(bound_plan, parts, copy_weights=False, share=True)
     known = {r.name: r for r in hybrid.replacements}
     for r in view.replacements:
         if r.name in known:
