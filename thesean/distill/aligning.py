@@ -33,9 +33,9 @@ from thesean.recipe import Alignment, RecipeError
 
 # Stages are judged on so many held-out batches, or on more where that costs no more than solving does. To judge each of
 # n stages runs what is left of the guide, n / 2 forwards a batch: past so many stages fewer batches are taken, or some
-# rows of one where that is still more than what is solved on, so that the cost of all grows with the layers and not by
-# their square.
-_JUDGED_BATCHES, _STAGES = 4, 12
+# rows of one where that is still more than half of what is solved on, so that the cost of all grows with the layers and
+# not by their square.
+_JUDGED_BATCHES, _STAGES = 4, 8
 
 
 class Aligning:
@@ -78,7 +78,7 @@ class Aligning:
     def _judge_rows(self, signature: Signature) -> None:
         """Where one batch is too many: some of its rows, by the divergence alone, for a loss reads whole batches."""
         sizes = [signature.check(inputs).get("batch", 1) for inputs in (*self.solving, *self._judged)]
-        rows = max(1, 2 * sum(sizes[:-1]) // len(self.hybrid.parts))
+        rows = max(1, sum(sizes[:-1]) // len(self.hybrid.parts))
         if rows < sizes[-1]:
             few = signature.first_rows(self._judged[0], rows)
             self._judged = [few]

@@ -74,8 +74,12 @@ def decide(places: Sequence[Place], options: RnnOptions) -> dict[str, Any]:
     if not attentions:
         return {}
     if not (asked := options.model_dump(exclude_none=True).keys() & {"window", "sinks", "kept", "taps", "width"}):
-        held = [_held(place, options) for place in attentions]
-        if (most := max((h for h in held if h is not None), default=None)) is not None and None not in held:
+        most = 0
+        for held in (_held(place, options) for place in attentions):
+            if held is None:  # one choice for all: the others needn't be measured
+                break
+            most = max(most, held)
+        else:
             return {"window": most // 2, "kept": most // 2}
     if "kept" in asked and options.kept:
         return {}
