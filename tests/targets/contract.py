@@ -274,7 +274,8 @@ def check_a_row_with_hidden_steps_is_what_it_is_alone(family: Family, part: Part
             for one, other in zip(tensors(state), tensors(after), strict=True):
                 same(family, one[row], other[0], f"the state after row {row} of a padded batch and that row's alone")
     if module.stateful:
-        start = tuple(torch.randn_like(s) for s in tensors(module.initial_state(x_BTD)))
+        zeros = tensors(module.initial_state(x_BTD))
+        start = tuple(torch.randn_like(s) if s.is_floating_point() else s for s in zeros)  # the others are counts
         start = tuple(s.abs().clamp(max=1) for s in start)
         _, kept = module(x_BTD, start if len(start) > 1 else start[0], mask=mask_BT)
         for one, other in zip(tensors(kept), start, strict=True):

@@ -15,29 +15,16 @@ are kept, and one more that has faded, N = M + 1 + W
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 
-from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.head_norm import NormForm, copy_norms, head_norms
-from thesean.targets.shared.held import Held
-from thesean.targets.shared.module import State
-from thesean.targets.shared.rotation import Rotate, Rotation
-from thesean.targets.shared.sequence import (
-    SequenceFrame,
-    SequenceOptions,
-    SequenceTarget,
-    check_sequence,
-    sequence_frame,
-    small_linear,
-)
-from thesean.targets.shared.steps import Steps
+from thesean.targets.shared.held_attention import HeldAttention, check_held, held_frame
+from thesean.targets.shared.sequence import SequenceOptions
 from thesean.targets.shared.worth import foretell
 
 WINDOW = KEPT = 64
@@ -53,13 +40,7 @@ class BoundedAttentionOptions(SequenceOptions):
     kept: int = Field(default=KEPT, gt=0, description="older tokens that are held, those that score highest")
 
 
-class BoundedFrame(SequenceFrame, total=False):
-    rotation: list[list[float]] | None
-    norm_eps: list[float] | None
-    norm_form: NormForm | None
-
-
-class BoundedAttention(SequenceTarget):
+class BoundedAttention(HeldAttention):
     """y_t = last(softmax_s(scale q_t.k_s) v_s), s over the last W tokens, t's own included, and over the M that score
     highest of all before these; queries and keys normed and turned as the guide does.
 
@@ -70,84 +51,14 @@ class BoundedAttention(SequenceTarget):
     """
 
     family = "bounded-attention"
-    reads_mask = True
-    saved = ("heads", "key_width", "value_width", "kv_heads", "window", "places", "scale", "rotation", "norm_eps",
-             "norm_form")  # fmt: skip
 
-    def __init__(
-        self,
-        *,
-        heads: int,
-        key_width: int,
-        value_width: int,
-        kv_heads: int,
-        window: int,
-        places: int,
-        scale: float,
-        **frame: Unpack[BoundedFrame],
-    ) -> None:
-        rotation = frame.pop("rotation", None)
-        norm_eps, norm_form = frame.pop("norm_eps", None), frame.pop("norm_form", None)
-        super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
-        self.heads, self.kv_heads, self.key_width, self.value_width = heads, kv_heads, key_width, value_width
-        self.window, self.places, self.scale = window, places, float(scale)
-        self.query = nn.Linear(self.width_in, heads * key_width)
-        self.key = nn.Linear(self.width_in, kv_heads * key_width)
-        self.value = nn.Linear(self.width_in, kv_heads * value_width)
-        self.score = nn.Linear(self.width_in, kv_heads).requires_grad_(False)
-        self.rotation, self.norm_eps, self.norm_form = rotation, norm_eps, norm_form
-        self.norms = head_norms(key_width, (heads, kv_heads), norm_eps, norm_form)
-        self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.held = Held(window, places + 1)  # the least fades
-        self.last = small_linear(heads * value_width, self.width_out)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.score = nn.Linear(self.width_in, self.kv_heads).requires_grad_(False)
 
-    @property
-    def row(self) -> int:
-        """Columns of a held token."""
-        return self.key_width + 1 + self.value_width + 1
-
-    def core_state(self, x: torch.Tensor) -> State:
-        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.held.places + self.window, self.row)
-        return held_BGNX if self.rotate is None else (held_BGNX, x.new_zeros(x.shape[0], dtype=torch.int64))
-
-    def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
-        held_BGNX, count_B = (state, None) if self.rotate is None else state
-        query_BTHC, row_BTGX = self._rows(x_BTD, count_B)
-        mean_BTHK, held_BGNX = self.held(query_BTHC, row_BTGX, held_BGNX, steps)
-        came = x_BTD.shape[1] if steps is None else steps.count_B
-        return mean_BTHK.flatten(-2), held_BGNX if count_B is None else (held_BGNX, count_B + came)
-
-    def _rows(self, x_BTD: torch.Tensor, count_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries, scaled, and what is held of each step."""
-        query_BTHC, key_BTGC = (f(x_BTD).unflatten(-1, (-1, self.key_width)) for f in (self.query, self.key))
-        if len(self.norms):
-            query_BTHC, key_BTGC = self.norms[0](query_BTHC), self.norms[1](key_BTGC)
-        if self.rotate is not None and count_B is not None:
-            step_BT = count_B.unsqueeze(1) + torch.arange(x_BTD.shape[1], device=x_BTD.device)
-            tables = self.rotate.tables_at(step_BT, x_BTD)
-            query_BTHC, key_BTGC = (self.rotate.turn_by(z, *tables) for z in (query_BTHC, key_BTGC))
-        score_BTG1 = self.score(x_BTD).unsqueeze(-1)
-        value_BTGk = F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
-        return self.scale * query_BTHC, torch.cat([key_BTGC, score_BTG1, value_BTGk], -1)
-
-    @torch.no_grad()
-    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
-        """Query, key, value and output projections, and the norms."""
-        facts = part.attention
-        if facts is None:
-            return ()
-        key, value = facts.grouped(self.kv_heads)
-        pairs = ((self.query, facts.query), (self.key, key), (self.value, value), (self.last, facts.output))
-        names = zip(("query", "key", "value", "output"), pairs, strict=True)
-        copied = tuple(name for name, (linear, affine) in names if copy_affine(linear, affine))
-        copy_norms(self.norms, facts.norms)
-        return copied
-
-    def unlike(self, part: PartFacts) -> str:
-        facts = part.attention
-        if facts is None or facts.plain:
-            return ""
-        return f"what they hold is not met by the guide's softmax: {facts.differs or 'more than was read off'}"
+    def scores(self, x_BTD: torch.Tensor, step_BT: torch.Tensor | None) -> torch.Tensor:
+        found_BTG: torch.Tensor = self.score(x_BTD)
+        return found_BTG
 
     def kept(self) -> str:
         told = f"the last {self.window} tokens and {self.places} that were foretold to matter"
@@ -163,57 +74,14 @@ class BoundedAttention(SequenceTarget):
             self.score.weight.copy_(_STEEP * found.weight_OI)
             self.score.bias.copy_(_STEEP * found.bias_O)
 
-    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        linears = (self.query, self.key, self.value, self.score, self.last)
-        weights = sum(linear.weight.numel() for linear in linears)
-        held = self.window + self.places
-        return 2 * part.rows(sizes) * (weights + self.heads * held * (self.key_width + self.value_width + 1))
-
 
 def check(part: PartFacts, options: BoundedAttentionOptions) -> None:
     """Raises TargetMismatchError where there is no causal attention to take over, or it adds a bias of distance."""
-    check_sequence("bounded-attention", part)
-    facts = part.attention
-    advice = "Choose target 'rnn' or 'linear-attention' for it."
-    if facts is None:
-        raise part.mismatch(
-            "bounded-attention", found="none that could be read", expected="an attention", advice=advice
-        )
-    if part.mixing == "bidirectional" and not options.causal:
-        raise part.mismatch(
-            "bounded-attention",
-            found="one that reads both ways",
-            expected="an attention that reads no later step",
-            advice=f"Set causal=True, or: {advice}",
-        )
-    if options.lookahead and part.mixing == "bidirectional":
-        raise part.mismatch("bounded-attention", found="lookahead=", expected="no later steps to read", advice=advice)
-    if facts.bias is not None:
-        raise part.mismatch(
-            "bounded-attention",
-            found="a bias of the distance",
-            expected="positions that are added before, or turn queries and keys",
-            advice=advice,
-        )
+    check_held("bounded-attention", part, options)
 
 
 def build(part: PartFacts, options: BoundedAttentionOptions) -> BoundedAttention:
-    facts = part.attention
-    assert facts is not None  # checked
-    key_width, value_width = facts.widths
-    return BoundedAttention(
-        heads=facts.heads,
-        kv_heads=facts.kv_heads,
-        key_width=key_width,
-        value_width=value_width,
-        window=options.window,
-        places=options.kept,
-        scale=facts.scale,
-        rotation=None if facts.rotation is None else facts.rotation.rows(),
-        norm_eps=facts.norm_eps,
-        norm_form=facts.norm_form,
-        **sequence_frame(part, options),
-    )
+    return BoundedAttention(window=options.window, places=options.kept, **held_frame(part, options))
 
 
 TARGET = Family(

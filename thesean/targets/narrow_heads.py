@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
-from torch import nn
 
 from thesean.errors import NumericalError
-from thesean.targets.shared.distance_bias import AddedBias
-from thesean.targets.shared.facts import AttentionFacts, PartFacts, attend
+from thesean.targets.shared.facts import AttentionFacts, PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
-from thesean.targets.shared.head_norm import Meeting, copy_norms, head_norms
-from thesean.targets.shared.module import MaskReader, State
-from thesean.targets.shared.rotation import Rotate, Rotation
+from thesean.targets.shared.head_norm import Meeting, copy_norms
 from thesean.targets.shared.select_features import fold, moments, select_groups
+from thesean.targets.shared.softmax_heads import SoftmaxHeads, softmax_frame
 
 # Tokens that the selection looks at, per feature of the concatenated heads.
 TOKENS_PER_FEATURE = 4
 
 
-class NarrowAttention(MaskReader):
+class NarrowAttention(SoftmaxHeads):
     """y = last(concat_h softmax(q_h k_h' scale + bias_h) v_h), with `heads` of the guide's own. x_BTD -> y_BTD.
 
     It is still an attention: a language model with one decodes with a cache of keys and values, which an export adds.
@@ -35,8 +32,7 @@ class NarrowAttention(MaskReader):
     """
 
     family = "narrow-heads"
-    reads_mask = True
-    last: nn.Linear
+    kv_saved = ()
 
     def __init__(
         self,
@@ -50,58 +46,14 @@ class NarrowAttention(MaskReader):
         causal: bool,
         **meeting: Unpack[Meeting],
     ) -> None:
-        super().__init__()
-        rotation, bias = meeting.get("rotation"), meeting.get("bias")
-        self.width_in = width_in
-        self.width_out = width_out
-        self.heads = heads
-        self.key_width = key_width
-        self.value_width = value_width
-        self.scale = float(scale)
-        self.causal = causal
-        self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.norm_eps, self.norm_form = meeting.get("norm_eps"), meeting.get("norm_form")
-        self.norms = head_norms(key_width, (heads, heads), self.norm_eps, self.norm_form)
-        self.added = None if bias is None else AddedBias(heads, bias)
-        self.query = nn.Linear(width_in, heads * key_width)
-        self.key = nn.Linear(width_in, heads * key_width)
-        self.value = nn.Linear(width_in, heads * value_width)
-        self.last = nn.Linear(heads * value_width, width_out)
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "width_in": self.width_in,
-            "width_out": self.width_out,
-            "heads": self.heads,
-            "key_width": self.key_width,
-            "value_width": self.value_width,
-            "scale": self.scale,
-            "causal": self.causal,
-            "rotation": None if self.rotate is None else self.rotate.rotation.rows(),
-            "norm_eps": self.norm_eps,
-            "norm_form": self.norm_form,
-            "bias": None if self.added is None else self.added.bias.sizes,
-        }
-
-    def masked_features(
-        self, x: torch.Tensor, state: State | None, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, State | None]:
-        query_BTHK, key_BTHK, value_BTHV = (
-            linear(x).unflatten(-1, (self.heads, -1)) for linear in (self.query, self.key, self.value)
+        super().__init__(
+            sizes=(width_in, width_out),
+            heads=(heads, heads),
+            widths=(key_width, value_width),
+            scale=scale,
+            causal=causal,
+            **meeting,
         )
-        if len(self.norms):
-            query_BTHK, key_BTHK = self.norms[0](query_BTHK), self.norms[1](key_BTHK)
-        if self.rotate is not None:
-            query_BTHK, key_BTHK = self.rotate(query_BTHK), self.rotate(key_BTHK)
-        bias = None if self.added is None else self.added.bias
-        return attend(query_BTHK, key_BTHK, value_BTHV, self.scale, self.causal, mask, bias), None
-
-    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
-        tokens = part.rows(sizes)
-        time = tokens // part.rows(sizes, 1)
-        weights = sum(p.numel() for p in self.parameters() if p.ndim >= 2)
-        scores = time * self.heads * (self.key_width + self.value_width)
-        return 2 * tokens * (weights + scores)
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:
@@ -166,20 +118,8 @@ def check(part: PartFacts, options: NarrowHeadsOptions) -> None:
 def build(part: PartFacts, options: NarrowHeadsOptions) -> NarrowAttention:
     facts = part.attention
     assert facts is not None  # check_heads
-    key_width, value_width = facts.widths
-    return NarrowAttention(
-        width_in=part.width_in,
-        width_out=part.width_out,
-        heads=options.heads or max(1, round(options.ratio * facts.heads)),
-        key_width=key_width,
-        value_width=value_width,
-        scale=facts.scale,
-        causal=part.mixing == "causal",
-        rotation=None if facts.rotation is None else facts.rotation.rows(),
-        norm_eps=facts.norm_eps,
-        norm_form=facts.norm_form,
-        bias=None if facts.bias is None else facts.bias.sizes,
-    )
+    heads = options.heads or max(1, round(options.ratio * facts.heads))
+    return NarrowAttention(**{**softmax_frame(part), "heads": heads})
 
 
 TARGET = Family(

@@ -122,8 +122,11 @@ def attend(
     mask_BT: torch.Tensor | None = None,
     bias: DistanceBias | None = None,
 ) -> torch.Tensor:
-    """softmax(q k' scale + bias) v of each head, concatenated: (B, T, H V). `mask_BT` is True at tokens."""
-    q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
+    """softmax(q k' scale + bias) v of each head, concatenated: (B, T, H V). `mask_BT` is True at tokens. Where
+    there are fewer heads of keys and values, each serves as many queries in a row.
+    """
+    heads = q_BTHK.shape[2]
+    q_BHTK, k_BHTK, v_BHTV = (_to_heads(x.transpose(1, 2), heads) for x in (q_BTHK, k_BTHK, v_BTHV))
     added: torch.Tensor | None = None  # booleans of what is seen, or a number for each score
     time = q_BHTK.shape[2]
     if mask_BT is not None:
@@ -140,6 +143,11 @@ def attend(
         q_BHTK, k_BHTK, v_BHTV, attn_mask=added, is_causal=causal and added is None, scale=scale
     )
     return mixed_BHTV.transpose(1, 2).flatten(2)
+
+
+def _to_heads(x_BGTK: torch.Tensor, heads: int) -> torch.Tensor:
+    repeats = heads // x_BGTK.shape[1]
+    return x_BGTK if repeats == 1 else x_BGTK.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
 
 def _by_group(rows: torch.Tensor, heads: int, count: int) -> torch.Tensor:
