@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Unpack
 
 import torch
 
@@ -15,7 +14,7 @@ from thesean.errors import NumericalError
 from thesean.targets.shared.facts import AttentionFacts, PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
-from thesean.targets.shared.head_norm import Meeting, copy_norms
+from thesean.targets.shared.head_norm import copy_norms
 from thesean.targets.shared.select_features import fold, moments, select_groups
 from thesean.targets.shared.softmax_heads import SoftmaxHeads, softmax_frame
 
@@ -32,28 +31,6 @@ class NarrowAttention(SoftmaxHeads):
     """
 
     family = "narrow-heads"
-    kv_saved = ()
-
-    def __init__(
-        self,
-        *,
-        width_in: int,
-        width_out: int,
-        heads: int,
-        key_width: int,
-        value_width: int,
-        scale: float,
-        causal: bool,
-        **meeting: Unpack[Meeting],
-    ) -> None:
-        super().__init__(
-            sizes=(width_in, width_out),
-            heads=(heads, heads),
-            widths=(key_width, value_width),
-            scale=scale,
-            causal=causal,
-            **meeting,
-        )
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

@@ -18,43 +18,51 @@ from thesean.targets.shared.module import MaskReader, State
 from thesean.targets.shared.rotation import Rotate, Rotation
 
 
+class SoftmaxFrame(Meeting, total=False):
+    """How queries and keys meet, how many heads of keys there are, and how wide what they read is."""
+
+    kv_heads: int
+    reads: int
+
+
 class SoftmaxHeads(MaskReader):
     """y = last(concat_h softmax(q_h k_g' scale + bias_h) v_g), g the group of h. x_BTD -> y_BTD.
 
-    It is still an attention: a language model with one decodes with a cache, which an export adds. Key and value read
-    `reads`, the part's input unless a subclass makes something else of it.
+    It is still an attention: a language model with one decodes with a cache, which an export adds. Keys and values are
+    maps of what `read` gives, of width `reads`: the part's input, unless a subclass makes something else of it. `saved`
+    names the constructor's arguments that a family has beside.
     """
 
     reads_mask = True
-    kv_saved: ClassVar[tuple[str, ...]] = ("kv_heads",)
+    saved: ClassVar[tuple[str, ...]] = ()
     last: nn.Linear
 
     def __init__(
         self,
         *,
-        sizes: tuple[int, int],
-        heads: tuple[int, int],
-        widths: tuple[int, int],
+        width_in: int,
+        width_out: int,
+        heads: int,
+        key_width: int,
+        value_width: int,
         scale: float,
         causal: bool,
-        reads: int | None = None,
-        **meeting: Unpack[Meeting],
+        **frame: Unpack[SoftmaxFrame],
     ) -> None:
-        """`sizes` of input and output, `heads` of queries and of keys, `widths` of a head's key and its value."""
         super().__init__()
-        rotation, bias = meeting.get("rotation"), meeting.get("bias")
-        self.width_in, self.width_out = sizes
-        self.heads, self.kv_heads = heads
-        self.key_width, self.value_width = widths
+        rotation, bias, reads = frame.get("rotation"), frame.get("bias"), frame.get("reads") or width_in
+        self.width_in, self.width_out = width_in, width_out
+        self.heads, self.kv_heads = heads, frame.get("kv_heads") or heads
+        self.key_width, self.value_width = key_width, value_width
         self.scale = float(scale)
         self.causal = causal
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), self.key_width)
-        self.norm_eps, self.norm_form = meeting.get("norm_eps"), meeting.get("norm_form")
-        self.norms = head_norms(self.key_width, heads, self.norm_eps, self.norm_form)
+        self.norm_eps, self.norm_form = frame.get("norm_eps"), frame.get("norm_form")
+        self.norms = head_norms(self.key_width, (heads, self.kv_heads), self.norm_eps, self.norm_form)
         self.added = None if bias is None else AddedBias(self.heads, bias)
         self.query = nn.Linear(self.width_in, self.heads * self.key_width)
-        self.key = nn.Linear(reads or self.width_in, self.kv_heads * self.key_width)
-        self.value = nn.Linear(reads or self.width_in, self.kv_heads * self.value_width)
+        self.key = nn.Linear(reads, self.kv_heads * self.key_width)
+        self.value = nn.Linear(reads, self.kv_heads * self.value_width)
         self.last = nn.Linear(self.heads * self.value_width, self.width_out)
 
     def config(self) -> dict[str, Any]:
@@ -70,7 +78,7 @@ class SoftmaxHeads(MaskReader):
             "norm_eps": self.norm_eps,
             "norm_form": self.norm_form,
             "bias": None if self.added is None else self.added.bias.sizes,
-            **{name: getattr(self, name) for name in self.kv_saved},
+            **{name: getattr(self, name) for name in self.saved},
         }
 
     @property
