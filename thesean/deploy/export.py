@@ -61,6 +61,7 @@ from thesean.deploy.torch_file import SUFFIX, write_torch
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.base import Attempt, Pass, run_passes
 from thesean.passes.cache_attention import CacheAttention
+from thesean.passes.cache_latents import CacheLatents
 from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.delay_steps import DelaySteps
@@ -309,7 +310,8 @@ def for_export(
 
     BoundPositions is not among them: a conversion ends with it, so that module and file are bounded alike.
     """
-    with_state = (InlineModules(signature), CacheAttention(signature), DelaySteps(signature), ThreadState(signature))
+    remembering = (CacheLatents(signature), InlineModules(signature), CacheAttention(signature))
+    with_state = (*remembering, DelaySteps(signature), ThreadState(signature))
     threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: with_state, None: (Attempt(*with_state),)}
     return (
         *threading.get(stateful, ()),

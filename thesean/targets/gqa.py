@@ -1,7 +1,8 @@
 """The same attention with fewer heads of keys and values, each of which serves a group of queries: a smaller cache.
 
-Ainslie et al. 2023 (GQA) take the mean of neighbouring heads and train on. Here the heads of a group are those that lose
-least together, and their key, value, queries and outputs are solved on the guide's activations (shared/merge_heads.py).
+Ainslie et al. 2023 (GQA) take the mean of neighbouring heads and train on. Here the heads of a group are those that
+lose least together, and their key, value, queries and outputs are solved on the guide's activations: see
+shared/merge_heads.py.
 
 B batch, T time, D width of the part, H heads of queries, G of keys and values, K head width of queries and keys
 """

@@ -1,10 +1,10 @@
 """The same attention whose keys and values are maps of one narrow latent a token: the latent is all that is remembered.
 
 DeepSeek-AI 2024 (DeepSeek-V2, section 2.1, multi-head latent attention) trains one from scratch, with keys of their own
-for a rotation. Here the guide's keys and values are solved as a low rank in the metric of its activations, and keys of a
-guide that turns them are made of the latent first and turned then, so that the full rank is the guide. That costs what
-the products with the latent cost for every token that is remembered, each step; without a rotation queries and outputs
-take these products over, and a step reads the latent alone.
+for a rotation. Here the guide's keys and values are solved as a low rank in the metric of its activations. Keys of a
+guide that turns or norms them are made of the latent first, so that the full rank is the guide: each step makes those
+of all that is remembered anew, S R G (K + V) products. Else queries and outputs take these products over, and a step
+reads the latent alone, S R 2 H.
 
 B batch, T time, D width of the part, R width of the latent, G heads of keys and values, K head width of queries and
 keys, V of values, E outputs of all keys and values, I inputs with a column of biases
@@ -47,6 +47,7 @@ class LatentAttention(SoftmaxHeads):
     """
 
     family = "mla"
+    remembers_what_it_reads = True
     saved = ("kv_heads", "rank")
 
     def __init__(self, *, rank: int, **frame: Any) -> None:

@@ -16,9 +16,8 @@ from thesean.targets.shared.select_features import FeatureMoments, moments
 
 
 class HeadMetrics(NamedTuple):
-    """Squares: an error e of a head's key moves the scores by e' key_HKK e, one of its value the output by e' value_HVV e.
-
-    In double. Scores count for as much as the values that they choose from differ in the output.
+    """An error e of a head's key counts for e' key_HKK e, one of its value for e' value_HVV e, in double: squares of
+    what moves. Scores count for as much as the values that they choose from differ in the output.
     """
 
     key_HKK: torch.Tensor
@@ -26,8 +25,8 @@ class HeadMetrics(NamedTuple):
 
 
 def metrics_of(facts: AttentionFacts, known: FeatureMoments) -> HeadMetrics:
-    """From the guide's weights and the moments of what it reads. Turned queries meet keys at any angle: their pairs count
-    alike, and for themselves.
+    """From the guide's weights and the moments of what it reads. Turned queries meet keys at any angle: the two of
+    a pair count alike, and for themselves.
     """
     output_OHV = facts.output.weight_OI.double().unflatten(1, (facts.heads, -1))
     value_HVV = torch.einsum("ohv,ohw->hvw", output_OHV, output_OHV)

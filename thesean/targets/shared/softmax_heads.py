@@ -34,6 +34,7 @@ class SoftmaxHeads(MaskReader):
     """
 
     reads_mask = True
+    remembers_what_it_reads: ClassVar[bool] = False  # narrower than keys and values: an export's cache holds it
     saved: ClassVar[tuple[str, ...]] = ()
     last: nn.Linear
 
