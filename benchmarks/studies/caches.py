@@ -61,7 +61,8 @@ def cache(target: thesean.Target) -> str:
 
 def table(result: Result) -> str:
     cases = result["cases"]
-    lines = ["Nats a character; median of the seeds.", "", "| guide and target | cache | loss | lowest | highest | guide |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["Nats a character; median of the seeds.", ""]
+    lines += ["| guide and target | cache | loss | lowest | highest | guide |", "|---|---|---:|---:|---:|---:|"]
     for name in dict.fromkeys(c["name"] for c in cases):
         rows = [c for c in cases if c["name"] == name]
         losses = sorted(c["loss"] for c in rows)
