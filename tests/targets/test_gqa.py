@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from tests.tolerances import relative_error
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import Affine, AttentionFacts, PartFacts
 from thesean.targets.shared.distance_bias import DistanceBias, Reach
+from thesean.targets.shared.head_metrics import moments_of
 from thesean.targets.shared.head_norm import HeadNorm
+from thesean.targets.shared.merge_heads import Merge
 from thesean.targets.shared.rotation import Rotation
 
 BOTH = pytest.mark.parametrize("mixing", ["causal", "bidirectional"])
@@ -132,6 +135,15 @@ def test_solved_heads_are_nearer_than_means(mixing, kind, kv_heads, make_part):
     part = make_part(mixing, kind)
     solved, mean = (error_of(merged(part, kv_heads=kv_heads, merge=merge), part) for merge in ("solved", "mean"))
     assert solved < (1 if kind == "normed" else 0.9) * mean  # normed keys are means themselves
+
+
+@KINDS
+def test_what_pairs_lose_is_what_their_groups_do(kind, make_part):
+    part = make_part("causal", kind)
+    merge = Merge(part.attention, moments_of(inputs(), "layers.0"))
+    lost_HH = merge.lost_by_pairs()
+    for a, b in itertools.combinations(range(4), 2):
+        assert lost_HH[a, b].item() == lost_HH[b, a].item() == pytest.approx(merge.group((a, b)).lost)
 
 
 def test_the_mean_is_that_of_neighbours(make_part):

@@ -37,7 +37,8 @@ def rename_states(model: ir.Model, tokens: str, mask: str | None) -> Caches:
     """Give a model's states genai's names, in place. `tokens` names the input of ids_BT, `mask` that of which of these
     are seen, which becomes the one of all steps so far, (B, S).
 
-    Raises ExportError for what genai doesn't carry: a cache that ends at a window, or keys wider than their values.
+    Raises ExportError for what genai doesn't carry: a cache that ends at a window or is a latent, or keys wider than
+    their values.
     """
     edit = _Edit(model, tokens)
     before = [v for v in model.graph.inputs if (v.name or "").startswith(STATE_IN)]
@@ -53,8 +54,9 @@ def rename_states(model: ir.Model, tokens: str, mask: str | None) -> Caches:
         elif len(sizes) == 2 and sizes[1] == PAST and edit.is_bool(value):
             edit.replace(value, seen_BP)
         elif any(isinstance(size, str) and size.startswith(PAST) for size in sizes):
+            what = "is a latent" if PAST in sizes else "ends at a window"
             raise ExportError(
-                f"genai: {value.name}: expected a cache of all steps, found {list(sizes)}, which ends at a window: "
+                f"genai: {value.name}: expected a cache of all steps, found {list(sizes)}, which {what}: "
                 "onnxruntime-genai counts on one row a step. Replace these attentions, or use runtime='onnxruntime'."
             )
         else:

@@ -123,6 +123,26 @@ class Merge:
             total += shared.lost
         return made_KI, change_RKK, total
 
+    def lost_by_pairs(self) -> torch.Tensor:
+        """(H, H): what `group` loses with each two heads, from products of all heads that are made once."""
+        metrics = self.weights.key_HKK
+        lost_HH = _least_shared(self.value_HVI, self.weights.value_HVV, self.spread_II)
+        if self.facts.norms is not None:
+            gram_HKHK = _gram(self.key_HKI, self.spread_II)
+            for a, b in itertools.combinations(range(len(metrics)), 2):
+                same_KK, cross_KK = gram_HKHK[a, :, a] + gram_HKHK[b, :, b], gram_HKHK[a, :, b]
+                apart_KK = (same_KK - cross_KK - cross_KK.mT) / 4  # of half their difference
+                lost_HH[a, b] = lost_HH[b, a] = lost_HH[a, b] + ((metrics[a] + metrics[b]) * apart_KK).sum()
+            return lost_HH
+        rest = torch.ones(metrics.shape[1], dtype=torch.bool)
+        for first, second in [] if self.facts.rotation is None else zip(*self.facts.rotation[:2], strict=True):
+            rest[first] = rest[second] = False
+            complex_H1I = torch.complex(self.key_HKI[:, first], self.key_HKI[:, second]).unsqueeze(1)
+            lost_HH += _least_shared(complex_H1I, metrics[:, first, first].view(-1, 1, 1), self.second_II)
+        if rest.any():
+            lost_HH += _least_shared(self.key_HKI[:, rest], metrics[:, rest][:, :, rest], self.spread_II)
+        return lost_HH
+
     def _choose(self, count: int) -> list[tuple[int, ...]]:
         """Neighbours first, then two heads change places as long as what pairs lose together becomes less."""
         heads = self.facts.heads
@@ -130,9 +150,7 @@ class Merge:
         groups = [list(range(start, start + size)) for start in range(0, heads, size)]
         if size in (1, heads):
             return [tuple(g) for g in groups]
-        lost_HH = torch.zeros(heads, heads)
-        for a, b in itertools.combinations(range(heads), 2):
-            lost_HH[a, b] = lost_HH[b, a] = self.group((a, b)).lost
+        lost_HH = self.lost_by_pairs()
         least = 1e-9 * float(lost_HH.max())
         while True:
             gains = {
@@ -145,6 +163,26 @@ class Merge:
             if gain <= least:
                 return [tuple(sorted(g)) for g in groups]
             groups = [[b if h == a else a if h == b else h for h in g] for g in groups]
+
+
+def _gram(rows_HKI: torch.Tensor, covariance_II: torch.Tensor) -> torch.Tensor:
+    """(H, K, H, K): second moments of all heads' outputs."""
+    flat_NI = rows_HKI.flatten(0, 1)
+    sizes = rows_HKI.shape[:2]
+    return (flat_NI @ covariance_II.to(flat_NI) @ flat_NI.mH).unflatten(1, sizes).unflatten(0, sizes)
+
+
+def _least_shared(rows_HKI: torch.Tensor, metric_HKK: torch.Tensor, covariance_II: torch.Tensor) -> torch.Tensor:
+    """(H, H): what two heads lose in one of their width, as `share` tells it."""
+    heads, width = rows_HKI.shape[:2]
+    roots_HKK = torch.stack([root(m).root_KK for m in metric_HKK]).to(rows_HKI)
+    gram_HKHK = _gram(roots_HKK @ rows_HKI, covariance_II)
+    lost_HH = torch.zeros(heads, heads, dtype=torch.float64, device=rows_HKI.device)
+    for a, b in itertools.combinations(range(heads), 2):
+        both = [a, b]
+        values_N = torch.linalg.eigvalsh(gram_HKHK[both][:, :, both].flatten(2).flatten(0, 1))
+        lost_HH[a, b] = lost_HH[b, a] = values_N[:width].clamp_min(0).sum()
+    return lost_HH
 
 
 def _gain(lost_HH: torch.Tensor, one: list[int], other: list[int], a: int, b: int) -> float:
