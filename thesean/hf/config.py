@@ -15,7 +15,7 @@ TYPE = "thesean"
 
 # Of the guide's, and true of the converted network still: sizes that tools ask for, tokens, names of classes.
 _KEPT = (
-    "vocab_size", "hidden_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size", "hidden_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id", "pad_token_id",
     "sep_token_id", "cls_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type",
 )  # fmt: skip
 

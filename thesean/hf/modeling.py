@@ -6,7 +6,8 @@ B batch, T time, P steps that were read before, V vocabulary
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from thesean.artifact import NETWORK, Artifact
+from thesean.deploy.lowering.to_onnx import output_names
 from thesean.errors import DataError
 from thesean.hf.config import TheseanConfig
 from thesean.hf.follow import Following, constants_as_buffers
@@ -30,6 +32,9 @@ from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
 from thesean.report.conversion import ConversionReport
 from thesean.targets.shared.steps import Steps
+
+
+TYPES = "token_type_ids"  # tokenizers give zeros, or none, where a model is of one type of tokens
 
 
 class TheseanModel(PreTrainedModel):
@@ -76,7 +81,9 @@ class TheseanModel(PreTrainedModel):
         squared error. Raises DataError.
         """
         inputs |= dict(zip([s.name for s in self.signature.inputs], args, strict=False))
-        output = self._wrap(self.network(**self._given(inputs)))
+        given = self._given(inputs)
+        with self._telling(given):
+            output = self._wrap(self.network(**given))
         if labels is not None:
             output["loss"] = _loss_of(output.get("logits"), labels)
         return output
@@ -93,17 +100,28 @@ class TheseanModel(PreTrainedModel):
             value = left.pop(spec.name, None)
             if value is None and (spec.name == "attention_mask" or spec.mask) and shape is not None:
                 value = torch.ones(shape, dtype=spec.dtype, device=self.device)
+            if value is None and spec.name == TYPES and shape is not None:
+                value = torch.zeros(shape, dtype=spec.dtype, device=self.device)
             if value is None:
                 raise DataError(f"missing input {spec.name!r}; expected: {spec.describe()}.")
             masks = spec.name == "attention_mask" or spec.dtype.is_floating_point
             given[spec.name] = value.to(spec.dtype) if masks and isinstance(value, torch.Tensor) else value
         for name, value in left.items():
-            # tokenizers give token types whether or not there are any
-            if not (name == "token_type_ids" and isinstance(value, torch.Tensor) and not bool(value.any())):
+            if not (name == TYPES and isinstance(value, torch.Tensor) and not bool(value.any())):
                 known = ", ".join(s.name for s in self.signature.inputs)
                 raise DataError(f"unknown input {name!r}; the converted network takes: {known}.")
         self.signature.check(given)
         return given
+
+    @contextmanager
+    def _telling(self, given: dict[str, torch.Tensor]) -> Iterator[None]:
+        """DataError for ids that no table holds, where that is why a call fails."""
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:
+            if why := self.signature.out_of_range(given):
+                raise DataError(f"{why}.") from error
+            raise
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """The graph's own constants go to the device and the precision that its weights go to."""
@@ -218,7 +236,8 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
             time = input_ids.shape[1]
             # of one token more, one is read: to look whether it is hidden would wait for the device
             told = None if attention_mask is None or (time == 1 and past.steps) else attention_mask[:, -time:]
-            logits_BTV = stream.read(input_ids, told, past)
+            with self._telling({self.roles.tokens: input_ids}):
+                logits_BTV = stream.read(input_ids, told, past)
         else:
             logits_BTV = self._whole(input_ids, attention_mask, rest)
         loss = None
@@ -239,14 +258,12 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
             shown_BT = torch.ones_like(ids_BT) if mask_BT is None or steps is not None else mask_BT.long()
             inputs[roles.positions] = (shown_BT.cumsum(1) - 1).clamp_min(0)
         given = self._given(inputs)
-        values = leaf_values(self.network(**given))
-        logits_BTV = values[self._index]
+        with self._telling(given):
+            logits_BTV = leaf_values(self.network(**given))[self._index]
         return logits_BTV if steps is None else steps.back(logits_BTV)
 
     @property
     def _index(self) -> int:
-        from thesean.deploy.lowering.to_onnx import output_names
-
         return output_names(self.network).index(self.roles.logits)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -126,6 +126,9 @@ def _device(given: Any) -> torch.device | None:
     if given in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(given)
-    except (RuntimeError, TypeError) as error:
-        raise DataError(f"device_map: expected one device, as 'cuda', 0 or 'auto', found {given!r}.") from error
+        place = torch.device(given)
+        torch.empty(0, device=place)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last of what torch was built without
+        expected = "expected one device that is there, as 'cpu', 0 or 'auto'"
+        raise DataError(f"device_map: {expected}, found {given!r}: {first_line(error)}") from error
+    return place

@@ -161,8 +161,8 @@ class Signature:
     def out_of_range(self, inputs: dict[str, torch.Tensor]) -> str:
         """What is wrong with ids that no table holds, "" where nothing is known to be. Reads all of them."""
         for spec in self.inputs:
-            value = inputs[spec.name]
-            if spec.high is None or value.is_floating_point() or not value.numel():
+            value = inputs.get(spec.name)
+            if value is None or spec.high is None or value.is_floating_point() or not value.numel():
                 continue
             low, high = (int(v) for v in value.aminmax())
             if low < 0 or high >= spec.high:
