@@ -33,7 +33,6 @@ from thesean.passes.plan.plan import Plan
 from thesean.report.conversion import ConversionReport
 from thesean.targets.shared.steps import Steps
 
-
 TYPES = "token_type_ids"  # tokenizers give zeros, or none, where a model is of one type of tokens
 
 
