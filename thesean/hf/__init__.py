@@ -12,6 +12,7 @@ from thesean.hf.config import TheseanConfig  # noqa: E402  the line above says w
 from thesean.hf.folder import save_pretrained  # noqa: E402
 from thesean.hf.load import from_converted, from_pretrained  # noqa: E402
 from thesean.hf.modeling import TheseanForCausalLM, TheseanModel  # noqa: E402
+from thesean.hf.native.native import save_native, to_native  # noqa: E402
 from thesean.hf.states import CarriedStates  # noqa: E402
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "TheseanModel",
     "from_converted",
     "from_pretrained",
+    "save_native",
     "save_pretrained",
+    "to_native",
 ]

@@ -36,6 +36,7 @@ class Card:
     licence: str | None
     generates: bool
     has_tokenizer: bool
+    trained_further: bool = False
     native: str | None = None  # the class that loads it without Thesean
 
 
@@ -64,6 +65,7 @@ def card_text(card: Card) -> str:
         "## What was lost",
         "",
         *_figures(card.report),
+        *(["", "It was trained further after that: these are the conversion's own figures."] * card.trained_further),
         "",
         *(f"- {note}" for note in (*card.plan.notes, *card.report.notes)),
         "",

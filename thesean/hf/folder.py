@@ -165,5 +165,6 @@ def _card(written: Written) -> str:
             licence=getattr(written.config, "licence", None),
             generates=written.generation is not None,
             has_tokenizer=written.tokenizer is not None,
+            trained_further=bool(getattr(written.config, "trained_further", False)),
         )
     )

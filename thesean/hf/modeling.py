@@ -135,6 +135,10 @@ class TheseanModel(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Nothing."""
 
+    def train(self, mode: bool = True) -> Any:
+        self.config.trained_further = self.config.trained_further or mode
+        return super().train(mode)
+
     def get_input_embeddings(self) -> Any:
         raise NotImplementedError("a graph has tables, and no layer of its own for them: they can't be resized.")
 

@@ -29,7 +29,9 @@ class GuideClass:
         kind = type(model)
         path = f"{kind.__module__}.{kind.__qualname__}"
         generation = {
-            k: v for k, v in (_data(getattr(model, "generation_config", None)) or {}).items() if v is not None
+            k: v
+            for k, v in (_data(getattr(model, "generation_config", None)) or {}).items()
+            if v is not None and (v is not False or k == "use_cache")
         }
         return cls(path=path, config=config, generation=generation or None, record=kind)
 
