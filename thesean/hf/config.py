@@ -16,14 +16,16 @@ TYPE = "thesean"
 # Of the guide's, and true of the converted network still: sizes that tools ask for, tokens, names of classes.
 _KEPT = (
     "vocab_size", "hidden_size", "max_position_embeddings", "n_positions", "bos_token_id", "eos_token_id",
-    "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "id2label", "label2id", "num_labels", "problem_type",
+    "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "id2label", "label2id", "num_labels",
+    "problem_type",
 )  # fmt: skip
 
 
 class TheseanConfig(PreTrainedConfig):
     """`roles`: the names of the inputs that hold tokens, a mask of them, and positions, and of the output that holds
     logits. None of a network that isn't a causal language model. `licence`: of the guide, as it was given.
-    `trained_further`: since the conversion, whose report tells nothing of that. The network itself stands in graph.json.
+    `trained_further`: since the conversion, whose report tells nothing of that. The network itself stands in
+    graph.json.
     """
 
     model_type = TYPE
