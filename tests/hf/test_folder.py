@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_an_encoder_gives_outputs_of_its_guides_class(tmp_path: Path):
     output = loaded(**batch, token_type_ids=torch.zeros(3, 12, dtype=torch.long))
     assert type(output) is type(guide(**batch))
     assert torch.equal(output.last_hidden_state, converted(**batch).last_hidden_state)
+    assert list(inspect.signature(loaded.forward).parameters) == ["input_ids", "attention_mask", "labels"]
     assert not (tmp_path / "encoder" / "generation_config.json").exists()
     with pytest.raises(DataError, match="no causal language model"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "encoder")
@@ -115,6 +117,14 @@ def test_labels_are_asked_one_step_ahead_and_training_is_saved(tmp_path: Path):
     assert torch.equal(
         bounded("model.layers.0")(**batch).logits, hf.from_converted(bounded("model.layers.0"))(**batch).logits
     )
+
+
+@pytest.mark.parametrize("network", [lambda: bounded("model.layers.0"), counted], ids=["rotary", "table"])
+def test_what_a_graph_makes_anew_is_made_where_its_weights_are(network: Any):
+    moved = hf.from_converted(network()).to("meta")
+    ids_BT = torch.zeros(2, 5, dtype=torch.long, device="meta")
+    assert moved(ids_BT).logits.device.type == "meta"
+    assert moved(ids_BT, use_cache=False).logits.shape == (2, 5, 32)
 
 
 def test_weights_of_a_state_dict_are_saved_in_place_of_its_own(tmp_path: Path):
@@ -211,6 +221,12 @@ def test_what_is_no_conversion_is_refused(tmp_path: Path):
         AutoModelForCausalLM.from_config(hf.from_converted(counted()).config)
     with pytest.raises(DataError, match=r"input_ids: expected ids of shape \(batch, time\)"):
         hf.from_converted(counted())(ids(1, 3, 0)[0])
+
+
+def test_the_module_is_there_when_it_is_asked_for():
+    assert thesean.hf is hf
+    with pytest.raises(AttributeError, match="module 'thesean' has no attribute 'hfs'"):
+        thesean.hfs  # noqa: B018
 
 
 def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch):

@@ -127,6 +127,7 @@ def test_the_cache_of_another_network_is_refused():
     ("wrong", "told"),
     [
         (dict(cache_implementation="static"), "cache_implementation: expected 'dynamic'"),
+        (dict(output_hidden_states=True), "output_hidden_states: a graph has the outputs that the guide"),
         (dict(inputs=torch.tensor([[1, 2, 99]])), "input_ids holds 99; expected ids from 0 to 31"),
     ],
 )

@@ -70,7 +70,7 @@ class Following:
     def finish(self) -> Signature:
         """The graph in its new place, and what it takes there."""
         after = Place.of(self.network)
-        if after.device is not None and after.device.type != "meta":
+        if after.device is not None:
             _move(self.network, after.device)
         old, new = self.before.dtype, after.dtype
         if old is None or new is None or old == new:

@@ -5,6 +5,7 @@ B batch, T time, P steps that were read before, V vocabulary
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,19 @@ from thesean.report.conversion import ConversionReport
 from thesean.targets.shared.steps import Steps
 
 TYPES = "token_type_ids"  # tokenizers give zeros, or none, where a model is of one type of tokens
+
+
+class NamedForward:
+    """A model's forward that says what it takes: transformers' Trainer drops the columns that it doesn't."""
+
+    def __init__(self, model: TheseanModel) -> None:
+        self.model = model
+        names = [*(spec.name for spec in model.signature.inputs), "labels"]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **inputs)
 
 
 class TheseanModel(PreTrainedModel):
@@ -67,6 +81,8 @@ class TheseanModel(PreTrainedModel):
         kept = {name for name, _ in self.network.named_parameters()}
         self._keys_to_ignore_on_save = {NETWORK + name for name in names if name not in kept}  # tied: saved once
         self._wrap = output_wrapper(signature)
+        if type(self).forward is TheseanModel.forward:
+            self.forward = NamedForward(self)  # type: ignore[method-assign]
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
@@ -91,9 +107,8 @@ class TheseanModel(PreTrainedModel):
         """What the network takes of what it is called with. A mask that isn't given hides nothing."""
         given: dict[str, torch.Tensor] = {}
         left = {name: value for name, value in inputs.items() if value is not None}
-        for name in ("return_dict", "output_attentions", "output_hidden_states", "use_cache", "num_items_in_batch"):
-            if left.pop(name, False) and name.startswith("output_"):
-                raise DataError(f"{name}: a graph has the outputs that the guide was captured with, and no others.")
+        for name in ("return_dict", "use_cache", "num_items_in_batch", *_outputs_asked(left)):
+            left.pop(name, None)
         shape = next((v.shape[:2] for v in left.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None)
         for spec in self.signature.inputs:
             value = left.pop(spec.name, None)
@@ -232,7 +247,8 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
         if rest.pop("inputs_embeds", None) is not None:
             raise DataError("inputs_embeds: a graph begins with its tables. Give input_ids.")
         options = {k: rest.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in rest}
-        rest.pop("cache_position", None)
+        for name in ("cache_position", *_outputs_asked(rest)):
+            rest.pop(name, None)
         past = None
         if (past_key_values is not None or use_cache) and (stream := self.stream) is not None:
             past = carried(past_key_values, stream.rows)
@@ -303,6 +319,14 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
         past = carried(model_kwargs.get("past_key_values"), stream.rows)
         past._is_user_defined = model_kwargs.get("past_key_values") is not None
         model_kwargs["past_key_values"] = past
+
+
+def _outputs_asked(given: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the arguments that ask for more outputs. Raises DataError where one does."""
+    names = ("output_attentions", "output_hidden_states")
+    if asked := next((name for name in names if given.get(name)), None):
+        raise DataError(f"{asked}: a graph has the outputs that the guide was captured with, and no others.")
+    return names
 
 
 def _loss_of(logits: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
