@@ -100,7 +100,7 @@ class TheseanModel(PreTrainedModel):
         with self._telling(given):
             output = self._wrap(self.network(**given))
         if labels is not None:
-            output["loss"] = _loss_of(output.get("logits"), labels)
+            output["loss"] = _loss_of(output.get("logits") if isinstance(output, dict) else None, labels)
         return output
 
     def _given(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
