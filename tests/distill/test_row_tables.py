@@ -53,7 +53,7 @@ def test_a_table_is_read_in_batches_and_its_last_ones_are_held_out():
     assert torch.equal(batches[-1:][0]["idx"], torch.arange(4 * ROWS, 5 * ROWS))
     torch.manual_seed(0)
     converted = thesean.compile(
-        spread(llama().eval()), "rnn", data=Table(columns(5 * ROWS)), recipe="fast", progress=False
+        spread(llama().eval()), "identity", data=Table(columns(5 * ROWS)), recipe="fast", progress=False
     )
     assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
     notes = " ".join(converted.report.notes)
@@ -104,7 +104,7 @@ def test_batches_of_transformers_collators_are_taken(collator):
         data = DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
     torch.manual_seed(0)
     converted = thesean.compile(
-        spread(llama().eval()), "rnn", data=data, recipe="fast", loss=thesean.next_token, progress=False
+        spread(llama().eval()), "identity", data=data, recipe="fast", loss=thesean.next_token, progress=False
     )
     assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
     assert converted.report.converted["loss"] < 10
