@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import thesean
 from tests.guides import _masked, bert, gpt2, ids
@@ -90,6 +96,29 @@ def test_an_encoder_gives_outputs_of_its_guides_class(tmp_path: Path):
     assert not (tmp_path / "encoder" / "generation_config.json").exists()
     with pytest.raises(DataError, match="no causal language model"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "encoder")
+    with pytest.raises(DataError, match="no output 'logits'"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder")
+
+
+@pytest.mark.slow
+def test_a_classifier_names_its_classes_and_gives_the_loss_of_labels(tmp_path: Path):
+    from transformers import BertConfig, BertForSequenceClassification, pipeline
+
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = BertConfig(vocab_size=32, max_position_embeddings=64, id2label={0: "a", 1: "b", 2: "c"}, **sizes)
+    torch.manual_seed(0)
+    guide, batch = BertForSequenceClassification(config).eval(), _masked(3, 12, 0)
+    converted = thesean.compile(guide, "narrow", recipe="fast", data=[batch], progress=False)
+    hf.save_pretrained(converted, tmp_path / "classes", tokenizer=tokenizer(side="right"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "classes")
+    labels = torch.tensor([2, 0, 1])
+    output = loaded(**batch, labels=labels)
+    assert torch.equal(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    assert torch.equal(output.logits, converted(**batch).logits)
+    classify = pipeline(
+        "text-classification", model=loaded, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "classes")
+    )
+    assert classify("w1 w2 w3")[0]["label"] in {"a", "b", "c"}
 
 
 def test_labels_are_asked_one_step_ahead_and_training_is_saved(tmp_path: Path):

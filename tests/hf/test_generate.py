@@ -48,6 +48,12 @@ def test_prompts_of_unequal_length_go_on_as_each_does_alone(name):
         assert made[row, 9:].tolist() == ids_1T[0, length:].tolist()
 
 
+def test_a_prompt_may_be_read_in_chunks():
+    network, prompts = model("one attention kept"), padded(3, 7)
+    at_once = network.generate(**prompts, **settings())
+    assert torch.equal(network.generate(**prompts, **settings(), prefill_chunk_size=2), at_once)
+
+
 @pytest.mark.parametrize(
     "drawing",
     [dict(num_beams=3, num_return_sequences=2, length_penalty=0.0), dict(do_sample=True, top_k=6, temperature=0.7)],

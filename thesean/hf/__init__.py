@@ -11,7 +11,7 @@ require_transformers()
 from thesean.hf.config import TheseanConfig  # noqa: E402  the line above says what is missing
 from thesean.hf.folder import save_pretrained  # noqa: E402
 from thesean.hf.load import from_converted, from_pretrained  # noqa: E402
-from thesean.hf.modeling import TheseanForCausalLM, TheseanModel  # noqa: E402
+from thesean.hf.modeling import TheseanForCausalLM, TheseanForSequenceClassification, TheseanModel  # noqa: E402
 from thesean.hf.native.native import save_native, to_native  # noqa: E402
 from thesean.hf.states import CarriedStates  # noqa: E402
 
@@ -19,6 +19,7 @@ __all__ = [
     "CarriedStates",
     "TheseanConfig",
     "TheseanForCausalLM",
+    "TheseanForSequenceClassification",
     "TheseanModel",
     "from_converted",
     "from_pretrained",

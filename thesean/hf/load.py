@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from thesean.converted import Converted
 from thesean.errors import DataError
 from thesean.hf.config import TYPE, TheseanConfig, config_of
 from thesean.hf.folder import generation_of
-from thesean.hf.modeling import TheseanForCausalLM, TheseanModel
+from thesean.hf.modeling import TheseanForCausalLM, TheseanForSequenceClassification, TheseanModel
 from thesean.hf.reading import Read, read
 from thesean.hf.roles import roles_of
 from thesean.passes.graph.modes import usual_settings
@@ -21,6 +21,7 @@ from thesean.passes.graph.surgery import clone
 AutoConfig.register(TYPE, TheseanConfig, exist_ok=True)
 AutoModel.register(TheseanConfig, TheseanModel, exist_ok=True)
 AutoModelForCausalLM.register(TheseanConfig, TheseanForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(TheseanConfig, TheseanForSequenceClassification, exist_ok=True)
 
 
 def from_pretrained(

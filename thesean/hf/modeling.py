@@ -198,6 +198,16 @@ class TheseanModel(PreTrainedModel):
         return model.eval()
 
 
+class TheseanForSequenceClassification(TheseanModel):
+    """A converted classifier: the same, known to transformers as one."""
+
+    @classmethod
+    def of(cls, found: Read) -> Any:
+        if "logits" not in output_names(found.converted.module):
+            raise DataError("this conversion has no output 'logits': load it with thesean.hf.from_pretrained.")
+        return super().of(found)
+
+
 class TheseanForCausalLM(TheseanModel, GenerationMixin):
     """A converted language model: `generate` decodes with the network's own states, recurrent ones and the keys and
     values of attentions that were kept, and reads no prefix again.
