@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ def test_weights_of_a_state_dict_are_saved_in_place_of_its_own(tmp_path: Path):
         network.save_pretrained(tmp_path / "none", state_dict={"network.x": torch.ones(1)})
 
 
-def test_a_push_uploads_the_folder_with_our_card(monkeypatch: pytest.MonkeyPatch):
-    sent: dict[str, Any] = {}
+def test_a_push_uploads_the_folder_with_our_card_and_nobodys_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sent: list[str] = []
 
     class Hub:
         def __init__(self, token: Any = None) -> None:
@@ -176,13 +177,18 @@ def test_a_push_uploads_the_folder_with_our_card(monkeypatch: pytest.MonkeyPatch
         def create_repo(self, repo_id: str, **more: Any) -> Any:
             return type("Made", (), {"repo_id": repo_id})
 
-        def upload_folder(self, repo_id: str, folder_path: Path, **more: Any) -> None:
-            sent.update({p.name: p.stat().st_size for p in Path(folder_path).iterdir()}, repo=repo_id)
+        def upload_folder(self, repo_id: str, folder_path: Path, ignore_patterns: list[str], **more: Any) -> None:
+            shutil.copytree(folder_path, tmp_path / "hub", ignore=shutil.ignore_patterns(*ignore_patterns))
+            sent.append(repo_id)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    hf.from_converted(counted()).to(torch.bfloat16).push_to_hub("me/small", private=True)
-    assert sent["repo"] == "me/small"
-    assert {"README.md", "model.safetensors", "config.json", "graph.json"} <= sent.keys()
+    half = hf.from_converted(counted()).to(torch.bfloat16)
+    half.push_to_hub("me/small", private=True)
+    assert sent == ["me/small"]
+    assert "GPT2LMHeadModel (the guide)" in (tmp_path / "hub" / "README.md").read_text()
+    assert not (tmp_path / "hub" / "example.safetensors").exists()  # rows of the caller's data
+    ids_BT = ids(2, 5, 1)
+    assert torch.equal(hf.from_pretrained(tmp_path / "hub")(ids_BT).logits, half(ids_BT).logits)
 
 
 def _truncate(folder: Path) -> None:
@@ -190,10 +196,16 @@ def _truncate(folder: Path) -> None:
     save_file({k: v + 1 for k, v in weights.items()}, folder / "model.safetensors")
 
 
-def _other_roles(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["roles"]["tokens"] = "something"
-    (folder / "config.json").write_text(json.dumps(config))
+def _config(**changes: Any) -> Any:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def _settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("[1]")
 
 
 def _no_config(folder: Path) -> None:
@@ -204,7 +216,11 @@ def _no_config(folder: Path) -> None:
     ("change", "told"),
     [
         (_truncate, "does not match its checksum"),
-        (_other_roles, "roles: expected names of inputs"),
+        (_config(roles={"tokens": "something", "logits": "logits"}), "roles: expected names of inputs"),
+        (_config(roles={"tokens": [1], "logits": {}}), "roles: expected names of inputs"),
+        (_config(roles=[1, 2]), "config.json"),
+        (_config(vocab_size="many"), "config.json"),
+        (_settings, "generation_config.json can't be read"),
         (_no_config, "config.json is missing or no JSON"),
     ],
 )

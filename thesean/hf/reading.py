@@ -59,10 +59,13 @@ def read(folder: Any, **kwargs: Any) -> Read:
     place = _placed(folder, hub) / (subfolder or "")
     _check_ours(place)
     converted = load(place, max_bytes)
-    if not isinstance(config, TheseanConfig):
-        config = TheseanConfig.from_pretrained(place)
-    if generation is None and (place / GENERATION).is_file():
-        generation = GenerationConfig.from_pretrained(place)
+    try:
+        if not isinstance(config, TheseanConfig):
+            config = TheseanConfig.from_pretrained(place)
+        if generation is None and (place / GENERATION).is_file():
+            generation = GenerationConfig.from_pretrained(place)
+    except Exception as error:  # of transformers: what a file may say has no end
+        raise ArtifactError(f"{place}: {CONFIG} or {GENERATION} can't be read: {first_line(error)}") from error
     return Read(
         config=config,
         converted=converted,

@@ -42,10 +42,12 @@ class Roles:
     @staticmethod
     def read(told: Mapping[str, Any], words: Any, signature: Signature, network: fx.GraphModule) -> Roles:
         """As config.json has them. Raises ArtifactError for names that the network doesn't have."""
+        if not isinstance(told, Mapping) or not isinstance(words, int):
+            raise ArtifactError(f"config.json: expected roles by name and a vocab_size, found {told!r}, {words!r}.")
         inputs = {s.name for s in signature.inputs}
         named = {key: told.get(key) for key in ("tokens", "mask", "positions")}
-        wrong = [n for n in named.values() if n is not None and n not in inputs]
-        if wrong or named["tokens"] is None or told.get("logits") not in output_names(network):
+        wrong = [n for n in named.values() if n is not None and not (isinstance(n, str) and n in inputs)]
+        if wrong or named["tokens"] is None or told.get("logits") not in list(output_names(network)):
             raise ArtifactError(f"config.json: roles: expected names of inputs and of an output, found {dict(told)}.")
         return Roles(
             tokens=str(named["tokens"]),

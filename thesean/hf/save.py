@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from thesean.artifact import NETWORK, Artifact
+from thesean.artifact import EXAMPLE, NETWORK, Artifact
 from thesean.errors import DataError
 from thesean.hf.folder import Written, write_folder
 from thesean.passes.graph.surgery import clone
@@ -45,7 +45,7 @@ def save_model(model: PreTrainedModel, artifact: Artifact, folder: Any, **kwargs
 
 
 def push_model(model: PreTrainedModel, artifact: Artifact, repo_id: str, **kwargs: Any) -> Any:
-    """A folder of its own, uploaded."""
+    """A folder of its own, uploaded without the example: some rows of somebody's data."""
     tokenizer = kwargs.pop("tokenizer", None)
     with tempfile.TemporaryDirectory() as room:
         return push_folder(save_model(model, artifact, Path(room) / "model", tokenizer=tokenizer), repo_id, **kwargs)
@@ -59,7 +59,11 @@ def push_folder(folder: Path, repo_id: str, **kwargs: Any) -> Any:
     made = api.create_repo(repo_id, private=private, exist_ok=True)
     about = {k: v for k, v in kwargs.items() if k in ("revision", "create_pr", "commit_description") and v is not None}
     return api.upload_folder(
-        repo_id=made.repo_id, folder_path=folder, commit_message=message or "Upload a converted network", **about
+        repo_id=made.repo_id,
+        folder_path=folder,
+        commit_message=message or "Upload a converted network",
+        ignore_patterns=[EXAMPLE],
+        **about,
     )
 
 
