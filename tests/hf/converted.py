@@ -47,6 +47,17 @@ def counted() -> Converted:
     )
 
 
+@shared
+def placed() -> Converted:
+    """Told at which position each token stands."""
+    torch.manual_seed(0)
+    steps_BT = torch.arange(12).expand(3, 12).clone()
+    data = [{"input_ids": ids(3, 12, seed), "position_ids": steps_BT} for seed in range(2)]
+    return thesean.compile(
+        spread(gpt2().eval()), "rnn", recipe="fast", data=data, keep=["transformer.h.0"], progress=False
+    )
+
+
 def tokenizer(side: str = "left") -> Any:
     """w0, w1... and padding, one id a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -11,15 +11,18 @@ pytest.importorskip("transformers")
 
 from tests.captured import shared
 from tests.guides import ids
-from tests.hf.converted import PAD, bounded, counted, padded
+from tests.hf.converted import PAD, bounded, counted, padded, placed
 from tests.tolerances import VALUE, relative_error
 from thesean import hf
 from thesean.errors import DataError
+from thesean.hf.states import StateRows
+from thesean.passes.graph.signature import InputSpec
 
 MODELS = {
     "all replaced": bounded,
     "one attention kept": lambda: bounded("model.layers.0"),
     "positions of a table": counted,
+    "positions among the inputs": placed,
 }
 NEW = 6
 
@@ -40,7 +43,8 @@ def test_prompts_of_unequal_length_go_on_as_each_does_alone(name):
     for row, length in enumerate((2, 5, 5, 9)):
         ids_1T = prompts["input_ids"][row : row + 1, -length:]
         for _ in range(NEW):  # the whole is read again for each token, by the conversion itself
-            inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+            steps_1T = torch.arange(ids_1T.shape[1]).unsqueeze(0)
+            inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), "position_ids": steps_1T}
             inputs = {s.name: inputs[s.name] for s in network.signature.inputs}
             logits_1V = MODELS[name]()(**inputs).logits[:, -1]
             logits_1V[:, network.generation_config.eos_token_id] = -torch.inf  # as min_new_tokens has it
@@ -119,6 +123,24 @@ def test_half_precision_decodes_with_states_and_counts_as_exactly():
     early, late = (relative_error(whole[:, part], exact[:, part]) for part in (slice(0, 100), slice(300, 400)))
     assert late < 1.5 * early
     assert relative_error(in_chunks, exact) < 1.5 * relative_error(whole, exact)
+
+
+def test_rows_with_a_shorter_past_get_steps_in_front_that_hold_no_token():
+    specs = [
+        InputSpec(name="seen", dtype=torch.bool, shape=("batch", "past")),
+        InputSpec(name="keys", dtype=torch.float32, shape=("batch", 1, "past", 1)),
+        InputSpec(name="sum", dtype=torch.float32, shape=("batch", 1)),
+    ]
+    rows, states = StateRows(specs), []
+    for length in (1, 3):
+        keys = torch.arange(1.0, length + 1).view(1, 1, length, 1)
+        states.append({"seen": torch.ones(1, length).bool(), "keys": keys, "sum": keys.sum().view(1, 1)})
+    joined = rows.join(states)
+    assert joined["seen"].tolist() == [[False, False, True], [True, True, True]]
+    assert joined["keys"].flatten(1).tolist() == [[0, 0, 1], [1, 2, 3]]
+    assert rows.take(joined, torch.tensor([1]))["sum"].tolist() == [[6]]
+    assert rows.joins
+    assert not StateRows(specs[1:]).joins  # nothing would tell the steps in front from tokens
 
 
 def test_the_cache_of_another_network_is_refused():

@@ -147,9 +147,6 @@ class TheseanModel(PreTrainedModel):
     def init_weights(self) -> None:
         """Nothing: they are the conversion's, and transformers would draw others."""
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing."""
-
     def train(self, mode: bool = True) -> Any:
         self.config.trained_further = self.config.trained_further or mode
         return super().train(mode)
