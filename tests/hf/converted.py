@@ -52,7 +52,7 @@ def placed() -> Converted:
     """Told at which position each token stands."""
     torch.manual_seed(0)
     steps_BT = torch.arange(12).expand(3, 12).clone()
-    data = [{"input_ids": ids(3, 12, seed), "position_ids": steps_BT} for seed in range(2)]
+    data = [{**example(seed=seed), "position_ids": steps_BT} for seed in range(2)]
     return thesean.compile(
         spread(gpt2().eval()), "rnn", recipe="fast", data=data, keep=["transformer.h.0"], progress=False
     )

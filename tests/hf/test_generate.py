@@ -52,6 +52,14 @@ def test_prompts_of_unequal_length_go_on_as_each_does_alone(name):
         assert made[row, 9:].tolist() == ids_1T[0, length:].tolist()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_prompts_give_the_same_logits_at_once_and_with_states(name):
+    network, prompts = model(name), padded(2, 5, 9)
+    shown = prompts["attention_mask"].bool()
+    at_once, carried = (network(**prompts, use_cache=use).logits[shown] for use in (False, True))
+    assert relative_error(carried, at_once) < VALUE[torch.float32]
+
+
 def test_a_prompt_may_be_read_in_chunks():
     network, prompts = model("one attention kept"), padded(3, 7)
     at_once = network.generate(**prompts, **settings())
