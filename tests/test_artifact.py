@@ -107,6 +107,17 @@ def test_a_window_and_groups_of_queries_come_back_from_a_saved_conversion(guide,
     assert loaded.plan == original.plan
 
 
+def test_the_guides_class_and_configuration_are_kept_as_data(saved: Path):
+    told = thesean.load(saved).signature.guide
+    assert told is not None
+    assert told == converted().signature.guide
+    assert told.record is None  # nothing of it was imported
+    assert told.path == "transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel"
+    assert told.config["n_layer"] == 2
+    rewrite(saved, lambda document: document.pop("guide"))  # as versions before wrote it
+    assert thesean.load(saved).signature.guide is None
+
+
 def test_tied_weights_are_saved_once_and_stay_tied(saved: Path):
     loaded, original = thesean.load(saved), converted()
     assert len(list(loaded.module.parameters())) == len(list(original.module.parameters()))
@@ -268,6 +279,14 @@ def alias_dunder(document):
     document["aliases"] = {"__class__": next(iter(document["nodes"]))["name"]}
 
 
+def change_guide(document):
+    document["guide"] = {"path": ["os", "system"], "config": {}}
+
+
+def change_guide_key(document):
+    document["guide"]["surprise"] = 1
+
+
 def change_format(document):
     document["format"] = 99
 
@@ -278,7 +297,7 @@ def change_format(document):
         change_module, change_config, change_config_key, drop_modules, change_path, change_dtype, change_input,
         drop_signature, drop_modules_key, drop_aliases, drop_symbols, drop_checksums, nest_deeply,
         change_aliases, aliases_list,
-        modules_list, module_string, alias_dunder, change_format,
+        modules_list, module_string, alias_dunder, change_format, change_guide, change_guide_key,
     ],
     ids=lambda change: change.__name__,
 )  # fmt: skip

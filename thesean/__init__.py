@@ -4,7 +4,8 @@ converted = thesean.compile(model, target="rnn", data=batches)
 converted.export("model.onnx")
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from thesean.choose.plans import Plans
 from thesean.compare import compare
@@ -26,6 +27,13 @@ else:
     from thesean import similarity, targets
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "hf":  # brings transformers, and so is read when it is asked for
+        return importlib.import_module("thesean.hf")
+    raise AttributeError(f"module 'thesean' has no attribute {name!r}")
+
 
 __all__ = [
     "Comparison",

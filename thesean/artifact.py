@@ -30,6 +30,7 @@ from thesean.write_file import new_file
 FORMAT = 1
 GRAPH, WEIGHTS, PLAN, REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
 EXAMPLE = "example.safetensors"  # version 0.1.0 wrote none; whose inputs are nobody's business may delete it
+MODEL, NETWORK = "model.safetensors", "network."  # of a Hugging Face folder: the weights, and how their names begin
 _OURS = frozenset((GRAPH, WEIGHTS, PLAN, REPORT, EXAMPLE))
 
 
@@ -51,40 +52,54 @@ def save(artifact: Artifact, folder: str | Path, beside: Mapping[Path, str] | No
     """
     folder = named(folder)
     check_free(folder)
-    tensors, aliases = _tensors(artifact.graph_module)
-    modules = _modules(artifact.graph_module)
-    with ExitStack() as files, telling(folder), _full_is_an_oserror():
+    check_nameable(artifact.graph_module)
+    with ExitStack() as files, telling(folder), full_is_an_oserror():
         for path, text in (beside or {}).items():
             files.enter_context(new_file(path)).write_text(text, encoding="utf-8")
         with replacing(folder, _OURS, _taken_away(beside or {})) as made:
-            save_file(tensors, made / WEIGHTS)
-            save_file(_examples(artifact.signature), made / EXAMPLE)
-            (made / PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
-            for name in (WEIGHTS, EXAMPLE):  # safetensors' own mode is for nobody but the owner
-                (made / name).chmod((made / PLAN).stat().st_mode)
-            (made / REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
-            body = {
-                "format": FORMAT,
-                "signature": _signature_to_json(artifact.signature),
-                "symbols": artifact.graph_module.meta.get("symbols", {}),
-                "modules": modules,
-                "aliases": aliases,
-                "files_sha256": {n: file_digest(made / n) for n in (WEIGHTS, EXAMPLE, PLAN, REPORT)},
-                "nodes": graph_json.dump(artifact.graph_module.graph),
-            }
-            (made / GRAPH).write_text(json.dumps({"sha256": digest_of(body), **body}, indent=1), encoding="utf-8")
+            write_files(made, artifact)
     return folder
+
+
+def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
+    """The files of a conversion into an empty folder. `hub`: its tensors in `model.safetensors`, by the names that a
+    model of Hugging Face's has for them. Raises ArtifactError, OSError.
+    """
+    tensors, aliases = _tensors(artifact.graph_module)
+    weights = MODEL if hub else WEIGHTS
+    buffers = [name.partition(":")[2] for name in tensors if name.startswith("buffer:")]
+    if hub:
+        tensors = {NETWORK + name.partition(":")[2]: tensor for name, tensor in tensors.items()}
+    save_file(tensors, made / weights, {"format": "pt"} if hub else None)
+    save_file(_examples(artifact.signature), made / EXAMPLE)
+    (made / PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
+    for name in (weights, EXAMPLE):  # safetensors' own mode is for nobody but the owner
+        (made / name).chmod((made / PLAN).stat().st_mode)
+    (made / REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
+    guide = artifact.signature.guide
+    body = {
+        "format": FORMAT,
+        "signature": _signature_to_json(artifact.signature),
+        **({} if guide is None else {"guide": guide.to_json()}),
+        "symbols": artifact.graph_module.meta.get("symbols", {}),
+        "modules": _modules(artifact.graph_module),
+        "aliases": aliases,
+        **({"buffers": buffers} if hub else {}),
+        "files_sha256": {n: file_digest(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
+        "nodes": graph_json.dump(artifact.graph_module.graph),
+    }
+    (made / GRAPH).write_text(json.dumps({"sha256": digest_of(body), **body}, indent=1), encoding="utf-8")
 
 
 def save_weights(graph_module: fx.GraphModule, path: Path) -> Path:
     """Nothing but the tensors, of a network that `save` refuses. Raises WriteError."""
-    with new_file(path) as made, _full_is_an_oserror():
+    with new_file(path) as made, full_is_an_oserror():
         save_file({k.partition(":")[2]: v for k, v in _tensors(graph_module)[0].items()}, made)
     return path
 
 
 @contextmanager
-def _full_is_an_oserror() -> Iterator[None]:
+def full_is_an_oserror() -> Iterator[None]:
     """safetensors writes in Rust and has an error of its own for all that a disk says."""
     try:
         yield
@@ -107,11 +122,16 @@ def _taken_away(paths: Iterable[Path]) -> Iterator[None]:
         raise
 
 
+def check_nameable(graph_module: fx.GraphModule) -> None:
+    """Raises ArtifactError for a custom module, whose class could not be found again."""
+    _modules(graph_module)
+
+
 def check_saveable(graph_module: fx.GraphModule) -> None:
     """Raises ArtifactError for a network that `save` would refuse, or that `load` would: to be asked before training,
     which changes neither operators nor names.
     """
-    _modules(graph_module)
+    check_nameable(graph_module)
     graph_json.load(json.loads(json.dumps(graph_json.dump(graph_module.graph))))
 
 
@@ -121,11 +141,11 @@ def check_free(folder: Path) -> None:
     with telling(folder):
         if folder.exists() and not folder.is_dir():
             raise ArtifactError(f"{folder} is a file; expected a folder's name.")
-        if folder.is_dir() and any(folder.iterdir()) and not _is_conversion(folder):
+        if folder.is_dir() and any(folder.iterdir()) and not is_conversion(folder):
             raise ArtifactError(f"{folder} is not empty and holds no conversion; choose another folder.")
 
 
-def _is_conversion(folder: Path) -> bool:
+def is_conversion(folder: Path) -> bool:
     """Whether its graph.json is of our making, whatever the version. Many a program has a graph.json."""
     try:
         document = json.loads((folder / GRAPH).read_text(encoding="utf-8"))

@@ -32,6 +32,7 @@ from thesean.frontier import finish
 from thesean.journal import KEEPS_NOTHING, Journal, Resume, journal_in, stoppable
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
+from thesean.passes.capture.unread import without_unread
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import callers_settings, seeded, usual_settings
 from thesean.passes.graph.signature import Signature
@@ -325,7 +326,8 @@ def plan(  # type: ignore[misc]  # the first takes the others' arguments by `res
 def traced(model: nn.Module, request: Request) -> Captured:
     """The guide's graph. Its own code runs as the caller had it."""
     with callers_settings():
-        return capture(model, request.example(model), request.dynamic)
+        captured = capture(model, request.example(model), request.dynamic)
+    return without_unread(captured, model) if request.guesses_inputs else captured
 
 
 def planned(

@@ -70,6 +70,10 @@ class ArtifactError(TheseanError):
     """A saved conversion that is incomplete, altered or holds an operator outside the allow-list."""
 
 
+class NativeError(TheseanError):
+    """A conversion that is no network of its guide's class, whatever its configuration; the message says which part."""
+
+
 class WriteError(ArtifactError, OSError):
     """A file or folder that can't be written; the message names path and reason. What stood there stays."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -17,10 +18,23 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import TypedDict
 
-from thesean.artifact import EXAMPLE, FORMAT, GRAPH, PLAN, REPORT, WEIGHTS, Artifact, digest_of, file_digest
+from thesean.artifact import (
+    EXAMPLE,
+    FORMAT,
+    GRAPH,
+    MODEL,
+    NETWORK,
+    PLAN,
+    REPORT,
+    WEIGHTS,
+    Artifact,
+    digest_of,
+    file_digest,
+)
 from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.fitting import Fitting
+from thesean.passes.graph.guide_class import GuideClass
 from thesean.passes.graph.shapes import Shapes
 from thesean.passes.graph.signature import Bound, InputSpec, Origin, Signature, fits_record
 from thesean.passes.graph.unchecked import look_first
@@ -67,9 +81,18 @@ class _BoundRow(TypedDict):
     most: Annotated[int, Field(ge=1, lt=2**63)] | None
 
 
+class _GuideRow(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    path: str
+    config: dict[str, Any]
+    generation: NotRequired[dict[str, Any]]
+
+
 _ROWS = TypeAdapter(list[_InputRow])
 _BOUNDS = TypeAdapter(list[_BoundRow])
 _ORIGIN = TypeAdapter(_OriginRow)
+_GUIDE = TypeAdapter(_GuideRow)
 
 
 def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
@@ -89,10 +112,11 @@ def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
 
 
 def _load(folder: Path, max_bytes: int | None) -> Artifact:
-    for name in (GRAPH, WEIGHTS, PLAN, REPORT):
+    weights = MODEL if (folder / MODEL).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS
+    for name in (GRAPH, weights, PLAN, REPORT):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
-    names = [n for n in (GRAPH, WEIGHTS, PLAN, REPORT, EXAMPLE) if (folder / n).exists()]
+    names = [n for n in (GRAPH, weights, PLAN, REPORT, EXAMPLE) if (folder / n).exists()]
     size = sum((folder / n).stat().st_size for n in names)
     limit = max(_LEAST_BYTES, 32 * size) if max_bytes is None else max_bytes
     if size + _PARSED * (folder / GRAPH).stat().st_size > limit:
@@ -115,12 +139,14 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
     has_example = EXAMPLE in names and EXAMPLE in body["files_sha256"]
     report = ConversionReport.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
     signature = _signature_from_json(body["signature"], load_file(folder / EXAMPLE) if has_example else {})
+    signature = replace(signature, guide=_guide(body))
     if not fits_record(signature, graph.output_node().args[0]):
         raise ArtifactError(f"{folder}: the output's keys are not those of its output_class.")
     plan = Plan.from_yaml(folder / PLAN)
     modules = {name: _rebuilt(described) for name, described in body["modules"].items()}
+    kinds = _kinds_of(body) if weights == MODEL else None
     fitting = Fitting(
-        module=_root(graph, body, _shapes(folder / WEIGHTS), modules, folder),
+        module=_root(graph, body, _named(_shapes(folder / weights), kinds), modules, folder),
         signature=signature,
         sizes={s: _probed(s, signature, plan, report) for s in signature.symbols},
         limit=limit,
@@ -133,7 +159,7 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
             "max_bytes= for a folder that you trust."
         )
     # clones: memory of their own, aligned as torch would, so that products round as they did before saving
-    tensors = {k: v.clone() for k, v in load_file(folder / WEIGHTS).items()}
+    tensors = _named({k: v.clone() for k, v in load_file(folder / weights).items()}, kinds)
     root = _root(graph, body, tensors, modules, folder)
     look_first(graph)
     graph_module = fx.GraphModule(root, graph)
@@ -156,6 +182,30 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
             name: torch.empty(s.get_shape(), dtype=_FILE_DTYPES[s.get_dtype()], device="meta")
             for name, s in slices.items()
         }
+
+
+def _guide(body: dict[str, Any]) -> GuideClass | None:
+    """What it says of the guide's class: names and numbers, of which nothing is imported here."""
+    if body.get("guide") is None:
+        return None
+    told = _GUIDE.validate_python(body["guide"], strict=True)
+    return GuideClass(path=told["path"], config=told["config"], generation=told.get("generation"))
+
+
+def _kinds_of(body: dict[str, Any]) -> set[str]:
+    """The names of a Hugging Face folder's tensors that are buffers."""
+    buffers = body.get("buffers")
+    if not isinstance(buffers, list) or not all(isinstance(name, str) for name in buffers):
+        raise ValueError("expected the names of the buffers")
+    return set(buffers)
+
+
+def _named(tensors: dict[str, torch.Tensor], buffers: set[str] | None) -> dict[str, torch.Tensor]:
+    """Tensors as `weights.safetensors` calls them; `buffers`: of those of a Hugging Face folder."""
+    if buffers is None:
+        return tensors
+    paths = {key: key.removeprefix(NETWORK) for key in tensors}
+    return {("buffer:" if path in buffers else "parameter:") + path: tensors[key] for key, path in paths.items()}
 
 
 def _rebuilt(described: dict[str, Any]) -> TargetModule:

@@ -16,6 +16,7 @@ from thesean.choose.constraints import Budgets, Constraints, parse_budgets, pars
 from thesean.distill.callbacks import checked_reader
 from thesean.distill.data import Reading, example_inputs_of
 from thesean.distill.outputs import OutputKind
+from thesean.distill.row_tables import as_batches
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.errors import DataError, PlanError, unknown_name
 from thesean.journal import RESUMES, Resume
@@ -64,6 +65,8 @@ class Request:
     several: bool = False  # whether one plan a budget may be made
 
     def __post_init__(self) -> None:
+        for name, batches in self.sources.items():
+            self._resolve(name, as_batches(batches, name))
         self._resolve("recipe", Recipe.resolve(self.recipe))
         if self.budget is not None:
             self._resolve("recipe", self.settings.model_copy(update=spending(self.budget)))
@@ -122,6 +125,11 @@ class Request:
             "merge": self.merge,
             "target_parts": self.target_parts,
         }
+
+    @property
+    def guesses_inputs(self) -> bool:
+        """Whether it was left to a batch which inputs the guide has."""
+        return self.data is not None and self.example_inputs is None and self.inputs is None
 
     def example(self, model: nn.Module) -> Any:
         """What the guide is traced with: the example inputs, else the first batch, else its `dummy_inputs`."""

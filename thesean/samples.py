@@ -10,6 +10,7 @@ import torch
 from thesean.deploy.quantizing.samples import Judge, Samples
 from thesean.distill.data import Batches, check_readable
 from thesean.distill.outputs import Outputs, read_outputs
+from thesean.distill.row_tables import as_batches
 from thesean.errors import DataError
 from thesean.passes.graph.signature import Signature
 
@@ -27,6 +28,7 @@ def samples_of(data: Iterable[Any] | None, signature: Signature, device: torch.d
         made = [signature.random_inputs(sizes, seed=10 + k) for k in range(2 * _MADE_UP)]
         told = f"{_MADE_UP} batches made of the example (data= brings better ones)"
         return Samples(calibration=made[:_MADE_UP], held_out=made[_MADE_UP:], judged=_judge, told=told)
+    data = as_batches(data)
     check_readable(data)
     batches = Batches(data, signature, device or torch.device("cpu")).first(_CALIBRATION + _HELD_OUT)
     found = [inputs for _, inputs in batches]

@@ -21,9 +21,11 @@ from thesean.passes.analyse.chunks import join, run_in_chunks
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
+from thesean.passes.cast_floats import CastFloats
 from thesean.passes.graph import graph_json
 from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.surgery import clone
 from thesean.passes.graph.text import text
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import TargetSpec, make_plan
@@ -151,6 +153,22 @@ def test_the_incoming_graph_and_its_flags_stay_and_parameters_are_shared():
     assert stateless.part_1.training
     assert not stateless.part_0.training
     assert {id(p) for p in threaded.parameters()} == {id(p) for p in stateless.parameters()}
+
+
+def test_in_half_precision_what_float32_proved_is_threaded_without_a_run():
+    stateless, signature = converted(captured.gpt2())
+    proven = ThreadState(signature)(stateless).graph_module
+    half = clone(stateless)
+    CastFloats({torch.float32: torch.bfloat16})(half)
+    threaded = ThreadState(signature, proven)(half).graph_module
+    assert text(threaded.graph) == text(proven.graph)
+    assert threaded.meta["rows_are_alone"] == proven.meta["rows_are_alone"]
+    whole = half(**ids())
+    first, second = ({k: v[:, part] for k, v in ids().items()} for part in (slice(0, 5), slice(5, None)))
+    logits, *states = threaded(**first, **zero_states(threaded, 3))
+    after, *_ = threaded(**second, **dict(zip(zero_states(threaded, 3), states, strict=True)))
+    (want,) = leaf_values(whole)
+    assert ((torch.cat([logits, after], 1) - want).abs().max() < 5e-2 * want.abs().max()).item()
 
 
 def test_without_its_state_a_chunk_differs():

@@ -122,7 +122,7 @@ def example_of(batch: Any, takes: int = 1) -> Any:
     (x, lengths, y) all but the last, as far as the guide's forward, which `takes` so many, has a place for them.
     """
     if isinstance(batch, Mapping):
-        return {k: v for k, v in batch.items() if k not in LABELS}
+        return {k: v for k, v in batch.items() if k not in LABELS and not _is_text(v)}
     if isinstance(batch, (tuple, list)) and batch:
         if isinstance(batch[0], Mapping):
             return example_of(batch[0])
@@ -130,6 +130,11 @@ def example_of(batch: Any, takes: int = 1) -> Any:
             return tuple(batch[0])
         return tuple(batch[: max(1, min(takes, len(batch) - 1))])
     return batch
+
+
+def _is_text(value: Any) -> bool:
+    """What some data carry along, and no graph reads."""
+    return isinstance(value, str) or (isinstance(value, (list, tuple)) and any(isinstance(v, str) for v in value))
 
 
 def labels_in(batch: Any, inputs: int = 1) -> list[torch.Tensor]:
@@ -257,6 +262,10 @@ def make_feed(
         if more:
             warnings.append(f"eval_data has no len() and did not end: measured on its first {len(held_out)} batches")
     first, read = batches.first(1)[0]
+    if reading == _GUESSED and isinstance(first, Mapping) and data is not None:
+        labelled = labels_in(first)
+        others = [str(k) for k, v in first.items() if k not in read and not any(v is y for y in labelled)]
+        notes += [f"of each batch no input: {', '.join(others)}"] if others else []
     labels = labels_in(first, 1 if reading.labels else len(signature.inputs))
     if reading == _GUESSED and isinstance(first, (tuple, list)) and len(first) > 2:
         named = ", ".join(read)

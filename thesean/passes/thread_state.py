@@ -68,11 +68,14 @@ class ThreadState(Pass):
 
     Raises PassRefused where chunks with state don't equal the whole sequence: it is run, step by step, and the reason
     names the first node that sees more than its own step (an attention without a cache, a bidirectional part).
+
+    `proven`: the same graph, threaded in float32. In half precision rounding looks like mixing, and nothing is run.
     """
 
     in_place = False
 
     signature: Signature
+    proven: fx.GraphModule | None = None
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         times = [s for s in self.signature.symbols if not s.startswith("batch")]
@@ -104,6 +107,11 @@ class ThreadState(Pass):
             values = self._recorded(graph_module)
             specs = self._specs(graph_module, values)
             shapes = {n.name: tuple(v.shape) for n, v in values.items() if isinstance(v, torch.Tensor)}
+            if self.proven is not None:
+                told = self.proven.meta
+                threaded = self._thread(graph_module, specs, shapes if told["rows_are_alone"] else {})
+                threaded.meta.update({key: told[key] for key in (FAR, UNTRIED, "rows_are_alone")})
+                return PassResult(graph_module=threaded, modified=True)
             threaded = self._thread(graph_module, specs, shapes)
             alone = self._rows_are_alone(graph_module, threaded)
             if not alone:  # where no position can be one row's, one count serves all

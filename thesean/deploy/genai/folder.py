@@ -86,7 +86,9 @@ class Served:
         logits = "logits" if "logits" in names else names[0]
         sizes = CheckSizes(batch=2, length=3).within(signature)
         with torch.no_grad():
-            found = leaf_values(module(**signature.random_inputs(sizes.of(signature))))[names.index(logits)]
+            device = next((str(p.device) for p in module.parameters()), "cpu")
+            inputs = signature.random_inputs(sizes.of(signature), device=device)
+            found = leaf_values(module(**inputs))[names.index(logits)]
         if found.ndim != 3 or tuple(found.shape[:2]) != sizes.shape or not found.is_floating_point():
             raise _unfit(
                 f"output {logits!r} of shape {list(found.shape)}", "logits of each token, (batch, time, words)"
@@ -135,7 +137,7 @@ def write_genai(
     if folder.is_file():
         raise ExportError(f"{folder} is a file; runtime='genai' makes a folder. Give another name.")
     with telling(folder), replacing(folder, _ours(tokenizer is not None)) as made:
-        special = _copy_tokenizer(tokenizer, made)
+        special = copy_tokenizer(tokenizer, made)
         report = write(made / MODEL)
         if not report.stateful or report.delay:
             raise ExportError(
@@ -158,6 +160,11 @@ def write_genai(
         seconds=time.monotonic() - start,
         weights=None,
     )
+
+
+def is_of_a_tokenizer(name: str) -> bool:
+    """Whether a file of this name is one that a tokenizer is saved as."""
+    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
 
 
 class _Patterns(frozenset[str]):
@@ -230,7 +237,7 @@ def _first(ids: Any) -> int:
     return int(ids[0] if isinstance(ids, list) else ids)
 
 
-def _copy_tokenizer(tokenizer: Any, made: Path) -> dict[str, Any]:
+def copy_tokenizer(tokenizer: Any, made: Path) -> dict[str, Any]:
     """Its files, and the numbers of its special tokens. `tokenizer`: a folder, what has `save_pretrained`, or None."""
     if tokenizer is None:
         return {}

@@ -34,6 +34,7 @@ from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.dump import dump
 from thesean.passes.graph.give_back import give_back
+from thesean.passes.graph.guide_class import GuideClass
 from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
@@ -64,8 +65,8 @@ def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = Non
     constants = {k: False for k in SWITCHED_OFF if k in accepted}
     with running(model, constants) as guide, torch.no_grad():
         captured = _captured_right(guide, given, free, guessed=dynamic is None)
-    origin = Origin(commit=_commit(model))
-    captured = replace(captured, signature=replace(captured.signature, origin=origin))
+    signature = replace(captured.signature, origin=Origin(commit=_commit(model)), guide=GuideClass.of(model))
+    captured = replace(captured, signature=signature)
     return replace(captured, notes=(*guide.notes, *captured.notes, *told_precision(captured.graph_module)))
 
 

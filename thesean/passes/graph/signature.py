@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from thesean.errors import DataError
+from thesean.passes.graph.guide_class import GuideClass
 from thesean.passes.graph.resample import Dim, all_shown, in_a_row, resampled, sizes_of
 
 
@@ -70,7 +71,7 @@ class Signature:
 
     `output_class` is an importable path such as "transformers.modeling_outputs.CausalLMOutput", or None when the
     output is a tensor, tuple, list or dict. `record` is that class itself where the guide is at hand: a path is not
-    looked up but among transformers' own.
+    looked up but among transformers' own. `guide`: the class and configuration of a guide that has one.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -78,6 +79,7 @@ class Signature:
     bounds: tuple[Bound, ...] = ()
     record: type | None = field(default=None, compare=False, repr=False)
     origin: Origin = field(default=Origin(), compare=False)
+    guide: GuideClass | None = field(default=None, compare=False, repr=False)
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -159,8 +161,8 @@ class Signature:
     def out_of_range(self, inputs: dict[str, torch.Tensor]) -> str:
         """What is wrong with ids that no table holds, "" where nothing is known to be. Reads all of them."""
         for spec in self.inputs:
-            value = inputs[spec.name]
-            if spec.high is None or value.is_floating_point() or not value.numel():
+            value = inputs.get(spec.name)
+            if value is None or spec.high is None or value.is_floating_point() or not value.numel():
                 continue
             low, high = (int(v) for v in value.aminmax())
             if low < 0 or high >= spec.high:

@@ -1,0 +1,110 @@
+"""Tables of `datasets`, which need not be installed: they are known by what they offer. And what collators give.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import thesean
+from tests.guides import ids, llama
+from tests.models import spread
+from thesean.distill.row_tables import ROWS, as_batches
+from thesean.errors import DataError
+
+
+class Rows:
+    """A table as `datasets` has it, in its torch format or in Python's own."""
+
+    def __init__(self, columns: dict[str, Any]) -> None:
+        self.columns, self.column_names = columns, list(columns)
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(next(iter(self.columns.values()))), batch_size):
+            yield {name: values[start : start + batch_size] for name, values in self.columns.items()}
+
+
+class Table(Rows):
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        return {name: values[index] for name, values in self.columns.items()}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[k] for k in range(len(self)))
+
+
+def columns(rows: int) -> dict[str, Any]:
+    texts = [f"text {k}" for k in range(rows)]
+    mask_BT = torch.ones(rows, 12, dtype=torch.long)
+    return {"input_ids": ids(rows, 12, 0), "attention_mask": mask_BT, "idx": torch.arange(rows), "text": texts}
+
+
+def test_a_table_is_read_in_batches_and_its_last_ones_are_held_out():
+    batches = as_batches(Table(columns(5 * ROWS)))
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(ROWS, 12)] * 5
+    assert torch.equal(batches[-1:][0]["idx"], torch.arange(4 * ROWS, 5 * ROWS))
+    torch.manual_seed(0)
+    converted = thesean.compile(
+        spread(llama().eval()), "identity", data=Table(columns(5 * ROWS)), recipe="fast", progress=False
+    )
+    assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
+    notes = " ".join(converted.report.notes)
+    assert "the last 1 batches of data were held out" in notes
+    assert "of each batch no input: idx, text" in notes
+
+
+def test_rows_that_only_come_in_an_order_are_batches_too():
+    batches = as_batches(Rows(columns(ROWS + 3)))
+    assert [len(batch["idx"]) for batch in batches] == [ROWS, 3]
+    assert [len(batch["idx"]) for batch in batches] == [ROWS, 3]  # and again
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (Table({"input_ids": [[1, 2], [3, 4]]}), r"'input_ids' holds lists.*set_format\('torch'\)"),
+        (Table({"input_ids": [torch.ones(2), torch.ones(3)]}), r"rows of 'input_ids' are of shapes \(2,\), \(3,\)"),
+        ({"input_ids": torch.ones(2, 3)}, r"data is one batch.*data=\[batch\]"),
+        ({"train": Table(columns(3))}, "data is a dict of 'train'.*Pass one of its entries"),
+    ],
+)
+def test_what_is_no_iterable_of_batches_is_told_with_the_next_step(data, told):
+    with pytest.raises(DataError, match=told):
+        list(as_batches(data))
+
+
+def test_any_other_iterable_is_left_as_it_is():
+    data: Any
+    for data in ([torch.ones(2)], DataLoader([1, 2]), None):  # type: ignore[arg-type]
+        assert as_batches(data) is data
+
+
+@pytest.mark.parametrize("collator", ["language modeling", "padding", "encodings"])
+def test_batches_of_transformers_collators_are_taken(collator):
+    pytest.importorskip("transformers")
+    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+
+    from tests.hf.converted import tokenizer
+
+    words = tokenizer(side="right")
+    texts = [" ".join(f"w{(k + t) % 29}" for t in range(4 + k % 5)) for k in range(16)]
+    rows = [dict(words(text)) for text in texts]
+    data: Any = [words(texts[k : k + 4], padding=True, return_tensors="pt") for k in range(0, 16, 4)]
+    if collator != "encodings":
+        asks = collator == "language modeling"
+        collate = DataCollatorForLanguageModeling(words, mlm=False) if asks else DataCollatorWithPadding(words)
+        data = DataLoader(rows, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    converted = thesean.compile(
+        spread(llama().eval()), "identity", data=data, recipe="fast", loss=thesean.next_token, progress=False
+    )
+    assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
+    assert converted.report.converted["loss"] < 10

@@ -1,0 +1,77 @@
+"""What a converted model's own `save_pretrained` and `push_to_hub` do."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from thesean.artifact import EXAMPLE, NETWORK, Artifact
+from thesean.errors import DataError
+from thesean.hf.folder import Written, write_folder
+from thesean.passes.graph.surgery import clone
+from thesean.scratch import named
+
+# of other models' writers: shards and forms that a folder of ours doesn't have
+_IDLE = (
+    "safe_serialization", "max_shard_size", "variant", "save_peft_format", "save_original_format", "save_function",
+    "distributed_checkpoint",
+)  # fmt: skip
+
+
+def save_model(model: PreTrainedModel, artifact: Artifact, folder: Any, **kwargs: Any) -> Path:
+    """`state_dict`: other weights than the model's own. Raises DataError for unknown settings."""
+    state, tokenizer = kwargs.pop("state_dict", None), kwargs.pop("tokenizer", None)
+    push, repo_id, token = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None), kwargs.pop("token", None)
+    for key in _IDLE:
+        kwargs.pop(key, None)
+    if unknown := next((k for k, v in kwargs.items() if v is not None), None):
+        raise DataError(f"save_pretrained: expected no {unknown!r}: one folder is written, in one file of weights.")
+    if state is not None and any(state.get(k) is not v for k, v in model.state_dict().items()):
+        artifact = _with(artifact, state)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    model.config.dtype = None if first is None else first.dtype
+    model.config.architectures = [type(model).__name__]
+    generation = model.generation_config if model.can_generate() else None
+    place = write_folder(
+        Written(artifact=artifact, config=model.config, generation=generation, tokenizer=tokenizer), named(folder)
+    )
+    if push:
+        push_folder(place, repo_id or place.name, token=token)
+    return place
+
+
+def push_model(model: PreTrainedModel, artifact: Artifact, repo_id: str, **kwargs: Any) -> Any:
+    """A folder of its own, uploaded without the example: some rows of somebody's data."""
+    tokenizer = kwargs.pop("tokenizer", None)
+    with tempfile.TemporaryDirectory() as room:
+        return push_folder(save_model(model, artifact, Path(room) / "model", tokenizer=tokenizer), repo_id, **kwargs)
+
+
+def push_folder(folder: Path, repo_id: str, **kwargs: Any) -> Any:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.pop("token", None))
+    private, message = kwargs.pop("private", None), kwargs.pop("commit_message", None)
+    made = api.create_repo(repo_id, private=private, exist_ok=True)
+    about = {k: v for k, v in kwargs.items() if k in ("revision", "create_pr", "commit_description") and v is not None}
+    return api.upload_folder(
+        repo_id=made.repo_id,
+        folder_path=folder,
+        commit_message=message or "Upload a converted network",
+        ignore_patterns=[EXAMPLE],
+        **about,
+    )
+
+
+def _with(artifact: Artifact, state: dict[str, Any]) -> Artifact:
+    """The network with these weights. Raises DataError for those of another network."""
+    network = clone(artifact.graph_module)
+    try:
+        network.load_state_dict({key.removeprefix(NETWORK): value for key, value in state.items()})
+    except RuntimeError as error:
+        raise DataError(f"state_dict: these are not this network's weights: {str(error)[:300]}") from error
+    return replace(artifact, graph_module=network)
