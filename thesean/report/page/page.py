@@ -1,0 +1,236 @@
+"""The page: what became what, what was lost, how it was trained, what it costs, how to serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thesean.passes.plan.plan import Plan
+from thesean.passes.plan.table import place_of, replaced_inside, target_of
+from thesean.report.conversion import ConversionReport
+from thesean.report.page.charts import Axes, Line, chart, heatmap
+from thesean.report.page.findings import Findings
+from thesean.report.page.lost import lost_section
+from thesean.report.page.markup import Names, element, folded, paragraph, table, words
+from thesean.report.page.picture import plan_picture
+from thesean.report.page.serve import serve_section
+from thesean.report.page.style import STYLE
+from thesean.units import decimal, duration, milliseconds, quantity, times
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(plan: Plan, report: ConversionReport, findings: Findings, where: Mapping[str, Any]) -> str:
+    """The whole document; `where` is the environment it was written in."""
+    names = Names()
+    title = _title(plan)
+    sections = [
+        ("Plan", plan_picture(plan, report) + _plan_tables(plan)),
+        ("What was lost", lost_section(findings)),
+        ("Training", _training(names, report)),
+        ("Similarity", _similarity(names, findings)),
+        ("Cost and quality", _frontier(names, plan, report)),
+        ("Serve it", serve_section(findings.served)),
+        ("Settings", _settings(report, where)),
+    ]
+    body = [element("header", _head(title, plan, report))]
+    for heading, content in sections:
+        name = names.new("section")
+        body.append(element("section", element("h2", heading, id=name) + content, aria_labelledby=name))
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        + element("title", words(f"{title} - Thesean"))
+        + element("style", STYLE)
+    )
+    main = element("main", "\n".join(body))
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{main}</body></html>\n'
+
+
+def _title(plan: Plan) -> str:
+    became = ", ".join(dict.fromkeys(p.target for p in plan.replaced))
+    return f"{len(plan.replaced)} of {len(plan)} parts became {became}" if became else "The guide as it was"
+
+
+def _head(title: str, plan: Plan, report: ConversionReport) -> str:
+    divergence = report.converted.get("divergence")
+    lead = f"{report.steps:,} optimizer steps, {duration(report.seconds)}"
+    if divergence is not None:
+        lead += f"; outputs {divergence:.4g} from the guide's on held-out data"
+    figures = [
+        (name, decimal(report.converted.get(name)), f"guide {decimal(report.guide.get(name))}")
+        for name in ("loss", "metric")
+        if report.converted.get(name) is not None
+    ]
+    figures.append(("parameters", quantity(report.params), f"guide {quantity(plan.params)}"))
+    figures.append(("FLOPs a forward", quantity(report.flops), f"guide {quantity(plan.flops)}"))
+    shown = "".join(
+        element("div", element("dt", words(n)) + element("dd", words(v)) + element("dd", words(was), class_="was"))
+        for n, v, was in figures
+    )
+    return (
+        paragraph("A conversion by Thesean", "eyebrow")
+        + element("h1", words(title))
+        + paragraph(lead + ".", "lead")
+        + element("dl", shown, class_="figures")
+    )
+
+
+def _plan_tables(plan: Plan) -> str:
+    rows = [
+        (
+            p.path,
+            target_of(p) + (f", {inside}" if (inside := replaced_inside(p)) else ""),
+            p.operators or "-",
+            quantity(p.params),
+            quantity(p.new_params if not p.kept else p.params),
+            quantity(p.flops),
+            quantity(p.new_flops if not p.kept else p.flops),
+        )
+        for p in plan
+    ]
+    heads = ("part", "became", "computes", "parameters", "after", "FLOPs", "after")
+    sizes = ", ".join(f"{k} {v}" for k, v in plan.sizes.items())
+    return folded("The plan as a table", table(f"Parts in order; FLOPs at {sizes or 'its sizes'}", heads, rows))
+
+
+def _training(names: Names, report: ConversionReport) -> str:
+    if not report.stages and not report.curves:
+        return paragraph("Nothing was trained, and no stage is recorded.", "quiet")
+    figures = []
+    if len(report.stages) > 1:
+        for title, key in (("Distance from the guide", "divergence"), ("Loss", "loss"), ("Metric", "metric")):
+            points = [(row.replaced, v) for row in report.stages if (v := getattr(row, key)) is not None]
+            if start := report.guide.get(key):
+                points.insert(0, (0, start))
+            told = "after each stage, before the whole is tuned"
+            line = Line(name=key, points=points, dots=True)
+            drawn = chart(names, title, f"{title} {told}", Axes(x="parts replaced", y=key), [line])
+            figures.append(_figure(title, told, drawn))
+    for curve in report.curves:
+        where = f" {curve.part}" if curve.part else ""
+        steps = [(i * curve.every, v) for i, v in enumerate(curve.losses)]
+        kept = next((i for i, (step, _) in enumerate(curve.held_out) if step == curve.kept), None)
+        told = f"rate {curve.learning_rate:g}; dashed: training, solid: held out; ring: step {curve.kept}, kept"
+        held = Line(name="held out", points=curve.held_out, dots=len(curve.held_out) <= 30, marked=kept)
+        # the two are different sums: each is drawn where it is comparable
+        spread = [v for _, v in curve.held_out]
+        near = bool(steps and spread) and max(v for _, v in steps) < 4 * max(spread)
+        lines = [Line(name="training", points=steps, kind="quiet"), held] if near else [held]
+        if not near:
+            told = f"rate {curve.learning_rate:g}; held out; ring: step {curve.kept}, kept"
+        title = f"{curve.phase}{where}"
+        drawn = chart(names, title, f"{title}: {curve}", Axes(x="step", y="loss"), lines)
+        figures.append(_figure(title, told, drawn))
+    rows = [
+        (
+            row.part, f"{row.replaced} of {row.of}", row.measure, decimal(row.before), decimal(row.after),
+            decimal(row.loss), decimal(row.metric), decimal(row.divergence), f"{row.steps:,}", duration(row.seconds),
+            row.stopped_by,
+        )
+        for row in report.stages
+    ]  # fmt: skip
+    heads = (
+        "part", "replaced", "measure", "before", "after", "loss", "metric", "divergence", "steps", "time", "ended by",
+    )  # fmt: skip
+    curves = [
+        (f"{c.phase} {c.part or ''}".strip(), f"{c.learning_rate:g}", c.steps, c.kept, *_ends(c.held_out))
+        for c in report.curves
+    ]
+    told = element("div", "".join(f for f in figures if f), class_="grid")
+    if rows:
+        told += folded("The stages as a table", table("After each stage, on held-out data", heads, rows))
+    if curves:
+        heads = ("run", "rate", "steps", "kept step", "held out at first", "at last", "least")
+        told += folded("The runs as a table", table("Runs of the optimizer", heads, curves))
+    return told
+
+
+def _ends(held_out: tuple[tuple[int, float], ...]) -> tuple[str, str, str]:
+    values = [v for _, v in held_out]
+    return (decimal(values[0]), decimal(values[-1]), decimal(min(values))) if values else ("-", "-", "-")
+
+
+def _figure(title: str, told: str, drawn: str) -> str:
+    if not drawn:
+        return ""
+    return element("figure", element("figcaption", element("b", words(title)) + words(told)) + drawn)
+
+
+def _similarity(names: Names, findings: Findings) -> str:
+    alike = findings.alike
+    if alike is None:
+        return paragraph(findings.why.get("alike", "Not measured."), "quiet")
+    told = (
+        f"Debiased CKA at the parts' exits, over {alike.rows} rows: guide downwards, converted across. 1 is the same up to "
+        "rotation and scale."
+    )
+    drawn = heatmap(names, "Similarity of guide and converted", told, alike.matrix)
+    rows = [
+        (f"{i}. {part}", *(decimal(v, 3) for v in row))
+        for i, (part, row) in enumerate(zip(alike.parts, alike.matrix, strict=True), 1)
+    ]
+    heads = ("guide", *(f"{i}" for i in range(1, len(alike.parts) + 1)))
+    return (
+        _figure("Guide and converted, part by part", told, drawn)
+        + folded("Similarities as a table, with the parts' names", table("CKA; columns: converted", heads, rows))
+        + (paragraph(alike.note, "quiet") if alike.note else "")
+    )
+
+
+def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
+    """Hybrids of the frontier: quality after each stage against what one forward costs."""
+    key = "loss" if report.converted.get("loss") is not None else "divergence"
+    points = [("guide", plan.flops, report.guide.get(key))]
+    points += [(f"{row.replaced} replaced", row.flops, getattr(row, key)) for row in report.stages]
+    points.append(("converted", report.flops, report.converted.get(key)))
+    found = [(name, flops, value) for name, flops, value in points if value is not None]
+    told = ""
+    if len(found) > 1:
+        line = Line(
+            name=key,
+            points=[(flops, value) for _, flops, value in found],
+            dots=True,
+            joined=False,
+            marked=len(found) - 1,
+            labels=[name for name, _, _ in found],
+        )
+        caption = f"{key} against FLOPs of a forward: guide, the hybrid after each stage, and (ring) what was chosen"
+        axes = Axes(x="FLOPs a forward", y=key, whole=False)
+        told += _figure("Every stop on the way", caption, chart(names, "Cost and quality", caption, axes, [line]))
+        rows = [(name, quantity(flops, "FLOP"), decimal(value)) for name, flops, value in found]
+        told += folded("These points as a table", table("Cost and quality", ("network", "cost", key), rows))
+    if plan.latencies:
+        rows = [
+            (
+                place_of(m), milliseconds(m.guide_ms), milliseconds(m.plan_ms), times(m.guide_ms, m.plan_ms) or "-",
+                milliseconds(m.ceiling_ms), milliseconds(m.cache_floor_ms),
+            )
+            for m in plan.latencies
+        ]  # fmt: skip
+        heads = ("situation", "guide", "plan", "faster", "ceiling", "cache's floor")
+        return told + table("Latency in onnxruntime, one thread, when it was planned", heads, rows)
+    return told + paragraph("Latency wasn't measured when this was planned: cost is told in FLOPs.", "quiet")
+
+
+def _settings(report: ConversionReport, where: Mapping[str, Any]) -> str:
+    settings = [("seed", report.seed), ("length trained at", report.train_length or "-"), *_flat(report.recipe)]
+    notes = element("ul", "".join(element("li", words(n)) for n in report.notes), class_="notes")
+    return (
+        (element("h3", "Notes of the run") + notes if report.notes else "")
+        + folded("Recipe and seed", table("Settings", ("setting", "value"), settings))
+        + folded(
+            "Where this page was written",
+            table("Environment", ("what", "value"), [(k, "-" if v is None else v) for k, v in where.items()]),
+        )
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", "-" if value is None else value))
+    return found
