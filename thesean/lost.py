@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -23,20 +24,26 @@ Decode = Callable[[list[int]], str]
 
 
 def find_lost(
-    guide: fx.GraphModule, converted: fx.GraphModule, batches: Sequence[Inputs], decode: Decode | None
+    guide: fx.GraphModule,
+    converted: fx.GraphModule,
+    batches: Sequence[Inputs],
+    labels: Sequence[torch.Tensor],
+    decode: Decode | None,
 ) -> tuple[list[Lost], str, int]:
-    """The worst examples, the unit of their distances, and how many were looked at. Raises DataError, NumericalError,
+    """The worst examples, the unit of their distances, and how many were looked at. `labels` are those of the first
+    batch, by which classes are known as such. Raises DataError, NumericalError,
     and what `decode` raises.
     """
     theirs = [named_outputs(guide(**inputs)) for inputs in batches]
-    outputs = read_outputs(theirs)
+    outputs = _kinds(theirs, labels)
+    scale = {name: _variance([exact[name] for exact in theirs]) for name in theirs[0]}
     found: list[tuple[float, int, Inputs, Inputs, Inputs]] = []
     number = 0
     for inputs, exact in zip(batches, theirs, strict=True):
         own = named_outputs(converted(**inputs))
         for row in range(min(map(_rows, [*inputs.values(), *exact.values()]))):
             one, other = _row(exact, row), _row(own, row)
-            distance = float(outputs.distance(other, one))
+            distance = _distance(outputs, other, one, scale)
             number += 1
             if math.isfinite(distance) and distance > 0:
                 found.append((distance, number, _row(inputs, row), one, other))
@@ -45,6 +52,31 @@ def find_lost(
     found.sort(key=lambda item: -item[0])
     lost = [_told(outputs, *item, decode) for item in found[:_SHOWN]]
     return lost, "nats" if outputs.in_nats else "of the variance", number
+
+
+def _kinds(theirs: Sequence[Inputs], labels: Sequence[torch.Tensor]) -> Outputs:
+    """From outputs of one shape that differ: two halves of the first batch, or batches of single rows."""
+    first = theirs[0]
+    half = min(map(_rows, first.values())) // 2
+    if not half:
+        return read_outputs([o for o in theirs if all(o[k].shape == v.shape for k, v in first.items())], labels)
+    halves = [{k: v[at : at + half] if v.ndim else v for k, v in first.items()} for at in (0, half)]
+    return read_outputs(halves, [label[:half] for label in labels if label.ndim])
+
+
+def _variance(values: Sequence[torch.Tensor]) -> float:
+    return max(float(torch.cat([v.flatten().float() for v in values]).var()), 1e-12)
+
+
+def _distance(outputs: Outputs, own: Inputs, exact: Inputs, scale: Mapping[str, float]) -> float:
+    """As the report's, but that squares are divided by the variance over all examples: one may not vary at all."""
+    terms = []
+    for name, kind in outputs.kinds.items():
+        if kind == "mse":
+            terms.append(float((own[name].float() - exact[name].float()).square().mean()) / scale[name])
+        elif kind != "ignore":
+            terms.append(float(replace(outputs, kinds={name: kind}).distance(own, exact)))
+    return sum(terms) / max(len(terms), 1)
 
 
 def _rows(value: torch.Tensor) -> int:
@@ -101,7 +133,8 @@ def _shown(inputs: Inputs, place: int | None, decode: Decode | None) -> str | li
         if not value.is_floating_point() and value.ndim == 2 and decode is not None:
             end = value.shape[1] if place is None else min(place + 1, value.shape[1])
             start = max(0, end - _TOKENS)
-            return ("... " if start else "") + str(decode(value[0, start:end].tolist()))
+            text = str(decode(value[0, start:end].tolist()))
+            return ("... " if start else "") + (text[:-1] + "\u21b5" if text.endswith("\n") else text)
         if value.is_floating_point() and value.ndim == 4 and value.shape[1] in (1, 3) and min(value.shape[2:]) > 3:
             return _image(value[0])
     return "; ".join(f"{name}: {_numbers(value)}" for name, value in inputs.items())

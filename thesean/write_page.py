@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thesean.alike import alike
-from thesean.distill.data import Batches
+from thesean.distill.data import Batches, labels_in
 from thesean.errors import DataError
 from thesean.lost import find_lost
 from thesean.passes.graph.modes import evaluating, usual_settings
@@ -56,11 +56,13 @@ def _compared(converted: Converted, data: Iterable[Any], decode: Decode | None, 
     guide = converted.frontier[0].module
     home = next((p.device for p in converted.module.parameters()), torch.device("cpu"))
     guide = guide.to(home)
-    batches = [inputs for _, inputs in Batches(data, converted.signature, home).first(_BATCHES)]
-    if not batches:
+    pairs = list(Batches(data, converted.signature, home).first(_BATCHES))
+    if not pairs:
         raise DataError("data is empty: expected at least one batch.")
+    batches = [inputs for _, inputs in pairs]
+    labels = labels_in(pairs[0][0], len(converted.signature.inputs))
     with usual_settings(), torch.no_grad(), evaluating(guide), evaluating(converted.module):
-        lost, unit, looked_at = find_lost(guide, converted.module, batches, decode)
+        lost, unit, looked_at = find_lost(guide, converted.module, batches, labels, decode)
         found, why = alike(guide, converted, batches)
     return Findings(
         why={"lost": "Guide and converted give the same on all examples.", "alike": why},

@@ -212,7 +212,7 @@ Declared = tuple[tuple[str, str, tuple[int | str, ...]], ...]
 
 
 def declared(path: Path) -> tuple[Declared, Declared, tuple[str, ...]]:
-    """Inputs and states as (name, dtype of numpy, shape), and the names of the outputs but states. Raises ExportError."""
+    """Inputs and states as (name, dtype of numpy, shape), and the names of other outputs. Raises ExportError."""
     import onnx
 
     model = read(path)

@@ -83,9 +83,7 @@ class ConversionReport:
         """
         writer = getattr(self, "_writer", None)
         if writer is None:
-            raise DataError(
-                "this report stands alone: a page is written from a network's own, converted.report.html()."
-            )
+            raise DataError("this report stands alone: a network's own writes a page, converted.report.html().")
         written: Path = writer(path, data, decode, onnx)
         return written
 

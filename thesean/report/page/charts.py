@@ -6,8 +6,9 @@ Lengths are pixels of a chart that fits a phone; y grows downwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from thesean.report.page.markup import Names, element, words
 
@@ -19,7 +20,8 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """`kind` is "main" or "quiet"; `dots` marks each point. `marked` is the index of a point that stands out."""
+    """`kind` is "main" or "quiet"; `dots` marks each point. `marked` is the index of a point that stands out, `named`
+    those whose labels stand beside them; the others are told where the pointer rests."""
 
     name: str
     points: Points
@@ -28,6 +30,7 @@ class Line:
     joined: bool = True
     marked: int | None = None
     labels: Sequence[str] = ()
+    named: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +53,12 @@ def chart(names: Names, title: str, told: str, axes: Axes, lines: Sequence[Line]
         return x, _HEIGHT - _BOTTOM - (point[1] - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
 
     drawn = []
-    for value in _ticks(y_low, y_high):
+    for value, label in _labelled(_ticks(y_low, y_high)):
         y = at((x_low, value))[1]
         drawn.append(_stroke((_LEFT, y), (_WIDTH - _RIGHT, y), "grid"))
-        drawn.append(_text(_LEFT - 6, y + 4, _short(value), "end"))
-    for value in _ticks(x_low, x_high, whole=axes.whole):
-        drawn.append(_text(at((value, y_low))[0], _HEIGHT - _BOTTOM + 16, _short(value), "middle"))
+        drawn.append(_text(_LEFT - 6, y + 4, label, "end"))
+    for value, label in _labelled(_ticks(x_low, x_high, whole=axes.whole)):
+        drawn.append(_text(at((value, y_low))[0], _HEIGHT - _BOTTOM + 16, label, "middle"))
     drawn.append(_stroke((_LEFT, _HEIGHT - _BOTTOM), (_WIDTH - _RIGHT, _HEIGHT - _BOTTOM), "axis"))
     drawn.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, axes.x, "middle"))
     for line in lines:
@@ -92,8 +95,7 @@ def heatmap(names: Names, title: str, told: str, matrix: Sequence[Sequence[float
     return _svg(names, title, told, max(200.0, 34 + columns * side), 28 + rows * side, drawn)
 
 
-def _line(line: Line, at: object) -> list[str]:
-    assert callable(at)
+def _line(line: Line, at: Callable[[tuple[float, float]], tuple[float, float]]) -> list[str]:
     places = [(i, *at(p)) for i, p in enumerate(line.points) if all(map(math.isfinite, p))]
     drawn = []
     if line.joined and len(places) > 1:
@@ -104,6 +106,9 @@ def _line(line: Line, at: object) -> list[str]:
         if line.dots or marked or len(places) == 1:
             hint = element("title", words(line.labels[i])) if i < len(line.labels) else ""
             kind = f"dot {line.kind}" + (" marked" if marked else "")
+            if i in line.named:
+                left = x > _WIDTH / 2
+                drawn.append(_text(x + (-10 if left else 10), y + 4, line.labels[i], "end" if left else "start", "ink"))
             drawn.append(element("circle", hint, class_=kind, cx=_px(x), cy=_px(y), r=6 if marked else 3.5))
     return drawn
 
@@ -119,10 +124,12 @@ def _svg(names: Names, title: str, told: str, width: float, height: float, drawn
 
 
 def _range(values: Sequence[float], whole: bool) -> tuple[float, float]:
+    """From the least to the largest, with room around, and never empty."""
     low, high = min(values), max(values)
-    room = (high - low) * (0 if whole else 0.08) or (0.5 if whole and high == low else abs(high) * 0.1 or 1.0) * (
-        high == low
-    )
+    if low == high:
+        room = 0.5 if whole else abs(high) * 0.1 or 1.0
+    else:
+        room = 0.0 if whole else 0.08 * (high - low)
     return low - room, high + room
 
 
@@ -134,11 +141,14 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _short(value: float) -> str:
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{prefix}"
-    return f"{value:.3g}"
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """With as many places as tell neighbours apart, and one prefix for all."""
+    largest = max(map(abs, values), default=0.0)
+    size, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e4, "k")) if largest >= s), (1.0, ""))
+    size = 1e3 if prefix == "k" else size
+    step = min((b - a for a, b in pairwise(values)), default=largest or 1.0) / size
+    places = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [(value, f"{value / size:.{places}f}{prefix if value else ''}") for value in values]
 
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str | None = None) -> str:

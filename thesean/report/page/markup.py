@@ -9,11 +9,8 @@ from itertools import count
 
 def element(tag: str, content: str = "", **attributes: object) -> str:
     """`content` is markup, attributes are not; `class_` is class, `aria_label` aria-label, None leaves one out."""
-    told = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{words(value)}"'
-        for name, value in attributes.items()
-        if value is not None
-    )
+    given = ((name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items() if value is not None)
+    told = "".join(f' {name}="{words(value)}"' for name, value in given)
     return f"<{tag}{told}>{content}</{tag}>"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from thesean.curve import Curve
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.table import place_of, replaced_inside, target_of
 from thesean.report.conversion import ConversionReport
@@ -56,7 +57,7 @@ def _head(title: str, plan: Plan, report: ConversionReport) -> str:
     divergence = report.converted.get("divergence")
     lead = f"{report.steps:,} optimizer steps, {duration(report.seconds)}"
     if divergence is not None:
-        lead += f"; outputs {divergence:.4g} from the guide's on held-out data"
+        lead += f". On held-out data the outputs diverge from the guide's by {divergence:.3g}"
     figures = [
         (name, decimal(report.converted.get(name)), f"guide {decimal(report.guide.get(name))}")
         for name in ("loss", "metric")
@@ -101,27 +102,12 @@ def _training(names: Names, report: ConversionReport) -> str:
     if len(report.stages) > 1:
         for title, key in (("Distance from the guide", "divergence"), ("Loss", "loss"), ("Metric", "metric")):
             points = [(row.replaced, v) for row in report.stages if (v := getattr(row, key)) is not None]
-            if start := report.guide.get(key):
+            if (start := report.guide.get(key)) is not None:
                 points.insert(0, (0, start))
             told = "after each stage, before the whole is tuned"
             line = Line(name=key, points=points, dots=True)
             drawn = chart(names, title, f"{title} {told}", Axes(x="parts replaced", y=key), [line])
             figures.append(_figure(title, told, drawn))
-    for curve in report.curves:
-        where = f" {curve.part}" if curve.part else ""
-        steps = [(i * curve.every, v) for i, v in enumerate(curve.losses)]
-        kept = next((i for i, (step, _) in enumerate(curve.held_out) if step == curve.kept), None)
-        told = f"rate {curve.learning_rate:g}; dashed: training, solid: held out; ring: step {curve.kept}, kept"
-        held = Line(name="held out", points=curve.held_out, dots=len(curve.held_out) <= 30, marked=kept)
-        # the two are different sums: each is drawn where it is comparable
-        spread = [v for _, v in curve.held_out]
-        near = bool(steps and spread) and max(v for _, v in steps) < 4 * max(spread)
-        lines = [Line(name="training", points=steps, kind="quiet"), held] if near else [held]
-        if not near:
-            told = f"rate {curve.learning_rate:g}; held out; ring: step {curve.kept}, kept"
-        title = f"{curve.phase}{where}"
-        drawn = chart(names, title, f"{title}: {curve}", Axes(x="step", y="loss"), lines)
-        figures.append(_figure(title, told, drawn))
     rows = [
         (
             row.part, f"{row.replaced} of {row.of}", row.measure, decimal(row.before), decimal(row.after),
@@ -137,13 +123,32 @@ def _training(names: Names, report: ConversionReport) -> str:
         (f"{c.phase} {c.part or ''}".strip(), f"{c.learning_rate:g}", c.steps, c.kept, *_ends(c.held_out))
         for c in report.curves
     ]
-    told = element("div", "".join(f for f in figures if f), class_="grid")
+    told = element("div", "".join(figures), class_="grid") if figures else ""
+    told += "".join(_run(names, curve) for curve in _drawn(report.curves))
     if rows:
         told += folded("The stages as a table", table("After each stage, on held-out data", heads, rows))
     if curves:
-        heads = ("run", "rate", "steps", "kept step", "held out at first", "at last", "least")
-        told += folded("The runs as a table", table("Runs of the optimizer", heads, curves))
+        columns = ("run", "rate", "steps", "kept step", "held out at first", "at last", "least")
+        told += folded("The runs as a table", table("Runs of the optimizer", columns, curves))
     return told
+
+
+def _drawn(curves: Sequence[Curve]) -> Sequence[Curve]:
+    """Runs that something went on from; the others, trials of a learning rate, are rows of the table."""
+    return [c for c in curves if c.kept] or curves[-1:]
+
+
+def _run(names: Names, curve: Curve) -> str:
+    """Held-out and training losses, which are other sums: each on an axis of its own."""
+    title = f"{curve.phase} {curve.part or ''}".strip()
+    marked = next((i for i, (step, _) in enumerate(curve.held_out) if step == curve.kept), None)
+    held = Line(name="held out", points=curve.held_out, dots=len(curve.held_out) <= 30, marked=marked)
+    steps = Line(name="training", points=[(i * curve.every, v) for i, v in enumerate(curve.losses)], kind="quiet")
+    told = f"rate {curve.learning_rate:g}. Solid: held out, with a ring at step {curve.kept}, kept. Dashed: training."
+    axes = Axes(x="step", y="loss")
+    drawn = chart(names, f"{title}, held out", str(curve), axes, [held])
+    drawn += chart(names, f"{title}, training", "mean loss of the steps", axes, [steps])
+    return _figure(title, told, element("div", drawn, class_="grid") if drawn else "")
 
 
 def _ends(held_out: tuple[tuple[int, float], ...]) -> tuple[str, str, str]:
@@ -162,8 +167,8 @@ def _similarity(names: Names, findings: Findings) -> str:
     if alike is None:
         return paragraph(findings.why.get("alike", "Not measured."), "quiet")
     told = (
-        f"Debiased CKA at the parts' exits, over {alike.rows} rows: guide downwards, converted across. 1 is the same up to "
-        "rotation and scale."
+        f"Debiased CKA at the parts' exits, over {alike.rows} rows: guide downwards, converted across. 1 is the same "
+        "up to rotation and scale."
     )
     drawn = heatmap(names, "Similarity of guide and converted", told, alike.matrix)
     rows = [
@@ -194,6 +199,7 @@ def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
             joined=False,
             marked=len(found) - 1,
             labels=[name for name, _, _ in found],
+            named=(0, len(found) - 1),
         )
         caption = f"{key} against FLOPs of a forward: guide, the hybrid after each stage, and (ring) what was chosen"
         axes = Axes(x="FLOPs a forward", y=key, whole=False)
@@ -201,7 +207,7 @@ def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
         rows = [(name, quantity(flops, "FLOP"), decimal(value)) for name, flops, value in found]
         told += folded("These points as a table", table("Cost and quality", ("network", "cost", key), rows))
     if plan.latencies:
-        rows = [
+        measured = [
             (
                 place_of(m), milliseconds(m.guide_ms), milliseconds(m.plan_ms), times(m.guide_ms, m.plan_ms) or "-",
                 milliseconds(m.ceiling_ms), milliseconds(m.cache_floor_ms),
@@ -209,7 +215,7 @@ def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
             for m in plan.latencies
         ]  # fmt: skip
         heads = ("situation", "guide", "plan", "faster", "ceiling", "cache's floor")
-        return told + table("Latency in onnxruntime, one thread, when it was planned", heads, rows)
+        return told + table("Latency in onnxruntime, one thread, when it was planned", heads, measured)
     return told + paragraph("Latency wasn't measured when this was planned: cost is told in FLOPs.", "quiet")
 
 

@@ -20,18 +20,16 @@ def plan_picture(plan: Plan, report: ConversionReport) -> str:
 def _stop(part: PlannedPart, report: ConversionReport) -> str:
     became = "kept" if part.kept else "became " + target_of(part)
     inside = replaced_inside(part)
-    cost = quantity(part.params) if part.kept else f"{quantity(part.params)} to {quantity(part.new_params)}"
-    row = (
-        element("span", words(part.path), class_="path")
-        + element(
-            "span", words(became + (f", {inside}" if inside else "")), class_="became" if not part.kept else "cost"
-        )
-        + element("span", words(f"{cost} parameters"), class_="cost")
+    cost = quantity(part.params) if part.kept else f"{quantity(part.params)} \u2192 {quantity(part.new_params)}"
+    told = became + (f", {inside}" if inside else "")
+    row = element("span", words(part.path), class_="path") + element("span", words(told), class_="became")
+    chips = element("li", words(f"{cost} parameters"), class_="cost")
+    chips += "".join(
+        element("li", element("b", words(kind)) + words(f" {what}"), class_="chip")
+        for kind, what in weights_of(part, report)
     )
-    sources = weights_of(part, report)
-    chips = "".join(element("li", element("b", words(kind)) + words(f" {told}")) for kind, told in sources)
-    drawn = element("div", row, class_="row") + (
-        element("ul", chips, class_="from", aria_label="where its weights came from") if chips else ""
+    drawn = element("div", row, class_="row") + element(
+        "ul", chips, class_="from", aria_label="what it costs, and where its weights came from"
     )
     return element("li", drawn, class_="kept" if part.kept else "new")
 
@@ -50,7 +48,8 @@ def weights_of(part: PlannedPart, report: ConversionReport) -> list[tuple[str, s
     closed = report.recipe.get("closed_form")
     if report.stages and isinstance(closed, dict) and closed.get("enabled"):
         found.append(("solved", "last linear map"))
-    aligned = sum(c.kept for c in report.curves if c.phase == "align" and c.part in (None, part.path))
+    others = {row.part for row in report.stages} - {part.path}  # a run of several parts has a name of its own
+    aligned = sum(c.kept for c in report.curves if c.phase == "align" and c.part not in others)
     if aligned:
         found.append(("trained", "at its exit"))
     if tuned:

@@ -2,12 +2,13 @@
 
 STYLE = """
 :root{color-scheme:light dark;--ground:#fff;--raised:#f6f7f8;--ink:#1b1f24;--muted:#59626c;--rule:#dfe3e7;
---accent:#0b6b74;--soft:#e0f0f1}
+--accent:#0b6b74;--cell:#0b6b74}
 @media (prefers-color-scheme:dark){:root{--ground:#14171a;--raised:#1c2024;--ink:#e7eaed;--muted:#a0a9b2;
---rule:#31373d;--accent:#5cc3cc;--soft:#16343a}}
+--rule:#31373d;--accent:#5cc3cc;--cell:#1a8c97}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:47rem;margin:0 auto;padding:3rem 1.25rem 5rem}
+body{margin:0;background:var(--ground);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:50rem;margin:0 auto;padding:3rem 1.25rem 5rem}
 h1{font-size:clamp(1.6rem,5vw,2.2rem);line-height:1.15;letter-spacing:-.02em;font-weight:650;margin:.2rem 0 .75rem;
 overflow-wrap:anywhere}
 h2{font-size:1.25rem;letter-spacing:-.01em;font-weight:650;margin:3.5rem 0 .5rem;padding-top:1rem;
@@ -17,7 +18,8 @@ p{margin:.4rem 0 .9rem;max-width:62ch}
 .eyebrow{font-size:.8rem;letter-spacing:.06em;text-transform:uppercase;color:var(--accent);font-weight:600;margin:0}
 .lead{font-size:1.1rem;color:var(--muted)}
 .quiet{color:var(--muted);font-size:.9rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.25rem 1.5rem;margin:2rem 0 0;padding:0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.25rem 1.5rem;
+margin:2rem 0 0;padding:0}
 .figures div{border-top:2px solid var(--rule);padding-top:.6rem}
 .figures dt{color:var(--muted);font-size:.85rem}
 .figures dd{margin:0;font-size:1.5rem;font-weight:600;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
@@ -33,26 +35,29 @@ ol.plan>li.new::after{border-radius:2px;background:var(--accent);border-color:va
 .path{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9rem;overflow-wrap:anywhere}
 .kept .path{color:var(--muted)}.new .became{color:var(--accent);font-weight:600}
 .cost{color:var(--muted);font-size:.85rem;font-variant-numeric:tabular-nums}
-.from{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem;margin:.25rem 0 0;padding:0}
-.from li{font-size:.8rem;padding:.05rem .5rem;border:1px solid var(--rule);border-radius:1rem;color:var(--muted)}
+.became{font-size:.9rem;color:var(--muted);overflow-wrap:anywhere}
+.from{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem .4rem;align-items:baseline;margin:.2rem 0 0;padding:0}
+.from .chip{font-size:.8rem;padding:.02rem .55rem;border:1px solid var(--rule);border-radius:1rem;color:var(--muted)}
+.from .cost{margin-right:.4rem}
 .from b{color:var(--ink);font-weight:600}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));gap:1.5rem 2rem}
 figure{margin:1rem 0 0;min-width:0}
 figcaption{font-size:.9rem;color:var(--muted);margin:0 0 .4rem;overflow-wrap:anywhere}
 figcaption b{color:var(--ink);font-weight:600;display:block}
 svg{display:block;width:100%;height:auto}
-svg text{font:11.5px system-ui,sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}svg text.ink{fill:var(--ink)}
-.grid-line,.grid-lines{}
+svg text{font:11.5px system-ui,sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}
+svg text.ink{fill:var(--ink)}
 line.grid{stroke:var(--rule)}line.axis{stroke:var(--muted)}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.main{stroke:var(--accent)}
 .line.quiet{stroke:var(--muted);stroke-width:1.25;stroke-dasharray:4 3}
 .dot{stroke:var(--ground);stroke-width:1.5}.dot.main{fill:var(--accent)}.dot.quiet{fill:var(--muted)}
 .dot.marked{fill:var(--ground);stroke:var(--accent);stroke-width:3}
-.cell{fill:var(--accent);stroke:var(--rule);stroke-width:.5}
+.cell{fill:var(--cell);stroke:var(--rule);stroke-width:.5}
 .scroll{overflow-x:auto;margin:.75rem 0}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
 caption{text-align:left;color:var(--muted);padding:.2rem 0 .5rem}
-th,td{text-align:right;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--rule);white-space:nowrap;font-weight:400}
+th,td{text-align:right;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--rule);white-space:nowrap;
+font-weight:400}
 th{text-align:left}thead th{color:var(--muted);text-align:right}thead th:first-child{text-align:left}
 details{margin:.75rem 0}summary{cursor:pointer;color:var(--accent);font-size:.9rem;width:fit-content;padding:.2rem 0}
 :focus-visible{outline:2px solid var(--accent);outline-offset:3px;border-radius:2px}
@@ -61,9 +66,10 @@ font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:.75r
 blockquote{margin:0 0 .5rem;padding:.7rem 1rem;background:var(--raised);border-radius:6px;white-space:pre-wrap;
 overflow-wrap:anywhere;font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 ol.lost{list-style:none;margin:1rem 0;padding:0}ol.lost>li{margin:0 0 1.6rem}
-ol.lost.images{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:1.25rem}ol.lost.images>li{margin:0}
+ol.lost.images{display:grid;grid-template-columns:repeat(3,1fr);gap:1.5rem}ol.lost.images>li{margin:0}
 ol.lost p{margin:.15rem 0;font-size:.92rem}
 .images svg{border:1px solid var(--rule);border-radius:4px;margin-bottom:.4rem;shape-rendering:crispEdges}
 ul.notes{padding-left:1.2rem;color:var(--muted);font-size:.92rem}ul.notes li{overflow-wrap:anywhere}
+@media (max-width:34rem){ol.lost.images{grid-template-columns:1fr 1fr;gap:1.25rem}}
 @media print{main{padding:0}details{display:block}}
-""".replace(".grid-line,.grid-lines{}\n", "")
+"""
