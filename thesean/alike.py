@@ -6,17 +6,17 @@ N rows, P width
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from thesean.errors import DataError, NumericalError
+from thesean.passes.graph.signature import Signature
+from thesean.passes.plan.plan import Plan
+from thesean.report.conversion import ConversionReport
 from thesean.report.page.findings import Alike
 from thesean.similarity import get_measure
-
-if TYPE_CHECKING:
-    from thesean.converted import Converted
 
 _ROWS = 512  # enough for two digits, and a Gram that costs nothing
 _PARTS = 24  # more are not read on a page
@@ -24,7 +24,22 @@ _PARTS = 24  # more are not read on a page
 Inputs = Mapping[str, torch.Tensor]
 
 
-def alike(guide: fx.GraphModule, converted: Converted, batches: Sequence[Inputs]) -> tuple[Alike | None, str]:
+class Conversion(Protocol):
+    """What a page reads of a `Converted`."""
+
+    @property
+    def module(self) -> fx.GraphModule: ...
+    @property
+    def signature(self) -> Signature: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def report(self) -> ConversionReport: ...
+    @property
+    def frontier(self) -> Sequence[Conversion]: ...
+
+
+def alike(guide: fx.GraphModule, converted: Conversion, batches: Sequence[Inputs]) -> tuple[Alike | None, str]:
     """CKA of every exit with every other, or None and why."""
     pairs = _exits(guide, converted)
     missing = len(converted.plan.replaced) - len(pairs)
@@ -50,7 +65,7 @@ def _cka(measure: Any, x_NP: torch.Tensor, y_NP: torch.Tensor) -> float:
         return float("nan")
 
 
-def _exits(guide: fx.GraphModule, converted: Converted) -> list[tuple[str, str, str]]:
+def _exits(guide: fx.GraphModule, converted: Conversion) -> list[tuple[str, str, str]]:
     """(path, the guide's node, the converted network's node) of each replaced part.
 
     A hybrid is the guide's graph with modules in it: what reads a module reads in the guide what the part gave.
@@ -66,7 +81,7 @@ def _exits(guide: fx.GraphModule, converted: Converted) -> list[tuple[str, str, 
     return found
 
 
-def _earlier(converted: Converted, number: int) -> list[fx.Graph]:
+def _earlier(converted: Conversion, number: int) -> list[fx.Graph]:
     """The hybrid in which nothing behind the part is replaced yet."""
     return [converted.frontier[number + 1].module.graph] if number + 1 < len(converted.frontier) - 1 else []
 

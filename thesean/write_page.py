@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from thesean.alike import alike
+from thesean.alike import Conversion, alike
 from thesean.distill.data import Batches, labels_in
 from thesean.errors import DataError
 from thesean.lost import find_lost
@@ -24,9 +24,6 @@ from thesean.report.page.page import page
 from thesean.scratch import named
 from thesean.write_file import write_text
 
-if TYPE_CHECKING:
-    from thesean.converted import Converted
-
 Decode = Callable[[list[int]], str]
 
 _BATCHES = 8  # that are looked at
@@ -35,7 +32,7 @@ _NO_DATA = "No data was given: html(path, data=batches) compares guide and conve
 
 
 def write_page(
-    converted: Converted,
+    converted: Conversion,
     path: str | os.PathLike[str],
     data: Iterable[Any] | None,
     decode: Decode | None,
@@ -52,7 +49,7 @@ def write_page(
     return write_text(path, page(converted.plan, converted.report, findings, environment()))
 
 
-def _compared(converted: Converted, data: Iterable[Any], decode: Decode | None, served: Served) -> Findings:
+def _compared(converted: Conversion, data: Iterable[Any], decode: Decode | None, served: Served) -> Findings:
     guide = converted.frontier[0].module
     home = next((p.device for p in converted.module.parameters()), torch.device("cpu"))
     guide = guide.to(home)

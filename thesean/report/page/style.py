@@ -41,7 +41,7 @@ ol.plan>li.new::after{border-radius:2px;background:var(--accent);border-color:va
 .from .cost{margin-right:.4rem}
 .from b{color:var(--ink);font-weight:600}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));gap:1.5rem 2rem}
-figure{margin:1rem 0 0;min-width:0}
+figure{margin:1.5rem 0 0;min-width:0}
 figcaption{font-size:.9rem;color:var(--muted);margin:0 0 .4rem;overflow-wrap:anywhere}
 figcaption b{color:var(--ink);font-weight:600;display:block}
 svg{display:block;width:100%;height:auto}
