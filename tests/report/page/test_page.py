@@ -18,7 +18,7 @@ from torch import nn
 import thesean
 from thesean.curve import Curve
 from thesean.errors import DataError, WriteError
-from thesean.passes.plan.rows import PlannedPart
+from thesean.passes.plan.rows import PlannedPart, ProbedCandidate
 from thesean.report.conversion import ConversionReport, StageRow
 from thesean.report.page.findings import Alike, Findings, Lost, Served
 from thesean.report.page.page import page
@@ -32,6 +32,10 @@ PLAN = thesean.Plan(
         PlannedPart(path="blocks.1", target="keep", params=5),
     ),
     flops=40,
+    candidates=(
+        ProbedCandidate(path=EVIL, target="gru", divergence=0.5, added_ms=-0.25, params=9, flops=8, chosen=True),
+        ProbedCandidate(path=EVIL, target="rnn", divergence=0.25, added_ms=0.5, params=9, flops=8, chosen=False),
+    ),
 )
 STAGE = StageRow(
     part=EVIL, replaced=1, of=1, measure="nmse", before=0.5, after=0.25, loss=1.5, metric=0.5, divergence=0.125,
@@ -163,7 +167,14 @@ def test_what_comes_from_outside_is_shown_as_it_is(made):
 
 def test_it_tells_where_weights_came_from(made):
     told = "".join(Reader(made).words)
-    for words in ("copied query", "solved last linear map", "trained at its exit", "became gru", "1 of 2 parts"):
+    for words in (
+        "copied query",
+        "solved last linear map",
+        "trained at its exit",
+        "became gru",
+        "1 of 2 parts",
+        "-0.25 ms",
+    ):
         assert words in told
     assert "trained with the whole" not in told  # nothing was tuned
 

@@ -20,8 +20,8 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """`kind` is "main" or "quiet"; `dots` marks each point. `marked` is the index of a point that stands out, `named`
-    those whose labels stand beside them; the others are told where the pointer rests."""
+    """`kind` is "main", "quiet" or "hollow"; `dots` marks each point. `marked` is the index of a point that stands out,
+    `named` those whose labels stand beside them; the others are told where the pointer rests."""
 
     name: str
     points: Points

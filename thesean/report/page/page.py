@@ -206,6 +206,7 @@ def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
         told += _figure("Every stop on the way", caption, chart(names, "Cost and quality", caption, axes, [line]))
         rows = [(name, quantity(flops, "FLOP"), decimal(value)) for name, flops, value in found]
         told += folded("These points as a table", table("Cost and quality", ("network", "cost", key), rows))
+    told += _probed(names, plan)
     if plan.latencies:
         measured = [
             (
@@ -217,6 +218,38 @@ def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
         heads = ("situation", "guide", "plan", "faster", "ceiling", "cache's floor")
         return told + table("Latency in onnxruntime, one thread, when it was planned", heads, measured)
     return told + paragraph("Latency wasn't measured when this was planned: cost is told in FLOPs.", "quiet")
+
+
+def _probed(names: Names, plan: Plan) -> str:
+    """What target "auto" tried: each candidate alone in its part."""
+    timed = sorted((c for c in plan.candidates if c.added_ms is not None), key=lambda c: c.chosen)
+    drawn = ""
+    if timed:
+        caption = "divergence of the guide with one part replaced against the latency that this adds; filled: chosen"
+        lines = [
+            Line(
+                name=name,
+                points=[(c.added_ms or 0.0, c.divergence) for c in timed if c.chosen == chosen],
+                kind=kind,
+                dots=True,
+                joined=False,
+                labels=[f"{c.path}: {c.target}" for c in timed if c.chosen == chosen],
+            )
+            for name, kind, chosen in (("tried", "hollow", False), ("chosen", "main", True))
+        ]
+        axes = Axes(x="ms added", y="divergence", whole=False)
+        drawn = _figure("Candidates", caption, chart(names, "Candidates", caption, axes, lines))
+    if not plan.candidates:
+        return ""
+    rows = [
+        (
+            c.path, c.target, f"{c.divergence:.4g}", "-" if c.added_ms is None else f"{c.added_ms:+.3g} ms",
+            quantity(c.params), quantity(c.flops), "yes" if c.chosen else "no",
+        )
+        for c in plan.candidates
+    ]  # fmt: skip
+    heads = ("part", "candidate", "divergence", "added", "parameters", "FLOPs", "chosen")
+    return drawn + folded("Candidates as a table", table("What target auto tried", heads, rows))
 
 
 def _settings(report: ConversionReport, where: Mapping[str, Any]) -> str:

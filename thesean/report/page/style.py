@@ -51,7 +51,7 @@ line.grid{stroke:var(--rule)}line.axis{stroke:var(--muted)}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.main{stroke:var(--accent)}
 .line.quiet{stroke:var(--muted);stroke-width:1.25;stroke-dasharray:4 3}
 .dot{stroke:var(--ground);stroke-width:1.5}.dot.main{fill:var(--accent)}.dot.quiet{fill:var(--muted)}
-.dot.marked{fill:var(--ground);stroke:var(--accent);stroke-width:3}
+.dot.hollow{fill:var(--ground);stroke:var(--muted)}.dot.marked{fill:var(--ground);stroke:var(--accent);stroke-width:3}
 .cell{fill:var(--cell);stroke:var(--rule);stroke-width:.5}
 .scroll{overflow-x:auto;margin:.75rem 0}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
