@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from thesean.distill.callbacks import telling
 from thesean.distill.outputs import Outputs, named_outputs, read_outputs
 from thesean.report.page.findings import Lost
 
@@ -31,8 +32,7 @@ def find_lost(
     decode: Decode | None,
 ) -> tuple[list[Lost], str, int]:
     """The worst examples, the unit of their distances, and how many were looked at. `labels` are those of the first
-    batch, by which classes are known as such. Raises DataError, NumericalError,
-    and what `decode` raises.
+    batch, by which classes are known as such. Raises DataError, NumericalError.
     """
     theirs = [named_outputs(guide(**inputs)) for inputs in batches]
     outputs = _kinds(theirs, labels)
@@ -50,8 +50,17 @@ def find_lost(
         if number >= _LOOKED_AT:
             break
     found.sort(key=lambda item: -item[0])
-    lost = [_told(outputs, *item, decode) for item in found[:_SHOWN]]
+    reading = None if decode is None else _checked(decode)
+    lost = [_told(outputs, *item, reading) for item in found[:_SHOWN]]
     return lost, "nats" if outputs.in_nats else "of the variance", number
+
+
+def _checked(decode: Decode) -> Decode:
+    def checked(tokens: list[int]) -> str:
+        with telling("decode(tokens)"):
+            return str(decode(tokens))
+
+    return checked
 
 
 def _kinds(theirs: Sequence[Inputs], labels: Sequence[torch.Tensor]) -> Outputs:
@@ -133,7 +142,7 @@ def _shown(inputs: Inputs, place: int | None, decode: Decode | None) -> str | li
         if not value.is_floating_point() and value.ndim == 2 and decode is not None:
             end = value.shape[1] if place is None else min(place + 1, value.shape[1])
             start = max(0, end - _TOKENS)
-            text = str(decode(value[0, start:end].tolist()))
+            text = decode(value[0, start:end].tolist())
             return ("... " if start else "") + (text[:-1] + "\u21b5" if text.endswith("\n") else text)
         if value.is_floating_point() and value.ndim == 4 and value.shape[1] in (1, 3) and min(value.shape[2:]) > 3:
             return _image(value[0])
