@@ -137,6 +137,7 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0) -> Path:
         for name, model in models.items()
     ]
     models["converted"].save(out / "converted")
+    models["converted"].report.html(out / "report.html", data=held_out, onnx=out / "converted.onnx")
     stages = models["converted"].report.to_dict()["stages"]
     path = write_report(
         out / "report.json", rows, stages=stages, environment=environment(),

@@ -138,6 +138,9 @@ def demo(
             "notes": list(models["converted"].report.notes),
         },
     )
+    models["converted"].report.html(
+        out / "report.html", data=held_out_windows()[::every], decode=decode, onnx=paths["converted"]
+    )
     console.print(render(rows, title="Character GPT-2 -> RNN, held-out text", metric_name="next character"))
     if not same:
         raise SystemExit("onnxruntime and torch disagree on the greedy text")

@@ -63,6 +63,7 @@ def test_the_language_demo_writes_a_stateful_file_that_continues_text_as_torch_d
     language.guide(layers=2).save_pretrained(tmp_path / "guide")
     few = ("--steps", "6", "--repeats", "2", "--every", "8")
     printed = run_here("examples.demo_gpt2", *few, "--guide", str(tmp_path / "guide"), "--out", str(tmp_path))
+    assert "What was lost" in (tmp_path / "report.html").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["guide", "converted", "scratch", "distillation"]
@@ -84,6 +85,7 @@ def test_the_language_demo_writes_a_stateful_file_that_continues_text_as_torch_d
 def test_the_digits_demo_keeps_the_hybrids_afloat(tmp_path, run_here):
     pytest.importorskip("sklearn")
     printed = run_here("examples.demo_digits", "--steps", "100", "--out", str(tmp_path))
+    assert "What was lost" in (tmp_path / "report.html").read_text()
     report = json.loads((tmp_path / "report.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["guide"]["metric"] > 0.97

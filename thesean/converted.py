@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,6 +24,7 @@ from thesean.report.conversion import ConversionReport
 from thesean.report.environment import environment
 from thesean.samples import samples_of
 from thesean.scratch import named
+from thesean.write_page import write_page
 
 if TYPE_CHECKING:
     from thesean.deploy.export import ExportReport
@@ -47,7 +49,7 @@ class Converted:
         self.module = module
         self.signature = signature
         self.plan = plan
-        self.report = report
+        self.report = report.written_by(partial(write_page, self))
         self.frontier = Frontier(frontier)
         self._wrap = output_wrapper(signature)
 

@@ -92,3 +92,14 @@ def test_plan_hands_every_choice_to_thesean_plan(guides: Path, monkeypatch: pyte
     assert len(seen["eval_data"]) == 4  # type: ignore[arg-type]
     rest = {key: seen[key] for key in ("target", "seed", "recipe", "constraints", "context")}
     assert rest == dict(target="auto", seed=7, recipe="fast", constraints={"params": 9}, context=(8,))
+
+
+def test_a_saved_conversion_becomes_a_page(tmp_path: Path) -> None:
+    saved = Path(__file__).parents[1] / "formats" / "v1" / "conversions" / "gru"
+    result = run("report", str(saved), "--html", str(tmp_path / "report.html"))
+    assert result.exit_code == 0, result.output
+    assert "became gru" in (tmp_path / "report.html").read_text()
+    (tmp_path / "report.json").write_text("{}")
+    told = error_of(run("report", str(tmp_path / "report.json"), "--html", str(tmp_path / "other.html")))
+    assert "expected the folder of a saved conversion" in told
+    assert not (tmp_path / "other.html").exists()

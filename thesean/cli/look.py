@@ -36,21 +36,28 @@ PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 def report(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE.json", help="A saved conversion, or a report.json.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, with its provenance.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a page, with DIR.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Print what a conversion became and what it cost, stage by stage. No weights are read.
+    """Print what a conversion became and what it cost, stage by stage. No weights are read, but for --html.
 
     \b
     Examples:
       thesean report build/rnn
+      thesean report build/rnn --html report.html
       thesean report build/demo/report.json --markdown
     """
     with one_line_errors(debug):
+        check_writable("--html", html)
+        if html is not None and not path.is_dir():
+            raise ArgumentError(f"--html: expected the folder of a saved conversion, found {path}.")
         if path.is_dir():
             if markdown:
                 raise ArgumentError(f"--markdown: expected a report.json of several models, found the folder {path}.")
             plan, told = reading(path, read_plan_and_report)
             typer.echo(f"{plan}\n\n{told}")
+            if html is not None:
+                thesean.load(path).report.html(html)
             return
         found = read_report(path)
         if markdown:

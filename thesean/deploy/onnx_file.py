@@ -7,6 +7,7 @@ moment the model of that name finds the weights that it was written with.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import re
@@ -205,6 +206,27 @@ def metadata(path: Path) -> dict[str, str]:
 def told_by(model: Any) -> dict[str, str]:
     """The metadata of a ModelProto."""
     return {p.key: p.value for p in model.metadata_props}
+
+
+Declared = tuple[tuple[str, str, tuple[int | str, ...]], ...]
+
+
+def declared(path: Path) -> tuple[Declared, Declared, tuple[str, ...]]:
+    """Inputs and states as (name, dtype of numpy, shape), and the names of other outputs. Raises ExportError."""
+    import onnx
+
+    model = read(path)
+    states = [row["name"] for row in json.loads(told_by(model).get(STATES, "[]"))]
+    rows = {}
+    for value in model.graph.input:
+        kind = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+        shape = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+        rows[value.name] = (value.name, "bool_" if dtype == "bool" else dtype, shape)
+    outputs = [value.name for value in model.graph.output]
+    own = tuple(outputs[: len(outputs) - len(states)])
+    inputs = tuple(row for name, row in rows.items() if name not in states)
+    return inputs, tuple(rows[name] for name in states if name in rows), own
 
 
 def read(path: Path) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -62,6 +64,37 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def html(
+        self,
+        path: str | os.PathLike[str],
+        data: Iterable[Any] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        onnx: str | os.PathLike[str] | None = None,
+    ) -> Path:
+        """Write one self-contained page: plan, curves, costs, settings, and how to serve the file.
+
+        data: batches as `compile` takes them, on which guide and converted are compared as the page is written: how
+        alike they are, and where they disagree most. decode(tokens) -> text, such as tokenizer.decode. onnx: the file
+        that `converted.export` wrote, whose states the page then names. What isn't known (the guide, after
+        `thesean.load`) is left out, with a line that says why.
+
+        Raises DataError, also for a report that belongs to no network; ExportError for `onnx`, WriteError.
+        """
+        writer = getattr(self, "_writer", None)
+        if writer is None:
+            raise DataError("this report stands alone: a network's own writes a page, converted.report.html().")
+        written: Path = writer(path, data, decode, onnx)
+        return written
+
+    def written_by(self, writer: Callable[..., Path]) -> ConversionReport:
+        """A copy whose pages `writer` writes, since a report alone has no plan and no network."""
+        copy = replace(self)
+        object.__setattr__(copy, "_writer", writer)
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_writer"}  # a copy takes no network along
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ConversionReport:

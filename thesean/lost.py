@@ -1,0 +1,165 @@
+"""The examples on which a conversion is farthest from its guide, as people read them.
+
+B batch, T time, V classes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from thesean.distill.callbacks import telling
+from thesean.distill.outputs import Outputs, named_outputs, read_outputs
+from thesean.report.page.findings import Lost
+
+_SHOWN, _LOOKED_AT = 6, 256
+_TOKENS, _NUMBERS = 60, 8  # of a text before the place, of other inputs
+_SIDE = 64  # of an image; larger ones are thinned out
+
+Inputs = Mapping[str, torch.Tensor]
+Decode = Callable[[list[int]], str]
+
+
+def find_lost(
+    guide: fx.GraphModule,
+    converted: fx.GraphModule,
+    batches: Sequence[Inputs],
+    labels: Sequence[torch.Tensor],
+    decode: Decode | None,
+) -> tuple[list[Lost], str, int]:
+    """The worst examples, the unit of their distances, and how many were looked at. `labels` are those of the first
+    batch, by which classes are known as such. Raises DataError, NumericalError.
+    """
+    theirs = [named_outputs(guide(**inputs)) for inputs in batches]
+    outputs = _kinds(theirs, labels)
+    scale = {name: _variance([exact[name] for exact in theirs]) for name in theirs[0]}
+    found: list[tuple[float, int, Inputs, Inputs, Inputs]] = []
+    number = 0
+    for inputs, exact in zip(batches, theirs, strict=True):
+        own = named_outputs(converted(**inputs))
+        for row in range(min(map(_rows, [*inputs.values(), *exact.values()]))):
+            one, other = _row(exact, row), _row(own, row)
+            distance = _distance(outputs, other, one, scale)
+            number += 1
+            if math.isfinite(distance) and distance > 0:
+                found.append((distance, number, _row(inputs, row), one, other))
+        if number >= _LOOKED_AT:
+            break
+    found.sort(key=lambda item: -item[0])
+    reading = None if decode is None else _checked(decode)
+    lost = [_told(outputs, *item, reading) for item in found[:_SHOWN]]
+    return lost, "nats" if outputs.in_nats else "of the variance", number
+
+
+def _checked(decode: Decode) -> Decode:
+    def checked(tokens: list[int]) -> str:
+        with telling("decode(tokens)"):
+            return str(decode(tokens))
+
+    return checked
+
+
+def _kinds(theirs: Sequence[Inputs], labels: Sequence[torch.Tensor]) -> Outputs:
+    """From outputs of one shape that differ: two halves of the first batch, or batches of single rows."""
+    first = theirs[0]
+    half = min(map(_rows, first.values())) // 2
+    if not half:
+        return read_outputs([o for o in theirs if all(o[k].shape == v.shape for k, v in first.items())], labels)
+    halves = [{k: v[at : at + half] if v.ndim else v for k, v in first.items()} for at in (0, half)]
+    return read_outputs(halves, [label[:half] for label in labels if label.ndim])
+
+
+def _variance(values: Sequence[torch.Tensor]) -> float:
+    return max(float(torch.cat([v.flatten().float() for v in values]).var()), 1e-12)
+
+
+def _distance(outputs: Outputs, own: Inputs, exact: Inputs, scale: Mapping[str, float]) -> float:
+    """As the report's, but that squares are divided by the variance over all examples: one may not vary at all."""
+    terms = []
+    for name, kind in outputs.kinds.items():
+        if kind == "mse":
+            terms.append(float((own[name].float() - exact[name].float()).square().mean()) / scale[name])
+        elif kind != "ignore":
+            terms.append(float(replace(outputs, kinds={name: kind}).distance(own, exact)))
+    return sum(terms) / max(len(terms), 1)
+
+
+def _rows(value: torch.Tensor) -> int:
+    return value.shape[0] if value.ndim else 1
+
+
+def _row(values: Inputs, row: int) -> dict[str, torch.Tensor]:
+    return {name: value[row : row + 1] if value.ndim else value for name, value in values.items()}
+
+
+def _told(
+    outputs: Outputs,
+    distance: float,
+    number: int,
+    inputs: Inputs,
+    exact: Inputs,
+    own: Inputs,
+    decode: Decode | None,
+) -> Lost:
+    name = next((n for n, kind in outputs.kinds.items() if kind == "softmax"), None)
+    where, place = "", None
+    if name is None:
+        first = next(n for n, kind in outputs.kinds.items() if kind != "ignore")
+        answers = [_numbers(values[first]) for values in (exact, own)]
+    else:
+        log_p, log_q = (values[name][0].float().log_softmax(-1) for values in (exact, own))
+        if log_p.ndim == 2:  # of each position: tell of the one where they are farthest apart
+            place = int((log_p.exp() * (log_p - log_q)).nan_to_num().sum(-1).argmax())
+            log_p, log_q = log_p[place], log_q[place]
+            where = f", farthest apart after position {place + 1}"
+        text = decode if log_p.ndim == 1 and place is not None else None
+        answers = [_answer(v, text) for v in (log_p, log_q)]
+    return Lost(
+        number=number,
+        distance=distance,
+        shown=_shown(inputs, place, decode),
+        guide=answers[0],
+        converted=answers[1],
+        where=where,
+    )
+
+
+def _answer(log_p: torch.Tensor, decode: Decode | None) -> str:
+    if log_p.ndim != 1:
+        return _numbers(log_p.exp())
+    best = int(log_p.argmax())
+    told = repr(decode([best])) if decode is not None else f"class {best}"
+    return f"{told} at {float(log_p[best].exp()):.0%}"
+
+
+def _shown(inputs: Inputs, place: int | None, decode: Decode | None) -> str | list[list[float]]:
+    """Text where the inputs are tokens, an image where they have the shape of one, else numbers."""
+    for value in inputs.values():
+        if not value.is_floating_point() and value.ndim == 2 and decode is not None:
+            end = value.shape[1] if place is None else min(place + 1, value.shape[1])
+            start = max(0, end - _TOKENS)
+            text = decode(value[0, start:end].tolist())
+            return ("... " if start else "") + (text[:-1] + "\u21b5" if text.endswith("\n") else text)
+        if value.is_floating_point() and value.ndim == 4 and value.shape[1] in (1, 3) and min(value.shape[2:]) > 3:
+            return _image(value[0])
+    return "; ".join(f"{name}: {_numbers(value)}" for name, value in inputs.items())
+
+
+def _image(pixels: torch.Tensor) -> list[list[float]]:
+    """Grey levels, darkest 0 and lightest 1."""
+    grey = pixels.float().mean(0).nan_to_num()
+    step = -(-max(grey.shape) // _SIDE)
+    grey = grey[::step, ::step]
+    low, high = grey.min(), grey.max()
+    levels: list[list[float]] = ((grey - low) / (high - low).clamp(min=1e-12)).tolist()
+    return levels
+
+
+def _numbers(value: torch.Tensor) -> str:
+    flat = value.flatten()
+    told = ", ".join(f"{v:.4g}" for v in flat[:_NUMBERS].tolist())
+    return told + (f", ... ({flat.numel():,} in all)" if flat.numel() > _NUMBERS else "")

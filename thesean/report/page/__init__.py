@@ -1,0 +1,1 @@
+"""A conversion as one self-contained page of HTML."""
