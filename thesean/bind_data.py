@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from thesean import ranks
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
 from thesean.distill.data import different, make_feed
 from thesean.distill.losses import warn_of_chance
@@ -47,6 +48,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         journal=journal,
         begun=request.begun,
     )
+    ranks.same(lambda: run_facts(captured, request, feed))
     journal.open(lambda: run_facts(captured, request, feed), request.resume)
     training.judge.learn(0, first)
     return training

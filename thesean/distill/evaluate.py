@@ -12,6 +12,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from thesean import ranks
+from thesean.distill.gathered import Gathered
 from thesean.distill.seen import Seen
 from thesean.distill.task import Batch, Task
 from thesean.errors import NumericalError
@@ -52,10 +54,15 @@ _SAMPLED = 4
 
 
 class Judge:
-    """Evaluates hybrids against one guide on the same held-out batches. Batches weigh by their first dimension."""
+    """Evaluates hybrids against one guide on the same held-out batches. Batches weigh by their first dimension.
+
+    Of several ranks each has its own rows of `batches`, and judges by the outputs of all.
+    """
 
     def __init__(self, guide: fx.GraphModule, task: Task, batches: Sequence[Batch]) -> None:
-        self.guide, self.task, self.batches = guide, task, batches
+        self.guide, self.task, self.gathered = guide, task, Gathered(guide)
+        self.batches = [(whole, self.gathered.own(inputs)) for whole, inputs in batches]
+        self._rows = [next(iter(inputs.values())).shape[0] for _, inputs in batches]
         self._kept: dict[int, Any] = {}
         self._bytes = 0
         self._room = max(_KEPT_BYTES, sum(p.numel() * p.element_size() for p in guide.parameters()) // 2)
@@ -96,9 +103,9 @@ class Judge:
         rows = 0
         for number in self.everything if numbers is None else numbers:
             batch, inputs = self.batches[number]
-            size = next(iter(inputs.values())).shape[0]
+            size = self._rows[number]
             wanted = self._guide_output(number, inputs)
-            output = wanted if output_of is None else output_of(number)
+            output = wanted if output_of is None else self.gathered.output(output_of(number))
             wrapped = self.task.wrap(output)
             if output_of is not None:
                 total["divergence"] += self._distance(number, output, wanted) * size
@@ -114,23 +121,25 @@ class Judge:
             if self.task.metric is not None:
                 total["metric"] += float(self.task.metric(wrapped, batch)) * size
             rows += size
+        loss, metric, divergence = ranks.agreed(*(total[name] / rows for name in ("loss", "metric", "divergence")))
         return Evaluation(
-            loss=total["loss"] / rows if self.task.loss is not None else None,
-            metric=total["metric"] / rows if self.task.metric is not None else None,
-            divergence=total["divergence"] / rows,
+            loss=loss if self.task.loss is not None else None,
+            metric=metric if self.task.metric is not None else None,
+            divergence=divergence,
         )
 
     @torch.no_grad()
     def divergence(self, output_of: Callable[[int, Any], Any], numbers: Sequence[int]) -> float:
-        """The mean of `of` alone, without the user's loss and metric; the guide's output is told as well."""
+        """The mean of `of` alone, without the user's loss and metric; `output_of` is told the guide's output as well,
+        and both are of the rows of all ranks.
+        """
         total, rows = 0.0, 0
         for number in numbers:
-            inputs = self.batches[number][1]
-            size = next(iter(inputs.values())).shape[0]
-            wanted = self._guide_output(number, inputs)
+            size = self._rows[number]
+            wanted = self._guide_output(number, self.batches[number][1])
             total += self._distance(number, output_of(number, wanted), wanted) * size
             rows += size
-        return total / rows
+        return ranks.agreed(total / rows)[0]
 
     def _distance(self, number: int, output: Any, wanted: Any) -> float:
         masks = self._masks(number, self.batches[number][1])
@@ -141,7 +150,7 @@ class Judge:
         if not self._seen.names:
             return {}
         if number not in self._shown:
-            self._shown[number] = self._seen.of_outputs(self._mask_nodes(**inputs))
+            self._shown[number] = self.gathered.masks(self._seen, self._mask_nodes(**inputs))
         return self._shown[number]
 
     @cached_property
@@ -153,7 +162,7 @@ class Judge:
         return intermediates(self.guide, self._seen.names, with_output=False)
 
     def learn(self, number: int, output: Any) -> None:
-        """The guide's output on a batch, where someone has it."""
+        """The guide's output on a batch, the rows of all ranks, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes + size <= self._room:
@@ -167,7 +176,7 @@ class Judge:
     def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
         output = self._kept.get(number)
         if output is None:
-            output = self.guide(**inputs)
+            output = self.gathered.output(self.guide(**inputs))
             self.learn(number, output)
         if number not in self._checked:
             self.task.outputs.check_finite(output, f"held-out batch {number}")

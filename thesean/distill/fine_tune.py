@@ -20,8 +20,9 @@ import torch
 
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
+from thesean.distill.gathered import Gathered
 from thesean.distill.objective import examples, faint
-from thesean.distill.seen import Seen, rows
+from thesean.distill.seen import Seen
 from thesean.distill.task import Batch, task_loss
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
@@ -190,33 +191,35 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
     guide_names = [theirs for _, theirs in hybrid.boundaries]
     use_hidden = settings.hidden > 0
     use_guide = settings.distillation > 0 or use_hidden or task.loss is None
-    seen = Seen(training.guide)
+    seen, gathered = Seen(training.guide), Gathered(training.guide)
     own = intermediates(hybrid.graph_module, own_names if use_hidden else [])
     theirs = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
 
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch
         got = own(**inputs)
+        output = gathered.output(got["output"])
         left = max(0.0, 1 - step / (steps * settings.anneal_until))
         weight = settings.distillation * left if task.loss is not None else 1.0
         hidden = settings.hidden * left
         terms: list[Any] = []
         if task.loss is not None and weight < 1:
-            terms.append((1 - weight) * task_loss(task, got["output"], whole))
+            terms.append((1 - weight) * task_loss(task, output, whole))
         if use_guide and (weight > 0 or hidden > 0):
             with torch.no_grad():
                 wanted = theirs(**inputs)
             if weight > 0:
-                masks = seen.of_outputs(wanted)
-                outputs = (got["output"], wanted["output"], settings.temperature)
+                masks = gathered.masks(seen, wanted)
+                outputs = (output, gathered.output(wanted["output"]), settings.temperature)
                 off = task.outputs.distance(*outputs, masks, settings.divergence)
                 terms.append(weight * off)
             if hidden > 0:
                 for y, g in zip(own_names, guide_names, strict=True):
                     mask_BT = seen.of(g, wanted)
-                    if not faint(rows(wanted[g], mask_BT)):
-                        pair = (examples(rows(z, mask_BT)) for z in (got[y], wanted[g]))
-                        terms.append(hidden * nmse.loss(*pair))
+                    theirs_N = gathered.rows(g, wanted[g], mask_BT)
+                    if not faint(theirs_N):
+                        own_N = gathered.rows(g, got[y], mask_BT)
+                        terms.append(hidden * nmse.loss(examples(own_N), examples(theirs_N)))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
     return loss_of

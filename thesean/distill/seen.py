@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean import ranks
 from thesean.distill.outputs import named_leaves
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.graph.nodes import named_dim
@@ -82,7 +83,8 @@ class Seen:
         for mask in masks:
             seen_BT = mask.seen(values[mask.node])
             shown = seen_BT if shown is None else shown & seen_BT
-        return None if shown is None or bool(shown.all()) else shown
+        # ranks do the same: what one of them hides is left out of what is gathered
+        return None if shown is None or not ranks.any_of(not bool(shown.all())) else shown
 
     def _same_steps(self, mask: fx.Node, node: fx.Node) -> bool:
         value, steps = node.meta.get("val"), mask.meta.get("val")

@@ -1,0 +1,90 @@
+"""A rank's own rows of a batch, and what is gathered of the rows of all: see thesean/ranks.py.
+
+Alone, a process has all rows, and nothing here does anything.
+
+B batch, T time, N examples
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from thesean import ranks
+from thesean.distill.seen import Seen, rows
+from thesean.errors import DataError
+from thesean.passes.graph.nodes import named_dim
+
+
+class Gathered:
+    """Knows by the guide's graph along which dimension the rows of a batch lie."""
+
+    def __init__(self, guide: fx.GraphModule) -> None:
+        self.guide = guide
+        self._named = {n.name: n for n in guide.graph.nodes}
+
+    def own(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This rank's rows. Raises DataError where there are none for it."""
+        if ranks.count() == 1:
+            return inputs
+        dims = {n.target: d for n in self.guide.graph.find_nodes(op="placeholder") if (d := self._dim(n)) is not None}
+        if not dims:
+            raise DataError(
+                f"{ranks.count()} processes share the rows of each batch, and the guide was captured for batches of "
+                "one size. Say what is free, dynamic={...: {0: 'batch'}}, or convert in one process."
+            )
+        found = dict(inputs)
+        for name, dim in dims.items():
+            length = inputs[str(name)].shape[dim]
+            if length < ranks.count():
+                raise DataError(
+                    f"a batch of {length} rows can't be shared by {ranks.count()} processes: give larger batches "
+                    "(drop_last=True of a DataLoader), or launch fewer."
+                )
+            own = ranks.own_rows(length)
+            found[str(name)] = inputs[str(name)].narrow(dim, own.start, own.stop - own.start)
+        return found
+
+    def values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of the guide's nodes, by name."""
+        if ranks.count() == 1:
+            return values
+        return {name: self._of(self._named[name], value) for name, value in values.items()}
+
+    def rows(self, node: str, value: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        """What is seen of the value of a node of the guide, or of one in its place."""
+        seen = rows(value, mask_BT)
+        if ranks.count() == 1:
+            return seen
+        return ranks.gather(seen) if mask_BT is not None else self._of(self._named[node], seen)
+
+    def output(self, output: Any) -> Any:
+        """The guide's output or one like it."""
+        if ranks.count() == 1:
+            return output
+        nodes = pytree.tree_leaves(self.guide.graph.output_node().args[0])
+        values, nested = pytree.tree_flatten(output)
+        return pytree.tree_unflatten([self._of(n, v) for n, v in zip(nodes, values, strict=True)], nested)
+
+    def masks(self, seen: Seen, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Of the outputs, as `Seen.of_outputs`."""
+        return {name: ranks.gather(mask_BT) for name, mask_BT in seen.of_outputs(values).items()}
+
+    def _of(self, node: Any, value: Any) -> Any:
+        if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
+            return value
+        dim = self._dim(node)
+        return value if dim is None else ranks.gather(value, dim)
+
+    def _dim(self, node: fx.Node) -> int | None:
+        """The dimension of a node's value whose size is the batch's, or grows with it."""
+        value, symbols = node.meta.get("val"), self.guide.meta["symbols"]
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if re.search(r"\bbatch\b", str(named_dim(size, symbols))):
+                return dim
+        return None
