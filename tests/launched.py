@@ -32,9 +32,7 @@ def launch(
         given = environment(**{k: str(v) for k, v in ours.items()}, **(env or {}))
         command = [sys.executable, *arguments]
         found.append(
-            subprocess.Popen(
-                command, env=given, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+            subprocess.Popen(command, env=given, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         )
     return found
 

@@ -276,7 +276,8 @@ def stoppable(journal: Journal) -> Iterator[None]:
     try:
         yield
     except Interrupted as told:
-        print(told, file=sys.stderr)
+        if ranks.is_first():
+            print(told, file=sys.stderr)
         if journal.stopping == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM) from None
         raise

@@ -209,14 +209,15 @@ def together() -> Any:
     return nullcontext() if _world is None else _Norms(_world)
 
 
-def speaks() -> bool:
-    """Whether this process is the first of those that ask, to tell what happened to all of them."""
+def tells(error: Exception) -> bool:
+    """Whether this process is the first one with this error: what happens to all of them is told once."""
     if launched() == 1:
         return True
-    with suppress(Exception):
+    text = type(error).__name__ if isinstance(error, RankError) else str(error)
+    with suppress(Exception):  # who kept the list may be gone
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*place, is_master=False, timeout=timedelta(seconds=2))
-        return store.add("thesean/told", 1) == 1
+        return store.add(f"thesean/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{text}", 1) == 1
     return True
 
 

@@ -1,0 +1,127 @@
+"""A conversion in several processes is the one that a single process makes of the same batches."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import thesean
+from tests.launched import ROOT, ended, environment, launch
+from tests.rank_cases import CASES, INTERRUPTED, LOST, batches, deadly, guide, result
+from thesean import ranks
+from thesean.errors import MissingExtraError
+
+NEAR = 1e-5  # what the rows of all ranks come to in another order of summation
+
+SOME, REST = list(CASES)[:4], list(CASES)[4:]
+
+accelerated = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="Accelerate is not installed")
+
+
+def check_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=NEAR, msg=name)
+    for figures in ("losses", "held out", "stages", "final"):
+        assert found[figures] == pytest.approx(expected[figures], rel=0, abs=NEAR), figures
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """A folder of what two processes found, and how they ended: the second is killed in the midst of a last run."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, ended(launch(2, ["-m", "tests.rank_cases", str(folder), "killed", *SOME]))
+
+
+@pytest.fixture(scope="module")
+def found(two: tuple[Path, list[tuple[int, str]]]) -> list[dict[str, Any]]:
+    folder, ends = two
+    assert all((folder / f"found.{rank}").is_file() for rank in range(2)), ends
+    return [torch.load(folder / f"found.{rank}") for rank in range(2)]
+
+
+@accelerated
+@pytest.mark.parametrize("name", SOME)
+def test_two_processes_come_to_what_one_does(found: list[dict[str, Any]], name: str) -> None:
+    expected = result(name)
+    assert not any("did not help" in note for note in expected["notes"])  # else the weights would be those of the start
+    for own in found:
+        check_alike(own[name], expected)
+
+
+@accelerated
+def test_ranks_that_were_given_different_things_say_so(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        assert own["other seeds"].startswith("RankError: rank 1 and rank 0 were given different things: the seed")
+
+
+@accelerated
+def test_a_batch_of_fewer_rows_than_processes_is_refused(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        assert own["one row"].startswith("DataError: a batch of 1 rows can't be shared by 2 processes")
+
+
+@accelerated
+def test_a_killed_rank_ends_the_run_and_one_process_goes_on_from_there(two: tuple[Path, list[tuple[int, str]]]) -> None:
+    folder, ((code, said), (signalled, _)) = two
+    assert (code, signalled) == (LOST, -signal.SIGKILL), said[-2000:]
+    assert said.count("another process of this run is gone") == 1
+    resumed = result(INTERRUPTED, loss=deadly(1, 0), workdir=folder / "run", resume="must")
+    assert any("went on at step 3 of fine-tune 1" in note for note in resumed["notes"])
+    check_alike(resumed, result(INTERRUPTED, loss=deadly(1, 0)))
+
+
+def test_without_accelerate_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"accelerate is not installed.*\[dist\]"):
+        thesean.compile(guide(), "mlp", data=batches(), recipe="fast", progress=False)
+
+
+def test_a_process_by_itself_has_all_rows_and_sends_nothing() -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    with ranks.joined(guide()):
+        assert ranks.gather(x) is x
+        assert ranks.own_rows(5) == slice(0, 5)
+        assert ranks.sent() == {}
+
+
+def launched(launcher: str, *arguments: str) -> str:
+    """What is said on stdout under a launcher."""
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "-m", *arguments],
+        env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=170, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@accelerated
+@pytest.mark.slow
+def test_accelerates_launcher_and_four_processes_come_to_what_one_does(tmp_path: Path) -> None:
+    plain = "--cpu --num_processes 4 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launched(f"accelerate.commands.launch {plain}", "tests.rank_cases", str(tmp_path), "whole", *REST)
+    for rank in range(4):
+        found = torch.load(tmp_path / f"found.{rank}")
+        for name in REST:
+            check_alike(found[name], result(name))
+
+
+@accelerated
+@pytest.mark.slow
+def test_the_command_line_under_torchrun_writes_and_speaks_once(tmp_path: Path) -> None:
+    command = "convert tests.rank_cases:guide --target mlp --recipe fast --data tests.rank_cases:batches"
+    options = [*command.split(), "--out", str(tmp_path / "made"), "--workdir", str(tmp_path / "run")]
+    said = launched("torch.distributed.run --standalone --nproc-per-node 2", "thesean", *options)
+    assert said.count("saved ") == 1
+    expected = thesean.compile(guide(), "mlp", data=batches(), recipe="fast", progress=False).module.state_dict()
+    for folder in (tmp_path / "made", tmp_path / "run" / "converted"):
+        for name, value in thesean.load(folder).module.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=NEAR)
