@@ -362,10 +362,12 @@ def chosen_plans(
     if len(request.budgets) > 1:
         return choose_plans(division, request.budgets, request.candidates, training), training
 
-    def found() -> str:  # as text, so that a plan that was found before an interruption needn't be found again
-        return choose_plans(division, request.budgets, request.candidates, training)[0].to_yaml()
+    probing = training if ranks.count() == 1 else replace(training, feed=replace(training.feed))  # by whole batches
 
-    return [Plan.from_yaml(journal.piece("plan", found))], training
+    def found() -> str:  # as text, so that a plan that was found before an interruption needn't be found again
+        return choose_plans(division, request.budgets, request.candidates, probing)[0].to_yaml()
+
+    return [Plan.from_yaml(journal.piece("plan", lambda: ranks.first(found)))], training
 
 
 def check_trainable(captured: Captured, recipe: Recipe) -> None:
