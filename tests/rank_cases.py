@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import thesean
 import thesean.journal
 from tests import models
+from thesean import ranks
 from thesean.errors import RankError, TheseanError
 
 LOST = 3  # the exit code of a rank that was told of another's end
@@ -124,6 +125,7 @@ def result(name: str, **more: Any) -> dict[str, Any]:
         "stages": [stage.divergence for stage in report.stages],
         "final": [v for v in report.converted.values() if v is not None],
         "notes": report.notes,
+        "sent": ranks.sent(),
     }
 
 

@@ -17,6 +17,7 @@ import thesean
 from tests.launched import ROOT, ended, environment, launch
 from tests.rank_cases import CASES, INTERRUPTED, LOST, batches, deadly, guide, result
 from thesean import ranks
+from thesean.distill import scaling
 from thesean.errors import MissingExtraError
 
 NEAR = 1e-5  # what the rows of all ranks come to in another order of summation
@@ -75,6 +76,26 @@ def test_a_killed_rank_ends_the_run_and_one_process_goes_on_from_there(two: tupl
     resumed = result(INTERRUPTED, loss=deadly(1, 0), workdir=folder / "run", resume="must")
     assert any("went on at step 3 of fine-tune 1" in note for note in resumed["notes"])
     check_alike(resumed, result(INTERRUPTED, loss=deadly(1, 0)))
+
+
+@accelerated
+def test_what_a_rank_sends_is_what_the_formulas_say(found: list[dict[str, Any]]) -> None:
+    guide = 3 * 72 + 45
+    sizes = scaling.Sizes(
+        guide=guide, parts=3, replaced=72, replacement=122, features=6, outputs=8, width=8, vocabulary=5, itemsize=8
+    )
+    for own in found:
+        sent = own["cka, joint"]["sent"]
+        # six steps of alignment, six of fine-tuning
+        steps = 6 * scaling.gradients_given(sizes, sizes.new) + 6 * scaling.gradients_given(sizes, sizes.hybrid)
+        assert sent["gradients"] == steps
+        # solved anew at steps 2, 4 and 6
+        assert sent["statistics"] == 3 * scaling.statistics_given(sizes)
+        # exits count until four fifths of fine-tuning are over; four times the last one is looked at, held out
+        assert sent["exits"] == (11 + 4 / 3) * scaling.exits_given(sizes, tokens=8)
+        # without a loss no output is sent; with one the guide's, and the hybrid's after each part, held out
+        assert "outputs" not in sent
+        assert own["closed form"]["sent"]["outputs"] == 4 * scaling.outputs_given(sizes, tokens=8)
 
 
 def test_without_accelerate_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

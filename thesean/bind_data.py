@@ -50,7 +50,8 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     )
     ranks.same(lambda: run_facts(captured, request, feed))
     journal.open(lambda: run_facts(captured, request, feed), request.resume)
-    training.judge.learn(0, first)
+    if ranks.count() == 1:  # else it judges some of these rows
+        training.judge.learn(0, first)
     return training
 
 

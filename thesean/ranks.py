@@ -16,7 +16,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from thesean.errors import MissingExtraError, RankError
+from thesean.errors import MissingExtraError, RankError, TheseanError
 
 Value = TypeVar("Value")
 
@@ -38,10 +38,10 @@ class _World:
     count: int
     number: int
     device: torch.device  # of what is sent
-    sent: dict[str, int] = field(default_factory=dict)  # bytes of this rank's own that it gave, by kind
 
 
 _world: _World | None = None
+_sent: dict[str, int] = {}
 
 
 def launched() -> int:
@@ -68,6 +68,7 @@ def joined(model: Any) -> Iterator[None]:
     if launched() == 1 or _world is not None:
         yield
         return
+    _sent.clear()
     _world = _opened(not any(p.is_cuda for p in getattr(model, "parameters", list)()))
     try:
         yield
@@ -121,16 +122,49 @@ def own_rows(rows: int) -> slice:
 
 
 def sent() -> dict[str, int]:
-    """Bytes that this rank gave to others so far, by kind."""
-    return {} if _world is None else dict(_world.sent)
+    """Bytes of its own that this rank gave to others in its last run, by kind: see docs/scaling.md."""
+    return dict(_sent)
 
 
-def gather(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+def gather(x: torch.Tensor, dim: int = 0, kind: str = "rows") -> torch.Tensor:
     """The rows of all ranks, in their order, along a dimension in which they may have different numbers of them.
 
     Only for what every rank then computes the same of: a rank's rows of the gradient are taken as they are.
     """
-    return x if _world is None else _Gather.apply(x, dim, _world)
+    return x if _world is None else _Gather.apply(x, dim, kind, _world)
+
+
+def place(rows: int) -> tuple[int, int]:
+    """How many rows the ranks before this one have, where it has so many, and how many all have."""
+    if _world is None:
+        return 0, rows
+    sizes = _sizes(rows, _world)
+    return sum(sizes[: _world.number]), sum(sizes)
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of what each made of its own rows, where all compute the same of it: the gradient goes to a
+    rank's own summand as it is.
+    """
+    return x if _world is None else _Total.apply(x)
+
+
+def everywhere(check: Callable[[], None]) -> None:
+    """Raises on every rank what a check of its own rows raises on any of them."""
+    if _world is None:
+        check()
+        return
+    found = None
+    try:
+        check()
+    except TheseanError as error:
+        found = error
+    if not any_of(found is not None):
+        return
+    everyone: list[Any] = [None] * _world.count
+    with _reaching():
+        torch.distributed.all_gather_object(everyone, found)
+    raise next(error for error in everyone if error is not None)
 
 
 def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
@@ -142,7 +176,7 @@ def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for some in by_dtype.values():
         flat = torch.cat([t.detach().reshape(-1) for t in some])
-        _count(_world, kind, flat)
+        _count(kind, flat)
         with _reaching():
             torch.distributed.all_reduce(flat)
         for tensor, total in zip(some, flat.split([t.numel() for t in some]), strict=True):
@@ -223,12 +257,8 @@ def tells(error: Exception) -> bool:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, world: _World) -> torch.Tensor:
-        rows = torch.tensor([x.shape[dim]], device=world.device)
-        found = [torch.empty_like(rows) for _ in range(world.count)]
-        with _reaching():
-            torch.distributed.all_gather(found, rows)
-        sizes = [int(n) for n in found]
+    def forward(ctx: Any, x: torch.Tensor, dim: int, kind: str, world: _World) -> torch.Tensor:
+        sizes = _sizes(x.shape[dim], world)
         ctx.dim, ctx.start, ctx.length = dim, sum(sizes[: world.number]), x.shape[dim]
         own = x.detach().movedim(dim, 0).contiguous()
         # as bytes: not every backend knows every dtype; and of one length, which collectives ask for
@@ -238,7 +268,7 @@ class _Gather(torch.autograd.Function):
         held = own.reshape(-1).view(torch.uint8)
         padded[: held.numel()] = held
         theirs = [torch.empty_like(padded) for _ in range(world.count)]
-        _count(world, "gathered", held)
+        _count(kind, held)
         with _reaching():
             torch.distributed.all_gather(theirs, padded)
         pieces = [
@@ -249,7 +279,19 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].narrow(ctx.dim, ctx.start, ctx.length), None, None
+        return grads[0].narrow(ctx.dim, ctx.start, ctx.length), None, None, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        found = x.detach().clone()
+        add_up([found], "totals")
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
 
 
 class _Summed(torch.autograd.Function):
@@ -316,8 +358,17 @@ def _batch_norm(
     return y.to(input.dtype)
 
 
-def _count(world: _World, kind: str, tensor: torch.Tensor) -> None:
-    world.sent[kind] = world.sent.get(kind, 0) + tensor.nbytes
+def _sizes(rows: int, world: _World) -> list[int]:
+    """Of all ranks."""
+    own = torch.tensor([rows], device=world.device)
+    found = [torch.empty_like(own) for _ in range(world.count)]
+    with _reaching():
+        torch.distributed.all_gather(found, own)
+    return [int(n) for n in found]
+
+
+def _count(kind: str, tensor: torch.Tensor) -> None:
+    _sent[kind] = _sent.get(kind, 0) + tensor.nbytes
 
 
 def _broadcast(world: _World, objects: list[Any]) -> None:

@@ -20,10 +20,9 @@ from thesean import ranks
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.gathered import Gathered
 from thesean.distill.objective import Objective
 from thesean.distill.recalibrate import batch_norms, recalibrate
-from thesean.distill.seen import Seen
+from thesean.distill.seen import Seen, rows
 from thesean.distill.stopping import Plateau
 from thesean.distill.swapping import Swapping, frozen, probability
 from thesean.distill.task import Batch
@@ -103,7 +102,7 @@ class Aligner:
         self.hybrid, self.training, self.solving = hybrid, training, solving
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.held_out = [training.judge.batches[number] for number in training.judge.sample]
-        self.seen, self.gathered = Seen(self.guide), Gathered(self.guide)
+        self.seen = Seen(self.guide)
         self.objective = Objective(training, hybrid.parts)
         self.refits = self.recipe.alignment.refit and self.objective.exits
 
@@ -245,23 +244,20 @@ class Aligner:
     def _at_exit(self, part: int, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> torch.Tensor:
         own, guide = self.hybrid.boundaries[part]
         mask_BT = self.seen.of(guide, wanted)
-        return self.objective.at_exit(part, *(self.gathered.rows(guide, z, mask_BT) for z in (got[own], wanted[guide])))
+        return self.objective.at_exit(part, rows(got[own], mask_BT), rows(wanted[guide], mask_BT))
 
     def _at_output(self, got: Mapping[str, Any], wanted: Mapping[str, Any], batch: Any) -> list[torch.Tensor]:
         if not self.objective.whole:
             return []
-        output, theirs, masks = self.gathered.output(got["output"]), None, {}
-        if self.objective.output is not None:
-            theirs, masks = self.gathered.output(wanted["output"]), self.gathered.masks(self.seen, wanted)
-        return self.objective.at_output(output, theirs, masks, batch)
+        masks = self.seen.of_outputs(wanted) if self.objective.output is not None else {}
+        return self.objective.at_output(got["output"], wanted.get("output"), masks, batch)
 
     def _alone(self, r: Replacement, values: Mapping[str, Any]) -> torch.Tensor:
         """The objective at the output of one module that reads the guide's activations."""
         read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
         y = self.hybrid.module(r)(values[r.guide_entry], **({} if read is None else {"mask": read}))
         y = y[0] if isinstance(y, tuple) else y
-        exit = r.guide_exit
-        return self.objective.at_exit(r.part, *(self.gathered.rows(exit, z, mask_BT) for z in (y, values[exit])))
+        return self.objective.at_exit(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT))
 
 
 class _Watch:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -105,8 +105,9 @@ class Judge:
             batch, inputs = self.batches[number]
             size = self._rows[number]
             wanted = self._guide_output(number, inputs)
-            output = wanted if output_of is None else self.gathered.output(output_of(number))
-            wrapped = self.task.wrap(output)
+            output = wanted if output_of is None else output_of(number)
+            asked = self.task.loss is not None or self.task.metric is not None
+            wrapped = self.task.wrap(self.gathered.output(output)) if asked else None
             if output_of is not None:
                 total["divergence"] += self._distance(number, output, wanted) * size
             if self.task.loss is not None:
@@ -130,9 +131,7 @@ class Judge:
 
     @torch.no_grad()
     def divergence(self, output_of: Callable[[int, Any], Any], numbers: Sequence[int]) -> float:
-        """The mean of `of` alone, without the user's loss and metric; `output_of` is told the guide's output as well,
-        and both are of the rows of all ranks.
-        """
+        """The mean of `of` alone, without the user's loss and metric; the guide's output is told as well."""
         total, rows = 0.0, 0
         for number in numbers:
             size = self._rows[number]
@@ -143,14 +142,15 @@ class Judge:
 
     def _distance(self, number: int, output: Any, wanted: Any) -> float:
         masks = self._masks(number, self.batches[number][1])
+        output, wanted, masks = self.gathered.outputs(self.task.outputs, output, wanted, masks)
         return self.task.outputs.distance(output, wanted, masks=masks).item()
 
-    def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Of the outputs that have padded steps."""
         if not self._seen.names:
             return {}
         if number not in self._shown:
-            self._shown[number] = self.gathered.masks(self._seen, self._mask_nodes(**inputs))
+            self._shown[number] = self._seen.of_outputs(self._mask_nodes(**inputs))
         return self._shown[number]
 
     @cached_property
@@ -162,7 +162,7 @@ class Judge:
         return intermediates(self.guide, self._seen.names, with_output=False)
 
     def learn(self, number: int, output: Any) -> None:
-        """The guide's output on a batch, the rows of all ranks, where someone has it."""
+        """The guide's output on a batch, this rank's rows, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes + size <= self._room:
@@ -176,9 +176,9 @@ class Judge:
     def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
         output = self._kept.get(number)
         if output is None:
-            output = self.gathered.output(self.guide(**inputs))
+            output = self.guide(**inputs)
             self.learn(number, output)
         if number not in self._checked:
-            self.task.outputs.check_finite(output, f"held-out batch {number}")
+            ranks.everywhere(partial(self.task.outputs.check_finite, output, f"held-out batch {number}"))
             self._checked.add(number)
         return output

@@ -21,8 +21,8 @@ import torch
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.gathered import Gathered
-from thesean.distill.objective import examples, faint
-from thesean.distill.seen import Seen
+from thesean.distill.objective import faint
+from thesean.distill.seen import Seen, examples, rows
 from thesean.distill.task import Batch, task_loss
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
@@ -198,28 +198,26 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch
         got = own(**inputs)
-        output = gathered.output(got["output"])
         left = max(0.0, 1 - step / (steps * settings.anneal_until))
         weight = settings.distillation * left if task.loss is not None else 1.0
         hidden = settings.hidden * left
         terms: list[Any] = []
         if task.loss is not None and weight < 1:
-            terms.append((1 - weight) * task_loss(task, output, whole))
+            terms.append((1 - weight) * task_loss(task, gathered.output(got["output"]), whole))
         if use_guide and (weight > 0 or hidden > 0):
             with torch.no_grad():
                 wanted = theirs(**inputs)
             if weight > 0:
-                masks = gathered.masks(seen, wanted)
-                outputs = (output, gathered.output(wanted["output"]), settings.temperature)
-                off = task.outputs.distance(*outputs, masks, settings.divergence)
+                given = (got["output"], wanted["output"], seen.of_outputs(wanted))
+                mine, guides, masks = gathered.outputs(task.outputs, *given)
+                off = task.outputs.distance(mine, guides, settings.temperature, masks, settings.divergence)
                 terms.append(weight * off)
             if hidden > 0:
                 for y, g in zip(own_names, guide_names, strict=True):
                     mask_BT = seen.of(g, wanted)
-                    theirs_N = gathered.rows(g, wanted[g], mask_BT)
-                    if not faint(theirs_N):
-                        own_N = gathered.rows(g, got[y], mask_BT)
-                        terms.append(hidden * nmse.loss(examples(own_N), examples(theirs_N)))
+                    guide_NP = examples(rows(wanted[g], mask_BT))
+                    if not faint(guide_NP):
+                        terms.append(hidden * nmse.loss(examples(rows(got[y], mask_BT)), guide_NP))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
     return loss_of

@@ -2,13 +2,13 @@
 
 Alone, a process has all rows, and nothing here does anything.
 
-B batch, T time, N examples
+B batch, T time
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from thesean import ranks
-from thesean.distill.seen import Seen, rows
+from thesean.distill.outputs import Outputs, named_leaves
 from thesean.errors import DataError
 from thesean.passes.graph.nodes import named_dim
 
@@ -54,32 +54,39 @@ class Gathered:
         """Of the guide's nodes, by name."""
         if ranks.count() == 1:
             return values
-        return {name: self._of(self._named[name], value) for name, value in values.items()}
-
-    def rows(self, node: str, value: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-        """What is seen of the value of a node of the guide, or of one in its place."""
-        seen = rows(value, mask_BT)
-        if ranks.count() == 1:
-            return seen
-        return ranks.gather(seen) if mask_BT is not None else self._of(self._named[node], seen)
+        return {name: self._of(self._named[name], value, "examples") for name, value in values.items()}
 
     def output(self, output: Any) -> Any:
-        """The guide's output or one like it."""
+        """The guide's output or one like it, whole."""
+        return self._output(output, ())
+
+    def outputs(
+        self, outputs: Outputs, output: Any, guide: Any, masks: Mapping[str, torch.Tensor]
+    ) -> tuple[Any, Any, Mapping[str, torch.Tensor]]:
+        """What `Outputs.distance` is given of a hybrid's output, the guide's and their masks: of classes this rank's
+        own rows, for that distance is a mean over rows; all else whole.
+        """
+        if ranks.count() == 1:
+            return output, guide, masks
+        own = {name for name, kind in outputs.kinds.items() if kind in ("softmax", "sigmoid")}
+        whole = {name: mask if name in own else ranks.gather(mask) for name, mask in masks.items()}
+        return self._output(output, own), self._output(guide, own), whole
+
+    def _output(self, output: Any, kept: Container[str]) -> Any:
+        """With the outputs of these names as they are."""
         if ranks.count() == 1:
             return output
-        nodes = pytree.tree_leaves(self.guide.graph.output_node().args[0])
+        named = named_leaves(self.guide.graph.output_node().args[0], fx.Node)
+        nodes = iter([None if name in kept else node for name, node in named.items()])
         values, nested = pytree.tree_flatten(output)
-        return pytree.tree_unflatten([self._of(n, v) for n, v in zip(nodes, values, strict=True)], nested)
+        made = [self._of(next(nodes), v, "outputs") if isinstance(v, torch.Tensor) else v for v in values]
+        return pytree.tree_unflatten(made, nested)
 
-    def masks(self, seen: Seen, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Of the outputs, as `Seen.of_outputs`."""
-        return {name: ranks.gather(mask_BT) for name, mask_BT in seen.of_outputs(values).items()}
-
-    def _of(self, node: Any, value: Any) -> Any:
+    def _of(self, node: Any, value: Any, kind: str) -> Any:
         if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
             return value
         dim = self._dim(node)
-        return value if dim is None else ranks.gather(value, dim)
+        return value if dim is None else ranks.gather(value, dim, kind)
 
     def _dim(self, node: fx.Node) -> int | None:
         """The dimension of a node's value whose size is the batch's, or grows with it."""

@@ -40,10 +40,7 @@ def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Mappin
         return judge.divergence(lambda _, wanted: pytree.tree_map(_flat, wanted), numbers) if classes > 1 else math.inf
 
     def network(numbers: Sequence[int]) -> float:
-        def output(k: int, _: Any) -> Any:
-            return judge.gathered.output(hybrid.graph_module(**judge.batches[k][1]))
-
-        return judge.divergence(output, numbers)
+        return judge.divergence(lambda k, _: hybrid.graph_module(**judge.batches[k][1]), numbers)
 
     def without(numbers: Sequence[int]) -> tuple[float, list[str]]:
         with left_out(hybrid) as names:

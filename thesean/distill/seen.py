@@ -1,6 +1,6 @@
 """Which rows of the guide's activations and outputs are tokens: what the guide holds at padded steps is noise.
 
-B batch, T time, N tokens, D width
+B batch, T time, N tokens, D width, P values of an example
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from thesean.passes.graph.nodes import named_dim
 from thesean.passes.plan.hybrid import Replacement
 
 Values = Mapping[str, Any]
+
+# CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
+MAX_EXAMPLES = 4096
 
 
 class Seen:
@@ -98,3 +101,20 @@ class Seen:
 def rows(value: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     """(B, T, ...) -> (N, ...) of what is seen; all of it as it is without a mask."""
     return value if mask_BT is None else value[mask_BT]
+
+
+def examples(value: torch.Tensor) -> torch.Tensor:
+    """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
+    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
+    if ranks.count() > 1:
+        return _of_all(flat)
+    if flat.shape[0] > MAX_EXAMPLES:
+        flat = flat[:: -(-flat.shape[0] // MAX_EXAMPLES)]
+    return flat
+
+
+def _of_all(flat: torch.Tensor) -> torch.Tensor:
+    """The same examples of the rows of all ranks, chosen before they are sent."""
+    before, total = ranks.place(flat.shape[0])
+    every = -(-total // MAX_EXAMPLES)
+    return ranks.gather(flat[-before % every :: every], kind="exits")

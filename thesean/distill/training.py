@@ -48,14 +48,14 @@ class Training:
 
     def own(self, batch: Batch) -> Batch:
         """The batch as it came, and this rank's rows of the guide's inputs."""
-        return batch[0], self._gathered.own(batch[1])
+        return batch[0], self.gathered.own(batch[1])
 
     def inputs(self, batches: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
         """This rank's rows."""
         return [self.own(batch)[1] for batch in batches]
 
     @cached_property
-    def _gathered(self) -> Gathered:
+    def gathered(self) -> Gathered:
         return Gathered(self.guide)
 
     @cached_property
