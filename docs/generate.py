@@ -139,6 +139,9 @@ def scaling_page() -> str:
         for ranks in RANKS
         for stage in scaling.stages_of(sizes, JOB, HARDWARE, ranks)
     ]  # fmt: skip
+    logits = (
+        f"{2 * scaling.outputs_given(sizes, JOB.tokens) / GIB:.0f} GiB for {guide}" for guide, sizes in GUIDES.items()
+    )
     return "\n".join(
         [
             *_opening("Scaling", "thesean/distill/scaling.py"),
@@ -153,11 +156,15 @@ def scaling_page() -> str:
             *_prose(
                 """A run [in several processes](guide.md#in-several-processes) is data parallel: each rank computes its
                 own rows of a batch. Weights, gradients and the optimizer's states are whole on each. There is no
-                sharding (FSDP2), no activation checkpointing and no gradient accumulation: what doesn't fit on one
-                accelerator for its weights and states alone fits on no number of them, and "no" in the table means just
-                that. Similarities are computed on examples of all ranks, by each of them. So is a loss of the user's
-                own, for which every rank gathers the logits of the whole batch: with large vocabularies that is most of
-                the traffic, and most of the memory."""
+                sharding (FSDP2), no activation checkpointing and no gradient accumulation: where weights and states alone
+                are too much for one accelerator, more of them don't help; where it is the activations of a batch, they
+                do. Similarities are computed on examples of all ranks, by each of them."""
+            ),
+            *_prose(
+                f"""Divergences of logits and `thesean.next_token` and `cross_entropy` are sums over rows, of which ranks exchange
+                a number. A loss of your own is computed on all rows, by each rank: that takes the logits of the whole
+                batch there, and as much again for their gradient, at {JOB.tokens:,} tokens {_listed(logits)}. Such a
+                batch has to be smaller."""
             ),
             "## What is assumed",
             "",
@@ -167,7 +174,7 @@ def scaling_page() -> str:
                 "Weights and activations in bf16; float32 gradients, moments and masters of what is trained.",
                 "Every attention is replaced by as many weights; its last layer reads as many features as the width.",
                 "1B: 16 blocks of 2,048, a vocabulary of 128,256. 7B: 32 of 4,096, 32,000. 70B: 80 of 8,192, 32,000.",
-                "Exits are compared in alignment and through all of fine-tuning, which has a loss of the user's own.",
+                "Exits are compared in alignment and all of fine-tuning; the loss is `thesean.next_token`, or none.",
                 f"""80 GB of memory; {HARDWARE.flops / 1e12:.0f} TFLOP/s (40% of 989); {HARDWARE.within / 1e9:.0f} GB/s
                 each way among up to 8, {HARDWARE.between / 1e9:.0f} GB/s among more (70% of 450 and 50). Sums and
                 gathers go around a ring, and nothing overlaps.""",

@@ -93,8 +93,9 @@ def test_what_a_rank_sends_is_what_the_formulas_say(found: list[dict[str, Any]])
         assert sent["statistics"] == 3 * scaling.statistics_given(sizes)
         # exits count until four fifths of fine-tuning are over; four times the last one is looked at, held out
         assert sent["exits"] == (11 + 4 / 3) * scaling.exits_given(sizes, tokens=8)
-        # without a loss no output is sent; with one the guide's, and the hybrid's after each part, held out
+        # without a loss or with ours no output is sent; with one of the user's the guide's, and each hybrid's, held out
         assert "outputs" not in sent
+        assert "outputs" not in own["our own loss"]["sent"]
         assert own["closed form"]["sent"]["outputs"] == 4 * scaling.outputs_given(sizes, tokens=8)
 
 

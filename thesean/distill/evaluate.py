@@ -106,12 +106,10 @@ class Judge:
             size = self._rows[number]
             wanted = self._guide_output(number, inputs)
             output = wanted if output_of is None else output_of(number)
-            asked = self.task.loss is not None or self.task.metric is not None
-            wrapped = self.task.wrap(self.gathered.output(output)) if asked else None
             if output_of is not None:
                 total["divergence"] += self._distance(number, output, wanted) * size
             if self.task.loss is not None:
-                loss = float(self.task.loss(wrapped, batch))
+                loss = float(self.task.loss(self._given(self.task.loss, output), batch))
                 if output_of is None and not math.isfinite(loss):
                     raise NumericalError(
                         f"held-out batch {number}: loss(output, batch) is {loss} for the guide's own outputs, "
@@ -120,7 +118,7 @@ class Judge:
                     )
                 total["loss"] += loss * size
             if self.task.metric is not None:
-                total["metric"] += float(self.task.metric(wrapped, batch)) * size
+                total["metric"] += float(self.task.metric(self._given(self.task.metric, output), batch)) * size
             rows += size
         loss, metric, divergence = ranks.agreed(*(total[name] / rows for name in ("loss", "metric", "divergence")))
         return Evaluation(
@@ -128,6 +126,9 @@ class Judge:
             metric=metric if self.task.metric is not None else None,
             divergence=divergence,
         )
+
+    def _given(self, function: Any, output: Any) -> Any:
+        return self.task.wrap(self.gathered.given(function, output))
 
     @torch.no_grad()
     def divergence(self, output_of: Callable[[int, Any], Any], numbers: Sequence[int]) -> float:

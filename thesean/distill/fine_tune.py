@@ -203,7 +203,7 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
         hidden = settings.hidden * left
         terms: list[Any] = []
         if task.loss is not None and weight < 1:
-            terms.append((1 - weight) * task_loss(task, gathered.output(got["output"]), whole))
+            terms.append((1 - weight) * task_loss(task, gathered.given(task.loss, got["output"]), whole))
         if use_guide and (weight > 0 or hidden > 0):
             with torch.no_grad():
                 wanted = theirs(**inputs)

@@ -60,6 +60,10 @@ class Gathered:
         """The guide's output or one like it, whole."""
         return self._output(output, ())
 
+    def given(self, function: Any, output: Any) -> Any:
+        """What a loss or metric is given of an output: all rows, unless it takes a rank's own."""
+        return output if getattr(function, "by_rows", False) else self.output(output)
+
     def outputs(
         self, outputs: Outputs, output: Any, guide: Any, masks: Mapping[str, torch.Tensor]
     ) -> tuple[Any, Any, Mapping[str, torch.Tensor]]:

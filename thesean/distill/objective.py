@@ -76,7 +76,7 @@ class Objective:
             own, theirs, masks = self.gathered.outputs(self.task.outputs, output, guide, masks)
             terms.append(self.output_weight * self.task.outputs.distance(own, theirs, masks=masks, by=self.output))
         if self.task_weight:
-            output = self.gathered.output(output)
+            output = self.gathered.given(self.task.loss, output)
             if torch.is_grad_enabled():
                 loss = task_loss(self.task, output, batch)
             else:  # held out, where any number will do

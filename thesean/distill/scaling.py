@@ -70,7 +70,7 @@ def exits_given(sizes: Sizes, tokens: int, ranks: int = 1) -> int:
 
 def outputs_given(sizes: Sizes, tokens: int) -> int:
     """Bytes a step with a loss of the user's own, which is computed on the hybrid's output for all rows. Divergences of
-    classes are sums over rows: of those a number is sent.
+    classes and Thesean's own losses are sums over rows: of those a number is sent.
     """
     return tokens * sizes.vocabulary * sizes.itemsize
 
@@ -146,7 +146,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(sizes: Sizes, job: Job, hardware: Hardware, ranks: int) -> list[Stage]:
-    """Closed form, alignment of all parts at once, and fine-tuning with a loss of the user's own."""
+    """Closed form, alignment of all parts at once, and fine-tuning with a loss of Thesean's or none."""
     own, others = job.tokens // ranks, ranks - 1
     guide, hybrid, new = (sizes.itemsize * n for n in (sizes.guide, sizes.hybrid, sizes.new))
 
@@ -163,12 +163,12 @@ def stages_of(sizes: Sizes, job: Job, hardware: Hardware, ranks: int) -> list[St
         ("alignment", sizes.new, 3 * new),  # the best state, one to go back to, the snapshots
         ("fine-tuning", sizes.hybrid, 2 * hybrid),  # the best state by a sample, and by all
     ):
-        outputs = outputs_given(sizes, own) if name == "fine-tuning" else 0
+        outputs = own * sizes.vocabulary * sizes.itemsize if name == "fine-tuning" else 0
         exits = exits_given(sizes, own, ranks)
         held = guide + hybrid + copies + states_held(sizes, trained) + activations_held(sizes, own)
         held += 4 * outputs  # the hybrid's and the guide's, their logarithms or gradients
-        held += ranks * (2 * outputs + exits) if others else 0  # all ranks'
-        sent = reduced(gradients_given(sizes, trained)) + others * (exits + outputs)
+        held += ranks * exits if others else 0
+        sent = reduced(gradients_given(sizes, trained)) + others * exits
         seconds = step_flops(sizes, job.tokens) / ranks / hardware.flops + sent / hardware.link(ranks)
         found.append(Stage(name, held, job.steps * sent, job.steps * seconds))
     return found
