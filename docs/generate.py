@@ -156,13 +156,13 @@ def scaling_page() -> str:
             *_prose(
                 """A run [in several processes](guide.md#in-several-processes) is data parallel: each rank computes its
                 own rows of a batch. Weights, gradients and the optimizer's states are whole on each. There is no
-                sharding (FSDP2), no activation checkpointing and no gradient accumulation: where weights and states alone
-                are too much for one accelerator, more of them don't help; where it is the activations of a batch, they
-                do. Similarities are computed on examples of all ranks, by each of them."""
+                sharding (FSDP2), no activation checkpointing and no gradient accumulation: where weights and states
+                alone are too much for one accelerator, more of them don't help; where it is the activations of a batch,
+                they do. Similarities are computed on examples of all ranks, by each of them."""
             ),
             *_prose(
-                f"""Divergences of logits and `thesean.next_token` and `cross_entropy` are sums over rows, of which ranks exchange
-                a number. A loss of your own is computed on all rows, by each rank: that takes the logits of the whole
+                f"""Divergences of logits, `thesean.next_token` and `thesean.cross_entropy` are sums over rows, of which ranks
+                exchange a number. A loss of your own is computed on all rows, by each rank: that takes the logits of the whole
                 batch there, and as much again for their gradient, at {JOB.tokens:,} tokens {_listed(logits)}. Such a
                 batch has to be smaller."""
             ),
