@@ -161,10 +161,10 @@ def scaling_page() -> str:
                 they do. Similarities are computed on examples of all ranks, by each of them."""
             ),
             *_prose(
-                f"""Divergences of logits, `thesean.next_token` and `thesean.cross_entropy` are sums over rows, of which ranks
-                exchange a number. A loss of your own is computed on all rows, by each rank: that takes the logits of the whole
-                batch there, and as much again for their gradient, at {JOB.tokens:,} tokens {_listed(logits)}. Such a
-                batch has to be smaller."""
+                f"""Divergences of logits, `thesean.next_token` and `thesean.cross_entropy` are sums over rows, of which
+                ranks exchange a number. A loss of your own is computed on all rows, by each rank: that takes the logits
+                of the whole batch there, and as much again for their gradient, at {JOB.tokens:,} tokens
+                {_listed(logits)}. Such a batch has to be smaller."""
             ),
             "## What is assumed",
             "",

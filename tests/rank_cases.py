@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import thesean
 import thesean.journal
@@ -43,6 +44,12 @@ def batches(rows: int = 16, count: int = 8) -> list[tuple[torch.Tensor, torch.Te
     """Labels that can be learnt."""
     inputs = [models.vectors(rows, 8, seed=k).double() for k in range(count)]
     return [(x, x[:, :5].argmax(1)) for x in inputs]
+
+
+def shuffled(seed: int) -> DataLoader:
+    """As a sampler of each rank's own would give them."""
+    rows = TensorDataset(models.vectors(64, 8).double())
+    return DataLoader(rows, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(seed))
 
 
 def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
@@ -170,6 +177,7 @@ def compared(folder: Path, names: list[str]) -> None:
     rank = int(os.environ["RANK"])
     found: dict[str, Any] = {name: result(name) for name in names}
     found["other seeds"] = refused(seed=rank)
+    found["other order"] = refused(data=shuffled(rank))
     found["one row"] = refused(data=batches(1))
     torch.save(found, folder / f"found.{rank}")
 

@@ -60,6 +60,7 @@ def test_two_processes_come_to_what_one_does(found: list[dict[str, Any]], name: 
 def test_ranks_that_were_given_different_things_say_so(found: list[dict[str, Any]]) -> None:
     for own in found:
         assert own["other seeds"].startswith("RankError: rank 1 and rank 0 were given different things: the seed")
+        assert "given different things: the batches, or their order" in own["other order"]
 
 
 @accelerated
