@@ -158,7 +158,8 @@ def scaling_page() -> str:
                 own rows of a batch. Weights, gradients and the optimizer's states are whole on each. There is no
                 sharding (FSDP2), no activation checkpointing and no gradient accumulation: where weights and states
                 alone are too much for one accelerator, more of them don't help; where it is the activations of a batch,
-                they do. Similarities are computed on examples of all ranks, by each of them."""
+                they do. Similarities are computed on examples of all ranks, by each of them. Parts that are aligned
+                independently are trained as all others are, on rows: none is a rank's own."""
             ),
             *_prose(
                 f"""Divergences of logits, `thesean.next_token` and `thesean.cross_entropy` are sums over rows, of which
