@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -389,7 +390,9 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = str(error).splitlines()[0][:200]
+        why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[
+            0
+        ]  # without gloo's own source line
         raise RankError(
             f"another process of this run is gone, or hasn't answered for {_TIMEOUT_S // 60} minutes: what it said "
             "itself, if anything, tells why. Launch the job again, with as many processes as you like: in a workdir it "
