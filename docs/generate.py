@@ -1,6 +1,6 @@
-"""Write docs/targets.md and docs/measures.md from the families and measures themselves.
+"""Write docs/targets.md and docs/measures.md from the families and measures themselves, docs/scaling.md from formulas.
 
-python docs/generate.py            # rewrites both
+python docs/generate.py            # rewrites them
 python docs/generate.py --check    # exit 1 when one is stale
 
 B batch, T time, D width of the part, H heads
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from thesean.distill import scaling
+from thesean.distill.scaling import Sizes
 from thesean.errors import TargetMismatchError
 from thesean.similarity import Measure
 from thesean.targets import Affine, AttentionFacts, Family, Options, PartFacts, Target, TargetModule, build_module
@@ -101,6 +103,104 @@ def measures_page() -> str:
             *(line for measure in measures for line in _measure(measure)),
         ]
     )
+
+
+GIB = 2**30
+
+
+JOB, HARDWARE = scaling.Job(tokens=2**17, steps=2000, batches=16), scaling.Hardware()
+RANKS = (1, 8, 64)
+
+GUIDES = {
+    # every attention by one of as many weights, whose last layer reads `width` features
+    "1B": Sizes(
+        guide=1_236_000_000, parts=16, replaced=10_500_000, replacement=10_500_000,
+        features=2048, outputs=2048, width=2048, vocabulary=128_256,
+    ),
+    "7B": Sizes(
+        guide=6_738_000_000, parts=32, replaced=67_100_000, replacement=67_100_000,
+        features=4096, outputs=4096, width=4096, vocabulary=32_000,
+    ),
+    "70B": Sizes(
+        guide=68_977_000_000, parts=80, replaced=151_000_000, replacement=151_000_000,
+        features=8192, outputs=8192, width=8192, vocabulary=32_000,
+    ),
+}  # fmt: skip
+
+
+def scaling_page() -> str:
+    """What a run on several accelerators would cost, by the formulas of thesean/distill/scaling.py."""
+    rows = [
+        (
+            guide, str(ranks), stage.name, f"{stage.memory / GIB:,.0f}", _fits(stage.memory),
+            f"{stage.traffic / GIB:,.1f}" if ranks > 1 else "0", _duration(stage.seconds),
+        )
+        for guide, sizes in GUIDES.items()
+        for ranks in RANKS
+        for stage in scaling.stages_of(sizes, JOB, HARDWARE, ranks)
+    ]  # fmt: skip
+    logits = (
+        f"{2 * scaling.outputs_given(sizes, JOB.tokens) / GIB:.0f} GiB for {guide}" for guide, sizes in GUIDES.items()
+    )
+    return "\n".join(
+        [
+            *_opening("Scaling", "thesean/distill/scaling.py"),
+            *_prose(
+                """**These are estimates. Nothing on this page was measured on a GPU.** They come from formulas. What an
+                optimizer holds and what a rank sends (gradients, exits, outputs, statistics) is compared with small
+                runs on a CPU, to the byte: tests/distill/test_scaling.py and tests/test_ranks.py. Hours, and the
+                memory of activations, are compared with nothing."""
+            ),
+            "## What is spread, and what isn't",
+            "",
+            *_prose(
+                """A run [in several processes](guide.md#in-several-processes) is data parallel: each rank computes its
+                own rows of a batch. Weights, gradients and the optimizer's states are whole on each. There is no
+                sharding (FSDP2), no activation checkpointing and no gradient accumulation: where weights and states
+                alone are too much for one accelerator, more of them don't help; where it is the activations of a batch,
+                they do. Similarities are computed on examples of all ranks, by each of them. Parts that are aligned
+                independently are trained as all others are, on rows: none is a rank's own."""
+            ),
+            *_prose(
+                f"""Divergences of logits, `thesean.next_token` and `thesean.cross_entropy` are sums over rows, of which
+                ranks exchange a number. A loss of your own is computed on all rows, by each rank: that takes the logits
+                of the whole batch there, and as much again for their gradient, at {JOB.tokens:,} tokens
+                {_listed(logits)}. Such a batch has to be smaller."""
+            ),
+            "## What is assumed",
+            "",
+            *_list(
+                f"""A global batch of {JOB.tokens:,} tokens; {JOB.steps:,} steps of each stage; {JOB.batches} batches
+                for the closed form.""",
+                "Weights and activations in bf16; float32 gradients, moments and masters of what is trained.",
+                "Every attention is replaced by as many weights; its last layer reads as many features as the width.",
+                "1B: 16 blocks of 2,048, a vocabulary of 128,256. 7B: 32 of 4,096, 32,000. 70B: 80 of 8,192, 32,000.",
+                "Exits are compared in alignment and all of fine-tuning; the loss is `thesean.next_token`, or none.",
+                f"""80 GB of memory; {HARDWARE.flops / 1e12:.0f} TFLOP/s (40% of 989); {HARDWARE.within / 1e9:.0f} GB/s
+                each way among up to 8, {HARDWARE.between / 1e9:.0f} GB/s among more (70% of 450 and 50). Sums and
+                gathers go around a ring, and nothing overlaps.""",
+                "No time for reading data, judging held-out batches, checkpoints, measures on the gathered examples.",
+            ),
+            "## For each rank",
+            "",
+            *_table(("guide", "GPUs", "stage", "memory, GiB", "fits in 80 GB", "received, GiB", "time"), rows),
+        ]
+    )
+
+
+def _list(*items: str) -> list[str]:
+    found = []
+    for item in items:
+        found += textwrap.wrap(" ".join(item.split()), 120, initial_indent="- ", subsequent_indent="  ")
+    return [*found, ""]
+
+
+def _fits(memory: float) -> str:
+    return "yes" if memory <= HARDWARE.memory else "no"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
 
 
 def state_of(family: Family) -> str:
@@ -215,11 +315,17 @@ def _prose(text: str) -> list[str]:
     return [*textwrap.wrap(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False), ""]
 
 
-PAGES: dict[str, Callable[[], str]] = {"targets.md": targets_page, "measures.md": measures_page}
+PAGES: dict[str, Callable[[], str]] = {
+    "targets.md": targets_page,
+    "measures.md": measures_page,
+    "scaling.md": scaling_page,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write docs/targets.md and docs/measures.md from the registries.")
+    parser = argparse.ArgumentParser(
+        description="Write targets.md and measures.md from the registries, and scaling.md."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a page is stale")
     chosen = parser.parse_args(arguments)
     stale = []

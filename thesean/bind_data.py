@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from thesean import ranks
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
 from thesean.distill.data import different, make_feed
 from thesean.distill.losses import warn_of_chance
@@ -47,8 +48,10 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         journal=journal,
         begun=request.begun,
     )
+    ranks.same(lambda: run_facts(captured, request, feed))
     journal.open(lambda: run_facts(captured, request, feed), request.resume)
-    training.judge.learn(0, first)
+    if ranks.count() == 1:  # else it judges some of these rows
+        training.judge.learn(0, first)
     return training
 
 

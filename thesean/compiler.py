@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 from torch import nn
 
+from thesean import ranks
 from thesean.artifact import check_saveable
 from thesean.bind_data import bind_data, told_of
 from thesean.choose.choose import UNMET
@@ -135,20 +137,23 @@ def compile(
         budget=budget,
     )
     journal = journal_in(workdir)
-    with usual_settings(), dumping(dump_graphs), watched(progress, journal.log) as observer, stoppable(journal):
-        captured = traced(model, request)
-        check_trainable(captured, request.settings)
-        with naming_misfits(captured, request.sources, request.reading):
-            bound_plan, training = planned(captured, request, observer, journal)
-            run = None if workdir is None else Workdir.prepare(workdir, bound_plan.plan, request.settings)
-            with seeded(seed):
-                hybrid = build_hybrid(bound_plan, share=True)
-                training = rehearsed(hybrid, training, captured.signature, run)
-                aligned = align(bound_plan, hybrid, training)
-                conversion = tune(training, aligned)
-        converted = finish(training, conversion, start)
-    if run is not None:
-        warn(filter(None, [run.keep(converted)]))
+    with ranks.joined(model):
+        with usual_settings(), dumping(dump_graphs), watched(progress, journal.log) as observer, stoppable(journal):
+            captured = traced(model, request)
+            check_trainable(captured, request.settings)
+            with naming_misfits(captured, request.sources, request.reading):
+                bound_plan, training = planned(captured, request, observer, journal)
+                run = None
+                if workdir is not None:
+                    run = ranks.first(lambda: Workdir.prepare(workdir, bound_plan.plan, request.settings))
+                with seeded(seed):
+                    hybrid = build_hybrid(bound_plan, share=True)
+                    training = rehearsed(hybrid, training, captured.signature, run)
+                    aligned = align(bound_plan, hybrid, training)
+                    conversion = tune(training, aligned)
+            converted = finish(training, conversion, start)
+        if run is not None:
+            warn(filter(None, [ranks.first(partial(run.keep, converted))]))
     return converted
 
 
@@ -207,7 +212,7 @@ def baseline(
         recipe=baseline_recipe(kind, Recipe.resolve(recipe), learning_rate),
         seed=seed,
     )
-    with usual_settings(), watched(progress) as observer:
+    with ranks.joined(model), usual_settings(), watched(progress) as observer:
         captured = traced(model, request)
         check_trainable(captured, request.settings)
         with naming_misfits(captured, request.sources, request.reading):
@@ -359,10 +364,12 @@ def chosen_plans(
     if len(request.budgets) > 1:
         return choose_plans(division, request.budgets, request.candidates, training), training
 
-    def found() -> str:  # as text, so that a plan that was found before an interruption needn't be found again
-        return choose_plans(division, request.budgets, request.candidates, training)[0].to_yaml()
+    probing = training if ranks.count() == 1 else replace(training, feed=replace(training.feed))  # by whole batches
 
-    return [Plan.from_yaml(journal.piece("plan", found))], training
+    def found() -> str:  # as text, so that a plan that was found before an interruption needn't be found again
+        return choose_plans(division, request.budgets, request.candidates, probing)[0].to_yaml()
+
+    return [Plan.from_yaml(journal.piece("plan", lambda: ranks.first(found)))], training
 
 
 def check_trainable(captured: Captured, recipe: Recipe) -> None:
@@ -383,7 +390,7 @@ def rehearsed(hybrid: Hybrid, training: Training, signature: Signature, run: Wor
             raise
         feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
     if run is not None:
-        run.check_room(hybrid.graph_module)
+        ranks.first(partial(run.check_room, hybrid.graph_module))
     for told in filter(None, (unwritable(hybrid.graph_module), unstreamable(hybrid.graph_module, signature))):
         warn([told])
         feed = replace(feed, notes=(*feed.notes, told))

@@ -82,6 +82,10 @@ class ResumeError(TheseanError):
     """A run that can't be continued: nothing was begun, or it was of another guide, recipe, plan, code or data."""
 
 
+class RankError(TheseanError):
+    """Another process of a run on several is gone, doesn't answer, or was given something else to convert."""
+
+
 class MissingExtraError(TheseanError, ImportError):
     """An optional dependency is not installed."""
 

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from thesean import ranks
 from thesean.errors import ResumeError, WriteError
 from thesean.scratch import named, telling
 from thesean.warn import warn
@@ -60,7 +61,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Journal:
-    """Without a folder it keeps nothing, and computes everything."""
+    """Without a folder it keeps nothing, and computes everything. Of several ranks the first one writes and reads, and
+    tells the others.
+    """
 
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self._clock = folder, clock
@@ -78,9 +81,12 @@ class Journal:
             if resume == "must":
                 raise ResumeError("there is no run to continue: resume='must' needs the workdir= that it was begun in.")
             return
+        ranks.first(lambda: self._open(dict(facts()), resume))
+
+    def _open(self, found: dict[str, str], resume: Resume) -> None:
+        assert self.folder is not None
         with telling(self.folder.parent, "workdir="):
             self.folder.mkdir(parents=True, exist_ok=True)
-        found = dict(facts())
         why = self._another(found) if resume != "never" else "it was to begin anew"
         if why is None:
             return
@@ -114,16 +120,17 @@ class Journal:
             return compute()
         self._names.append(name)
         try:
-            full = ".".join(self._names)
-            found = self._read(self.folder / f"{full}.safetensors")
+            full, folder = ".".join(self._names), self.folder
+            found = ranks.first(lambda: self._read(folder / f"{full}.safetensors"))
             if found is not None:
                 self._load(found["parts"], parts)
                 value: Value = found["value"]
                 return value
             value = compute()
-            self._write(f"{full}.safetensors", {"value": value, "parts": self._state(parts)})
-            for path in self._within(full):
-                path.unlink(missing_ok=True)
+            if ranks.is_first():
+                self._write(f"{full}.safetensors", {"value": value, "parts": self._state(parts)})
+                for path in self._within(full):
+                    path.unlink(missing_ok=True)
             return value
         finally:
             self.running = False
@@ -135,17 +142,23 @@ class Journal:
         if self.folder is None or not self._names:
             return 0
         self.running = True
+        step, found = ranks.first(self._latest)
+        if step:
+            self._load(found["parts"], parts)
+            self.told.append(f"went on at step {step} of {' '.join(self._names)}")
+        return step
+
+    def _latest(self) -> tuple[int, Any]:
+        """The last checkpoint that can be read, and its step; 0 where there is none."""
         for step, path in self._checkpoints():
             found = self._read(path)
             if found is not None:
-                self._load(found["parts"], parts)
-                self.told.append(f"went on at step {step} of {' '.join(self._names)}")
-                return step
-        return 0
+                return step, found
+        return 0, None
 
     def after_step(self, step: int, *parts: Stateful) -> None:
         """Write a checkpoint if it is time for one, or if the run is to stop. Raises Interrupted then."""
-        if self.stopping:
+        if ranks.any_of(bool(self.stopping)):
             kept = self._checkpoint(step, parts)
             raise Interrupted(
                 f"stopped after step {step}. " + ("The same call goes on from there." if kept else "Nothing was kept.")
@@ -159,6 +172,8 @@ class Journal:
     def _checkpoint(self, step: int, parts: tuple[Stateful, ...]) -> bool:
         if self.folder is None or not self._names:
             return False
+        if not ranks.is_first():
+            return True
         begun = self._clock()
         kept = self._write(f"{'.'.join(self._names)}@{step}.safetensors", {"parts": self._state(parts)})
         if kept:
@@ -261,7 +276,8 @@ def stoppable(journal: Journal) -> Iterator[None]:
     try:
         yield
     except Interrupted as told:
-        print(told, file=sys.stderr)
+        if ranks.is_first():
+            print(told, file=sys.stderr)
         if journal.stopping == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM) from None
         raise

@@ -7,8 +7,12 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from thesean import ranks
+
 
 def warn(messages: Iterable[str]) -> None:
+    if not ranks.is_first():
+        return
     home = str(Path(__file__).parent)
     depth = 1
     for frame in inspect.stack(context=0):

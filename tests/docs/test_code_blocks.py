@@ -58,6 +58,13 @@ def run_python(block: Block, document: Path, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * block.line + block.code, str(document), "exec"), namespace)
 
 
+def check_command(words: list[str]) -> None:
+    """The command line would take it."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    group.commands[words[0]].make_context(words[0], words[1:])
+
+
 def run_command(words: list[str]) -> None:
     """A command of ours runs, or is parsed where running it takes long; others must at least be there."""
     program, *rest = words
@@ -65,12 +72,12 @@ def run_command(words: list[str]) -> None:
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"no target {rest[0]}"
     elif program == "thesean":
         if any(word in rest for word in _LONG):
-            group = typer.main.get_command(app)
-            assert isinstance(group, typer.core.TyperGroup)
-            group.commands[rest[0]].make_context(rest[0], rest[1:])
+            check_command(rest)
             return
         result = CliRunner().invoke(app, rest, env={"COLUMNS": "100", "NO_COLOR": "1"})
         assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
+    elif program in ("torchrun", "accelerate"):  # see test_ranks.py
+        check_command(rest[rest.index("thesean") + 1 :])
     else:
         assert program == "pip", f"{shlex.join(words)}: say here how to check it"  # see test_distribution.py
 

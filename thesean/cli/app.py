@@ -9,6 +9,7 @@ import torch
 import typer
 
 import thesean
+from thesean import ranks
 from thesean.artifact import check_free
 from thesean.cli.look import PASSED_ON, bench, compare, inspect, measures, report, targets
 from thesean.cli.options import (
@@ -171,6 +172,10 @@ def convert(
     \b
     A long run: after ctrl-C, a crash or a power cut the same command goes on where it was:
       thesean convert models.gpt:make --data texts:batches --workdir build/run
+
+    \b
+    In four processes, each with a quarter of every batch's rows, by torchrun or `accelerate launch`:
+      torchrun --nproc-per-node 4 -m thesean convert models.gpt:make --data texts:batches --workdir build/run
     """
     with one_line_errors(debug):
         if out is None and onnx is None and workdir is None:
@@ -202,6 +207,8 @@ def convert(
         chosen |= {"workdir": workdir, "resume": resume}
         chosen["budget"] = int(budget) if budget is not None and budget.isdecimal() else budget
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
+        if not ranks.leads():
+            return  # the first rank has the same, and writes it
         if out is not None and (lost := kept_or_told(converted, out)):
             raise ArtifactError(lost)
         exported = None

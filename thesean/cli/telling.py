@@ -11,12 +11,15 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from thesean import ranks
 from thesean.errors import TheseanError
 
 
 @contextmanager
 def one_line_errors(debug: bool) -> Iterator[None]:
-    """A TheseanError becomes one red line and exit code 2, ctrl-C one line and 130, a warning one yellow line."""
+    """A TheseanError becomes one red line and exit code 2, ctrl-C one line and 130, a warning one yellow line. Of
+    several ranks one tells what happens to all.
+    """
     console = Console(stderr=True, highlight=False)
 
     def say(word: str, style: str, message: str) -> None:
@@ -24,7 +27,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         console.print(" ".join(message.split()), markup=False, soft_wrap=True)
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        say("warning", "yellow", str(message))
+        if ranks.leads():
+            say("warning", "yellow", str(message))
 
     try:
         with warnings.catch_warnings():
@@ -34,10 +38,12 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     except TheseanError as error:
         if debug:
             raise
-        say("error", "bold red", str(error))
+        if ranks.tells(error):
+            say("error", "bold red", str(error))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        say("interrupted", "bold red", "earlier results are as they were.")
+        if ranks.leads():
+            say("interrupted", "bold red", "earlier results are as they were.")
         raise typer.Exit(130) from error
 
 

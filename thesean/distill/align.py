@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean import ranks
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
@@ -187,7 +188,7 @@ class Aligner:
                 wanted, got = theirs(**inputs), own(**inputs)
                 terms = (self._at_exit(part, got, wanted), *self._at_output(got, wanted, whole))
                 total += sum(term.item() for term in terms)
-        return total / len(self.held_out)
+        return ranks.agreed(total / len(self.held_out))[0]
 
     def _ends(self, parts: Sequence[int], more: Sequence[str] = ()) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Hybrid and guide up to the exits of parts, or to the output; the guide's has `more` nodes."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean import ranks
 from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
 from thesean.distill.budget import Shares, shared
@@ -43,7 +44,8 @@ class Aligning:
 
     def __init__(self, bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> None:
         self.training = training
-        self.solving = [inputs for _, inputs in training.feed.take(training.recipe.closed_form.batches)]
+        taken = training.feed.take(training.recipe.closed_form.batches)
+        self.solving = training.inputs(taken)
         self.snapshots: list[Snapshot] = []
         self.results: list[StageResult] = []  # of all that was trained, kept or not
         self.notes: list[str] = []
@@ -55,7 +57,7 @@ class Aligning:
         self.take(bound_plan, hybrid)
         self.shares: Shares | None = None
         self.unshared = False  # whether the hybrid may be trained
-        held_out = training.feed.held_out
+        held_out = training.judge.batches
         count = len(hybrid.parts)
         most = max(1, _JUDGED_BATCHES * max(min(count, _STAGES), len(self.solving)) // count)
         self._judged = [inputs for _, inputs in held_out[:most]]
@@ -64,7 +66,7 @@ class Aligning:
         if len(self._judged) < len(held_out):
             self.judged_on = f"stages were judged on the first {len(self._judged)} of {len(held_out)} held-out batches"
         if count > _STAGES and len(self._judged) == 1:
-            self._judge_rows(bound_plan.captured.signature)
+            self._judge_rows(bound_plan.captured.signature, [inputs for _, inputs in taken])
 
     def take(self, bound_plan: BoundPlan, hybrid: Hybrid) -> None:
         """Go on with this hybrid."""
@@ -75,15 +77,16 @@ class Aligning:
         self._apart = stand_apart(bound_plan, hybrid)
         self.__dict__.pop("partials", None)
 
-    def _judge_rows(self, signature: Signature) -> None:
+    def _judge_rows(self, signature: Signature, solving: Sequence[dict[str, torch.Tensor]]) -> None:
         """Where one batch is too many: some of its rows, by the divergence alone, for a loss reads whole batches."""
-        sizes = [signature.check(inputs).get("batch", 1) for inputs in (*self.solving, *self._judged)]
-        rows = max(1, sum(sizes[:-1]) // len(self.hybrid.parts))
+        _, judged = self.training.feed.held_out[0]
+        sizes = [signature.check(inputs).get("batch", 1) for inputs in (*solving, judged)]
+        rows = max(ranks.count(), sum(sizes[:-1]) // len(self.hybrid.parts))
         if rows < sizes[-1]:
-            few = signature.first_rows(self._judged[0], rows)
-            self._judged = [few]
+            few = signature.first_rows(judged, rows)
             task = replace(self.training.task, loss=None, metric=None)
             self.judge = Judge(self.training.guide, task, [(few, few)])
+            self._judged = [inputs for _, inputs in self.judge.batches]
             self.judged_on = (
                 f"stages were judged by the divergence on {rows} of the {sizes[-1]} rows of a held-out batch"
             )

@@ -15,13 +15,15 @@ N examples (tokens or images), E features, O outputs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
+from thesean import ranks
+from thesean.distill.gathered import Gathered
 from thesean.distill.seen import Seen, rows
 from thesean.errors import NumericalError
 from thesean.kernels.shared.precision import wide
@@ -100,7 +102,7 @@ class Solver:
         self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in replaced if r.name in self._solved], batches)
         ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
         self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
-        self._seen = Seen(guide)
+        self._seen, self._gathered = Seen(guide), Gathered(guide)
         self._theirs = Walk(guide, [[*names, *self._seen.names] for _, names in ends], batches)
 
     @torch.no_grad()
@@ -126,7 +128,10 @@ class Solver:
     def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
         step = self._guide_step["prepare", r.name]
         values = (self._theirs.get(step, number) for number in range(len(self.batches)))
-        return [pair for v in values for pair in self._seen.examples(r, v)]
+        return [pair for v in values for pair in self._examples_in(r, v)]
+
+    def _examples_in(self, r: Replacement, values: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self._seen.examples(r, self._gathered.values(values))
 
     def _solve(self, r: Replacement) -> None:
         module = self.hybrid.module(r)
@@ -146,11 +151,13 @@ class Solver:
             wanted = module.unshape(residual if skip is None else residual - skip)
             mask_BT = self._seen.of(want, theirs)
             size_N = rows(module.unshape(target), mask_BT).reshape(-1, module.last.out_features).norm(dim=1)
-            limit = _LARGE * float(size_N.median()) if limit is None else limit
+            limit = _LARGE * float(ranks.gather(size_N).median()) if limit is None else limit
             weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
             given = (rows(features, mask_BT), rows(wanted, mask_BT), weight_N)
             (sums if number < fitting else held_out).add(*given)
             features_of.keep(number, (x, features, state) if read is None else (x, features, state, read))
+        for found in (sums, held_out):
+            ranks.add_up(found.all, "statistics")
         sums.solve(self.ridge, r.facts.path, held_out)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
@@ -257,7 +264,7 @@ class _Sums:
             if gains[best] >= 0:
                 return
             ridge *= best
-            for mine, more in zip(self._all, held_out._all, strict=True):
+            for mine, more in zip(self.all, held_out.all, strict=True):
                 mine += more
         solution = self._solution(self._centred(), ridge, where)
         # added before it is rounded to the layer's precision
@@ -285,7 +292,7 @@ class _Sums:
         return _Centred(mean_E, mean_O, covariance_EE, cross_EO)
 
     @property
-    def _all(self) -> tuple[torch.Tensor, ...]:
+    def all(self) -> tuple[torch.Tensor, ...]:
         return self.count, self.features_E, self.errors_O, self.covariance_EE, self.cross_EO
 
     @property

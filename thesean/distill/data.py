@@ -13,7 +13,7 @@ from torch import nn
 
 from thesean.distill.callbacks import each_of
 from thesean.distill.hold_out import hold_out
-from thesean.distill.stream import Stream
+from thesean.distill.stream import Stream, check_same
 from thesean.distill.task import Batch, InputsOf, LabelsOf
 from thesean.errors import DataError
 from thesean.passes.capture.captured import Captured
@@ -200,7 +200,10 @@ class Feed:
 
     def take(self, count: int) -> list[Batch]:
         """At most `count` batches of one pass, from its start."""
-        return list(itertools.islice(self.batches, count))
+        taken = list(itertools.islice(self.batches, count))
+        for batch in taken[:1]:
+            check_same(batch)
+        return taken
 
 
 def example_inputs_of(

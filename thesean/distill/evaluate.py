@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from thesean import ranks
+from thesean.distill.gathered import Gathered
 from thesean.distill.seen import Seen
 from thesean.distill.task import Batch, Task
 from thesean.errors import NumericalError
@@ -52,10 +54,15 @@ _SAMPLED = 4
 
 
 class Judge:
-    """Evaluates hybrids against one guide on the same held-out batches. Batches weigh by their first dimension."""
+    """Evaluates hybrids against one guide on the same held-out batches. Batches weigh by their first dimension.
+
+    Of several ranks each has its own rows of `batches`, and judges by the outputs of all.
+    """
 
     def __init__(self, guide: fx.GraphModule, task: Task, batches: Sequence[Batch]) -> None:
-        self.guide, self.task, self.batches = guide, task, batches
+        self.guide, self.task, self.gathered = guide, task, Gathered(guide)
+        self.batches = [(whole, self.gathered.own(inputs)) for whole, inputs in batches]
+        self._rows = [next(iter(inputs.values())).shape[0] for _, inputs in batches]
         self._kept: dict[int, Any] = {}
         self._bytes = 0
         self._room = max(_KEPT_BYTES, sum(p.numel() * p.element_size() for p in guide.parameters()) // 2)
@@ -96,14 +103,13 @@ class Judge:
         rows = 0
         for number in self.everything if numbers is None else numbers:
             batch, inputs = self.batches[number]
-            size = next(iter(inputs.values())).shape[0]
+            size = self._rows[number]
             wanted = self._guide_output(number, inputs)
             output = wanted if output_of is None else output_of(number)
-            wrapped = self.task.wrap(output)
             if output_of is not None:
                 total["divergence"] += self._distance(number, output, wanted) * size
             if self.task.loss is not None:
-                loss = float(self.task.loss(wrapped, batch))
+                loss = float(self.task.loss(self._given(self.task.loss, output), batch))
                 if output_of is None and not math.isfinite(loss):
                     raise NumericalError(
                         f"held-out batch {number}: loss(output, batch) is {loss} for the guide's own outputs, "
@@ -112,31 +118,35 @@ class Judge:
                     )
                 total["loss"] += loss * size
             if self.task.metric is not None:
-                total["metric"] += float(self.task.metric(wrapped, batch)) * size
+                total["metric"] += float(self.task.metric(self._given(self.task.metric, output), batch)) * size
             rows += size
+        loss, metric, divergence = ranks.agreed(*(total[name] / rows for name in ("loss", "metric", "divergence")))
         return Evaluation(
-            loss=total["loss"] / rows if self.task.loss is not None else None,
-            metric=total["metric"] / rows if self.task.metric is not None else None,
-            divergence=total["divergence"] / rows,
+            loss=loss if self.task.loss is not None else None,
+            metric=metric if self.task.metric is not None else None,
+            divergence=divergence,
         )
+
+    def _given(self, function: Any, output: Any) -> Any:
+        return self.task.wrap(self.gathered.given(function, output))
 
     @torch.no_grad()
     def divergence(self, output_of: Callable[[int, Any], Any], numbers: Sequence[int]) -> float:
         """The mean of `of` alone, without the user's loss and metric; the guide's output is told as well."""
         total, rows = 0.0, 0
         for number in numbers:
-            inputs = self.batches[number][1]
-            size = next(iter(inputs.values())).shape[0]
-            wanted = self._guide_output(number, inputs)
+            size = self._rows[number]
+            wanted = self._guide_output(number, self.batches[number][1])
             total += self._distance(number, output_of(number, wanted), wanted) * size
             rows += size
-        return total / rows
+        return ranks.agreed(total / rows)[0]
 
     def _distance(self, number: int, output: Any, wanted: Any) -> float:
         masks = self._masks(number, self.batches[number][1])
+        output, wanted, masks = self.gathered.outputs(self.task.outputs, output, wanted, masks)
         return self.task.outputs.distance(output, wanted, masks=masks).item()
 
-    def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _masks(self, number: int, inputs: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Of the outputs that have padded steps."""
         if not self._seen.names:
             return {}
@@ -153,7 +163,7 @@ class Judge:
         return intermediates(self.guide, self._seen.names, with_output=False)
 
     def learn(self, number: int, output: Any) -> None:
-        """The guide's output on a batch, where someone has it."""
+        """The guide's output on a batch, this rank's rows, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self._bytes + size <= self._room:
@@ -170,6 +180,6 @@ class Judge:
             output = self.guide(**inputs)
             self.learn(number, output)
         if number not in self._checked:
-            self.task.outputs.check_finite(output, f"held-out batch {number}")
+            ranks.everywhere(partial(self.task.outputs.check_finite, output, f"held-out batch {number}"))
             self._checked.add(number)
         return output

@@ -20,8 +20,9 @@ import torch
 
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
-from thesean.distill.objective import examples, faint
-from thesean.distill.seen import Seen, rows
+from thesean.distill.gathered import Gathered
+from thesean.distill.objective import faint
+from thesean.distill.seen import Seen, examples, rows
 from thesean.distill.task import Batch, task_loss
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
@@ -190,7 +191,7 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
     guide_names = [theirs for _, theirs in hybrid.boundaries]
     use_hidden = settings.hidden > 0
     use_guide = settings.distillation > 0 or use_hidden or task.loss is None
-    seen = Seen(training.guide)
+    seen, gathered = Seen(training.guide), Gathered(training.guide)
     own = intermediates(hybrid.graph_module, own_names if use_hidden else [])
     theirs = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
 
@@ -202,21 +203,21 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int) -> LossOf:
         hidden = settings.hidden * left
         terms: list[Any] = []
         if task.loss is not None and weight < 1:
-            terms.append((1 - weight) * task_loss(task, got["output"], whole))
+            terms.append((1 - weight) * task_loss(task, gathered.given(task.loss, got["output"]), whole))
         if use_guide and (weight > 0 or hidden > 0):
             with torch.no_grad():
                 wanted = theirs(**inputs)
             if weight > 0:
-                masks = seen.of_outputs(wanted)
-                outputs = (got["output"], wanted["output"], settings.temperature)
-                off = task.outputs.distance(*outputs, masks, settings.divergence)
+                given = (got["output"], wanted["output"], seen.of_outputs(wanted))
+                mine, guides, masks = gathered.outputs(task.outputs, *given)
+                off = task.outputs.distance(mine, guides, settings.temperature, masks, settings.divergence)
                 terms.append(weight * off)
             if hidden > 0:
                 for y, g in zip(own_names, guide_names, strict=True):
                     mask_BT = seen.of(g, wanted)
-                    if not faint(rows(wanted[g], mask_BT)):
-                        pair = (examples(rows(z, mask_BT)) for z in (got[y], wanted[g]))
-                        terms.append(hidden * nmse.loss(*pair))
+                    guide_NP = examples(rows(wanted[g], mask_BT))
+                    if not faint(guide_NP):
+                        terms.append(hidden * nmse.loss(examples(rows(got[y], mask_BT)), guide_NP))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 
     return loss_of

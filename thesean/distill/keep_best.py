@@ -45,7 +45,7 @@ def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) ->
     batches = training.feed.take(_SOLVED_ON)
     hybrid = trial_hybrid(bound_plan, share=True)
     parts = range(len(hybrid.parts))
-    solving = [inputs for _, inputs in batches]
+    solving = training.inputs(batches)
     solver = solver_by(training.recipe.closed_form, training.guide, hybrid, parts, solving, preparing=True)
     for number, path in enumerate(paths):
         training.observer.begin("keep", path, number + 1, len(paths), 0)

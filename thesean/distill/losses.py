@@ -1,5 +1,8 @@
 """Losses and metrics for the usual tasks, in the form that `thesean.compile` takes: f(output, batch).
 
+Means over rows, so that of several ranks each may give its own rows of an output beside the whole batch: logits needn't
+be gathered.
+
 B batch, T time, V vocabulary or classes
 """
 
@@ -7,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
+from thesean import ranks
 from thesean.distill.data import labels_in
 from thesean.distill.task import primary
 from thesean.errors import DataError
@@ -20,6 +25,16 @@ from thesean.kernels.shared.precision import wide
 _IGNORED = -100  # what torch's cross_entropy leaves out
 
 
+Of = TypeVar("Of", bound=Callable[..., Any])
+
+
+def by_rows(function: Of) -> Of:
+    """Marks what takes a rank's own rows of an output: see `Gathered.given`."""
+    function.by_rows = True  # type: ignore[attr-defined]
+    return function
+
+
+@by_rows
 def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     """Mean cross-entropy of logits (..., V) against the batch's integer labels: y of (x, y), or `labels` of a dict.
 
@@ -27,10 +42,11 @@ def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     language models: position t is asked for label t + 1. Raises DataError without labels that fit.
     """
     logits = primary(output)
+    batch, shared = _own_rows(batch, logits.shape[0])
     labels = _labels(batch, logits.shape[:-1])
     if labels_are_inputs(batch):
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return F.cross_entropy(wide(logits.flatten(0, -2)), labels.flatten())
+    return _mean(wide(logits.flatten(0, -2)), labels.flatten(), shared)
 
 
 def labels_are_inputs(batch: Any) -> bool:
@@ -44,6 +60,7 @@ def labels_are_inputs(batch: Any) -> bool:
     return bool(asked.any()) and bool((labels == ids_BT)[asked].all())
 
 
+@by_rows
 def next_token(output: Any, batch: Any) -> torch.Tensor:
     """Mean cross-entropy of logits_BTV at t against the batch's own `input_ids` at t + 1.
 
@@ -51,6 +68,7 @@ def next_token(output: Any, batch: Any) -> torch.Tensor:
     asked.
     """
     logits_BTV = primary(output)
+    batch, shared = _own_rows(batch, logits_BTV.shape[0])
     if isinstance(batch, (tuple, list)) and isinstance(batch[0], Mapping):
         batch = batch[0]
     ids_BT = batch["input_ids"] if hasattr(batch, "keys") else batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -58,7 +76,28 @@ def next_token(output: Any, batch: Any) -> torch.Tensor:
     mask_BT = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask_BT, torch.Tensor) and mask_BT.shape == ids_BT.shape:
         asked_BT = asked_BT.masked_fill((mask_BT[:, 1:] == 0) | (mask_BT[:, :-1] == 0), _IGNORED)
-    return F.cross_entropy(wide(logits_BTV[:, :-1].flatten(0, 1)), asked_BT.flatten())
+    return _mean(wide(logits_BTV[:, :-1].flatten(0, 1)), asked_BT.flatten(), shared)
+
+
+def _own_rows(batch: Any, rows: int) -> tuple[Any, bool]:
+    """A batch's rows that an output of so many is of, and whether other ranks have others."""
+    if ranks.count() == 1:
+        return batch, False
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+    sizes = [v.shape[0] for v in pytree.tree_leaves(batch) if isinstance(v, torch.Tensor) and v.ndim]
+    if not sizes or sizes[0] == rows:
+        return batch, False
+    own = ranks.own_rows(sizes[0])
+    return pytree.tree_map_only(torch.Tensor, lambda v: v[own] if v.shape[:1] == (sizes[0],) else v, batch), True
+
+
+def _mean(logits_NV: torch.Tensor, labels_N: torch.Tensor, shared: bool) -> torch.Tensor:
+    """The cross-entropy over the labels that count; `shared`: of all ranks."""
+    if not shared:
+        return F.cross_entropy(logits_NV, labels_N)
+    count = (labels_N != _IGNORED).sum().to(logits_NV.dtype)
+    return ranks.total(F.cross_entropy(logits_NV, labels_N, reduction="sum")) / ranks.total(count)
 
 
 _NO_BETTER = 0.99  # of a uniform guess's loss: an untrained network is within a few thousandths of it
@@ -81,14 +120,19 @@ def warn_of_chance(loss: Any, run: Callable[[], Any], batch: Any) -> str | None:
     )
 
 
+@by_rows
 def accuracy(output: Any, batch: Any) -> float:
     """Share of labels that have the largest logit; those of -100 are left out."""
     logits = primary(output)
+    batch, shared = _own_rows(batch, logits.shape[0])
     labels = _labels(batch, logits.shape[:-1])
     if labels_are_inputs(batch):
         logits, labels = logits[:, :-1], labels[:, 1:]
     asked = labels != _IGNORED
-    return (logits.argmax(-1) == labels)[asked].float().mean().item()
+    right = (logits.argmax(-1) == labels)[asked].float()
+    if shared:
+        return (ranks.total(right.sum()) / ranks.total(asked.sum())).item()
+    return right.mean().item()
 
 
 def _labels(batch: Any, shape: torch.Size) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thesean import ranks
 from thesean.kernels.shared.precision import HALF
 
 _SCALE, _LARGEST, _GROWS_AFTER = 2.0**12, 2.0**16, 100
@@ -30,16 +31,19 @@ class Masters:
         self._scale, self._good = _SCALE if self._scaled else 1.0, 0
 
     def backward(self, loss: torch.Tensor) -> bool:
-        """Gradients of `loss` for `parameters`; False where they overflowed, and the step is to be left out."""
+        """Gradients of `loss` for `parameters`, of the rows of all ranks; False where they overflowed, and the step is
+        to be left out.
+        """
         for parameter in self.parameters:
             parameter.grad = None
         (loss.float() * self._scale if self._scaled else loss).backward()
         for weight, master in self._pairs:
             if weight.grad is not None:
                 master.grad, weight.grad = weight.grad.float(), None
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        ranks.add_up(gradients, "gradients")
         if not self._scaled:
             return True
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not all(bool(g.isfinite().all()) for g in gradients):
             self._scale, self._good = self._scale / 2, 0
             return self._scale < 1  # what overflows unscaled is the network's own, and told as such

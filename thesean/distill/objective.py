@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
+from thesean.distill.seen import examples
 from thesean.distill.task import task_loss
 from thesean.distill.training import Training
 from thesean.errors import DataError, NumericalError
 from thesean.passes.plan.partition import matches
 from thesean.similarity import get_measure
-
-# CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
-_MAX_EXAMPLES = 4096
 
 _FAINT = 1e-8
 
@@ -36,7 +34,7 @@ class Objective:
 
     def __init__(self, training: Training, parts: Sequence[str]) -> None:
         settings = training.recipe.alignment
-        self.task, self.parts = training.task, parts
+        self.task, self.parts, self.gathered = training.task, parts, training.gathered
         self.exits = settings.schedule != "stochastic"
         self.output, self.output_weight, self.task_weight = settings.output, settings.output_weight, settings.task
         if not self.exits and self.output is None and not self.task_weight:
@@ -60,10 +58,11 @@ class Objective:
 
     def at_exit(self, part: int, y: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
         """0 where the guide's activations are `faint`; what is wrong with them is told of the part that they are of."""
-        if faint(guide):
+        theirs = examples(guide)
+        if faint(theirs):
             logger.warning("%s: the guide's activations hardly vary there, nothing is aligned", self.parts[part])
             return 0.0 * y.sum()
-        own, theirs = examples(y), examples(guide)
+        own = examples(y)
         try:
             losses = [(weight * self.weights[part], measure.loss(own, theirs)) for weight, measure in self.measures]
         except (DataError, NumericalError) as error:
@@ -74,8 +73,10 @@ class Objective:
         """The companions' terms; `guide` is only read for a divergence."""
         terms = []
         if self.output is not None:
-            terms.append(self.output_weight * self.task.outputs.distance(output, guide, masks=masks, by=self.output))
+            own, theirs, masks = self.gathered.outputs(self.task.outputs, output, guide, masks)
+            terms.append(self.output_weight * self.task.outputs.distance(own, theirs, masks=masks, by=self.output))
         if self.task_weight:
+            output = self.gathered.given(self.task.loss, output)
             if torch.is_grad_enabled():
                 loss = task_loss(self.task, output, batch)
             else:  # held out, where any number will do
@@ -94,17 +95,9 @@ def _summed(terms: Sequence[torch.Tensor]) -> torch.Tensor:
     return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
 
 
-def faint(guide: torch.Tensor) -> bool:
-    """Whether activations vary, but so little that one step of a weight moves them by many times as much.
+def faint(guide_NP: torch.Tensor) -> bool:
+    """Whether examples vary, but so little that one step of a weight moves them by many times as much.
 
     Deep guides with random weights are like that, each layer 1e-3 of the one before.
     """
-    return 0 < float(examples(guide).std(0).amax()) < _FAINT
-
-
-def examples(value: torch.Tensor) -> torch.Tensor:
-    """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
-    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
-    if flat.shape[0] > _MAX_EXAMPLES:
-        flat = flat[:: -(-flat.shape[0] // _MAX_EXAMPLES)]
-    return flat
+    return 0 < float(guide_NP.std(0).amax()) < _FAINT

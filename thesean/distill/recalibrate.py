@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from thesean import ranks
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.plan.hybrid import Hybrid
@@ -39,6 +40,7 @@ def recalibrate(hybrid: Hybrid, part: int, batches: Sequence[Inputs]) -> None:
     for norm in called:
         moments = _Moments()
         _watched(prefix, batches, {norm: moments.add})
+        moments.everyone()
         moments.write(norm)
 
 
@@ -70,6 +72,19 @@ class _Moments:
         self.squares_C = self.squares_C.to(mean_C.device) + squares_C + apart_C.square() * (self.count * count / total)
         self.mean_C = self.mean_C.to(mean_C.device) + apart_C * (count / total)
         self.count = total
+
+    def everyone(self) -> None:
+        """Of the rows of all ranks."""
+        if ranks.count() == 1:
+            return
+        count, before_C = torch.tensor([float(self.count)], dtype=torch.float64), self.mean_C
+        sum_C = before_C * self.count
+        count = count.to(sum_C.device)
+        ranks.add_up([count, sum_C], "statistics")
+        self.mean_C = sum_C / count
+        self.squares_C += (before_C - self.mean_C).square() * self.count
+        ranks.add_up([self.squares_C], "statistics")
+        self.count = int(count)
 
     def write(self, norm: _BatchNorm) -> None:
         """The variance as torch keeps it, without bias."""

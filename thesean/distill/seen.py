@@ -1,6 +1,6 @@
 """Which rows of the guide's activations and outputs are tokens: what the guide holds at padded steps is noise.
 
-B batch, T time, N tokens, D width
+B batch, T time, N tokens, D width, P values of an example
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean import ranks
 from thesean.distill.outputs import named_leaves
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.graph.nodes import named_dim
 from thesean.passes.plan.hybrid import Replacement
 
 Values = Mapping[str, Any]
+
+# CKA's Gram or covariance costs grow with the examples; past this many tokens the estimate gains nothing
+MAX_EXAMPLES = 4096
 
 
 class Seen:
@@ -82,7 +86,8 @@ class Seen:
         for mask in masks:
             seen_BT = mask.seen(values[mask.node])
             shown = seen_BT if shown is None else shown & seen_BT
-        return None if shown is None or bool(shown.all()) else shown
+        # ranks do the same: what one of them hides is left out of what is gathered
+        return None if shown is None or not ranks.any_of(not bool(shown.all())) else shown
 
     def _same_steps(self, mask: fx.Node, node: fx.Node) -> bool:
         value, steps = node.meta.get("val"), mask.meta.get("val")
@@ -96,3 +101,20 @@ class Seen:
 def rows(value: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     """(B, T, ...) -> (N, ...) of what is seen; all of it as it is without a mask."""
     return value if mask_BT is None else value[mask_BT]
+
+
+def examples(value: torch.Tensor) -> torch.Tensor:
+    """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
+    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
+    if ranks.count() > 1:
+        return _of_all(flat)
+    if flat.shape[0] > MAX_EXAMPLES:
+        flat = flat[:: -(-flat.shape[0] // MAX_EXAMPLES)]
+    return flat
+
+
+def _of_all(flat: torch.Tensor) -> torch.Tensor:
+    """The same examples of the rows of all ranks, chosen before they are sent."""
+    before, total = ranks.place(flat.shape[0])
+    every = -(-total // MAX_EXAMPLES)
+    return ranks.gather(flat[-before % every :: every], kind="exits")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from thesean import ranks
 from thesean.distill.hold_out import READ_ONCE
 from thesean.distill.random_state import RandomState
 from thesean.distill.task import Batch
@@ -40,6 +41,8 @@ class Stream(Iterator[Batch]):
             if batch is not None:
                 self._place, self._last = self._place + 1, ""
                 self._held = batch
+                if self._place == 1:
+                    check_same(batch)
                 return batch
             if self._place == 0:
                 break
@@ -87,6 +90,11 @@ class Stream(Iterator[Batch]):
 
     def _own(self) -> torch.Tensor | None:
         return self._generator.get_state() if isinstance(self._generator, torch.Generator) else None
+
+
+def check_same(batch: Batch) -> None:
+    """Raises RankError where ranks were given other batches, or in another order: see `ranks.same`."""
+    ranks.same(lambda: {"the batches, or their order": _hash(batch)})
 
 
 def _hash(batch: Batch) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from thesean import ranks
 from thesean.distill.masters import Masters
 from thesean.distill.observer import Observer
 from thesean.errors import NumericalError
@@ -26,6 +27,10 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     """Learning-rate factor of `step` in 0..steps-1."""
     rise = min(1.0, (step + 1) / max(1, min(warmup, steps // 4)))
     return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
+
+
+def _whole(batch: Any) -> Any:
+    return batch
 
 
 class Watch(Protocol):
@@ -50,6 +55,7 @@ class Trainer:
     precision: Precision = "as-is"
     journal: Journal = field(default_factory=Journal)
     deadline: float = math.inf  # on the monotonic clock: the step under way then is the last
+    own: Callable[[Any], Any] = _whole  # of a batch, what this rank computes
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -78,9 +84,9 @@ class Trainer:
         for step in range(self.journal.resumed(*kept), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * cosine(step, steps, self.warmup)
-            with self._computing(parameters):
-                loss = loss_of(step, next(batches))
-            value = loss.item()
+            with self._computing(parameters), ranks.together():
+                loss = loss_of(step, self.own(next(batches)))
+            (value,) = ranks.agreed(loss.item())
             if not math.isfinite(value):
                 raise NumericalError(
                     f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for NaN "
@@ -91,10 +97,13 @@ class Trainer:
                 optimizer.step()
                 masters.write()
             self.observer.step(step + 1, {"loss": value})
-            if (after is not None and after(step + 1, value)) or time.monotonic() > self.deadline:
+            if (after is not None and after(step + 1, value)) or self._late():
                 return step + 1
             self.journal.after_step(step + 1, *kept)
         return steps
+
+    def _late(self) -> bool:
+        return self.deadline < math.inf and ranks.any_of(time.monotonic() > self.deadline)
 
     def _computing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         if self.precision == "as-is" or not parameters:

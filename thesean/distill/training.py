@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import fx
 
+from thesean import ranks
 from thesean.distill.data import Feed
 from thesean.distill.evaluate import Evaluation, Judge
+from thesean.distill.gathered import Gathered
 from thesean.distill.observer import Observer
-from thesean.distill.task import Task
+from thesean.distill.task import Batch, Task
 from thesean.distill.train import Trainer
 from thesean.journal import Journal
 from thesean.recipe import Recipe
@@ -40,7 +44,19 @@ class Training:
     @property
     def left(self) -> float:
         """Seconds of the budget."""
-        return self.begun + self.seconds - time.monotonic()
+        return ranks.agreed(self.begun + self.seconds - time.monotonic())[0]
+
+    def own(self, batch: Batch) -> Batch:
+        """The batch as it came, and this rank's rows of the guide's inputs."""
+        return batch[0], self.gathered.own(batch[1])
+
+    def inputs(self, batches: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
+        """This rank's rows."""
+        return [self.own(batch)[1] for batch in batches]
+
+    @cached_property
+    def gathered(self) -> Gathered:
+        return Gathered(self.guide)
 
     @cached_property
     def judge(self) -> Judge:
@@ -57,6 +73,7 @@ class Training:
             precision=recipe.precision,
             journal=self.journal,
             deadline=self.begun + self.seconds,
+            own=self.own,
         )
 
     def judge_guide(self) -> Evaluation:

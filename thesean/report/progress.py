@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from thesean import ranks
 from thesean.errors import DataError, unknown_name
 from thesean.report.lines import AnObserver, JsonLines, Several
 from thesean.report.trackers import TRACKERS, Tracked
@@ -41,8 +42,8 @@ def make_observer(progress: Watching, log: Path | None = None) -> AnObserver:
 
 @contextmanager
 def watched(progress: Watching, log: Path | None = None) -> Iterator[AnObserver]:
-    """Whoever is told of progress, closed at the end, whatever happens."""
-    observer = make_observer(progress, log)
+    """Whoever is told of progress, closed at the end, whatever happens. Of several ranks the first one tells."""
+    observer = make_observer(progress, log) if ranks.is_first() else NullObserver()
     try:
         yield observer
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import fx
 
+from thesean import ranks
 from thesean.errors import WriteError
 from thesean.passes.graph.surgery import live_nodes
 from thesean.passes.graph.text import text
@@ -64,7 +65,7 @@ def dumping(folder: str | Path | None) -> Iterator[None]:
 
     Raises WriteError, before anything else happens, when the folder can't be written.
     """
-    if folder is None:
+    if folder is None or not ranks.is_first():
         yield
         return
     token = _active.set(GraphDump(folder))

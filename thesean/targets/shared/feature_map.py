@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from thesean import ranks
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.sequence import describe, small_linear
@@ -194,7 +195,7 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation that trusts its running statistics where a batch is too small to have any of its own."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training and input.numel() < _ENOUGH * self.num_features:
+        if self.training and input.numel() * ranks.count() < _ENOUGH * self.num_features:
             return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(input)
 

@@ -1,0 +1,141 @@
+"""A conversion in several processes is the one that a single process makes of the same batches."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import thesean
+from tests.launched import ROOT, ended, environment, launch
+from tests.rank_cases import CASES, INTERRUPTED, LOST, batches, deadly, guide, result
+from thesean import ranks
+from thesean.distill import scaling
+from thesean.errors import MissingExtraError
+
+NEAR = 1e-5  # what the rows of all ranks come to in another order of summation
+
+accelerated = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="Accelerate is not installed")
+
+
+def check_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=NEAR, msg=name)
+    for figures in ("losses", "held out", "stages", "final"):
+        assert found[figures] == pytest.approx(expected[figures], rel=0, abs=NEAR), figures
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """A folder of what two processes found, and how they ended: the second is killed in the midst of a last run."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, ended(launch(2, ["-m", "tests.rank_cases", str(folder), "killed", *CASES]))
+
+
+@pytest.fixture(scope="module")
+def found(two: tuple[Path, list[tuple[int, str]]]) -> list[dict[str, Any]]:
+    folder, ends = two
+    assert all((folder / f"found.{rank}").is_file() for rank in range(2)), ends
+    return [torch.load(folder / f"found.{rank}") for rank in range(2)]
+
+
+@accelerated
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_come_to_what_one_does(found: list[dict[str, Any]], name: str) -> None:
+    expected = result(name)
+    assert not any("fine-tune did not help" in note for note in expected["notes"])  # what is compared was trained
+    for own in found:
+        check_alike(own[name], expected)
+
+
+@accelerated
+def test_ranks_that_were_given_different_things_say_so(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        assert own["other seeds"].startswith("RankError: rank 1 and rank 0 were given different things: the seed")
+        assert "given different things: the batches, or their order" in own["other order"]
+
+
+@accelerated
+def test_a_batch_of_fewer_rows_than_processes_is_refused(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        assert own["one row"].startswith("DataError: a batch of 1 rows can't be shared by 2 processes")
+
+
+@accelerated
+def test_a_killed_rank_ends_the_run_and_one_process_goes_on_from_there(two: tuple[Path, list[tuple[int, str]]]) -> None:
+    folder, ((code, said), (signalled, _)) = two
+    assert (code, signalled) == (LOST, -signal.SIGKILL), said[-2000:]
+    assert said.count("another process of this run is gone") == 1
+    resumed = result(INTERRUPTED, loss=deadly(1, 0), workdir=folder / "run", resume="must")
+    assert any("went on at step 3 of fine-tune 1" in note for note in resumed["notes"])
+    check_alike(resumed, result(INTERRUPTED, loss=deadly(1, 0)))
+
+
+@accelerated
+def test_what_a_rank_sends_is_what_the_formulas_say(found: list[dict[str, Any]]) -> None:
+    guide = 3 * 72 + 45
+    sizes = scaling.Sizes(
+        guide=guide, parts=3, replaced=72, replacement=122, features=6, outputs=8, width=8, vocabulary=5, itemsize=8
+    )
+    for own in found:
+        sent = own["cka, joint"]["sent"]
+        # six steps of alignment, six of fine-tuning
+        steps = 6 * scaling.gradients_given(sizes, sizes.new) + 6 * scaling.gradients_given(sizes, sizes.hybrid)
+        assert sent["gradients"] == steps
+        # solved anew at steps 2, 4 and 6
+        assert sent["statistics"] == 3 * scaling.statistics_given(sizes)
+        # exits count until four fifths of fine-tuning are over; four times the last one is looked at, held out
+        assert sent["exits"] == (11 + 4 / 3) * scaling.exits_given(sizes, tokens=8)
+        # without a loss or with ours no output is sent; with one of the user's the guide's, and each hybrid's, held out
+        assert "outputs" not in sent
+        assert "outputs" not in own["our own loss"]["sent"]
+        assert own["closed form"]["sent"]["outputs"] == 4 * scaling.outputs_given(sizes, tokens=8)
+
+
+def test_without_accelerate_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"accelerate is not installed.*\[dist\]"):
+        thesean.compile(guide(), "mlp", data=batches(), recipe="fast", progress=False)
+
+
+def test_a_process_by_itself_has_all_rows_and_sends_nothing() -> None:
+    x = torch.ones(3, 2, requires_grad=True)
+    with ranks.joined(guide()):
+        assert ranks.gather(x) is x
+        assert ranks.own_rows(5) == slice(0, 5)
+        assert ranks.sent() == {}
+
+
+def launched(options: str, *arguments: str) -> str:
+    """What is said on stdout under `accelerate launch`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options.split(), *arguments],
+        env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=170, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@accelerated
+@pytest.mark.slow
+def test_the_command_line_in_four_processes_writes_and_speaks_once(tmp_path: Path) -> None:
+    """By `accelerate launch`, which hands this on to torchrun."""
+    _, target, given = CASES["cka, joint"]()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given["recipe"]))
+    told = ["--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "made", "--workdir", tmp_path / "run"]
+    command = "convert tests.rank_cases:guide --target mlp:width=6 --data tests.rank_cases:batches"
+    said = launched("--multi_gpu --num_processes 4 --num_machines 1 -m thesean", *command.split(), *map(str, told))
+    assert said.count("saved ") == 1
+    expected = thesean.compile(guide(), target, progress=False, **given).module.state_dict()
+    for folder in (tmp_path / "made", tmp_path / "run" / "converted"):
+        for name, value in thesean.load(folder).module.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=NEAR)

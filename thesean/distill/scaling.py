@@ -1,0 +1,174 @@
+"""What a run on several ranks costs each of them: bytes held, bytes given to the others, floating-point operations.
+
+Every rank holds the whole of guide and hybrid, and its share of a batch: nothing is sharded. The formulas count what
+thesean/ranks.py sends and what a step of thesean/distill/train.py holds; tests/distill/test_scaling.py holds them
+against runs. docs/scaling.md is made of them.
+
+E features that a part's last layer reads, O its outputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from thesean.distill.seen import MAX_EXAMPLES
+from thesean.passes.graph.walk import HELD_BYTES
+
+_DOUBLE, _SINGLE = 8, 4
+
+# Of a transformer block's input, what its backward keeps with an attention that keeps no scores: Korthikanti et al.
+# 2022 (arXiv 2205.05198), eq. 1 without dropout: 34 bytes a token and width in half precision, of which 5 are masks'.
+_KEPT_VALUES = 14.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A guide whose `parts`, all alike, are replaced."""
+
+    guide: int  # parameters
+    parts: int
+    replaced: int  # parameters of the guide in one part
+    replacement: int  # and of what takes its place
+    features: int  # E
+    outputs: int  # O
+    width: int  # of the exits
+    vocabulary: int  # values of the guide's output, a token
+    itemsize: int = 2  # bytes of a weight or an activation
+
+    @property
+    def hybrid(self) -> int:
+        """Parameters."""
+        return self.guide + self.parts * (self.replacement - self.replaced)
+
+    @property
+    def new(self) -> int:
+        """Parameters of all replacements."""
+        return self.parts * self.replacement
+
+
+def statistics_given(sizes: Sizes) -> int:
+    """Bytes that a rank gives to solve every part once: count, means, Gram matrix and cross terms of what is fitted and
+    of what is held out, in double (closed_form.py).
+    """
+    e, o = sizes.features, sizes.outputs
+    return sizes.parts * 2 * _DOUBLE * (1 + e + o + e * e + e * o)
+
+
+def gradients_given(sizes: Sizes, trained: int) -> int:
+    """Bytes a step, of so many trained parameters: half precision's are added up in float32 (masters.py)."""
+    return trained * max(sizes.itemsize, _SINGLE)
+
+
+def exits_given(sizes: Sizes, tokens: int, ranks: int = 1) -> int:
+    """Bytes a step, of a rank's own tokens: hybrid's and guide's activations at all exits, of the examples that a
+    similarity is computed on.
+    """
+    every = -(-tokens * ranks // MAX_EXAMPLES)
+    return 2 * sizes.parts * -(-tokens // every) * sizes.width * sizes.itemsize
+
+
+def outputs_given(sizes: Sizes, tokens: int) -> int:
+    """Bytes a step with a loss of the user's own, which is computed on the hybrid's output for all rows. Divergences of
+    classes and Thesean's own losses are sums over rows: of those a number is sent.
+    """
+    return tokens * sizes.vocabulary * sizes.itemsize
+
+
+def statistics_held(sizes: Sizes) -> int:
+    """Bytes of one part's statistics, as they are added up."""
+    return statistics_given(sizes) // sizes.parts
+
+
+def states_held(sizes: Sizes, trained: int) -> int:
+    """Bytes that an optimizer holds beside so many weights: gradients, two moments, and float32 masters of weights of
+    half precision.
+    """
+    single = max(sizes.itemsize, _SINGLE)
+    return trained * (3 * single + (_SINGLE if sizes.itemsize < _SINGLE else 0))
+
+
+def activations_held(sizes: Sizes, tokens: int) -> int:
+    """Bytes that the backward of a step keeps of a rank's own tokens, about; blocks as a transformer's."""
+    return int(_KEPT_VALUES * sizes.parts * tokens * sizes.width * sizes.itemsize)
+
+
+def solving_flops(sizes: Sizes, tokens: int) -> float:
+    """Of one pass through guide and hybrid over all ranks' tokens, and the Gram matrices."""
+    e, o = sizes.features, sizes.outputs
+    return 2.0 * tokens * (sizes.guide + sizes.hybrid + sizes.parts * (e * e + e * o))
+
+
+def solution_flops(sizes: Sizes) -> float:
+    """Of the systems of equations, which each rank solves by itself: three ridges are tried and one is taken."""
+    e, o = sizes.features, sizes.outputs
+    return sizes.parts * 4 * (2 / 3 * e**3 + 2.0 * e * e * o)
+
+
+def step_flops(sizes: Sizes, tokens: int) -> float:
+    """Of a step over all ranks' tokens: forward and backward of the hybrid, and the guide's forward (2 and 4 a weight
+    and token, Kaplan et al. 2020, arXiv 2001.08361).
+    """
+    return tokens * (6.0 * sizes.hybrid + 2.0 * sizes.guide)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Of each rank, and of what is between them; bytes a second each way."""
+
+    memory: float = 80e9
+    flops: float = 0.4 * 989e12  # dense bf16 of an H100 SXM by its data sheet, of which 40% are reached
+    double: float = 0.5 * 67e12  # and in double, for the systems of equations
+    near: int = 8  # ranks that stand together
+    within: float = 0.7 * 450e9  # NVLink
+    between: float = 0.7 * 50e9  # an adapter of 400 Gbit/s each
+
+    def link(self, ranks: int) -> float:
+        return self.within if ranks <= self.near else self.between
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Tokens of a batch, all ranks'; steps of each stage; batches that the closed form is solved on."""
+
+    tokens: int
+    steps: int
+    batches: int
+
+
+class Stage(NamedTuple):
+    """For each rank: bytes held at once, and of the whole stage bytes received and seconds."""
+
+    name: str
+    memory: float
+    traffic: float
+    seconds: float
+
+
+def stages_of(sizes: Sizes, job: Job, hardware: Hardware, ranks: int) -> list[Stage]:
+    """Closed form, alignment of all parts at once, and fine-tuning with a loss of Thesean's or none."""
+    own, others = job.tokens // ranks, ranks - 1
+    guide, hybrid, new = (sizes.itemsize * n for n in (sizes.guide, sizes.hybrid, sizes.new))
+
+    def reduced(given: float) -> float:
+        """A ring hands all of it on twice, but for a rank's own share."""
+        return 2 * given * others / ranks
+
+    solving = guide + new + max(HELD_BYTES, guide // 4) + 3 * statistics_held(sizes)
+    sent = reduced(statistics_given(sizes))
+    seconds = solving_flops(sizes, job.batches * job.tokens) / ranks / hardware.flops
+    seconds += solution_flops(sizes) / hardware.double + sent / hardware.link(ranks)
+    found = [Stage("closed form", solving, sent, seconds)]
+    for name, trained, copies in (
+        ("alignment", sizes.new, 3 * new),  # the best state, one to go back to, the snapshots
+        ("fine-tuning", sizes.hybrid, 2 * hybrid),  # the best state by a sample, and by all
+    ):
+        outputs = own * sizes.vocabulary * sizes.itemsize if name == "fine-tuning" else 0
+        exits = exits_given(sizes, own, ranks)
+        held = guide + hybrid + copies + states_held(sizes, trained) + activations_held(sizes, own)
+        held += 4 * outputs  # the hybrid's and the guide's, their logarithms or gradients
+        held += ranks * exits if others else 0
+        sent = reduced(gradients_given(sizes, trained)) + others * exits
+        seconds = step_flops(sizes, job.tokens) / ranks / hardware.flops + sent / hardware.link(ranks)
+        found.append(Stage(name, held, job.steps * sent, job.steps * seconds))
+    return found
