@@ -46,6 +46,14 @@ def test_globs_over_sublayers_ask_for_sublayers():
     assert targets(captured.gpt2(), {"*.mlp": Target("mlp", width=8)})["transformer.h.1.mlp"] == "mlp"
 
 
+def test_a_module_outside_of_all_blocks_is_a_part_where_it_is_named():
+    assert targets(captured.gpt2(), {"lm_head": "linear"}) == {"lm_head": "linear"}
+    both = {"lm_head": "linear", "transformer.h.1.attn": "gru"}
+    assert targets(captured.gpt2(), both) == {"transformer.h.1.attn": "gru", "lm_head": "linear"}
+    with pytest.raises(PlanError, match=r"'lm_head' is a module and no part beside .* parts=\['lm_head'\]"):
+        make_plan(captured.gpt2(), {"lm_head": "linear", "*": "gru"})
+
+
 def test_keep_leaves_parts_to_the_guide():
     assert targets(captured.gpt2(), "gru", keep=["*.0"]) == {"transformer.h.0": "keep", "transformer.h.1": "gru"}
 

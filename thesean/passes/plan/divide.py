@@ -84,7 +84,7 @@ def divide(
     if parts is not None or merging or not globs:
         chosen = partition(flow, granularity, parts)
     else:
-        chosen, granularity = _fine_enough(flow, globs, granularity)
+        chosen, granularity, parts = _fine_enough(flow, globs, granularity)
     groups = _groups(captured, flow, chosen, merge, target_parts)
     for glob in keep:
         if not any(group_matches(g, glob) for g in groups):
@@ -127,14 +127,22 @@ def group_matches(group: Group, glob: str) -> bool:
 
 def _fine_enough(
     flow: DataFlow, globs: Sequence[str], granularity: Granularity
-) -> tuple[list[NamedRegion], Granularity]:
-    """Globs that name halves of blocks ("*attn*") ask for a finer granularity."""
+) -> tuple[list[NamedRegion], Granularity, Sequence[str] | None]:
+    """Globs that name halves of blocks ("*attn*") ask for a finer granularity, those that name modules outside of all
+    blocks ("lm_head") for these modules as parts: the last value.
+    """
     for finer in GRANULARITIES[GRANULARITIES.index(granularity) :]:
         chosen = partition(flow, finer)
         if all(any(matches(c.path, glob) for c in chosen) for glob in globs):
-            return chosen, finer
-    known = [*(c.path for c in partition(flow, granularity)), *(c.path for c in chosen), *module_regions(flow)]
+            return chosen, finer, None
+    named = module_regions(flow)
+    if all(glob in named for glob in globs):  # a glob might mean whatever is around
+        return partition(flow, granularity, globs), granularity, globs
+    known = [*(c.path for c in partition(flow, granularity)), *(c.path for c in chosen), *named]
     missing = next(g for g in globs if not any(matches(c.path, g) for c in chosen))
+    if missing in named:
+        advice = f"parts={[missing]} cuts it out, or name modules alone, without globs."
+        raise PlanError(f"target: {missing!r} is a module and no part beside the others that are asked for. {advice}")
     raise PlanError(f"target: {no_match(missing, list(dict.fromkeys(known)))}")
 
 
