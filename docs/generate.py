@@ -148,8 +148,8 @@ def scaling_page() -> str:
             *_prose(
                 """**These are estimates. Nothing on this page was measured on a GPU.** They come from formulas. What an
                 optimizer holds and what a rank sends (gradients, exits, outputs, statistics) is compared with small
-                runs on a CPU, to the byte: tests/distill/test_scaling.py and tests/test_ranks.py. Hours, and the
-                memory of activations, are compared with nothing."""
+                runs on a CPU, to the byte: tests/distill/test_scaling.py and tests/test_ranks.py. Hours, and
+                the memory of weights, their copies and activations, are compared with nothing."""
             ),
             "## What is spread, and what isn't",
             "",
