@@ -63,8 +63,8 @@ def test_a_full_disk_leaves_the_earlier_run_and_the_new_one_elsewhere(tmp_path: 
     before = files(work)
     save_file = artifact.save_file
 
-    def one_is_full(tensors: Any, path: Path) -> None:
-        (full if work in path.parents else save_file)(tensors, path)
+    def one_is_full(tensors: Any, path: Path, *given: Any, **named: Any) -> None:
+        (full if work in path.parents else save_file)(tensors, path, *given, **named)
 
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
     monkeypatch.setattr(artifact, "save_file", one_is_full)

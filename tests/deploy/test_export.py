@@ -135,7 +135,7 @@ def test_a_hybrid_whose_other_part_looks_ahead_is_exported_without_state_and_say
 def test_what_export_runs_is_one_list(gru, stateful):
     steps = for_export(gru[1].signature, (), stateful)
     names = [p.name for s in steps for p in (s.passes if isinstance(s, Attempt) else (s,))]
-    state = ["inline-modules", "cache-attention", "delay-steps", "thread-state"]
+    state = ["cache-latents", "inline-modules", "cache-attention", "delay-steps", "thread-state"]
     rest = ["write-out-attention", "flatten-outputs", "cells-as-modules"]
     assert names == ([] if stateful is False else state) + rest
     assert isinstance(steps[0], Attempt) == (stateful is None)

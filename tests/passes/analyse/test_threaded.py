@@ -116,7 +116,8 @@ MIXED: dict[str, tuple[Rule, str]] = {
 def threaded(rule: Rule) -> Any:
     guide = capture(seeded(Text, rule), texts())
     stateless = hybrid(guide, {"blocks.*": "gru"})
-    streaming = for_export(guide.signature, (), stateful=True)[:4]
+    afterwards = len(for_export(guide.signature, (), stateful=False))
+    streaming = for_export(guide.signature, (), stateful=True)[:-afterwards]
     return run_passes(stateless, *streaming)[0], stateless, guide.signature
 
 
