@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,23 @@ def convert(recipe: dict[str, Any] | None = None, target: Any = "mingru", **sett
     return thesean.compile(guide, target, data=windows(), recipe=whole, progress=False, **settings)
 
 
+@functools.cache
+def made(**alignment: Any) -> thesean.Converted:
+    """The same, once for all tests, which only look at it."""
+    return convert(alignment)
+
+
+@functools.cache
+def uninterrupted(number: int) -> thesean.Converted:
+    return convert(SETTINGS[number])
+
+
 def rows(converted: thesean.Converted) -> list[str]:
     return [row.part for row in converted.report.stages]
 
 
 def test_stages_come_front_to_back_unless_told_otherwise():
-    assert rows(convert({"schedule": "sequential"})) == PARTS
+    assert rows(made(schedule="sequential")) == PARTS
 
 
 @pytest.mark.parametrize("schedule", ["progressive", "sequential"])
@@ -174,7 +186,8 @@ def test_a_time_is_shared_with_a_stochastic_schedule_and_with_an_order(monkeypat
 @pytest.mark.parametrize("schedule", ["progressive", "sequential", "independent", "joint"])
 def test_what_parts_read_is_a_setting_of_every_schedule(schedule):
     own = "guide" if schedule == "independent" else "hybrid"
-    asked = {reads: convert({"schedule": schedule, "inputs": reads}) for reads in ("guide", "hybrid", "mixed", None)}
+    asked = {reads: made(schedule=schedule, inputs=reads) for reads in ("guide", "hybrid", "mixed")}
+    asked[None] = made(schedule=schedule)
     losses = {reads: [curve.losses for curve in converted.report.curves] for reads, converted in asked.items()}
     assert models.same_state(asked[None].module, asked[own].module.state_dict())
     assert losses[None] == losses[own]
@@ -182,13 +195,13 @@ def test_what_parts_read_is_a_setting_of_every_schedule(schedule):
 
 
 def test_joint_on_the_guides_inputs_is_independent():
-    found, expected = convert({"schedule": "joint", "inputs": "guide"}), convert({"schedule": "independent"})
+    found, expected = made(schedule="joint", inputs="guide"), made(schedule="independent")
     assert models.same_state(found.module, expected.module.state_dict())
 
 
 def test_mixed_inputs_mean_the_mean_of_both_losses():
-    first = {reads: convert({"schedule": "joint", "inputs": reads}).report.curves[0].losses[0]
-             for reads in ("guide", "hybrid", "mixed")}  # fmt: skip
+    asked = ("guide", "hybrid", "mixed")
+    first = {reads: made(schedule="joint", inputs=reads).report.curves[0].losses[0] for reads in asked}
     assert first["mixed"] == pytest.approx((first["guide"] + first["hybrid"]) / 2, rel=1e-5)
 
 
@@ -203,10 +216,13 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("recipe", SETTINGS, ids=lambda r: "-".join(str(v) for v in r.values() if isinstance(v, str)))
+NAMES = ["-".join(str(v) for v in recipe.values() if isinstance(v, str)) for recipe in SETTINGS]
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=NAMES)
 @pytest.mark.parametrize("at", [pytest.param(at, marks=pytest.mark.thorough) for at in (3, 8, 19)] + [13])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, recipe, at):
-    whole = convert(recipe)
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, number, at):
+    whole, recipe = uninterrupted(number), SETTINGS[number]
     with stopped_at(at), pytest.raises(Interrupted):
         convert(recipe, workdir=tmp_path)
     torch.manual_seed(at)  # another process, in which other things were drawn
