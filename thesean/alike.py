@@ -5,13 +5,14 @@ N rows, P width
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from thesean.errors import DataError, NumericalError
+from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.plan import Plan
 from thesean.report.conversion import ConversionReport
@@ -99,28 +100,15 @@ def _exit(graph: fx.Graph, name: str, in_guide: Mapping[str, fx.Node]) -> tuple[
     return None
 
 
-class _Watching(fx.Interpreter):
-    """Runs a graph and keeps what some nodes gave."""
-
-    def __init__(self, module: fx.GraphModule, names: Collection[str]) -> None:
-        super().__init__(module)
-        self.names, self.kept = set(names), dict[str, torch.Tensor]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self.names and isinstance(value, torch.Tensor):
-            self.kept[n.name] = value
-        return value
-
-
 def _rows_at(module: fx.GraphModule, names: Sequence[str], batches: Sequence[Inputs]) -> list[torch.Tensor]:
     """(N, P) of each node: positions of sequences are rows, whole examples of maps."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    here = {node.name for node in module.graph.nodes}
+    exits = intermediates(module, [name for name in names if name in here], with_output=False)
     for inputs in batches:
-        watching = _Watching(module, names)
-        placeholders = [node.target for node in module.graph.find_nodes(op="placeholder")]
-        watching.run(*(inputs[str(name)] for name in placeholders))
-        for name, value in watching.kept.items():
+        for name, value in exits(**inputs).items():
+            if not isinstance(value, torch.Tensor):
+                continue
             rows_NP = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)
             share = max(1, _ROWS // len(batches))
             step = -(-len(rows_NP) // share)

@@ -16,14 +16,12 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from thesean.errors import MissingExtraError, RankError, TheseanError
 
@@ -162,10 +160,7 @@ def everywhere(check: Callable[[], None]) -> None:
         found = error
     if not any_of(found is not None):
         return
-    everyone: list[Any] = [None] * _world.count
-    with _reaching():
-        torch.distributed.all_gather_object(everyone, found)
-    raise next(error for error in everyone if error is not None)
+    raise next(error for error in _everyones(found, _world) if error is not None)
 
 
 def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
@@ -182,6 +177,13 @@ def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
             torch.distributed.all_reduce(flat)
         for tensor, total in zip(some, flat.split([t.numel() for t in some]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def added(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The sum over ranks, apart from what was given; without a gradient."""
+    found = x.detach().clone()
+    add_up([found], kind)
+    return found
 
 
 def agreed(*values: float) -> tuple[float, ...]:
@@ -226,9 +228,7 @@ def same(facts: Callable[[], Mapping[str, str]]) -> None:
     """Raises RankError where ranks were given different things, by name."""
     if _world is None:
         return
-    everyone: list[Any] = [None] * _world.count
-    with _reaching():
-        torch.distributed.all_gather_object(everyone, dict(facts()))
+    everyone = _everyones(dict(facts()), _world)
     for number, theirs in enumerate(everyone):
         others = [name for name, value in everyone[0].items() if theirs.get(name) != value]
         if others:
@@ -237,11 +237,6 @@ def same(facts: Callable[[], Mapping[str, str]]) -> None:
                 "same guide, settings and batches, in the same order, of which it takes its own rows: load or seed "
                 "them alike."
             )
-
-
-def together() -> Any:
-    """A context in which batch norms in training see the rows of all ranks."""
-    return nullcontext() if _world is None else _Norms(_world)
 
 
 def tells(error: Exception) -> bool:
@@ -286,77 +281,11 @@ class _Gather(torch.autograd.Function):
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        found = x.detach().clone()
-        add_up([found], "totals")
-        return found
+        return added(x, "totals")
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0]
-
-
-class _Summed(torch.autograd.Function):
-    """A sum over ranks of which each makes something of its own: so do their gradients add up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        total = x.detach().clone()
-        add_up([total], "norms")
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        total = grads[0].clone()
-        add_up([total], "norms")
-        return total
-
-
-class _Norms(TorchFunctionMode):
-    """Batch normalisation in training by mean and variance over the rows of all ranks."""
-
-    def __init__(self, world: _World) -> None:
-        super().__init__()
-        self.world = world
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> torch.Tensor:
-    """x (N, C, ...), as torch.nn.functional.batch_norm."""
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    dims = [d for d in range(x.ndim) if d != 1]
-    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-    number = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
-    add_up([number])
-    rows = float(number)
-    mean_C = _Summed.apply(x.sum(dims)) / rows
-    apart_x = x - mean_C.view(shape)
-    var_C = _Summed.apply(apart_x.square().sum(dims)) / rows
-    with torch.no_grad():
-        if running_mean is not None:
-            running_mean.lerp_(mean_C.to(running_mean.dtype), momentum)
-        if running_var is not None:
-            running_var.lerp_((var_C * (rows / max(1.0, rows - 1))).to(running_var.dtype), momentum)
-    y = apart_x * (var_C + eps).rsqrt().view(shape)
-    if weight is not None:
-        y = y * weight.view(shape)
-    if bias is not None:
-        y = y + bias.view(shape)
-    return y.to(input.dtype)
 
 
 def _sizes(rows: int, world: _World) -> list[int]:
@@ -370,6 +299,13 @@ def _sizes(rows: int, world: _World) -> list[int]:
 
 def _count(kind: str, tensor: torch.Tensor) -> None:
     _sent[kind] = _sent.get(kind, 0) + tensor.nbytes
+
+
+def _everyones(own: Any, world: _World) -> list[Any]:
+    found: list[Any] = [None] * world.count
+    with _reaching():
+        torch.distributed.all_gather_object(found, own)
+    return found
 
 
 def _broadcast(world: _World, objects: list[Any]) -> None:

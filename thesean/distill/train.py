@@ -15,6 +15,7 @@ from torch import nn
 from thesean import ranks
 from thesean.distill.masters import Masters
 from thesean.distill.observer import Observer
+from thesean.distill.together import together
 from thesean.errors import NumericalError
 from thesean.journal import Journal, Stateful
 from thesean.recipe import Precision
@@ -84,7 +85,7 @@ class Trainer:
         for step in range(self.journal.resumed(*kept), steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * cosine(step, steps, self.warmup)
-            with self._computing(parameters), ranks.together():
+            with self._computing(parameters), together():
                 loss = loss_of(step, self.own(next(batches)))
             (value,) = ranks.agreed(loss.item())
             if not math.isfinite(value):

@@ -29,7 +29,8 @@ from thesean.converted import Converted
 from thesean.deploy.genai.folder import copy_tokenizer, is_of_a_tokenizer
 from thesean.errors import ArtifactError
 from thesean.hf.card import WRITTEN, Card, card_text
-from thesean.hf.config import TYPE, config_of
+from thesean.hf.config import TYPE, TheseanConfig, config_of
+from thesean.hf.follow import Place
 from thesean.hf.roles import roles_of
 from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature
@@ -64,17 +65,26 @@ def save_pretrained(
         raise ArtifactError(
             f"save_pretrained: expected what thesean.compile or thesean.load gives, found {type(converted).__name__}."
         )
-    module, signature = converted.module, converted.signature
-    with usual_settings():
-        roles = roles_of(module, signature)
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    config = config_of(signature, module, roles, dtype)
+    config, generation = configured(converted)
     config.licence = licence
-    generation = None if roles is None else generation_of(signature, config)
-    artifact = Artifact(graph_module=module, signature=signature, plan=converted.plan, report=converted.report)
+    artifact = Artifact(
+        graph_module=converted.module,
+        signature=converted.signature,
+        plan=converted.plan,
+        report=converted.report,
+    )
     return write_folder(
         Written(artifact=artifact, config=config, generation=generation, tokenizer=tokenizer), named(folder)
     )
+
+
+def configured(converted: Converted) -> tuple[TheseanConfig, GenerationConfig | None]:
+    """Its configuration, and the settings of `generate` where it is a language model."""
+    module, signature = converted.module, converted.signature
+    with usual_settings():
+        roles = roles_of(module, signature)
+    config = config_of(signature, module, roles, Place.of(module).dtype)
+    return config, None if roles is None else generation_of(signature, config)
 
 
 def generation_of(signature: Signature, config: PreTrainedConfig) -> GenerationConfig:

@@ -10,12 +10,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from thesean.converted import Converted
 from thesean.errors import DataError
-from thesean.hf.config import TYPE, TheseanConfig, config_of
-from thesean.hf.folder import generation_of
+from thesean.hf.config import TYPE, TheseanConfig
+from thesean.hf.folder import configured
 from thesean.hf.modeling import TheseanForCausalLM, TheseanForSequenceClassification, TheseanModel
 from thesean.hf.reading import Read, read
-from thesean.hf.roles import roles_of
-from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.surgery import clone
 
 AutoConfig.register(TYPE, TheseanConfig, exist_ok=True)
@@ -42,12 +40,8 @@ def from_converted(converted: Converted) -> TheseanModel:
     if not isinstance(converted, Converted):
         found = type(converted).__name__
         raise DataError(f"from_converted: expected what thesean.compile or thesean.load gives, found {found}.")
-    with usual_settings():
-        roles = roles_of(converted.module, converted.signature)
-    dtype = next((p.dtype for p in converted.module.parameters() if p.is_floating_point()), None)
-    config = config_of(converted.signature, converted.module, roles, dtype)
+    config, generation = configured(converted)
     own = Converted(clone(converted.module), converted.signature, converted.plan, converted.report)
-    generation = None if roles is None else generation_of(converted.signature, config)
     return _class_of(config).of(Read(config=config, converted=own, generation=generation))
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from thesean.artifact import EXAMPLE, NETWORK, Artifact
 from thesean.errors import DataError
 from thesean.hf.folder import Written, write_folder
+from thesean.hf.follow import Place
 from thesean.passes.graph.surgery import clone
 from thesean.scratch import named
 
@@ -32,8 +33,7 @@ def save_model(model: PreTrainedModel, artifact: Artifact, folder: Any, **kwargs
         raise DataError(f"save_pretrained: expected no {unknown!r}: one folder is written, in one file of weights.")
     if state is not None and any(state.get(k) is not v for k, v in model.state_dict().items()):
         artifact = _with(artifact, state)
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    model.config.dtype = None if first is None else first.dtype
+    model.config.dtype = Place.of(model).dtype
     model.config.architectures = [type(model).__name__]
     generation = model.generation_config if model.can_generate() else None
     place = write_folder(

@@ -19,7 +19,7 @@ from thesean.passes.analyse.chunks import RELATES
 from thesean.passes.analyse.padding import READERS
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
-from thesean.passes.graph.clock import find_clock
+from thesean.passes.graph.clock import find_clock, has_one_time
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import erase_dead
 
@@ -44,7 +44,7 @@ class CacheAttention(Pass):
     signature: Signature
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        if len({s for s in self.signature.symbols if not s.startswith("batch")}) != 1:
+        if not has_one_time(self.signature):
             reason = "there is no single dimension of time"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
         graph = fx.Graph()
@@ -83,9 +83,7 @@ class CacheAttention(Pass):
             node = next(n for n in graph.nodes if n.name == core.padding.node)
             reader = READERS[core.padding.rule]
             return node if reader is None else graph.call_function(reader[0], (node, *reader[1]))
-        clock = find_clock(graph, self.signature)
-        sizes = [clock.rows(graph), clock.steps(graph)]
-        return graph.call_function(aten.ones.default, (sizes,), {"dtype": torch.bool, "device": core.device})
+        return find_clock(graph, self.signature).tokens(graph, core.device)
 
 
 def _replace(graph_module: fx.GraphModule, core: CausalAttention, bias: fx.Node, name: str) -> None:

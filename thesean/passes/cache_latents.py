@@ -16,7 +16,7 @@ from torch import fx
 from thesean.passes.analyse.chunks import RELATES
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.cache import SeenKeys
-from thesean.passes.graph.clock import find_clock
+from thesean.passes.graph.clock import find_clock, has_one_time
 from thesean.passes.graph.latent_cache import CachedLatent
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import erase_dead
@@ -39,7 +39,7 @@ class CacheLatents(Pass):
     signature: Signature
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        if len({s for s in self.signature.symbols if not s.startswith("batch")}) != 1:
+        if not has_one_time(self.signature):
             reason = "there is no single dimension of time"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
         modules = dict(graph_module.named_modules())
@@ -73,9 +73,7 @@ class CacheLatents(Pass):
         with graph.inserting_before(call):
             token = call.kwargs.get("mask")
             if token is None:
-                clock = find_clock(graph, self.signature)
-                sizes = [clock.rows(graph), clock.steps(graph)]
-                token = graph.call_function(aten.ones.default, (sizes,), {"dtype": torch.bool, "device": like.device})
+                token = find_clock(graph, self.signature).tokens(graph, like.device)
             bias = graph.call_function(getitem, (graph.call_module(name, (token,)), 0))
         bias.meta[RELATES] = True
         return bias

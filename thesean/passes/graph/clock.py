@@ -26,6 +26,16 @@ class Clock(NamedTuple):
     def rows(self, graph: fx.Graph) -> fx.Node | int:
         return 1 if self.batch is None else graph.call_function(aten.sym_size.int, (self.node, self.batch))
 
+    def tokens(self, graph: fx.Graph, device: torch.device) -> fx.Node:
+        """(B, T) booleans of a text without padding."""
+        sizes = [self.rows(graph), self.steps(graph)]
+        return graph.call_function(aten.ones.default, (sizes,), {"dtype": torch.bool, "device": device})
+
+
+def has_one_time(signature: Signature) -> bool:
+    """Whether all free lengths are one."""
+    return len({s for s in signature.symbols if not s.startswith("batch")}) == 1
+
 
 def find_clock(graph: fx.Graph, signature: Signature) -> Clock:
     """The first input that has one. Raises StopIteration where no dimension is time."""

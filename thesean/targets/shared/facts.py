@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -76,6 +76,20 @@ class AttentionFacts:
     def widths(self) -> tuple[int, int]:
         """Of a head's query and key, and of its value."""
         return len(self.query.bias_O) // self.heads, len(self.value.bias_O) // self.heads
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """How queries and keys meet, as the constructors of modules that do it alike take it."""
+        key_width, value_width = self.widths
+        return {
+            "heads": self.heads,
+            "key_width": key_width,
+            "value_width": value_width,
+            "scale": self.scale,
+            "rotation": None if self.rotation is None else self.rotation.rows(),
+            "norm_eps": self.norm_eps,
+            "norm_form": self.norm_form,
+        }
 
     @cached_property
     def kv_heads(self) -> int:

@@ -171,15 +171,4 @@ def held_frame(part: PartFacts, options: SequenceOptions) -> dict[str, Any]:
     """All of the constructor's arguments but how many tokens are held."""
     facts = part.attention
     assert facts is not None  # checked
-    key_width, value_width = facts.widths
-    return {
-        "heads": facts.heads,
-        "kv_heads": facts.kv_heads,
-        "key_width": key_width,
-        "value_width": value_width,
-        "scale": facts.scale,
-        "rotation": None if facts.rotation is None else facts.rotation.rows(),
-        "norm_eps": facts.norm_eps,
-        "norm_form": facts.norm_form,
-        **sequence_frame(part, options),
-    }
+    return {"kv_heads": facts.kv_heads, **facts.frame, **sequence_frame(part, options)}

@@ -121,17 +121,10 @@ def softmax_frame(part: PartFacts) -> dict[str, Any]:
     """The constructor arguments that say how the guide's queries and keys meet."""
     facts = part.attention
     assert facts is not None  # checked
-    key_width, value_width = facts.widths
     return {
         "width_in": part.width_in,
         "width_out": part.width_out,
-        "heads": facts.heads,
-        "key_width": key_width,
-        "value_width": value_width,
-        "scale": facts.scale,
         "causal": part.mixing == "causal",
-        "rotation": None if facts.rotation is None else facts.rotation.rows(),
-        "norm_eps": facts.norm_eps,
-        "norm_form": facts.norm_form,
         "bias": None if facts.bias is None else facts.bias.sizes,
+        **facts.frame,
     }
