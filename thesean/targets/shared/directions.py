@@ -1,6 +1,6 @@
 """Which directions of a part's input say most of its output: where a layer of few features should begin.
 
-N examples, I inputs, O outputs, K directions, M the smaller of N and I
+N examples, I inputs, O outputs, K directions, M of them in view
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from thesean.errors import NumericalError
 # Relative to the mean variance of the inputs: there are often more of them than examples.
 _RIDGE = 1e-2
 
-# A matrix of so many rows takes a few seconds. Where there are more examples and more inputs, examples are thinned.
+# A matrix of so many rows takes a second. Where there are more examples and more inputs, examples are thinned.
 _LARGEST = 2048
+
+# Rounds of the search for the first directions, and how many more of them it keeps in view
+_ROUNDS, _MORE = 4, 16
 
 
 def directions(
     examples: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int, where: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first directions of the best linear map of low rank, y = U V' W x with W by ridge regression and V the first
-    eigenvectors of the spread of W x (reduced-rank regression: Izenman 1975): rows of V' W, of unit variance over the
-    examples, and the constants that centre them. weight_KI and bias_K, in double; K is `count` or as many as there are.
+    """The first directions of the best linear map of low rank, V V' W x with W by ridge regression and V the first
+    right singular vectors of what it fits, H Y (reduced-rank regression: Izenman 1975): rows of V' W, of unit variance
+    over the examples, and the constants that centre them. weight_KI and bias_K, in double; K is `count` or as many as
+    there are. The singular vectors are found by subspace iteration (Halko et al. 2011, algorithm 4.4).
 
     `examples` are pairs (x_NI, y_NO) of batches. Raises NumericalError where they are not finite.
     """
@@ -36,32 +40,32 @@ def directions(
         raise NumericalError(f"{where}: can't choose features, activations are not finite. Look for NaN in the data.")
     mean_I = x_NI.mean(0)
     x_NI, y_NO = x_NI - mean_I, y_NO - y_NO.mean(0)
-    root_MO, weight_IO = _ridge(x_NI, y_NO)
-    values_K, vectors_OK = _first(root_MO, count)
-    weight_KI = (weight_IO @ vectors_OK).T / (values_K / len(x_NI)).sqrt().unsqueeze(1)
+    regression = _Ridge(x_NI)
+    generator = torch.Generator().manual_seed(0)
+    seen = min(count + _MORE, *x_NI.shape, y_NO.shape[1])
+    basis_OM = torch.randn(y_NO.shape[1], seen, dtype=torch.float64, generator=generator).to(x_NI)
+    for _ in range(_ROUNDS):
+        basis_NM = torch.linalg.qr(x_NI @ regression(y_NO @ basis_OM)).Q
+        fitted_OM = y_NO.T @ (x_NI @ regression(basis_NM))
+        basis_OM = torch.linalg.qr(fitted_OM).Q
+    vectors_OM, values_M, _ = torch.linalg.svd(fitted_OM, full_matrices=False)
+    kept = (values_M > 1e-6 * values_M[0]).nonzero()[:count, 0]
+    weight_IK = regression(y_NO @ vectors_OM[:, kept])
+    weight_KI = (weight_IK / (x_NI @ weight_IK).std(0, correction=0)).T
     return weight_KI, -weight_KI @ mean_I
 
 
-def _ridge(x_NI: torch.Tensor, y_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A root of the spread of W x, M rows whose squares add up to it, and W: in whichever of both forms of the
-    regression has the smaller matrix to solve.
-    """
-    penalty = _RIDGE * x_NI.square().sum() / x_NI.shape[1] + torch.finfo(x_NI.dtype).tiny
-    if len(x_NI) <= x_NI.shape[1]:
-        gram_NN = x_NI @ x_NI.T
-        gram_NN.diagonal().add_(penalty)
-        weight_IO = x_NI.T @ torch.linalg.solve(gram_NN, y_NO)
-        return x_NI @ weight_IO, weight_IO
-    spread_II, unit_II = x_NI.T @ x_NI, torch.eye(x_NI.shape[1]).to(x_NI)
-    weight_IO = torch.linalg.solve(spread_II + penalty * unit_II, x_NI.T @ y_NO)
-    return torch.linalg.cholesky(spread_II + 1e-9 * penalty * unit_II).T @ weight_IO, weight_IO
+class _Ridge:
+    """z_NM -> its ridge coefficients on x, (I, M), by whichever form has the smaller matrix."""
 
+    def __init__(self, x_NI: torch.Tensor) -> None:
+        self.x_NI, self.dual = x_NI, len(x_NI) <= x_NI.shape[1]
+        matrix = x_NI @ x_NI.T if self.dual else x_NI.T @ x_NI
+        penalty = _RIDGE * matrix.diagonal().sum() / x_NI.shape[1]
+        matrix.diagonal().add_(penalty.clamp_min(1e-30))
+        self.root = torch.linalg.cholesky(matrix)
 
-def _first(root_MO: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Largest first: the squared singular values and right singular vectors that are no rounding error."""
-    wide = len(root_MO) < root_MO.shape[1]
-    values_M, vectors_MM = torch.linalg.eigh(root_MO @ root_MO.T if wide else root_MO.T @ root_MO)
-    values_M, vectors_MM = values_M.flip(0)[:count], vectors_MM.flip(1)[:, :count]
-    kept = values_M > 1e-10 * values_M[0]
-    values_K, vectors_MK = values_M[kept], vectors_MM[:, kept]
-    return values_K, root_MO.T @ vectors_MK / values_K.sqrt() if wide else vectors_MK
+    def __call__(self, z_NM: torch.Tensor) -> torch.Tensor:
+        if self.dual:
+            return self.x_NI.T @ torch.cholesky_solve(z_NM, self.root)
+        return torch.cholesky_solve(self.x_NI.T @ z_NM, self.root)
