@@ -27,7 +27,7 @@ from thesean.recipe import Recipe
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
-_WARMUP, _RATE = 50, 3e-3
+_WARMUP = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,13 @@ class Conversion:
         )  # fmt: skip
 
 
-def train(model: nn.Module, data: Iterable[Any], steps: int, kept: Path) -> nn.Module:
+def train(model: nn.Module, data: Iterable[Any], steps: int, rate: float, kept: Path) -> nn.Module:
     """On the task alone, and kept: minutes where it isn't yet."""
     if not kept.exists():
-        optimizer = torch.optim.AdamW(model.train().parameters(), lr=_RATE, weight_decay=0.05)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate, weight_decay=0.05)
         for step, (x, y) in zip(range(steps), data, strict=False):
             for group in optimizer.param_groups:
-                group["lr"] = _RATE * cosine(step, steps, _WARMUP)
+                group["lr"] = rate * cosine(step, steps, _WARMUP)
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -81,19 +81,19 @@ def train(model: nn.Module, data: Iterable[Any], steps: int, kept: Path) -> nn.M
 
 def of_images(name: str, model: Callable[[], nn.Module], told: dict[str, Any], settings: dict[str, Any]) -> Conversion:
     """Of a guide for Fashion-MNIST."""
-    sizes, steps = settings["images"], settings["images"]["guide_steps"]
+    steps, rate = settings["guides"][model.__name__]
 
     def trained() -> nn.Module:
         torch.manual_seed(0)
-        kept = ROOT / "build" / "matrix" / f"{model.__name__}-{steps}.pt"
-        return train(model(), fashion.Drawn(steps, 128, seed=1000), steps, kept)
+        kept = ROOT / "build" / "matrix" / f"{model.__name__}-{steps}-{rate:g}.pt"
+        return train(model(), fashion.Drawn(steps, 128, seed=1000), steps, rate, kept)
 
     every = settings["every"]
     return Conversion(
         name=name, model=model, trained=trained, data=fashion.Drawn, told=told,
         validation=lambda: fashion.fashion().validation.batches()[::every],
         test=lambda: fashion.fashion().test.batches()[::every],
-        steps=sizes["steps"], batch=sizes["batch"], chance=1 / fashion.CLASSES,
+        steps=settings["steps"][model.__name__], batch=settings["images"], chance=1 / fashion.CLASSES,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def of_text(name: str, told: dict[str, Any], settings: dict[str, Any]) -> Conver
     return Conversion(
         name=name, model=untrained, trained=lambda: language.guide(sizes["layers"]), data=data, told=told,
         validation=lambda: held_out[:: 5 * every], test=lambda: [b for i in (1, 3) for b in held_out[i :: 5 * every]],
-        steps=sizes["steps"], batch=sizes["batch"], chance=0.2, unit="nats",
+        steps=settings["steps"]["gpt2"], batch=sizes["batch"], chance=0.2, unit="nats",
         latency={"contexts": [64, 512]},
     )  # fmt: skip
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import thesean
 from benchmarks.language import recipe
 from benchmarks.paper.conversions import Conversion
+from benchmarks.suite import Run
+
+RateOf = Callable[[str, str], float]  # of a conversion's method
 
 # The paper's four conversions. Others are variants of these.
 CORE = ("convnet to MLP", "deep to shallow convnet", "ViT to token-wise MLP", "GPT-2 to Elman")
 METHODS = ("default", "paper", "scratch", "distillation")
 VARIED = ("convnet to MLP", "GPT-2 to Elman")  # one setting at a time, from the paper's recipe
 
-# Peak learning rates that the three methods which don't look for their own were tried at, seed 0, trained guide: the
-# rows "rate ...". What was best on validation data is what all other rows take.
+# Peak learning rates of the three methods that don't look for their own: all are tried with the first seed and a
+# trained guide, the rows "rate ...", and what is best on validation data is what every other row takes.
 GRID = (1e-3, 2e-3, 4e-3)
-_FOUND = {name: dict.fromkeys(METHODS[1:], 2e-3) for name in CORE}
+TUNED = METHODS[1:]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +53,42 @@ class Row:
         }
 
 
-def rate_of(conversion: str, method: str) -> float:
-    """The best of GRID; a variant's is that of the conversion whose it is."""
-    of = next((name for name in CORE if conversion.split(" to ")[0] == name.split(" to ")[0]), CORE[0])
-    return _FOUND[of][method]
+class Rates:
+    """The best of GRID for a conversion and a method, in what was measured so far; its middle where nothing was. A
+    variant takes the rate of the conversion that it is a variant of.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, conversion: str, method: str) -> float:
+        rates = {tried(core_of(conversion), method, rate).name: rate for rate in GRID}
+        found = {c["name"]: c["validation"] for c in self.run.rows if c["name"] in rates and "validation" in c}
+        return rates[min(found, key=found.__getitem__)] if found else GRID[1]
 
 
-def row(conversion: str, method: str, trained: bool = True, rate: float | None = None, what: str = "") -> Row:
-    """A conversion by the default, or by the paper's recipe or a baseline at the rate found for it."""
-    common: dict[str, Any] = {"conversion": conversion, "what": what or method, "trained": trained, "changes": {}}
+def untuned(conversion: str, method: str) -> float:
+    """For whoever wants the names of rows alone."""
+    return GRID[1]
+
+
+def core_of(conversion: str) -> str:
+    """Whose variant it is."""
+    return next(name for name in CORE if name.split(" to ")[0] == conversion.split(" to ")[0])
+
+
+def tried(conversion: str, method: str, rate: float) -> Row:
+    return row(conversion, method, rate, what=f"{method}, rate {rate:g}")
+
+
+def row(conversion: str, method: str, rate: float, trained: bool = True, what: str = "") -> Row:
+    """A conversion by the default, which finds its rate, or at this one by the paper's recipe or as a baseline."""
+    common: dict[str, Any] = {"conversion": conversion, "what": what or method, "trained": trained}
     if method == "default":
-        return Row(**common)
-    rate = rate or rate_of(conversion, method)
+        return Row(**common, changes={})
     if method == "paper":
-        return Row(**common | {"base": "paper", "changes": at(rate)})
-    return Row(**common, kind=method, rate=rate)
+        return Row(**common, base="paper", changes=at(rate))
+    return Row(**common, changes={}, kind=method, rate=rate)
 
 
 def at(rate: float) -> dict[str, Any]:
@@ -72,24 +96,17 @@ def at(rate: float) -> dict[str, Any]:
     return {"alignment__learning_rate": rate, "fine_tuning__learning_rate": rate}
 
 
-def core(conversion: str) -> Iterator[Row]:
-    """What is trained from nothing is the same beside either guide."""
+def core(conversion: str, rates: RateOf) -> Iterator[Row]:
+    """What is trained from nothing is the same beside either guide. Of the first seed the grid has the tuned ones."""
     for method in METHODS:
-        yield row(conversion, method)
+        yield row(conversion, method, rates(conversion, method))
     for method in ("default", "paper", "distillation"):
-        yield row(conversion, method, trained=False)
+        yield row(conversion, method, rates(conversion, method), trained=False)
 
 
-def tuning(conversion: str) -> Iterator[Row]:
-    for method in METHODS[1:]:
-        for rate in GRID:
-            if rate != rate_of(conversion, method):
-                yield row(conversion, method, rate=rate, what=f"{method}, rate {rate:g}")
-
-
-def varied(conversion: str) -> Iterator[Row]:
+def varied(conversion: str, rates: RateOf) -> Iterator[Row]:
     """The paper's recipe with one thing changed, and what its reviewers asked to see beside it."""
-    rate = rate_of(conversion, "paper")
+    rate = rates(conversion, "paper")
 
     def changed(what: str, batch: float = 1.0, target: Any = None, **changes: Any) -> Row:
         return Row(
@@ -113,9 +130,9 @@ def varied(conversion: str) -> Iterator[Row]:
         yield changed("batch norm, recalibrated", target=normed, alignment__recalibrate=True)
 
 
-def norms(conversion: str) -> Iterator[Row]:
+def norms(conversion: str, rates: RateOf) -> Iterator[Row]:
     """Of the convolutional target, which has batch norms by default."""
-    rate = at(rate_of(conversion, "paper"))
+    rate = at(rates(conversion, "paper"))
     common: dict[str, Any] = {"conversion": conversion, "base": "paper"}
     yield Row(**common, what="paper, recalibrated", changes={**rate, "alignment__recalibrate": True})
     yield Row(
@@ -123,25 +140,33 @@ def norms(conversion: str) -> Iterator[Row]:
     )
 
 
-def every(conversions: dict[str, Conversion], seeds: tuple[int, ...]) -> Iterator[tuple[Row, int]]:
-    """Rows and seeds. Rates are compared by the first seed alone."""
+def every(conversions: dict[str, Conversion], seeds: tuple[int, ...], rates: RateOf) -> Iterator[tuple[Row, int]]:
+    """Rows and seeds. A row is made when it is asked for: by then its rate was found."""
     first, variants = seeds[0], [name for name in conversions if name not in CORE]
-    for name in CORE:
-        yield from ((found, first) for found in core(name))
-    for name in variants:
-        yield from ((row(name, method), first) for method in METHODS)
-    for name in CORE:
-        yield from ((found, first) for found in tuning(name))
-    for seed in seeds:
-        for name in VARIED:
-            yield from ((found, seed) for found in varied(name))
-        yield from ((found, seed) for found in norms(CORE[1]))
+
+    def of_variants(seed: int, trained: bool, methods: tuple[str, ...]) -> Iterator[tuple[Row, int]]:
         for name in variants:
-            yield from ((row(name, method, trained=False), seed) for method in ("default", "paper"))
-        if seed == first:
-            for more in seeds[1:]:
-                for name in CORE:
-                    yield from ((found, more) for found in core(name))
-        else:
-            for name in variants:
-                yield from ((row(name, method), seed) for method in METHODS)
+            for method in methods:
+                yield row(name, method, rates(name, method), trained), seed
+
+    def of_changes(seed: int) -> Iterator[tuple[Row, int]]:
+        for name in VARIED:
+            yield from ((found, seed) for found in varied(name, rates))
+        yield from ((found, seed) for found in norms(CORE[1], rates))
+
+    for name in CORE:
+        yield from ((row(name, "default", GRID[1], trained), first) for trained in (True, False))
+        yield from ((tried(name, method, GRID[1]), first) for method in TUNED)
+    for name in CORE:
+        yield from ((tried(name, method, rate), first) for rate in GRID for method in TUNED)
+        yield from ((found, first) for found in core(name, rates) if not found.trained)
+    yield from of_changes(first)
+    yield from of_variants(first, True, METHODS)
+    yield from of_variants(first, False, ("default", "paper"))
+    for seed in seeds[1:]:
+        for name in CORE:
+            yield from ((found, seed) for found in core(name, rates))
+    for seed in seeds[1:]:
+        yield from of_changes(seed)
+        yield from of_variants(seed, True, METHODS)
+        yield from of_variants(seed, False, ("default", "paper"))

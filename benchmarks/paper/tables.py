@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.paper.rows import CORE, GRID, METHODS, VARIED, Row, core, norms, rate_of, tuning, varied
+from benchmarks.paper.rows import CORE, GRID, METHODS, TUNED, VARIED, Row, core, norms, tried, untuned, varied
 from benchmarks.suite import Result
 from thesean.units import milliseconds, quantity
 
 Found = dict[str, Any]
 NONE = "not measured"
-_BASELINES = ("paper", "scratch", "distillation")
 
 
 class Rows:
@@ -22,6 +22,11 @@ class Rows:
         self.rows: dict[str, list[Found]] = {}
         for found in result["cases"]:
             self.rows.setdefault(found["name"], []).append(found)
+        for conversion, method in itertools.product(CORE, TUNED):
+            grid = [f for rate in GRID for f in self.of(tried(conversion, method, rate).name)]
+            if grid:  # the first seed's
+                best = min(grid, key=lambda f: float(f["validation"]))
+                self.rows.setdefault(f"{conversion}: {method}", []).insert(0, best)
         self.served = {found["conversion"]: found for found in result["cases"] if "unit" in found}
 
     def of(self, name: str) -> list[Found]:
@@ -69,15 +74,17 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 def tables(result: Result) -> str:
     found = Rows(result)
     sizes = result["settings"]
-    images, text = sizes["images"], sizes["text"]
+    text, steps = sizes["text"], sizes["steps"]
     seeds = ", ".join(map(str, result["seeds"]))
     left_out = len(result["details"].get("left_out", []))
     told = (
-        f"Test data: percent of Fashion-MNIST's images, {images['steps']} steps of {images['batch']}, of "
-        f"12,000; nats a character of the demo's text, {text['steps']} steps of {text['batch']} x {text['length']}. "
-        f"Mean (lowest to highest) over the seeds {seeds}, as far as they were measured; {left_out} rows were not."
+        f"Test data: percent of Fashion-MNIST's images, 12,000 to train on in batches of {sizes['images']}, and "
+        f"nats a character of the demo's text in batches of {text['batch']} x {text['length']}. Steps: "
+        f"{steps['convnet']} for the MLP, {steps['deep_convnet']} for the shallow convnet, "
+        f"{steps['VisionTransformer']} for the token-wise MLP, {steps['gpt2']} for text. Mean (lowest to highest) over "
+        f"the seeds {seeds}, as far as they were measured: {left_out} rows were not."
     )
-    sections = [told, matrix(found), verdict(found), variants(found), changes(found), rates(found), cost(found)]
+    sections = [told, matrix(found), verdict(found), variants(found), changes(found), grid(found), cost(found)]
     return "\n\n".join(section for section in [*sections, failures(found, result)] if section)
 
 
@@ -90,7 +97,7 @@ def matrix(found: Rows) -> str:
             guide = NONE if served is None else written(
                 found.is_text(name), [found.value(name, served["guide" if trained else "untrained"])]
             )  # fmt: skip
-            by = {row.what: row.name for row in core(name) if row.trained == trained}
+            by = {row.what: row.name for row in core(name, untuned) if row.trained == trained}
             cells = [found.cell(by[m]) if m in by else "as above" for m in METHODS]
             body.append([f"{name}, {'trained' if trained else 'untrained'} guide", guide, *cells])
     return markdown(["conversion", "guide", *METHODS], body)
@@ -103,7 +110,7 @@ def verdict(found: Rows) -> str:
         for trained in (True, False):
             mine = Row(conversion=name, what="default", trained=trained, changes={}).name
             gains: dict[str, float] = {}
-            for method in _BASELINES:
+            for method in TUNED:
                 other = Row(conversion=name, what=method, trained=trained or method == "scratch", changes={}).name
                 gain = found.better(mine, other)
                 if gain is not None:
@@ -135,17 +142,20 @@ def variants(found: Rows) -> str:
 
 def changes(found: Rows) -> str:
     """The paper's recipe with one thing changed: what it ends at, and where its last hybrid was before fine-tuning."""
-    whats = list(dict.fromkeys(["paper", *(row.what for name in VARIED for row in varied(name))]))
+    whats = list(dict.fromkeys(["paper", *(row.what for name in VARIED for row in varied(name, untuned))]))
     body = []
     for what in whats:
         cells = []
         for name in VARIED:
             row = f"{name}: {what}"
-            known = what == "paper" or any(row == r.name for r in varied(name))
+            known = what == "paper" or any(row == r.name for r in varied(name, untuned))
             cells += [found.cell(row), hybrid(found, row), cpu(found, row)] if known else ["-"] * 3
         body.append([what, *cells])
     heads = ["from a trained guide", *(h for name in VARIED for h in (name, "last hybrid", "CPU s"))]
-    normed = [[row.what, found.cell(row.name), hybrid(found, row.name), cpu(found, row.name)] for row in norms(CORE[1])]
+    normed = [
+        [row.what, found.cell(row.name), hybrid(found, row.name), cpu(found, row.name)]
+        for row in norms(CORE[1], untuned)
+    ]
     first = f"{CORE[1]}: paper"
     normed.insert(0, ["paper (batch norm)", found.cell(first), hybrid(found, first), cpu(found, first)])
     return f"{markdown(heads, body)}\n\n{markdown(['norms', CORE[1], 'last hybrid', 'CPU s'], normed)}"
@@ -164,23 +174,17 @@ def cpu(found: Rows, name: str) -> str:
     return f"{statistics.fmean(seconds):.0f}" if seconds else "-"
 
 
-def rates(found: Rows) -> str:
-    """The grid that the rates were found on, seed 0, on validation data."""
+def grid(found: Rows) -> str:
+    """The rates that were tried, first seed, on validation data; the best one is taken."""
     body = []
     for name in CORE:
-        tried = {row.name: row for row in tuning(name)}
-        for method in _BASELINES:
-            cells = []
-            for rate in GRID:
-                chosen = rate == rate_of(name, method)
-                row = f"{name}: {method}" if chosen else f"{name}: {method}, rate {rate:g}"
-                losses = [f["validation"] for f in found.of(row) if f.get("seed") == 0]
-                cell = f"{losses[0]:.4f}" if losses else NONE
-                cells.append(f"**{cell}**" if chosen else cell)
-                assert chosen or row in tried
-            body.append([f"{name}, {method}", *cells])
-    heads = ["validation loss by rate, seed 0; taken: bold", *(f"{rate:g}" for rate in GRID)]
-    return markdown(heads, body)
+        for method in TUNED:
+            losses = [[f["validation"] for f in found.of(tried(name, method, rate).name)] for rate in GRID]
+            best = min((each[0] for each in losses if each), default=None)
+            cells = [f"{each[0]:.4f}" if each else NONE for each in losses]
+            bold = [f"**{c}**" if each and each[0] == best else c for c, each in zip(cells, losses, strict=True)]
+            body.append([f"{name}, {method}", *bold])
+    return markdown(["validation loss, first seed, by rate", *(f"{rate:g}" for rate in GRID)], body)
 
 
 def cost(found: Rows) -> str:
@@ -203,18 +207,16 @@ def cost(found: Rows) -> str:
 def failures(found: Rows, result: Result) -> str:
     """Errors, networks that ended no better than a guess, hybrids that were no better than one."""
     lines = []
-    for name, rows in found.rows.items():
-        conversion = name.split(":")[0]
-        chance = found.served.get(conversion, {}).get("chance")
-        for row in rows:
-            of = f"- {name}, seed {row.get('seed')}: "
-            if "failed" in row:
-                lines.append(f"{of}{row['failed']}")
-            elif chance is not None and "accuracy" in row:
-                stages = [a for a in row["stage_accuracies"] if a is not None]
-                if row["accuracy"] < 1.5 * chance:
-                    lines.append(f"{of}ends at chance, {100 * row['accuracy']:.1f}%.")
-                elif stages and min(stages) < 1.5 * chance:
-                    at = f"{min(stages) * 100:.1f}% right after stage {stages.index(min(stages)) + 1} of {len(stages)}"
-                    lines.append(f"{of}a hybrid is at chance, {at}; {100 * row['accuracy']:.1f}% at the end.")
+    for row in result["cases"]:
+        chance = found.served.get(row["conversion"], {}).get("chance")
+        of = f"- {row['name']}, seed {row.get('seed')}: "
+        if "failed" in row:
+            lines.append(f"{of}{row['failed']}")
+        elif chance is not None and "accuracy" in row:
+            stages = [a for a in row["stage_accuracies"] if a is not None]
+            if row["accuracy"] < 1.5 * chance:
+                lines.append(f"{of}ends at chance, {100 * row['accuracy']:.1f}%.")
+            elif stages and min(stages) < 1.5 * chance:
+                at = f"{min(stages) * 100:.1f}% right after stage {stages.index(min(stages)) + 1} of {len(stages)}"
+                lines.append(f"{of}a hybrid is at chance, {at}; {100 * row['accuracy']:.1f}% at the end.")
     return "\n".join(["What failed, or stood at chance on the way:", "", *(lines or ["- nothing so far."])])

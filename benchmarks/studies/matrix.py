@@ -16,7 +16,7 @@ from torch import nn
 import thesean
 from benchmarks.language import recipe
 from benchmarks.paper.conversions import Conversion, conversions, judged, measured
-from benchmarks.paper.rows import every
+from benchmarks.paper.rows import Rates, every
 from benchmarks.paper.tables import tables
 from benchmarks.suite import Case, Run
 
@@ -31,7 +31,7 @@ def bench(run: Run) -> None:
     for name, conversion in found.items():
         if run.wants(f"{name}: served"):
             run.add(f"{name}: served", conversion=name, **served(conversion, guide(name, True, 0), run))
-    for row, seed in every(found, run.seeds):
+    for row, seed in every(found, run.seeds, Rates(run)):
         if not run.wants(row.name, seed):
             continue
         conversion = found[row.conversion]
@@ -63,18 +63,20 @@ CASE = Case(
     unit="accuracy, nats a character",
     run=bench,
     settings={
-        "images": {"steps": 600, "batch": 128, "guide_steps": 1200},
-        "text": {"steps": 200, "batch": 4, "length": 128, "layers": None},
-        "every": 1, "repeats": 30,
+        "images": 128, "steps": {"convnet": 600, "deep_convnet": 300, "VisionTransformer": 400, "gpt2": 200},
+        "guides": {"convnet": [1200, 3e-3], "deep_convnet": [1200, 3e-3], "VisionTransformer": [2000, 1e-3]},
+        "text": {"batch": 4, "length": 128, "layers": None}, "every": 1, "repeats": 30,
     },
     quick={
-        "images": {"steps": 4, "batch": 32, "guide_steps": 2},
-        "text": {"steps": 2, "batch": 2, "length": 16, "layers": 1},
-        "every": 20, "repeats": 2,
+        "images": 32, "steps": {"convnet": 4, "deep_convnet": 2, "VisionTransformer": 2, "gpt2": 2},
+        "guides": {"convnet": [2, 3e-3], "deep_convnet": [2, 3e-3], "VisionTransformer": [2, 1e-3]},
+        "text": {"batch": 2, "length": 16, "layers": 1}, "every": 20, "repeats": 2,
     },
     quick_only=(
-        "convnet to MLP: served", "convnet to MLP: default", "convnet to MLP: paper, batch norm, recalibrated",
-        "deep to shallow convnet: scratch", "ViT to token-wise MLP: paper", "GPT-2 to Elman: distillation",
+        "convnet to MLP: served", "convnet to MLP: default, untrained",
+        "convnet to MLP: paper, batch norm, recalibrated",
+        "deep to shallow convnet: scratch, rate 0.002", "ViT to token-wise MLP: paper, rate 0.002",
+        "GPT-2 to Elman: distillation, rate 0.002",
     ),
     seeds=(0, 1, 2),
     needs=("transformers", "onnxruntime", "sklearn"),
