@@ -165,7 +165,7 @@ def measured(
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     report = converted.report
-    tuned = [curve.learning_rate for curve in report.curves if curve.phase not in ("align",)]
+    tuned = [curve for curve in report.curves if curve.phase != "align"]
     return {
         **judged(converted.module, conversion.test()),
         "validation": report.converted["loss"],
@@ -175,7 +175,7 @@ def measured(
         "cpu_s": round(cpu, 1),
         "wall_s": round(wall, 1),
         "params": report.params,
-        "rate": tuned[-1] if tuned else None,
+        "rates": [[curve.learning_rate, len(curve.losses), min(v for _, v in curve.held_out)] for curve in tuned],
         "notes": list(report.notes),
     }
 

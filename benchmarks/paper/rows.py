@@ -154,9 +154,10 @@ def every(conversions: dict[str, Conversion], seeds: tuple[int, ...], rates: Rat
             yield from ((found, seed) for found in varied(name, rates))
         yield from ((found, seed) for found in norms(CORE[1], rates))
 
-    for name in CORE:
-        yield from ((row(name, "default", GRID[1], trained), first) for trained in (True, False))
+    for name in dict.fromkeys([*VARIED, *CORE]):
+        yield row(name, "default", GRID[1]), first
         yield from ((tried(name, method, GRID[1]), first) for method in TUNED)
+        yield row(name, "default", GRID[1], trained=False), first
     for name in CORE:
         yield from ((tried(name, method, rate), first) for rate in GRID for method in TUNED)
         yield from ((found, first) for found in core(name, rates) if not found.trained)

@@ -28,10 +28,10 @@ def bench(run: Run) -> None:
     def guide(name: str, trained: bool, seed: int) -> nn.Module:
         return found[name].guide(trained, seed)
 
-    for name, conversion in found.items():
-        if run.wants(f"{name}: served"):
-            run.add(f"{name}: served", conversion=name, **served(conversion, guide(name, True, 0), run))
     for row, seed in every(found, run.seeds, Rates(run)):
+        if run.wants(f"{row.conversion}: served"):
+            of = found[row.conversion]
+            run.add(f"{of.name}: served", conversion=of.name, **served(of, guide(of.name, True, 0), run))
         if not run.wants(row.name, seed):
             continue
         conversion = found[row.conversion]
