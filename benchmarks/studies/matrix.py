@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 import thesean
-from benchmarks.language import recipe
 from benchmarks.paper.conversions import Conversion, conversions, judged, measured
 from benchmarks.paper.rows import Rates, every
 from benchmarks.paper.tables import tables
@@ -43,8 +42,9 @@ def bench(run: Run) -> None:
 def served(conversion: Conversion, guide: nn.Module, run: Run) -> dict[str, Any]:
     """What does not depend on training: sizes and latencies in onnxruntime; and the guides' own figures."""
     data = conversion.data(16, conversion.batch, 0)
-    fast = recipe("fast", closed_form__batches=1)
-    converted = thesean.compile(guide, data=data, recipe=fast, progress=False, **conversion.told)
+    converted = thesean.baseline(
+        guide, kind="distillation", data=data, recipe="fast", progress=False, **conversion.told
+    )
     found = converted.benchmark(repeats=run.settings["repeats"], **conversion.latency)
     untrained = judged(conversion.guide(False, 0), conversion.test())
     return {

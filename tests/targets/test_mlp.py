@@ -145,16 +145,27 @@ def test_a_linear_part_is_met_by_directions_of_both_signs():
 
 def test_directions_are_the_same_in_both_forms_of_the_regression(monkeypatch):
     torch.manual_seed(0)
-    x_NI = torch.randn(30, 12)
+    x_NI = torch.randn(32, 12)
     examples = [(x_NI, torch.tanh(x_NI @ torch.randn(12, 5)))]
     weight_KI, bias_K = directions(examples, 4, "a part")
-    repeated = [(torch.cat([x_NI, torch.zeros(30, 40)], 1), examples[0][1])]  # more inputs than examples
+    repeated = [(torch.cat([x_NI, torch.zeros(32, 40)], 1), examples[0][1])]  # more inputs than examples
     penalty = 52 / 12  # relative to the mean variance of the inputs, of which there are more
     monkeypatch.setattr("thesean.targets.shared.directions._RIDGE", 1e-2 * penalty)
     again_KI, again_K = directions(repeated, 4, "a part")
     signs_K1 = torch.sign((weight_KI * again_KI[:, :12]).sum(1, keepdim=True))
     torch.testing.assert_close(again_KI[:, :12] * signs_K1, weight_KI, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(again_K * signs_K1[:, 0], bias_K, rtol=1e-6, atol=1e-8)
+
+
+def test_a_direction_takes_eight_examples_and_what_is_left_of_the_width_stays_random():
+    torch.manual_seed(0)
+    module = build("mlp", VECTOR, width=8)
+    before = module.first[0].weight.clone()
+    module.prepare(VECTOR, [(torch.randn(9, 20), torch.randn(9, 7)), (torch.randn(9, 20), torch.randn(9, 7))])
+    after = module.first[0].weight
+    torch.testing.assert_close(after[2:4], -after[:2])
+    assert not torch.equal(after[:4], before[:4])
+    assert torch.equal(after[4:], before[4:])
 
 
 def test_activations_that_are_not_finite_choose_no_features():

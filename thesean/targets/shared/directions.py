@@ -17,6 +17,9 @@ _RIDGE = 1e-2
 # A matrix of so many rows takes a second. Where there are more examples and more inputs, examples are thinned.
 _LARGEST = 2048
 
+# So few examples a direction say more of themselves than of the part.
+_EXAMPLES = 8
+
 # Rounds of the search for the first directions, and how many more of them it keeps in view
 _ROUNDS, _MORE = 4, 16
 
@@ -26,8 +29,9 @@ def directions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first directions of the best linear map of low rank, V V' W x with W by ridge regression and V the first
     right singular vectors of what it fits, H Y (reduced-rank regression: Izenman 1975): rows of V' W, of unit variance
-    over the examples, and the constants that centre them. weight_KI and bias_K, in double; K is `count` or as many as
-    there are. The singular vectors are found by subspace iteration (Halko et al. 2011, algorithm 4.4).
+    over the examples, and the constants that centre them. weight_KI and bias_K, in double; K is `count`, or as many as
+    there are, or as the examples can tell. The singular vectors are found by subspace iteration (Halko et al. 2011,
+    algorithm 4.4).
 
     `examples` are pairs (x_NI, y_NO) of batches. Raises NumericalError where they are not finite.
     """
@@ -49,7 +53,7 @@ def directions(
         fitted_OM = y_NO.T @ (x_NI @ regression(basis_NM))
         basis_OM = torch.linalg.qr(fitted_OM).Q
     vectors_OM, values_M, _ = torch.linalg.svd(fitted_OM, full_matrices=False)
-    kept = (values_M > 1e-6 * values_M[0]).nonzero()[:count, 0]
+    kept = (values_M > 1e-6 * values_M[0]).nonzero()[: min(count, len(x_NI) // _EXAMPLES), 0]
     weight_IK = regression(y_NO @ vectors_OM[:, kept])
     weight_KI = (weight_IK / (x_NI @ weight_IK).std(0, correction=0)).T
     return weight_KI, -weight_KI @ mean_I
