@@ -249,9 +249,8 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
                 )
             skipped += [untried(constants)] if constants else []
             skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
-            is_asked = asked.tolerance is not None
-            rounding_at = partial(rounding, module, signature)
-            tolerance, amplifies = allowed_error(checks, tolerance, path, rounding_at, asked=is_asked)
+            exact, is_asked = partial(rounding, module, signature), asked.tolerance is not None
+            tolerance, amplifies = allowed_error(checks, tolerance, path, exact, asked=is_asked)
             skipped += [amplifies] if amplifies else []
         except ExportError as error:
             if threaded is None:
