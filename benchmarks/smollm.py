@@ -20,9 +20,9 @@ import torch
 from torch.nn import functional as F
 
 import thesean
-from benchmarks.prompts import PROMPTS
 from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_peak
 from benchmarks.suite import Case, Result, Run
+from examples.questions import QUESTIONS
 from thesean.deploy.answers import Answers, compare_answers
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import latency_of_models
@@ -109,7 +109,7 @@ def answers(files: dict[str, Path], tokenizer: Any, settings: dict[str, Any]) ->
         tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
         )
-        for text in PROMPTS[: settings["prompts"]]
+        for text in QUESTIONS[: settings["prompts"]]
     ]
     sessions = {name: Session(path, threads=1) for name, path in files.items()}
     stop, tokens = (tokenizer.eos_token_id,), settings["answer"]
@@ -179,7 +179,7 @@ CASE = Case(
         "judged": 16384,
         "contexts": [64, 2048],
         "turns": 5,
-        "prompts": len(PROMPTS),
+        "prompts": len(QUESTIONS),
         "answer": 32,
     },
     quick={

@@ -1,6 +1,6 @@
 """Forty things that people ask a small language model: guide and converted network answer them side by side."""
 
-PROMPTS = (
+QUESTIONS = (
     "Explain in three sentences what a list is in Python.",
     "What is the capital of France?",
     "Write a short poem about the sea.",
