@@ -168,6 +168,13 @@ def test_a_direction_takes_eight_examples_and_what_is_left_of_the_width_stays_ra
     assert torch.equal(after[4:], before[4:])
 
 
+def test_too_few_examples_leave_the_layer_as_it_is():
+    module = build("mlp", VECTOR, width=8)
+    before = module.first[0].weight.clone()
+    module.prepare(VECTOR, [(torch.randn(7, 20), torch.randn(7, 7))])
+    assert torch.equal(module.first[0].weight, before)
+
+
 def test_activations_that_are_not_finite_choose_no_features():
     with pytest.raises(NumericalError, match=r"layer3\.1: can't choose features"):
         build("mlp", VECTOR).prepare(VECTOR, [(torch.randn(4, 20), torch.full((4, 7), torch.nan))])

@@ -55,7 +55,7 @@ def directions(
     vectors_OM, values_M, _ = torch.linalg.svd(fitted_OM, full_matrices=False)
     kept = (values_M > 1e-6 * values_M[0]).nonzero()[: min(count, len(x_NI) // _EXAMPLES), 0]
     weight_IK = regression(y_NO @ vectors_OM[:, kept])
-    weight_KI = (weight_IK / (x_NI @ weight_IK).std(0, correction=0)).T
+    weight_KI = (weight_IK / (x_NI @ weight_IK).square().mean(0).sqrt()).T
     return weight_KI, -weight_KI @ mean_I
 
 
