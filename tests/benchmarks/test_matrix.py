@@ -24,7 +24,7 @@ def written(*cases: dict[str, Any], left_out: int = 0) -> str:
     served = {"name": f"{MLP}: served", "conversion": MLP, "unit": "accuracy", "chance": 0.1}
     figures = {"guide": {"accuracy": 0.9}, "untrained": {"accuracy": 0.1}, "params": {"guide": 1, "converted": 2}}
     latency = {who: {"forward": {"median_ms": 1.0}} for who in ("guide", "converted")}
-    details = {"left_out": [{}] * left_out} if left_out else {}
+    details: dict[str, Any] = {"left_out": [{}] * left_out} if left_out else {}
     held = [served | figures | {"latency": latency}, *cases]
     return tables({"cases": held, "settings": CASE.settings, "seeds": [0, 1], "details": details})
 
