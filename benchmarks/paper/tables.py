@@ -216,7 +216,7 @@ def failures(found: Rows, result: Result) -> str:
             stages = [a for a in row["stage_accuracies"] if a is not None]
             if row["accuracy"] < 1.5 * chance:
                 lines.append(f"{of}ends at chance, {100 * row['accuracy']:.1f}%.")
-            elif stages and min(stages) < 1.5 * chance:
+            elif row.get("trained", True) and stages and min(stages) < 1.5 * chance:
                 at = f"{min(stages) * 100:.1f}% right after stage {stages.index(min(stages)) + 1} of {len(stages)}"
                 lines.append(f"{of}a hybrid is at chance, {at}; {100 * row['accuracy']:.1f}% at the end.")
     return "\n".join(["What failed, or stood at chance on the way:", "", *(lines or ["- nothing so far."])])
