@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from thesean.converted import Converted, Frontier, load
+from thesean.converted import Converted, Frontier, is_saved, load
 from thesean.distill.callbacks import checked_reader
 from thesean.distill.data import Reading
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
@@ -156,7 +156,7 @@ def _read(network: Network) -> Converted | Frontier:
         return network
     folder = named(network, "read", DataError)
     inside = folder / "converted"  # of a run's folder
-    return load(inside if not (folder / "graph.json").exists() and inside.is_dir() else folder)
+    return load(inside if not (folder / "graph.json").is_file() and is_saved(folder) else folder)
 
 
 def _frontier(network: Converted | Frontier) -> Frontier:

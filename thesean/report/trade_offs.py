@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from thesean.errors import DataError
-from thesean.report.page.trade_offs import draw
+from thesean.report.page.trade_offs import draw, svg
 from thesean.report.points import Points
 from thesean.scratch import named
 from thesean.write_file import write_text
@@ -44,6 +44,10 @@ class TradeOffs(Points):
         again = [p.name for p in self.points if p.token_kind == "recompute"]
         if again and any(p.token_kind == "state" for p in self.points):
             yield f"without a state, a token reads all again: {', '.join(again)}"
+
+    def with_notes(self, notes: Sequence[str]) -> TradeOffs:
+        """A copy with these before its own."""
+        return replace(self, notes=(*notes, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, but for losses that are no finite number."""
@@ -85,6 +89,10 @@ class TradeOffs(Points):
         another ending, DataError for a place that was not measured, MissingExtraError, WriteError.
         """
         return draw(self, named(path), batch, lengths)
+
+    def svg(self, batch: int | None = None, lengths: Sequence[int] | None = None) -> str:
+        """The picture as text."""
+        return svg(self, batch, lengths)
 
 
 def _finite(value: Any) -> Any:

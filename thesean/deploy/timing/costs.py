@@ -19,6 +19,8 @@ from thesean.passes.graph.signature import Signature
 
 logger = logging.getLogger(__name__)
 
+_TOGETHER_MIB = 4096  # that files which take turns may hold between their turns
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileCosts:
@@ -36,9 +38,9 @@ class FileCosts:
 def costs_of_files(
     paths: Mapping[str, Path], signature: Signature, lengths: Sequence[int], batches: Sequence[int], repeats: int
 ) -> tuple[dict[str, list[FileCosts]], dict[str, str | None]]:
-    """By the files' names, and how each makes a token, as in FileTimings. Latencies are of files in turns, on one
-    thread, none while another process of ours runs; what has no batch or time dimension is measured once. Raises
-    ExportError for a file that onnxruntime can't load.
+    """By the files' names, and how each makes a token, as in FileTimings. Latencies are of all files that run at a
+    place, in turns, on one thread; what has no batch or time dimension is measured once. Raises ExportError for a file
+    that onnxruntime can't load.
     """
     timed = any(not s.startswith("batch") for s in signature.symbols)
     sizes: list[int | None] = [*sorted(set(lengths))] if timed else [None]
@@ -46,28 +48,28 @@ def costs_of_files(
     found: dict[str, list[FileCosts]] = {name: [] for name in paths}
     kinds: dict[str, str | None] = {}
     for batch in rows:
-        logger.info("measuring %d files at batch %d", len(paths), batch)
-        timings = latency_of_models(paths, signature, [n for n in sizes if n is not None], batch, repeats)
-        for name, path in paths.items():
-            kinds[name] = timings[name].token_kind
-            prefills = {n: _prefill(timings[name], n) for n in sizes}
-            run = [n for n, taken in prefills.items() if taken is not None]
-            held = dict(zip(run, _footprints(path, signature, batch, run), strict=True))
-            found[name] += [
-                FileCosts(
-                    batch=batch,
-                    length=n,
-                    prefill=prefills[n],
-                    token=None if n is None else timings[name].token.get(n),
-                    footprint=held.get(n),
-                )
-                for n in sizes
-            ]
+        held = {name: _footprints(path, signature, batch, sizes) for name, path in paths.items()}
+        for n, length in enumerate(sizes):
+            logger.info("measuring %d files at batch %d%s", len(paths), batch, f", {length} tokens" if length else "")
+            here = {name: found_here for name, f in held.items() if (found_here := f[n]) is not None}
+            # files that wait for their turn keep what their last run needed
+            lean = sum(f.peak_mib or 0.0 for f in here.values()) > _TOGETHER_MIB
+            running = {name: path for name, path in paths.items() if name in here}
+            contexts = [] if length is None else [length]
+            timings = latency_of_models(running, signature, contexts, batch, repeats, lean=lean) if running else {}
+            for name in paths:
+                taken = timings.get(name)
+                kinds[name] = kinds.get(name) or (taken.token_kind if taken is not None else None)
+                found[name].append(_costs(batch, length, taken, here.get(name)))
     return found, kinds
 
 
-def _prefill(timings: FileTimings, length: int | None) -> Timing | None:
-    return timings.forward if length is None else timings.prefill.get(length)
+def _costs(batch: int, length: int | None, taken: FileTimings | None, footprint: Footprint | None) -> FileCosts:
+    if taken is None or length is None:
+        prefill, token = (None if taken is None else taken.forward), None
+    else:
+        prefill, token = taken.prefill.get(length), taken.token.get(length)
+    return FileCosts(batch=batch, length=length, prefill=prefill, token=token, footprint=footprint)
 
 
 def _fixed_rows(signature: Signature) -> int:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, np.ndarray]
 
 _IN, _OUT = "state_in_", "state_out_"  # thesean.passes.thread_state's, which the script can't import
+_SHARE = 0.6
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -37,7 +38,7 @@ class Footprint:
 def footprints(path: str | Path, runs: Sequence[tuple[Arrays, Arrays | None]]) -> list[Footprint | None]:
     """What one file takes on one thread, run after run: each is all inputs of a whole sequence, its first states among
     them, and, or None, the inputs of one step after it. A peak counts from the start, so give the smallest runs first;
-    None from the first run on that fails, or that the system has no memory for.
+    None from the first run on that fails, such as for want of memory: the process may have most of what is free.
     """
     import numpy as np
 
@@ -62,6 +63,7 @@ def main(path: str, *files: str) -> None:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    _leave_some()
     before = _restart()
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
@@ -74,6 +76,21 @@ def main(path: str, *files: str) -> None:
         print(json.dumps({"peak_mib": peak, "state_bytes": sum(v.nbytes for v in states.values())}), flush=True)
 
 
+def _leave_some() -> None:
+    """From here on what is more than this share of the free memory is refused, before others have none left."""
+    with suppress(ImportError, OSError, StopIteration, ValueError):
+        import resource
+
+        free = _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 2**10
+        most = _kilobytes(_STATUS, "VmSize") * 2**10 + int(_SHARE * free)
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    lines = file.read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
 def _restart() -> float | None:
     """What the process holds now; from here on its peak counts, where the system can start it anew."""
     with suppress(OSError):
@@ -84,8 +101,7 @@ def _restart() -> float | None:
 def _peak() -> float | None:
     """The most that this process has held, in MiB."""
     with suppress(OSError, StopIteration):
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
+        return _kilobytes(_STATUS, "VmHWM") / 2**10
     try:
         import resource
     except ImportError:  # Windows

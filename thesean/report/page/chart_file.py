@@ -35,11 +35,10 @@ def write_charts(path: Path, title: str, told: Sequence[str], panels: Sequence[P
     for an unknown format, MissingExtraError, WriteError.
     """
     check_format(path)
-    placed, height = _placed(title, told, panels)
     if path.suffix.lower() == ".svg":
-        return write_text(path, _svg(title, told, placed, height))
+        return write_text(path, charts_as_svg(title, told, panels))
     with new_file(path) as made:
-        _png(made, placed, height)
+        _png(made, *_placed(title, told, panels))
     return path
 
 
@@ -71,7 +70,9 @@ def _wrapped(text: str) -> list[str]:
     return lines
 
 
-def _svg(title: str, told: Sequence[str], placed: Placed, height: float) -> str:
+def charts_as_svg(title: str, told: Sequence[str], panels: Sequence[Panel]) -> str:
+    """The file's text: well formed, without scripts or references."""
+    placed, height = _placed(title, told, panels)
     groups = (element("g", "".join(s.svg() for s in shapes), transform=f"translate(0,{px(y)})") for y, shapes in placed)
     head = element("title", words(title)) + element("desc", words(" ".join(told)))
     ground = element("rect", "", width=px(WIDTH), height=px(height), style="fill:var(--ground)")
@@ -98,14 +99,18 @@ def _png(path: Path, placed: Placed, height: float) -> None:
 
 def _paint(axes: Any, shape: Shape, down: float) -> None:
     """As the style sheet has it, in its light colours."""
+    from matplotlib.patheffects import withStroke
+
     if isinstance(shape, Words):
         align = {"start": "left", "middle": "center", "end": "right"}[shape.anchor]
-        colour = LIGHT["ink" if shape.kind == "ink" else "muted"]
         text = shape.text.replace("$", r"\$")
-        axes.text(shape.x, shape.y + down, text, fontsize=SIZE * 0.94, ha=align, va="baseline", color=colour)
+        look: dict[str, Any] = {"color": LIGHT["ink" if shape.kind else "muted"], "ha": align, "va": "baseline"}
+        if shape.kind == "label":
+            look["path_effects"] = [withStroke(linewidth=3, foreground=LIGHT["ground"])]
+        axes.text(shape.x, shape.y + down, text, fontsize=0.94 * SIZE, zorder=3, **look)
     elif isinstance(shape, Stroke):
         colour = LIGHT[{"grid": "rule", "main": "accent"}.get(shape.kind, "muted")]
-        look: dict[str, Any] = {"linewidth": 2.0 if shape.kind == "main" else 1.0}
+        look = {"linewidth": 2.0 if shape.kind == "main" else 1.0}
         look |= {"dashes": (4, 3)} if shape.kind == "quiet" else {}
         axes.plot([x for x, _ in shape.points], [y + down for _, y in shape.points], color=colour, zorder=1, **look)
     elif isinstance(shape, Spot):

@@ -139,9 +139,9 @@ def _series(lines: Sequence[Line], at: Callable[[Point], Point]) -> Iterator[Sha
 def _beside(spot: Spot, text: str, placed: Sequence[Words], spots: Sequence[Spot]) -> Words | None:
     """A label where it covers no other one and as few spots as can be; None where there is no such place."""
     side, other = (("end", -1), ("start", 1)) if spot.x > WIDTH / 2 else (("start", 1), ("end", -1))
-    found = [Words(x=spot.x + 10 * sign, y=spot.y + 4, text=text, anchor=a, kind="ink") for a, sign in (side, other)]
+    found = [Words(x=spot.x + 10 * sign, y=spot.y + 4, text=text, anchor=a, kind="label") for a, sign in (side, other)]
     found += [
-        Words(x=spot.x + 6 * sign, y=spot.y + dy, text=text, anchor=a, kind="ink")
+        Words(x=spot.x + 6 * sign, y=spot.y + dy, text=text, anchor=a, kind="label")
         for dy in (-9, 16)
         for a, sign in (side, other)
     ]

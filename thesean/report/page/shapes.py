@@ -62,7 +62,9 @@ class Spot:
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """`anchor` is "start", "middle" or "end" at x; y is the line that letters stand on. `kind` is "ink" or None."""
+    """`anchor` is "start", "middle" or "end" at x; y is the line that letters stand on. `kind` is "ink", "label", which
+    stands out from what is below it, or None.
+    """
 
     x: float
     y: float

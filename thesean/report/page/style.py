@@ -23,7 +23,8 @@ COLOURS = f"""
 
 FIGURES = """
 svg text{font:11.5px system-ui,sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}
-svg text.ink{fill:var(--ink)}
+svg text.ink,svg text.label{fill:var(--ink)}
+svg text.label{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
 line.grid{stroke:var(--rule)}line.axis{stroke:var(--muted)}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.main{stroke:var(--accent)}
 .line.quiet{stroke:var(--muted);stroke-width:1.25;stroke-dasharray:4 3}

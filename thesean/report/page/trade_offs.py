@@ -1,4 +1,4 @@
-"""Quality against latency as charts: in a page, and as a file of their own."""
+"""Quality against latency as charts: in a page, with tables, and as a file of their own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,51 @@ from pathlib import Path
 
 from thesean.errors import DataError
 from thesean.passes.plan.svg import check_format
-from thesean.report.page.chart_file import Panel, write_charts
-from thesean.report.page.charts import Axes, Line
+from thesean.report.page.chart_file import Panel, charts_as_svg, write_charts
+from thesean.report.page.charts import Axes, Line, chart
+from thesean.report.page.markup import Names, element, figure, folded, paragraph, table
 from thesean.report.points import Place, Points, TradeOff
+from thesean.units import decimal, milliseconds
 
-LEGEND = "dashed: the Pareto front; ring: a conversion; black: the guide; hollow: a hybrid; square: int8 or less"
+LEGEND = "lower left is better; dashed: the Pareto front; ring: a conversion; hollow: beaten; square: quantised"
 
 
 def draw(found: Points, path: Path, batch: int | None, lengths: Sequence[int] | None) -> Path:
     check_format(path)
-    panels = [panel(found, place) for place in chosen(found, batch, lengths)]
+    return write_charts(path, *_charts(found, batch, lengths))
+
+
+def svg(found: Points, batch: int | None, lengths: Sequence[int] | None) -> str:
+    return charts_as_svg(*_charts(found, batch, lengths))
+
+
+def _charts(
+    found: Points, batch: int | None, lengths: Sequence[int] | None
+) -> tuple[str, Sequence[str], Sequence[Panel]]:
     title = f"{found.quality} against latency, onnxruntime, one thread"
-    return write_charts(path, title, [LEGEND], panels)
+    return title, [LEGEND], [panel(found, place) for place in chosen(found, batch, lengths)]
+
+
+def trade_off_section(names: Names, found: Points) -> str:
+    """Charts at the first number of rows, and all that was measured as tables."""
+    drawn = []
+    for place in chosen(found):
+        one = panel(found, place)
+        drawn.append(figure(one.title, "", chart(names, one.title, _described(found, place), one.axes, one.lines)))
+    told = paragraph(f"{found.judged}. In the charts: {LEGEND}. Labels that had no room: rest on a point.", "quiet")
+    tables = ""
+    for batch in dict.fromkeys(b for _, _, b in found.places):
+        heads, rows = found.table(batch)
+        caption = f"Batch {batch}, onnxruntime, one thread, medians; * on the Pareto front of {found.quality}"
+        tables += table(caption, ["network", *heads[1:]], rows)
+    notes = "".join(paragraph(note, "quiet") for note in found.notes)
+    return told + element("div", "".join(drawn), class_="grid") + folded("All that was measured", tables) + notes
+
+
+def _described(found: Points, place: Place) -> str:
+    """A chart for who can't see it: its front."""
+    best = [f"{p.name}, {milliseconds(p.at(place))}, {decimal(found.of(p))}" for p in found.optimal(place)]
+    return f"On the Pareto front, the fastest first: {'; '.join(best) or 'none'}."
 
 
 def chosen(found: Points, batch: int | None = None, lengths: Sequence[int] | None = None) -> list[Place]:
