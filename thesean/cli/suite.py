@@ -36,8 +36,10 @@ class NetworkOrSuite(TyperCommand):
                 own = own or option not in _BOTH
                 if takes_value[option] and "=" not in arg:
                     next(left, None)
-            elif not arg.startswith("-"):
-                word = word or arg
+            elif arg.startswith("-") and arg != "--help":
+                break  # the suite's, as is what follows; or nobody's
+            elif not word:
+                word = arg
         if not own and not names_network(word):
             ctx.meta[SUITE], args = list(args), []
         found: list[str] = super().parse_args(ctx, args)
