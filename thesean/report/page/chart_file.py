@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from thesean.passes.plan.svg import check_format
-from thesean.report.page.charts import HEIGHT, WIDTH, Axes, Line, plotted
+from thesean.report.page.charts import WIDTH, Axes, Line, plotted
 from thesean.report.page.markup import element, words
 from thesean.report.page.shapes import SIZE, Shape, Spot, Stroke, Words, px
 from thesean.report.page.style import COLOURS, FIGURES, LIGHT
@@ -57,7 +57,7 @@ def _placed(title: str, told: Sequence[str], panels: Sequence[Panel]) -> tuple[P
         y += _GAP
         placed.append((y, [Words(x=_MARGIN, y=_LINE, text=panel.title, kind="ink")]))
         placed.append((y + _HEAD, plotted(panel.axes, panel.lines)))
-        y += _HEAD + HEIGHT
+        y += _HEAD + panel.axes.height
     return placed, y + _MARGIN
 
 

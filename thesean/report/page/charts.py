@@ -25,7 +25,8 @@ Points = Sequence[Point]
 class Line:
     """`kind` is "main", "quiet", "hollow" or "guide"; `dots` marks each point, `squares` as squares. `marked` is the
     index of a point that stands out, `named` those whose labels stand beside them as far as there is room, the most
-    wanted first; the others are told where the pointer rests."""
+    wanted first; with `shy` only where they cover no other point. The others are told where the pointer rests.
+    """
 
     name: str
     points: Points
@@ -36,6 +37,7 @@ class Line:
     marked: int | None = None
     labels: Sequence[str] = ()
     named: Sequence[int] = ()
+    shy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +46,18 @@ class Axes:
     y: str
     whole: bool = True  # x counts something
     ratios: bool = False  # of x matter, not differences: logarithms, where the largest is many times the least
+    height: float = HEIGHT  # of the chart
 
 
 def chart(names: Names, title: str, told: str, axes: Axes, lines: Sequence[Line]) -> str:
     """Lines or points over two axes. Values that are not finite are left out."""
     drawn = [shape.svg() for shape in plotted(axes, lines)]
-    return _svg(names, title, told, WIDTH, HEIGHT, drawn) if drawn else ""
+    return _svg(names, title, told, WIDTH, axes.height, drawn) if drawn else ""
 
 
 def plotted(axes: Axes, lines: Sequence[Line]) -> list[Shape]:
-    """A chart's shapes, on a plane of WIDTH and HEIGHT; none where no value is finite."""
+    """A chart's shapes, on a plane of WIDTH and the axes' height; none where no value is finite."""
+    bottom = axes.height - _BOTTOM
     points = [p for line in lines for p in line.points if all(map(math.isfinite, p))]
     if not points:
         return []
@@ -65,20 +69,20 @@ def plotted(axes: Axes, lines: Sequence[Line]) -> list[Shape]:
 
     def at(point: Point) -> Point:
         x = _LEFT + (along(point[0]) - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-        return x, HEIGHT - _BOTTOM - (point[1] - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
+        return x, bottom - (point[1] - y_low) / (y_high - y_low) * (bottom - _TOP)
 
     drawn: list[Shape] = []
     for value, label in _labelled(_ticks(y_low, y_high)):
-        y = HEIGHT - _BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
+        y = bottom - (value - y_low) / (y_high - y_low) * (bottom - _TOP)
         drawn.append(Stroke(points=((_LEFT, y), (WIDTH - _RIGHT, y)), kind="grid"))
         drawn.append(Words(x=_LEFT - 6, y=y + 4, text=label, anchor="end"))
     ticks = _ratio_ticks(x_low, x_high) if bent else _labelled(_ticks(x_low, x_high, whole=axes.whole))
     for value, label in ticks:
         x = at((value, y_low))[0]
-        drawn.append(Words(x=x, y=HEIGHT - _BOTTOM + 16, text=label, anchor="middle"))
-    drawn.append(Stroke(points=((_LEFT, HEIGHT - _BOTTOM), (WIDTH - _RIGHT, HEIGHT - _BOTTOM)), kind="axis"))
-    drawn.append(Words(x=(_LEFT + WIDTH - _RIGHT) / 2, y=HEIGHT - 6, text=axes.x, anchor="middle"))
-    return [*drawn, *_series(lines, at)]
+        drawn.append(Words(x=x, y=bottom + 16, text=label, anchor="middle"))
+    drawn.append(Stroke(points=((_LEFT, bottom), (WIDTH - _RIGHT, bottom)), kind="axis"))
+    drawn.append(Words(x=(_LEFT + WIDTH - _RIGHT) / 2, y=axes.height - 6, text=axes.x, anchor="middle"))
+    return [*drawn, *_series(lines, at, bottom)]
 
 
 def heatmap(names: Names, title: str, told: str, matrix: Sequence[Sequence[float]]) -> str:
@@ -112,10 +116,10 @@ def heatmap(names: Names, title: str, told: str, matrix: Sequence[Sequence[float
     return _svg(names, title, told, max(200.0, 34 + columns * side), 28 + rows * side, drawn)
 
 
-def _series(lines: Sequence[Line], at: Callable[[Point], Point]) -> Iterator[Shape]:
+def _series(lines: Sequence[Line], at: Callable[[Point], Point], bottom: float) -> Iterator[Shape]:
     """Strokes below spots, and labels above all, so that each can be read."""
     spots: list[Spot] = []
-    wanted: list[tuple[Spot, str]] = []
+    wanted: list[tuple[Spot, str, bool]] = []
     for line in lines:
         places = [(i, *at(p)) for i, p in enumerate(line.points) if all(map(math.isfinite, p))]
         if line.joined and len(places) > 1:
@@ -127,32 +131,28 @@ def _series(lines: Sequence[Line], at: Callable[[Point], Point]) -> Iterator[Sha
                 hint = line.labels[i] if i < len(line.labels) else ""
                 of_line[i] = Spot(x=x, y=y, kind=line.kind, marked=marked, square=line.squares, hint=hint)
         spots += of_line.values()
-        wanted += [(of_line[i], line.labels[i]) for i in line.named if i in of_line]
+        wanted += [(of_line[i], line.labels[i], line.shy) for i in line.named if i in of_line]
     yield from spots
     placed: list[Words] = []
-    for spot, text in wanted:
-        if (label := _beside(spot, text, placed, spots)) is not None:
-            placed.append(label)
+    for spot, text, shy in wanted:
+        others = [other for other in spots if other is not spot]
+        free = [w for w in _beside(spot, text, bottom) if not any(_overlap(w.box, p.box) for p in placed)]
+        covered = {n: sum(_overlap(w.box, _box(s)) for s in others) for n, w in enumerate(free)}
+        best = min(covered, key=lambda n: covered[n], default=None)
+        if best is not None and not (shy and covered[best]):
+            placed.append(free[best])
     yield from placed
 
 
-def _beside(spot: Spot, text: str, placed: Sequence[Words], spots: Sequence[Spot]) -> Words | None:
-    """A label where it covers no other one and as few spots as can be; None where there is no such place."""
+def _beside(spot: Spot, text: str, bottom: float) -> list[Words]:
+    """Where a label may stand within the chart, the likeliest first."""
     side, other = (("end", -1), ("start", 1)) if spot.x > WIDTH / 2 else (("start", 1), ("end", -1))
-    found = [Words(x=spot.x + 10 * sign, y=spot.y + 4, text=text, anchor=a, kind="label") for a, sign in (side, other)]
-    found += [
-        Words(x=spot.x + 6 * sign, y=spot.y + dy, text=text, anchor=a, kind="label")
-        for dy in (-9, 16)
-        for a, sign in (side, other)
+    moves = [(10, 4, side), (10, 4, other), *((6, dy, way) for dy in (-9, 16) for way in (side, other))]
+    found = [
+        Words(x=spot.x + dx * sign, y=spot.y + dy, text=text, anchor=anchor, kind="label")
+        for dx, dy, (anchor, sign) in moves
     ]
-    free = [w for w in found if _inside(w) and not any(_overlap(w.box, p.box) for p in placed)]
-    others = [s for s in spots if s is not spot]
-    return min(free, key=lambda w: sum(_overlap(w.box, _box(s)) for s in others), default=None)
-
-
-def _inside(label: Words) -> bool:
-    left, top, right, bottom = label.box
-    return left >= _LEFT and right <= WIDTH - 2 and top >= 0 and bottom <= HEIGHT - _BOTTOM
+    return [w for w in found if w.box[0] >= _LEFT and w.box[2] <= WIDTH - 2 and w.box[1] >= 0 and w.box[3] <= bottom]
 
 
 def _box(spot: Spot) -> tuple[float, float, float, float]:

@@ -16,6 +16,9 @@ from thesean.units import decimal, milliseconds
 LEGEND = "lower left is better; dashed: the Pareto front; ring: a conversion; hollow: beaten; square: quantised"
 
 
+_HEIGHT = 260.0  # pixels of a chart
+
+
 def draw(found: Points, path: Path, batch: int | None, lengths: Sequence[int] | None) -> Path:
     check_format(path)
     return write_charts(path, *_charts(found, batch, lengths))
@@ -78,19 +81,21 @@ def panel(found: Points, place: Place) -> Panel:
     lines = [front]
     # the most wanted labels first: they take the room
     for point, ms, quality in sorted(points, key=lambda each: _wanted(each[0], rank)):
+        exact, whole = point.form == "float32", point.kind != "hybrid"
         lines.append(
             Line(
                 name=point.name,
                 points=[(ms, quality)],
                 kind="guide" if point.kind == "guide" else "main" if point.name in rank else "hollow",
                 dots=True,
-                squares=point.form != "float32",
-                marked=0 if point.kind == "converted" else None,
+                squares=not exact,
+                marked=0 if point.kind == "converted" and exact else None,
                 labels=[point.name],
-                named=(0,),
+                named=(0,) if point.name in rank or (exact and whole) else (),
+                shy=not (exact and whole),
             )
         )
-    axes = Axes(x="milliseconds", y=found.quality, whole=False, ratios=True)
+    axes = Axes(x="milliseconds", y=found.quality, whole=False, ratios=True, height=_HEIGHT)
     return Panel(title=f"{found.quality}: {_told(place)}", axes=axes, lines=lines)
 
 
