@@ -14,13 +14,14 @@ from torch import nn
 
 import thesean
 from tests.docs import my_models
+from tests.report.points import FOUND
 from thesean.deploy.session import Session
 from thesean.deploy.timing import costs
 from thesean.distill.data import Reading
 from thesean.errors import DataError, ExportError
 from thesean.judged import Asked, Judged
 from thesean.passes.capture.capture import capture
-from thesean.trade_offs import trade_offs
+from thesean.trade_offs import _not_run, trade_offs
 from thesean.with_guide import with_guide
 
 SMALL: dict[str, Any] = {"batches": (1, 3), "quantize": (None,), "repeats": 2}
@@ -173,6 +174,12 @@ def test_several_networks_need_the_same_batches_and_names_of_their_own(converted
         trade_offs({"a": converted, "b": converted.frontier})
     with pytest.raises(DataError, match="'guide' is the guide's own name"):
         trade_offs({"guide": converted}, data=rows(2))
+
+
+def test_where_a_file_does_not_run_a_note_says_so():
+    told = list(_not_run(FOUND))
+    assert told[0].startswith("no figure at 8 tokens, batch 1 for converted, int8: ")
+    assert [line.partition(",")[0] for line in told] == ["no figure at 8 tokens", "no figure at 64 tokens"]
 
 
 def test_a_file_of_text_has_tokens_states_and_a_peak_that_grows(tmp_path: Path, monkeypatch):

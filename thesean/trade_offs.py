@@ -97,7 +97,7 @@ def trade_offs(
         points=points,
         unit=judged.unit if judged is not None else "nats for logits, else shares of the variance",
         judged=judged.told if judged is not None else "judged as in the conversion's report, on its held-out data",
-        notes=tuple(files.notes),
+        notes=(*files.notes, *_not_run(points)),
         environment=environment(),
     )
 
@@ -248,6 +248,17 @@ def _points(
             token_kind=kind,  # type: ignore[arg-type]  # one of its words
             served=tuple(_served(cost) for cost in costs[file.name]),
         )
+
+
+def _not_run(points: Sequence[TradeOff]) -> Iterator[str]:
+    missing: dict[tuple[int, int | None], list[str]] = {}
+    for point in points:
+        for served in point.served:
+            if served.prefill is None:
+                missing.setdefault((served.batch, served.length), []).append(point.name)
+    for (batch, length), names in missing.items():
+        where = f"batch {batch}" if length is None else f"{length} tokens, batch {batch}"
+        yield f"no figure at {where} for {', '.join(names)}: not within sizes, or memory that is free"
 
 
 def _served(costs: FileCosts) -> Served:
