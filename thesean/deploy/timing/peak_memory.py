@@ -6,6 +6,7 @@ It runs as a script, since importing this package would take longer, and more me
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     Arrays = Mapping[str, np.ndarray]
+
+logger = logging.getLogger(__name__)
 
 _IN, _OUT = "state_in_", "state_out_"  # thesean.passes.thread_state's, which the script can't import
 _SHARE = 0.6
@@ -51,6 +54,8 @@ def footprints(path: str | Path, runs: Sequence[tuple[Arrays, Arrays | None]]) -
                     np.savez(files[-1], **arrays)  # type: ignore[arg-type]  # numpy's stubs read the names as options
         command = [sys.executable, "-P", __file__, str(Path(path).resolve()), *files]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        logger.info("%s ran %d times of %d: %s", path, len(done.stdout.splitlines()), len(runs), done.stderr[-300:])
     found: list[Footprint | None] = [Footprint(**json.loads(line)) for line in done.stdout.splitlines()]
     return found + [None] * (len(runs) - len(found))
 
