@@ -97,6 +97,15 @@ def test_what_is_asked_for_goes_before_what_is_guessed(converted):
     assert Judged(guide.module, guide.signature, rows(2), Reading(None, None), asked).module(guide.module).loss == 7
 
 
+def test_outputs_are_compared_as_is_asked(converted):
+    guide, half = converted.frontier[0], converted.frontier[1]
+    ways: list[Any] = [None, {"output": "mse"}]
+    judged = [Judged(guide.module, guide.signature, rows(2), Reading(None, None), Asked(outputs=w)) for w in ways]
+    assert [j.unit for j in judged] == ["nats", "of the variance"]
+    one, other = (j.module(half.module).divergence for j in judged)
+    assert one != other
+
+
 def test_a_language_model_that_decodes_is_asked_for_the_next_token_and_another_for_nothing():
     model, batches = my_models.guide(), my_models.batches(2)
     captured = capture(model, batches[0])

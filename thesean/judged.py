@@ -19,7 +19,7 @@ from thesean.distill.callbacks import checked_loss, checked_metric
 from thesean.distill.data import Batches, Reading, labels_in
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.losses import accuracy, cross_entropy, next_token
-from thesean.distill.outputs import read_outputs
+from thesean.distill.outputs import OutputKind, read_outputs
 from thesean.distill.row_tables import as_batches
 from thesean.distill.task import Loss, Metric, Task, primary
 from thesean.errors import DataError
@@ -34,6 +34,7 @@ class Asked:
 
     loss: Loss | None = None
     metric: Metric | None = None
+    outputs: Mapping[str, OutputKind] | None = None  # how each is compared, where the guess is wrong
     decodes: bool = False
 
 
@@ -66,7 +67,7 @@ class Judged:
         loss, metric = asked.loss, asked.metric
         if loss is None and metric is None:
             loss, metric = _usual(batch, wrap(self._shape), labels, asked.decodes)
-        outputs = read_outputs(observed, labels)
+        outputs = read_outputs(observed, labels, asked.outputs)
         task = Task(loss=checked_loss(loss), metric=checked_metric(metric), outputs=outputs, wrap=wrap)
         self.unit = "nats" if outputs.in_nats else "of the variance"
         rows = sum(next(iter(inputs.values())).shape[0] for _, inputs in self.batches)

@@ -15,6 +15,7 @@ from torch import nn
 from thesean.converted import Converted, Frontier, is_saved, load
 from thesean.distill.callbacks import checked_reader
 from thesean.distill.data import Reading
+from thesean.distill.outputs import OutputKind
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.errors import DataError, ExportError
 from thesean.judged import Asked, Judged
@@ -45,6 +46,7 @@ def trade_offs(
     metric: Metric | None = None,
     inputs: InputsOf | None = None,
     labels: LabelsOf | None = None,
+    outputs: Mapping[str, OutputKind] | None = None,
     lengths: Sequence[int] = (64, 512, 2048),
     batches: Sequence[int] = (1, 8),
     quantize: Sequence[Quantize | None] = (None, "int8"),
@@ -57,7 +59,8 @@ def trade_offs(
     folder, is one point then, and a `converted.frontier` all of its own.
     data: held-out batches on which all are judged: divergence from the guide, and `loss(output, batch)` and `metric`,
     with labels that fit, or of the next token of a language model, where neither is given. Without data the figures are
-    those of the conversion's own report. inputs, labels: as in `compile`.
+    those of the conversion's own report. inputs, labels, outputs: as in
+    `compile`.
     lengths, batches: the tokens of a prefill, and after which one more is timed, and rows; without a time dimension
     there is one forward. quantize: forms of each file as in `export`, None for the exact one; others are judged as they
     run in onnxruntime, and so need data. repeats: turns of each latency, fewer where they take long.
@@ -72,7 +75,7 @@ def trade_offs(
     _check_sizes(lengths=lengths, batches=batches, repeats=(repeats,))
     forms = _checked_forms(quantize)
     with usual_settings(), tempfile.TemporaryDirectory() as folder:
-        members = _members(networks, guide, data)
+        members = _members(networks, guide, data, inputs)
         if data is None and isinstance(networks, Mapping) and len(networks) > 1:
             raise DataError("data: networks of several runs are judged on the same batches; give held-out ones.")
         files = _Files(Path(folder), forms, data)
@@ -81,7 +84,7 @@ def trade_offs(
         judged = None
         if data is not None:
             reading = Reading(checked_reader("inputs", inputs), checked_reader("labels", labels))
-            task = Asked(loss=loss, metric=metric, decodes=any(f.report.stateful for f in written))
+            task = Asked(loss=loss, metric=metric, outputs=outputs, decodes=any(f.report.stateful for f in written))
             judged = Judged(first.module, first.signature, data, reading, task)
         _judge(written, first, judged)
         for member in members[1:]:
@@ -112,7 +115,10 @@ class _Member:
 
 
 def _members(
-    networks: Network | Mapping[str, Network], guide: nn.Module | None, data: Iterable[Any] | None
+    networks: Network | Mapping[str, Network],
+    guide: nn.Module | None,
+    data: Iterable[Any] | None,
+    inputs: InputsOf | None,
 ) -> list[_Member]:
     """The guide first, each network once. Raises DataError where there is no guide to set them against."""
     several = networks if isinstance(networks, Mapping) else {"": networks}
@@ -122,7 +128,7 @@ def _members(
     beside = next((f for f in map(_frontier, found.values()) if len(f)), None)
     if beside is None and guide is not None:
         first = next(n for n in found.values() if isinstance(n, Converted))
-        beside = with_guide(first, guide, data=data).frontier
+        beside = with_guide(first, guide, data=data, inputs=inputs).frontier
     if beside is None:
         name = next((str(n) for n in several.values() if isinstance(n, (str, Path))), "what was loaded")
         raise DataError(

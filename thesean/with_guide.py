@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from thesean.converted import Converted, Frontier
+from thesean.distill.task import InputsOf
 from thesean.errors import DataError
 from thesean.origin import with_origin
 from thesean.passes.capture.capture import capture
@@ -28,6 +29,7 @@ def with_guide(
     data: Iterable[Any] | None = None,
     example_inputs: Any = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    inputs: InputsOf | None = None,
 ) -> Converted:
     """The conversion with a frontier of two: `model`, which it came from, and itself. Hybrids between are not saved.
 
@@ -35,7 +37,7 @@ def with_guide(
     is not its guide, CaptureError.
     """
     with usual_settings():
-        request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic)
+        request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic, inputs=inputs)
         captured = capture(model, request.example(model), request.dynamic)
         captured = with_origin(without_unread(captured, model) if request.guesses_inputs else captured)
         ours, theirs = converted.signature, captured.signature

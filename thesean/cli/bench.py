@@ -141,6 +141,7 @@ def bench(
             told["metric"] = load_object(metric, "--metric", call=False)
         if is_saved(network):
             given = {"--target": target, "--speedup": speedup, "--parts": parts, "--keep": keep, "--budget": budget}
+            given |= {"--granularity": granularity, "--example-inputs": example_inputs, "--dynamic": dynamic}
             if wrong := [name for name, value in given.items() if value]:
                 raise ArgumentError(f"{wrong[0]} {_MODELS_ALONE.format(network)}.")
             made = read_saved(network, guide, told)
@@ -151,7 +152,9 @@ def bench(
             if budget is not None:
                 run["budget"] = int(budget) if budget.isdecimal() else budget
             made = converted_now(network, asked, planning, {**run, **told})
-        judged = {name: told[name] for name in ("loss", "metric", "inputs", "labels") if name in told}
+        judged: dict[str, Any] = {name: told[name] for name in ("loss", "metric", "inputs", "labels") if name in told}
+        if outputs:
+            judged["outputs"] = reading(outputs, None)["outputs"]
         with steps_told():
             found = thesean.trade_offs(made.networks, guide=made.guide, data=made.held_out, **judged, **measured)
         found = found.with_notes(made.notes)
