@@ -59,8 +59,7 @@ def trade_offs(
     folder, is one point then, and a `converted.frontier` all of its own.
     data: held-out batches on which all are judged: divergence from the guide, and `loss(output, batch)` and `metric`,
     with labels that fit, or of the next token of a language model, where neither is given. Without data the figures are
-    those of the conversion's own report. inputs, labels, outputs: as in
-    `compile`.
+    those of the conversion's own report. inputs, labels, outputs: as in `compile`.
     lengths, batches: the tokens of a prefill, and after which one more is timed, and rows; without a time dimension
     there is one forward. quantize: forms of each file as in `export`, None for the exact one; others are judged as they
     run in onnxruntime, and so need data. repeats: turns of each latency, fewer where they take long.
