@@ -52,6 +52,7 @@ class Case:
     needs: tuple[str, ...] = ()  # modules beyond Thesean's own requirements
     table: Callable[[Result], str] | None = None  # Markdown
     partial: bool = False  # whether the table tells of rows that were not measured, so that some may be left out
+    picture: Callable[[Result], str] | None = None  # SVG, which goes with the table
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if find_spec(name) is None]
