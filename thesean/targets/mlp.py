@@ -20,7 +20,7 @@ from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options, parse_options
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.registry import get_family
-from thesean.targets.shared.sequence import describe, small_linear
+from thesean.targets.shared.sequence import SmallLinear, describe
 from thesean.targets.shared.shaped import ShapedFrame, ShapedTarget
 
 Activation = Literal["gelu", "relu"]
@@ -65,7 +65,7 @@ class MLP(ShapedTarget):
         elif hidden_norm == "batch":
             first.append(nn.BatchNorm1d(width))
         self.first = nn.Sequential(*first, nn.GELU() if activation == "gelu" else nn.ReLU())
-        self.last = small_linear(width, size_out)
+        self.last = SmallLinear(width, size_out)
 
     def config(self) -> dict[str, Any]:
         return {
