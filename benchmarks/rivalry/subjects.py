@@ -106,7 +106,7 @@ def minilm(settings: Mapping[str, Any]) -> Subject:
     if settings["small"]:
         guide, data, chosen_by, judged = _small(size, count)
     else:
-        guide, data, chosen_by, judged = _pretrained(size, count, settings["encoder_steps"])
+        guide, data, chosen_by, judged = _pretrained(size, count, settings["steps"])
     return Subject(
         name="all-MiniLM-L6",
         guide=guide,
@@ -121,9 +121,9 @@ def minilm(settings: Mapping[str, Any]) -> Subject:
         figures=_of_embeddings,
         compile={},
         inputs=dict,
-        steps=settings["encoder_steps"],
-        speedup=settings["encoder_speedup"],
-        context=settings["encoder_context"],
+        steps=settings["steps"],
+        speedup=settings["speedup"],
+        context=settings["context"],
     )
 
 
@@ -200,7 +200,7 @@ def _of_logits(own: list[torch.Tensor], guide: list[torch.Tensor], batches: Batc
 
 def demo(settings: Mapping[str, Any]) -> Subject:
     """The demo's language model; the batches that rates are chosen by are other windows of what it was trained on."""
-    sizes = {"steps": settings["language_steps"], "batch": 4, "length": settings["language_context"]}
+    sizes = {"steps": settings["steps"], "batch": settings["batch"], "length": settings["context"]}
     chosen_by = list(Windows(corpus(held_out=False), batches=4, batch=8, length=sizes["length"], seed=1000))
     guide = language.guide(settings["layers"])
     guide.config.use_cache = False
@@ -219,7 +219,7 @@ def demo(settings: Mapping[str, Any]) -> Subject:
         compile={"loss": thesean.cross_entropy},
         inputs=lambda batch: {"input_ids": batch[0]},
         steps=sizes["steps"],
-        speedup=settings["language_speedup"],
+        speedup=settings["speedup"],
         context=sizes["length"],
     )
 

@@ -1,4 +1,4 @@
-"""Rivals and ours as a table a guide, and in words who is ahead of ours."""
+"""Rivals and ours as a table, and in words who is ahead of ours."""
 
 from __future__ import annotations
 
@@ -12,24 +12,18 @@ _RISING = ("cosine", "top10")
 
 
 def table(result: Result) -> str:
-    """A table a guide: medians over seeds."""
-    return "\n\n".join(_of(result, subject) for subject in result["details"])
-
-
-def _of(result: Result, subject: str) -> str:
-    known = result["details"][subject]
+    """A row a method, the best after the steps first, medians over seeds; then a sentence a figure: who leads."""
+    known = result["details"]
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in result["cases"]:
-        of, _, name = row["name"].partition(": ")
-        if of == subject:
-            rows.setdefault(name, []).append(row)
+        rows.setdefault(row["name"], []).append(row)
     ms, domains = known["ms"], list(known["guide"])
     keys = list(known["guide"][domains[0]])
     what = " / ".join({"top10": "overlap of ten nearest"}.get(k, k) for k in keys)
     seeds = max((len(found) for found in rows.values()), default=0)
     heads = [f"{domain}, {when}" for when in ("start", "tuned") for domain in domains]
     told = (
-        f"**{subject}**, {known['context']} tokens; the guide takes {ms['guide']['ms']:.3g} ms, asked for was "
+        f"{known['context']} tokens; the guide takes {ms['guide']['ms']:.3g} ms, asked for was "
         f"{known['speedup']:g} times its speed. {what[0].upper()}{what[1:]}, before any step and after "
         f"{known['steps']}; {f'medians of {seeds} seeds' if seeds > 1 else 'one seed'}. CPU seconds: of the start, and "
         "of the steps at one rate (ours: of the whole conversion, its own search for a rate in it)."

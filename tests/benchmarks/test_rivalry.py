@@ -186,7 +186,7 @@ def test_each_kind_is_as_large_as_the_bound_allows(encoder):
 def test_the_table_names_who_is_ahead_of_ours():
     def row(name, start, tuned, **more):
         given = {"start": {"all": {"nats": start}}, "tuned": {"all": {"nats": tuned}}}
-        return {"name": f"small: {name}", "seed": 0, "shape": "blocks 2", "params": 9, **given, **more}
+        return {"name": name, "seed": 0, "shape": "blocks 2", "params": 9, **given, **more}
 
     cost = {"start_cpu_s": 1.0, "cpu_s": 2.0}
     ms = {"guide": 9.0, "blocks 2": 5.0, "int8": 8.0}
@@ -196,7 +196,7 @@ def test_the_table_names_who_is_ahead_of_ours():
         "speedup": 1.5,
     }  # fmt: skip
     rows = [row("ours: auto", 1.5, 1.3, **cost), row("first", 1.4, 1.4, rate=1e-3, **cost)]
-    text = table({"details": {"small": known}, "cases": rows})
+    text = table({"details": known, "cases": rows})
     assert "Before any step, all, nats: our best is auto (1.500); ahead of it: first (1.400)." in text
     assert "After the steps, all, nats: our best is auto (1.300); ahead of it: nobody." in text
     assert text.index("**ours: auto**") < text.index("| first |")
