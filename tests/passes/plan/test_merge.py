@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_the_last_of_an_odd_number_stays_alone():
 def quiet(*blocks: int) -> Captured:
     """A GPT-2 of four blocks, these of which give what they read; the others change their stream much."""
     torch.manual_seed(0)
-    model = models.gpt2(4)
+    model: Any = models.gpt2(4)
     with torch.no_grad():
         for k, block in enumerate(model.transformer.h):
             for linear in (block.attn.c_proj, block.mlp.c_proj):
