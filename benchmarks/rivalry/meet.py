@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import thesean
+from benchmarks.language import recipe as recipe_of
 from benchmarks.rivalry import timing
 from benchmarks.rivalry.methods import CALIBRATION, Rival, Sizes, ours, rivals
 from benchmarks.rivalry.subjects import Subject, far, judge
@@ -74,11 +75,11 @@ def _meet(run: Run, subject: Subject, name: str, rival: Rival, seed: int, names:
 
 def _own(subject: Subject, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
     """`thesean.compile` as it comes, in closed form and in as many steps as the rivals take."""
-    common: dict[str, Any] = dict(
-        data=subject.data(seed), eval_data=subject.chosen_by, seed=seed, progress=False, **subject.compile, **arguments
-    )
+    settings = {name: value for name, value in arguments.items() if "__" in name}
+    common: dict[str, Any] = dict(data=subject.data(seed), eval_data=subject.chosen_by, seed=seed, progress=False)
+    common |= {**subject.compile, **{name: value for name, value in arguments.items() if name not in settings}}
     row: dict[str, Any] = {}
-    recipes: dict[str, Any] = {"start": "fast", "tuned": {"steps": subject.steps}}
+    recipes = {"start": recipe_of("fast", **settings), "tuned": recipe_of(steps=subject.steps, **settings)}
     for stage, recipe in recipes.items():
         start = time.process_time()
         converted = thesean.compile(subject.guide, recipe=recipe, **common)

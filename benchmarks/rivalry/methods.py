@@ -70,10 +70,15 @@ def rivals(sizes: Sizes) -> dict[str, Rival]:
 
 
 def ours(layout: Layout, sizes: Sizes) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name -> shape, and what `thesean.compile` is asked for; without a plan of "auto"."""
+    """Name -> shape, and what `thesean.compile` is asked for, or `language.recipe`; without a plan of "auto"."""
     return {
         "ours: narrow, MLPs alone": ("narrow", narrow(layout, None, sizes.alone)),
         "ours: narrow, heads and MLPs": ("narrow both", narrow(layout, sizes.heads, sizes.neurons)),
+        # on as much data as the rivals' starts are fitted on: a recipe reads 16 batches unless it is told otherwise
+        f"ours: narrow, heads and MLPs, {CALIBRATION} batches": (
+            "narrow both",
+            {**narrow(layout, sizes.heads, sizes.neurons), "closed_form__batches": CALIBRATION},
+        ),
         "ours: copy": ("blocks", {"target": "copy", "target_parts": sizes.blocks}),
     }
 

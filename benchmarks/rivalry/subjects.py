@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import thesean
-from benchmarks import language, novels
+from benchmarks import language
+from benchmarks.rivalry import novels
 from benchmarks.rivalry.blocks import BERT, GPT2, Layout
 from benchmarks.studies.minilm import fidelity, folder
 from examples.text import Windows, corpus

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import novels
-from benchmarks.rivalry import students, train
+from benchmarks.rivalry import novels, students, train
 from benchmarks.rivalry.blocks import BERT, GPT2, Layout, keep_blocks
 from benchmarks.rivalry.methods import Sizes
 from benchmarks.rivalry.subjects import SentenceEncoder, Subject, encoded, sentences
