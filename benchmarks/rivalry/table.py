@@ -24,7 +24,8 @@ def table(result: Result) -> str:
     heads = [f"{domain}, {when}" for when in ("start", "tuned") for domain in domains]
     told = (
         f"{known['context']} tokens; the guide takes {ms['guide']['ms']:.3g} ms, asked for was "
-        f"{known['speedup']:g} times its speed (the 20th percentiles are compared). {what[0].upper()}{what[1:]}, before any step and after "
+        f"{known['speedup']:g} times its speed (by the 20th percentiles). "
+        f"{what[0].upper()}{what[1:]}, before any step and after "
         f"{known['steps']}; {f'medians of {seeds} seeds' if seeds > 1 else 'one seed'}. CPU seconds: of the start, and "
         "of the steps at one rate (ours: of the whole conversion, its own search for a rate in it)."
     )
