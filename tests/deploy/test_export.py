@@ -22,7 +22,7 @@ from thesean.deploy import parity
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import ExportReport, export, for_export
 from thesean.deploy.lowering import to_onnx as exporter
-from thesean.deploy.parity import relative_error
+from thesean.deploy.parity import Check, allowed_error, relative_error
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, MissingExtraError, WriteError
 from thesean.passes.base import Attempt
@@ -246,6 +246,26 @@ def test_a_network_that_amplifies_rounding_is_told_as_such(tmp_path):
     with pytest.raises(ExportError, match=r"The network itself, in torch, is \d.* away from what .* in float64"):
         export(guide.graph_module, guide.signature, tmp_path / "m.onnx")
     assert leftovers(tmp_path) == []
+
+
+def held_to(error: float, own: float, asked: bool = False) -> tuple[float, str]:
+    checks = [Check("onnxruntime vs torch", (1, 7), e) for e in (error / 2, error, float("nan"))]
+    return allowed_error(checks, 1e-4, Path("m.onnx"), lambda shape: own * (shape == (1, 7)), asked=asked)
+
+
+def test_a_file_is_as_far_from_torch_as_torch_from_float64_where_rounding_is_amplified():
+    assert held_to(0.9e-4, 5e-3) == (1e-4, "")
+    allowed, note = held_to(1.8e-4, 1.5e-4)
+    assert allowed == pytest.approx(3e-4)
+    assert note == (
+        "the network itself, in torch, is 1.5e-04 away from what it computes in float64: it amplifies rounding, and "
+        "the file is held to twice that"
+    )
+    for error, own, advice in ((1.8e-4, 1e-5, "Try another"), (1.8e-4, 8e-5, "The network"), (1.8e-4, 1e-3, "raise")):
+        with pytest.raises(ExportError, match=advice):
+            held_to(error, own)
+    with pytest.raises(ExportError, match="an error of at most 1e-04"):
+        held_to(1.8e-4, 1.5e-4, asked=True)
 
 
 def test_an_interruption_leaves_an_earlier_file_as_it_was(gru, tmp_path, monkeypatch):

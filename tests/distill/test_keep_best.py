@@ -10,7 +10,12 @@ import torch
 import thesean
 from tests import models
 from tests.distill.test_gate import WILD, Cells, windows
+from thesean.distill.keep_best import Tail
 from thesean.errors import PlanError
+from thesean.passes.capture.capture import capture
+from thesean.passes.graph.walk import Walk
+from thesean.passes.plan.hybrid import trial_hybrid, view_of
+from thesean.passes.plan.make_plan import make_plan
 
 SOLVED = {"steps": 0, "alignment": {"schedule": "none"}}
 TARGETS = {"cells.0": "mingru", "cells.1": WILD, "cells.2": "mingru"}
@@ -45,6 +50,25 @@ def test_what_is_kept_is_no_farther_from_the_guide_than_any_other_choice():
     others = [divergence(keep=[path]) for path in ("cells.0", "cells.1", "cells.2")]
     assert divergence(keep_best=1) == pytest.approx(min(others))
     assert min(others) < 0.7 * max(others)
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.llama])
+def test_a_network_with_one_part_less_runs_on_from_where_it_differs(make):
+    """To the bit, and nothing before the part runs again."""
+    guide, ids = make(), models.tokens(2, 16)
+    bound_plan = make_plan(capture(guide, {"input_ids": ids}), "rnn")
+    hybrid = trial_hybrid(bound_plan, share=True)
+    whole, inputs = hybrid.graph_module.eval(), {"input_ids": ids}
+    parts = range(len(hybrid.parts))
+    views = [view_of(bound_plan, hybrid, [k for k in parts if k != part]).graph_module.eval() for part in parts]
+    tails = [Tail.of(view, whole) for view in views]
+    walk = Walk(whole, [sorted(tail.reads) for tail in tails], [inputs])
+    with torch.no_grad():
+        for part, (view, tail) in enumerate(zip(views, tails, strict=True)):
+            found, expected = tail.output(walk.get(part, 0), inputs), view(**inputs)
+            assert torch.equal(found["logits"], expected["logits"])
+            assert not torch.equal(found["logits"], whole(**inputs)["logits"])
+    assert len(tails[-1].run) < len(tails[0].run) < len(views[0].graph.nodes)
 
 
 def test_all_parts_can_not_be_kept():

@@ -18,6 +18,7 @@ from tests.targets.build import build
 from thesean.errors import TargetMismatchError
 from thesean.targets import Affine, AttentionFacts, PartFacts, Target
 from thesean.targets.shared.distance_bias import DistanceBias, Reach
+from thesean.targets.shared.lifetimes import lifetimes
 from thesean.targets.shared.rotation import Rotation
 from thesean.targets.shared.worth import attention_past, foretell
 
@@ -138,6 +139,59 @@ def test_what_was_foretold_to_matter_is_nearer_than_the_first_ones(sequence_part
     before = error()
     module.prepare(part, [(torch.randn(8, 200, 16), torch.empty(0)) for _ in range(4)])
     assert error() < 0.7 * before
+
+
+def test_what_was_foretold_to_last_outlives_all_that_came_later(part):
+    """A token that scores far above the others, in a stream of any length; the rest are outlived, each in its turn."""
+    module = copied(part, window=2, kept=3)
+    with torch.no_grad():
+        module.score.weight.zero_()[:, 0] = 1.0
+        module.score.bias.zero_()
+        module.lasting.fill_(5.0)
+    x_BTD = 0.1 * torch.randn(1, 300, 16)
+    x_BTD[0, 0, 0], x_BTD[0, 1, 0] = 6.0, 4.0
+    (held_BGNX, *_) = leaves(module(x_BTD)[1])
+    key_TC = module.key(x_BTD)[0, :, :4]
+    if module.rotate is not None:
+        key_TC = module.rotate(module.key(x_BTD).unflatten(-1, (4, 4)))[0, :, 0]
+    found = [int((key_TC - row_C).norm(dim=1).argmin()) for row_C in held_BGNX[0, 0, :, :4]]
+    assert found[0] == 0
+    assert min(found[1:]) > 280
+
+
+def test_a_token_ages_at_the_pace_at_which_the_attention_looks_back(attention_facts):
+    facts = looking_alike(attention_facts())
+    inputs = [torch.randn(4, 200, 16) for _ in range(2)]
+    worth = foretell(facts, inputs, 8)
+    assert worth is not None
+    reach = Reach(torch.zeros(4, 1), torch.full((4,), -0.05))
+    near = dataclasses.replace(facts, bias=DistanceBias(reach, reach))
+    anywhere, nearby = (lifetimes(f, inputs, worth, 8, 8) for f in (facts, near))
+    assert nearby.steps_G.sum() < 0.5 * anywhere.steps_G.sum()
+    above = torch.cat([worth.of(x_BTD) for x_BTD in inputs]).flatten(0, 1) > anywhere.middle_G
+    torch.testing.assert_close(above.double().mean(0), torch.full((4,), 0.5, dtype=torch.float64), atol=0.01, rtol=0)
+
+
+def test_in_half_precision_what_is_left_of_a_score_is_counted_in_float32(part):
+    module, x_BTD = copied(part, window=4, kept=16).bfloat16(), torch.randn(1, 500, 16).bfloat16()
+    whole, last = module(x_BTD)
+    state = module.initial_state(x_BTD)
+    for chunk in x_BTD.split([1] * 100 + [400], 1):
+        y, state = module(chunk, state)
+    assert (whole.dtype, leaves(state)[0].dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(y, whole[:, 100:], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(leaves(state)[0][..., 4], leaves(last)[0][..., 4], rtol=1e-5, atol=1e-4)
+
+
+def test_what_was_saved_before_scores_fell_is_read_as_it_was(part):
+    module = copied(part, window=4, kept=5)
+    config = {name: value for name, value in module.config().items() if name != "fade"}
+    before: Any = type(module)(**config)
+    assert before.load_state_dict(module.state_dict(), strict=False).unexpected_keys == ["lasting"]
+    x_BTD = torch.randn(1, 40, 16)
+    scored = before.score(x_BTD)[0, :36, 0]
+    (held_BGNX, *_) = leaves(before(x_BTD)[1])
+    assert set(held_BGNX[0, 0, :6, 4].tolist()) == set(scored.topk(6).values.tolist())
 
 
 def test_what_can_not_be_held_so_is_refused(sequence_part, attention_facts):

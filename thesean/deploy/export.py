@@ -39,9 +39,9 @@ from thesean.deploy.parity import (
     IN_TORCH,
     Check,
     CheckSizes,
+    allowed_error,
     compare_all,
     not_comparable,
-    refuse_errors,
     refuses_negative,
     rounding,
     runnable,
@@ -109,11 +109,12 @@ def export(
     in chunks where it carries a state. The module, its parameters and its flags stay as they were.
 
     `dtype`: torch.float32, the default whatever the network's own, or torch.float16; file and torch are compared in
-    that precision, by default to `PARITY` of the output's scale. `external_data`: the weights in a file of their own
-    beside `path`; None: where they are too large for one, past 2 GiB. `about`: what the file's metadata say, beside the
-    states and the parity that was seen. `check`: "skip" writes, and tells, what can't be compared as torch gives no
-    finite number; what can be compared is. `quantize`: whole numbers for weights, by onnxruntime's tools; the exact
-    file is made and compared first, and `samples` say what the other one is calibrated and judged on.
+    that precision, by default to `PARITY` of the output's scale, and where the network amplifies rounding to what
+    `parity.allowed_error` says. `external_data`: the weights in a file of their own beside `path`; None: where they are
+    too large for one, past 2 GiB. `about`: what the file's metadata say, beside the states and the parity that was
+    seen. `check`: "skip" writes, and tells, what can't be compared as torch gives no finite number; what can be
+    compared is. `quantize`: whole numbers for weights, by onnxruntime's tools; the exact file is made and compared
+    first, and `samples` say what the other one is calibrated and judged on.
 
     A `path` that ends in .pt2 is torch's own form: see `torch_file.write_torch`. `runtime`: "genai" makes a folder for
     onnxruntime-genai, with the files of `tokenizer`: see `genai.folder.write_genai`; "portable" writes operators of
@@ -181,7 +182,7 @@ def _export_torch(
     module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))
     lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
     allowed = PARITY[torch.float32] if tolerance is None else tolerance
-    return write_torch(module, lowered, signature, path, allowed, train_length, note)
+    return write_torch(module, lowered, signature, path, train_length, note, allowed, asked=tolerance is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +249,9 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
                 )
             skipped += [untried(constants)] if constants else []
             skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
-            refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+            exact, is_asked = partial(rounding, module, signature), asked.tolerance is not None
+            tolerance, amplifies = allowed_error(checks, tolerance, path, exact, asked=is_asked)
+            skipped += [amplifies] if amplifies else []
         except ExportError as error:
             if threaded is None:
                 raise
@@ -262,7 +265,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
             found, _ = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
             checks = [c for c in found if c.label != IN_TORCH]
-            refuse_errors(checks, tolerance, path, lambda shape: 0.0, COARSE)
+            allowed_error(checks, tolerance, path, lambda shape: 0.0, COARSE)
             drafted.tell({QUANTIZED: made.to_json(), PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
         if unchecked:
             drafted.tell({UNCHECKED: unchecked})

@@ -267,13 +267,18 @@ class Streams:
             state = self.session.take_rows(after, range(ended, len(rows))) if streams else None
         return read
 
-    def _read(self, chunk_BT: np.ndarray, state: Carried | None) -> tuple[np.ndarray, State]:
-        """The logits after the last step, (B, V)."""
+    def read(self, chunk_BT: np.ndarray, state: Carried | None = None) -> tuple[np.ndarray, State]:
+        """Tokens of no stream: logits_BTV after each of them, and the state after the last. Raises DataError."""
         inputs: dict[str, Any] = {self._takes_tokens: chunk_BT}
         for name in self._masks:
             inputs[name] = np.ones(chunk_BT.shape, self.session.dtype(name))
         outputs, after = self.session.run(inputs, state)
-        return outputs[self._gives_logits][:, -1], after
+        return outputs[self._gives_logits], after
+
+    def _read(self, chunk_BT: np.ndarray, state: Carried | None) -> tuple[np.ndarray, State]:
+        """The logits after the last step, (B, V)."""
+        logits_BTV, after = self.read(chunk_BT, state)
+        return logits_BTV[:, -1], after
 
 
 def tokens_of(prompt: Sequence[int]) -> list[int]:

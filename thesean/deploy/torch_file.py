@@ -22,9 +22,9 @@ from thesean.deploy.lowering.to_onnx import output_names, quiet
 from thesean.deploy.parity import (
     IN_TORCH,
     CheckSizes,
+    allowed_error,
     compare_all,
     not_comparable,
-    refuse_errors,
     rounding,
     runnable,
 )
@@ -46,9 +46,10 @@ def write_torch(
     lowered: fx.GraphModule,
     signature: Signature,
     path: Path,
-    tolerance: float,
     train_length: int | None,
     note: str,
+    tolerance: float,
+    asked: bool = False,
 ) -> ExportReport:
     """Save `lowered`, what an export makes of the frozen `module`; compare the saved file with it, whole and in chunks,
     and only then let it take its name. It takes inputs and states by name, and gives a tuple of outputs and states.
@@ -73,7 +74,8 @@ def write_torch(
         checks = [c._replace(label=c.label.replace("onnxruntime", "the file")) for c in checks if c.label != IN_TORCH]
         if unchecked := not_comparable(checks):
             raise ExportError(f"{path}: {unchecked}. No file was written.")
-        refuse_errors(checks, tolerance, path, partial(rounding, module, signature))
+        rounding_at = partial(rounding, module, signature)
+        tolerance, amplifies = allowed_error(checks, tolerance, path, rounding_at, asked=asked)
         size = made.stat().st_size
     return ExportReport(
         path=path,
@@ -85,7 +87,7 @@ def write_torch(
         checks=tuple(checks),
         tolerance=tolerance,
         seconds=time.monotonic() - start,
-        note="; ".join(n for n in (note, *skipped) if n),
+        note="; ".join(n for n in (note, *skipped, amplifies) if n),
         delay=delay_of(lowered) if states else 0,
     )
 

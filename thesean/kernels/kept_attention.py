@@ -14,15 +14,28 @@ from thesean.kernels.shared.precision import full_precision, wide
 # Tokens that are looked at together: who is kept at each of them is found by comparing all pairs.
 BLOCK = 64
 
+# Scores from here on don't fall with time. A float32 still tells thousandths apart there.
+LASTING = 4096.0
+
 
 def kept_attention(
-    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor, *, block: int = BLOCK
+    query_BTHC: torch.Tensor,
+    new_BTGX: torch.Tensor,
+    kept_BMGX: torch.Tensor,
+    *,
+    fade: int = 0,
+    block: int = BLOCK,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """At each step the new token comes in, and of all up to it the M with the highest scores stay, the earlier one of
     equals; over these sum f exp(q.k - top) v -> (sums_BTHk, top_BTH, kept_BMGX).
 
     Where M stay, f = min(1, score - the least score of these), so that a token has faded when another takes its place:
     which of two near ones is kept, a matter of rounding, makes a difference as small as theirs. Else f = 1.
+
+    Where `fade` > 0, the scores of those that are kept are less by 1 / fade with each token that comes: a score is then
+    how long a token is worth its place, and the kept rows hold what is left of it. All fall alike, so that of two
+    tokens it never changes which scores more, and at any length numbers stay small; but those from LASTING on, far
+    above the others, don't fall.
 
     A token is a row of its key (C), its score, and its value, whose last column is 1; a row where that is 0 holds none.
     Kept ones are in the order in which they came, after the rows that hold none.
@@ -35,14 +48,14 @@ def kept_attention(
     sums, tops = [], []
     with full_precision(query_BTHC.device):
         for query_BLHC, new_BLGX in zip(blocks(query_BTHC, block, 1), blocks(new_BTGX, block, 1), strict=True):
-            sums_BLHk, top_BLH, kept_BMGX = _block(query_BLHC, new_BLGX, kept_BMGX)
+            sums_BLHk, top_BLH, kept_BMGX = _block(query_BLHC, new_BLGX, kept_BMGX, fade)
             sums.append(sums_BLHk)
             tops.append(top_BLH)
     return torch.cat(sums, 1), torch.cat(tops, 1), kept_BMGX
 
 
 def kept_attention_reference(
-    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
+    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor, *, fade: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `kept_attention` must equal: one token at a time, one row and head after the other, places in any order."""
     width, kept = query_BTHC.shape[3], kept_BMGX.clone()
@@ -52,8 +65,10 @@ def kept_attention_reference(
     for b in range(len(kept)):
         for g in range(kept.shape[2]):
             rows = [row for row in kept[b, :, g] if row[-1] > 0]
+            at = torch.arange(kept.shape[3]) == width
             for t, new in enumerate(new_BTGX[b, :, g]):
                 if new[-1] > 0:
+                    rows = [row - at.to(row) / fade if fade and row[width] < LASTING else row for row in rows]
                     rows.append(new)
                 if len(rows) > kept.shape[1]:
                     # the least, the last of equals
@@ -73,22 +88,26 @@ def kept_attention_reference(
 
 
 def _block(
-    query_BLHC: torch.Tensor, new_BLGX: torch.Tensor, kept_BMGX: torch.Tensor
+    query_BLHC: torch.Tensor, new_BLGX: torch.Tensor, kept_BMGX: torch.Tensor, fade: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width, groups, kept = query_BLHC.shape[3], new_BLGX.shape[2], kept_BMGX.shape[1]
     all_BGJX = torch.cat([kept_BMGX, new_BLGX.to(kept_BMGX.dtype)], 1).transpose(1, 2)
-    score_BGJ = wide(all_BGJX[..., width].detach())
-    stays_BGLJ = _stays(score_BGJ, all_BGJX[..., -1] > 0, kept)
+    score_BGJ, holds_BGJ = wide(all_BGJX[..., width].detach()), all_BGJX[..., -1] > 0
+    gone_BGJ = _gone(score_BGJ, holds_BGJ, kept, fade)
+    stays_BGLJ = _stays(score_BGJ + gone_BGJ, holds_BGJ, kept)
     row_BGJX, query_BLHC = wide(all_BGJX), wide(query_BLHC)
     query_BGRLC = query_BLHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     scores_BGRLJ = query_BGRLC @ row_BGJX[..., :width].unsqueeze(2).mT
-    scores_BGRLJ = scores_BGRLJ + _faded(score_BGJ, stays_BGLJ, kept).log().unsqueeze(2)
+    scores_BGRLJ = scores_BGRLJ + _faded(score_BGJ, gone_BGJ, stays_BGLJ, kept).log().unsqueeze(2)
     top_BGRL = scores_BGRLJ.detach().amax(-1).clamp_min(torch.finfo(scores_BGRLJ.dtype).min)
     weights_BGRLJ = (scores_BGRLJ - top_BGRL.unsqueeze(-1)).exp()
     sums_BGRLk = weights_BGRLJ @ row_BGJX[..., width + 1 :].unsqueeze(2)
     order_J = torch.arange(1, all_BGJX.shape[2] + 1, device=all_BGJX.device)
     last_BGM = (stays_BGLJ[:, :, -1] * order_J).topk(kept, -1)
     order_BGM, place_BGM = last_BGM.values.flip(-1), last_BGM.indices.flip(-1)
+    if fade:
+        left_BGJ1 = (score_BGJ + (gone_BGJ - gone_BGJ[..., -1:])).unsqueeze(-1).to(all_BGJX.dtype)
+        all_BGJX = torch.cat([all_BGJX[..., :width], left_BGJ1, all_BGJX[..., width + 1 :]], -1)
     held_BGMX = all_BGJX.gather(2, place_BGM.unsqueeze(-1).expand(-1, -1, -1, all_BGJX.shape[3]))
     held_BGMX = held_BGMX * (order_BGM > 0).unsqueeze(-1).to(held_BGMX.dtype)
     return (
@@ -96,6 +115,16 @@ def _block(
         top_BGRL.permute(0, 3, 1, 2).flatten(2),
         held_BGMX.transpose(1, 2),
     )
+
+
+def _gone(score_BGJ: torch.Tensor, holds_BGJ: torch.Tensor, kept: int, fade: int) -> torch.Tensor:
+    """What scores of kept tokens have lost when a token comes, and in the end those that last, as if they had: so much
+    more than at the block's start is a later score worth.
+    """
+    if not fade:
+        return torch.zeros_like(score_BGJ[..., :1])
+    came_BGJ = (holds_BGJ & (torch.arange(score_BGJ.shape[-1], device=score_BGJ.device) >= kept)).cumsum(-1)
+    return torch.where(score_BGJ < LASTING, came_BGJ, came_BGJ[..., -1:]) / fade
 
 
 def _stays(score_BGJ: torch.Tensor, held_BGJ: torch.Tensor, kept: int) -> torch.Tensor:
@@ -111,12 +140,16 @@ def _stays(score_BGJ: torch.Tensor, held_BGJ: torch.Tensor, kept: int) -> torch.
     return here_BGLJ & (better_BGLJ < kept)
 
 
-def _faded(score_BGJ: torch.Tensor, stays_BGLJ: torch.Tensor, kept: int) -> torch.Tensor:
+def _faded(score_BGJ: torch.Tensor, gone_BGJ: torch.Tensor, stays_BGLJ: torch.Tensor, kept: int) -> torch.Tensor:
     """How much of each token counts: none of those that don't stay."""
-    score_BG1J = score_BGJ.unsqueeze(-2)
-    least_BGL1 = score_BG1J.masked_fill(~stays_BGLJ, torch.inf).amin(-1, keepdim=True)
+    others_BGLJ = (score_BGJ + gone_BGJ).unsqueeze(-2).masked_fill(~stays_BGLJ, torch.inf)
+    least_BGL = others_BGLJ.argmin(-1)
+    # each by itself: a sum of both would round off what sets near ones apart
+    gone_BGJ = gone_BGJ.expand_as(score_BGJ)
+    above_BGLJ = score_BGJ.unsqueeze(-2) - score_BGJ.gather(-1, least_BGL).unsqueeze(-1)
+    above_BGLJ = above_BGLJ + (gone_BGJ.unsqueeze(-2) - gone_BGJ.gather(-1, least_BGL).unsqueeze(-1))
     is_full_BGL1 = stays_BGLJ.sum(-1, keepdim=True) == kept
-    return (score_BG1J - least_BGL1.where(is_full_BGL1, -torch.inf)).clamp(0, 1) * stays_BGLJ
+    return above_BGLJ.masked_fill(~is_full_BGL1, torch.inf).clamp(0, 1) * stays_BGLJ
 
 
 def _check(query: torch.Tensor, new: torch.Tensor, kept: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ def some_attention(heads: int, width: int = 16) -> AttentionFacts:
     query, key, value, output = (Affine(torch.randn(width, width) / 4, torch.randn(width) / 10) for _ in range(4))
     twice = torch.tensor([*range(4), *range(4), *range(8, 12), *range(8, 12)])
     key, value = (Affine(a.weight_OI[twice], a.bias_O[twice]) for a in (key, value))
-    facts = AttentionFacts(heads=heads, scale=0.5, query=query, key=key, value=value, output=output)
+    facts = AttentionFacts(heads=heads, scale=0.2, query=query, key=key, value=value, output=output)
     return dataclasses.replace(facts, rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)))
 
 
@@ -49,7 +49,7 @@ def held(request) -> tuple[Flat, Any]:
     module: Any = build("bounded-attention", part, window=window, kept=kept)
     module.copy_from(part)
     with torch.no_grad():
-        module.score.weight[:, :2].normal_()  # signs of two features: few scores
+        module.score.weight.zero_()[:, :2].normal_(std=0.5)  # signs of two features: few scores
     flat = Flat(module.eval()).eval()
     model = ir.from_proto(export(flat, from_start(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count), 20))
     define(model)

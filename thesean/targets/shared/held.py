@@ -24,10 +24,10 @@ class Held(nn.Module):
 
     operation = "held"  # what an export writes for it: deploy/lowering/forms/held.py
 
-    def __init__(self, window: int, places: int) -> None:
+    def __init__(self, window: int, places: int, fade: int = 0) -> None:
         super().__init__()
-        self.window, self.places = window, places
-        self.older, self.core = Core("kept_attention"), Core("window_attention")
+        self.window, self.places, self.fade = window, places, fade
+        self.older, self.core = Core("kept_attention", fade=fade), Core("window_attention")
 
     def forward(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from thesean.kernels.shared.precision import HALF
 from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.head_norm import NormForm, copy_norms, head_norms
@@ -32,6 +33,7 @@ from thesean.targets.shared.steps import Steps
 
 
 class HeldFrame(SequenceFrame, total=False):
+    fade: int
     rotation: list[list[float]] | None
     norm_eps: list[float] | None
     norm_form: NormForm | None
@@ -47,8 +49,10 @@ class HeldAttention(SequenceTarget):
 
     reads_mask = True
     always_counts: ClassVar[bool] = False
-    saved = ("heads", "key_width", "value_width", "kv_heads", "window", "places", "scale", "rotation", "norm_eps",
-             "norm_form")  # fmt: skip
+    saved: ClassVar[tuple[str, ...]] = (
+        "heads", "key_width", "value_width", "kv_heads", "window", "places", "scale", "rotation", "norm_eps",
+        "norm_form",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -64,16 +68,17 @@ class HeldAttention(SequenceTarget):
     ) -> None:
         rotation = frame.pop("rotation", None)
         norm_eps, norm_form = frame.pop("norm_eps", None), frame.pop("norm_form", None)
+        fade = frame.pop("fade", 0)
         super().__init__(**frame)  # type: ignore[misc]  # what was popped is still in the type
         self.heads, self.kv_heads, self.key_width, self.value_width = heads, kv_heads, key_width, value_width
-        self.window, self.places, self.scale = window, places, float(scale)
+        self.window, self.places, self.scale, self.fade = window, places, float(scale), fade
         self.query = nn.Linear(self.width_in, heads * key_width)
         self.key = nn.Linear(self.width_in, kv_heads * key_width)
         self.value = nn.Linear(self.width_in, kv_heads * value_width)
         self.rotation, self.norm_eps, self.norm_form = rotation, norm_eps, norm_form
         self.norms = head_norms(key_width, (heads, kv_heads), norm_eps, norm_form)
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.held = Held(window, places + 1)  # the least fades
+        self.held = Held(window, places + 1, self.fade)  # the least fades
         self.last = small_linear(heads * value_width, self.width_out)
 
     @property
@@ -91,7 +96,9 @@ class HeldAttention(SequenceTarget):
         raise NotImplementedError(f"{type(self).__name__}.scores")
 
     def core_state(self, x: torch.Tensor) -> State:
-        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.held.places + self.window, self.row)
+        # half precision can't count down what is left of a score
+        dtype = torch.float32 if self.fade and x.dtype in HALF else x.dtype
+        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.held.places + self.window, self.row, dtype=dtype)
         return (held_BGNX, x.new_zeros(x.shape[0], dtype=torch.int64)) if self.counts else held_BGNX
 
     def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
@@ -99,7 +106,7 @@ class HeldAttention(SequenceTarget):
         query_BTHC, row_BTGX = self._rows(x_BTD, count_B)
         mean_BTHK, held_BGNX = self.held(query_BTHC, row_BTGX, held_BGNX, steps)
         came = x_BTD.shape[1] if steps is None else steps.count_B
-        return mean_BTHK.flatten(-2), held_BGNX if count_B is None else (held_BGNX, count_B + came)
+        return mean_BTHK.flatten(-2).to(x_BTD.dtype), held_BGNX if count_B is None else (held_BGNX, count_B + came)
 
     def _rows(self, x_BTD: torch.Tensor, count_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, scaled, and what is held of each step."""

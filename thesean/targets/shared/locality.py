@@ -36,13 +36,13 @@ def window_errors(
     True at tokens. Empty where rows are too short to tell.
     """
 
-    def choices(row: _Row) -> Iterator[tuple[int, torch.Tensor]]:
+    def choices(row: Row) -> Iterator[tuple[int, torch.Tensor]]:
         first_T = torch.arange(row.age_MT.shape[1], device=row.age_MT.device) < sinks
         yield 0, torch.where(row.scores_HMT > -torch.inf, 0.0, row.scores_HMT)
         for window in windows:
             yield window, row.seeing((row.age_MT < window) | first_T)
 
-    return _shares(facts, _rows(facts, x_BTD, mask_BT), choices)
+    return _shares(facts, rows(facts, x_BTD, mask_BT), choices)
 
 
 @torch.no_grad()
@@ -54,20 +54,15 @@ def held_errors(
     """
     windows = sorted({window for window, _ in sizes})
 
-    def choices(row: _Row) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+    def choices(row: Row) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
         got = dict(zip(windows, attention_within(facts, row.x_TD, windows), strict=True))
         for window, kept in sizes:
-            left_MT = row.age_MT >= window
-            worth_GMT = got[window].mT.unsqueeze(1).masked_fill(~left_MT, -torch.inf)
-            best_GMK = worth_GMT.topk(min(kept, worth_GMT.shape[-1]), -1).indices
-            kept_GMT = torch.zeros_like(worth_GMT, dtype=torch.bool).scatter(-1, best_GMK, True) & left_MT
-            seen_HMT = (~left_MT | kept_GMT).repeat_interleave(facts.heads // facts.kv_heads, 0)
-            yield (window, kept), row.seeing(seen_HMT)
+            yield (window, kept), row.seeing(row.keeping(got[window].mT, window, kept))
 
-    return _shares(facts, _rows(facts, x_BTD, mask_BT), choices)
+    return _shares(facts, rows(facts, x_BTD, mask_BT), choices)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """Scores of some queries of a sequence, -inf at later tokens, values, and how old each token is to each query."""
 
     x_TD: torch.Tensor
@@ -78,8 +73,16 @@ class _Row(NamedTuple):
     def seeing(self, seen: torch.Tensor) -> torch.Tensor:
         return self.scores_HMT.masked_fill(~seen, -torch.inf)
 
+    def keeping(self, worth_GT: torch.Tensor, window: int, kept: int) -> torch.Tensor:
+        """(H, M, T): the last `window` tokens, and of those before the `kept` that are worth most."""
+        left_MT = self.age_MT >= window
+        worth_GMT = worth_GT.unsqueeze(1).masked_fill(~left_MT, -torch.inf)
+        best_GMK = worth_GMT.topk(min(kept, worth_GMT.shape[-1]), -1).indices
+        kept_GMT = torch.zeros_like(worth_GMT, dtype=torch.bool).scatter(-1, best_GMK, True) & left_MT
+        return (~left_MT | kept_GMT).repeat_interleave(len(self.scores_HMT) // len(worth_GT), 0)
 
-def _rows(facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[_Row]:
+
+def rows(facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[Row]:
     for index in range(min(len(x_BTD), _ROWS)):
         x_TD = x_BTD[index] if mask_BT is None else x_BTD[index][mask_BT[index]]
         if len(x_TD) < _SHORTEST:
@@ -93,11 +96,11 @@ def _rows(facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | No
         if facts.bias is not None:
             scores_HMT = scores_HMT + facts.bias.matrix(time, scores_HMT)[:, at_M]
         age_MT = at_M.unsqueeze(1) - torch.arange(time, device=x_TD.device)
-        yield _Row(x_TD, scores_HMT.masked_fill(age_MT < 0, -torch.inf), value_THV.transpose(0, 1), age_MT)
+        yield Row(x_TD, scores_HMT.masked_fill(age_MT < 0, -torch.inf), value_THV.transpose(0, 1), age_MT)
 
 
 def _shares(
-    facts: AttentionFacts, rows: Iterable[_Row], choices: Callable[[_Row], Iterator[tuple[Choice, torch.Tensor]]]
+    facts: AttentionFacts, rows: Iterable[Row], choices: Callable[[Row], Iterator[tuple[Choice, torch.Tensor]]]
 ) -> dict[Choice, float]:
     """Choice -> squared error of what comes of its scores, as a share of the variance of what the guide's come to."""
     wanted: list[torch.Tensor] = []
@@ -114,6 +117,6 @@ def _shares(
     return {choice: float(error / spread) for choice, error in errors.items()}
 
 
-def _outputs(facts: AttentionFacts, scores_HMT: torch.Tensor, row: _Row) -> torch.Tensor:
+def _outputs(facts: AttentionFacts, scores_HMT: torch.Tensor, row: Row) -> torch.Tensor:
     mixed_HMV = scores_HMT.softmax(-1) @ row.value_HTV
     return facts.output.of(mixed_HMV.transpose(0, 1).flatten(1))

@@ -20,6 +20,9 @@ _SEEN, _FEWEST = 0.5, 8
 _FLOOR = 1e-5
 # relative to each feature's variance
 _RIDGE = 0.1
+# Tokens count by this power of what they are worth: else the few that are looked at always, one in a sequence, are
+# taken for less than they are, and fall behind in sequences longer than those that were seen.
+_COUNTS = 0.25
 
 
 @torch.no_grad()
@@ -32,14 +35,15 @@ def foretell(facts: AttentionFacts, inputs: Sequence[torch.Tensor], window: int)
         told = len(x_TD) - window - max(_FEWEST, int(_SEEN * window))
         if told < _FEWEST or tokens >= _TOKENS:
             continue
-        worth_NG = (attention_past(facts, x_TD, window)[:told] + _FLOOR).log()
-        both = torch.cat([wide(x_TD[:told]), worth_NG, torch.ones_like(worth_NG[:, :1])], 1).double()
-        product = both.mT @ both
+        worth_NG = attention_past(facts, x_TD, window)[:told] + _FLOOR
+        both = torch.cat([wide(x_TD[:told]), worth_NG.log(), torch.ones_like(worth_NG[:, :1])], 1).double()
+        product = (both * worth_NG.mean(1, keepdim=True).double() ** _COUNTS).mT @ both
         sums, tokens = product if sums is None else sums + product, tokens + told
     if sums is None:
         return None
-    mean = sums[-1] / tokens
-    spread = sums / tokens - torch.outer(mean, mean)
+    sums /= sums[-1, -1].clone()
+    mean = sums[-1]
+    spread = sums - torch.outer(mean, mean)
     covariance_DD, cross_DG = spread[:width, :width].clone(), spread[:width, width:-1]
     covariance_DD.diagonal().mul_(1 + _RIDGE).add_(1e-9 * covariance_DD.diagonal().mean() + 1e-12)
     weight_GD = torch.linalg.solve(covariance_DD, cross_DG).mT

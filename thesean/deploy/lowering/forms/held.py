@@ -18,6 +18,7 @@ from torch import nn
 from thesean.deploy.lowering.forms import kept_attention, window_attention
 from thesean.deploy.lowering.lowered import Lowered, add_function
 from thesean.deploy.lowering.text import END, Text, branches, tell_steps
+from thesean.kernels.kept_attention import LASTING
 from thesean.targets.shared.held import Held
 from thesean.targets.shared.steps import Steps
 
@@ -36,14 +37,15 @@ class Shape(NamedTuple):
     value: int
     window: int
     places: int
+    fade: int
 
     @property
     def name(self) -> str:
-        return "Held_" + "_".join(f"{letter}{size}" for letter, size in zip("HGCKWM", self, strict=True))
+        return "Held_" + "_".join(f"{letter}{size}" for letter, size in zip("HGCKWMF", self, strict=True))
 
     @classmethod
     def of(cls, name: str) -> Shape | None:
-        found = re.fullmatch("Held_" + "_".join(rf"{letter}(\d+)" for letter in "HGCKWM"), name)
+        found = re.fullmatch("Held_" + "_".join(rf"{letter}(\d+)" for letter in "HGCKWMF"), name)
         return None if found is None else cls(*map(int, found.groups()))
 
 
@@ -54,7 +56,11 @@ class LoweredHeld(nn.Module):
         super().__init__()
         from thesean.deploy.lowering.lower import lower_inside  # which finds this file by its name
 
-        self.window, self.places = self.sizes = held.window, held.places  # the module around it reads them
+        self.window, self.places, self.fade = self.sizes = (
+            held.window,
+            held.places,
+            held.fade,
+        )  # the module around it reads them
         self.emitted = Lowered(path, self._emit)
         self.inner = lower_inside(held, opset=opset, path=path)
 
@@ -106,21 +112,31 @@ def define(model: Any) -> None:
         outputs = ["float[B, T, E] mean", "float[B, G, N, X] held"]
         text = branches(shape.name, ["query_BTE", "row_BTX", "before"], outputs, (one_step(shape), any_steps(shape)))
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
+    for fade in sorted({shape.fade for shape in shapes}):
+        kept_attention.add(model, fade)
     if shapes:
-        kept_attention.add(model)
         window_attention.add(model, window_attention.NAME)
 
 
 def one_step(s: Shape) -> list[str]:
     """T = 1. Of equals the last is dropped, and where no token is before all that are."""
     t = Text("s")
-    H, G, C, K, W, M = s
+    H, G, C, K, W, M, F = s
     X, N = C + K + 2, W + M
     t.reshape("row_BG1X", "row_BTX", 0, G, 1, X)
     t("all_BGJX", "Concat", "before", "row_BG1X", axis=2)
-    t.split(("first_BGJX", "rest_BGJX"), "all_BGJX", (M + 1, W), 2)
+    first = "came_BGJX" if F else "first_BGJX"
+    t.split((first, "rest_BGJX"), "all_BGJX", (M + 1, W), 2)
+    t.slice("token_BGJ1", first, X - 1, X, 3)
+    if F:  # those that were kept score less by 1 / F: of all their columns that one
+        t.slice("before_BGJ1", first, C, C + 1, 3)
+        t("falls_BGJ1", "Less", "before_BGJ1", t.number(LASTING))
+        t("fall_BGJ1", "Where", "falls_BGJ1", "token_BGJ1", t.number(0.0))
+        t.reshape("by_J1", t.floats(*[1 / F] * M, 0.0), M + 1, 1)
+        t("by_JX", "Mul", "by_J1", t.floats(*(x == C for x in range(X))))
+        t("fall_BGJX", "Mul", "fall_BGJ1", "by_JX")
+        t("first_BGJX", "Sub", first, "fall_BGJX")
     t.slice("score_BGJ1", "first_BGJX", C, C + 1, 3)
-    t.slice("token_BGJ1", "first_BGJX", X - 1, X, 3)
     t("lacks_BGJ1", "Sub", "token_BGJ1", t.number(1.0))
     t("none_BGJ1", "Mul", "lacks_BGJ1", t.number(_FAR))
     t("rank_BGJ1", "Add", "score_BGJ1", "none_BGJ1")
@@ -154,7 +170,7 @@ def one_step(s: Shape) -> list[str]:
 def any_steps(s: Shape) -> list[str]:
     """Any T: `Held.forward` line by line, its two cores as they are written elsewhere."""
     t = Text("c")
-    H, G, C, K, W, M = s
+    H, G, C, K, W, M, F = s
     X = C + K + 2
     t("time", "Shape", "query_BTE", start=1, end=2)
     t.reshape("query_BTHC", "query_BTE", 0, 0, H, C)
@@ -165,7 +181,7 @@ def any_steps(s: Shape) -> list[str]:
     t("left_BTGX", "Slice", "all_BSGX", t.ints(0), "time", t.ints(1))
     t(
         "sums_BTHk, top_BTH, stay_BMGX",
-        f"{DOMAIN}.{kept_attention.NAME}",
+        f"{DOMAIN}.{kept_attention.name_of(F)}",
         "query_BTHC",
         "left_BTGX",
         "kept_BMGX",

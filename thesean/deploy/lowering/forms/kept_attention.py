@@ -10,13 +10,15 @@ X = C + 1 + k columns of a token, M tokens that are kept, J = M + L
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from typing import Any
 
 import torch
 
 from thesean.deploy.lowering.in_torch import AtOnce
 from thesean.deploy.lowering.lowered import Lowered, add_function
-from thesean.kernels.kept_attention import BLOCK
+from thesean.kernels.kept_attention import BLOCK, LASTING
 from thesean.targets.shared.core import Core
 
 DOMAIN, NAME, _BLOCK_NAME = "thesean", "KeptAttention", "KeptBlock"
@@ -24,7 +26,7 @@ DOMAIN, NAME, _BLOCK_NAME = "thesean", "KeptAttention", "KeptBlock"
 # rows that fill the last block up hold no token
 _BODY = f"""
 <domain: "{DOMAIN}", opset_import: ["" : OPSET, "{DOMAIN}" : 1]>
-{NAME} (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
+NAME (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
 {{
     zero = Constant <value = float {{0.0}}> ()
     v0 = Constant <value_ints = [0]> ()
@@ -48,7 +50,7 @@ _BODY = f"""
         body = block (float[B, M, G, X] kept, float[B, L, H, C] query, float[B, L, G, X] new)
             => (float[B, M, G, X] held, float[B, L, H, k] sums, float[B, L, H] top)
         {{
-            sums, top, held = {DOMAIN}.{_BLOCK_NAME} (query, new, kept)
+            sums, top, held = {DOMAIN}.BLOCK (query, new, kept)
         }}> (kept_BMGX, query_BNLHC, new_BNLGX)
     sums_shape = Shape <start = 3> (sums_BNLHk)
     top_shape = Shape <start = 3> (top_BNLH)
@@ -64,7 +66,7 @@ _BODY = f"""
 # `_block` of the kernel, line by line.
 _BLOCK = f"""
 <domain: "{DOMAIN}", opset_import: ["" : OPSET]>
-{_BLOCK_NAME} (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
+BLOCK (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
 {{
     zero = Constant <value = int64 {{0}}> ()
     one = Constant <value = int64 {{1}}> ()
@@ -105,13 +107,14 @@ _BLOCK = f"""
     row_J1 = Unsqueeze (row_J, v1)
     row_T = Range (M, J, one)
     row_T1 = Unsqueeze (row_T, v1)
-    higher_BGJJ = Greater (score_BGJ1, score_BG1J)
-    equal_BGJJ = Equal (score_BGJ1, score_BG1J)
+    held_BG1J = Greater (token_BG1J, half)
+    GONE
+    higher_BGJJ = Greater (raised_BGJ1, raised_BG1J)
+    equal_BGJJ = Equal (raised_BGJ1, raised_BG1J)
     earlier_JJ = Less (row_J1, row_J)
     before_BGJJ = And (equal_BGJJ, earlier_JJ)
     beats_BGJJ = Or (higher_BGJJ, before_BGJJ)
     came_TJ = LessOrEqual (row_J, row_T1)
-    held_BG1J = Greater (token_BG1J, half)
     here_BGTJ = And (held_BG1J, came_TJ)
     here = Cast <to = 1> (here_BGTJ)
     beats = Cast <to = 1> (beats_BGJJ)
@@ -129,11 +132,10 @@ _BLOCK = f"""
     stays = Cast <to = 1> (stays_BGTJ)
     count_BGT1 = ReduceSum <keepdims = 1> (stays, rest)
     short_BGT1 = Less (count_BGT1, most)
-    others_BGTJ = Where (stays_BGTJ, score_BG1J, ever)
-    least_BGT1 = ReduceMin <keepdims = 1> (others_BGTJ, rest)
-    limit_BGT1 = Where (short_BGT1, never, least_BGT1)
-    above_BGTJ = Sub (score_BG1J, limit_BGT1)
-    part_BGTJ = Clip (above_BGTJ, nothing, whole)
+    others_BGTJ = Where (stays_BGTJ, raised_BG1J, ever)
+    ABOVE
+    counts_BGTJ = Where (short_BGT1, ever, above_BGTJ)
+    part_BGTJ = Clip (counts_BGTJ, nothing, whole)
     faded_BGTJ = Mul (part_BGTJ, stays)
     log_BGTJ = Log (faded_BGTJ)
     log_BG1TJ = Unsqueeze (log_BGTJ, v2)
@@ -161,7 +163,8 @@ _BLOCK = f"""
     place_BGM = Slice (last_BGM, rest, start, v2, rest)
     index_BGM = Slice (from_BGM, rest, start, v2, rest)
     index_BGM1 = Unsqueeze (index_BGM, v3)
-    picked_BGMX = GatherND <batch_dims = 2> (all_BGJX, index_BGM1)
+    LEFT
+    picked_BGMX = GatherND <batch_dims = 2> (left_BGJX, index_BGM1)
     taken_BGM = Greater (place_BGM, half)
     taken = Cast <to = 1> (taken_BGM)
     taken_BGM1 = Unsqueeze (taken, v3)
@@ -171,13 +174,59 @@ _BLOCK = f"""
 """
 
 
+# where scores never change
+_STILL = {
+    "GONE": """raised_BGJ1 = Identity (score_BGJ1)
+    raised_BG1J = Identity (score_BG1J)""",
+    "ABOVE": """least_BGT1 = ReduceMin <keepdims = 1> (others_BGTJ, rest)
+    above_BGTJ = Sub (score_BG1J, least_BGT1)""",
+    "LEFT": "left_BGJX = Identity (all_BGJX)",
+}
+# where they fall with time: `_gone`, `_faded` and what is left of them
+_FALLING = {
+    "GONE": f"""fade = Constant <value = float {{FADE.0}}> ()
+    lasting = Constant <value = float {{{LASTING}}}> ()
+    last_axis = Constant <value = int64 {{-1}}> ()
+    is_new_J = GreaterOrEqual (row_J, M)
+    comes_BG1J = And (held_BG1J, is_new_J)
+    comes = Cast <to = 1> (comes_BG1J)
+    came_BG1J = CumSum (comes, last_axis)
+    all_BG11 = Slice (came_BG1J, rest, end, v3)
+    falls_BG1J = Less (score_BG1J, lasting)
+    lost_BG1J = Where (falls_BG1J, came_BG1J, all_BG11)
+    gone_BG1J = Div (lost_BG1J, fade)
+    raised_BG1J = Add (score_BG1J, gone_BG1J)
+    raised_BGJ1 = Transpose <perm = [0, 1, 3, 2]> (raised_BG1J)""",
+    "ABOVE": """least_BGT = ArgMin <axis = -1, keepdims = 0> (others_BGTJ)
+    score_BGJ = Squeeze (score_BG1J, v2)
+    gone_BGJ = Squeeze (gone_BG1J, v2)
+    least_score_BGT = GatherElements <axis = 2> (score_BGJ, least_BGT)
+    least_gone_BGT = GatherElements <axis = 2> (gone_BGJ, least_BGT)
+    least_score_BGT1 = Unsqueeze (least_score_BGT, v3)
+    least_gone_BGT1 = Unsqueeze (least_gone_BGT, v3)
+    by_score_BGTJ = Sub (score_BG1J, least_score_BGT1)
+    by_gone_BGTJ = Sub (gone_BG1J, least_gone_BGT1)
+    above_BGTJ = Add (by_score_BGTJ, by_gone_BGTJ)""",
+    "LEFT": """all_gone_BG11 = Slice (gone_BG1J, rest, end, v3)
+    to_come_BG1J = Sub (gone_BG1J, all_gone_BG11)
+    now_BG1J = Add (score_BG1J, to_come_BG1J)
+    now_BGJ1 = Transpose <perm = [0, 1, 3, 2]> (now_BG1J)
+    left_BGJX = Concat <axis = 3> (key_BGJC, now_BGJ1, value_BGJk)""",
+}
+
+
+def name_of(fade: int, of: str = NAME) -> str:
+    """Of the function in which scores fall by 1 / fade with each token, or of its block."""
+    return f"{of}_F{fade}" if fade else of
+
+
 def kept_attention(
-    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor
+    query_BTHC: torch.Tensor, new_BTGX: torch.Tensor, kept_BMGX: torch.Tensor, *, fade: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A call of the function."""
     columns = new_BTGX.shape[3] - query_BTHC.shape[3] - 1
     sums_BTHk, top_BTH, held_BMGX = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{NAME}",
+        f"{DOMAIN}::{name_of(fade)}",
         (query_BTHC, new_BTGX, kept_BMGX),
         dtypes=[query_BTHC.dtype, query_BTHC.dtype, kept_BMGX.dtype],
         shapes=[[*query_BTHC.shape[:3], columns], query_BTHC.shape[:3], kept_BMGX.shape],
@@ -187,7 +236,7 @@ def kept_attention(
 
 
 def lower(core: Core, path: str, opset: int) -> Lowered:
-    return Lowered(path, kept_attention)
+    return Lowered(path, partial(kept_attention, **core.settings))
 
 
 def in_torch(core: Core, path: str) -> AtOnce:
@@ -195,11 +244,15 @@ def in_torch(core: Core, path: str) -> AtOnce:
 
 
 def define(model: Any) -> None:
-    """Add the function to an onnx_ir model that calls it; others stay as they are."""
-    if any(node.domain == DOMAIN and node.op_type == NAME for node in model.graph.all_nodes()):
-        add(model)
+    """Add the functions that an onnx_ir model calls; others stay as they are."""
+    called = {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}
+    for name in sorted(called):
+        if found := re.fullmatch(rf"{NAME}(?:_F(\d+))?", name):
+            add(model, int(found[1] or 0))
 
 
-def add(model: Any) -> None:
+def add(model: Any, fade: int) -> None:
+    words = {"OPSET": str(model.opset_imports[""]), "NAME": name_of(fade), "BLOCK": name_of(fade, _BLOCK_NAME)}
+    parts = {word: text.replace("FADE", str(fade)) for word, text in (_FALLING if fade else _STILL).items()}
     for text in (_BODY, _BLOCK):
-        add_function(model, text.replace("OPSET", str(model.opset_imports[""])))
+        add_function(model, re.sub(r"\b[A-Z]{4,}\b", lambda word: {**words, **parts}.get(word[0], word[0]), text))
