@@ -109,12 +109,12 @@ def bound_of(subject: Subject, ms: Found) -> float:
 
 
 def sizes_within(subject: Subject, ms: Found, settings: Mapping[str, Any]) -> Sizes:
-    """The largest of each kind that meets the bound, the smallest timed where none does."""
+    """The largest of each kind that meets the bound, the smallest timed where none does, 0 where none was."""
     bound = bound_of(subject, ms)
 
     def largest(kind: str) -> int:
         counts = {int(n.rsplit(" ", 1)[1]): v[_JUDGED] for n, v in ms.items() if n.rsplit(" ", 1)[0] == kind}
-        return max((c for c, v in counts.items() if v <= bound), default=min(counts))
+        return max((c for c, v in counts.items() if v <= bound), default=min(counts, default=0))
 
     neurons = min(largest("pruned"), largest("narrow both"))
     return Sizes(largest("blocks"), settings["heads"], neurons, largest("narrow"), largest("attentions"))

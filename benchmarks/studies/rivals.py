@@ -37,9 +37,9 @@ CASE = Case(
     },
     quick={
         "rates": [1e-3], "steps": 2, "context": 8, "repeats": 2, "auto": False, "heads": 3, "widths": [16],
-        "alone": [8], "attentions": [1], "sentences": 4, "judged": 12, "small": True,
+        "alone": [], "attentions": [1], "sentences": 4, "judged": 12, "small": True,
     },
-    quick_only=("ours: narrow, heads", "ReplaceMe", "BERT-of", "FitNets", "Minitron", "KL"),
+    quick_only=("ours: narrow, heads and MLPs, 64", "ReplaceMe", "BERT-of", "FitNets", "Minitron", "KL"),
     seeds=(0, 1, 2),
     needs=("onnxruntime", "scipy", "transformers"),
     table=table,

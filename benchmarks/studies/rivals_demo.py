@@ -28,8 +28,8 @@ CASE = Case(
         "batch": 4, "layers": None, "every": 2,
     },
     quick={
-        "rates": [1e-3], "steps": 2, "context": 32, "repeats": 2, "auto": False, "widths": [256], "alone": [128],
-        "attentions": [1], "batch": 2, "layers": 2, "every": 80,
+        "rates": [1e-3], "steps": 2, "context": 32, "repeats": 2, "auto": False, "widths": [], "alone": [],
+        "attentions": [], "batch": 2, "layers": 2, "every": 80,
     },
     quick_only=("ours: copy", "ShortGPT"),
     seeds=(0, 1, 2),
