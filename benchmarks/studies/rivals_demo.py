@@ -23,7 +23,7 @@ CASE = Case(
     unit="nats a character, ms",
     run=bench,
     settings={
-        "rates": [1e-3, 3e-4, 1e-4], "steps": 100, "speedup": 1.25, "context": 256, "repeats": 40, "auto": True,
+        "rates": [3e-3, 1e-3, 3e-4], "steps": 100, "speedup": 1.25, "context": 256, "repeats": 40, "auto": True,
         "heads": 3, "widths": [448, 416, 384, 352, 320], "alone": [352, 320, 288, 256, 224], "attentions": [3, 2, 1],
         "batch": 4, "layers": None, "every": 2,
     },
