@@ -50,6 +50,7 @@ class Case:
     seeds: tuple[int, ...] = (0,)
     needs: tuple[str, ...] = ()  # modules beyond Thesean's own requirements
     table: Callable[[Result], str] | None = None  # Markdown
+    picture: Callable[[Result], str] | None = None  # SVG, which goes with the table
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if find_spec(name) is None]

@@ -1,4 +1,5 @@
 """The tables of README, docs and benchmarks/README.md, filled from committed results: `python -m benchmarks --readme`.
+With a table of docs/ goes the benchmark's picture, if it has one: docs/pictures/NAME.svg.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`, in any Markdown file of the root, docs/ or
 benchmarks/. NAME is a benchmark's, or "benchmarks" for the list of all. A figure of uncommitted code is refused.
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from benchmarks.suite import RESULTS, ROOT, BenchmarkError, Case, Result, find_cases, is_clean, pick, read_result
 from thesean.report.markdown import provenance
+from thesean.write_file import write_text
 
 LIST = "benchmarks"
+PICTURES = ROOT / "docs" / "pictures"
 
 _MARK = re.compile(r"<!-- (/?)table:([\w-]+) -->")
 
@@ -48,9 +51,16 @@ def markdown_files() -> list[Path]:
 
 
 def fill_all(write: bool = True) -> list[Path]:
-    """Fill every Markdown file; returns those that were stale. Raises ValueError, naming the file, for marks amiss."""
+    """Fill every Markdown file, and draw the pictures in them; returns those that were stale. Raises ValueError, naming
+    the file, for marks amiss.
+    """
     cases = find_cases()
     stale = []
+    for path, svg in pictures(cases).items():
+        if not path.exists() or path.read_text(encoding="utf-8") != svg:
+            stale.append(path)
+            if write:
+                write_text(path, svg, parents=True)
     for path in markdown_files():
         before = path.read_text(encoding="utf-8")
         try:
@@ -78,7 +88,18 @@ def made(name: str, cases: Mapping[str, Case], folder: Path = RESULTS) -> str:
             f"table:{name}: {path.name} was measured at {result['commit'] or 'no commit'}: figures of uncommitted code "
             f"stand in no table. Commit, then `python -m benchmarks {name} --record`, or take the table out."
         )
-    return f"{case.table(result)}\n\n{measured(result)}"
+    drawn = f"![{case.question}](pictures/{name}.svg)\n\n" if case.picture is not None else ""
+    return f"{drawn}{case.table(result)}\n\n{measured(result)}"
+
+
+def pictures(cases: Mapping[str, Case], folder: Path = RESULTS) -> dict[Path, str]:
+    """What docs/ shows, of results of committed code."""
+    found = {}
+    for name, case in cases.items():
+        path = folder / f"{name}.json"
+        if case.picture is not None and path.exists() and is_clean((result := read_result(path))["commit"]):
+            found[PICTURES / f"{name}.svg"] = case.picture(result)
+    return found
 
 
 def measured(result: Result) -> str:

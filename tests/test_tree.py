@@ -26,6 +26,7 @@ EXPLICIT = {
     "thesean.compiler.baseline",
     "thesean.compiler.plan",
     "thesean.converted.export",
+    "thesean.trade_offs.trade_offs",
 }
 
 

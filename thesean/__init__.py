@@ -17,8 +17,10 @@ from thesean.export_guide import export_guide
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
 from thesean.report.comparison import Comparison
+from thesean.report.trade_offs import TradeOffs
 from thesean.similarity import measures
 from thesean.targets import Target, register
+from thesean.trade_offs import trade_offs
 
 if TYPE_CHECKING:  # a module that can be called is beyond a type checker
     from thesean.similarity import similarity
@@ -43,6 +45,7 @@ __all__ = [
     "Recipe",
     "Target",
     "TheseanError",
+    "TradeOffs",
     "accuracy",
     "baseline",
     "compare",
@@ -56,4 +59,5 @@ __all__ = [
     "register",
     "similarity",
     "targets",
+    "trade_offs",
 ]

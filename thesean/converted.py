@@ -208,6 +208,11 @@ class Frontier(Sequence[Converted]):
         return self._makers[index]()
 
 
+def is_saved(folder: str | Path) -> bool:
+    """Whether `load` would try: a conversion's folder, or a run's with one inside."""
+    return any((Path(folder) / inside / "graph.json").is_file() for inside in ("", "converted"))
+
+
 def load(folder: str | Path, max_bytes: int | None = None) -> Converted:
     """A saved conversion, without the guide and without the package that it came from.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from thesean.passes.graph.signature import Signature
 from thesean.report.environment import environment
 from thesean.report.page.findings import Findings, Served
 from thesean.report.page.page import page
+from thesean.report.trade_offs import TradeOffs
 from thesean.scratch import named
 from thesean.write_file import write_text
 
@@ -37,16 +39,31 @@ def write_page(
     data: Iterable[Any] | None,
     decode: Decode | None,
     onnx: str | os.PathLike[str] | None,
+    trade_offs: TradeOffs | str | os.PathLike[str] | None,
 ) -> Path:
     """Raises DataError, ExportError for a file that is no model, WriteError; then an earlier page stays."""
     path = named(path)
+    measured = _measured(trade_offs, converted)
     served = _served(converted.signature, onnx)
     why = _NO_DATA if data is None else _NO_GUIDE if not len(converted.frontier) else ""
     findings = Findings(why=dict.fromkeys(("lost", "alike"), why), served=served)
     if not why:
         assert data is not None
         findings = _compared(converted, data, decode, served)
+    findings = replace(findings, trade_offs=measured)
     return write_text(path, page(converted.plan, converted.report, findings, environment()))
+
+
+def _measured(given: TradeOffs | str | os.PathLike[str] | None, converted: Conversion) -> TradeOffs | None:
+    if given is None:
+        return None
+    found = given if isinstance(given, TradeOffs) else TradeOffs.from_json(given)
+    if not any(point.params == converted.report.params for point in found):
+        raise DataError(
+            f"trade_offs: none of its networks has this one's {converted.report.params:,} parameters; it has "
+            f"{', '.join(point.name for point in found)}. Give what was measured of this conversion."
+        )
+    return found
 
 
 def _compared(converted: Conversion, data: Iterable[Any], decode: Decode | None, served: Served) -> Findings:

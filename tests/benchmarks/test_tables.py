@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import tables, tradeoffs
 from benchmarks.suite import KEYS, RESULTS, BenchmarkError, Case, find_cases, is_clean, read_result
+from tests.report.points import FOUND
 from thesean.errors import UnknownNameError
 
 TEXT = "# Thesean\n<!-- table:speed -->\nstale\n<!-- /table:speed -->\nend\n"
@@ -76,6 +78,25 @@ def test_a_figure_of_uncommitted_code_is_refused_with_the_files_name_and_what_to
     record(folder, commit=commit)
     with pytest.raises(BenchmarkError, match=rf"speed\.json was measured at {found}: .*benchmarks speed --record"):
         filled(folder)
+
+
+def test_a_picture_goes_with_its_table_and_is_drawn_of_committed_code_alone(folder):
+    drawn = {"speed": replace(CASES["speed"], picture=lambda result: f"<svg>{result['cases'][0]['ms']}</svg>")}
+    assert tables.made("speed", drawn, folder).startswith("![How fast?](pictures/speed.svg)\n\ngru: 2 ms")
+    assert tables.pictures(drawn, folder) == {tables.PICTURES / "speed.svg": "<svg>2</svg>"}
+    record(folder, commit="abc-dirty")
+    assert tables.pictures(drawn, folder) == {}
+    assert tables.pictures(CASES, folder) == {}
+
+
+def test_quality_against_latency_is_a_table_with_stars_and_a_picture():
+    told = {"unit": FOUND.unit, "judged": FOUND.judged, "notes": list(FOUND.notes)}
+    result = {"cases": [asdict(p) for p in FOUND], "details": told}
+    assert tradeoffs.read(result) == FOUND
+    lines = tradeoffs.table(result).splitlines()
+    assert lines[2].startswith("|  | loss | divergence | parameters | file | token 8 | token 64 | prefill 8 |")
+    assert "| 1 ms\\* | 9 ms\\* |" in lines[4]
+    assert tradeoffs.picture(result) == FOUND.svg()
 
 
 def test_a_mark_of_no_benchmark_is_refused_with_the_nearest_name(folder):

@@ -94,6 +94,18 @@ def test_plan_hands_every_choice_to_thesean_plan(guides: Path, monkeypatch: pyte
     assert rest == dict(target="auto", seed=7, recipe="fast", constraints={"params": 9}, context=(8,))
 
 
+def test_a_page_compares_with_the_guide_that_is_given(guides: Path) -> None:
+    words = "convert guides_for_cli:toy --data guides_for_cli:vectors -t mlp --granularity finest --parts layer"
+    assert run(*words.split(), "--recipe", "fast", "--out", "saved", "--quiet").exit_code == 0
+    words = "report saved --html page.html --data guides_for_cli:vectors"
+    assert run(*words.split()).exit_code == 0
+    assert "doesn&#x27;t hold it" in (guides / "page.html").read_text()
+    result = run(*words.split(), "--guide", "guides_for_cli:toy")
+    assert result.exit_code == 0, result.output
+    assert "Of 48 examples" in (guides / "page.html").read_text()
+    assert "--guide is for the page" in error_of(run("report", "saved", "--guide", "guides_for_cli:toy"))
+
+
 def test_a_saved_conversion_becomes_a_page(tmp_path: Path) -> None:
     saved = Path(__file__).parents[1] / "formats" / "v1" / "conversions" / "gru"
     result = run("report", str(saved), "--html", str(tmp_path / "report.html"))

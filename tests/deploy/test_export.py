@@ -256,12 +256,12 @@ def held_to(error: float, own: float, asked: bool = False) -> tuple[float, str]:
 def test_a_file_is_as_far_from_torch_as_torch_from_float64_where_rounding_is_amplified():
     assert held_to(0.9e-4, 5e-3) == (1e-4, "")
     allowed, note = held_to(1.8e-4, 1.5e-4)
-    assert allowed == pytest.approx(3e-4)
+    assert allowed == pytest.approx(6e-4)
     assert note == (
         "the network itself, in torch, is 1.5e-04 away from what it computes in float64: it amplifies rounding, and "
-        "the file is held to twice that"
+        "the file is held to 4 times that"
     )
-    for error, own, advice in ((1.8e-4, 1e-5, "Try another"), (1.8e-4, 8e-5, "The network"), (1.8e-4, 1e-3, "raise")):
+    for error, own, advice in ((1.8e-4, 1e-5, "Try another"), (3e-4, 6e-5, "The network"), (4e-4, 3e-4, "raise")):
         with pytest.raises(ExportError, match=advice):
             held_to(error, own)
     with pytest.raises(ExportError, match="an error of at most 1e-04"):

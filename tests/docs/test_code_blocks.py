@@ -31,7 +31,7 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
 
 # Minutes of measuring, and exports: these are parsed, and the command line's own tests run them
-_LONG = ("--context", "auto", "export")
+_LONG = ("--context", "auto", "export", "bench")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -11,7 +11,8 @@ import typer
 import thesean
 from thesean import ranks
 from thesean.artifact import check_free
-from thesean.cli.look import PASSED_ON, bench, compare, inspect, measures, report, targets
+from thesean.cli.bench import bench
+from thesean.cli.look import compare, inspect, measures, report, targets
 from thesean.cli.options import (
     Budget,
     Check,
@@ -52,6 +53,7 @@ from thesean.cli.options import (
     planning_arguments,
     reading,
 )
+from thesean.cli.suite import NetworkOrSuite
 from thesean.cli.telling import one_line_errors, steps_told
 from thesean.cli.words import ArgumentError, load_guide, parse_sizes
 from thesean.errors import ArtifactError
@@ -365,7 +367,7 @@ def export(
         typer.echo(str(made))
 
 
-# the commands of look.py are the same program's
+# the commands of look.py and bench.py are the same program's
 for command in (report, inspect, compare, targets, measures):
     app.command()(command)
-app.command(context_settings=PASSED_ON, add_help_option=False)(bench)
+app.command(cls=NetworkOrSuite)(bench)

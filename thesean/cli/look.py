@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +13,7 @@ from rich.table import Table
 import thesean
 from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
-from thesean.cli.words import ArgumentError, load_data, load_guide
+from thesean.cli.words import ArgumentError, load_data, load_guide, load_object
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.loaded import require
 from thesean.deploy.onnx_file import PLAN, REPORT
@@ -28,15 +26,30 @@ from thesean.report.report_json import report_rows
 from thesean.similarity import get_measure
 from thesean.targets import get_family
 from thesean.targets.shared.describe_options import describe_options
-
-# `thesean bench` hands its words on as they are
-PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+from thesean.with_guide import with_guide
 
 
 def report(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE.json", help="A saved conversion, or a report.json.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table, with its provenance.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a page, with DIR.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FACTORY", help="With --html and --guide: batches on which both are compared."),
+    ] = None,
+    guide: Annotated[
+        str | None, typer.Option(metavar="GUIDE", help="With --html: the model that was converted, as in `convert`.")
+    ] = None,
+    decode: Annotated[
+        str | None, typer.Option(metavar="MODULE:FUNCTION", help="With --html: decode(tokens) -> text.")
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(metavar="FILE.onnx", help="With --html: the exported file, whose states it names.")
+    ] = None,
+    trade_offs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="With --html: what `thesean bench --out` wrote, quality over latency."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Print what a conversion became and what it cost, stage by stage. No weights are read, but for --html.
@@ -45,10 +58,14 @@ def report(
     Examples:
       thesean report build/rnn
       thesean report build/rnn --html report.html
+      thesean report build/rnn --html report.html --guide models.gpt:make --data texts:held_out --onnx rnn.onnx
       thesean report build/demo/report.json --markdown
     """
     with one_line_errors(debug):
         check_writable("--html", html)
+        wanted = {"--data": data, "--guide": guide, "--decode": decode, "--onnx": onnx, "--trade-offs": trade_offs}
+        if html is None and (given := [name for name, value in wanted.items() if value is not None]):
+            raise ArgumentError(f"{given[0]} is for the page: give --html FILE.html too.")
         if html is not None and not path.is_dir():
             raise ArgumentError(f"--html: expected the folder of a saved conversion, found {path}.")
         if path.is_dir():
@@ -57,13 +74,25 @@ def report(
             plan, told = reading(path, read_plan_and_report)
             typer.echo(f"{plan}\n\n{told}")
             if html is not None:
-                thesean.load(path).report.html(html)
+                _write_page(path, html, data, guide, decode, {"onnx": onnx, "trade_offs": trade_offs})
             return
         found = read_report(path)
         if markdown:
             typer.echo(markdown_table(found))
         else:
             Console().print(render(report_rows(found), metric_name=str(found.get("metric_name", "metric"))))
+
+
+def _write_page(
+    folder: Path, html: Path, data: str | None, guide: str | None, decode: str | None, rest: dict[str, Path | None]
+) -> None:
+    converted = thesean.load(folder)
+    batches = None if data is None else load_data(data, "--data")
+    if guide is not None:
+        converted = with_guide(converted, load_guide(guide), data=batches)
+    reader = None if decode is None else load_object(decode, "--decode", call=False)
+    converted.report.html(html, data=batches, decode=reader, **rest)
+    typer.echo(f"wrote {html}")
 
 
 def inspect(
@@ -167,26 +196,6 @@ def measures(debug: Debug = False) -> None:
     """
     with one_line_errors(debug):
         _print("measure", "what it is", {name: get_measure(name).summary for name in thesean.measures()})
-
-
-def bench(context: typer.Context) -> None:
-    """Run the benchmark suite of a checkout; `thesean bench --help` tells its own options.
-
-    \b
-    Examples:
-      thesean bench --list
-      thesean bench latency --quick
-    """
-    with one_line_errors(debug=False):
-        root = Path(thesean.__file__).resolve().parents[1]
-        if not (root / "benchmarks" / "__main__.py").is_file():
-            raise ArgumentError(
-                "the benchmarks come with a checkout of the source, not with an installed package. Clone it and run "
-                "`make bench` there."
-            )
-        sys.path.insert(0, str(root))
-        suite: Any = importlib.import_module("benchmarks.__main__")
-    raise typer.Exit(suite.main(context.args, program="thesean bench"))
 
 
 def _print(first: str, second: str, rows: dict[str, str]) -> None:

@@ -50,12 +50,14 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 @contextmanager
 def steps_told() -> Iterator[None]:
     """What is being measured, a line a step on stderr: it can take minutes."""
-    logger = logging.getLogger("thesean.deploy")
-    handler, level = logging.StreamHandler(), logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in ("thesean.deploy", "thesean.trade_offs")]
+    handler, levels = logging.StreamHandler(), [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)

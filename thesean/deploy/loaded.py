@@ -41,10 +41,11 @@ class Loaded:
     """A thin wrapper of onnxruntime on CPU; `metadata` is what the file says of itself. Raises ExportError for a file
     that onnxruntime can't load, and for weights beside it that are missing or were changed.
 
+    `lean`: a run that starts a sequence gives its working memory back at its end, and has to ask for it again.
     `delay`: how many steps late outputs come, where parts of the network look ahead; `flush` brings out the last ones.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, lean: bool = False) -> None:
         require("onnxruntime")
         import onnxruntime as ort
 
@@ -59,6 +60,10 @@ class Loaded:
             if importlib.util.find_spec("onnx") is not None and Path(path).is_file():
                 check_weights(Path(real), metadata(Path(path)))
             raise ExportError(f"{path}: onnxruntime can't load it: {first_line(error)}") from error
+        self._giving_back = None
+        if lean:
+            self._giving_back = ort.RunOptions()
+            self._giving_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         check_weights(Path(real), self.metadata)
         self._declared: dict[str, Any] = {i.name: i for i in self._session.get_inputs()}
@@ -129,7 +134,7 @@ class Loaded:
             rows = next(len(v) if v.ndim else 1 for v in given.values())
             given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
         try:
-            values = self._session.run(self._names, given)
+            values = self._session.run(self._names, given, self._giving_back if state is None else None)
         except Exception as error:
             raise DataError(f"onnxruntime refuses these inputs: {first_line(error)}") from error
         count = len(self.outputs)

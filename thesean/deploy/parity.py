@@ -35,8 +35,9 @@ _BATCHES = (1, 2, 5)
 _CHUNKS = (1, 5, 1)  # and the rest
 _CHUNKED = (3, 20)
 
-# How many times the tolerance a file is allowed whose network amplifies rounding.
-AMPLIFIES = 10
+# Where a network amplifies rounding: how many times torch's own error a file may be away, and how many times the
+# tolerance at most. A pretrained decoder of 135 M parameters was seen at 3.1 times its own, on one input and processor.
+AMPLIFIED, MOST = 4, 10
 
 IN_TORCH = "chunks in torch vs whole"  # the label of a check that no file has a part in
 
@@ -326,10 +327,10 @@ def allowed_error(
 ) -> tuple[float, str]:
     """The error that no check is above, and a note where that is more than `tolerance`.
 
-    A network may amplify rounding, so that it is further from its own outputs in float64, `rounding_at` a shape, than
-    half the tolerance. A file that computes the same in another order is then as far from them, and up to twice that
-    from torch's; so much is allowed, up to AMPLIFIES times the tolerance, unless that was `asked` for. Raises
-    ExportError where a check is above what is allowed.
+    A network may amplify rounding, so that it is far from its own outputs in float64, `rounding_at` a shape. A file
+    that computes the same in another order is then as far from them, give or take: AMPLIFIED times that from torch's is
+    allowed, up to MOST times the tolerance, unless this was `asked` for. Raises ExportError where a check is above what
+    is allowed.
     """
     compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
     worst = max(compared, key=lambda c: c.max_abs_error, default=None)
@@ -338,8 +339,8 @@ def allowed_error(
     logger.info("%s: an error of %.1e: comparing the network with itself in float64", path, worst.max_abs_error)
     own = rounding_at(worst.shape)
     told = f"the network itself, in torch, is {own:.1e} away from what it computes in float64: it amplifies rounding"
-    if not asked and worst.max_abs_error <= 2 * own <= AMPLIFIES * tolerance:
-        return 2 * own, f"{told}, and the file is held to twice that"
+    if not asked and worst.max_abs_error <= AMPLIFIED * own <= MOST * tolerance:
+        return AMPLIFIED * own, f"{told}, and the file is held to {AMPLIFIED} times that"
     if own > tolerance / 2:
         advice = (
             f"{told[0].upper()}{told[1:]}, and no file can be held against it. Look at what it computes, or raise "

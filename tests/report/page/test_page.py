@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import thesean
+from tests.report.points import FOUND
 from thesean.curve import Curve
 from thesean.errors import DataError, WriteError
 from thesean.passes.plan.rows import PlannedPart, ProbedCandidate
@@ -224,6 +226,29 @@ def test_a_loaded_one_says_what_it_cannot_tell(tmp_path):
     assert told.count("a saved conversion doesn&#x27;t hold it") == 2
     told = loaded.report.html(tmp_path / "report.html").read_text()
     assert told.count("No data was given") == 2
+
+
+def test_where_latencies_were_measured_quality_stands_against_them(made):
+    assert "cost is told in FLOPs" in made
+    measured = page(PLAN, REPORT, replace(FINDINGS, trade_offs=FOUND), {"python": "3.11"})
+    reader = Reader(measured)
+    told = "".join(reader.words)
+    for words in ("loss: a token after 64, batch 1", "1 of 2", "1 ms*", "a <b>note</b>", "judged on 4 rows"):
+        assert words in told
+    assert "FLOPs of a forward" not in told
+    rings = [a for a, _ in reader.tags("circle") if "marked" in a["class"] and "main" in a["class"]]
+    assert len(rings) >= 2  # the conversion, where it is on the front
+    assert len(reader.tags("svg")) == len(Reader(made).tags("svg")) + 3
+
+
+def test_trade_offs_of_another_network_are_refused(tmp_path):
+    loaded = thesean.load(SAVED)
+    path = FOUND.to_json(tmp_path / "found.json")
+    with pytest.raises(DataError, match="none of its networks has this one's"):
+        loaded.report.html(tmp_path / "report.html", trade_offs=path)
+    points = tuple(replace(p, params=loaded.report.params) for p in FOUND)
+    found = loaded.report.html(tmp_path / "report.html", trade_offs=replace(FOUND, points=points))
+    assert "on the Pareto front" in found.read_text()
 
 
 def test_what_fails_leaves_the_earlier_page(converted, tmp_path):

@@ -105,7 +105,7 @@ def quantized(drafted: Draft, form: Quantize, samples: Samples, signature: Signa
     exact = Session(exact_path)
     made = drafted.path.with_name("quantized.onnx")
     try:
-        feeds = [{**_arrays(x), **_start(exact, x)} for x in samples.calibration] if form == "int8-static" else []
+        feeds = [{**_arrays(x), **start_of(exact, x)} for x in samples.calibration] if form == "int8-static" else []
         found = quantize_file(exact_path, made, form, feeds)
         model = ir.load(made)
         model.metadata_props.clear()
@@ -140,8 +140,10 @@ def _arrays(inputs: Mapping[str, torch.Tensor]) -> Arrays:
     return {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
 
 
-def _start(session: Session, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
-    """What a file takes beside a sequence: the states, and of a late one that every step holds a token."""
+def start_of(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a file takes beside a sequence: the states, and of a late one that every step holds a token. `inputs` are
+    tensors or arrays.
+    """
     first = next(iter(inputs.values()))
     given: dict[str, Any] = dict(session.zero_state(len(first))) if session.is_stateful else {}
     for name in session.inputs:

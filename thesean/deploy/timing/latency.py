@@ -61,14 +61,16 @@ def latency_of_models(
     batch: int = 1,
     repeats: int = 20,
     settle: float | None = None,
+    lean: bool = False,
 ) -> dict[str, FileTimings]:
     """Files that take the same inputs, side by side, on one thread.
 
     Prefill at each context; and where at least one file carries a state, one more token at each context, for a file
-    without state by reading everything again. Without a dynamic time dimension: one forward. `settle` as in `measure`.
+    without state by reading everything again. Without a dynamic time dimension: one forward. `settle` as in `measure`;
+    `lean` as in `Session`, for files that together would hold too much.
     Raises ExportError for a file that onnxruntime can't load.
     """
-    sessions = {name: Session(path, threads=1) for name, path in paths.items()}
+    sessions = {name: Session(path, threads=1, lean=lean) for name, path in paths.items()}
     seconds = _SECONDS * max(3, len(sessions))  # for all together: many files are no reason for few turns
 
     def taken(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Timing]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thesean.report.points import Points
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
@@ -50,3 +52,4 @@ class Findings:
     unit: str = ""  # of their distances
     looked_at: int = 0
     alike: Alike | None = None
+    trade_offs: Points | None = None

@@ -31,6 +31,13 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) 
     return element("div", element("table", inner), class_="scroll", role="region", aria_label=caption, tabindex=0)
 
 
+def figure(title: str, told: str, drawn: str) -> str:
+    """A picture with its caption above; nothing without a picture."""
+    if not drawn:
+        return ""
+    return element("figure", element("figcaption", element("b", words(title)) + words(told)) + drawn)
+
+
 def folded(summary: str, content: str) -> str:
     """Hidden until it is asked for."""
     return element("details", element("summary", words(summary)) + content)

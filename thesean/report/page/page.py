@@ -12,10 +12,11 @@ from thesean.report.conversion import ConversionReport
 from thesean.report.page.charts import Axes, Line, chart, heatmap
 from thesean.report.page.findings import Findings
 from thesean.report.page.lost import lost_section
-from thesean.report.page.markup import Names, element, folded, paragraph, table, words
+from thesean.report.page.markup import Names, element, figure, folded, paragraph, table, words
 from thesean.report.page.picture import plan_picture
 from thesean.report.page.serve import serve_section
 from thesean.report.page.style import STYLE
+from thesean.report.page.trade_offs import trade_off_section
 from thesean.units import decimal, duration, milliseconds, quantity, times
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -30,7 +31,7 @@ def page(plan: Plan, report: ConversionReport, findings: Findings, where: Mappin
         ("What was lost", lost_section(findings)),
         ("Training", _training(names, report)),
         ("Similarity", _similarity(names, findings)),
-        ("Cost and quality", _frontier(names, plan, report)),
+        ("Cost and quality", _cost(names, plan, report, findings)),
         ("Serve it", serve_section(findings.served)),
         ("Settings", _settings(report, where)),
     ]
@@ -107,7 +108,7 @@ def _training(names: Names, report: ConversionReport) -> str:
             told = "after each stage, before the whole is tuned"
             line = Line(name=key, points=points, dots=True)
             drawn = chart(names, title, f"{title} {told}", Axes(x="parts replaced", y=key), [line])
-            figures.append(_figure(title, told, drawn))
+            figures.append(figure(title, told, drawn))
     rows = [
         (
             row.part, f"{row.replaced} of {row.of}", row.measure, decimal(row.before), decimal(row.after),
@@ -148,18 +149,12 @@ def _run(names: Names, curve: Curve) -> str:
     axes = Axes(x="step", y="loss")
     drawn = chart(names, f"{title}, held out", str(curve), axes, [held])
     drawn += chart(names, f"{title}, training", "mean loss of the steps", axes, [steps])
-    return _figure(title, told, element("div", drawn, class_="grid") if drawn else "")
+    return figure(title, told, element("div", drawn, class_="grid") if drawn else "")
 
 
 def _ends(held_out: tuple[tuple[int, float], ...]) -> tuple[str, str, str]:
     values = [v for _, v in held_out]
     return (decimal(values[0]), decimal(values[-1]), decimal(min(values))) if values else ("-", "-", "-")
-
-
-def _figure(title: str, told: str, drawn: str) -> str:
-    if not drawn:
-        return ""
-    return element("figure", element("figcaption", element("b", words(title)) + words(told)) + drawn)
 
 
 def _similarity(names: Names, findings: Findings) -> str:
@@ -177,10 +172,21 @@ def _similarity(names: Names, findings: Findings) -> str:
     ]
     heads = ("guide", *(f"{i}" for i in range(1, len(alike.parts) + 1)))
     return (
-        _figure("Guide and converted, part by part", told, drawn)
+        figure("Guide and converted, part by part", told, drawn)
         + folded("Similarities as a table, with the parts' names", table("CKA; columns: converted", heads, rows))
         + (paragraph(alike.note, "quiet") if alike.note else "")
     )
+
+
+def _cost(names: Names, plan: Plan, report: ConversionReport, findings: Findings) -> str:
+    """Quality against latency where it was measured, else against FLOPs."""
+    if findings.trade_offs is not None:
+        told = trade_off_section(names, findings.trade_offs)
+        return told + _probed(names, plan) + _planned_latency(plan)
+    told = _frontier(names, plan, report) + _probed(names, plan)
+    if plan.latencies:
+        return told + _planned_latency(plan)
+    return told + paragraph("Latency wasn't measured when this was planned: cost is told in FLOPs.", "quiet")
 
 
 def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
@@ -203,21 +209,24 @@ def _frontier(names: Names, plan: Plan, report: ConversionReport) -> str:
         )
         caption = f"{key} against FLOPs of a forward: guide, the hybrid after each stage, and (ring) what was chosen"
         axes = Axes(x="FLOPs a forward", y=key, whole=False)
-        told += _figure("Every stop on the way", caption, chart(names, "Cost and quality", caption, axes, [line]))
+        told += figure("Every stop on the way", caption, chart(names, "Cost and quality", caption, axes, [line]))
         rows = [(name, quantity(flops, "FLOP"), decimal(value)) for name, flops, value in found]
         told += folded("These points as a table", table("Cost and quality", ("network", "cost", key), rows))
-    told += _probed(names, plan)
-    if plan.latencies:
-        measured = [
-            (
-                place_of(m), milliseconds(m.guide_ms), milliseconds(m.plan_ms), times(m.guide_ms, m.plan_ms) or "-",
-                milliseconds(m.ceiling_ms), milliseconds(m.cache_floor_ms),
-            )
-            for m in plan.latencies
-        ]  # fmt: skip
-        heads = ("situation", "guide", "plan", "faster", "ceiling", "cache's floor")
-        return told + table("Latency in onnxruntime, one thread, when it was planned", heads, measured)
-    return told + paragraph("Latency wasn't measured when this was planned: cost is told in FLOPs.", "quiet")
+    return told
+
+
+def _planned_latency(plan: Plan) -> str:
+    if not plan.latencies:
+        return ""
+    measured = [
+        (
+            place_of(m), milliseconds(m.guide_ms), milliseconds(m.plan_ms), times(m.guide_ms, m.plan_ms) or "-",
+            milliseconds(m.ceiling_ms), milliseconds(m.cache_floor_ms),
+        )
+        for m in plan.latencies
+    ]  # fmt: skip
+    heads = ("situation", "guide", "plan", "faster", "ceiling", "cache's floor")
+    return table("Latency in onnxruntime, one thread, when it was planned", heads, measured)
 
 
 def _probed(names: Names, plan: Plan) -> str:
@@ -238,7 +247,7 @@ def _probed(names: Names, plan: Plan) -> str:
             for name, kind, chosen in (("tried", "hollow", False), ("chosen", "main", True))
         ]
         axes = Axes(x="ms added", y="divergence", whole=False)
-        drawn = _figure("Candidates", caption, chart(names, "Candidates", caption, axes, lines))
+        drawn = figure("Candidates", caption, chart(names, "Candidates", caption, axes, lines))
     if not plan.candidates:
         return ""
     rows = [

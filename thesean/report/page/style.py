@@ -1,10 +1,40 @@
-"""How the page looks: one accent, light and dark; colours of text have a contrast of 4.5 or more on their ground."""
+"""How the page and its pictures look: one accent, light and dark; colours of text have a contrast of 4.5 or more on
+their ground.
+"""
 
-STYLE = """
-:root{color-scheme:light dark;--ground:#fff;--raised:#f6f7f8;--ink:#1b1f24;--muted:#59626c;--rule:#dfe3e7;
---accent:#0b6b74;--cell:#0b6b74}
-@media (prefers-color-scheme:dark){:root{--ground:#14171a;--raised:#1c2024;--ink:#e7eaed;--muted:#a0a9b2;
---rule:#31373d;--accent:#5cc3cc;--cell:#1a8c97}}
+LIGHT = {
+    "ground": "#fff", "raised": "#f6f7f8", "ink": "#1b1f24", "muted": "#59626c", "rule": "#dfe3e7", "accent": "#0b6b74",
+    "cell": "#0b6b74",
+}  # fmt: skip
+DARK = {
+    "ground": "#14171a", "raised": "#1c2024", "ink": "#e7eaed", "muted": "#a0a9b2", "rule": "#31373d",
+    "accent": "#5cc3cc", "cell": "#1a8c97",
+}  # fmt: skip
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return ";".join(f"--{name}:{colour}" for name, colour in colours.items())
+
+
+COLOURS = f"""
+:root{{color-scheme:light dark;{_variables(LIGHT)}}}
+@media (prefers-color-scheme:dark){{:root{{{_variables(DARK)}}}}}
+"""
+
+FIGURES = """
+svg text{font:11.5px system-ui,sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}
+svg text.ink,svg text.label{fill:var(--ink)}
+svg text.label{paint-order:stroke;stroke:var(--ground);stroke-width:3px;stroke-linejoin:round}
+line.grid{stroke:var(--rule)}line.axis{stroke:var(--muted)}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}.line.main{stroke:var(--accent)}
+.line.quiet{stroke:var(--muted);stroke-width:1.25;stroke-dasharray:4 3}
+.dot{stroke:var(--ground);stroke-width:1.5}.dot.main{fill:var(--accent)}.dot.quiet{fill:var(--muted)}
+.dot.guide{fill:var(--ink)}
+.dot.hollow{fill:var(--ground);stroke:var(--muted)}.dot.marked{fill:var(--ground);stroke:var(--accent);stroke-width:3}
+.cell{fill:var(--cell);stroke:var(--rule);stroke-width:.5}
+"""
+
+_PAGE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -45,14 +75,6 @@ figure{margin:1.5rem 0 0;min-width:0}
 figcaption{font-size:.9rem;color:var(--muted);margin:0 0 .4rem;overflow-wrap:anywhere}
 figcaption b{color:var(--ink);font-weight:600;display:block}
 svg{display:block;width:100%;height:auto}
-svg text{font:11.5px system-ui,sans-serif;fill:var(--muted);font-variant-numeric:tabular-nums}
-svg text.ink{fill:var(--ink)}
-line.grid{stroke:var(--rule)}line.axis{stroke:var(--muted)}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}.line.main{stroke:var(--accent)}
-.line.quiet{stroke:var(--muted);stroke-width:1.25;stroke-dasharray:4 3}
-.dot{stroke:var(--ground);stroke-width:1.5}.dot.main{fill:var(--accent)}.dot.quiet{fill:var(--muted)}
-.dot.hollow{fill:var(--ground);stroke:var(--muted)}.dot.marked{fill:var(--ground);stroke:var(--accent);stroke-width:3}
-.cell{fill:var(--cell);stroke:var(--rule);stroke-width:.5}
 .scroll{overflow-x:auto;margin:.75rem 0}
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;min-width:100%}
 caption{text-align:left;color:var(--muted);padding:.2rem 0 .5rem}
@@ -73,3 +95,5 @@ ul.notes{padding-left:1.2rem;color:var(--muted);font-size:.92rem}ul.notes li{ove
 @media (max-width:34rem){ol.lost.images{grid-template-columns:1fr 1fr;gap:1.25rem}}
 @media print{main{padding:0}details{display:block}}
 """
+
+STYLE = COLOURS + FIGURES + _PAGE

@@ -13,6 +13,7 @@ import pytest
 
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
+from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
 from thesean.deploy.lowering.lean.join_products import join_products
 from thesean.deploy.lowering.lean.leaner import leaner
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
@@ -306,6 +307,33 @@ def test_other_activations_that_onnxruntime_has(body, left):
 def test_half_precision_keeps_what_onnxruntime_has_kernels_for():
     text = "g (float16[batch, 8] x) => (float16[batch, 8] y) { s = Sigmoid (x) y = Mul (s, x) }"
     assert fuse_gelu(built(text)) == 0
+
+
+NORM = f"""g ({X}, float[8] W) => (float[batch, time, 8] y)
+{{
+    two = Constant <value = float {{2.0}}> ()
+    axis = Constant <value_ints = [AXIS]> ()
+    eps = Constant <value = float {{0.00001}}> ()
+    p = Pow (x, two)
+    m = ReduceMean <keepdims = 1> (p, axis)
+    a = Add (m, eps)
+    s = Sqrt (a)
+    r = Reciprocal (s)
+    n = Mul (OTHER, r)
+    y = Mul (W, n)
+}}"""
+
+
+@pytest.mark.parametrize("axis", ["-1", "2"])
+def test_a_norm_by_the_root_of_the_mean_square_is_one_node(axis):
+    text = NORM.replace("AXIS", axis).replace("OTHER", "x")
+    assert after(text, inferred(lifted(fuse_rms_norm))) == ["SimplifiedLayerNormalization"]
+
+
+@pytest.mark.parametrize(("axis", "x"), [("1", "x"), ("-1", "p")])
+def test_what_is_nearly_such_a_norm_stays(axis, x):
+    text = NORM.replace("AXIS", axis).replace("OTHER", x)
+    assert "Reciprocal" in after(text, inferred(lifted(fuse_rms_norm)), count=0)
 
 
 RESIDUAL = f"""g ({X}, float[batch, time, 8] r, float[8, 8] W, float[8] B) => (float[batch, time, 8] y)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
+from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
 from thesean.deploy.lowering.lean.join_products import join_products
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
@@ -30,12 +31,13 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     split_rows,
     split_later,
     fuse_gelu,
+    fuse_rms_norm,
     sum_residuals,
 )
 
 
 # Those that write operators of onnxruntime's own.
-FOREIGN = (fuse_gelu,)
+FOREIGN = (fuse_gelu, fuse_rms_norm)
 
 
 def leaner(model: ir.Model, portable: bool = False) -> None:
