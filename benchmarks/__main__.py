@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None, program: str = "python -m benchmark
     parser.add_argument("--record", action="store_true", help="replace the committed results: needs a clean checkout")
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="rows whose names begin so")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="other seeds than the benchmark's own")
+    parser.add_argument("--minutes", type=float, metavar="N", help="begin no row later; studies that can tell of it")
     parser.add_argument(
         "--readme", action="store_true", help="fill README's and docs' tables from the committed results"
     )
@@ -52,7 +53,9 @@ def _run(chosen: argparse.Namespace) -> int:
     # quick forms apart, so that seconds of nothing don't replace hours of figures
     out = chosen.out or ROOT / "build" / "bench" / ("quick" if chosen.quick else "")
     seeds = None if chosen.seeds is None else tuple(chosen.seeds)
-    options = Options(out=out, quick=chosen.quick, record=chosen.record, only=tuple(chosen.only), seeds=seeds)
+    options = Options(
+        out=out, quick=chosen.quick, record=chosen.record, only=tuple(chosen.only), seeds=seeds, minutes=chosen.minutes
+    )
     options.check()
     every = find_cases()
     cases = {name: pick(every, name) for name in chosen.names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -50,6 +51,7 @@ class Case:
     seeds: tuple[int, ...] = (0,)
     needs: tuple[str, ...] = ()  # modules beyond Thesean's own requirements
     table: Callable[[Result], str] | None = None  # Markdown
+    partial: bool = False  # whether the table tells of rows that were not measured, so that some may be left out
     picture: Callable[[Result], str] | None = None  # SVG, which goes with the table
 
     def missing(self) -> list[str]:
@@ -58,13 +60,16 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the named benchmarks are to be run. `only`: beginnings of the names of wanted rows, () for all of them."""
+    """How the named benchmarks are to be run. `only`: beginnings of the names of wanted rows, () for all of them.
+    `minutes`: no row is begun later than that.
+    """
 
     out: Path = ROOT / "build" / "bench"
     quick: bool = False
     record: bool = False
     only: tuple[str, ...] = ()
     seeds: tuple[int, ...] | None = None
+    minutes: float | None = None
 
     def check(self) -> None:
         """Raises BenchmarkError for what would lose, overwrite or misname committed figures."""
@@ -85,7 +90,8 @@ class Run:
     """One benchmark while it is measured. Every row is on disk once it is added.
 
     Until the last one the file is `<name>.part.json`. An interrupted run of the same committed code, settings and
-    machine goes on from there; a finished run, or one of uncommitted code, starts anew.
+    machine goes on from there; a finished run, or one of uncommitted code, starts anew. One that left out rows for want
+    of time names them in the details, under "left_out", and is not finished.
     """
 
     def __init__(self, name: str, case: Case, options: Options) -> None:
@@ -93,6 +99,8 @@ class Run:
         self.seeds = options.seeds or (case.seeds[:1] if options.quick else case.seeds)
         self.only = options.only or (case.quick_only if options.quick else ())
         self._chosen = bool(options.only)
+        self._until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self._left_out: dict[tuple[str, int | None], None] = {}
         self.faults: list[str] = []
         self.path = options.out / f"{name}.json"
         self.part = self.path.with_suffix(".part.json")
@@ -122,9 +130,14 @@ class Run:
         return self.result["details"]
 
     def wants(self, name: str, seed: int | None = None) -> bool:
-        """Whether this row is asked for and not held already."""
+        """Whether this row is asked for and not held already, and there is time for it."""
         held = any((row["name"], row.get("seed")) == (name, seed) for row in self.rows)
-        return not held and (not self.only or name.startswith(self.only))
+        if held or (self.only and not name.startswith(self.only)):
+            return False
+        if time.monotonic() < self._until:
+            return True
+        self._left_out[name, seed] = None
+        return False
 
     def add(self, name: str, seed: int | None = None, **figures: Any) -> None:
         """Write a row and print its numbers."""
@@ -147,6 +160,9 @@ class Run:
         """The file takes its name. Raises BenchmarkError when rows were asked for that there are none of."""
         if not self.rows and self._chosen:
             raise BenchmarkError(f"{self.result['benchmark']}: no row begins with {' or '.join(self.only)}.")
+        self.details.pop("left_out", None)
+        if self._left_out:
+            self.details["left_out"] = [{"name": name, "seed": seed} for name, seed in self._left_out]
         self._write()
         return self.part.replace(self.path)
 
@@ -154,12 +170,15 @@ class Run:
         write_text(self.part, json.dumps(self.result, indent=1) + "\n", parents=True)
 
     def _go_on(self) -> None:
-        if not self.part.exists() or not is_clean(self.result["commit"]):
+        if not is_clean(self.result["commit"]):
             return
-        earlier = json.loads(self.part.read_text(encoding="utf-8"))
-        if _without_rows(earlier) == _without_rows(self.result):
-            self.result = earlier
-            print(f"goes on: {self.part} holds {len(self.rows)} rows", flush=True)
+        for path in (self.part, self.path):
+            earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            finished = path is self.path and "left_out" not in (earlier or {}).get("details", {})
+            if earlier and not finished and _without_rows(earlier) == _without_rows(self.result):
+                self.result = earlier
+                print(f"goes on: {path} holds {len(self.rows)} rows", flush=True)
+                return
 
 
 def _as_read(value: Any) -> Any:
@@ -180,6 +199,8 @@ def run_case(name: str, case: Case, options: Options) -> tuple[Result, list[str]
     """
     if missing := case.missing():
         raise BenchmarkError(f"{name} needs {', '.join(missing)}, which is not installed; see benchmarks/README.md.")
+    if options.minutes is not None and not case.partial:
+        raise BenchmarkError(f"{name}: its table needs every row. Leave out --minutes.")
     start = time.monotonic()
     run = Run(name, case, options)
     case.run(run)

@@ -58,14 +58,20 @@ def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
 
 
 def vectors(
-    measure: Any = "nmse", schedule: str = "joint", rows: int = 16, loss: Any = None, options: Any = None, **align: Any
+    measure: Any = "nmse",
+    schedule: str = "joint",
+    rows: int = 16,
+    loss: Any = None,
+    options: Any = None,
+    steps: int = 12,
+    **align: Any,
 ) -> Case:
     """An MLP's parts, aligned and then fine-tuned. Narrow, so that there is something to gain; and never solved before
     that, for what is solved is nearer than so few steps lead.
     """
     alignment = {"schedule": schedule, "measure": measure, "learning_rate": 1e-2, "share": 0.5, "check_every": 2}
-    tuning = {"learning_rate": 1e-2, "distillation": 0.0 if loss else 1.0}
-    recipe = {"steps": 12, "warmup": 1, "closed_form": {"enabled": False}, "fine_tuning": tuning}
+    tuning = {"learning_rate": 5e-3, "distillation": 0.0 if loss else 1.0}
+    recipe = {"steps": steps, "warmup": 1, "closed_form": {"enabled": False}, "fine_tuning": tuning}
     recipe["alignment"] = {"ceiling": 0, **alignment, **align}
     target = thesean.Target("mlp", width=6, **(options or {}))
     return guide(), target, {"data": batches(rows), "loss": loss, "recipe": recipe}
@@ -119,7 +125,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "cka, joint": lambda: vectors("cka"),
     "mse, progressive, uneven": lambda: vectors("mse", "progressive", rows=13, loss=cross_entropy),
     "our own loss": labelled,
-    "batch norms": lambda: vectors(options={"hidden_norm": "batch"}, recalibrate=True),
+    "batch norms": lambda: vectors(options={"hidden_norm": "batch"}, steps=24, recalibrate=True),
     "padded": padded,
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
     "nmse, sequential": lambda: vectors("nmse", "sequential", order="easiest-first"),

@@ -86,6 +86,26 @@ def test_an_interrupted_run_of_committed_code_goes_on_and_a_finished_one_starts_
     assert measured == [("one", 0), ("two", 0)] * 2
 
 
+def test_a_run_out_of_time_names_what_it_left_out_and_goes_on_from_there(committed, tmp_path, monkeypatch):
+    measured: list[tuple[str, int]] = []
+    monkeypatch.setattr(suite.time, "monotonic", lambda: 90.0 * len(measured))
+    case = counting(measured, partial=True, seeds=(0, 1))
+    result, _ = run_case("count", case, options(tmp_path, minutes=2))
+    assert measured == [("one", 0), ("one", 1)]
+    left_out = [{"name": "two", "seed": 0}, {"name": "two", "seed": 1}]
+    assert result["details"] == {"sizes": {"3": [1, 2]}, "left_out": left_out}
+    result, _ = run_case("count", case, options(tmp_path))
+    assert measured == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    assert "left_out" not in result["details"]
+    run_case("count", case, options(tmp_path))
+    assert len(measured) == 8
+
+
+def test_a_table_that_needs_every_row_gets_no_limit_of_time(committed, tmp_path):
+    with pytest.raises(BenchmarkError, match="count: its table needs every row"):
+        run_case("count", counting([]), options(tmp_path, minutes=2))
+
+
 @pytest.mark.parametrize("commit", ["abd", "abc-dirty"])
 def test_an_interrupted_run_of_other_or_uncommitted_code_starts_anew(committed, tmp_path, monkeypatch, commit):
     measured: list[tuple[str, int]] = []

@@ -10,6 +10,7 @@ from thesean.distill.baselines import baseline_recipe, train_baseline
 from thesean.errors import DataError, UnknownNameError
 from thesean.passes.plan.make_plan import make_plan
 from thesean.recipe import Recipe
+from thesean.targets.shared.sequence import SmallLinear
 
 
 def cross_entropy(output, batch):
@@ -58,6 +59,10 @@ def test_a_baseline_starts_without_a_weight_of_the_guide_and_learns(kind):
     guides = dict(guide.graph_module.named_parameters())
     head = untrained.hybrid.graph_module.get_parameter("6.weight")
     assert not torch.isclose(head, guides["6.weight"]).all()
+    last = [m.weight for m in untrained.hybrid.graph_module.modules() if isinstance(m, SmallLinear)]
+    assert last, "else this says nothing"
+    for weight in last:  # as torch draws it, uniform up to the inverse root of the inputs, and not as a conversion's
+        assert float(weight.abs().max()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
 
     before = models.state_of(guide.graph_module)
     settings = baseline_recipe(kind, recipe(20), 1e-2)

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 from tests.targets.build import build
-from thesean.errors import TargetMismatchError
+from tests.tolerances import relative_error
+from thesean.distill.closed_form import solve_alone
+from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import PartFacts, rebuild
+from thesean.targets.mlp import MLP
+from thesean.targets.shared.directions import directions
 
 
 def part_of(input_shape, output_shape, mixing="none") -> PartFacts:
@@ -119,3 +123,58 @@ def test_flops_count_rows_of_the_flattened_part_and_tokens_of_a_sequence():
     assert flat.flops(STATIC_MIXER, {"batch": 3}) == 2 * 3 * (144 * 10 + 10 * 144)
     tokens = build("mlp", TOKENS, width=10)
     assert tokens.flops(TOKENS, {"batch": 3, "time": 7}) == 2 * 21 * (16 * 10 + 10 * 5)
+
+
+def test_a_linear_part_is_met_by_directions_of_both_signs():
+    torch.manual_seed(0)
+    linear_IO = torch.randn(20, 3) @ torch.randn(3, 7)
+    inputs = [torch.randn(40, 20) + 2 for _ in range(4)]
+    examples = [(x, x @ linear_IO + 1) for x in inputs]
+    module = build("mlp", VECTOR, width=6, activation="relu", hidden_norm="none")
+    assert isinstance(module, MLP)
+    module.prepare(VECTOR, examples)
+    up_NE = module.features(torch.cat(inputs))[0]
+    torch.testing.assert_close((up_NE[:, :3] - up_NE[:, 3:]).var(0), torch.ones(3), rtol=0.02, atol=0)
+    assert solve_alone(module, examples, ridge=1e-6, where="a test")
+    for x, y in examples:
+        assert relative_error(module(x), y) < 0.02
+    random = build("mlp", VECTOR, width=6, activation="relu", hidden_norm="none")
+    assert solve_alone(random, examples, ridge=1e-6, where="a test")
+    assert relative_error(random(inputs[0]), examples[0][1]) > 0.2
+
+
+def test_directions_are_the_same_in_both_forms_of_the_regression(monkeypatch):
+    torch.manual_seed(0)
+    x_NI = torch.randn(32, 12)
+    examples = [(x_NI, torch.tanh(x_NI @ torch.randn(12, 5)))]
+    weight_KI, bias_K = directions(examples, 4, "a part")
+    repeated = [(torch.cat([x_NI, torch.zeros(32, 40)], 1), examples[0][1])]  # more inputs than examples
+    penalty = 52 / 12  # relative to the mean variance of the inputs, of which there are more
+    monkeypatch.setattr("thesean.targets.shared.directions._RIDGE", 1e-2 * penalty)
+    again_KI, again_K = directions(repeated, 4, "a part")
+    signs_K1 = torch.sign((weight_KI * again_KI[:, :12]).sum(1, keepdim=True))
+    torch.testing.assert_close(again_KI[:, :12] * signs_K1, weight_KI, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(again_K * signs_K1[:, 0], bias_K, rtol=1e-6, atol=1e-8)
+
+
+def test_a_direction_takes_eight_examples_and_what_is_left_of_the_width_stays_random():
+    torch.manual_seed(0)
+    module = build("mlp", VECTOR, width=8)
+    before = module.first[0].weight.clone()
+    module.prepare(VECTOR, [(torch.randn(9, 20), torch.randn(9, 7)), (torch.randn(9, 20), torch.randn(9, 7))])
+    after = module.first[0].weight
+    torch.testing.assert_close(after[2:4], -after[:2])
+    assert not torch.equal(after[:4], before[:4])
+    assert torch.equal(after[4:], before[4:])
+
+
+def test_too_few_examples_leave_the_layer_as_it_is():
+    module = build("mlp", VECTOR, width=8)
+    before = module.first[0].weight.clone()
+    module.prepare(VECTOR, [(torch.randn(7, 20), torch.randn(7, 7))])
+    assert torch.equal(module.first[0].weight, before)
+
+
+def test_activations_that_are_not_finite_choose_no_features():
+    with pytest.raises(NumericalError, match=r"layer3\.1: can't choose features"):
+        build("mlp", VECTOR).prepare(VECTOR, [(torch.randn(4, 20), torch.full((4, 7), torch.nan))])

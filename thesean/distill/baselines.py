@@ -13,6 +13,7 @@ from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.reinitialise import Reinitialise
 from thesean.recipe import Recipe
+from thesean.targets.shared.sequence import SmallLinear
 
 BaselineKind = Literal["scratch", "distillation"]
 KINDS: tuple[BaselineKind, ...] = ("scratch", "distillation")
@@ -40,6 +41,9 @@ def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind
         raise DataError("the baseline 'scratch' needs a task: pass loss=.")
     hybrid = build_hybrid(bound_plan, copy_weights=False)
     Reinitialise()(hybrid.graph_module)
+    for module in hybrid.graph_module.modules():
+        if isinstance(module, SmallLinear):
+            module.reset_parameters()
     guide = training.judge_guide()  # first: a guide that returns NaN should not cost a training
     tuned = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
     final = training.judge(hybrid.graph_module)

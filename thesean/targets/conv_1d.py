@@ -21,11 +21,11 @@ from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
+    SmallLinear,
     WidthOptions,
     check_sequence,
     reads_both_ways,
     sequence_frame,
-    small_linear,
     steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, hide, last
@@ -67,7 +67,7 @@ class Conv1d(SequenceTarget):
         self.value = nn.Linear(self.width_in, width)
         self.gate = nn.Linear(self.width_in, width)
         self.taps_EK = nn.Parameter(torch.empty(width, kernel))
-        self.last = small_linear(width, self.width_out)
+        self.last = SmallLinear(width, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()

@@ -23,11 +23,11 @@ from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
     SequenceTarget,
+    SmallLinear,
     check_sequence,
     describe,
     reads_both_ways,
     sequence_frame,
-    small_linear,
     steps_ahead,
 )
 from thesean.targets.shared.steps import Steps, flip, hide
@@ -77,7 +77,7 @@ class Delta(SequenceTarget):
         self.rate = nn.Linear(self.width_in, heads)
         self.decay = nn.Linear(self.width_in, heads)
         self.core = Core("delta_rule")
-        self.last = small_linear(heads * value_width, self.width_out)
+        self.last = SmallLinear(heads * value_width, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options
 from thesean.targets.shared.feature_map import Windows, check_feature_map
 from thesean.targets.shared.module import State
-from thesean.targets.shared.sequence import check_sequence, describe, small_linear
+from thesean.targets.shared.sequence import SmallLinear, check_sequence, describe
 from thesean.targets.shared.shaped import ShapedFrame, ShapedTarget
 
 # What one map is applied to: each token of a sequence, each pixel of a feature map, or the whole flattened part
@@ -35,7 +35,7 @@ class Linear(ShapedTarget):
         super().__init__(**frame)
         self.unit = unit
         size_in, size_out = (s[0] if unit == "pixel" else math.prod(s) for s in (self.input_shape, self.output_shape))
-        self.last = small_linear(size_in, size_out)
+        self.last = SmallLinear(size_in, size_out)
         self.windows = Windows(self.input_shape[1:], self.output_shape[1:], None) if unit == "pixel" else None
 
     def config(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from thesean.errors import NumericalError
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options
 from thesean.targets.shared.module import State, TargetModule
-from thesean.targets.shared.sequence import check_sequence, small_linear
+from thesean.targets.shared.sequence import SmallLinear, check_sequence
 
 # Of the largest variance: what inputs do less than this is rounding.
 _NOTHING = 1e-10
@@ -36,7 +36,7 @@ class LowRankHead(TargetModule):
     def __init__(self, *, width_in: int, width_out: int, rank: int) -> None:
         super().__init__()
         self.down = nn.Linear(width_in, rank)
-        self.last = small_linear(rank, width_out)
+        self.last = SmallLinear(rank, width_out)
 
     def config(self) -> dict[str, Any]:
         return {

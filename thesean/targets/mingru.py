@@ -19,10 +19,10 @@ from thesean.targets.shared.lookahead import Late, LaterSteps, read_later
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
+    SmallLinear,
     WidthOptions,
     check_sequence,
     sequence_frame,
-    small_linear,
 )
 from thesean.targets.shared.steps import Steps, flip, hide
 
@@ -53,7 +53,7 @@ class MinGRU(SequenceTarget):
         self.output_gate = nn.Linear(self.width_in, units)
         self.core = Core("linear_recurrence")
         self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
-        self.last = small_linear(units, self.width_out)
+        self.last = SmallLinear(units, self.width_out)
         self.reset_projections()
 
     @torch.no_grad()

@@ -19,10 +19,10 @@ from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
     SequenceTarget,
+    SmallLinear,
     check_sequence,
     describe,
     sequence_frame,
-    small_linear,
 )
 from thesean.targets.shared.steps import Steps, hide
 
@@ -55,7 +55,7 @@ class Mixer(SequenceTarget):
         self.first_bias_MT = nn.Parameter(torch.zeros(expand, length))
         self.second_MTT = nn.Parameter(torch.empty(expand, length, length))
         self.second_bias_T = nn.Parameter(torch.zeros(length))
-        self.last = small_linear(2 * self.width_in, self.width_out)
+        self.last = SmallLinear(2 * self.width_in, self.width_out)
         self.reset_mixing()
 
     @torch.no_grad()

@@ -8,17 +8,19 @@ B batch, T time, D width, E hidden width, I flattened input, O flattened output
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from thesean.targets.shared.directions import directions
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options, parse_options
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.registry import get_family
-from thesean.targets.shared.sequence import describe, small_linear
+from thesean.targets.shared.sequence import SmallLinear, describe
 from thesean.targets.shared.shaped import ShapedFrame, ShapedTarget
 
 Activation = Literal["gelu", "relu"]
@@ -63,7 +65,7 @@ class MLP(ShapedTarget):
         elif hidden_norm == "batch":
             first.append(nn.BatchNorm1d(width))
         self.first = nn.Sequential(*first, nn.GELU() if activation == "gelu" else nn.ReLU())
-        self.last = small_linear(width, size_out)
+        self.last = SmallLinear(width, size_out)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -80,6 +82,24 @@ class MLP(ShapedTarget):
         if self.flatten:
             x = x.flatten(1)
         return self.first(x if self.norm is None else self.norm(x)), None
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Where the part is flattened: the inputs' directions that say most of the output, each with both signs, for
+        act(u) - act(-u) = u holds what is linear, and the rest is free to bend. Of a random layer the closed form makes
+        less: benchmarks/results/matrix.json.
+        """
+        first = self.first[0]
+        if not examples or not self.flatten or self.rank is not None:
+            return
+        assert isinstance(first, nn.Linear)
+        given = [self.norm(x.flatten(1)) if self.norm is not None else x.flatten(1) for x, _ in examples]
+        skips = [self.skip(x) for x, _ in examples]
+        wanted = [(y if skip is None else y - skip).flatten(1) for (_, y), skip in zip(examples, skips, strict=True)]
+        weight_KI, bias_K = directions(list(zip(given, wanted, strict=True)), self.width // 2, part.path)
+        both_EI, both_E = torch.cat([weight_KI, -weight_KI]), torch.cat([bias_K, -bias_K])
+        first.weight[: len(both_E)] = both_EI.to(first.weight)  # what is left of the width stays random
+        first.bias[: len(both_E)] = both_E.to(first.bias)
 
     def shape(self, y: torch.Tensor) -> torch.Tensor:
         return y.unflatten(1, self.output_shape) if self.flatten else y

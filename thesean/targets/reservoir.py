@@ -23,9 +23,9 @@ from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
     SequenceTarget,
+    SmallLinear,
     check_sequence,
     sequence_frame,
-    small_linear,
 )
 from thesean.targets.shared.steps import Steps, flip
 
@@ -94,7 +94,7 @@ class Reservoir(SequenceTarget):
         self.register_buffer("leak_U", -torch.expm1(-1 / spread(self.memory, width)).repeat(self.directions))
         self.core = Core("leaky_recurrence")
         self.later = LaterSteps(width, self.lookahead).requires_grad_(False) if self.lookahead else None
-        self.last = small_linear(units + self.width_in, self.width_out)
+        self.last = SmallLinear(units + self.width_in, self.width_out)
 
     @torch.no_grad()
     def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

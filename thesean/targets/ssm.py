@@ -23,10 +23,10 @@ from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
+    SmallLinear,
     WidthOptions,
     check_sequence,
     sequence_frame,
-    small_linear,
 )
 from thesean.targets.shared.steps import Steps, flip, hide, last
 
@@ -133,7 +133,7 @@ class SSM(SequenceTarget):
         self.ahead = SelectiveScan(**settings)
         self.back = SelectiveScan(**settings) if self.bidirectional else None
         self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
-        self.last = small_linear(self.directions * width, self.width_out)
+        self.last = SmallLinear(self.directions * width, self.width_out)
         # the gates begin half open: around 0 they would multiply every feature by noise. Solved in closed form on the
         # demo's guide that is 2.08 nats instead of 2.87.
         nn.init.normal_(self.value.weight, std=self.width_in**-0.5)

@@ -19,9 +19,9 @@ from thesean.targets.shared.module import State
 from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceTarget,
+    SmallLinear,
     check_sequence,
     describe,
-    small_linear,
 )
 from thesean.targets.shared.steps import Steps, hide
 
@@ -61,7 +61,7 @@ class TokenMLP(SequenceTarget):
             if length is None:
                 raise ValueError("expected the length of a mixer's sequences, found none")
             self.over_time = nn.ModuleList(nn.Linear(length, length) for _ in range(2))
-        self.last = small_linear(self.width_in + width, self.width_out)
+        self.last = SmallLinear(self.width_in + width, self.width_out)
         self.reset_layers()
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from thesean import ranks
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.module import State, TargetModule
-from thesean.targets.shared.sequence import describe, small_linear
+from thesean.targets.shared.sequence import SmallLinear, describe
 
 # What the block adds to its own output: nothing, its input, or a linear map of its averaged input
 Shortcut = Literal["none", "identity", "projection"]
@@ -104,7 +104,7 @@ class SpatialTarget(TargetModule):
         self.final_relu = final_relu
         self.averages = Windows(input_shape[1:], output_shape[1:], None)
         projected = input_shape[0] if shortcut == "projection" else 0
-        self.last = small_linear(width * self.window**2 + projected, output_shape[0])
+        self.last = SmallLinear(width * self.window**2 + projected, output_shape[0])
         if projected:  # a stream goes through it, so it doesn't start small
             nn.init.normal_(self.last.weight[:, -projected:].data, std=projected**-0.5)
 

@@ -25,9 +25,9 @@ from thesean.targets.shared.sequence import (
     SequenceFrame,
     SequenceOptions,
     SequenceTarget,
+    SmallLinear,
     check_sequence,
     sequence_frame,
-    small_linear,
 )
 from thesean.targets.shared.steps import Steps
 
@@ -79,7 +79,7 @@ class HeldAttention(SequenceTarget):
         self.norms = head_norms(key_width, (heads, kv_heads), norm_eps, norm_form)
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
         self.held = Held(window, places + 1, self.fade)  # the least fades
-        self.last = small_linear(heads * value_width, self.width_out)
+        self.last = SmallLinear(heads * value_width, self.width_out)
 
     @property
     def row(self) -> int:

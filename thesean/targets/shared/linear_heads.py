@@ -32,7 +32,7 @@ from thesean.targets.shared.lookahead import Late
 from thesean.targets.shared.memory import decay_bias, span, spread
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
-from thesean.targets.shared.sequence import SequenceTarget, small_linear
+from thesean.targets.shared.sequence import SequenceTarget, SmallLinear
 from thesean.targets.shared.signed_softmax import features, signed_softmax
 from thesean.targets.shared.steps import Steps, hide
 from thesean.targets.shared.taps import Taps
@@ -100,7 +100,7 @@ class LinearHeads(SequenceTarget):
             )
         self.taps = Taps(count=taps, both_ways=self.bidirectional, ahead=self.lookahead) if taps else None
         self.tapped = tapped
-        self.last = small_linear(self.mixed_width + beside, self.width_out)
+        self.last = SmallLinear(self.mixed_width + beside, self.width_out)
         self.reset_projections()
 
     @property

@@ -240,9 +240,12 @@ def sequence_frame(part: PartFacts, options: SequenceOptions) -> SequenceFrame:
     return {**frame, "lookahead": ahead} if ahead else frame
 
 
-def small_linear(width_in: int, width_out: int) -> nn.Linear:
-    """A last layer that starts near zero: the hybrid starts near "this part says nothing", not at noise."""
-    linear = nn.Linear(width_in, width_out)
-    nn.init.normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
-    return linear
+class SmallLinear(nn.Linear):
+    """A last layer that starts near zero: the hybrid starts near "this part says nothing", not at noise. What starts
+    from scratch, all of it noise, does better with torch's own start: `reset_parameters`.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out)
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)

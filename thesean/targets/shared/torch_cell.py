@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from thesean.targets.shared.lookahead import InPlace, Late, LaterSteps, read_later
-from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, small_linear
+from thesean.targets.shared.sequence import SequenceFrame, SequenceTarget, SmallLinear
 from thesean.targets.shared.steps import Steps
 
 
@@ -34,7 +34,7 @@ class CellTarget(SequenceTarget):
         self.width = width
         self.core = self.cell(self.width_in, width, batch_first=True, bidirectional=self.bidirectional)
         self.later = LaterSteps(width, self.lookahead) if self.lookahead else None
-        self.last = small_linear(self.directions * width, self.width_out)
+        self.last = SmallLinear(self.directions * width, self.width_out)
         self.reset_core()
 
     @torch.no_grad()
