@@ -95,7 +95,7 @@ def compile(
     outputs: how an output is compared, by name: {"logits": "softmax", "value": "mse", "scale": "ignore"}.
     parts, keep: globs over module paths. granularity: "block" (the default; by name, "rnn" takes all of a block),
     "sublayer" for residual halves (the default of target "auto"), "finest" for every linear map. merge: that many
-    neighbours become one part; target_parts: merge the most alike until so many are left.
+    neighbours become one part; target_parts: merge those missed least until so many are left.
     constraints: with target "auto", the budget that candidates are chosen for, part by part: {"latency_ms": 5.0,
     "context": 512}, {"speedup": 1.5}, {"params": ...}, {"flops": ...}; see `thesean.choose.constraints.Constraints`.
     recipe: "default", "fast" (closed form only), "paper", a Recipe, its settings as a dict, or a YAML path.

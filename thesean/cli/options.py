@@ -103,7 +103,8 @@ Grain = Annotated[
 ]
 Merge = Annotated[int | None, typer.Option(metavar="N", help="Every N neighbours become one part.")]
 TargetParts = Annotated[
-    int | None, typer.Option(metavar="N", help="Merge the neighbours that are most alike until N parts are left.")
+    int | None,
+    typer.Option(metavar="N", help="Merge neighbours until N parts are left, those first that the outputs miss least."),
 ]
 Budget = Annotated[
     list[str] | None,

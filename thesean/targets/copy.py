@@ -10,7 +10,7 @@ from thesean.targets.shared.module import TargetModule
 
 
 class CopyOptions(Options):
-    """Which member stays is in the plan (`keeps`): the one that changes the activations most."""
+    """Which member stays is in the plan (`keeps`): the one that the outputs miss most."""
 
 
 def refuse(part: PartFacts, options: Any) -> TargetModule:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import fx
 
 from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.captured import Captured
-from thesean.passes.graph.intermediates import intermediates
-from thesean.passes.plan.merge import Group, merge_by_count, merge_to_count, most_changing, regroup, singles
+from thesean.passes.plan.leave_out import LeavingOut
+from thesean.passes.plan.merge import Group, merge_by_count, merge_to_count, most_missed, regroup, singles
 from thesean.passes.plan.partition import (
     GRANULARITIES,
     Granularity,
@@ -27,14 +23,14 @@ from thesean.passes.plan.partition import (
 )
 from thesean.passes.plan.plan import Plan
 
-# Example inputs that neighbours are compared on: enough tokens to tell them apart, few enough to plan in a second
-_EXAMPLE_BATCH, _EXAMPLE_LENGTH = 16, 128
+# Example inputs that parts are left out on: enough to tell them apart, few enough to run as often as there are parts
+_EXAMPLE_BATCH, _EXAMPLE_LENGTH = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
     """The parts of one guide, in order. `kept` are the paths that keep= leaves to the guide, `keeps` the member of a
-    merged part that stays where the others are dropped, as far as a plan says so; `settings` is a plan without parts.
+    merged part that stays where the others are dropped, as far as it is decided; `settings` is a plan without parts.
     `whole`: blocks were asked for, so that a target which replaces less of one by default takes all of it if it can.
     """
 
@@ -47,16 +43,12 @@ class Division:
     whole: bool = False
 
     def members(self) -> list[NamedRegion]:
-        """For each part the member that stays where a target drops the others: the plan's choice, or the busiest."""
-        undecided = [g for g in self.groups if len(g.members) > 1 and g.path not in self.keeps]
-        values: dict[fx.Node, Any] = {}
-        if undecided:
-            ends = [n for g in undecided for m in g.members for n in (m.region.entry, m.region.exit)]
-            values = _on_example(self.captured, list(dict.fromkeys(ends)))
+        """For each part the member that stays where a target drops the others: as decided, or the most missed one."""
+        leaving_out = _leaving_out(self.captured)
         return [
             next(m for m in g.members if m.path == self.keeps[g.path])
             if g.path in self.keeps
-            else (most_changing(g, values) if len(g.members) > 1 else g.members[0])
+            else (most_missed(g, leaving_out) if len(g.members) > 1 else g.members[0])
             for g in self.groups
         ]
 
@@ -85,7 +77,7 @@ def divide(
         chosen = partition(flow, granularity, parts)
     else:
         chosen, granularity, parts = _fine_enough(flow, globs, granularity)
-    groups = _groups(captured, flow, chosen, merge, target_parts)
+    groups, keeps = _groups(captured, flow, chosen, merge, target_parts)
     for glob in keep:
         if not any(group_matches(g, glob) for g in groups):
             raise PlanError(f"keep: {no_match(glob, [g.path for g in groups])}")
@@ -95,7 +87,7 @@ def divide(
         groups=tuple(groups),
         settings=_settings(flow, groups, granularity, parts),
         kept=frozenset(g.path for g in groups if any(group_matches(g, glob) for glob in keep)),
-        keeps={},
+        keeps=keeps,
         whole=whole and granularity == "block" and parts is None,
     )
 
@@ -148,11 +140,11 @@ def _fine_enough(
 
 def _groups(
     captured: Captured, flow: DataFlow, chosen: list[NamedRegion], merge: int | None, target_parts: int | None
-) -> list[Group]:
-    """The parts of a plan: the regions, or several merged to one. Raises PlanError."""
+) -> tuple[list[Group], dict[str, str]]:
+    """The parts of a plan, the regions or several merged to one, and which member of one stays. Raises PlanError."""
     if target_parts is not None:
-        return merge_to_count(flow, chosen, target_parts, _on_example(captured, [c.region.exit for c in chosen]))
-    return merge_by_count(flow, chosen, merge) if merge is not None else singles(chosen)
+        return merge_to_count(flow, chosen, target_parts, _leaving_out(captured))
+    return (merge_by_count(flow, chosen, merge) if merge is not None else singles(chosen)), {}
 
 
 def _settings(flow: DataFlow, groups: Sequence[Group], granularity: Granularity, parts: Sequence[str] | None) -> Plan:
@@ -186,14 +178,12 @@ def _left(paths: Sequence[str], why: str) -> tuple[str, ...]:
     return (f"{named} {'is' if len(paths) == 1 else 'are'} left to the guide: {why}",)
 
 
-@torch.no_grad()
-def _on_example(captured: Captured, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
-    """These nodes' values on some of the example inputs."""
+def _leaving_out(captured: Captured) -> LeavingOut:
+    """On some of the example inputs; nothing is computed before it is asked."""
     inputs = dict(captured.example)
     for spec in captured.signature.inputs:
         for at, size in enumerate(spec.shape):
             if isinstance(size, str):
                 most = _EXAMPLE_BATCH if size.startswith("batch") else _EXAMPLE_LENGTH
                 inputs[spec.name] = inputs[spec.name].narrow(at, 0, min(most, inputs[spec.name].shape[at]))
-    values = intermediates(captured.graph_module, [n.name for n in nodes], with_output=False)(**inputs)
-    return {n: values[n.name] for n in nodes}
+    return LeavingOut(captured.graph_module, inputs)

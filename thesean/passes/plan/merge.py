@@ -1,26 +1,19 @@
-"""Fewer target parts than guide parts: neighbours become one part, the most alike first.
-
-N examples (tokens of a sequence, images of a batch), P features
-"""
+"""Fewer target parts than guide parts: neighbours become one part, those first whose lesser one is missed least."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import fx
-
-from thesean.errors import DataError, NumericalError, PlanError
+from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.regions import Region, is_linear_map, same_shape, span
+from thesean.passes.plan.leave_out import LeavingOut
 from thesean.passes.plan.partition import NamedRegion
-from thesean.similarity import similarity
 
-# CKA's cost grows with the square of the examples or of the features; neighbours are told apart by far fewer
-_MAX_EXAMPLES, _MAX_FEATURES = 1024, 4096
+# Members that are tried together with those that are gone already, at each step
+_HOPEFUL = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,38 +46,38 @@ def merge_by_count(flow: DataFlow, chosen: Sequence[NamedRegion], merge: int) ->
 
 
 def merge_to_count(
-    flow: DataFlow, chosen: Sequence[NamedRegion], target_parts: int, values: dict[fx.Node, Any]
-) -> list[Group]:
-    """Merge the neighbours whose outputs are most alike until `target_parts` are left.
+    flow: DataFlow, chosen: Sequence[NamedRegion], target_parts: int, leaving_out: LeavingOut
+) -> tuple[list[Group], dict[str, str]]:
+    """Merge neighbours until `target_parts` are left, and say which member of each merged part stays: path -> path.
 
-    Alike is the unbiased linear CKA (Kornblith et al. 2019) between the activations at the ends of two neighbours: the
-    second one changed little. `values` are every node's on example inputs. Raises PlanError when that many can't be
-    reached.
+    At each step one member goes that the outputs miss least, with those that are gone already (as SLEB does, Song et
+    al. 2024, with the outputs in place of the loss); of the candidates the three are tried together with them that
+    cost least alone. Raises PlanError when that many can't be reached.
     """
     if not 1 <= target_parts <= len(chosen):
         raise PlanError(f"target_parts: expected 1 to {len(chosen)}, the parts that there are, found {target_parts}.")
-    groups = singles(chosen)
-    known: dict[tuple[fx.Node, fx.Node], float] = {}
-
-    def alike(a: Group, b: Group) -> float:
-        key = (a.region.exit, b.region.exit)
-        if key not in known:
-            known[key] = _cka(values[key[0]], values[key[1]])
-        return known[key]
-
+    groups, stays = singles(chosen), {c.path: c for c in chosen}
+    gone: list[Region] = []
     while len(groups) > target_parts:
-        pairs = [(a, b, _join(flow, a, b)) for a, b in itertools.pairwise(groups)]
-        mergeable = [(alike(a, b), i) for i, (a, b, joined) in enumerate(pairs) if joined is not None]
-        if not mergeable:
+        moves = []
+        for at, (a, b) in enumerate(itertools.pairwise(groups)):
+            joined = _join(flow, a, b)
+            if joined is not None:
+                both = (stays[a.path], stays[b.path])
+                moves += [(at, joined, both[1 - k], m) for k, m in enumerate(both) if _can_go(m)]
+        if not moves:
             raise PlanError(
                 f"target_parts={target_parts}: no more than down to {len(groups)} parts can be merged; the others do "
                 "not follow each other, or change the shape twice."
             )
-        _, at = max(mergeable, key=lambda pair: (pair[0], -pair[1]))
-        joined = pairs[at][2]
-        assert joined is not None
+        moves.sort(key=lambda move: leaving_out.lost([move[3].region]))
+        hopeful = list(dict.fromkeys(move[3].path for move in moves))[:_HOPEFUL]
+        tried = [move for move in moves if move[3].path in hopeful]
+        at, joined, kept, member = min(tried, key=lambda move: leaving_out.lost([*gone, move[3].region]))
+        gone.append(member.region)
         groups[at : at + 2] = [joined]
-    return groups
+        stays[joined.path] = kept
+    return groups, {g.path: stays[g.path].path for g in groups if len(g.members) > 1}
 
 
 def regroup(flow: DataFlow, chosen: Sequence[NamedRegion], members: Sequence[Sequence[str]]) -> list[Group]:
@@ -102,12 +95,18 @@ def regroup(flow: DataFlow, chosen: Sequence[NamedRegion], members: Sequence[Seq
     return groups
 
 
-def most_changing(group: Group, values: dict[fx.Node, Any]) -> NamedRegion:
-    """The member to keep where the others are dropped: one that changes the shape, or else the activations most."""
-    shaping = [m for m in group.members if not same_shape(m.region.entry, m.region.exit)]
+def most_missed(group: Group, leaving_out: LeavingOut) -> NamedRegion:
+    """The member to keep where the others are dropped: one that changes the shape, or else the one with which alone the
+    outputs are nearest.
+    """
+    shaping = [m for m in group.members if not _can_go(m)]
     if shaping:
         return shaping[0]
-    return min(group.members, key=lambda m: _cka(values[m.region.entry], values[m.region.exit]))
+    return min(group.members, key=lambda m: leaving_out.lost([o.region for o in group.members if o is not m]))
+
+
+def _can_go(member: NamedRegion) -> bool:
+    return same_shape(member.region.entry, member.region.exit)
 
 
 def _join(flow: DataFlow, a: Group, b: Group) -> Group | None:
@@ -131,24 +130,3 @@ def _shared_path(first: str, last: str) -> str:
             break
         shared += 1
     return f"{first}..{'.'.join(last.split('.')[shared:])}"
-
-
-@torch.no_grad()
-def _cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Of activations at two places on the same examples; where it can't be told they count as unlike."""
-    first, second = _rows(x), _rows(y)
-    if first.shape[0] != second.shape[0]:  # another resolution: only whole images correspond
-        first, second = x.flatten(1), y.flatten(1)
-    step = -(-first.shape[0] // _MAX_EXAMPLES)
-    first, second = (v[::step, :: -(-v.shape[1] // _MAX_FEATURES)].float() for v in (first, second))
-    try:
-        return float(similarity(first, second, "cka"))
-    except (DataError, NumericalError):
-        return 0.0
-
-
-def _rows(value: torch.Tensor) -> torch.Tensor:
-    """(N, P): every token or pixel is an example."""
-    if value.ndim == 4:
-        return value.permute(0, 2, 3, 1).flatten(0, 2)
-    return value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)
