@@ -130,15 +130,15 @@ def test_a_linear_part_is_met_by_directions_of_both_signs():
     linear_IO = torch.randn(20, 3) @ torch.randn(3, 7)
     inputs = [torch.randn(40, 20) + 2 for _ in range(4)]
     examples = [(x, x @ linear_IO + 1) for x in inputs]
-    module = build("mlp", VECTOR, width=6, activation="relu", hidden_norm="none")
+    module = build("mlp", VECTOR, width=12, activation="relu", hidden_norm="none")
     assert isinstance(module, MLP)
     module.prepare(VECTOR, examples)
     up_NE = module.features(torch.cat(inputs))[0]
-    torch.testing.assert_close((up_NE[:, :3] - up_NE[:, 3:]).var(0), torch.ones(3), rtol=0.02, atol=0)
+    torch.testing.assert_close((up_NE[:, :3] - up_NE[:, 3:6]).var(0), torch.ones(3), rtol=0.02, atol=0)
     assert solve_alone(module, examples, ridge=1e-6, where="a test")
     for x, y in examples:
         assert relative_error(module(x), y) < 0.02
-    random = build("mlp", VECTOR, width=6, activation="relu", hidden_norm="none")
+    random = build("mlp", VECTOR, width=12, activation="relu", hidden_norm="none")
     assert solve_alone(random, examples, ridge=1e-6, where="a test")
     assert relative_error(random(inputs[0]), examples[0][1]) > 0.2
 
