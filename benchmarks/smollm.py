@@ -168,25 +168,25 @@ def bench(run: Run) -> None:
 
 
 def table(result: Result) -> str:
-    """Losses, then milliseconds."""
+    """Losses, what else was asked of the rows, milliseconds."""
     settings, rows = result["settings"], result["cases"]
     lengths, contexts = settings["lengths"], settings["contexts"]
+    asked = {"agreement": "next token as the guide's", "keys_found": f"key told {settings.get('key_after')} tokens ago"}
+    asked = {name: title for name, title in asked.items() if any(name in row for row in rows)}
     head = [
         "",
         *(f"docs / source, {n} tokens" for n in lengths),
-        "next token as the guide's",
-        f"key told {settings['key_after']} tokens ago",
+        *asked.values(),
         *(f"ms a token at {c}" for c in contexts),
         "converted in",
     ]
     lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
     for row in rows:
         losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
+        found = [f"{row[name]:.0%}" if name in row else "" for name in asked]
         times = [f"{row[f'token_{c}']:.1f}" for c in contexts]
-        losses.append(f"{row['agreement']:.1%}" if "agreement" in row else "")
-        losses.append(f"{row['keys_found']:.0%}")
         cost = f"{row['seconds']:.0f} s, {row['peak_weights']:.1f} x weights" if "seconds" in row else ""
-        lines.append(f"| {' | '.join([row['name'], *losses, *times, cost])} |")
+        lines.append(f"| {' | '.join([row['name'], *losses, *found, *times, cost])} |")
     return "\n".join(lines)
 
 
