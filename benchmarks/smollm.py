@@ -23,10 +23,11 @@ import thesean
 from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_peak
 from benchmarks.suite import Case, Result, Run
 from examples.questions import QUESTIONS
-from thesean.deploy.answers import Answers, compare_answers
+from thesean.answers import compare_answers
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import latency_of_models
 from thesean.passes.capture.capture import capture
+from thesean.report.answers import Answers
 
 # options of `rnn`, and how many attentions stay
 TARGETS: dict[str, tuple[dict[str, Any], int] | None] = {

@@ -7,6 +7,7 @@ converted.export("model.onnx")
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from thesean.answers import compare_answers
 from thesean.choose.plans import Plans
 from thesean.compare import compare
 from thesean.compiler import baseline, compile, plan
@@ -16,6 +17,7 @@ from thesean.errors import TheseanError
 from thesean.export_guide import export_guide
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
+from thesean.report.answers import Answers
 from thesean.report.comparison import Comparison
 from thesean.report.trade_offs import TradeOffs
 from thesean.similarity import measures
@@ -38,6 +40,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Answers",
     "Comparison",
     "Converted",
     "Plan",
@@ -49,6 +52,7 @@ __all__ = [
     "accuracy",
     "baseline",
     "compare",
+    "compare_answers",
     "compile",
     "cross_entropy",
     "export_guide",

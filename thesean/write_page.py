@@ -19,6 +19,7 @@ from thesean.errors import DataError
 from thesean.lost import find_lost
 from thesean.passes.graph.modes import evaluating, usual_settings
 from thesean.passes.graph.signature import Signature
+from thesean.report.answers import Answers
 from thesean.report.environment import environment
 from thesean.report.page.findings import Findings, Served
 from thesean.report.page.page import page
@@ -40,6 +41,7 @@ def write_page(
     decode: Decode | None,
     onnx: str | os.PathLike[str] | None,
     trade_offs: TradeOffs | str | os.PathLike[str] | None,
+    answers: Answers | None = None,
 ) -> Path:
     """Raises DataError, ExportError for a file that is no model, WriteError; then an earlier page stays."""
     path = named(path)
@@ -50,7 +52,7 @@ def write_page(
     if not why:
         assert data is not None
         findings = _compared(converted, data, decode, served)
-    findings = replace(findings, trade_offs=measured)
+    findings = replace(findings, trade_offs=measured, answers=answers)
     return write_text(path, page(converted.plan, converted.report, findings, environment()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -84,7 +84,7 @@ def report(
 
 
 def _write_page(
-    folder: Path, html: Path, data: str | None, guide: str | None, decode: str | None, rest: dict[str, Path | None]
+    folder: Path, html: Path, data: str | None, guide: str | None, decode: str | None, rest: dict[str, Any]
 ) -> None:
     converted = thesean.load(folder)
     batches = None if data is None else load_data(data, "--data")

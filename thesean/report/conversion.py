@@ -16,6 +16,7 @@ from thesean.curve import Curve
 from thesean.errors import DataError
 
 if TYPE_CHECKING:
+    from thesean.report.answers import Answers
     from thesean.report.trade_offs import TradeOffs
 
 _STRICT = ConfigDict(extra="forbid")
@@ -75,13 +76,15 @@ class ConversionReport:
         decode: Callable[[list[int]], str] | None = None,
         onnx: str | os.PathLike[str] | None = None,
         trade_offs: TradeOffs | str | os.PathLike[str] | None = None,
+        answers: Answers | None = None,
     ) -> Path:
         """Write one self-contained page: plan, curves, costs, settings, and how to serve the file.
 
         data: batches as `compile` takes them, on which guide and converted are compared as the page is written: how
         alike they are, and where they disagree most. decode(tokens) -> text, such as tokenizer.decode. onnx: the file
         that `converted.export` wrote, whose states the page then names. trade_offs: what `thesean.trade_offs` found, or
-        its file: quality stands against latency then, without it against FLOPs. What isn't known (the guide, after
+        its file: quality stands against latency then, without it against FLOPs. answers: what `thesean.compare_answers`
+        found, which stands side by side then. What isn't known (the guide, after
         `thesean.load`) is left out, with a line that says why.
 
         Raises DataError, also for a report that belongs to no network; ExportError for `onnx`, WriteError.
@@ -89,7 +92,7 @@ class ConversionReport:
         writer = getattr(self, "_writer", None)
         if writer is None:
             raise DataError("this report stands alone: a network's own writes a page, converted.report.html().")
-        written: Path = writer(path, data, decode, onnx, trade_offs)
+        written: Path = writer(path, data, decode, onnx, trade_offs, answers)
         return written
 
     def written_by(self, writer: Callable[..., Path]) -> ConversionReport:

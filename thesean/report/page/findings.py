@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from thesean.report.answers import Answers
 from thesean.report.points import Points
 
 
@@ -53,3 +54,4 @@ class Findings:
     looked_at: int = 0
     alike: Alike | None = None
     trade_offs: Points | None = None
+    answers: Answers | None = None

@@ -9,6 +9,7 @@ from thesean.curve import Curve
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.table import place_of, replaced_inside, target_of
 from thesean.report.conversion import ConversionReport
+from thesean.report.page.answers import answers_section
 from thesean.report.page.charts import Axes, Line, chart, heatmap
 from thesean.report.page.findings import Findings
 from thesean.report.page.lost import lost_section
@@ -29,6 +30,7 @@ def page(plan: Plan, report: ConversionReport, findings: Findings, where: Mappin
     sections = [
         ("Plan", plan_picture(plan, report) + _plan_tables(plan)),
         ("What was lost", lost_section(findings)),
+        *([("As it answers", answers_section(findings.answers))] if findings.answers is not None else []),
         ("Training", _training(names, report)),
         ("Similarity", _similarity(names, findings)),
         ("Cost and quality", _cost(names, plan, report, findings)),

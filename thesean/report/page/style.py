@@ -89,7 +89,7 @@ blockquote{margin:0 0 .5rem;padding:.7rem 1rem;background:var(--raised);border-r
 overflow-wrap:anywhere;font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 ol.lost{list-style:none;margin:1rem 0;padding:0}ol.lost>li{margin:0 0 1.6rem}
 ol.lost.images{display:grid;grid-template-columns:repeat(3,1fr);gap:1.5rem}ol.lost.images>li{margin:0}
-ol.lost p{margin:.15rem 0;font-size:.92rem}
+ol.lost p{margin:.15rem 0;font-size:.92rem}mark{background:none;color:inherit;border-bottom:2px solid var(--accent)}
 .images svg{border:1px solid var(--rule);border-radius:4px;margin-bottom:.4rem;shape-rendering:crispEdges}
 ul.notes{padding-left:1.2rem;color:var(--muted);font-size:.92rem}ul.notes li{overflow-wrap:anywhere}
 @media (max-width:34rem){ol.lost.images{grid-template-columns:1fr 1fr;gap:1.25rem}}

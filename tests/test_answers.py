@@ -9,9 +9,10 @@ import pytest
 
 import thesean
 from tests import models
-from thesean.deploy.answers import Answer, Answers, compare_answers
+from thesean.answers import compare_answers
 from thesean.deploy.session import Session
 from thesean.errors import DataError
+from thesean.report.answers import Answer, Answers
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 
@@ -29,7 +30,7 @@ def files(tmp_path_factory) -> tuple[Session, Session]:
 def test_a_file_agrees_with_itself(files):
     found = compare_answers(files[0], files[0], PROMPTS, 6)
     assert (found.agreement, found.same, found.parts_at) == (1.0, 3, None)
-    assert "guide's text in 100.0%\n  3 answers are the same" in str(found)
+    assert str(found).endswith("the next token is the guide's in 100.0%. 3 answers are the same.")
 
 
 def test_answers_are_what_each_writes_alone_and_agreement_is_after_the_guides_text(files):
@@ -43,7 +44,7 @@ def test_answers_are_what_each_writes_alone_and_agreement_is_after_the_guides_te
     assert 0 < found.agreement < 1, "else the test says nothing"
     told = json.loads(found.to_json())
     assert told["answers"][0]["guide_text"] == " ".join(map(str, found.answers[0].guide))
-    assert str(found).count("converted ") == 3 - found.same
+    assert str(found).count("\n  converted ") == 3 - found.same
 
 
 def test_where_answers_part():
@@ -55,6 +56,23 @@ def test_where_answers_part():
     assert answer((1, 2), (1, 2, 3)).parts_at == 2  # one of them stopped
     found = Answers(answers=(answer((1, 2), (1, 2)), answer((1, 2), (0, 2)), answer((1, 2), (1, 0))))
     assert (found.same, found.parts_at) == (1, 0.5)
+
+
+def test_a_page_marks_where_answers_part(tmp_path):
+    said = (
+        Answer(prompt=(1,), guide=(2, 3), converted=(2, 3), agrees=(True, True)),
+        Answer(prompt=(1,), guide=(2, 3), converted=(2, 4), agrees=(True, False)),
+        Answer(prompt=(1,), guide=(2, 3), converted=(2,), agrees=(True, True)),
+    )
+    found = Answers(answers=said, decode=lambda tokens: "".join(f"<{token}>" for token in tokens))
+    converted = thesean.compile(models.mlp(), "mlp", data=models.labelled(4, 4, 8), recipe="fast", progress=False)
+    page = converted.report.html(tmp_path / "page.html", answers=found).read_text(encoding="utf-8")
+    section = page.split("As it answers")[1].split("</section>")[0]
+    assert section.count(">part at token 1<") == 2
+    assert "<b>converted</b> &lt;2&gt; <mark>&lt;4&gt;</mark>" in section
+    assert "<b>converted</b> &lt;2&gt; <mark>(ends)</mark>" in section
+    assert section.index(">part at token 1<") < section.index("the same to the end")
+    assert "As it answers" not in converted.report.html(tmp_path / "other.html").read_text(encoding="utf-8")
 
 
 def test_what_can_not_be_asked_is_refused(files):
