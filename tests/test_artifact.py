@@ -641,3 +641,14 @@ def test_weights_that_the_caller_ties_are_saved_once_and_stay_tied(names: tuple[
     assert len(list(loaded.module.parameters())) == len(list(original.module.parameters()))
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens(2, 5)).logits, original(tokens(2, 5)).logits, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize(
+    "name", ["graph.json", "weights.safetensors", "plan.yaml", "report.json", "example.safetensors"]
+)
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(saved, name):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(ArtifactError, match=rf"{name} (is no file|is missing)"):
+        thesean.load(saved)

@@ -14,8 +14,8 @@ from tests.distill.tools import batches_of, drafted, recipe, task, training
 from thesean.distill.hold_out import READ_ONCE
 from thesean.distill.stages import align, tune
 from thesean.distill.stream import Stream
-from thesean.errors import DataError, ResumeError
-from thesean.journal import Interrupted, Journal, journal_in
+from thesean.errors import DataError, ResumeError, WriteError
+from thesean.journal import Interrupted, Journal, journal_in, stoppable
 
 
 class Box:
@@ -273,3 +273,23 @@ def test_a_finished_run_is_read_and_not_computed(tmp_path: Path):
     again, _, writes = converted(tmp_path, "independent")
     assert writes == 0
     assert models.same_state(again.hybrid.graph_module, first.hybrid.graph_module.state_dict())
+
+
+def refused(folder: Path, resume: Any = "auto", keep: bool = False) -> None:
+    """A run in the folder, which may keep a piece and then fails."""
+    journal = journal_in(folder)
+    with stoppable(journal):
+        journal.open(lambda: {"guide": "a"}, resume)
+        if keep:
+            journal.piece("solve", lambda: 1)
+        raise WriteError("no room")
+
+
+def test_a_run_that_is_refused_before_there_was_anything_to_keep_leaves_nothing(tmp_path: Path):
+    with pytest.raises(WriteError, match="no room"):
+        refused(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    for again in ({"keep": True}, {"resume": "must"}):  # nor does a later one take what an earlier one kept
+        with pytest.raises(WriteError, match="no room"):
+            refused(tmp_path, **again)
+        assert journal_in(tmp_path).piece("solve", lambda: 2) == 1

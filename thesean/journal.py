@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from thesean import ranks
-from thesean.errors import ResumeError, WriteError
+from thesean.errors import ResumeError, TheseanError, WriteError
 from thesean.scratch import named, telling
 from thesean.warn import warn
 from thesean.write_file import new_file, write_text
@@ -73,7 +73,7 @@ class Journal:
         self.running = False  # whether steps are taken, after one of which it can stop
         self._names: list[str] = []
         self._written, self._cost = clock(), 0.0
-        self._failed = False
+        self._failed, self._began = False, False
 
     def open(self, facts: Callable[[], Mapping[str, str]], resume: Resume) -> None:
         """`facts` say what the run is of. Raises ResumeError where it `must` be continued and can't be; WriteError."""
@@ -86,6 +86,7 @@ class Journal:
     def _open(self, found: dict[str, str], resume: Resume) -> None:
         assert self.folder is not None
         with telling(self.folder.parent, "workdir="):
+            self._began = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
         why = self._another(found) if resume != "never" else "it was to begin anew"
         if why is None:
@@ -111,6 +112,14 @@ class Journal:
                     path.unlink(missing_ok=True)
                 if self.log is not None:
                     self.log.unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Remove the folder that this run made, where it failed before there was anything to keep."""
+        if self.folder is None or not self._began or any(self.folder.glob("*.safetensors")):
+            return
+        with suppress(OSError):
+            (self.folder / "run.json").unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def piece(self, name: str, compute: Callable[[], Value], *parts: Stateful) -> Value:
         """What `compute` returns (numbers, texts, lists, dicts), or returned when it was computed; `parts` are left as
@@ -257,10 +266,12 @@ KEEPS_NOTHING = Journal()
 def stoppable(journal: Journal) -> Iterator[None]:
     """Ctrl-C and SIGTERM let the step end, keep a checkpoint, and stop; a second one stops at once.
 
-    Only where something is kept, and in the main thread, which alone is told of signals.
+    Only where something is kept, and in the main thread, which alone is told of signals. A run that was refused before
+    there was anything to keep leaves nothing.
     """
     if journal.folder is None or threading.current_thread() is not threading.main_thread():
-        yield
+        with _abandoned_if_refused(journal):
+            yield
         return
 
     def stop(number: int, frame: Any) -> None:
@@ -274,7 +285,8 @@ def stoppable(journal: Journal) -> Iterator[None]:
         if before[number] != signal.SIG_IGN:
             signal.signal(number, stop)
     try:
-        yield
+        with _abandoned_if_refused(journal):
+            yield
     except Interrupted as told:
         if ranks.is_first():
             print(told, file=sys.stderr)
@@ -284,6 +296,15 @@ def stoppable(journal: Journal) -> Iterator[None]:
     finally:
         for number in signals:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def _abandoned_if_refused(journal: Journal) -> Iterator[None]:
+    try:
+        yield
+    except TheseanError:
+        journal.abandon()
+        raise
 
 
 class _Packed:

@@ -117,6 +117,8 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
     names = [n for n in (GRAPH, weights, PLAN, REPORT, EXAMPLE) if (folder / n).exists()]
+    if odd := next((n for n in names if not (folder / n).is_file()), None):  # a pipe would be waited for
+        raise ArtifactError(f"{folder / odd} is no file; the folder was altered.")
     size = sum((folder / n).stat().st_size for n in names)
     limit = max(_LEAST_BYTES, 32 * size) if max_bytes is None else max_bytes
     if size + _PARSED * (folder / GRAPH).stat().st_size > limit:
