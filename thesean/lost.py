@@ -6,7 +6,7 @@ B batch, T time, V classes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import fx
 
 from thesean.distill.callbacks import telling
 from thesean.distill.outputs import Outputs, named_outputs, read_outputs
+from thesean.report.answers import Decode
 from thesean.report.page.findings import Lost
 
 _SHOWN, _LOOKED_AT = 6, 256
@@ -21,7 +22,6 @@ _TOKENS, _NUMBERS = 60, 8  # of a text before the place, of other inputs
 _SIDE = 64  # of an image; larger ones are thinned out
 
 Inputs = Mapping[str, torch.Tensor]
-Decode = Callable[[list[int]], str]
 
 
 def find_lost(

@@ -6,7 +6,7 @@ B batch, T time, V classes, N rows, P width
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,13 @@ from thesean.errors import DataError
 from thesean.lost import find_lost
 from thesean.passes.graph.modes import evaluating, usual_settings
 from thesean.passes.graph.signature import Signature
-from thesean.report.answers import Answers
+from thesean.report.answers import Answers, Decode
 from thesean.report.environment import environment
 from thesean.report.page.findings import Findings, Served
 from thesean.report.page.page import page
 from thesean.report.trade_offs import TradeOffs
 from thesean.scratch import named
 from thesean.write_file import write_text
-
-Decode = Callable[[list[int]], str]
 
 _BATCHES = 8  # that are looked at
 _NO_GUIDE = "The guide isn't at hand: a saved conversion doesn't hold it. What `compile` returned can compare."

@@ -10,9 +10,10 @@ import torch
 import thesean
 from tests import models
 from tests.distill.test_gate import WILD, Cells, windows
-from thesean.distill.keep_best import Tail
+from thesean.distill.keep_best import shared
 from thesean.errors import PlanError
 from thesean.passes.capture.capture import capture
+from thesean.passes.graph.tail import Tail
 from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import trial_hybrid, view_of
 from thesean.passes.plan.make_plan import make_plan
@@ -61,8 +62,9 @@ def test_a_network_with_one_part_less_runs_on_from_where_it_differs(make):
     whole, inputs = hybrid.graph_module.eval(), {"input_ids": ids}
     parts = range(len(hybrid.parts))
     views = [view_of(bound_plan, hybrid, [k for k in parts if k != part]).graph_module.eval() for part in parts]
-    tails = [Tail.of(view, whole) for view in views]
-    walk = Walk(whole, [sorted(tail.reads) for tail in tails], [inputs])
+    reads = [shared(view, whole) for view in views]
+    tails = [Tail(view, names) for view, names in zip(views, reads, strict=True)]
+    walk = Walk(whole, [sorted(names) for names in reads], [inputs])
     with torch.no_grad():
         for part, (view, tail) in enumerate(zip(views, tails, strict=True)):
             found, expected = tail.output(walk.get(part, 0), inputs), view(**inputs)

@@ -14,9 +14,10 @@ from torch import fx
 
 from thesean.choose.candidates import Candidates
 from thesean.distill.seen import Seen
-from thesean.passes.graph.nodes import above, from_inputs
+from thesean.passes.graph.nodes import from_inputs
 from thesean.passes.graph.shelf import Shelf
-from thesean.passes.graph.walk import Inputs, Walk, output_from
+from thesean.passes.graph.tail import Tail
+from thesean.passes.graph.walk import Inputs, Walk
 from thesean.passes.plan.bind import BoundPart
 from thesean.passes.plan.hybrid import Replacement
 from thesean.passes.plan.sites import ends_of
@@ -58,10 +59,10 @@ class Activations:
             self._examples[key] = self.shelf.keep(pairs) if self._seen.names else pairs  # copies, where steps are left
         return self._examples[key]
 
-    def tail(self, part: int, hybrid: fx.GraphModule) -> Tail:
+    def tail(self, part: int, hybrid: fx.GraphModule) -> JudgedTail:
         """A hybrid in which this part alone is replaced, from there on."""
         self._go_to(part)
-        return Tail(hybrid, self._known[part], self._judge, self.judged)
+        return JudgedTail(hybrid, self._known[part], self._judge, self.judged)
 
     @torch.no_grad()
     def _go_to(self, part: int) -> None:
@@ -75,21 +76,18 @@ class Activations:
         self._part = part
 
 
-class Tail:
-    """What a hybrid puts out, computed from what of the guide is `known` in it: nothing before its part runs."""
+class JudgedTail:
+    """What a hybrid puts out on the judged batches, computed from what of the guide is `known` in it."""
 
     def __init__(
         self, hybrid: fx.GraphModule, known: Collection[str], values: Sequence[Values], inputs: Sequence[Inputs]
     ) -> None:
         self.hybrid, self.values, self.inputs = hybrid, values, inputs
-        self._known = {n for n in hybrid.graph.nodes if n.name in known}
-        needed = above(hybrid.graph.output_node().all_input_nodes, self._known)
-        self._run = [n for n in hybrid.graph.nodes if n in needed]
+        self._tail = Tail(hybrid, known)
 
     def output(self, number: int) -> Any:
         """On a judged batch. The hybrid is in eval mode by then."""
-        env = {node: self.values[number][node.name] for node in self._known}
-        return output_from(self.hybrid, self._run, env, self.inputs[number])
+        return self._tail.output(self.values[number], self.inputs[number])
 
 
 def _ends(row: Sequence[BoundPart]) -> list[str]:

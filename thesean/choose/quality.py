@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from thesean.choose.activations import Activations, Tail
+from thesean.choose.activations import Activations, JudgedTail
 from thesean.choose.candidates import Candidates, Choice
 from thesean.distill.closed_form import prepares, solve_alone, solve_parts
 from thesean.distill.evaluate import Evaluation
@@ -168,7 +168,7 @@ class Prober:
             for replacement, state in zip(hybrid.of_part(number), self.states[key], strict=True):
                 hybrid.module(replacement).load_state_dict(state)
 
-    def _judged(self, tail: Tail, numbers: Sequence[int]) -> float:
+    def _judged(self, tail: JudgedTail, numbers: Sequence[int]) -> float:
         return self.judge.of(lambda number: tail.output(self._sample[number]), numbers).divergence
 
     def _enough(self, batches: list[Inputs]) -> list[Inputs]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from thesean.distill.training import Training
 from thesean.errors import PlanError
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import above, from_inputs
-from thesean.passes.graph.walk import Inputs, Walk, output_from
+from thesean.passes.graph.tail import Tail
+from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import trial_hybrid, view_of
 from thesean.passes.plan.without import without
@@ -59,12 +60,13 @@ def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) ->
     # on what it was solved on: what is held out tells how good the choice is
     judge = Judge(training.guide, replace(training.task, loss=None, metric=None), batches[:_JUDGED_ON])
     views = [view_of(bound_plan, hybrid, [k for k in parts if k != number]).graph_module for number in parts]
-    tails = [Tail.of(view, hybrid.graph_module) for view in views]
+    reads = [shared(view, hybrid.graph_module) for view in views]
+    tails = [Tail(view, names) for view, names in zip(views, reads, strict=True)]
     inputs = [own for _, own in judge.batches]
     alone = {}
     with evaluating(hybrid.graph_module):
         whole = judge(hybrid.graph_module).divergence
-        walk = Walk(hybrid.graph_module, [sorted(tail.reads) for tail in tails], inputs)
+        walk = Walk(hybrid.graph_module, [sorted(names) for names in reads], inputs)
         for number, path in enumerate(paths):
             with evaluating(views[number]):
                 found = judge.of(lambda batch, k=number: tails[k].output(walk.get(k, batch), inputs[batch]))  # type: ignore[misc]
@@ -73,29 +75,19 @@ def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) ->
     return {"whole": whole, "alone": alone}
 
 
-class Tail:
-    """A network from where it parts from another one, whose values up to there are in hand: `reads` are their names."""
-
-    def __init__(self, graph_module: fx.GraphModule, run: list[fx.Node], reads: frozenset[str]) -> None:
-        self.graph_module, self.run, self.reads = graph_module, run, reads
-        self._known = [n for n in graph_module.graph.nodes if n.name in reads]
-
-    @classmethod
-    def of(cls, graph_module: fx.GraphModule, other: fx.GraphModule) -> Tail:
-        """Both are made of one guide: nodes of one name, and of the same ones before, have the same values."""
-        known, graph = {_identity(n) for n in other.graph.nodes}, graph_module.graph
-        changed: set[fx.Node] = set()
-        for node in graph.nodes:
-            if _identity(node) not in known or not changed.isdisjoint(node.all_input_nodes):
-                changed.add(node)
-        settled = from_inputs(graph) - changed
-        needed = above(graph.output_node().all_input_nodes, settled)
-        ends = [n for n in graph.output_node().all_input_nodes if n in settled]
-        reads = {i.name for n in needed for i in n.all_input_nodes if i in settled} | {n.name for n in ends}
-        return cls(graph_module, [n for n in graph.nodes if n in needed], frozenset(reads))
-
-    def output(self, values: Mapping[str, Any], inputs: Inputs) -> Any:
-        return output_from(self.graph_module, self.run, {n: values[n.name] for n in self._known}, inputs)
+def shared(graph_module: fx.GraphModule, other: fx.GraphModule) -> frozenset[str]:
+    """Names of the values that another network has too, and that this one reads after it parts from it. Both are made
+    of one guide: nodes of one name, and of the same ones before, have the same values.
+    """
+    known, graph = {_identity(n) for n in other.graph.nodes}, graph_module.graph
+    changed: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _identity(node) not in known or not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+    settled = from_inputs(graph) - changed
+    needed = above(graph.output_node().all_input_nodes, settled)
+    ends = [n for n in graph.output_node().all_input_nodes if n in settled]
+    return frozenset({i.name for n in needed for i in n.all_input_nodes if i in settled} | {n.name for n in ends})
 
 
 def _identity(node: fx.Node) -> tuple[str, ...]:

@@ -56,11 +56,8 @@ class LoweredHeld(nn.Module):
         super().__init__()
         from thesean.deploy.lowering.lower import lower_inside  # which finds this file by its name
 
-        self.window, self.places, self.fade = self.sizes = (
-            held.window,
-            held.places,
-            held.fade,
-        )  # the module around it reads them
+        self.sizes = held.window, held.places, held.fade
+        self.window, self.places = held.window, held.places  # the module around it reads them
         self.emitted = Lowered(path, self._emit)
         self.inner = lower_inside(held, opset=opset, path=path)
 
