@@ -25,7 +25,7 @@ import thesean.journal
 from tests import models
 from thesean import ranks
 from thesean.distill.sharded import Sharding
-from thesean.errors import RankError, TheseanError
+from thesean.errors import DataError, RankError, TheseanError
 
 LOST = 3  # the exit code of a rank that was told of another's end
 INTERRUPTED = "mse, progressive, uneven"
@@ -185,10 +185,6 @@ def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
     return loss
 
 
-class Stopped(Exception):
-    pass
-
-
 def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
     """A loss that fails in every process when it is called for the so many-th time."""
     calls = 0
@@ -197,7 +193,7 @@ def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
         nonlocal calls
         calls += 1
         if calls == at:
-            raise Stopped
+            raise ArithmeticError("stop here")
         return cross_entropy(output, batch)
 
     return loss
@@ -207,7 +203,7 @@ def stopped(folder: Path) -> None:
     """A run whose weights lie in slices, and that ends in its midst."""
     kept = thesean.journal._AT_LEAST_S, thesean.journal._SHARE
     keep_every_step()
-    with suppress(Stopped):
+    with suppress(DataError):
         result(SHARDED, loss=stopping(9), workdir=folder / "sharded")
     thesean.journal._AT_LEAST_S, thesean.journal._SHARE = kept
 
@@ -257,8 +253,8 @@ def compared(folder: Path, names: list[str]) -> None:
     found["one row"] = refused(data=batches(1))
     found["held"] = held()
     found["half"] = [half(sharded) for sharded in (False, True)]
-    stopped(folder)
     torch.save(found, folder / f"found.{rank}")
+    stopped(folder)
 
 
 def killed(folder: Path) -> None:
