@@ -52,9 +52,8 @@ def bench(run: Run) -> None:
 def conversion(subject: Subject, target: str, budget: str) -> thesean.Converted:
     asked: dict[str, Any] = {"recipe": "fast"} if budget == CLOSED_FORM else {"budget": budget}
     wanted = subject.targets[target]
-    return thesean.compile(
-        subject.guide, wanted, data=subject.data, eval_data=subject.chosen_by, progress=False, **asked
-    )
+    asked |= {"data": subject.data, "eval_data": subject.chosen_by, "outputs": subject.outputs, "progress": False}
+    return thesean.compile(subject.guide, wanted, **asked)
 
 
 def costs(subject: Subject, made: dict[str, thesean.Converted], settings: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +62,7 @@ def costs(subject: Subject, made: dict[str, thesean.Converted], settings: dict[s
         made,
         guide=subject.guide,
         data=next(iter(subject.judged.values())),
+        outputs=subject.outputs,
         lengths=subject.lengths,
         batches=settings["rows"],
         quantize=(None, "int8"),

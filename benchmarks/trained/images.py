@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from benchmarks.suite import BenchmarkError
 from benchmarks.trained.subject import Subject, agreement
-from thesean import Target
 
 SIZE, BATCH = 224, 8
 FITTED, UNSEEN = ("china.jpg", "grace_hopper.jpg"), ("flower.jpg",)
@@ -36,14 +35,18 @@ def subject(settings: dict[str, Any]) -> Subject:
     return Subject(
         name="EfficientNet-Lite0",
         guide=pretrained(),
-        data=drawn(FITTED, settings["batches"]),
+        data=drawn(FITTED, settings["batches"] // 4),
         chosen_by=drawn(FITTED, 2),
         judged={
             "squares not seen": drawn(FITTED, settings["judged"]),
             "another photograph": drawn(UNSEEN, settings["judged"]),
         },
-        targets={"last five blocks: conv": dict.fromkeys(late, "conv"), "narrow .75": Target("narrow", ratio=0.75)},
+        targets={
+            "last five blocks: conv": dict.fromkeys(late, "conv"),
+            "last five blocks: bottleneck": dict.fromkeys(late, "bottleneck"),
+        },
         compare=agreement,
+        outputs={"output": "softmax"},
     )
 
 

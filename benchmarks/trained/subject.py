@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import thesean
+from thesean.distill.outputs import OutputKind
 
 Batches = list[Any]
 
@@ -30,6 +31,7 @@ class Subject:
     targets: Mapping[str, str | thesean.Target | dict[str, Any]]
     compare: Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
     lengths: tuple[int, ...] = (64,)  # of a sequence, where there is one
+    outputs: Mapping[str, OutputKind] | None = None  # what no label says
 
     @torch.no_grad()
     def figures(self, model: Any) -> dict[str, float]:
