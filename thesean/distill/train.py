@@ -15,11 +15,11 @@ from torch import nn
 
 from thesean import ranks
 from thesean.distill.masters import Masters
-from thesean.distill.observer import Observer
 from thesean.distill.sharded import masters_of
 from thesean.distill.together import together
 from thesean.errors import NumericalError
 from thesean.journal import Journal
+from thesean.observer import Observer
 from thesean.recipe import Precision
 
 # of the peak learning rate: the schedule's last step
