@@ -29,6 +29,7 @@ from thesean.deploy.parity import allowed_error, not_comparable, rounding
 from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX
 from thesean.errors import ExportError, PassRefused
+from thesean.passes.analyse.whole_inputs import source_as_long_as_target
 from thesean.passes.base import run_passes
 from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.divide_encoder import DivideEncoder
@@ -67,8 +68,10 @@ def export_network(
     read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
     alike = all(s.name not in read or length in s.shape for s in signature.inputs for length in lengths)
     elsewhere = named(path).suffix == SUFFIX or form.get("runtime") == "genai"
-    if wanted is False or elsewhere or not lengths or alike:
+    if wanted is False or elsewhere or not lengths:
         return export(graph_module, signature, path, stateful=stateful, **how)
+    if alike:
+        return _write_one(graph_module, signature, path, stateful, how)
     require("onnx", "onnxruntime", "onnxscript")
     try:
         if form.get("quantize") is not None:
@@ -92,6 +95,31 @@ def export_network(
 def encoder_beside(path: Path) -> Path:
     """The encoder's file, of a decoder's."""
     return path.with_name(f"{path.stem}.encoder{path.suffix}")
+
+
+def _write_one(
+    graph_module: fx.GraphModule, signature: Signature, path: str | Path, stateful: Stateful, how: dict[str, Any]
+) -> ExportReport:
+    """`export`; where it carries no state as its encoder can't be apart from its decoder, that is told."""
+    try:
+        report = export(graph_module, signature, path, stateful=stateful, **how)
+    except ExportError as error:
+        told = _as_long(graph_module, signature) if isinstance(error.__cause__, PassRefused) else ""
+        if not told:
+            raise
+        raise ExportError(f"a stateful export is not possible: {told}. Export with stateful='no'.") from error
+    told = "" if report.stateful else _as_long(graph_module, signature)
+    return replace(report, note=f"{report.note}; {told}") if told else report
+
+
+def _as_long(graph_module: fx.GraphModule, signature: Signature) -> str:
+    found = source_as_long_as_target(graph_module, signature)
+    if found is None:
+        return ""
+    return (
+        f"the network reads {found[0]} as a whole and {found[1]} step by step, but takes {found[0]} only as long as "
+        f"{found[1]}: expected a decoder whose length is its own, one that reads {found[0]} by attention alone"
+    )
 
 
 def _write_both(graph_module: fx.GraphModule, signature: Signature, path: Path, how: dict[str, Any]) -> ExportReport:
