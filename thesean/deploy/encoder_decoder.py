@@ -24,7 +24,7 @@ from thesean.deploy.export import PARITY, export
 from thesean.deploy.export_report import ExportReport, Form, Stateful, parse_stateful
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import output_names
-from thesean.deploy.onnx_file import BESIDE_DECODER, BESIDE_ENCODER, PARITY_SEEN, Draft, draft, sha256
+from thesean.deploy.onnx_file import BESIDE_DECODER, BESIDE_ENCODER, PARITY_SEEN, Draft, draft
 from thesean.deploy.parity import allowed_error, not_comparable, rounding
 from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX
@@ -36,7 +36,7 @@ from thesean.passes.divide_encoder import DivideEncoder
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.halves import halves_of
 from thesean.passes.graph.signature import Signature
-from thesean.scratch import named
+from thesean.scratch import file_sha256, named
 
 _WHOSE = re.compile(r"^(divide encoder|cache attention|delay steps|thread state): ")
 
@@ -141,7 +141,7 @@ def _write_both(graph_module: fx.GraphModule, signature: Signature, path: Path, 
             decoder, halves.decoder, path, stateful=True, into=second,
             **{**how, "train_length": _train_length(halves.decoder, how)},
         )  # fmt: skip
-        told = {"file": beside.name, "sha256": sha256(first.path), "gives": halves.crossing}
+        told = {"file": beside.name, "sha256": file_sha256(first.path), "gives": halves.crossing}
         second.tell({BESIDE_ENCODER: json.dumps(told)})
         dtypes = dtypes_for(graph_module, signature, how.get("dtype"))
         module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))

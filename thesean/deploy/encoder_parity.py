@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from thesean.deploy.parity import Check, relative_error, with_padding
+from thesean.deploy.parity import Check, with_padding
+from thesean.deploy.relative_error import relative_error
 from thesean.deploy.session import Session
 from thesean.deploy.states import Arrays
 from thesean.deploy.streams import Stream

@@ -14,11 +14,12 @@ from typing import Any, Unpack, overload
 import numpy as np
 
 from thesean.deploy.loaded import Loaded
-from thesean.deploy.onnx_file import BESIDE_ENCODER, sha256
+from thesean.deploy.onnx_file import BESIDE_ENCODER
 from thesean.deploy.sampling import SamplingOptions
 from thesean.deploy.states import Arrays
 from thesean.deploy.streams import Stream, Streams, checked_source
 from thesean.errors import DataError, ExportError
+from thesean.scratch import file_sha256
 
 
 class Session(Loaded):
@@ -38,7 +39,7 @@ class Session(Loaded):
         beside = self.path.with_name(Path(told["file"]).name)
         if not beside.is_file():
             raise ExportError(f"{self.path}: its encoder, {beside.name}, is not beside it. Move both files together.")
-        if sha256(beside) != told["sha256"]:
+        if file_sha256(beside) != told["sha256"]:
             raise ExportError(f"{self.path}: {beside.name} is of another conversion. Export both again.")
         return Session(beside, self.threads)
 
