@@ -6,7 +6,6 @@ B batch, T steps of the target, S steps of the source, D width, H heads
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,37 +19,28 @@ from thesean.passes.capture.captured import Captured
 WIDTH, HEADS = 16, 2
 
 
-def t5(layers: int = 2, **more: Any) -> nn.Module:
+def t5(layers: int = 1) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    sizes = dict(
+    config = T5Config(
         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=layers, num_heads=HEADS,
         relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    return spread(T5ForConditionalGeneration(T5Config(**{**sizes, **more})).eval())
-
-
-def _bart_like(family: str, **more: Any) -> nn.Module:
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1, decoder_layers=2, encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
-        pad_token_id=1, bos_token_id=0, eos_token_id=None, forced_eos_token_id=None, decoder_start_token_id=2, **more,
-    )  # fmt: skip
-    names = {"Bart": "BartForConditionalGeneration", "Marian": "MarianMTModel"}
-    return spread(getattr(transformers, names[family])(config).eval())
+    return spread(T5ForConditionalGeneration(config).eval())
 
 
 def bart() -> nn.Module:
-    return _bart_like("Bart")
+    from transformers import BartConfig, BartForConditionalGeneration
 
-
-def marian() -> nn.Module:
-    return _bart_like("Marian")
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
+        pad_token_id=1, bos_token_id=0, eos_token_id=None, forced_eos_token_id=None, decoder_start_token_id=2,
+    )  # fmt: skip
+    return spread(BartForConditionalGeneration(config).eval())
 
 
 class Translator(nn.Module):
@@ -136,7 +126,6 @@ Inputs = Callable[..., dict[str, torch.Tensor]]
 GUIDES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "t5": (t5, t5_inputs),
     "bart": (bart, masked),
-    "marian": (marian, masked),
     "translator": (lambda: spread(seeded(Translator)), translator_inputs),
     "plain": (lambda: spread(seeded(Plain)), plain_inputs),
 }

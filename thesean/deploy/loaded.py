@@ -140,9 +140,10 @@ class Loaded:
         rows = None
         if self.states:
             rows = next(len(v) if v.ndim else 1 for v in given.values())
-            if other := next((n for n in self.held if len(given[n]) != rows), None):
+            if other := next((n for n in self.held if given[n].shape[:1] != (rows,)), None):
                 raise DataError(
-                    f"{other}: the source is of {len(given[other])} rows, expected {rows}, those of {self.inputs[0]}."
+                    f"{other}: expected a source of {rows} rows, as {self.inputs[0]} has, found the shape "
+                    f"{given[other].shape}. Encode as many."
                 )
             given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
         try:

@@ -339,6 +339,8 @@ def checked_source(session: Loaded, encoded: Carried | None, rows: int) -> Carri
     if missing := [n for n in session.held if n not in encoded]:
         raise DataError(f"encoded: expected {', '.join(session.held)}, found no {missing[0]}: encode() gives them.")
     found = {name: np.asarray(encoded[name]) for name in session.held}
-    if other := next((n for n, v in found.items() if len(v) != rows), None):
-        raise DataError(f"encoded: expected {rows} rows, one a prompt, found {len(found[other])} of {other}.")
+    if other := next((n for n, v in found.items() if v.shape[:1] != (rows,)), None):
+        raise DataError(
+            f"encoded: expected {rows} rows, one a prompt, found {other} of the shape {found[other].shape}."
+        )
     return found
