@@ -67,10 +67,21 @@ def files(name: str, folder: Path) -> Files:
     return Files(found, report, source)
 
 
+class Made(dict[str, Files]):
+    """Each pair is written when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, name: str) -> Files:
+        self[name] = files(name, self.folder)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> dict[str, Files]:
-    folder = tmp_path_factory.mktemp("pairs")
-    return {name: files(name, folder) for name in ("t5", "bart")}
+def made(tmp_path_factory) -> Made:
+    return Made(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(params=["t5", "bart"])
