@@ -36,7 +36,7 @@ from thesean.passes.divide_encoder import DivideEncoder
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.halves import halves_of
 from thesean.passes.graph.signature import Signature
-from thesean.scratch import file_sha256, named
+from thesean.scratch import file_sha256, named, telling
 
 _WHOSE = re.compile(r"^(divide encoder|cache attention|delay steps|thread state): ")
 
@@ -183,7 +183,7 @@ def _train_length(signature: Signature, how: dict[str, Any]) -> int | None:
 
 
 def _publish(first: Draft, second: Draft) -> None:
-    """Both take their names, or what had them before stays."""
+    """Both take their names, or what had them before stays. Raises WriteError."""
     earlier = first.path.with_name("earlier")
     with suppress(FileNotFoundError):
         try:
@@ -192,9 +192,11 @@ def _publish(first: Draft, second: Draft) -> None:
             raise
         except OSError:  # a file system without links
             shutil.copy2(first.name, earlier)
-    first.take_name()
+    with telling(first.name):
+        first.take_name()
     try:
-        second.take_name()
+        with telling(second.name):
+            second.take_name()
     except BaseException:
         if earlier.exists():
             os.replace(earlier, first.name)
