@@ -22,9 +22,11 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable
+from importlib import import_module
 
 import torch
 
+import thesean
 from benchmarks.fuzzing.altered import sources
 from benchmarks.fuzzing.reached import Reached, telling
 from benchmarks.fuzzing.trial import Watch, kind, outcome
@@ -139,12 +141,8 @@ def _work(runs: list[int | Chain], writer: int, until: float, corpus: Corpus) ->
 
 def warm_up() -> None:
     """What a process imports at its first load: seconds, which a thousand processes need not take again."""
-    import sympy  # noqa: F401
-    import torch.fx.experimental.symbolic_shapes
-    import transformers  # noqa: F401
-
-    import thesean
-
+    for name in ("sympy", "torch.fx.experimental.symbolic_shapes", "transformers"):
+        import_module(name)
     for folder in sources():
         loaded = thesean.load(folder)
         with torch.no_grad():

@@ -39,7 +39,7 @@ class Reached:
             code = telling().get((own.co_filename, *_place(own)))
             if code is not None and code.co_freevars == own.co_freevars:
                 function.__globals__[_HIT] = self._hit
-                function.__code__ = code  # type: ignore[assignment]
+                function.__code__ = code
                 count += 1
         return count
 

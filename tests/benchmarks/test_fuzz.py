@@ -92,7 +92,7 @@ def test_what_a_load_may_not_do_is_a_fault(what, does, expected, tmp_path: Path,
 
 
 def test_a_process_that_dies_is_told_and_the_next_run_goes_on(monkeypatch: pytest.MonkeyPatch):
-    def load(folder: Path) -> object:
+    def load(folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(thesean, "load", load)
