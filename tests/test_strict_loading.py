@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import thesean
-from benchmarks.fuzz import FAULTS, FOUND, outcomes
 from benchmarks.fuzzing.altered import FOLDERS
+from benchmarks.fuzzing.campaign import FAULTS, FOUND, outcomes
 from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted

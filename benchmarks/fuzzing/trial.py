@@ -148,3 +148,7 @@ def kind(text: str) -> str:
     """An outcome's words without what is a run's own: names, numbers, paths."""
     text = re.sub(r"/\S+|'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|\([^)]*\)|\{[^}]*\}", "#", text)
     return re.sub(r"[-+]?\d[\d,.e+-]*|\b\w*_\w*\b|\b[\w]+\.[\w.]+\b", "#", text)[:120]
+
+
+if __name__ == "__main__":
+    print(outcome(tuple(map(int, sys.argv[1:]))))

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 import thesean
-from benchmarks import fuzz
-from benchmarks.fuzzing import trial
+from benchmarks.fuzzing import campaign, trial
 from benchmarks.fuzzing.altered import Altered, sources
 from benchmarks.fuzzing.reached import Reached, telling
 from thesean.errors import ArtifactError
@@ -29,7 +28,7 @@ def test_a_chain_is_the_same_folder_each_time_and_each_of_its_numbers_alters_it(
 
 
 def test_what_is_new_is_kept_and_altered_further():
-    corpus = fuzz.Corpus()
+    corpus = campaign.Corpus()
     assert corpus.chosen(7) == (7,)
     assert corpus.add((7,), "loaded", {1, 2}) == {1, 2}
     assert corpus.add((8,), "refused: x", {2}) == set()
@@ -87,7 +86,7 @@ def test_what_a_load_may_not_do_is_a_fault(what, does, expected, tmp_path: Path,
         return loads(folder)
 
     monkeypatch.setattr(thesean, "load", load)
-    (found,) = fuzz.outcomes([(1,)]).values()
+    (found,) = campaign.outcomes([(1,)]).values()
     assert found.startswith(expected)
 
 
@@ -96,7 +95,7 @@ def test_a_process_that_dies_is_told_and_the_next_run_goes_on(monkeypatch: pytes
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(thesean, "load", load)
-    assert fuzz.outcomes([(1,), (2,)]) == {(n,): "died: signal 9, status 0" for n in (1, 2)}
+    assert campaign.outcomes([(1,), (2,)]) == {(n,): "died: signal 9, status 0" for n in (1, 2)}
 
 
 def test_functions_that_tell_have_the_names_of_those_they_stand_for():

@@ -1,13 +1,7 @@
-"""Does a saved folder stay data, whatever stands in it? Real ones are altered, loaded, called, saved and loaded again.
+"""Runs of the fuzzer, each in a process that it may take down, guided by what earlier runs came by.
 
-Each run takes a folder that some version wrote, changes it (`fuzzing/altered.py`) and tries it (`fuzzing/trial.py`). It
-is "refused" (ArtifactError), "loaded", or "late": it loads, and torch refuses the call, as a value out of a table's
-range does. Faults are "foreign" (another error), "wrong" (saved and loaded again it gives something else), "executed"
-or "changed" (what a folder may not do), and "died": a signal, no answer in time, or more memory than is given.
-
-The choice is guided: a run that comes by a pair of branches of the loader that none did before
-(`fuzzing/reached.py`), or is refused in new words, is kept, and later runs alter what it left. A run is a chain of
-numbers, so that it can be had again: `python -m benchmarks.fuzz 12 345`. `--seeds 3` runs other numbers.
+A run that comes by a pair of branches of the loader that none did before (`reached.py`), or is refused in new words, is
+kept, and later runs alter what it left: a run is a chain of numbers, so that it can be had again.
 """
 
 from __future__ import annotations
@@ -17,10 +11,8 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 from importlib import import_module
 
@@ -30,7 +22,6 @@ import thesean
 from benchmarks.fuzzing.altered import sources
 from benchmarks.fuzzing.reached import Reached, telling
 from benchmarks.fuzzing.trial import Watch, kind, outcome
-from benchmarks.suite import Case, Result, Run
 
 Chain = tuple[int, ...]
 KINDS = ("refused", "loaded", "late", "foreign", "wrong", "executed", "changed", "died")
@@ -147,50 +138,3 @@ def warm_up() -> None:
         loaded = thesean.load(folder)
         with torch.no_grad():
             loaded(**loaded.signature.random_inputs(dict.fromkeys(loaded.signature.symbols, 4)))
-
-
-def bench(run: Run) -> None:
-    warm_up()
-    for seed in run.seeds:
-        corpus = Corpus()
-        kept = run.details.get(f"corpus {seed}")
-        if kept:  # goes on: what was come by is found again
-            outcomes([tuple(c) for c in kept], corpus=corpus)
-        for block in range(run.settings["blocks"]):
-            name = f"runs {seed}.{block}"
-            if not run.wants(name, seed):
-                continue
-            first = seed * 10**9 + block * run.settings["runs"]
-            found = outcomes(range(first, first + run.settings["runs"]), corpus=corpus)
-            counts = Counter(text.partition(":")[0].partition(",")[0] for text in found.values())
-            bad = {" ".join(map(str, c)): text for c, text in found.items() if text.startswith(FAULTS)}
-            run.add(name, seed, **counts, kept=len(corpus.chains), reached=len(corpus.seen), faults=bad)
-            run.keep(**{f"corpus {seed}": corpus.chains})
-            for chain, text in bad.items():
-                run.fault(f"run {chain}: {text}")
-
-
-def table(result: Result) -> str:
-    """Every row's runs, by what came of them."""
-    total = {k: sum(c.get(k, 0) for c in result["cases"]) for k in KINDS}
-    runs, last = sum(total.values()), {c["seed"]: c for c in result["cases"]}
-    cells = [f"{runs:,}", *(f"{total[k]:,}" for k in KINDS)]
-    cells += [f"{sum(c[k] for c in last.values()):,}" for k in ("kept", "reached")]
-    heads = ["runs", *KINDS, "kept as seeds", "pairs of branches"]
-    return "\n".join(("| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads), "| " + " | ".join(cells) + " |"))
-
-
-CASE = Case(
-    question="Does a saved folder stay data, whatever stands in it?",
-    minutes=250,
-    unit="runs",
-    run=bench,
-    settings={"blocks": 100, "runs": 10_000},
-    quick={"blocks": 1, "runs": 40},
-    needs=("transformers",),
-    partial=True,
-    table=table,
-)
-
-if __name__ == "__main__":
-    print(outcome(tuple(map(int, sys.argv[1:]))))
