@@ -21,7 +21,7 @@ from torch import nn
 
 import thesean
 from benchmarks.fuzzing.altered import FOLDERS
-from benchmarks.fuzzing.campaign import FAULTS, FOUND, outcomes
+from benchmarks.fuzzing.campaign import FAULTS, FOUND, Corpus, outcomes
 from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
@@ -356,9 +356,11 @@ def test_loading_draws_no_random_numbers_and_imports_no_compiler(folder: Path):
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_altered_folders_are_refused_or_harmless(seed: int):
-    """20 s of `python -m benchmarks fuzz` each, and the runs that were found to be neither."""
-    found = outcomes(FOUND) | outcomes(range(seed * 10**9, seed * 10**9 + 10**6), until=time.monotonic() + 20)
-    assert len(found) > 50
+    """20 s of `python -m benchmarks fuzz` each, some runs at the least, and those that were found to be neither."""
+    until, first, corpus = time.monotonic() + 20, seed * 10**9, Corpus()
+    found = outcomes(FOUND) | outcomes(range(first, first + 60), corpus=corpus)
+    found |= outcomes(range(first + 60, first + 10**6), until, corpus)
+    assert len(found) >= 60
     assert {chain: text for chain, text in found.items() if text.startswith(FAULTS)} == {}
 
 
