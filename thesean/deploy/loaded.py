@@ -16,7 +16,7 @@ import numpy as np
 
 from thesean.deploy.onnx_file import DELAY, IDS, ROWS, SIZES, TOGETHER, check_weights, metadata
 from thesean.deploy.states import Arrays, LoadedFile, State, StateTable
-from thesean.errors import DataError, ExportError, MissingExtraError, StateError
+from thesean.errors import DataError, ExportError, MissingExtraError, StateError, first_line
 from thesean.passes.graph.signature import Bound
 from thesean.passes.thread_state import STATE_IN, STATE_OUT
 
@@ -183,9 +183,3 @@ class Loaded:
     def _tell_rows_apart(self) -> None:
         if not self.has_rows:
             raise StateError("the rows of a batch count their steps together in this file: no row is apart from them.")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without its tail of advice for developers."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -14,10 +14,10 @@ from torch import nn
 
 from thesean import ranks
 from thesean.distill.masters import Masters
-from thesean.distill.observer import Observer
 from thesean.distill.together import together
 from thesean.errors import NumericalError
 from thesean.journal import Journal, Stateful
+from thesean.observer import Observer
 from thesean.recipe import Precision
 
 # of the peak learning rate: the schedule's last step
