@@ -22,7 +22,6 @@ from benchmarks.mutation.changes import functions_of
 
 Lines = dict[str, dict[str, list[int]]]  # test -> file -> lines
 Table = dict[str, tuple[int, int, str]]  # function -> first line, last line, digest of its source
-_AT_ONCE = 50  # tests between two writes
 
 
 @dataclass
@@ -35,40 +34,50 @@ class ComeBy:
 
 def come_by(tests: Iterable[str], files: list[str], kept: Path, run: Callable[[list[str]], None]) -> ComeBy:
     """Of tests by their pytest names, which begin with the file's. `run` runs some of them in a process of its own and
-    calls `note` there after each.
+    calls `note` there after each: where it is interrupted, those that were noted are not run again.
     """
     tests = list(tests)
-    tables = {file: _table(file) for file in files}
-    digests = {path: _digest(Path(path).read_text(encoding="utf-8")) for path in {_file(t) for t in tests}}
     found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"tests": {}, "tables": {}}
+    tables = {file: _table(file) for file in {*files, *found["tables"]} if Path(file).exists()}
     moves = {file: _moves(found["tables"].get(file, {}), table) for file, table in tables.items()}
+    paths = {_file(t) for t in (*tests, *found["tests"])}
+    digests = {path: _digest(Path(path).read_text(encoding="utf-8")) for path in paths if Path(path).exists()}
     rows: dict[str, Any] = {}
     for test, row in found["tests"].items():
         if digests.get(_file(test)) == row["digest"]:
-            seen = {f: sorted({n for line in at for n in moves[f].get(line, ())}) for f, at in row["lines"].items()}
-            rows[test] = {**row, "lines": {f: at for f, at in seen.items() if at}}
-    _write(kept, rows, tables)
-    left = [t for t in tests if t not in rows]
-    while left:
-        run(left[:_AT_ONCE])
-        for test in left[:_AT_ONCE]:
-            path = _noted(kept, test)
-            row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": None, "lines": {}}
-            rows[test] = {**row, "digest": digests[_file(test)]}
-            path.unlink(missing_ok=True)
-        _write(kept, rows, tables)
-        left = left[_AT_ONCE:]
+            at = {f: {n for line in lines for n in moves.get(f, {}).get(line, ())} for f, lines in row["lines"].items()}
+            rows[test] = {**row, "lines": {f: sorted(lines) for f, lines in at.items() if lines}}
+    noted = {t: row for t in tests if t not in rows and (row := _noted(kept, t, digests[_file(t)])) is not None}
+    left = [t for t in tests if t not in rows and t not in noted]  # by a run that was interrupted
+    if left:
+        run(left)
+        failed: dict[str, Any] = {"seconds": None, "lines": {}}
+        noted |= {t: _noted(kept, t, digests[_file(t)]) or {**failed, "digest": digests[_file(t)]} for t in left}
+    _write(kept, rows | noted, tables)
+    for test in noted:
+        _note(kept, test).unlink(missing_ok=True)
+    rows |= noted
     passed = {t: rows[t] for t in tests if rows[t]["seconds"] is not None}
     return ComeBy({t: r["seconds"] for t, r in passed.items()}, {t: r["lines"] for t, r in passed.items()})
 
 
 def note(kept: Path, test: str, seconds: float, lines: dict[str, list[int]]) -> None:
     """That a test has passed. Called where it ran."""
-    _noted(kept, test).write_text(json.dumps({"seconds": seconds, "lines": lines}), encoding="utf-8")
+    digest = _digest(Path(_file(test)).read_text(encoding="utf-8"))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    row = {"seconds": seconds, "lines": lines, "digest": digest}
+    _note(kept, test).write_text(json.dumps(row), encoding="utf-8")
 
 
-def _noted(kept: Path, test: str) -> Path:
+def _note(kept: Path, test: str) -> Path:
     return kept.with_name(f"{kept.stem}.{_digest(test)[:16]}.json")
+
+
+def _noted(kept: Path, test: str, digest: str) -> dict[str, Any] | None:
+    """What was noted of a test whose file is still that one."""
+    path = _note(kept, test)
+    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return row if row.get("digest") == digest else None
 
 
 def _write(kept: Path, rows: dict[str, Any], tables: dict[str, Table]) -> None:

@@ -49,6 +49,23 @@ def test_each_test_runs_once_and_what_fails_is_left_out(suite: Suite):
     assert [p.name for p in Path().glob("lines*")] == ["lines.json"]
 
 
+def test_what_is_known_of_other_tests_stays(suite: Suite):
+    whole = suite.find()
+    Suite({"test_b.py::two": [6]}).find()
+    assert suite.find() == whole
+    assert suite.ran == []
+    Path("test_a.py").unlink()
+    assert Suite({"test_b.py::two": [6]}).find().lines == {"test_b.py::two": {"source.py": [6]}}
+
+
+def test_what_an_interrupted_run_noted_is_not_run_again(suite: Suite):
+    note(Path("lines.json"), "test_b.py::two", 0.25, {"source.py": [6]})
+    note(Path("lines.json"), "test_a.py::one", 0.25, {"source.py": [2]})
+    Path("test_a.py").write_text("a, changed since")
+    assert suite.find().seconds == {"test_a.py::one": 0.5, "test_b.py::two": 0.25}
+    assert suite.ran == ["test_a.py::one", "test_a.py::fails"]
+
+
 def test_tests_of_a_file_that_changed_run_again(suite: Suite):
     suite.find()
     Path("test_b.py").write_text("b, changed")
