@@ -27,7 +27,8 @@ Chain = tuple[int, ...]
 KINDS = ("refused", "loaded", "late", "foreign", "wrong", "executed", "changed", "died")
 FAULTS = KINDS[3:]
 _AT_ONCE = 1000  # runs of one process
-_SECONDS, _BYTES = 20, 12 * 2**30  # that a run may take, and a process's address space
+_SECONDS, _BYTES = 20, 12 * 2**30  # of the processor's that a run may take, and a process's address space
+_WAITS = 900  # seconds of the clock
 _LONGEST = 8  # numbers of a chain
 _WORDS = 1 << 60  # beside pairs of branches
 
@@ -116,10 +117,12 @@ def _work(runs: list[int | Chain], writer: int, until: float, corpus: Corpus) ->
                 break
             chain = corpus.chosen(run) if isinstance(run, int) else run
             os.write(writer, (json.dumps({"chain": chain}) + "\n").encode())
-            signal.alarm(_SECONDS)  # whose default is to end the process
+            signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # whose default is to end the process
+            signal.alarm(_WAITS)
             reached.clear()
             text = outcome(chain, watch)
             pairs = reached.pairs
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             new: set[int] = set()
             if not text.startswith(FAULTS):

@@ -28,7 +28,8 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class Watch:
     """Notes what is done while `place` is named, beyond reading and beyond that folder. A process keeps it for good.
 
-    `dlopen(None)` is the process itself: an exchange of two names is asked for there.
+    `dlopen(None)` is the process itself: an exchange of two names is asked for there. What a module does where it is
+    imported is its own; which ones may be is another check's.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class Watch:
     def _told(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.place:
             return
-        if event.startswith(_NEVER) and not (event == "marshal.loads" and _importing()) and args != (None,):
+        if event.startswith(_NEVER) and not _importing() and args != (None,):
             self.found.append(f"{event} {args!r:.100}")
         changes = event.startswith(_CHANGES) or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES)
         if changes and not self._may(args[0]):
@@ -69,7 +70,7 @@ def state() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         torch.get_default_device(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-        torch.get_rng_state().numpy().tobytes(), torch.is_autocast_enabled("cpu"), os.getcwd(), len(os.environ),
+        torch.get_rng_state().numpy().tobytes(), torch.is_autocast_enabled("cpu"), os.getcwd(),
     )  # fmt: skip
 
 
