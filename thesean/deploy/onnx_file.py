@@ -46,6 +46,8 @@ UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the call
 UNTRIED = "thesean.untried"  # whole numbers that positions are compared with, too large to try steps past them
 GUIDE = "thesean.guide"  # the hash of its weights, and their commit where one is known
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
+BESIDE_ENCODER = "thesean.encoder"  # of a decoder: its encoder's file, that file's SHA-256, and what it gives
+BESIDE_DECODER = "thesean.decoder"  # of an encoder: its decoder's file
 
 
 @dataclass
@@ -86,6 +88,11 @@ class Draft:
 
     def publish(self) -> None:
         """Take the name, the weights before the model. The weights of what had it before go."""
+        self.take_name()
+        self.clear()
+
+    def take_name(self) -> None:
+        """And leave the weights of what had it before where they are."""
         for made in (self.weights, self.path):
             if made is not None:
                 sync(made)
@@ -99,6 +106,9 @@ class Draft:
                 with suppress(OSError):
                     self.weights.unlink()
             raise
+
+    def clear(self) -> None:
+        """Remove the weights of what had the name before."""
         _remove_weights(self.name, self.path.parent)
 
 

@@ -134,7 +134,7 @@ def compare_whole(
     steps that are no padding: what an attention gives a step which sees none is the guide's own matter; one that
     `threaded` says is late, after it was flushed.
     """
-    inputs, shown_BT = _with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
+    inputs, shown_BT = with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
     expected = _outputs_of(module, inputs, sizes) if signature.fits(sizes.of(signature)) else None
     if expected is None:
         return None
@@ -264,7 +264,7 @@ def rounding(module: fx.GraphModule, signature: Signature, shape: tuple[int, ...
     return max((e for e in errors if e == e), default=0.0)
 
 
-def _with_padding(
+def with_padding(
     signature: Signature, inputs: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
     """Masks with a padded tail: an all-visible one would not show whether the file reads it. And the steps that all of
@@ -275,7 +275,8 @@ def _with_padding(
         value = inputs[spec.name]
         known = spec.example if spec.example is not None else value
         numbers = spec.mask or not (value.is_floating_point() or value.dtype == torch.bool)
-        if spec.high is None and numbers and len(spec.shape) == 2 and is_mask(known) and value.shape[1] > 2:
+        flat = spec.high is None and len(spec.shape) == 2 and not spec.held
+        if flat and numbers and is_mask(known) and value.shape[1] > 2:
             tail = value[0, -(value.shape[1] // 3) :]
             tail.copy_(1 - tail)
             same = (value == value[:, :1]).numpy()

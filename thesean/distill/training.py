@@ -74,6 +74,8 @@ class Training:
             journal=self.journal,
             deadline=self.begun + self.seconds,
             own=self.own,
+            accumulate=recipe.gradient_accumulation,
+            rows=lambda batch: self.gathered.rows(batch[1]),
         )
 
     def judge_guide(self) -> Evaluation:
