@@ -341,8 +341,10 @@ def allowed_error(
     logger.info("%s: an error of %.1e: comparing the network with itself in float64", path, worst.max_abs_error)
     own = rounding_at(worst.shape)
     told = f"the network itself is led {own:.1e} away from what it computes in float64 by rounding, which it amplifies"
-    if not asked and worst.max_abs_error <= AMPLIFIED * own <= MOST * tolerance:
-        return AMPLIFIED * own, f"{told}, and the file is held to {AMPLIFIED} times that"
+    allowed = min(AMPLIFIED * own, MOST * tolerance)
+    if not asked and worst.max_abs_error <= allowed:
+        held = f"{AMPLIFIED} times that" if allowed < MOST * tolerance else f"{allowed:.0e}"
+        return allowed, f"{told}, and the file is held to {held}"
     if own > tolerance / 2:
         advice = (
             f"{told[0].upper()}{told[1:]}: no file can be held against it. Look at what it computes, or raise "
