@@ -35,15 +35,18 @@ class _Slice:
 
     def hold(self) -> None:
         if not self.held:
-            self.weight.untyped_storage().resize_(self.bytes)
+            storage = self.weight.untyped_storage()
+            if storage.nbytes() < self.bytes:
+                storage.resize_(self.bytes)
             # .data: nobody's saved tensor has changed by this
             ranks.gather_shares(self.own, self.weight.data.view(-1))
             self.held = True
 
     def free(self) -> None:
-        if self.held:
-            self.weight.untyped_storage().resize_(0)
-            self.held = False
+        storage = self.weight.untyped_storage()
+        if storage.resizable():  # else NumPy has looked at it since
+            storage.resize_(0)
+        self.held = False
 
     def take(self) -> None:
         """What was written to the weight while it was whole."""
@@ -54,12 +57,18 @@ class Sharding:
     """Of all weights of these networks."""
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
-        self.slices: dict[int, _Slice] = {}
+        tied: dict[int, list[nn.Parameter]] = {}
         for weight in dict.fromkeys(p for network in networks for p in network.parameters()):
-            storage = weight.untyped_storage()
-            alone = weight.is_contiguous() and storage.nbytes() == weight.nbytes > 0
-            if alone and storage.resizable() and _key(weight) not in self.slices:  # else it is mapped from a file
-                self.slices[_key(weight)] = _Slice(weight)
+            tied.setdefault(_key(weight), []).append(weight)
+        self.slices: dict[int, _Slice] = {}
+        for weight, *others in tied.values():
+            if not all(w.is_contiguous() and w.untyped_storage().nbytes() == w.nbytes > 0 for w in (weight, *others)):
+                continue
+            if not weight.untyped_storage().resizable():  # mapped from a file, or NumPy has looked at it
+                weight.data = weight.data.clone()
+                for other in others:
+                    other.data = weight.data.view(other.shape)
+            self.slices[_key(weight)] = _Slice(weight)
 
     def of(self, weight: torch.Tensor) -> _Slice | None:
         return self.slices.get(_key(weight))
