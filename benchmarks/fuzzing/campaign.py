@@ -24,8 +24,8 @@ from benchmarks.fuzzing.reached import Reached, telling
 from benchmarks.fuzzing.trial import Watch, kind, outcome
 
 Chain = tuple[int, ...]
-KINDS = ("refused", "loaded", "late", "foreign", "wrong", "executed", "changed", "died")
-FAULTS = KINDS[3:]
+KINDS = ("refused", "loaded", "late", "slow", "foreign", "wrong", "executed", "changed", "died")
+FAULTS = KINDS[4:]
 _AT_ONCE = 1000  # runs of one process
 _SECONDS, _BYTES = 20, 12 * 2**30  # of the processor's that a run may take, and a process's address space
 _WAITS = 900  # seconds of the clock
@@ -81,12 +81,15 @@ def outcomes(
             _work(left[:_AT_ONCE], writer, until, corpus)
         os.close(writer)
         at: Chain | None = None
-        begun = 0
+        begun, is_loaded = 0, False
         with os.fdopen(reader, encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
-                if "outcome" not in row:
-                    at, begun = tuple(row["chain"]), begun + 1
+                if "chain" in row:
+                    at, begun, is_loaded = tuple(row["chain"]), begun + 1, False
+                    continue
+                if "loaded" in row:
+                    is_loaded = True
                     continue
                 assert at is not None
                 found[at] = row["outcome"]
@@ -95,6 +98,8 @@ def outcomes(
         _, status = os.waitpid(child, 0)
         if at is not None:
             found[at] = f"died: signal {status & 127}, status {status >> 8}"
+            if is_loaded and status & 127 == signal.SIGPROF:
+                found[at] = f"slow: more than {_SECONDS} s after it was loaded"
         if not begun:
             break
         left = left[begun:]
@@ -108,6 +113,10 @@ def _work(runs: list[int | Chain], writer: int, until: float, corpus: Corpus) ->
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
+
+    def is_loaded() -> None:
+        os.write(writer, b'{"loaded": true}\n')
+
     reached, watch = Reached(), Watch()
     reached.watch()
     gc.freeze()  # what is there stays: a collection would write to each of its pages
@@ -120,7 +129,7 @@ def _work(runs: list[int | Chain], writer: int, until: float, corpus: Corpus) ->
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # whose default is to end the process
             signal.alarm(_WAITS)
             reached.clear()
-            text = outcome(chain, watch)
+            text = outcome(chain, watch, is_loaded)
             pairs = reached.pairs
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def state() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def outcome(chain: tuple[int, ...], watch: Watch | None = None) -> str:
+def outcome(chain: tuple[int, ...], watch: Watch | None = None, is_loaded: Callable[[], None] = lambda: None) -> str:
     """What comes of one altered folder: "refused: ...", "loaded", "late: ...", or a fault: "foreign: ...",
-    "wrong: ...", "executed: ...", "changed: ...".
+    "wrong: ...", "executed: ...", "changed: ...". `is_loaded` is called once it is loaded.
     """
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -86,7 +87,7 @@ def outcome(chain: tuple[int, ...], watch: Watch | None = None) -> str:
         if watch is not None:
             watch.place, watch.found = place, []
         try:
-            found = _found(folder)
+            found = _found(folder, is_loaded)
         finally:
             if watch is not None:
                 watch.place = ""
@@ -97,13 +98,14 @@ def outcome(chain: tuple[int, ...], watch: Watch | None = None) -> str:
         return found
 
 
-def _found(folder: Path) -> str:
+def _found(folder: Path, is_loaded: Callable[[], None]) -> str:
     try:
         loaded = thesean.load(folder)
     except ArtifactError as error:
         return f"refused: {error}"
     except Exception as error:
         return f"foreign: load: {_short(error)}"
+    is_loaded()
     late, outputs = "", []
     example = loaded.signature.example_sizes
     for more in (0, 1):

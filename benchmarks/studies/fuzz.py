@@ -1,9 +1,10 @@
 """Does a saved folder stay data, whatever stands in it? Real ones are altered, loaded, called, saved and loaded again.
 
 Each run takes a folder that some version wrote, changes it (`fuzzing/altered.py`) and tries it (`fuzzing/trial.py`). It
-is "refused" (ArtifactError), "loaded", or "late": it loads, and torch refuses the call, as a value out of a table's
-range does. Faults are "foreign" (another error), "wrong" (saved and loaded again it gives something else), "executed"
-or "changed" (what a folder may not do), and "died": a signal, no answer in time, or more memory than is given.
+is "refused" (ArtifactError), "loaded", "late" (torch refuses the call, as it does a value out of a table's range) or
+"slow": it loads, and a call takes more than 20 s, as one with a padding of a million does. Faults are "foreign"
+(another error), "wrong" (saved and loaded again it gives something else), "executed" or "changed" (what a folder may
+not do), and "died": a signal, no answer in time, or more memory than is given.
 
 What comes by something new is altered further (`fuzzing/campaign.py`). A run is a chain of numbers, tried again by
 `python -m benchmarks.fuzzing.trial 12 345`. `--minutes 60` stops after an hour, and the same command goes on;

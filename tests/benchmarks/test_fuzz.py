@@ -98,6 +98,19 @@ def test_a_process_that_dies_is_told_and_the_next_run_goes_on(monkeypatch: pytes
     assert campaign.outcomes([(1,), (2,)]) == {(n,): "died: signal 9, status 0" for n in (1, 2)}
 
 
+def test_a_call_that_takes_long_is_slow_and_a_load_is_dead(monkeypatch: pytest.MonkeyPatch):
+    class Endless:
+        def __getattr__(self, name: str) -> object:
+            while True:
+                pass
+
+    monkeypatch.setattr(campaign, "_SECONDS", 0.2)
+    monkeypatch.setattr(thesean, "load", lambda folder: Endless())
+    assert campaign.outcomes([(1,)]) == {(1,): "slow: more than 0.2 s after it was loaded"}
+    monkeypatch.setattr(thesean, "load", lambda folder: Endless().signature)
+    assert campaign.outcomes([(1,)]) == {(1,): "died: signal 27, status 0"}
+
+
 def test_functions_that_tell_have_the_names_of_those_they_stand_for():
     assert {name for file, name, _ in telling() if file.endswith("thesean/load_artifact.py")} >= {"load", "_load"}
     assert Reached().pairs == set()
