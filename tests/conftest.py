@@ -1,5 +1,6 @@
 """One torch thread for all tests: on shared cores a second one is slower by up to ten times."""
 
+import gc
 import logging
 import os
 
@@ -20,3 +21,14 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 compiler.capture = capture
+
+if not torch.cuda.is_available():
+    # For devices that may come, torch writes down the whole stack at each seed: here longer than many a test takes.
+    setattr(torch, "manual_seed", torch.default_generator.manual_seed)  # noqa: B010
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of what was imported stay to the end: no collection needs to look through them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
