@@ -353,6 +353,7 @@ def test_loading_draws_no_random_numbers_and_imports_no_compiler(folder: Path):
     assert run.stdout.strip() == "False False"  # two seconds
 
 
+@pytest.mark.thorough
 def test_altered_folders_are_refused_or_harmless():
     """15 s of `python -m benchmarks fuzz`, and the runs that were found to be neither."""
     found = {n: outcome for n in FOUND for outcome in outcomes(n, 1).values()}
