@@ -8,7 +8,10 @@ import torch
 from hypothesis import settings
 
 from tests.kept_captures import capture
+from tests.kept_files import to_onnx
 from thesean import compiler
+from thesean.deploy import export
+from thesean.deploy.timing import parts
 
 torch.set_num_threads(1)
 
@@ -21,6 +24,7 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 compiler.capture = capture
+export.to_onnx = parts.to_onnx = to_onnx  # type: ignore[assignment]
 
 if not torch.cuda.is_available():
     # For devices that may come, torch writes down the whole stack at each seed: here longer than many a test takes.
