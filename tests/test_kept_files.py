@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from tests import captured, exported
+from tests import captured
 from tests.kept_files import KeptFiles
 from thesean.deploy.export import export, for_export
 from thesean.deploy.lowering.to_onnx import to_onnx
@@ -32,17 +32,16 @@ def kept() -> tuple[KeptFiles, list[Any]]:
     return KeptFiles(counted), made
 
 
-def ready(guide: Captured, target: str | None = None) -> tuple[Any, ...]:
+def ready(guide: Captured) -> tuple[Any, ...]:
     """What `export` hands to `to_onnx`."""
-    module = guide.graph_module if target is None else exported.hybrid(guide, target)
-    lowered, _ = run_passes(module, FreezeOnCpu(), *for_export(guide.signature, (), stateful=False))
+    lowered, _ = run_passes(guide.graph_module, FreezeOnCpu(), *for_export(guide.signature, (), stateful=False))
     example = guide.signature.random_inputs({s: 2 + 5 * (s == "time") for s in guide.signature.symbols})
     return lowered, example, guide.signature.inputs, ("output",), 18
 
 
 def test_an_equal_graph_is_not_written_again_and_its_model_is_the_callers_own(kept):
     files, made = kept
-    first, second = (ready(captured.token_mixer(), "gru") for _ in range(2))
+    first, second = (ready(captured.mlp()) for _ in range(2))
     assert first[0] is not second[0]
     written = ir.to_proto(files(*first)).SerializeToString()
     model = files(*second)
