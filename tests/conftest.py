@@ -1,5 +1,6 @@
 """One torch thread for all tests: on shared cores a second one is slower by up to ten times."""
 
+import gc
 import logging
 import os
 
@@ -7,7 +8,10 @@ import torch
 from hypothesis import settings
 
 from tests.kept_captures import capture
+from tests.kept_files import to_onnx
 from thesean import compiler
+from thesean.deploy import export
+from thesean.deploy.timing import parts
 
 torch.set_num_threads(1)
 
@@ -20,3 +24,20 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 compiler.capture = capture
+export.to_onnx = parts.to_onnx = to_onnx  # type: ignore[assignment]
+
+if not torch.cuda.is_available():
+    # For devices that may come, torch writes down the whole stack at each seed: here longer than many a test takes.
+    setattr(torch, "manual_seed", torch.default_generator.manual_seed)  # noqa: B010
+
+
+def pytest_collection_finish() -> None:
+    """Half a million objects of what was imported stay to the end: no collection needs to look through them again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_sessionfinish() -> None:
+    """Else libraries that count their objects find them at the end of the process, and say so."""
+    gc.unfreeze()

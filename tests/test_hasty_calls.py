@@ -6,6 +6,7 @@ B batch, T time, D width
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ from benchmarks.hostility.guides import POSITIONS, WORDS, Blocks, Words, compile
 from tests.models import gpt2, token_batches, tokens
 from thesean.errors import DataError, ExportError, NumericalError, PlanError, TargetMismatchError, TheseanError
 from thesean.report.report_json import read_report
+
+
+@cache
+def fast() -> thesean.Converted:
+    """For those who only look at it."""
+    return compiled(recipe="fast")
 
 
 def with_last(value: torch.Tensor, number: int) -> torch.Tensor:
@@ -178,7 +185,7 @@ def test_the_default_dtype_of_the_process_changes_no_number():
 )
 def test_a_converted_network_says_what_it_is_not_called_with(x_BTD, told):
     with pytest.raises(DataError, match=told):
-        compiled(recipe="fast")(x_BTD)
+        fast()(x_BTD)
 
 
 @pytest.mark.parametrize(
@@ -187,13 +194,13 @@ def test_a_converted_network_says_what_it_is_not_called_with(x_BTD, told):
 )
 def test_figures_are_of_whole_numbers_of_steps_rows_and_turns(arguments):
     with pytest.raises(DataError, match=rf"{next(iter(arguments))}: expected whole numbers of 1 or more"):
-        compiled(recipe="fast").benchmark(**arguments)
+        fast().benchmark(**arguments)
 
 
 @pytest.mark.parametrize("tolerance", [0, -1.0, float("nan"), float("inf"), "low", True])
 def test_a_tolerance_is_a_number_above_zero(tolerance, tmp_path):
     with pytest.raises(ExportError, match="tolerance: expected a number above 0"):
-        compiled(recipe="fast").export(tmp_path / "m.onnx", tolerance=tolerance)
+        fast().export(tmp_path / "m.onnx", tolerance=tolerance)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,7 +242,7 @@ def test_what_can_not_be_a_name_is_not_read(path):
 
 
 def test_loading_draws_nothing_at_random(tmp_path):
-    saved = compiled(recipe="fast").save(tmp_path / "saved")
+    saved = fast().save(tmp_path / "saved")
     torch.manual_seed(3)
     thesean.load(saved)
     drawn = torch.rand(1)

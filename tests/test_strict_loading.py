@@ -354,6 +354,7 @@ def test_loading_draws_no_random_numbers_and_imports_no_compiler(folder: Path):
     assert run.stdout.strip() == "False False"  # two seconds
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_altered_folders_are_refused_or_harmless(seed: int):
     """20 s of `python -m benchmarks fuzz` each, some runs at the least, and those that were found to be neither."""

@@ -19,9 +19,13 @@ CANDIDATES = ["keep", "identity", "gru"]
 
 @pytest.fixture(autouse=True)
 def _little_effort(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few steps a probe: no test here looks at how good a choice is. The command line's take the usual ones."""
+    """A few steps a probe, and as few turns as a median takes: no test here looks at how good or how fast a choice is.
+    The command line's take the usual steps.
+    """
     few = partial(Prober, effort=Effort(part_steps=3, whole_steps=5))
     monkeypatch.setattr("thesean.choose.choose_plan.Prober", few)
+    for module in ("latency", "parts"):
+        monkeypatch.setattr(f"thesean.deploy.timing.{module}._SECONDS", 0.0)
 
 
 def chosen(constraints, candidates=CANDIDATES, layers=2, guide=None, **settings):

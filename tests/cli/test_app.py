@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import thesean
+from thesean.choose.quality import Effort, Prober
 from thesean.cli.app import app
 from thesean.deploy.timing import parts as part_timing
 from thesean.deploy.timing import plan as payoff
@@ -456,7 +458,9 @@ def test_auto_chooses_for_a_budget(guides: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_several_budgets_write_a_plan_each(guides: Path) -> None:
+def test_several_budgets_write_a_plan_each(guides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(Prober, effort=Effort(part_steps=3, whole_steps=5))  # what one budget takes is the usual effort
+    monkeypatch.setattr("thesean.choose.choose_plan.Prober", few)
     result = run(
         "plan", "guides_for_cli:gpt", "--target", "auto", "--data", "guides_for_cli:batches",
         "--constraint", "params=8000,7000", "--candidate", "keep", "--candidate", "identity", "--yaml", "plan.yaml",

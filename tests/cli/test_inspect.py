@@ -36,6 +36,7 @@ def test_inputs_and_outputs_say_what_they_are() -> None:
     assert "ids from 0 to 31" in run("inspect", exported.gpt2_gru().path).stdout
 
 
+@pytest.mark.thorough
 def test_a_file_tells_of_which_guide_it_is_and_so_does_that_of_a_saved_conversion(tmp_path: Path) -> None:
     guide, batches = models.gpt2(), models.token_batches()
     guide.config._commit_hash = "0123abc"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +133,7 @@ def test_a_gate_that_nothing_meets_changes_no_bit():
     assert models.same_state(with_gate.module, without.module.state_dict())
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("schedule", ["progressive", "independent"])
-@pytest.mark.parametrize("at", [2, 5, 7, 10, 13, 18])
-@pytest.mark.parametrize(("second", "most", "gives_up"), [("identity", 0.05, True), ("mingru", 0.0125, None)])
-def test_a_run_with_a_gate_goes_on_where_it_was(tmp_path: Path, schedule, at, second, most, gives_up):
+def gated(folder: Path | None, schedule: str, second: str, most: float) -> thesean.Converted:
     recipe = {
         "steps": 24,
         "warmup": 1,
@@ -144,18 +141,23 @@ def test_a_run_with_a_gate_goes_on_where_it_was(tmp_path: Path, schedule, at, se
         "retry": {"steps": 6, "warmup": 1},
         "max_drop": most,
     }
+    return convert({**TARGETS, "cells.1": second}, recipe=recipe, workdir=folder)
 
-    def run(folder: Path | None) -> thesean.Converted:
-        target: dict[str, Any] = {**TARGETS, "cells.1": second}
-        guide, data = models.seeded(Cells), windows()
-        return thesean.compile(guide, target, data=data, recipe=recipe, workdir=folder, progress=False)
 
-    whole = run(None)
+uninterrupted = cache(partial(gated, None))  # the same, wherever another is stopped
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("schedule", ["progressive", "independent"])
+@pytest.mark.parametrize("at", [2, 5, 7, 10, 13, 18])
+@pytest.mark.parametrize(("second", "most", "gives_up"), [("identity", 0.05, True), ("mingru", 0.0125, None)])
+def test_a_run_with_a_gate_goes_on_where_it_was(tmp_path: Path, schedule, at, second, most, gives_up):
+    whole = uninterrupted(schedule, second, most)
     assert any("more than max_drop" in note for note in whole.report.notes)
     assert gives_up is None or whole.plan.parts[1].kept == gives_up
     with stopped_at(at), pytest.raises(Interrupted):
-        run(tmp_path)
-    again = run(tmp_path)
+        gated(tmp_path, schedule, second, most)
+    again = gated(tmp_path, schedule, second, most)
     assert any("went on at step" in note for note in again.report.notes)
     assert models.same_state(again.module, whole.module.state_dict())
     assert again.plan.notes == whole.plan.notes
