@@ -4,14 +4,15 @@ SmolLM2-135M, from a package. Nothing is trained: `fast`, on windows of Python's
 held-out topics of it and on Python's own source code, which the conversion never saw, also at more tokens than it was
 converted on. A row each: the guide, `rnn` as it decides, with 128 tokens held in each attention, the same with six of
 the thirty attentions kept, and its rival that needs no method, a softmax window with the first tokens. Each is
-converted in a process of its own, by the processor's clock and the memory it takes; files run side by side on one
-thread, and answer the same questions.
+converted in a process of its own, by the processor's clock and the memory it takes; files, two of them with weights of
+four bits as well, run side by side on one thread, and answer the same questions.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_pe
 from benchmarks.suite import ROOT, Case, Result, Run
 from examples.questions import QUESTIONS
 from thesean.answers import compare_answers
+from thesean.deploy.quantizing.tools import quantize_file
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import latency_of_models
+from thesean.deploy.timing.turns import Timing
+from thesean.deploy.timing.turns import measure as time_calls
 from thesean.passes.capture.capture import capture
 from thesean.report.answers import Answers
 
@@ -38,6 +42,9 @@ TARGETS: dict[str, tuple[dict[str, Any], int] | None] = {
 }
 # of the standard library, whole and as they are installed
 SOURCES = ("argparse", "asyncio.tasks", "dataclasses", "json.decoder", "pathlib", "tarfile", "typing", "zipfile")
+
+FOUR_BITS = ", int4"
+_CHUNK = 512  # tokens of a text that is streamed
 
 
 def source_text() -> str:
@@ -142,9 +149,31 @@ def answers(files: dict[str, Path], tokenizer: Any, settings: dict[str, Any]) ->
     }
 
 
+def in_four_bits(files: dict[str, Path], names: Sequence[str]) -> dict[str, Path]:
+    """The same files with their products' weights in four bits, by name."""
+    made = {f"{n}{FOUR_BITS}": file.with_name(f"{file.stem}_int4.onnx") for n, file in files.items() if n in names}
+    for name, file in made.items():
+        quantize_file(files[name.removesuffix(FOUR_BITS)], file, "int4", ())
+    return made
+
+
+def streamed(files: dict[str, Path], ids_T: torch.Tensor, read: int, turns: int) -> dict[str, Timing]:
+    """One more token after `read` tokens that came in chunks: so much at once, the guide's file would take long."""
+    sessions = {name: Session(path, threads=1, lean=True) for name, path in files.items()}
+    one = {"input_ids": ids_T[:1].numpy()[None]}
+    states: dict[str, Any] = {}
+    for name, session in sessions.items():
+        stream = session.stream()
+        for piece_T in ids_T[:read].split(_CHUNK):
+            stream({"input_ids": piece_T.numpy()[None]})
+        states[name] = stream.state
+    calls = {name: lambda s=s, state=states[name]: s.run(one, state) for name, s in sessions.items()}
+    return time_calls(calls, turns)
+
+
 def bench(run: Run) -> None:
     """Rows first, each with its file, which an interrupted run finds again; then all files side by side."""
-    from examples.smollm import read_guide
+    from examples.smollm import Text, read_guide
 
     start = time.monotonic()
     folder = ROOT / "build" / "smollm"
@@ -155,6 +184,7 @@ def bench(run: Run) -> None:
             run.add(name, **apart(name, "benchmarks.smollm", name, str(file), run.settings))
     measured = {row["name"] for row in run.rows}
     files = {name: file for name, file in files.items() if name in measured}
+    files |= in_four_bits(files, run.settings["four_bits"])
     guide, tokenizer = read_guide()
     ids = torch.tensor(tokenizer("What is a list?")["input_ids"])
     signature = capture(guide, {"input_ids": ids.repeat(2, 1)}).signature
@@ -163,6 +193,10 @@ def bench(run: Run) -> None:
     for name, timing in timings.items():
         found = {"token": timing.token, "prefill": timing.prefill}
         beside[name] = {f"{k}_{c}": t.median_ms for k, ts in found.items() for c, t in ts.items() if t is not None}
+    text_T = Text.of_python(tokenizer, held_out=True).tokens
+    for read in run.settings["streamed"]:
+        for name, timed in streamed(files, text_T, read, run.settings["turns"]).items():
+            beside[name][f"token_{read}"] = timed.median_ms
     for name, said in answers(files, tokenizer, run.settings).items():
         beside[name] |= {"agreement": said.agreement, "same": said.same, "parts_at": said.parts_at}
     run.keep(beside=beside, minutes=(time.monotonic() - start) / 60)
@@ -172,7 +206,8 @@ def table(result: Result) -> str:
     """Losses, what else was asked of the rows, milliseconds."""
     settings, beside = result["settings"], result["details"].get("beside", {})
     rows = [row | beside.get(row["name"], {}) for row in result["cases"]]
-    lengths, contexts = settings["lengths"], settings["contexts"]
+    rows += [{"name": name, **figures} for name, figures in beside.items() if name.endswith(FOUR_BITS)]
+    lengths, contexts = settings["lengths"], [*settings["contexts"], *settings.get("streamed", ())]
     asked = {"agreement": "next token as the guide's", "keys_found": f"key told {settings.get('key_after')} tokens ago"}
     asked = {name: title for name, title in asked.items() if any(name in row for row in rows)}
     head = [
@@ -184,7 +219,7 @@ def table(result: Result) -> str:
     ]
     lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
     for row in rows:
-        losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
+        losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" if f"docs_{n}" in row else "" for n in lengths]
         found = [f"{row[name]:.0%}" if name in row else "" for name in asked]
         times = [f"{row[f'token_{c}']:.1f}" for c in contexts]
         cost = f"{row['seconds']:.0f} s, {row['peak_weights']:.1f} x weights" if "seconds" in row else ""
@@ -196,16 +231,18 @@ def table(result: Result) -> str:
 
 CASE = Case(
     question="What does a pretrained language model lose when its attentions hold few tokens, and what does it win?",
-    minutes=45,
+    minutes=65,
     unit="nats, ms, s of one core",
     run=bench,
     settings={
         "length": 1024,
         "rows": 1,
         "batches": 8,
-        "lengths": [512, 2048],
+        "lengths": [512, 2048, 8192],
         "judged": 8192,
         "contexts": [64, 2048],
+        "streamed": [8000],
+        "four_bits": ["guide", "rnn, 128 held"],
         "turns": 5,
         "prompts": len(QUESTIONS),
         "answer": 24,
@@ -219,6 +256,8 @@ CASE = Case(
         "lengths": [64],
         "judged": 256,
         "contexts": [8],
+        "streamed": [16],
+        "four_bits": ["rnn, 128 held"],
         "turns": 1,
         "prompts": 2,
         "answer": 4,

@@ -99,7 +99,7 @@ class Run:
         self.seeds = options.seeds or (case.seeds[:1] if options.quick else case.seeds)
         self.only = options.only or (case.quick_only if options.quick else ())
         self._chosen = bool(options.only)
-        self._until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self.until = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
         self._left_out: dict[tuple[str, int | None], None] = {}
         self.faults: list[str] = []
         self.path = options.out / f"{name}.json"
@@ -134,10 +134,14 @@ class Run:
         held = any((row["name"], row.get("seed")) == (name, seed) for row in self.rows)
         if held or (self.only and not name.startswith(self.only)):
             return False
-        if time.monotonic() < self._until:
+        if time.monotonic() < self.until:
             return True
-        self._left_out[name, seed] = None
+        self.leave_out(name, seed)
         return False
+
+    def leave_out(self, name: str, seed: int | None = None) -> None:
+        """For want of time: the details name it."""
+        self._left_out[name, seed] = None
 
     def add(self, name: str, seed: int | None = None, **figures: Any) -> None:
         """Write a row and print its numbers."""

@@ -128,17 +128,22 @@ GUIDES = {
 }  # fmt: skip
 
 
+WAYS = {"whole": {}, "anew": {"recomputed": True}, "slices": {"recomputed": True, "sharded": True}}
+
+
 def scaling_page() -> str:
     """What a run on several accelerators would cost, by the formulas of thesean/distill/scaling.py."""
-    rows = [
-        (
-            guide, str(ranks), stage.name, f"{stage.memory / GIB:,.0f}", _fits(stage.memory),
-            f"{stage.traffic / GIB:,.1f}" if ranks > 1 else "0", _duration(stage.seconds),
-        )
-        for guide, sizes in GUIDES.items()
-        for ranks in RANKS
-        for stage in scaling.stages_of(sizes, JOB, HARDWARE, ranks)
-    ]  # fmt: skip
+    memory, cost = [], []
+    for guide, sizes in GUIDES.items():
+        for ranks in RANKS:
+            ways = [scaling.stages_of(sizes, replace(JOB, **way), HARDWARE, ranks) for way in WAYS.values()]
+            for found in zip(*ways, strict=True):
+                held = [stage.memory for stage in found]
+                sent = [stage.traffic / GIB for stage in (found[0], found[2])]
+                place = (guide, str(ranks), found[0].name)
+                memory.append((*place, *(f"{size / GIB:,.0f}" for size in held), _fits(held)))
+                received = (f"{size:,.1f}" if ranks > 1 else "0" for size in sent)
+                cost.append((*place, *received, *(_duration(stage.seconds) for stage in found)))
     logits = (
         f"{2 * scaling.outputs_given(sizes, JOB.tokens) / GIB:.0f} GiB for {guide}" for guide, sizes in GUIDES.items()
     )
@@ -148,18 +153,41 @@ def scaling_page() -> str:
             *_prose(
                 """**These are estimates. Nothing on this page was measured on a GPU.** They come from formulas. What an
                 optimizer holds and what a rank sends (gradients, exits, outputs, statistics) is compared with small
-                runs on a CPU, to the byte: tests/distill/test_scaling.py and tests/test_ranks.py. Hours, and
-                the memory of weights, their copies and activations, are compared with nothing."""
+                runs on a CPU, to the byte: tests/distill/test_scaling.py and tests/test_ranks.py; to a tenth, what a
+                transformer's backward keeps of its activations, with and without checkpointing; to a fifth, what is
+                sent of weights in slices. Hours, and the memory of whole weights' copies, are compared with
+                nothing."""
             ),
             "## What is spread, and what isn't",
             "",
             *_prose(
                 """A run [in several processes](guide.md#in-several-processes) is data parallel: each rank computes its
-                own rows of a batch. Weights, gradients and the optimizer's states are whole on each. There is no
-                sharding (FSDP2), no activation checkpointing and no gradient accumulation: where weights and states
-                alone are too much for one accelerator, more of them don't help; where it is the activations of a batch,
-                they do. Similarities are computed on examples of all ranks, by each of them. Parts that are aligned
-                independently are trained as all others are, on rows: none is a rank's own."""
+                own rows of a batch. Similarities are computed on examples of all ranks, by each of them. Parts that are
+                aligned independently are trained as all others are, on rows: none is a rank's own."""
+            ),
+            *_prose(
+                """By default weights, gradients and the optimizer's states are whole on each rank. Where it is the
+                activations of a batch that are too much, more ranks help, `activation_checkpointing: true` does (one
+                forward of the hybrid more a step), and so does `gradient_accumulation: n` with batches of an nth of the
+                rows. Where it is gradients and an optimizer's states, `sharded: true` does: while steps are taken, of
+                each weight of guide and hybrid a rank holds a slice, gathered a region at a time, from the end of one
+                part to the end of the next, for its forward and where it is computed anew; gradients are summed into
+                slices, and only a rank's own are stepped."""
+            ),
+            *_prose(
+                """What `sharded` doesn't do: between steps (closed form, judging states, checkpoints, saving) guide and
+                hybrid are whole on each rank, and a copy of the best state is too. A guide that doesn't fit by itself
+                still doesn't; of those on this page, 70B in bf16."""
+            ),
+            *_prose(
+                """Why not torch's `fully_shard`: it was tried with torch 2.13 in two gloo processes on a CPU. It runs
+                on a graph module as a whole, whose weights it then gathers all at once, and on parts that are modules,
+                with the right gradients (sums need `set_force_sum_reduction_for_comms`: gloo has no scaled sum). But
+                it puts other tensors in the place of a module's weights: copying a state into them, `deepcopy`, and
+                calling a part's `features` by itself, as a closed form does, raise then; regions cut out of a graph
+                with a tied table were not brought to run. So weights stay the tensors that they are, and their storage
+                comes and goes. A launcher that is told to wrap the model in FSDP or DeepSpeed (`--use_fsdp`) is
+                refused."""
             ),
             *_prose(
                 f"""Divergences of logits, `thesean.next_token` and `thesean.cross_entropy` are sums over rows, of which
@@ -181,9 +209,18 @@ def scaling_page() -> str:
                 gathers go around a ring, and nothing overlaps.""",
                 "No time for reading data, judging held-out batches, checkpoints, measures on the gathered examples.",
             ),
-            "## For each rank",
+            "## Memory of each rank",
             "",
-            *_table(("guide", "GPUs", "stage", "memory, GiB", "fits in 80 GB", "received, GiB", "time"), rows),
+            *_prose(
+                """In GiB: as a recipe is by default, with activations computed anew, and with weights in slices too;
+                "fits" is the first of them that fits in 80 GB."""
+            ),
+            *_table(("guide", "GPUs", "stage", *WAYS, "fits"), memory),
+            "",
+            "## What each rank receives, and time",
+            "",
+            *_prose("""GiB in all, and with weights in slices; time in the same three ways."""),
+            *_table(("guide", "GPUs", "stage", "received", "in slices", *WAYS), cost),
         ]
     )
 
@@ -195,8 +232,8 @@ def _list(*items: str) -> list[str]:
     return [*found, ""]
 
 
-def _fits(memory: float) -> str:
-    return "yes" if memory <= HARDWARE.memory else "no"
+def _fits(memory: Sequence[float]) -> str:
+    return next((way for way, size in zip(WAYS, memory, strict=True) if size <= HARDWARE.memory), "no")
 
 
 def _duration(seconds: float) -> str:

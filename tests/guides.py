@@ -135,7 +135,7 @@ def opt() -> nn.Module:
     )  # fmt: skip
 
 
-def mixtral(experts: str | None = "batched_mm") -> nn.Module:
+def mixtral(experts: str | None = None) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(**_sizes(num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2))

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import thesean
 import thesean.journal
 from tests import models
 from thesean import ranks
-from thesean.errors import RankError, TheseanError
+from thesean.distill.sharded import Sharding
+from thesean.errors import DataError, RankError, TheseanError
 
 LOST = 3  # the exit code of a rank that was told of another's end
 INTERRUPTED = "mse, progressive, uneven"
+SHARDED = "sharded"
 
 Case = tuple[nn.Module, Any, dict[str, Any]]
 
@@ -84,6 +87,12 @@ def labelled() -> Case:
     return model, target, {**given, "metric": thesean.accuracy, "data": data}
 
 
+def spread(case: Case, **settings: Any) -> Case:
+    """With settings of the recipe that change where it is computed, and not what."""
+    model, target, given = case
+    return model, target, {**given, "recipe": {**given["recipe"], **settings}}
+
+
 class Attending(nn.Module):
     """x_BTD + attention, where steps of mask 0 aren't seen."""
 
@@ -127,6 +136,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "our own loss": labelled,
     "batch norms": lambda: vectors(options={"hidden_norm": "batch"}, steps=24, recalibrate=True),
     "padded": padded,
+    # two batches a step, whose activations are computed anew, batch norms among them
+    "accumulated": lambda: spread(
+        vectors(rows=13, steps=8, options={"hidden_norm": "batch"}),
+        activation_checkpointing=True,
+        gradient_accumulation=2,
+    ),
+    SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
     "nmse, sequential": lambda: vectors("nmse", "sequential", order="easiest-first"),
     "cka and output, independent": lambda: vectors({"cka": 1.0, "nmse": 0.5}, "independent", output="kl"),
@@ -169,6 +185,56 @@ def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
     return loss
 
 
+def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
+    """A loss that fails in every process when it is called for the so many-th time."""
+    calls = 0
+
+    def loss(output: Any, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise ArithmeticError("stop here")
+        return cross_entropy(output, batch)
+
+    return loss
+
+
+def stopped(folder: Path) -> None:
+    """A run whose weights lie in slices, and that ends in its midst."""
+    kept = thesean.journal._AT_LEAST_S, thesean.journal._SHARE
+    keep_every_step()
+    with suppress(DataError):
+        result(SHARDED, loss=stopping(9), workdir=folder / "sharded")
+    thesean.journal._AT_LEAST_S, thesean.journal._SHARE = kept
+
+
+def held() -> tuple[int, int]:
+    """The most bytes of weights that a rank holds while a step runs whose weights lie in slices, and all of them."""
+    most, total, hold = 0, 0, Sharding.hold
+
+    def counting(self: Sharding, tensors: Any) -> None:
+        nonlocal most, total
+        hold(self, tensors)
+        most = max(most, sum(s.weight.untyped_storage().nbytes() for s in self.slices.values()))
+        total = sum(s.bytes for s in self.slices.values())
+
+    Sharding.hold = counting  # type: ignore[method-assign]
+    try:
+        result(SHARDED)
+    finally:
+        Sharding.hold = hold  # type: ignore[method-assign]
+    return most, total
+
+
+def half(sharded: bool) -> dict[str, torch.Tensor]:
+    """In bfloat16, whose masters lie in slices too; nothing is clipped, which sums in another order would round."""
+    _, target, given = vectors()
+    recipe = {**given["recipe"], "sharded": sharded, "clip": 1e6}
+    data = [x.bfloat16() for x, _ in given["data"]]
+    converted = thesean.compile(guide().bfloat16(), target, data=data, recipe=recipe, progress=False)
+    return converted.module.state_dict()
+
+
 def refused(**given: Any) -> str:
     """What a conversion that a rank can't take part in says."""
     try:
@@ -185,7 +251,10 @@ def compared(folder: Path, names: list[str]) -> None:
     found["other seeds"] = refused(seed=rank)
     found["other order"] = refused(data=shuffled(rank))
     found["one row"] = refused(data=batches(1))
+    found["held"] = held()
+    found["half"] = [half(sharded) for sharded in (False, True)]
     torch.save(found, folder / f"found.{rank}")
+    stopped(folder)
 
 
 def killed(folder: Path) -> None:

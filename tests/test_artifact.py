@@ -402,19 +402,19 @@ def test_what_else_is_in_a_conversions_folder_stays(saved: Path):
 def test_a_reader_beside_a_saving_process_sees_one_version_or_the_other(saved: Path, monkeypatch):
     """The folder is replaced while its files are read, once after each of them."""
     other, original = converted(captured.resnet, "mlp"), converted()
-    digest = load_artifact.file_digest
+    digest = load_artifact.file_sha256
     turns: list[str] = []
 
     def meanwhile(path: Path) -> str:
         found = digest(path)
         if len(turns) < 4 and path.parent == saved:
             turns.append(path.name)
-            monkeypatch.setattr(load_artifact, "file_digest", digest)
+            monkeypatch.setattr(load_artifact, "file_sha256", digest)
             (other if len(turns) % 2 else original).save(saved)
-            monkeypatch.setattr(load_artifact, "file_digest", meanwhile)
+            monkeypatch.setattr(load_artifact, "file_sha256", meanwhile)
         return found
 
-    monkeypatch.setattr(load_artifact, "file_digest", meanwhile)
+    monkeypatch.setattr(load_artifact, "file_sha256", meanwhile)
     assert thesean.load(saved).plan == original.plan
     assert len(turns) == 4
 

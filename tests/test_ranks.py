@@ -15,10 +15,10 @@ import yaml
 
 import thesean
 from tests.launched import ROOT, ended, environment, launch
-from tests.rank_cases import CASES, INTERRUPTED, LOST, batches, deadly, guide, result
+from tests.rank_cases import CASES, INTERRUPTED, LOST, SHARDED, batches, deadly, guide, result, stopping
 from thesean import ranks
 from thesean.distill import scaling
-from thesean.errors import MissingExtraError
+from thesean.errors import MissingExtraError, RankError
 
 NEAR = 1e-5  # what the rows of all ranks come to in another order of summation
 
@@ -100,10 +100,46 @@ def test_what_a_rank_sends_is_what_the_formulas_say(found: list[dict[str, Any]])
         assert own["closed form"]["sent"]["outputs"] == 4 * scaling.outputs_given(sizes, tokens=8)
 
 
+@accelerated
+def test_weights_in_slices_are_held_a_part_at_a_time(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        most, total = own["held"]
+        assert total == 8 * ((3 * 72 + 45) + (3 * 122 + 45))  # guide and hybrid, in double
+        # a region of the hybrid has one part's
+        assert most == 8 * 122
+        # a step gathers the guide's weights once and the hybrid's twice; six times more they are whole
+        gathered = (12 * (261 + 2 * 411) + 7 * (261 + 411)) * 8 / 2
+        assert 0.8 * gathered < own[SHARDED]["sent"]["weights"] <= gathered
+
+
+@accelerated
+def test_half_precision_in_slices_is_the_same_to_the_last_bit(found: list[dict[str, Any]]) -> None:
+    for own in found:
+        whole, sliced = own["half"]
+        assert all(torch.equal(sliced[name], value) for name, value in whole.items())
+
+
+@accelerated
+def test_a_run_in_slices_goes_on_in_one_process(two: tuple[Path, list[tuple[int, str]]]) -> None:
+    folder, _ = two
+    resumed = result(SHARDED, loss=stopping(0), workdir=folder / "sharded", resume="must")
+    assert any("went on at step" in note for note in resumed["notes"])
+    check_alike(resumed, result(SHARDED, loss=stopping(0)))
+
+
 def test_without_accelerate_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingExtraError, match=r"accelerate is not installed.*\[dist\]"):
+        thesean.compile(guide(), "mlp", data=batches(), recipe="fast", progress=False)
+
+
+@accelerated
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_wraps_the_model_is_told_how_to_shard(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(RankError, match=r"Launch with --multi_gpu alone, and shard by the recipe: sharded: true"):
         thesean.compile(guide(), "mlp", data=batches(), recipe="fast", progress=False)
 
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import thesean
-from benchmarks.fuzz import FOLDERS, FOUND, outcomes
+from benchmarks.fuzzing.altered import FOLDERS
+from benchmarks.fuzzing.campaign import FAULTS, FOUND, Corpus, outcomes
 from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
@@ -353,12 +354,14 @@ def test_loading_draws_no_random_numbers_and_imports_no_compiler(folder: Path):
     assert run.stdout.strip() == "False False"  # two seconds
 
 
-def test_altered_folders_are_refused_or_harmless():
-    """15 s of `python -m benchmarks fuzz`, and the runs that were found to be neither."""
-    found = {n: outcome for n in FOUND for outcome in outcomes(n, 1).values()}
-    found |= outcomes(0, 10**6, until=time.monotonic() + 15)
-    assert len(found) > 50
-    assert {n: text for n, text in found.items() if text.startswith(("foreign", "died"))} == {}
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_altered_folders_are_refused_or_harmless(seed: int):
+    """20 s of `python -m benchmarks fuzz` each, some runs at the least, and those that were found to be neither."""
+    until, first, corpus = time.monotonic() + 20, seed * 10**9, Corpus()
+    found = outcomes(FOUND) | outcomes(range(first, first + 60), corpus=corpus)
+    found |= outcomes(range(first + 60, first + 10**6), until, corpus)
+    assert len(found) >= 60
+    assert {chain: text for chain, text in found.items() if text.startswith(FAULTS)} == {}
 
 
 def test_an_example_that_the_document_knows_nothing_of_is_not_read(folder: Path):

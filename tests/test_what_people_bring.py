@@ -6,6 +6,7 @@ B batch, T time, V vocabulary
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -234,7 +235,7 @@ def test_a_hook_that_fails_is_named_with_what_it_was_given():
 
 @torch.library.custom_op("thesean_tests::twice", mutates_args=())
 def twice(x: torch.Tensor) -> torch.Tensor:
-    return x * 2
+    return torch.from_numpy(x.numpy() * 2)  # by what torch can't trace
 
 
 @twice.register_fake
@@ -242,13 +243,24 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("thesean_tests::thrice", mutates_args=())
+def thrice(x: torch.Tensor) -> torch.Tensor:
+    return x * 3
+
+
+@thrice.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 class WithAnOperatorOfItsOwn(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, operator: Callable[[torch.Tensor], torch.Tensor] = twice) -> None:
         super().__init__()
         self.body = cells()
+        self.operator = operator
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return twice(self.body(x))
+        return self.operator(self.body(x))
 
 
 def test_what_can_not_be_saved_is_found_before_anything_trains(tmp_path):
@@ -267,6 +279,11 @@ def test_what_can_not_be_saved_is_found_before_anything_trains(tmp_path):
     with pytest.warns(UserWarning, match=r"no ONNX form is known of thesean_tests\.twice\.default"):
         converted = convert(WithAnOperatorOfItsOwn().eval(), loss=loss)
     assert any(note.startswith("can't be saved: operator thesean_tests.twice") for note in converted.report.notes)
+
+
+def test_an_operator_of_ones_own_that_torch_can_trace_is_saved_and_exported(tmp_path):
+    loaded = thesean.load(convert(WithAnOperatorOfItsOwn(thrice).eval()).save(tmp_path / "saved"))
+    assert loaded.export(tmp_path / "m.onnx").checks
 
 
 def test_a_conversion_that_could_not_be_written_is_returned_all_the_same(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import replacing
 from thesean.report.conversion import ConversionReport
-from thesean.scratch import followed, named, telling
+from thesean.scratch import file_sha256, followed, named, telling
 from thesean.targets import TargetModule
 from thesean.write_file import new_file
 
@@ -85,7 +85,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
         "modules": _modules(artifact.graph_module),
         "aliases": aliases,
         **({"buffers": buffers} if hub else {}),
-        "files_sha256": {n: file_digest(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
+        "files_sha256": {n: file_sha256(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
         "nodes": graph_json.dump(artifact.graph_module.graph),
     }
     (made / GRAPH).write_text(json.dumps({"sha256": digest_of(body), **body}, indent=1), encoding="utf-8")
@@ -152,11 +152,6 @@ def is_conversion(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(document, dict) and {"format", "sha256", "nodes", "modules"} <= document.keys()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(body: dict[str, Any]) -> str:

@@ -10,11 +10,11 @@ from thesean import ranks
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
 from thesean.distill.data import different, make_feed
 from thesean.distill.losses import warn_of_chance
-from thesean.distill.observer import Observer
 from thesean.distill.outputs import read_outputs
 from thesean.distill.task import Task
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING, Journal
+from thesean.observer import Observer
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.signature import output_wrapper
 from thesean.request import Request

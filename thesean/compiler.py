@@ -24,7 +24,6 @@ from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
 from thesean.distill.keep_best import keep_best
 from thesean.distill.misfit import naming_misfits
-from thesean.distill.observer import Observer
 from thesean.distill.outputs import OutputKind
 from thesean.distill.stages import align, tune
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
@@ -32,6 +31,7 @@ from thesean.distill.training import Training
 from thesean.errors import ArtifactError, CaptureError, PlanError
 from thesean.frontier import finish
 from thesean.journal import KEEPS_NOTHING, Journal, Resume, journal_in, stoppable
+from thesean.observer import Observer
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.unread import without_unread
@@ -103,7 +103,7 @@ def compile(
     for checkpoints: after an interruption the same call goes on. resume: "auto" begins anew, and says so, where guide,
     data, recipe or code are others by now; "must" raises ResumeError there; "never" begins anew.
     budget: "60s", "10min", "2h", or steps, in place of the recipe's: shared by what a trial of each phase gains.
-    progress: False is silent; "tensorboard", "trackio" or an observer of your own (`thesean.distill.observer`) is told
+    progress: False is silent; "tensorboard", "trackio" or an observer of your own (`thesean.observer`) is told
     besides of every step, several as a list: [False, "tensorboard"].
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
     dump_graphs: a folder for the graph as text after each pass, numbered: 000-capture.txt, 001-split-layers.txt...

@@ -124,11 +124,11 @@ class Converted:
         `save_pretrained`, goes with it. "portable" keeps to operators of ONNX itself. Raises ExportError and
         WriteError, and then leaves no file; MissingExtraError.
         """
-        from thesean.deploy.export import export
+        from thesean.deploy.encoder_decoder import export_network
         from thesean.deploy.onnx_file import PLAN, REPORT
 
         with dumping(dump_graphs):
-            return export(
+            return export_network(
                 self.module,
                 self.signature,
                 path,

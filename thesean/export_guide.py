@@ -38,7 +38,7 @@ def export_guide(
 
     Raises CaptureError, DataError, ExportError (no file is left then) and MissingExtraError.
     """
-    from thesean.deploy.export import export
+    from thesean.deploy.encoder_decoder import export_network
     from thesean.deploy.quantizing.quantized import check_form
 
     if form.get("quantize") is not None:
@@ -48,7 +48,7 @@ def export_guide(
     bound_positions(captured.graph_module)
     if form.get("quantize") is not None:
         form["samples"] = samples_of(data, captured.signature)
-    return export(
+    return export_network(
         captured.graph_module,
         captured.signature,
         path,

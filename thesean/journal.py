@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -68,6 +68,7 @@ class Journal:
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder, self._clock = folder, clock
         self.always: tuple[Stateful, ...] = ()
+        self.around: Callable[[], AbstractContextManager[None]] = nullcontext  # in which states are read and written
         self.told: list[str] = []  # where it went on, for the report
         self.stopping = 0  # the signal that asked for it
         self.running = False  # whether steps are taken, after one of which it can stop
@@ -153,7 +154,8 @@ class Journal:
         self.running = True
         step, found = ranks.first(self._latest)
         if step:
-            self._load(found["parts"], parts)
+            with self.around():
+                self._load(found["parts"], parts)
             self.told.append(f"went on at step {step} of {' '.join(self._names)}")
         return step
 
@@ -175,17 +177,18 @@ class Journal:
         if self.folder is None or not self._names:
             return
         since = self._clock() - self._written
-        if since >= max(_AT_LEAST_S, self._cost / _SHARE):
+        (due,) = ranks.agreed(float(since >= max(_AT_LEAST_S, self._cost / _SHARE)))
+        if due:
             self._checkpoint(step, parts)
 
     def _checkpoint(self, step: int, parts: tuple[Stateful, ...]) -> bool:
         if self.folder is None or not self._names:
             return False
-        if not ranks.is_first():
-            return True
         begun = self._clock()
-        kept = self._write(f"{'.'.join(self._names)}@{step}.safetensors", {"parts": self._state(parts)})
-        if kept:
+        with self.around():
+            state = self._state(parts)  # which ranks may have to put together
+            kept = not ranks.is_first() or self._write(f"{'.'.join(self._names)}@{step}.safetensors", {"parts": state})
+        if kept and ranks.is_first():
             for _, path in self._checkpoints()[_KEPT:]:
                 path.unlink(missing_ok=True)
         self._written = self._clock()

@@ -29,7 +29,6 @@ from thesean.artifact import (
     WEIGHTS,
     Artifact,
     digest_of,
-    file_digest,
 )
 from thesean.errors import ArtifactError, TheseanError
 from thesean.passes.graph import graph_json
@@ -41,6 +40,7 @@ from thesean.passes.graph.unchecked import look_first
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import standing
 from thesean.report.conversion import ConversionReport
+from thesean.scratch import file_sha256
 from thesean.targets import TargetModule, rebuild
 
 # What a folder may take where `max_bytes` doesn't say, and how many bytes of Python's a byte of JSON becomes
@@ -134,7 +134,7 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
     if digest_of(body) != document.get("sha256"):
         raise ArtifactError(f"{folder / GRAPH} does not match its checksum; the file was altered.")
     for name in names[1:]:
-        if (name != EXAMPLE or name in body["files_sha256"]) and file_digest(folder / name) != (
+        if (name != EXAMPLE or name in body["files_sha256"]) and file_sha256(folder / name) != (
             body["files_sha256"][name]
         ):
             raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")

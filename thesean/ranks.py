@@ -80,6 +80,13 @@ def _opened(cpu: bool) -> _World:
         from accelerate import PartialState
     except ImportError as error:
         raise MissingExtraError("accelerate", "dist") from error
+    wrapped = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    if wrapped or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        raise RankError(
+            "the launcher was told to wrap the model in FSDP or DeepSpeed, which train modules that own their weights: "
+            "a graph's parts are solved and read between steps. Launch with --multi_gpu alone, and shard by the "
+            "recipe: sharded: true, or --sharded."
+        )
     own = not torch.distributed.is_initialized()
     with _reaching():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=_TIMEOUT_S))
@@ -177,6 +184,41 @@ def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
             torch.distributed.all_reduce(flat)
         for tensor, total in zip(some, flat.split([t.numel() for t in some]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def share_of(flat: torch.Tensor) -> torch.Tensor:
+    """A copy of this rank's slice of a vector. All ranks' are of one length: the last ones are filled up with zeros."""
+    if _world is None:
+        return flat.clone()
+    each = -(-flat.numel() // _world.count)
+    own = flat[_world.number * each : (_world.number + 1) * each]
+    return torch.cat([own, own.new_zeros(each - own.numel())])
+
+
+def gather_shares(own: torch.Tensor, into: torch.Tensor, kind: str = "weights") -> None:
+    """Writes all ranks' slices into a vector."""
+    if _world is None:
+        into.copy_(own)
+        return
+    held = own.detach().view(torch.uint8)  # as bytes: not every backend knows every dtype
+    found = held.new_empty(_world.count, held.numel())
+    _count(kind, held)
+    with _reaching():
+        torch.distributed.all_gather(list(found), held)
+    into.copy_(found.view(-1).view(own.dtype)[: into.numel()])
+
+
+def sum_shares(flat: torch.Tensor, kind: str = "gradients") -> torch.Tensor:
+    """This rank's slice of the sum of all ranks' vectors."""
+    if _world is None:
+        return flat
+    each = -(-flat.numel() // _world.count)
+    padded = torch.cat([flat.detach(), flat.new_zeros(each * _world.count - flat.numel())])
+    own = flat.new_empty(each)
+    _count(kind, flat)
+    with _reaching():
+        torch.distributed.reduce_scatter_tensor(own, padded)
+    return own
 
 
 def added(x: torch.Tensor, kind: str) -> torch.Tensor:

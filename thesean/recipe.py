@@ -140,6 +140,14 @@ class Recipe(_Settings):
     # What steps compute in: "as-is" as the guide does, "bfloat16" under autocast. Weights of half precision have
     # float32 copies while they are trained in either, or they would stand still: a step is less than they can hold.
     precision: Precision = "as-is"
+    # Activations that a step's backward would hold are let go, and computed anew for it, region by region: less memory
+    # for about one forward more, and the same bits. See distill/recompute.py
+    activation_checkpointing: bool = False
+    # Of several processes each holds a slice of the weights while steps are taken, and of what an optimizer has beside
+    # them: fully sharded data parallel. Activations are computed anew then. See distill/sharded.py
+    sharded: bool = False
+    # Batches that make a step: their gradients are added up, each weighed by its share of the rows
+    gradient_accumulation: int = Field(default=1, ge=1)
     # Parts that stay the guide's, those whose return helps most once all are replaced and solved: see keep_best.py
     keep_best: int = Field(default=0, ge=0)
     # What one part may cost, in the unit of what is judged: the rise of the held-out loss, without a loss= that of the
@@ -153,6 +161,15 @@ class Recipe(_Settings):
     def _resolved(cls, given: Any) -> Any:
         """A name or a path is good enough, as everywhere."""
         return Recipe.resolve(given) if isinstance(given, (str, Path)) else given
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Recipe:
+        if self.sharded and self.alignment.schedule == "stochastic":
+            raise ValueError(
+                "sharded: true has no meaning with the alignment's schedule 'stochastic', which draws each step what "
+                "stands in the network: choose another schedule, or activation_checkpointing: true alone"
+            )
+        return self
 
     @property
     def second(self) -> Recipe:
@@ -170,6 +187,9 @@ class Recipe(_Settings):
             warmup=self.warmup,
             clip=self.clip,
             precision=self.precision,
+            activation_checkpointing=self.activation_checkpointing,
+            sharded=self.sharded,
+            gradient_accumulation=self.gradient_accumulation,
         )
 
     @property

@@ -171,6 +171,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _short(name: str) -> str:
     encoded = os.fsencode(name)
     if len(encoded) <= _LONGEST:

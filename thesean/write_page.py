@@ -89,14 +89,16 @@ def _compared(converted: Conversion, data: Iterable[Any], decode: Decode | None,
 
 
 def _served(signature: Signature, onnx: str | os.PathLike[str] | None) -> Served:
+    sizes = signature.within(dict.fromkeys(signature.symbols, 2))
+    masks = frozenset(n for n, v in signature.random_inputs(sizes).items() if v.ndim > 1 and bool((v == 1).all()))
     if onnx is None:
         inputs = tuple((i.name, _numpy(i.dtype), i.shape) for i in signature.inputs)
-        return Served(file="model.onnx", inputs=inputs, states=None)
+        return Served(file="model.onnx", inputs=inputs, states=None, masks=masks)
     from thesean.deploy.onnx_file import declared
 
     file = named(onnx, "read", DataError)
     inputs, states, outputs = declared(file)
-    return Served(file=file.name, inputs=inputs, states=states, outputs=outputs)
+    return Served(file=file.name, inputs=inputs, states=states, outputs=outputs, masks=masks)
 
 
 def _numpy(dtype: torch.dtype) -> str:

@@ -55,24 +55,32 @@ def mutants(path: Path, file: str) -> list[Mutant]:
     return found
 
 
-def take_up(mutant: Mutant, path: Path) -> bool:
-    """Replace the code of all live functions that it changes. False where none can: its closure is another."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    _, _, (_, change) = next(c for number, c in enumerate(_changes(tree)) if number == mutant.number)
-    change()
-    code = compile(ast.fix_missing_locations(tree), str(path), "exec")
-    changed = next((c for c in _codes(code) if (c.co_qualname, c.co_firstlineno) == mutant.function), None)
-    taken = False
-    # `is`: there are objects that import a module where they are asked for their class
-    for function in [f for f in gc.get_objects() if type(f) is FunctionType] if changed is not None else []:
-        own = function.__code__
-        if own.co_filename == str(path) and (own.co_qualname, own.co_firstlineno) == mutant.function:
+class Live:
+    """The functions that there are, by file, name and line: to take up a fault is to replace the code of one."""
+
+    def __init__(self) -> None:
+        self.functions: dict[tuple[str, str, int], list[FunctionType]] = {}
+        # `is`: there are objects that import a module where they are asked for their class
+        for function in [f for f in gc.get_objects() if type(f) is FunctionType]:
+            own = function.__code__
+            place = (own.co_filename, own.co_qualname, own.co_firstlineno)
+            self.functions.setdefault(place, []).append(function)
+
+    def take_up(self, mutant: Mutant, path: Path) -> bool:
+        """Replace the code of all that it changes. False where none can: its closure is another."""
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        _, _, (_, change) = next(c for number, c in enumerate(_changes(tree)) if number == mutant.number)
+        change()
+        code = compile(ast.fix_missing_locations(tree), str(path), "exec")
+        changed = next((c for c in _codes(code) if (c.co_qualname, c.co_firstlineno) == mutant.function), None)
+        taken = False
+        for function in self.functions.get((str(path), *mutant.function), []) if changed is not None else []:
             try:
                 function.__code__ = changed  # type: ignore[assignment]
             except ValueError:  # another number of free variables
                 return False
             taken = True
-    return taken
+        return taken
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -84,19 +92,20 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 def _changes(tree: ast.Module) -> Iterator[tuple[tuple[str, int], ast.stmt, Change]]:
     """The outermost function, the statement and the change, of each there is."""
-    for name, function in _functions(tree.body, ""):
+    for name, function in functions_of(tree.body):
         first = min([d.lineno for d in function.decorator_list], default=function.lineno)
         for statement in function.body:
             for inner, change in _within(statement, function, "body", statement):
                 yield (name, first), inner, change
 
 
-def _functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+def functions_of(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The outermost functions of a module, and the methods of its classes, by their qualified names."""
     for statement in body:
         if isinstance(statement, ast.FunctionDef):
             yield prefix + statement.name, statement
         elif isinstance(statement, ast.ClassDef):
-            yield from _functions(statement.body, f"{prefix}{statement.name}.")
+            yield from functions_of(statement.body, f"{prefix}{statement.name}.")
 
 
 def _within(node: ast.AST, parent: ast.AST, field: str, statement: ast.stmt) -> Iterator[tuple[ast.stmt, Change]]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.mutation.changes import mutants, take_up
+from benchmarks.mutation.changes import Live, mutants
 from benchmarks.studies.mutants import score, table
 
 SOURCE = '''
@@ -91,14 +91,14 @@ def test_a_live_function_takes_a_fault_up(what, call, before, after, module):
             return ValueError
 
     assert found() == before
-    assert take_up(next(m for m in mutants(path, "held.py") if m.what == what), path)
+    assert Live().take_up(next(m for m in mutants(path, "held.py") if m.what == what), path)
     assert found() == after
 
 
 def test_a_function_that_nothing_holds_takes_nothing_up(tmp_path: Path):
     elsewhere = tmp_path / "elsewhere.py"
     elsewhere.write_text(SOURCE)
-    assert not take_up(mutants(elsewhere, "elsewhere.py")[0], elsewhere)
+    assert not Live().take_up(mutants(elsewhere, "elsewhere.py")[0], elsewhere)
 
 
 def test_the_score_is_of_what_could_be_tried():
@@ -111,10 +111,11 @@ def test_the_score_is_of_what_could_be_tried():
     ]  # fmt: skip
     assert score(rows) == 3 / 5
     assert score([]) is None
-    lines = table({"cases": rows}).splitlines()
+    lines = table({"cases": rows, "details": {"left_out": [{"name": "x", "seed": 0}]}}).splitlines()
     assert lines[2:] == [
         "| thesean/deploy | 3 | 2 | 0 | 0 | 100% |",
         "| thesean/distill | 1 | 0 | 0 | 1 | 0% |",
         "| thesean/passes | 3 | 1 | 1 | 0 | 50% |",
         "| all | 7 | 3 | 1 | 1 | 60% |",
+        "| not tried | 1 | | | | |",
     ]

@@ -249,12 +249,16 @@ def test_what_a_part_may_cost_and_what_is_spent_are_handed_on(guides: Path, monk
 
     monkeypatch.setattr(thesean, "compile", record, raising=False)
     words = "convert guides_for_cli:toy --out o --quiet --recipe paper --max-drop 0.02 --retry fast"
+    words += " --activation-checkpointing --gradient-accumulation 4 --sharded"
     words += " --observe tensorboard --observe trackio --budget"
     for given, wanted in (("90", 90), ("10min", "10min")):
         error_of(run(*words.split(), given))
         assert seen["budget"] == wanted
     assert seen["progress"] == [False, "tensorboard", "trackio"]
     assert seen["recipe"].max_drop == 0.02
+    assert seen["recipe"].activation_checkpointing
+    assert seen["recipe"].sharded
+    assert seen["recipe"].gradient_accumulation == 4
     assert seen["recipe"].retry == thesean.Recipe.named("fast")
     assert seen["recipe"].alignment.measure == "cka"
 

@@ -6,6 +6,7 @@ B batch, T time, D width
 from __future__ import annotations
 
 import copy
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from thesean.deploy import parity
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import ExportReport, export, for_export
 from thesean.deploy.lowering import to_onnx as exporter
-from thesean.deploy.parity import Check, allowed_error, relative_error, rounding
+from thesean.deploy.parity import Check, allowed_error, rounding
+from thesean.deploy.relative_error import relative_error
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, MissingExtraError, WriteError
 from thesean.passes.base import Attempt
@@ -373,12 +375,25 @@ def test_an_unknown_wish_for_state_is_refused(gru, tmp_path):
         ([1.0], [1.0, 1.0], float("inf")),
     ],
 )
-def test_the_error_is_relative_to_the_outputs_scale(found, expected, error):
+@pytest.mark.parametrize("piece", [2**20, 1], ids=["at once", "one by one"])
+def test_the_error_is_relative_to_the_outputs_scale(found, expected, error, piece, monkeypatch):
+    monkeypatch.setattr("thesean.deploy.relative_error._PIECE", piece)
     assert relative_error(np.array(found), np.array(expected)) == pytest.approx(error)
+
+
+def test_large_outputs_are_compared_in_little_memory():
+    """The logits of a few thousand tokens weigh more than the network: no copy of all of them in float64."""
+    found, expected = np.zeros(2**23, np.float32), np.ones(2**23, np.float32)
+    tracemalloc.start()
+    assert relative_error(found, expected) == 1.0
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < found.nbytes * 2
 
 
 def test_nan_against_nan_is_no_comparison():
     nothing = np.array([float("nan"), float("-inf")])
+    assert relative_error(np.zeros(0), np.zeros(0)) == 0.0
     assert np.isnan(relative_error(nothing, nothing))
     assert relative_error(np.append(nothing, 3.0), np.append(nothing, 4.0)) == pytest.approx(0.25)
     nan, inf = float("nan"), float("inf")

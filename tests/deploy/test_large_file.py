@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from thesean.deploy.export import export
-from thesean.deploy.onnx_file import sha256
 from thesean.deploy.session import Session
 from thesean.passes.capture.capture import capture
+from thesean.scratch import file_sha256
 
 ROWS, WIDTH = 8200, 65536  # 2.15 GB
 
@@ -36,7 +36,7 @@ def test_a_network_above_two_gigabytes_is_written_and_runs(tmp_path):
         assert report.bytes > 2**31
         assert (tmp_path / "m.onnx").stat().st_size < 10_000
         session = Session(report.path)
-        assert session.metadata["thesean.weights_sha256"] == sha256(report.weights)
+        assert session.metadata["thesean.weights_sha256"] == file_sha256(report.weights)
         outputs, _ = session.run({"ids": np.array([[0, 1, ROWS - 1]])})
         assert next(iter(outputs.values())).tolist() == [[1.0, 0.0, 2.0]]
     finally:

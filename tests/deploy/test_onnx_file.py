@@ -15,9 +15,10 @@ import pytest
 
 from thesean import scratch
 from thesean.deploy import onnx_file
-from thesean.deploy.onnx_file import check_weights, draft, metadata, sha256, weights_of
+from thesean.deploy.onnx_file import check_weights, draft, metadata, weights_of
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, WriteError
+from thesean.scratch import file_sha256
 
 LARGE = 1000  # numbers, so that they don't stay inside
 
@@ -105,7 +106,7 @@ def test_metadata_name_no_weights_outside_of_the_folder(tmp_path):
     folder.mkdir()
     stranger = model(1.0)
     stranger.metadata_props[onnx_file.WEIGHTS] = "../precious"
-    stranger.metadata_props[onnx_file.WEIGHTS_HASH] = sha256(tmp_path / "precious")
+    stranger.metadata_props[onnx_file.WEIGHTS_HASH] = file_sha256(tmp_path / "precious")
     ir.save(stranger, folder / "m.onnx")
     assert weights_of(folder / "m.onnx") is None
     with pytest.raises(ExportError, match=r"precious, are not beside it"):

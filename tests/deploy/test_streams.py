@@ -36,8 +36,8 @@ def watched(streams: Streams) -> list[tuple[list[int], np.ndarray]]:
     runs: list[tuple[list[int], np.ndarray]] = []
     original: Callable[..., Any] = streams._read
 
-    def read(chunk_BT, state):
-        logits_BV, after = original(chunk_BT, state)
+    def read(chunk_BT, state, encoded):
+        logits_BV, after = original(chunk_BT, state, encoded)
         runs.extend((ids.tolist(), logits_V) for ids, logits_V in zip(chunk_BT, logits_BV, strict=True))
         return logits_BV, after
 

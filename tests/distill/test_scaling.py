@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx, nn
+from torch.nn import functional as F
 
 import thesean
 from tests import models
+from tests.live import Live
 from thesean.distill import scaling
+from thesean.distill.recompute import Recomputing
 from thesean.journal import Journal
+from thesean.passes.graph.cuts import find_cuts
+from thesean.recipe import Recipe
 
 
 def sizes(model: torch.nn.Module, itemsize: int = 8) -> scaling.Sizes:
@@ -49,3 +55,44 @@ def test_an_optimizer_holds_what_the_formula_says(monkeypatch: pytest.MonkeyPatc
     expected = sizes(model, dtype.itemsize)
     assert sum(p.numel() for p in converted.module.parameters()) == expected.hybrid
     assert held[0] == scaling.states_held(expected, expected.hybrid)
+
+
+class Block(nn.Module):
+    """A transformer's, pre-norm. x_BTD -> x_BTD"""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.before, self.between = heads, nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.before(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+@pytest.fixture(scope="module")
+def transformer() -> fx.GraphModule:
+    torch.manual_seed(0)
+    return fx.symbolic_trace(nn.Sequential(*(Block(64, 2) for _ in range(9))))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_backward_keeps_what_the_formula_says(transformer: fx.GraphModule, recomputed: bool) -> None:
+    x_BTD = models.vectors(4, 32, 64)
+    wide = scaling.Sizes(
+        guide=0, parts=9, replaced=0, replacement=0, features=64, outputs=64, width=64, vocabulary=0, itemsize=4
+    )
+    cuts = find_cuts(transformer, {"input": x_BTD})
+    held = cuts.held if recomputed else cuts.without
+    assert held == pytest.approx(scaling.activations_held(wide, tokens=4 * 32, recomputed=recomputed), rel=0.1)
+    # and a step is not far above: gradients of what it is at, and the weights'
+    weights = sum(p.nbytes for p in transformer.parameters())
+    run = Recomputing(Recipe(activation_checkpointing=recomputed)).graph(transformer, [])
+    run(input=x_BTD)
+    with Live([*transformer.parameters(), x_BTD]) as live:
+        run(input=x_BTD).sum().backward()
+    assert held < live.peak < 1.3 * held + weights
+    transformer.zero_grad()

@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from tests import captured
 from tests.distill.tools import drafted
+from thesean.distill.recompute import Recomputing
 from thesean.distill.snapshot import with_state
 from thesean.distill.swapping import Swapping, frozen, probability
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.hybrid import Hybrid
+from thesean.recipe import Recipe
 
 
 def inputs_of(guide: Captured) -> dict[str, torch.Tensor]:
@@ -45,7 +47,7 @@ def test_any_parts_give_what_a_hybrid_of_them_gives(guide, target):
     guide = guide()
     bound_plan, hybrid = drafted(guide, target)
     hybrid.graph_module.eval()
-    swapping, inputs = Swapping(guide.graph_module, hybrid), inputs_of(guide)
+    swapping, inputs = Swapping(guide.graph_module, hybrid, Recomputing(Recipe())), inputs_of(guide)
     state = {r.name: hybrid.module(r).state_dict() for r in hybrid.replacements}
     dropped = {r.part for r in hybrid.replacements} - set(swapping.free)
     for count in range(len(swapping.free) + 1):
@@ -60,14 +62,14 @@ def test_without_parts_it_is_the_guide_bit_for_bit():
     guide = captured.gpt2()
     _, hybrid = drafted(guide, "rnn")
     inputs = inputs_of(guide)
-    found = Swapping(guide.graph_module, hybrid).output(frozenset(), inputs)
+    found = Swapping(guide.graph_module, hybrid, Recomputing(Recipe())).output(frozenset(), inputs)
     assert torch.equal(found["logits"], guide.graph_module(**inputs)["logits"])
 
 
 def test_gradients_reach_the_parts_that_stand_and_nothing_else():
     guide = captured.gpt2()
     _, hybrid = drafted(guide, "rnn")
-    swapping = Swapping(guide.graph_module, hybrid)
+    swapping = Swapping(guide.graph_module, hybrid, Recomputing(Recipe()))
     with frozen(guide.graph_module), frozen(hybrid.graph_module):
         for p in hybrid.parameters_of(swapping.free):
             p.requires_grad_(True)
@@ -87,7 +89,7 @@ def drawing(parts: int) -> Swapping:
     guide = captured.mlp()
     _, hybrid = drafted(guide)
     assert isinstance(hybrid, Hybrid)
-    swapping = Swapping(guide.graph_module, hybrid)
+    swapping = Swapping(guide.graph_module, hybrid, Recomputing(Recipe()))
     swapping.free = list(range(parts))
     return swapping
 

@@ -97,3 +97,21 @@ def test_gradients_are_as_long_as_the_clip_lets_them(clip):
 
     trainer.train([p], steep, itertools.repeat(torch.ones(3)), **given)
     assert lengths == pytest.approx([clip] * 3, rel=1e-4)
+
+
+def test_batches_that_make_a_step_are_the_step_of_all_their_rows():
+    x, y = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12.0)
+    found = []
+    for sizes in ([12], [6, 6], [2, 7, 3]):
+        p = nn.Parameter(torch.ones(3))
+        batches = itertools.cycle(zip(x.split(sizes), y.split(sizes), strict=True))
+        trainer = Trainer(observer=NullObserver(), warmup=1, accumulate=len(sizes), rows=lambda batch: len(batch[0]))
+
+        def loss(step: int, batch: Any, p: nn.Parameter = p) -> torch.Tensor:
+            return (batch[0] @ p - batch[1]).square().mean()
+
+        taken = trainer.train([p], loss, batches, steps=5, learning_rate=0.1, where="here")
+        assert taken == 5
+        found.append(p.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-5)

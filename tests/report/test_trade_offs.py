@@ -12,6 +12,7 @@ import pytest
 
 from tests.report.points import FOUND, point
 from thesean.errors import DataError, PlanError, WriteError
+from thesean.report.points import Cost
 from thesean.report.trade_offs import TradeOffs
 
 
@@ -29,6 +30,20 @@ def test_the_front_holds_what_no_other_point_beats_the_fastest_first():
 def test_of_two_as_fast_and_of_two_as_good_one_is_on_the_front():
     points = [point(n, loss, ms, ms, ms, ms) for n, loss, ms in (("a", 1.0, 2.0), ("b", 2.0, 2.0), ("c", 1.0, 3.0))]
     assert names(replace(FOUND, points=tuple(points)), ("token", 8, 1)) == ["a"]
+
+
+def test_what_is_faster_by_less_than_turns_differ_is_not_on_the_front_for_it():
+    """The worst of three is clearly faster than the best, and stays; the one between can't be told from the best."""
+    points = []
+    for name, loss, (p20, ms, p80) in (
+        ("a", 1.0, (2.0, 3.0, 4.0)),
+        ("b", 2.0, (1.5, 2.5, 3.5)),
+        ("c", 3.0, (0.5, 1.0, 1.6)),
+    ):
+        made = point(name, loss, ms, ms, ms, ms)
+        served = tuple(replace(s, token=Cost(median_ms=ms, p20_ms=p20, p80_ms=p80, repeats=9)) for s in made.served)
+        points.append(replace(made, served=served))
+    assert names(replace(FOUND, points=tuple(points)), ("token", 8, 1)) == ["c", "a"]
 
 
 def test_a_loss_that_is_no_number_is_beaten_by_all():

@@ -14,6 +14,7 @@ from thesean.artifact import check_free
 from thesean.cli.bench import bench
 from thesean.cli.look import compare, inspect, measures, report, targets
 from thesean.cli.options import (
+    Accumulate,
     Budget,
     Check,
     Checked,
@@ -40,8 +41,10 @@ from thesean.cli.options import (
     Parts,
     Quantize,
     RecipeName,
+    Recompute,
     Retry,
     Seed,
+    Sharded,
     Stateful,
     TargetParts,
     Targets,
@@ -114,6 +117,9 @@ def convert(
     keep_best: KeepBest = None,
     max_drop: MaxDrop = None,
     retry: Retry = None,
+    activation_checkpointing: Recompute = None,
+    gradient_accumulation: Accumulate = None,
+    sharded: Sharded = None,
     budget: TimeOrSteps = None,
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
@@ -196,7 +202,13 @@ def convert(
             check_writable(option, path)  # before the training, not after
         if out is not None:
             check_free(out)
-        settings = adjusted(recipe, keep_best=keep_best, max_drop=max_drop, retry=retry)
+        own = {"keep_best": keep_best, "max_drop": max_drop, "retry": retry}
+        own |= {
+            "activation_checkpointing": activation_checkpointing,
+            "gradient_accumulation": gradient_accumulation,
+            "sharded": sharded,
+        }
+        settings = adjusted(recipe, **own)
         shown = [not quiet, *observe] if observe else not quiet
         chosen: dict[str, Any] = {"recipe": settings, "seed": seed, "progress": shown}
         if plan is not None:

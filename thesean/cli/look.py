@@ -14,7 +14,7 @@ import thesean
 from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
 from thesean.cli.words import ArgumentError, load_data, load_guide, load_object
-from thesean.deploy.describe_file import describe_file
+from thesean.deploy.describe_file import describe_file, encoder_of
 from thesean.deploy.loaded import require
 from thesean.deploy.onnx_file import PLAN, REPORT
 from thesean.load_artifact import read_plan_and_report
@@ -99,7 +99,8 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="An exported file, or anybody's ONNX model.")],
     debug: Debug = False,
 ) -> None:
-    """Print what an ONNX file takes and gives, its states, its plan and what was checked. No weights are read.
+    """Print what an ONNX file takes and gives, its states, its plan and what was checked; of a decoder's file its
+    encoder's too. No weights are read.
 
     \b
     Example:
@@ -109,6 +110,8 @@ def inspect(
         require("onnx")
         text, told = describe_file(path)
         typer.echo(text)
+        if (beside := encoder_of(path, told)) is not None:
+            typer.echo(f"\n{describe_file(beside)[0]}")
         if PLAN in told:
             typer.echo(f"\n{Plan.from_yaml(told[PLAN])}")
         if REPORT in told:

@@ -186,6 +186,20 @@ MaxDrop = Annotated[
 Retry = Annotated[
     str | None, typer.Option(metavar="NAME|FILE.yaml", help="The recipe that they are tried with once more.")
 ]
+Recompute = Annotated[
+    bool | None,
+    typer.Option(
+        "--activation-checkpointing",
+        help="Compute activations anew in the backward: less memory, about 1.3 x the time.",
+    ),
+]
+Sharded = Annotated[
+    bool | None,
+    typer.Option("--sharded", help="Of several processes each holds a slice of the weights while steps are taken."),
+]
+Accumulate = Annotated[
+    int | None, typer.Option("--gradient-accumulation", metavar="N", min=1, help="Batches that make a step.")
+]
 TimeOrSteps = Annotated[
     str | None,
     typer.Option("--budget", metavar="60s|10min|2h|STEPS", help="Time for the whole run, or steps in all."),

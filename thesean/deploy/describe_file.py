@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from thesean.deploy.onnx_file import (
+    BESIDE_DECODER,
+    BESIDE_ENCODER,
     DELAY,
     GUIDE,
     PARITY_SEEN,
@@ -47,6 +49,12 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         late = _parsed(told[DELAY])
         steps, seen = late["steps"], late["seen"]
         sections.append(f"delay\n  outputs come {steps} steps late; after the last token {steps} more, {seen} False")
+    if BESIDE_ENCODER in told:
+        row = _parsed(told[BESIDE_ENCODER])
+        lost = "" if encoder_of(path, told) is not None else ", which is missing"
+        sections.append(f"encoder\n  {row['file']}{lost}; it gives {', '.join(row['gives'])}, the same in every call")
+    if BESIDE_DECODER in told:
+        sections.append(f"decoder\n  {_parsed(told[BESIDE_DECODER])['file']}")
     if SIZES in told:
         bounds = [Bound(**row) for row in _parsed(told[SIZES])]
         sections.append("\n".join(["sizes", *(f"  {b.name}: {b.describe()}, no others" for b in bounds)]))
@@ -67,6 +75,14 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
             row[name] = row[name] and tuple(row[name])
         sections.append(f"quantised\n{Quantized(**row)}")
     return "\n\n".join(sections), told
+
+
+def encoder_of(path: Path, told: dict[str, str]) -> Path | None:
+    """The encoder's file beside a decoder's, where it is."""
+    if BESIDE_ENCODER not in told:
+        return None
+    beside = path.with_name(Path(_parsed(told[BESIDE_ENCODER])["file"]).name)
+    return beside if beside.is_file() else None
 
 
 def _size(path: Path, told: dict[str, str]) -> str:

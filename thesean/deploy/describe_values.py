@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from thesean.passes.graph.halves import ENCODED
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.thread_state import PAST, STATE_IN, STATE_OUT
 
@@ -33,11 +34,15 @@ def describe_values(model: ir.Model, signature: Signature, delay: int = 0) -> No
         name = str(value.name)
         if name.startswith(STATE_OUT):
             value.doc_string = f"state; the next call's {STATE_IN}{name.removeprefix(STATE_OUT)}"
+        elif name.lstrip("_").startswith(ENCODED):
+            value.doc_string = "made of the source; the decoder's input of that name, in every call"
         else:
             value.doc_string = f"the guide's output, {delay} steps late" if delay else "the guide's output"
 
 
 def _input(spec: InputSpec) -> str:
+    if spec.held:
+        return "the encoder's output of that name, the same in every call"
     if spec.high is not None:
         return f"ids from 0 to {spec.high - 1}"
     return "mask of the steps that hold a token" if spec.mask else "the guide's input"

@@ -9,16 +9,17 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack, get_args
+from typing import Unpack, get_args
 
 import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import Checking, ExportReport, Form, check_runtime
+from thesean.deploy.export_report import Checking, ExportReport, Form, Stateful, check_runtime, parse_stateful
 from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
@@ -74,8 +75,6 @@ from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_
 from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.scratch import named
 
-Stateful = Literal["auto", "yes", "no"] | bool
-
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
 
@@ -124,7 +123,7 @@ def export(
     """
     runtime, tokenizer = form.pop("runtime", "onnxruntime"), form.pop("tokenizer", None)
     if check_runtime(runtime, tokenizer, named(path), form.get("quantize")) == "genai":
-        if _parse(stateful) is False:
+        if parse_stateful(stateful) is False:
             raise ExportError("stateful: runtime='genai' decodes step by step; expected 'auto' or 'yes', found 'no'.")
         write = partial(
             export, graph_module, signature,
@@ -133,11 +132,11 @@ def export(
         return write_genai(write, Served.of(graph_module, signature), named(path), tokenizer)
     if named(path).suffix == SUFFIX:
         return _export_torch(
-            graph_module, signature, named(path), _parse(stateful), tolerance, train_length, opset, form
+            graph_module, signature, named(path), parse_stateful(stateful), tolerance, train_length, opset, form
         )
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
-    wanted = _parse(stateful)
+    wanted = parse_stateful(stateful)
     if form.get("check", "all") not in get_args(Checking):
         raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
     if form.get("quantize") is not None:
@@ -213,7 +212,9 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
     tolerance = PARITY[file_dtype] if asked.tolerance is None else asked.tolerance
     if isinstance(tolerance, bool) or not isinstance(tolerance, float | int) or not 0 < tolerance < float("inf"):
         raise ExportError(f"tolerance: expected a number above 0, found {tolerance!r}.")
-    with draft(path) as drafted:  # first of all: an unwritable folder should not cost an export
+    into = asked.form.get("into")
+    # first of all: an unwritable folder should not cost an export
+    with draft(path) if into is None else nullcontext(into) as drafted:
         module, _ = run_passes(asked.module, FreezeOnCpu(), CastFloats(dtypes))  # what the file is compared with
         lowered, note = _lower(module, for_export(signature, _probes(signature, train_length), wanted))
         names = output_names(module)
@@ -270,7 +271,8 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         if unchecked:
             drafted.tell({UNCHECKED: unchecked})
         size = drafted.bytes
-        drafted.publish()
+        if into is None:
+            drafted.publish()
     return ExportReport(
         path=path,
         bytes=size,
@@ -344,14 +346,6 @@ def _compare(
         return compare_all(session, threaded, module, signature, names, train_length)
     except DataError as error:
         raise ExportError(f"{path}: the file does not run where the module does: {error}") from error
-
-
-def _parse(stateful: Stateful) -> bool | None:
-    """True, False, or None for "auto"."""
-    known: dict[Stateful, bool | None] = {"auto": None, "yes": True, "no": False, True: True, False: False}
-    if stateful not in known:
-        raise ExportError(f"stateful: expected 'auto', 'yes', 'no', True or False, found {stateful!r}.")
-    return known[stateful]
 
 
 def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -9,18 +9,20 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
+from thesean.deploy.onnx_file import Draft
 from thesean.deploy.parity import Check, largest
 from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.samples import Samples
 from thesean.deploy.quantizing.tools import Quantize
 from thesean.errors import ExportError
 
+Stateful = Literal["auto", "yes", "no"] | bool
 Checking = Literal["all", "skip"]
 Runtime = Literal["onnxruntime", "genai", "portable"]
 
 
 class Form(TypedDict, total=False):
-    """How a file is written, beside what it computes."""
+    """How a file is written, beside what it computes; `into` is a draft that the caller publishes."""
 
     dtype: torch.dtype | str | None
     external_data: bool | None
@@ -30,6 +32,7 @@ class Form(TypedDict, total=False):
     samples: Samples | None
     runtime: Runtime
     tokenizer: Any
+    into: Draft | None
 
 
 def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Runtime:
@@ -47,13 +50,22 @@ def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Ru
     return found
 
 
+def parse_stateful(stateful: Stateful) -> bool | None:
+    """True, False, or None for "auto". Raises ExportError."""
+    known: dict[Stateful, bool | None] = {"auto": None, "yes": True, "no": False, True: True, False: False}
+    if stateful not in known:
+        raise ExportError(f"stateful: expected 'auto', 'yes', 'no', True or False, found {stateful!r}.")
+    return known[stateful]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """A file and what was seen of it; its `opset` is 0 where it is no ONNX. Errors in `checks` are relative to the
     output's scale, none above `tolerance`.
 
     `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both. `delay`: how many
-    steps late the outputs of a stream whose parts look ahead come.
+    steps late the outputs of a stream whose parts look ahead come. `encoder`: of the file beside a decoder's that makes
+    its source what it reads; the `checks` of this one are of both together as well.
     """
 
     path: Path
@@ -70,6 +82,7 @@ class ExportReport:
     dtype: str = "float32"
     weights: Path | None = None
     quantized: Quantized | None = None
+    encoder: ExportReport | None = None
 
     def __str__(self) -> str:
         kind = "with state" if self.stateful else "without state"
@@ -86,4 +99,5 @@ class ExportReport:
             lines.insert(1, f"  the weights are in {self.weights.name}, beside it: move both together")
         if self.quantized is not None:
             lines.append(str(self.quantized))
-        return "\n".join([*lines, *([f"  {self.note}"] if self.note else [])])
+        beside = [f"its encoder: {self.encoder}"] if self.encoder is not None else []
+        return "\n".join([*lines, *([f"  {self.note}"] if self.note else []), *beside])

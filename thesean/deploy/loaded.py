@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from thesean.deploy.onnx_file import DELAY, IDS, ROWS, SIZES, TOGETHER, check_weights, metadata
+from thesean.deploy.onnx_file import BESIDE_ENCODER, DELAY, IDS, ROWS, SIZES, TOGETHER, check_weights, metadata
 from thesean.deploy.states import Arrays, LoadedFile, State, StateTable
-from thesean.errors import DataError, ExportError, MissingExtraError, StateError
+from thesean.errors import DataError, ExportError, MissingExtraError, StateError, first_line
 from thesean.passes.graph.signature import Bound
 from thesean.passes.thread_state import STATE_IN, STATE_OUT
 
@@ -43,12 +43,14 @@ class Loaded:
 
     `lean`: a run that starts a sequence gives its working memory back at its end, and has to ask for it again.
     `delay`: how many steps late outputs come, where parts of the network look ahead; `flush` brings out the last ones.
+    `held` are the inputs of a decoder that its encoder gives: the same in every call, of as many rows as the others.
     """
 
     def __init__(self, path: str | Path, threads: int = 1, lean: bool = False) -> None:
         require("onnxruntime")
         import onnxruntime as ort
 
+        self.threads = threads
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -71,6 +73,7 @@ class Loaded:
         self.states = tuple(n for n in self._declared if n.startswith(STATE_IN))
         self.inputs = tuple(n for n in self._declared if n not in self.states)
         self.outputs = tuple(n for n in self._given if not n.startswith(STATE_OUT))
+        self.held: tuple[str, ...] = tuple(json.loads(self.metadata.get(BESIDE_ENCODER, "{}")).get("gives", ()))
         late = json.loads(self.metadata.get(DELAY, "{}"))
         self.delay, self._seen = int(late.get("steps", 0)), str(late.get("seen", ""))
         self._tables: dict[str, int] = json.loads(self.metadata.get(IDS, "{}"))
@@ -80,6 +83,11 @@ class Loaded:
         self._table = StateTable(
             LoadedFile(Path(real)), {n: (self._dtypes[n], self._declared[n].shape) for n in self.states}
         )
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, links followed."""
+        return self._table.file.path
 
     @property
     def is_stateful(self) -> bool:
@@ -132,6 +140,11 @@ class Loaded:
         rows = None
         if self.states:
             rows = next(len(v) if v.ndim else 1 for v in given.values())
+            if other := next((n for n in self.held if given[n].shape[:1] != (rows,)), None):
+                raise DataError(
+                    f"{other}: expected a source of {rows} rows, as {self.inputs[0]} has, found the shape "
+                    f"{given[other].shape}. Encode as many."
+                )
             given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
         try:
             values = self._session.run(self._names, given, self._giving_back if state is None else None)
@@ -154,9 +167,10 @@ class Loaded:
         """The last `delay` outputs of sequences that have ended, after a run that left `state`; `inputs` are any that
         the file takes, such as those of that run: their last step is repeated, and read as no token.
         """
-        last = {n: np.repeat(np.asarray(inputs[n])[:, -1:], self.delay, 1) for n in self.inputs if n != self._seen}
-        first = next(iter(last.values()))
-        return self.run({**last, self._seen: np.zeros(first.shape[:2], np.bool_)}, state)
+        timed = [n for n in self.inputs if n != self._seen and n not in self.held]
+        last = {n: np.repeat(np.asarray(inputs[n])[:, -1:], self.delay, 1) for n in timed}
+        held = {n: inputs[n] for n in self.held}
+        return self.run({**last, **held, self._seen: np.zeros(last[timed[0]].shape[:2], np.bool_)}, state)
 
     def check_state(self, state: Mapping[str, np.ndarray], batch: int | None = None) -> None:
         """Raises StateError for a state of another file, or of another number of rows than that."""
@@ -183,9 +197,3 @@ class Loaded:
     def _tell_rows_apart(self) -> None:
         if not self.has_rows:
             raise StateError("the rows of a batch count their steps together in this file: no row is apart from them.")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without its tail of advice for developers."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

@@ -6,7 +6,6 @@ moment the model of that name finds the weights that it was written with.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thesean.errors import ExportError
-from thesean.scratch import followed, leftovers, named, remove, scratch, scratches, sync, telling
+from thesean.scratch import file_sha256, followed, leftovers, named, remove, scratch, scratches, sync, telling
 from thesean.write_file import made_in, mode_kept
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the call
 UNTRIED = "thesean.untried"  # whole numbers that positions are compared with, too large to try steps past them
 GUIDE = "thesean.guide"  # the hash of its weights, and their commit where one is known
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
+BESIDE_ENCODER = "thesean.encoder"  # of a decoder: its encoder's file, that file's SHA-256, and what it gives
+BESIDE_DECODER = "thesean.decoder"  # of an encoder: its decoder's file
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Draft:
                 model, self.path.parent, self.weights.name, size_threshold_bytes=_SMALL, max_workers=1
             )
             model.metadata_props[WEIGHTS] = self.weights.name
-            model.metadata_props[WEIGHTS_HASH] = sha256(self.weights)
+            model.metadata_props[WEIGHTS_HASH] = file_sha256(self.weights)
         self.path.write_bytes(ir.to_proto(model).SerializeToString())
 
     def tell(self, told: Mapping[str, str]) -> None:
@@ -87,6 +88,11 @@ class Draft:
 
     def publish(self) -> None:
         """Take the name, the weights before the model. The weights of what had it before go."""
+        self.take_name()
+        self.clear()
+
+    def take_name(self) -> None:
+        """And leave the weights of what had it before where they are."""
         for made in (self.weights, self.path):
             if made is not None:
                 sync(made)
@@ -100,6 +106,9 @@ class Draft:
                 with suppress(OSError):
                     self.weights.unlink()
             raise
+
+    def clear(self) -> None:
+        """Remove the weights of what had the name before."""
         _remove_weights(self.name, self.path.parent)
 
 
@@ -194,7 +203,7 @@ def check_weights(path: Path, told: dict[str, str]) -> None:
     weights = path.with_name(Path(told[WEIGHTS]).name)
     if not weights.is_file():
         raise ExportError(f"{path}: its weights, {weights.name}, are not beside it. Move both files together.")
-    if sha256(weights) != told.get(WEIGHTS_HASH):
+    if file_sha256(weights) != told.get(WEIGHTS_HASH):
         raise ExportError(f"{path}: {weights.name} was changed since it was written. Export it again.")
 
 
@@ -249,8 +258,3 @@ def _version() -> str:
         return version(DISTRIBUTION)
     except PackageNotFoundError:  # run from a checkout
         return ""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from thesean.deploy.relative_error import relative_error
 from thesean.errors import ExportError, TheseanError
 from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
 from thesean.passes.analyse.positions import table_rows
@@ -98,32 +99,26 @@ def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: CheckSiz
     """Whether the torch module itself runs at these sizes: a short input may not fill a kernel, a long one a table."""
     if not signature.fits(sizes.of(signature)):
         return False
+    return _outputs_of(graph_module, signature.random_inputs(sizes.of(signature)), sizes) is not None
+
+
+@torch.no_grad()
+def _outputs_of(module: fx.GraphModule, inputs: dict[str, torch.Tensor], sizes: CheckSizes) -> list[Any] | None:
     try:
-        with torch.no_grad():
-            graph_module(**signature.random_inputs(sizes.of(signature)))
+        return leaf_values(module(**inputs))
     except (RuntimeError, IndexError) as error:
         logger.debug("the module does not run at %s: %s", sizes.shape, error)
-        return False
-    return True
+        return None
 
 
-def sizes_to_check(
-    graph_module: fx.GraphModule, signature: Signature, long: int | None
-) -> tuple[list[CheckSizes], list[str]]:
-    """Sizes that the module runs at, and a note for each that it doesn't."""
+def sizes_to_check(signature: Signature, long: int | None) -> list[CheckSizes]:
     if any(not s.startswith("batch") for s in signature.symbols):
-        wanted = [CheckSizes(batch=b, length=t) for b, t in _SIZES] + (
-            [CheckSizes(batch=1, length=long)] if long else []
-        )
+        wanted = [CheckSizes(batch=b, length=t) for b, t in (*_SIZES, *([(1, long)] if long else []))]
     elif signature.symbols:
         wanted = [CheckSizes(batch=b, length=None) for b in _BATCHES]
     else:
         wanted = [CheckSizes(batch=1, length=None)]
-    wanted = list(dict.fromkeys(s.within(signature) for s in wanted))
-    sizes = [s for s in wanted if runnable(graph_module, signature, s)]
-    return sizes, [
-        f"not checked at {s.shape}: the torch module doesn't run there either" for s in wanted if s not in sizes
-    ]
+    return list(dict.fromkeys(s.within(signature) for s in wanted))
 
 
 @torch.no_grad()
@@ -134,13 +129,15 @@ def compare_whole(
     sizes: CheckSizes,
     outputs: Sequence[str],
     threaded: fx.GraphModule | None = None,
-) -> Check:
-    """The file against the stateless torch module. A file with state is compared at the steps that are no padding: what
-    an attention gives a step which sees none is the guide's own matter; one that `threaded` says is late, after it was
-    flushed.
+) -> Check | None:
+    """The file against the stateless torch module; None where that doesn't run. A file with state is compared at the
+    steps that are no padding: what an attention gives a step which sees none is the guide's own matter; one that
+    `threaded` says is late, after it was flushed.
     """
-    inputs, shown_BT = _with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
-    expected = leaf_values(module(**inputs))
+    inputs, shown_BT = with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
+    expected = _outputs_of(module, inputs, sizes) if signature.fits(sizes.of(signature)) else None
+    if expected is None:
+        return None
     delay = 0 if threaded is None else delay_of(threaded)
     found, _ = session.run(_arrays(_flushed(threaded, inputs)))
     errors = []
@@ -168,8 +165,10 @@ def compare_all(
     """All comparisons, and a note for each size at which the module itself doesn't run."""
     longest = table_rows(module)
     long = None if train_length is None else min(4 * train_length, longest or 4 * train_length)
-    sizes, skipped = sizes_to_check(module, signature, long)
-    checks = [compare_whole(session, module, signature, s, names, threaded) for s in sizes]
+    found = {s: compare_whole(session, module, signature, s, names, threaded) for s in sizes_to_check(signature, long)}
+    checks = [check for check in found.values() if check is not None]
+    no = "the torch module doesn't run there either"
+    skipped = [f"not checked at {s.shape}: {no}" for s, check in found.items() if check is None]
     if threaded is not None:
         checks += compare_chunks(session, threaded, module, signature, names, longest)
     return checks, skipped
@@ -190,8 +189,10 @@ def compare_chunks(
     length = max(_CHUNKED[1], receptive_field(module.graph) + 2)
     sizes = CheckSizes(batch=_CHUNKED[0], length=min(length, longest or length)).within(signature)
     checks = _compare_chunks(session, threaded, module, signature, outputs, sizes)
+    if not checks:
+        raise ExportError(f"the torch module doesn't run at {sizes.shape}, where chunks are compared with the whole.")
     far = CheckSizes(batch=1, length=int(threaded.meta[FAR])).within(signature)
-    if (far.length or 0) > (sizes.length or 0) and runnable(module, signature, far):
+    if (far.length or 0) > (sizes.length or 0) and signature.fits(far.of(signature)):
         checks += _compare_chunks(session, threaded, module, signature, outputs, far, in_order=True)
     return checks
 
@@ -208,7 +209,9 @@ def _compare_chunks(
     delay, batch = delay_of(threaded), sizes.batch
     chunks = _cut((sizes.length or 1) + delay)
     inputs = signature.random_inputs(sizes.of(signature), seed=2, in_order=in_order)
-    whole = leaf_values(module(**inputs))
+    whole = _outputs_of(module, inputs, sizes)
+    if whole is None:  # at so many steps, perhaps for want of memory
+        return []
     inputs, stream = _flushed(threaded, inputs), threaded.meta.get(STREAM, signature)
     in_torch, _ = run_in_chunks(threaded, stream, inputs, zero_states(threaded, batch), chunks)
     in_onnx, state = [], None
@@ -261,7 +264,7 @@ def rounding(module: fx.GraphModule, signature: Signature, shape: tuple[int, ...
     return max((e for e in errors if e == e), default=0.0)
 
 
-def _with_padding(
+def with_padding(
     signature: Signature, inputs: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], np.ndarray | None]:
     """Masks with a padded tail: an all-visible one would not show whether the file reads it. And the steps that all of
@@ -272,29 +275,13 @@ def _with_padding(
         value = inputs[spec.name]
         known = spec.example if spec.example is not None else value
         numbers = spec.mask or not (value.is_floating_point() or value.dtype == torch.bool)
-        if spec.high is None and numbers and len(spec.shape) == 2 and is_mask(known) and value.shape[1] > 2:
+        flat = spec.high is None and len(spec.shape) == 2 and not spec.held
+        if flat and numbers and is_mask(known) and value.shape[1] > 2:
             tail = value[0, -(value.shape[1] // 3) :]
             tail.copy_(1 - tail)
             same = (value == value[:, :1]).numpy()
             shown = same if shown is None or shown.shape != same.shape else shown & same
     return inputs, shown
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """max|a - b| / max(1, max|b|) where both are finite or the same infinity; infinite where shapes differ or only one
-    side is a number; NaN where nothing expected is finite, so that nothing was compared.
-    """
-    if found.shape != expected.shape:
-        return float("inf")
-    if not expected.size:
-        return 0.0
-    a, b = found.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(b)
-    if not finite.any():
-        return float("nan")
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
-        return float("inf")
-    return float(np.abs(a[finite] - b[finite]).max()) / max(1.0, float(np.abs(b[finite]).max()))
 
 
 def largest(checks: Sequence[Check]) -> str:

@@ -5,21 +5,51 @@ B batch, T time, V vocabulary
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Unpack, overload
 
 import numpy as np
 
 from thesean.deploy.loaded import Loaded
+from thesean.deploy.onnx_file import BESIDE_ENCODER
 from thesean.deploy.sampling import SamplingOptions
-from thesean.deploy.streams import Stream, Streams
-from thesean.errors import DataError
+from thesean.deploy.states import Arrays
+from thesean.deploy.streams import Stream, Streams, checked_source
+from thesean.errors import DataError, ExportError
+from thesean.scratch import file_sha256
 
 
 class Session(Loaded):
     """A file in onnxruntime on CPU: `run` for arrays, `stream` for chunks, `generate` for text, `streams` for a server,
-    `save_state` and `load_state` for what goes on later. Raises what `Loaded` raises.
+    `save_state` and `load_state` for what goes on later. Of an encoder-decoder it is the decoder's, and `encode` runs
+    the encoder's beside it. Raises what `Loaded` raises.
     """
+
+    @cached_property
+    def encoder(self) -> Session:
+        """The encoder's file, of a decoder's. Raises DataError where there is none, ExportError where it is missing or
+        of another conversion.
+        """
+        told = json.loads(self.metadata.get(BESIDE_ENCODER, "{}"))
+        if not told:
+            raise DataError(f"{self.path}: expected a decoder's file, found one that reads everything itself.")
+        beside = self.path.with_name(Path(told["file"]).name)
+        if not beside.is_file():
+            raise ExportError(f"{self.path}: its encoder, {beside.name}, is not beside it. Move both files together.")
+        if file_sha256(beside) != told["sha256"]:
+            raise ExportError(f"{self.path}: {beside.name} is of another conversion. Export both again.")
+        return Session(beside, self.threads)
+
+    def encode(self, inputs: Arrays) -> Arrays:
+        """What the decoder reads of its source, from the encoder's inputs: keys and values, computed once, and masks.
+        They are inputs of every `run`, beside the tokens, and what `generate` takes as `encoded`; the encoder's other
+        outputs are those of `encoder.run`. Raises what `encoder` raises, and DataError.
+        """
+        outputs, _ = self.encoder.run(inputs)
+        return {name: outputs[name] for name in self.held}
 
     def stream(self, state: Mapping[str, np.ndarray] | None = None) -> Stream:
         """A batch of sequences in chunks, the state kept between."""
@@ -36,6 +66,7 @@ class Session(Loaded):
         max_new_tokens: int,
         *,
         stop_ids: Sequence[int] = (),
+        encoded: Mapping[str, np.ndarray] | None = None,
         seed: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[int]: ...
@@ -47,6 +78,7 @@ class Session(Loaded):
         max_new_tokens: int,
         *,
         stop_ids: Sequence[int] = (),
+        encoded: Mapping[str, np.ndarray] | None = None,
         seed: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[list[int]]: ...
@@ -57,6 +89,7 @@ class Session(Loaded):
         max_new_tokens: int,
         *,
         stop_ids: Sequence[int] = (),
+        encoded: Mapping[str, np.ndarray] | None = None,
         seed: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> list[int] | list[list[int]]:
@@ -65,19 +98,22 @@ class Session(Loaded):
 
         Greedy, unless `temperature` and what else `thesean.deploy.sampling.Sampling` takes say otherwise. A row ends
         with the first of `stop_ids`, or with as many tokens. Each row draws for itself: the same `seed` gives the same
-        text, and none another one each time. The first integer input takes the tokens, every other input is a mask that
-        shows them all; the first output is taken as logits_BTV. Raises DataError for an empty prompt, settings that
-        don't fit, or a file that writes no text.
+        text, and none another one each time. `encoded`: of a decoder's file, what `encode` made of the sources, a row a
+        prompt. The first integer input takes the tokens, every other input is a mask that shows them all; the first
+        output is taken as logits_BTV. Raises DataError for an empty prompt, settings that don't fit, or a file that
+        writes no text.
         """
         if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
             raise DataError(f"max_new_tokens: expected a whole number of at least 0, found {max_new_tokens!r}.")
         single = not len(prompts) or not np.ndim(prompts[0])
         rows: Sequence[Any] = [prompts] if single else prompts
         streams, stops = self.streams(), frozenset(stop_ids)
+        sources = checked_source(self, encoded, len(rows))
         made: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             own = None if seed is None else (seed, index)
-            made[streams.join(row, seed=own, **sampling)] = []
+            source = {name: value[index : index + 1] for name, value in sources.items()} or None
+            made[streams.join(row, seed=own, encoded=source, **sampling)] = []
         while len(streams) and max_new_tokens > 0:
             for stream, token in streams.step().items():
                 made[stream].append(token)

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from thesean.deploy.onnx_file import sha256
 from thesean.errors import DataError, StateError
 from thesean.passes.thread_state import PAST, state_shape
-from thesean.scratch import named
+from thesean.scratch import file_sha256, named
 from thesean.write_file import new_file
 
 Arrays = dict[str, np.ndarray]
@@ -37,7 +36,7 @@ class LoadedFile:
         """Read when it is first asked for. Raises StateError where the file isn't the one that was loaded any more."""
         if self._now() != self._then or self._then is None:
             raise StateError(f"{self.path} was replaced or removed since it was loaded. Load it again.")
-        return sha256(self.path)
+        return file_sha256(self.path)
 
     def _now(self) -> tuple[int, int, int] | None:
         try:

@@ -6,8 +6,9 @@ B batch, T time, V vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from typing import Any, Unpack
 
@@ -38,7 +39,9 @@ class Stream:
     def __call__(self, inputs: Arrays) -> Arrays:
         """The outputs of a chunk. Raises DataError and StateError, as `Session.run` does; the state stays then."""
         outputs, self.state = self.session.run(inputs, self.state)
-        self._last = {name: np.asarray(value)[:, -1:] for name, value in inputs.items()} if self.session.delay else {}
+        held = self.session.held
+        last = {n: value if n in held else np.asarray(value)[:, -1:] for n, value in inputs.items()}
+        self._last = last if self.session.delay else {}
         return self._in_time(outputs)
 
     def end(self) -> Arrays:
@@ -66,8 +69,14 @@ class _Row:
     sampling: Sampling
     random: np.random.Generator
     state: Carried | None = None
+    encoded: Carried = field(default_factory=dict)  # what a decoder's file reads of the stream's source
     read_V: np.ndarray | None = None
     past: list[int] = field(default_factory=list)  # read, and not yet in `read_V`
+
+    @property
+    def source(self) -> tuple[tuple[int, ...], ...]:
+        """Equal for those whose sources are as long, which can be read together."""
+        return tuple(value.shape[1:] for value in self.encoded.values())
 
     def choose(self, logits_V: np.ndarray) -> int:
         if not self.sampling.heeds_repetition:
@@ -92,6 +101,11 @@ class _Batch:
     def __post_init__(self) -> None:
         self.is_greedy = all(row.sampling == Sampling() for row in self.rows)
 
+    @cached_property
+    def encoded(self) -> Arrays:
+        """Joined once, and not for each token."""
+        return _joined(self.rows)
+
     def take(self, kept: Sequence[int], state: Carried) -> _Batch:
         return _Batch([self.streams[k] for k in kept], state, [self.rows[k] for k in kept], self.last_B[kept])
 
@@ -108,6 +122,11 @@ class _Batch:
         return tokens
 
 
+def _joined(rows: Sequence[_Row]) -> Arrays:
+    values = {name: [row.encoded[name] for row in rows] for name in rows[0].encoded}
+    return {name: found[0] if len(found) == 1 else np.concatenate(found) for name, found in values.items()}
+
+
 Read = list[tuple[_Batch, np.ndarray, State]]  # and the logits_BV and the state after it
 
 
@@ -119,10 +138,11 @@ class Streams:
     """
 
     def __init__(self, session: Loaded) -> None:
-        integers = [n for n in session.inputs if issubclass(session.dtype(n), np.integer)]
+        inputs = [n for n in session.inputs if n not in session.held]
+        integers = [n for n in inputs if issubclass(session.dtype(n), np.integer)]
         if not integers:
             raise DataError(f"the file takes no tokens; its inputs are: {', '.join(session.inputs)}.")
-        odd = [n for n in session.inputs if len(session.shape(n)) != 2]
+        odd = [n for n in inputs if len(session.shape(n)) != 2]
         if odd:
             raise DataError(f"input {odd[0]!r}: expected (batch, time), found {session.shape(odd[0])}: use run().")
         if session.delay:
@@ -132,7 +152,7 @@ class Streams:
             found = session.shape(logits)
             raise DataError(f"output {logits!r}: expected logits (batch, time, vocabulary), found the shape {found}.")
         self.session, self._gives_logits = session, logits
-        self._takes_tokens, self._masks = integers[0], [n for n in session.inputs if n != integers[0]]
+        self._takes_tokens, self._masks = integers[0], [n for n in inputs if n != integers[0]]
         self._carries, self._packs = session.is_stateful, session.is_stateful and session.has_rows
         self._rows: dict[int, _Row] = {}
         self._waiting: list[int] = []
@@ -151,13 +171,15 @@ class Streams:
         prompt: Sequence[int],
         *,
         state: Carried | None = None,
+        encoded: Carried | None = None,
         seed: int | Sequence[int] | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> int:
-        """A new stream, whose prompt is read by the next `step`. `state`, of one row, is what was read before. Raises
-        DataError for an empty prompt and settings that don't fit, StateError.
+        """A new stream, whose prompt is read by the next `step`. `state`, of one row, is what was read before;
+        `encoded`, of one row, what `Session.encode` made of the source that a decoder's file reads. Raises StateError,
+        and DataError for an empty prompt, settings that don't fit, a source where none is read or the other way round.
         """
-        tokens = tokens_of(prompt)
+        tokens, source = tokens_of(prompt), checked_source(self.session, encoded, 1)
         if state is not None:
             if not self.session.is_stateful:
                 raise DataError("the file carries no state, so that a stream can't go on from one.")
@@ -167,7 +189,7 @@ class Streams:
         except (TypeError, ValueError) as error:
             raise DataError(f"seed: expected a whole number of at least 0, found {seed!r}.") from error
         name = next(self._names)
-        self._rows[name] = _Row(tokens, Sampling(**sampling), random, state, past=list(tokens))
+        self._rows[name] = _Row(tokens, Sampling(**sampling), random, state, source, past=list(tokens))
         self._waiting.append(name)
         return name
 
@@ -193,10 +215,11 @@ class Streams:
         """
         if self._left:
             self._batches, self._left = self._without_those_that_left(), False
-        read: Read = [(batch, *self._read(self._next_of(batch), batch.state)) for batch in self._batches]
+        read: Read = [(b, *self._read(self._next_of(b), b.state, b.encoded)) for b in self._batches]
         if self._waiting:
             waiting = [stream for stream in self._waiting if stream in self._rows]
-            read += self._read_together(waiting) if self._packs else self._read_each(waiting)
+            for group in self._alike(waiting, lambda stream: self._rows[stream]):
+                read += self._read_together(group) if self._packs else self._read_each(group)
         chosen: dict[int, int] = {}
         for batch, logits_BV, state in read:
             batch.state = state
@@ -229,20 +252,32 @@ class Streams:
         return stayed
 
     def _packed(self, batches: list[_Batch]) -> list[_Batch]:
-        """As one, where that can be."""
-        if not self._packs or len(batches) < 2:
+        """As one, or one for each length of sources, where that can be."""
+        if not self._packs:
             return batches
+        return [self._as_one(group) for group in self._alike(batches, lambda batch: batch.rows[0])]
+
+    def _alike(self, items: list[Any], row_of: Callable[[Any], _Row]) -> list[list[Any]]:
+        """Those whose sources are as long, together."""
+        groups: dict[Any, list[Any]] = {}
+        for item in items:
+            groups.setdefault(row_of(item).source, []).append(item)
+        return list(groups.values())
+
+    def _as_one(self, batches: list[_Batch]) -> _Batch:
+        if len(batches) == 1:
+            return batches[0]
         streams = [stream for batch in batches for stream in batch.streams]
         rows = [row for batch in batches for row in batch.rows]
         last_B = np.concatenate([batch.last_B for batch in batches])
-        return [_Batch(streams, self.session.join_rows([batch.state for batch in batches]), rows, last_B)]
+        return _Batch(streams, self.session.join_rows([batch.state for batch in batches]), rows, last_B)
 
     def _read_each(self, streams: list[int]) -> Read:
         """Prompts one by one."""
         read: Read = []
         for stream in streams:
             row = self._rows[stream]
-            logits_BV, state = self._read(np.array([row.tokens]), row.state)
+            logits_BV, state = self._read(np.array([row.tokens]), row.state, row.encoded)
             read.append((_Batch([stream], state, [row]), logits_BV, state))
         return read
 
@@ -259,7 +294,7 @@ class Streams:
         while streams:
             rows = [self._rows[stream] for stream in streams]
             end = len(rows[0].tokens)
-            logits_BV, after = self._read(np.array([row.tokens[done:end] for row in rows]), state)
+            logits_BV, after = self._read(np.array([row.tokens[done:end] for row in rows]), state, _joined(rows))
             ended = sum(len(row.tokens) == end for row in rows)
             took = after if ended == len(streams) else self.session.take_rows(after, range(ended))
             read.append((_Batch(streams[:ended], took, rows[:ended]), logits_BV[:ended], took))
@@ -267,17 +302,19 @@ class Streams:
             state = self.session.take_rows(after, range(ended, len(rows))) if streams else None
         return read
 
-    def read(self, chunk_BT: np.ndarray, state: Carried | None = None) -> tuple[np.ndarray, State]:
+    def read(
+        self, chunk_BT: np.ndarray, state: Carried | None = None, encoded: Carried | None = None
+    ) -> tuple[np.ndarray, State]:
         """Tokens of no stream: logits_BTV after each of them, and the state after the last. Raises DataError."""
-        inputs: dict[str, Any] = {self._takes_tokens: chunk_BT}
+        inputs: dict[str, Any] = {**(encoded or {}), self._takes_tokens: chunk_BT}
         for name in self._masks:
             inputs[name] = np.ones(chunk_BT.shape, self.session.dtype(name))
         outputs, after = self.session.run(inputs, state)
         return outputs[self._gives_logits], after
 
-    def _read(self, chunk_BT: np.ndarray, state: Carried | None) -> tuple[np.ndarray, State]:
+    def _read(self, chunk_BT: np.ndarray, state: Carried | None, encoded: Carried) -> tuple[np.ndarray, State]:
         """The logits after the last step, (B, V)."""
-        logits_BTV, after = self.read(chunk_BT, state)
+        logits_BTV, after = self.read(chunk_BT, state, encoded)
         return logits_BTV[:, -1], after
 
 
@@ -289,3 +326,21 @@ def tokens_of(prompt: Sequence[int]) -> list[int]:
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or (found < 0).any():
         raise DataError("the prompt: expected a sequence of whole numbers, none below 0.")
     return [int(token) for token in found]
+
+
+def checked_source(session: Loaded, encoded: Carried | None, rows: int) -> Carried:
+    """What `Session.encode` made of so many rows; nothing for a file that reads no source. Raises DataError."""
+    if not session.held:
+        if encoded is not None:
+            raise DataError("encoded: the file is no decoder's, and reads no source. Leave it out.")
+        return {}
+    if encoded is None:
+        raise DataError("the file is a decoder's: expected encoded=session.encode({...}), its source, found none.")
+    if missing := [n for n in session.held if n not in encoded]:
+        raise DataError(f"encoded: expected {', '.join(session.held)}, found no {missing[0]}: encode() gives them.")
+    found = {name: np.asarray(encoded[name]) for name in session.held}
+    if other := next((n for n, v in found.items() if v.shape[:1] != (rows,)), None):
+        raise DataError(
+            f"encoded: expected {rows} rows, one a prompt, found {other} of the shape {found[other].shape}."
+        )
+    return found

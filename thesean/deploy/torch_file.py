@@ -16,7 +16,6 @@ from torch import fx
 from torch.export import Dim
 
 from thesean.deploy.export_report import ExportReport
-from thesean.deploy.loaded import first_line
 from thesean.deploy.lowering.lower import cells_in_torch
 from thesean.deploy.lowering.to_onnx import output_names, quiet
 from thesean.deploy.parity import (
@@ -28,7 +27,7 @@ from thesean.deploy.parity import (
     rounding,
     runnable,
 )
-from thesean.errors import ExportError
+from thesean.errors import ExportError, first_line
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape, zero_states

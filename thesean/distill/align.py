@@ -22,7 +22,9 @@ from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
 from thesean.distill.objective import Objective
 from thesean.distill.recalibrate import batch_norms, recalibrate
+from thesean.distill.recompute import Recomputing
 from thesean.distill.seen import Seen, rows
+from thesean.distill.sharded import sharding, whole
 from thesean.distill.stopping import Plateau
 from thesean.distill.swapping import Swapping, frozen, probability
 from thesean.distill.task import Batch
@@ -104,6 +106,7 @@ class Aligner:
         self.held_out = [training.judge.batches[number] for number in training.judge.sample]
         self.seen = Seen(self.guide)
         self.objective = Objective(training, hybrid.parts)
+        self.recomputing = Recomputing(self.recipe)
         self.refits = self.recipe.alignment.refit and self.objective.exits
 
     def run(self, stage: Stage) -> StageResult:
@@ -122,15 +125,16 @@ class Aligner:
             steps = 0
             if stage.steps and not watch.plateau.done and parameters:
                 graph_module.train()
-                steps = self.training.trainer.train(
-                    parameters,
-                    self._loss(stage),
-                    self.training.feed.stream,
-                    steps=stage.steps,
-                    learning_rate=settings.learning_rate,
-                    where=f"aligning {where}",
-                    after=watch,
-                )
+                with sharding([self.guide, graph_module], self.recipe.sharded):
+                    steps = self.training.trainer.train(
+                        parameters,
+                        self._loss(stage),
+                        self.training.feed.stream,
+                        steps=stage.steps,
+                        learning_rate=settings.learning_rate,
+                        where=f"aligning {where}",
+                        after=watch,
+                    )
             best = watch.best
             best.restore()
         graph_module.eval()
@@ -138,6 +142,8 @@ class Aligner:
         if self.normed(stage) and steps:
             done = f"recalibrated over {len(self.solving)} batches" if best.step else "as they were did best: kept"
             notes.append(f"{where}: batch norms {done}")
+        if self.recomputing.told:
+            notes.append(f"{where}: {self.recomputing.told}")
         result = StageResult(
             stage=stage,
             before=before,
@@ -207,19 +213,22 @@ class Aligner:
         reads = self.recipe.alignment.reads
         exits = stage.compared if reads != "guide" else ()
         alone = [
-            r
+            (r, self.recomputing.module(self.hybrid.module(r)))
             for r in self.hybrid.replacements
             if reads != "hybrid" and r.part in stage.compared and self.hybrid.has_weights(r)
         ]
         runs = bool(exits) or self.objective.whole
-        own, theirs = self._ends(exits, [name for r in alone for name in (r.guide_entry, r.guide_exit)])
+        own, theirs = self._ends(exits, [name for r, _ in alone for name in (r.guide_entry, r.guide_exit)])
+        ends = self.hybrid.boundaries
+        run_own = self.recomputing.graph(own, [name for name, _ in ends]) if runs else own
+        run_theirs = self.recomputing.frozen(theirs, [name for _, name in ends])
 
         def loss(step: int, batch: Batch) -> torch.Tensor:
             with torch.no_grad():
-                wanted = theirs(**batch[1])
-            got = own(**batch[1]) if runs else {}
+                wanted = run_theirs(**batch[1])
+            got = run_own(**batch[1]) if runs else {}
             terms = [self._at_exit(k, got, wanted) for k in exits]
-            terms += [self._alone(r, wanted) for r in alone]
+            terms += [self._alone(r, module, wanted) for r, module in alone]
             if reads == "mixed":
                 terms = [term / 2 for term in terms]
             return torch.stack([*terms, *self._at_output(got, wanted, batch[0])]).sum()
@@ -228,7 +237,7 @@ class Aligner:
 
     def _swapping_loss(self, stage: Stage) -> LossOf:
         """The objective at the output of a network in which some of the parts stand, others each step."""
-        settings, swapping = self.recipe.alignment, Swapping(self.guide, self.hybrid)
+        settings, swapping = self.recipe.alignment, Swapping(self.guide, self.hybrid, self.recomputing)
         names = [] if self.objective.output is None else self.seen.names
         theirs = intermediates(self.guide, names, with_output=self.objective.output is not None)
 
@@ -252,10 +261,10 @@ class Aligner:
         masks = self.seen.of_outputs(wanted) if self.objective.output is not None else {}
         return self.objective.at_output(got["output"], wanted.get("output"), masks, batch)
 
-    def _alone(self, r: Replacement, values: Mapping[str, Any]) -> torch.Tensor:
+    def _alone(self, r: Replacement, module: Callable[..., Any], values: Mapping[str, Any]) -> torch.Tensor:
         """The objective at the output of one module that reads the guide's activations."""
         read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
-        y = self.hybrid.module(r)(values[r.guide_entry], **({} if read is None else {"mask": read}))
+        y = module(values[r.guide_entry], **({} if read is None else {"mask": read}))
         y = y[0] if isinstance(y, tuple) else y
         return self.objective.at_exit(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT))
 
@@ -279,14 +288,15 @@ class _Watch:
         self.trace.losses.append(loss)
         if step % self.settings.check_every and step != self.stage.steps:
             return False
-        training = [deepcopy(m.state_dict()) for m in self.modules]
-        self.aligner.settle(self.stage)
-        value = self.aligner.value(self.stage)
-        self.best.offer(value, step)
+        with whole():
+            training = [deepcopy(m.state_dict()) for m in self.modules]
+            self.aligner.settle(self.stage)
+            value = self.aligner.value(self.stage)
+            self.best.offer(value, step)
+            for module, state in zip(self.modules, training, strict=True):
+                module.load_state_dict(state)
         self.trace.held_out.append((step, value))
         self.plateau.update(value)
-        for module, state in zip(self.modules, training, strict=True):
-            module.load_state_dict(state)
         return self.plateau.done
 
     @property

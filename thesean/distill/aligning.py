@@ -19,7 +19,7 @@ from thesean.distill.best import Best
 from thesean.distill.budget import Shares, shared
 from thesean.distill.closed_form import Solver, solve_parts, solver_by
 from thesean.distill.evaluate import Evaluation, Judge
-from thesean.distill.objective import Objective
+from thesean.distill.objective import Objective, told_of_batches
 from thesean.distill.partial import Partials, stand_apart
 from thesean.distill.recalibrate import batch_norms
 from thesean.distill.snapshot import Snapshot, State, with_state
@@ -109,6 +109,7 @@ class Aligning:
             self._share()
             return
         self.unshare()
+        self.notes += told_of_batches(self.training.recipe)
         self.training.journal.piece("solve", self._prepare, self)
         self._share()
         steps = round(self.training.recipe.steps * self.training.recipe.alignment.share)

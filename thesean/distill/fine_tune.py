@@ -23,7 +23,9 @@ from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.gathered import Gathered
 from thesean.distill.objective import faint
+from thesean.distill.recompute import Recomputing
 from thesean.distill.seen import Seen, examples, rows
+from thesean.distill.sharded import sharding, whole
 from thesean.distill.task import Batch, task_loss
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
@@ -78,11 +80,12 @@ class _Tuner:
 
     def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str) -> None:
         self.graph_module, self.training, self.steps, self.phase = hybrid.graph_module, training, steps, phase
+        self.recomputing = Recomputing(training.recipe)
         self.judge = training.judge
         self.best = Best([self.graph_module])  # by the sample
         guide = -math.inf if training.task.loss is None else self.judge(training.guide, self.judge.sample).value
         # what is ahead of the guide has nothing to learn from its outputs
-        self.loss_of = _loss_of(hybrid, training, steps, lambda: not self.best.value < guide)
+        self.loss_of = _loss_of(hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide)
         self.curves: list[Curve] = []
         self.taken = 0
 
@@ -112,8 +115,9 @@ class _Tuner:
         else:
             helped = start.offer(self.judge(self.graph_module).value)
             start.restore()
-        told = () if helped else (f"{self.phase} did not help: kept the state that it began with",)
-        return Tuned(steps=self.taken, curves=tuple(self.curves), notes=told)
+        told = [] if helped else [f"{self.phase} did not help: kept the state that it began with"]
+        told += [f"{self.phase}: {self.recomputing.told}"] if self.recomputing.told else []
+        return Tuned(steps=self.taken, curves=tuple(self.curves), notes=tuple(told))
 
     def _train(self, run: _Run) -> None:
         self.training.journal.piece(f"{self.phase} {len(self.curves) + 1}", partial(self._trained, run), self)
@@ -124,16 +128,17 @@ class _Tuner:
         observer.begin(self.phase, None, 1, 1, run.steps)
         self.graph_module.train()
         try:
-            self.training.trainer.train(
-                [p for p in self.graph_module.parameters() if p.requires_grad],  # what the guide froze stays frozen
-                lambda step, batch: self.loss_of(begun + step, batch),
-                self.training.feed.stream,
-                steps=run.steps,
-                learning_rate=run.rate,
-                weight_decay=settings.weight_decay,
-                where="fine-tuning",
-                after=watch,
-            )
+            with sharding([self.training.guide, self.graph_module], self.training.recipe.sharded):
+                self.training.trainer.train(
+                    [p for p in self.graph_module.parameters() if p.requires_grad],  # what the guide froze stays frozen
+                    lambda step, batch: self.loss_of(begun + step, batch),
+                    self.training.feed.stream,
+                    steps=run.steps,
+                    learning_rate=run.rate,
+                    weight_decay=settings.weight_decay,
+                    where="fine-tuning",
+                    after=watch,
+                )
         except NumericalError:
             if run.patience is None or not math.isfinite(run.bound):
                 raise
@@ -168,9 +173,10 @@ class _Watch:
         self.trace.losses.append(loss)
         if step % run.every and step not in (run.steps, run.patience):
             return False
-        value = tuner.check()
+        with whole():
+            value = tuner.check()
+            self.kept = step if tuner.best.offer(value) else self.kept
         self.trace.held_out.append((step, value))
-        self.kept = step if tuner.best.offer(value) else self.kept
         tuner.graph_module.train()
         return run.patience is not None and step - self.kept >= run.patience and not value < run.bound
 
@@ -186,7 +192,9 @@ class _Watch:
         self.kept = state["watch"]["kept"]
 
 
-def _loss_of(hybrid: Hybrid, training: Training, steps: int, taught: Callable[[], bool]) -> LossOf:
+def _loss_of(
+    hybrid: Hybrid, training: Training, steps: int, recomputing: Recomputing, taught: Callable[[], bool]
+) -> LossOf:
     """The loss of a step's batch, out of `steps`; the task's alone, where there is one, once it isn't `taught`."""
     task, settings = training.task, training.recipe.fine_tuning
     nmse = get_measure("nmse")
@@ -195,8 +203,9 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int, taught: Callable[[]
     use_hidden = settings.hidden > 0
     use_guide = settings.distillation > 0 or use_hidden or task.loss is None
     seen, gathered = Seen(training.guide), Gathered(training.guide)
-    own = intermediates(hybrid.graph_module, own_names if use_hidden else [])
-    theirs = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
+    own = recomputing.graph(intermediates(hybrid.graph_module, own_names if use_hidden else []), own_names)
+    guide = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
+    theirs = recomputing.frozen(guide, guide_names)
 
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch

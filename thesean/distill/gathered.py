@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,11 +29,20 @@ class Gathered:
         self.guide = guide
         self._named = {n.name: n for n in guide.graph.nodes}
 
+    @cached_property
+    def _input_dims(self) -> dict[str, int]:
+        placeholders = self.guide.graph.find_nodes(op="placeholder")
+        return {str(n.target): d for n in placeholders if (d := self._dim(n)) is not None}
+
+    def rows(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """How many a batch has; 1 where all batches have as many."""
+        return next((inputs[name].shape[dim] for name, dim in self._input_dims.items()), 1)
+
     def own(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """This rank's rows. Raises DataError where there are none for it."""
         if ranks.count() == 1:
             return inputs
-        dims = {n.target: d for n in self.guide.graph.find_nodes(op="placeholder") if (d := self._dim(n)) is not None}
+        dims = self._input_dims
         if not dims:
             raise DataError(
                 f"{ranks.count()} processes share the rows of each batch, and the guide was captured for batches of "
@@ -40,14 +50,14 @@ class Gathered:
             )
         found = dict(inputs)
         for name, dim in dims.items():
-            length = inputs[str(name)].shape[dim]
+            length = inputs[name].shape[dim]
             if length < ranks.count():
                 raise DataError(
                     f"a batch of {length} rows can't be shared by {ranks.count()} processes: give larger batches "
                     "(drop_last=True of a DataLoader), or launch fewer."
                 )
             own = ranks.own_rows(length)
-            found[str(name)] = inputs[str(name)].narrow(dim, own.start, own.stop - own.start)
+            found[name] = inputs[name].narrow(dim, own.start, own.stop - own.start)
         return found
 
     def values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from thesean import ranks
+from thesean.journal import Stateful
 from thesean.kernels.shared.precision import HALF
 
 _SCALE, _LARGEST, _GROWS_AFTER = 2.0**12, 2.0**16, 100
@@ -24,41 +25,69 @@ class Masters:
     """`parameters` are what is to be optimised: masters of half-precision weights, all other weights themselves."""
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
-        self._pairs = [(w, nn.Parameter(w.detach().float())) for w in weights if w.dtype in HALF]
-        masters = {id(w): m for w, m in self._pairs}
-        self.parameters: list[nn.Parameter] = [masters.get(id(w), w) for w in weights]
+        self._weights = list(weights)
+        self.parameters = [self._master(w) for w in weights]
+        self._pairs = [(w, own) for w, own in zip(weights, self.parameters, strict=True) if own is not w]
         self._scaled = any(w.dtype == torch.float16 for w in weights)
         self._scale, self._good = _SCALE if self._scaled else 1.0, 0
 
-    def backward(self, loss: torch.Tensor) -> bool:
-        """Gradients of `loss` for `parameters`, of the rows of all ranks; False where they overflowed, and the step is
-        to be left out.
-        """
+    def _master(self, weight: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(weight.detach().float()) if weight.dtype in HALF else weight
+
+    def close(self) -> None:
+        """No gradient is asked for any more."""
+
+    def clear(self) -> None:
+        """Before the losses of a step."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of `loss` for `parameters` to those of this step, in float32 where weights are in half."""
         (loss.float() * self._scale if self._scaled else loss).backward()
         for weight, master in self._pairs:
             if weight.grad is not None:
-                master.grad, weight.grad = weight.grad.float(), None
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        ranks.add_up(gradients, "gradients")
+                more, weight.grad = weight.grad.float(), None
+                master.grad = more if master.grad is None else master.grad.add_(more)
+
+    def finish(self) -> bool:
+        """Gradients become those of the rows of all ranks; False where they overflowed, and the step is left out."""
+        self._add_up()
         if not self._scaled:
             return True
-        if not all(bool(g.isfinite().all()) for g in gradients):
+        if not self._finite():
             self._scale, self._good = self._scale / 2, 0
             return self._scale < 1  # what overflows unscaled is the network's own, and told as such
-        for gradient in gradients:
+        for gradient in self._gradients:
             gradient.div_(self._scale)
         self._good += 1
         if self._good % _GROWS_AFTER == 0:
             self._scale = min(2 * self._scale, _LARGEST)
         return True
 
+    @property
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def _add_up(self) -> None:
+        ranks.add_up(self._gradients, "gradients")
+
+    def _finite(self) -> bool:
+        return all(bool(g.isfinite().all()) for g in self._gradients)
+
+    def clip(self, most: float) -> None:
+        """Gradients that are longer together than this become as long."""
+        nn.utils.clip_grad_norm_(self.parameters, most)
+
     @torch.no_grad()
     def write(self) -> None:
         """The network's weights become what their masters round to."""
         for weight, master in self._pairs:
             weight.copy_(master)
+
+    def kept(self, optimizer: torch.optim.Optimizer) -> Stateful:
+        """Its state as checkpoints hold it."""
+        return optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """With the weights, masters or not."""

@@ -20,6 +20,7 @@ from thesean.distill.task import task_loss
 from thesean.distill.training import Training
 from thesean.errors import DataError, NumericalError
 from thesean.passes.plan.partition import matches
+from thesean.recipe import Recipe
 from thesean.similarity import get_measure
 
 _FAINT = 1e-8
@@ -84,6 +85,15 @@ class Objective:
                 loss = torch.as_tensor(self.task.loss(self.task.wrap(output), batch))
             terms.append(self.task_weight * loss.reshape(()))
         return terms
+
+
+def told_of_batches(recipe: Recipe) -> list[str]:
+    """Of measures that are no means over examples, where several batches make a step."""
+    count = recipe.gradient_accumulation
+    apart = [name for name in recipe.alignment.measures if not get_measure(name).additive]
+    if count == 1 or recipe.alignment.schedule == "stochastic" or not apart:
+        return []
+    return [f"{', '.join(apart)}: of each batch by itself, not of all examples of the {count} batches that make a step"]
 
 
 def _weight(part: str, weights: Mapping[str, float]) -> float:

@@ -1,8 +1,8 @@
 """What a run on several ranks costs each of them: bytes held, bytes given to the others, floating-point operations.
 
-Every rank holds the whole of guide and hybrid, and its share of a batch: nothing is sharded. The formulas count what
-thesean/ranks.py sends and what a step of thesean/distill/train.py holds; tests/distill/test_scaling.py holds them
-against runs. docs/scaling.md is made of them.
+Every rank has its share of a batch, and the whole of guide and hybrid, or slices of them while it takes steps. The
+formulas count what thesean/ranks.py sends and what a step of thesean/distill/train.py holds; tests hold them against
+runs: tests/distill/test_scaling.py, tests/test_ranks.py. docs/scaling.md is made of them.
 
 E features that a part's last layer reads, O its outputs
 """
@@ -18,8 +18,8 @@ from thesean.passes.graph.walk import HELD_BYTES
 _DOUBLE, _SINGLE = 8, 4
 
 # Of a transformer block's input, what its backward keeps with an attention that keeps no scores: Korthikanti et al.
-# 2022 (arXiv 2205.05198), eq. 1 without dropout: 34 bytes a token and width in half precision, of which 5 are masks'.
-_KEPT_VALUES = 14.5
+# 2022 (arXiv 2205.05198), eq. 1 without dropout: 34 bytes a token and width in half precision, of which 2 are masks'.
+_KEPT_VALUES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,27 @@ def states_held(sizes: Sizes, trained: int) -> int:
     return trained * (3 * single + (_SINGLE if sizes.itemsize < _SINGLE else 0))
 
 
-def activations_held(sizes: Sizes, tokens: int) -> int:
-    """Bytes that the backward of a step keeps of a rank's own tokens, about; blocks as a transformer's."""
-    return int(_KEPT_VALUES * sizes.parts * tokens * sizes.width * sizes.itemsize)
+def weights_held(sizes: Sizes, ranks: int, sharded: bool = False) -> int:
+    """Bytes of guide and hybrid in a step: whole, or slices of both and the region under way, about a part's share."""
+    both = sizes.itemsize * (sizes.guide + sizes.hybrid)
+    region = sizes.itemsize * -(-max(sizes.guide, sizes.hybrid) // sizes.parts)
+    return min(both, -(-both // ranks) + region) if sharded else both
+
+
+def weights_given(sizes: Sizes, ranks: int) -> int:
+    """Bytes a step where weights lie in slices, about: a rank's own of the guide's for its forward, of the hybrid's for
+    forward and backward.
+    """
+    return sizes.itemsize * (sizes.guide + 2 * sizes.hybrid) // ranks
+
+
+def activations_held(sizes: Sizes, tokens: int, recomputed: bool = False) -> int:
+    """Bytes that the backward of a step keeps at once of a rank's own tokens, about; blocks as a transformer's. With
+    activation checkpointing the stream between regions, and one of them, as long as is best: see passes/graph/cuts.py.
+    """
+    stream = tokens * sizes.width * sizes.itemsize
+    regions = range(1, sizes.parts + 1) if recomputed else (1,)
+    return min((n - 1) * stream + _KEPT_VALUES * -(-sizes.parts // n) * stream for n in regions)
 
 
 def solving_flops(sizes: Sizes, tokens: int) -> float:
@@ -105,11 +123,11 @@ def solution_flops(sizes: Sizes) -> float:
     return sizes.parts * 4 * (2 / 3 * e**3 + 2.0 * e * e * o)
 
 
-def step_flops(sizes: Sizes, tokens: int) -> float:
+def step_flops(sizes: Sizes, tokens: int, recomputed: bool = False) -> float:
     """Of a step over all ranks' tokens: forward and backward of the hybrid, and the guide's forward (2 and 4 a weight
-    and token, Kaplan et al. 2020, arXiv 2001.08361).
+    and token, Kaplan et al. 2020, arXiv 2001.08361); with activation checkpointing the hybrid's forward once more.
     """
-    return tokens * (6.0 * sizes.hybrid + 2.0 * sizes.guide)
+    return tokens * ((8.0 if recomputed else 6.0) * sizes.hybrid + 2.0 * sizes.guide)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +147,15 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Tokens of a batch, all ranks'; steps of each stage; batches that the closed form is solved on."""
+    """Tokens of a batch, all ranks'; steps of each stage; batches that the closed form is solved on; whether
+    activations are computed anew, and weights lie in slices, which is with the former.
+    """
 
     tokens: int
     steps: int
     batches: int
+    recomputed: bool = False
+    sharded: bool = False
 
 
 class Stage(NamedTuple):
@@ -165,10 +187,14 @@ def stages_of(sizes: Sizes, job: Job, hardware: Hardware, ranks: int) -> list[St
     ):
         outputs = own * sizes.vocabulary * sizes.itemsize if name == "fine-tuning" else 0
         exits = exits_given(sizes, own, ranks)
-        held = guide + hybrid + copies + states_held(sizes, trained) + activations_held(sizes, own)
+        states = states_held(sizes, trained) // (ranks if job.sharded else 1)
+        held = weights_held(sizes, ranks, job.sharded) + activations_held(sizes, own, job.recomputed)
         held += 4 * outputs  # the hybrid's and the guide's, their logarithms or gradients
         held += ranks * exits if others else 0
+        held = copies + states + max(held, guide + hybrid)  # which are whole where a state is judged
         sent = reduced(gradients_given(sizes, trained)) + others * exits
-        seconds = step_flops(sizes, job.tokens) / ranks / hardware.flops + sent / hardware.link(ranks)
+        if job.sharded:  # gradients arrive once, summed
+            sent = reduced(gradients_given(sizes, trained)) / 2 + others * (exits + weights_given(sizes, ranks))
+        seconds = step_flops(sizes, job.tokens, job.recomputed) / ranks / hardware.flops + sent / hardware.link(ranks)
         found.append(Stage(name, held, job.steps * sent, job.steps * seconds))
     return found

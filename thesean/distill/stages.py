@@ -12,6 +12,7 @@ from thesean.distill.fine_tune import Tuned, fine_tune
 from thesean.distill.gate import Gated
 from thesean.distill.lost import lost_by
 from thesean.distill.random_state import RandomState
+from thesean.distill.sharded import whole
 from thesean.distill.snapshot import Snapshot
 from thesean.distill.training import Training
 from thesean.passes.graph.surgery import unshare
@@ -56,6 +57,7 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     """
     journal = training.journal
     journal.always = (RandomState(), training.feed.stream)
+    journal.around = whole
     guide = training.judge_guide()
     gated = training.recipe.max_drop is not None
     aligning = Gated(bound_plan, hybrid, training) if gated else Aligning(bound_plan, hybrid, training)

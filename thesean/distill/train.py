@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 
 from thesean import ranks
 from thesean.distill.masters import Masters
-from thesean.distill.observer import Observer
+from thesean.distill.sharded import masters_of
 from thesean.distill.together import together
 from thesean.errors import NumericalError
-from thesean.journal import Journal, Stateful
+from thesean.journal import Journal
+from thesean.observer import Observer
 from thesean.recipe import Precision
 
 # of the peak learning rate: the schedule's last step
@@ -32,6 +34,10 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 def _whole(batch: Any) -> Any:
     return batch
+
+
+def _alike(batch: Any) -> int:
+    return 1
 
 
 class Watch(Protocol):
@@ -57,6 +63,8 @@ class Trainer:
     journal: Journal = field(default_factory=Journal)
     deadline: float = math.inf  # on the monotonic clock: the step under way then is the last
     own: Callable[[Any], Any] = _whole  # of a batch, what this rank computes
+    accumulate: int = 1  # batches that make a step
+    rows: Callable[[Any], int] = _alike  # of a batch: what it weighs among them
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -74,34 +82,52 @@ class Trainer:
         """Minimise `loss_of(step, batch)` until `after(steps done, the last loss)` is true; returns the steps taken,
         those before an interruption too. Raises NumericalError with `where` and the step; Interrupted.
         """
-        masters = Masters([p for p in parameters if p.requires_grad])
-        parameters = masters.parameters
-        matrices = [p for p in parameters if p.ndim >= 2]
-        others = [p for p in parameters if p.ndim < 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        )
-        kept: tuple[Stateful, ...] = (masters, optimizer, *([after] if after is not None else []))
-        for step in range(self.journal.resumed(*kept), steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * cosine(step, steps, self.warmup)
-            with self._computing(parameters), together():
-                loss = loss_of(step, self.own(next(batches)))
-            (value,) = ranks.agreed(loss.item())
-            if not math.isfinite(value):
-                raise NumericalError(
-                    f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for NaN "
-                    "in the data."
-                )
-            if masters.backward(loss):
-                nn.utils.clip_grad_norm_(parameters, self.clip)
-                optimizer.step()
-                masters.write()
-            self.observer.step(step + 1, {"loss": value})
-            if (after is not None and after(step + 1, value)) or self._late():
-                return step + 1
-            self.journal.after_step(step + 1, *kept)
+        weights = [p for p in parameters if p.requires_grad]
+        with closing(masters_of(weights)) as masters:
+            pairs = list(zip(masters.parameters, weights, strict=True))
+            matrices = [own for own, weight in pairs if weight.ndim >= 2]
+            others = [own for own, weight in pairs if weight.ndim < 2]
+            optimizer = torch.optim.AdamW(
+                [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            )
+            kept = (masters, masters.kept(optimizer), *([after] if after is not None else []))
+            for step in range(self.journal.resumed(*kept), steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * cosine(step, steps, self.warmup)
+                value = self._gradients(masters, partial(loss_of, step), batches)
+                if not math.isfinite(value):
+                    raise NumericalError(
+                        f"{where}: the loss is {value} at step {step}. Lower the recipe's learning_rate, or look for "
+                        "NaN in the data."
+                    )
+                if masters.finish():
+                    masters.clip(self.clip)
+                    optimizer.step()
+                    masters.write()
+                self.observer.step(step + 1, {"loss": value})
+                if (after is not None and after(step + 1, value)) or self._late():
+                    return step + 1
+                self.journal.after_step(step + 1, *kept)
         return steps
+
+    def _gradients(self, masters: Masters, loss_of: Callable[[Any], torch.Tensor], batches: Iterator[Any]) -> float:
+        """The loss of a step, whose gradients the masters have then; NaN or infinity as soon as one is."""
+        masters.clear()
+        value = 0.0
+        for share, batch in self._shares(batches):
+            with self._computing(masters.parameters), together():
+                loss = share * loss_of(self.own(batch))
+            value += ranks.agreed(loss.item())[0]
+            if not math.isfinite(value):
+                break
+            masters.backward(loss)
+        return value
+
+    def _shares(self, batches: Iterator[Any]) -> list[tuple[float, Any]]:
+        """The batches of a step, and what share of its rows each has."""
+        taken = [next(batches) for _ in range(self.accumulate)]
+        rows = [self.rows(batch) for batch in taken]
+        return [(own / sum(rows), batch) for own, batch in zip(rows, taken, strict=True)]
 
     def _late(self) -> bool:
         return self.deadline < math.inf and ranks.any_of(time.monotonic() > self.deadline)

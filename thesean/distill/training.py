@@ -15,10 +15,10 @@ from thesean import ranks
 from thesean.distill.data import Feed
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.gathered import Gathered
-from thesean.distill.observer import Observer
 from thesean.distill.task import Batch, Task
 from thesean.distill.train import Trainer
 from thesean.journal import Journal
+from thesean.observer import Observer
 from thesean.recipe import Recipe
 from thesean.warn import warn
 
@@ -74,6 +74,8 @@ class Training:
             journal=self.journal,
             deadline=self.begun + self.seconds,
             own=self.own,
+            accumulate=recipe.gradient_accumulation,
+            rows=lambda batch: self.gathered.rows(batch[1]),
         )
 
     def judge_guide(self) -> Evaluation:

@@ -94,11 +94,12 @@ def _block(
     all_BGJX = torch.cat([kept_BMGX, new_BLGX.to(kept_BMGX.dtype)], 1).transpose(1, 2)
     score_BGJ, holds_BGJ = wide(all_BGJX[..., width].detach()), all_BGJX[..., -1] > 0
     gone_BGJ = _gone(score_BGJ, holds_BGJ, kept, fade)
-    stays_BGLJ = _stays(score_BGJ + gone_BGJ, holds_BGJ, kept)
+    raised_BGJ = score_BGJ + gone_BGJ
+    stays_BGLJ = _stays(raised_BGJ, holds_BGJ, kept)
     row_BGJX, query_BLHC = wide(all_BGJX), wide(query_BLHC)
     query_BGRLC = query_BLHC.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     scores_BGRLJ = query_BGRLC @ row_BGJX[..., :width].unsqueeze(2).mT
-    scores_BGRLJ = scores_BGRLJ + _faded(score_BGJ, gone_BGJ, stays_BGLJ, kept).log().unsqueeze(2)
+    scores_BGRLJ = scores_BGRLJ + _faded(raised_BGJ, stays_BGLJ, kept).log().unsqueeze(2)
     top_BGRL = scores_BGRLJ.detach().amax(-1).clamp_min(torch.finfo(scores_BGRLJ.dtype).min)
     weights_BGRLJ = (scores_BGRLJ - top_BGRL.unsqueeze(-1)).exp()
     sums_BGRLk = weights_BGRLJ @ row_BGJX[..., width + 1 :].unsqueeze(2)
@@ -140,16 +141,12 @@ def _stays(score_BGJ: torch.Tensor, held_BGJ: torch.Tensor, kept: int) -> torch.
     return here_BGLJ & (better_BGLJ < kept)
 
 
-def _faded(score_BGJ: torch.Tensor, gone_BGJ: torch.Tensor, stays_BGLJ: torch.Tensor, kept: int) -> torch.Tensor:
+def _faded(score_BGJ: torch.Tensor, stays_BGLJ: torch.Tensor, kept: int) -> torch.Tensor:
     """How much of each token counts: none of those that don't stay."""
-    others_BGLJ = (score_BGJ + gone_BGJ).unsqueeze(-2).masked_fill(~stays_BGLJ, torch.inf)
-    least_BGL = others_BGLJ.argmin(-1)
-    # each by itself: a sum of both would round off what sets near ones apart
-    gone_BGJ = gone_BGJ.expand_as(score_BGJ)
-    above_BGLJ = score_BGJ.unsqueeze(-2) - score_BGJ.gather(-1, least_BGL).unsqueeze(-1)
-    above_BGLJ = above_BGLJ + (gone_BGJ.unsqueeze(-2) - gone_BGJ.gather(-1, least_BGL).unsqueeze(-1))
+    score_BG1J = score_BGJ.unsqueeze(-2)
+    least_BGL1 = score_BG1J.masked_fill(~stays_BGLJ, torch.inf).amin(-1, keepdim=True)
     is_full_BGL1 = stays_BGLJ.sum(-1, keepdim=True) == kept
-    return above_BGLJ.masked_fill(~is_full_BGL1, torch.inf).clamp(0, 1) * stays_BGLJ
+    return (score_BG1J - least_BGL1).masked_fill(~is_full_BGL1, torch.inf).clamp(0, 1) * stays_BGLJ
 
 
 def _check(query: torch.Tensor, new: torch.Tensor, kept: torch.Tensor) -> None:

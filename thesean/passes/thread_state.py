@@ -89,7 +89,7 @@ class ThreadState(Pass):
             )
         read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
         # an initial state that no replacement reads is none of the file's: it has states of its own
-        timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape and s.name in read]
+        timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape and s.name in read and not s.held]
         if timeless:
             raise PassRefused(f"thread state: input {timeless[0]!r} has no time dimension, so it can't come in chunks.")
         if not _stateful_calls(graph_module):

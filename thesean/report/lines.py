@@ -14,8 +14,9 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
+from thesean.observer import Observer
 from thesean.warn import warn
 
 
@@ -58,22 +59,10 @@ class JsonLines:
             warn([f"{self.path}: no more steps are written: {error.strerror or error}"])
 
 
-class AnObserver(Protocol):
-    """As `thesean.distill.observer` says."""
-
-    def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None: ...
-
-    def step(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def end(self, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Several:
     """Observers that are told the same."""
 
-    def __init__(self, observers: Sequence[AnObserver]) -> None:
+    def __init__(self, observers: Sequence[Observer]) -> None:
         self.observers = observers
 
     def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None:

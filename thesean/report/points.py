@@ -74,11 +74,14 @@ class TradeOff:
 
     def at(self, place: Place) -> float | None:
         """The median in milliseconds of a call, None where it was not measured."""
+        cost = self.cost(place)
+        return None if cost is None else cost.median_ms
+
+    def cost(self, place: Place) -> Cost | None:
         call, length, batch = place
         for s in self.served:
             if (s.length, s.batch) == (length, batch):
-                cost = s.token if call == "token" else s.prefill
-                return None if cost is None else cost.median_ms
+                return s.token if call == "token" else s.prefill
         return None
 
 
@@ -126,16 +129,16 @@ class Points(Sequence[TradeOff]):
         return tuple(sorted(found, key=lambda place: (place[2], place[0] != "token")))
 
     def optimal(self, place: Place) -> tuple[TradeOff, ...]:
-        """The Pareto front at a place, the fastest first: points such that none is as good and faster, or better and as
-        fast.
+        """The Pareto front at a place, the fastest first: points such that none that is as good is as fast. Two are as
+        fast as each other where their turns overlap, from the 20th to the 80th percentile: a noisy machine puts no
+        point on the front.
         """
-        known = [(ms, q, p) for p in self.points if (ms := p.at(place)) is not None and (q := self.of(p)) is not None]
-        best, least = [], math.inf
-        for _, quality, point in sorted(known, key=lambda k: k[:2]):
-            if quality < least:
-                best.append(point)
-                least = quality
-        return tuple(best)
+        known = [(q, c.median_ms, p, c) for p in self.points if (c := p.cost(place)) and (q := self.of(p)) is not None]
+        best: list[tuple[float, TradeOff, Cost]] = []
+        for _, median_ms, point, cost in sorted(known, key=lambda k: k[:2]):  # whatever beats a point comes before it
+            if all(cost.p80_ms < other.p20_ms for _, _, other in best):
+                best.append((median_ms, point, cost))
+        return tuple(point for _, point, _ in sorted(best, key=lambda b: b[0]))
 
     def of(self, point: TradeOff) -> float | None:
         """A point's quality; None where it is no finite number."""

@@ -19,14 +19,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from thesean import ranks
 from thesean.errors import DataError, unknown_name
-from thesean.report.lines import AnObserver, JsonLines, Several
+from thesean.observer import Observer
+from thesean.report.lines import JsonLines, Several
 from thesean.report.trackers import TRACKERS, Tracked
 from thesean.units import duration
 
-Watching = bool | str | AnObserver | Sequence[bool | str | AnObserver]
+Watching = bool | str | Observer | Sequence[bool | str | Observer]
 
 
-def make_observer(progress: Watching, log: Path | None = None) -> AnObserver:
+def make_observer(progress: Watching, log: Path | None = None) -> Observer:
     """Silent where `progress` is or holds False, a bar when stderr is a terminal, else plain lines; and every step in
     `log`. Told besides are trackers by their names and observers of the caller's own. Raises UnknownNameError,
     MissingExtraError, DataError.
@@ -34,14 +35,14 @@ def make_observer(progress: Watching, log: Path | None = None) -> AnObserver:
     given = list(progress) if isinstance(progress, Sequence) and not isinstance(progress, str) else [progress]
     shows = not any(one is False for one in given)
     observers = [_told_besides(one, log) for one in given if not isinstance(one, bool)]
-    shown: AnObserver = NullObserver() if not shows else RichObserver() if sys.stderr.isatty() else PlainObserver()
+    shown: Observer = NullObserver() if not shows else RichObserver() if sys.stderr.isatty() else PlainObserver()
     # a tracker looks at what an earlier call left in the log, so that it comes first
     observers = [shown, *observers, *([JsonLines(log)] if log is not None else [])]
     return shown if len(observers) == 1 else Several(observers)
 
 
 @contextmanager
-def watched(progress: Watching, log: Path | None = None) -> Iterator[AnObserver]:
+def watched(progress: Watching, log: Path | None = None) -> Iterator[Observer]:
     """Whoever is told of progress, closed at the end, whatever happens. Of several ranks the first one tells."""
     observer = make_observer(progress, log) if ranks.is_first() else NullObserver()
     try:
@@ -50,7 +51,7 @@ def watched(progress: Watching, log: Path | None = None) -> Iterator[AnObserver]
         observer.close()
 
 
-def _told_besides(given: str | AnObserver, log: Path | None) -> AnObserver:
+def _told_besides(given: str | Observer, log: Path | None) -> Observer:
     if isinstance(given, str):
         if given not in TRACKERS:
             raise unknown_name("observer", given, TRACKERS)

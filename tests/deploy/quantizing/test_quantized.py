@@ -23,9 +23,9 @@ from thesean.converted import Converted
 from thesean.deploy.export import export
 from thesean.deploy.export_report import ExportReport
 from thesean.deploy.onnx_file import metadata
-from thesean.deploy.parity import relative_error
 from thesean.deploy.quantizing.quantized import QUANTIZED, Quantized
 from thesean.deploy.quantizing.tools import Quantize
+from thesean.deploy.relative_error import relative_error
 from thesean.deploy.session import Session
 from thesean.errors import DataError, ExportError
 from thesean.passes.bound_positions import BoundPositions

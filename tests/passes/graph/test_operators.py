@@ -26,8 +26,7 @@ UNSAFE = [
     "_pin_memory.default", "resolve_conj.default",
 ]  # fmt: skip
 
-# what `python -m benchmarks captures` found in 173 guides, and in what becomes of them; two more, whose experts
-# transformers multiplies by an operator of its own, could never be saved
+# what `python -m benchmarks captures` found in 173 guides, and in what becomes of them
 CAPTURED = [
     "__and__.Tensor", "_to_copy", "_unsafe_view", "_weight_norm", "abs", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "add.Tensor", "addmm", "arange", "arange.start", "arange.start_step", "argmax", "avg_pool1d", "avg_pool2d",

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import thesean
+from tests import captured
 from tests.report.points import FOUND
 from thesean.curve import Curve
 from thesean.errors import DataError, WriteError
@@ -24,7 +25,9 @@ from thesean.passes.plan.rows import PlannedPart, ProbedCandidate
 from thesean.report.conversion import ConversionReport, StageRow
 from thesean.report.page.findings import Alike, Findings, Lost, Served
 from thesean.report.page.page import page
+from thesean.report.page.serve import program
 from thesean.report.page.style import STYLE
+from thesean.write_page import _served
 
 SAVED = Path(__file__).parents[2] / "formats" / "v1" / "conversions" / "gru"
 EVIL = "blocks.0[<b>\"&'</script>"
@@ -176,10 +179,17 @@ def test_it_tells_where_weights_came_from(made):
 
 
 def test_the_lines_that_serve_a_file_are_python_with_its_own_names(made):
-    program = next(w for w in Reader(made).words if w.startswith("import numpy"))
-    compile(program, "page", "exec")
+    lines = next(w for w in Reader(made).words if w.startswith("import numpy"))
+    compile(lines, "page", "exec")
     for line in ('InferenceSession("a\'b.onnx")', "'past': np.zeros((1, 0, 2), np.float32)", "found[:1], found[1:]"):
-        assert line in program
+        assert line in lines
+
+
+def test_a_mask_is_served_as_one_that_hides_nothing():
+    """A user runs these lines as they are: with zeros an encoder would see no token."""
+    lines = program(_served(captured.bert().signature, None)).splitlines()
+    assert "    'input_ids': np.zeros((1, 16), np.int64)," in lines
+    assert "    'attention_mask': np.ones((1, 16), np.int64)," in lines
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -21,11 +21,12 @@ from torch import fx
 
 from thesean.deploy.export_report import ExportReport
 from thesean.deploy.genai.states import Caches, rename_states
-from thesean.deploy.loaded import first_line, require
+from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import output_names
 from thesean.deploy.onnx_file import PARITY_SEEN, ROWS, STATES, draft
-from thesean.deploy.parity import Check, CheckSizes, relative_error
-from thesean.errors import ExportError, MissingExtraError
+from thesean.deploy.parity import Check, CheckSizes
+from thesean.deploy.relative_error import relative_error
+from thesean.errors import ExportError, MissingExtraError, first_line
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.resample import is_mask

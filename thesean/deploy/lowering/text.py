@@ -51,7 +51,11 @@ class Text:
         return made
 
     def slice(self, made: str, x: str, start: int, end: int, axis: int) -> str:
-        return self(made, "Slice", x, self.ints(start), self.ints(end), self.ints(axis))
+        return self.cut(made, x, (start, end, axis))
+
+    def cut(self, made: str, x: str, *cuts: tuple[int, int, int]) -> str:
+        """A slice of several axes: start, end and axis of each."""
+        return self(made, "Slice", x, *(self.ints(*numbers) for numbers in zip(*cuts, strict=True)))
 
 
 class Reference(str):

@@ -19,14 +19,13 @@ from torch import fx
 from torch.export import Dim
 
 from thesean.deploy.decomposing import decomposed_where_needed
-from thesean.deploy.loaded import first_line
 from thesean.deploy.lowering.lean.leaner import leaner
 from thesean.deploy.lowering.lower import lower_cells, lower_portably
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.promoting import promoted_by_value
 from thesean.deploy.rewriting import rules_by_operator
 from thesean.deploy.torchlib import table_kept
-from thesean.errors import ExportError, TheseanError
+from thesean.errors import ExportError, TheseanError, first_line
 from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.signature import InputSpec
 

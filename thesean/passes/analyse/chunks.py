@@ -41,10 +41,11 @@ class Difference:
 def split_inputs(
     signature: Signature, inputs: dict[str, torch.Tensor], chunks: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
-    """The inputs of each chunk, cut along their time dimension; one without is whole in each."""
+    """The inputs of each chunk, cut along their time dimension; one without, and what is held, is whole in each."""
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in chunks]
     for spec in signature.inputs:
-        dims = [i for i, d in enumerate(spec.shape) if isinstance(d, str) and not d.startswith("batch")]
+        free = [i for i, d in enumerate(spec.shape) if isinstance(d, str) and not d.startswith("batch")]
+        dims = [] if spec.held else free
         whole = inputs[spec.name]
         parts = whole.split(list(chunks), dims[0]) if dims else [whole] * len(chunks)
         for piece, part in zip(pieces, parts, strict=True):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean.passes.graph.halves import HELD
 from thesean.passes.graph.nodes import argument, attribute, compute, leaf_nodes
 
 aten = torch.ops.aten
@@ -22,6 +23,7 @@ aten = torch.ops.aten
 # Two lengths tell a value that grows with T from one that doesn't; every table has three rows.
 _SHORT, _LONG = 2, 3
 _BATCH = 5
+_HELD = 4  # of what is held, whatever the length
 
 _MAKERS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default)
 # operator -> where its table and its indices stand
@@ -92,7 +94,8 @@ def size_values(
         if node.op != "call_function":
             return _UNKNOWN
         if node.target is aten.sym_size.int:
-            return _BATCH if node.args[1] == 0 else time
+            held = node.all_input_nodes[0].meta.get(HELD, False)
+            return _BATCH if node.args[1] == 0 else _HELD if held else time
         arguments = [known.get(i, _UNKNOWN) for i in node.all_input_nodes]
         if any(a is _UNKNOWN for a in arguments):
             return _UNKNOWN

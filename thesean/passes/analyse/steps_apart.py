@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.chunks import RELATES
+from thesean.passes.analyse.dataflow import SIZE_ONLY
 from thesean.passes.graph.nodes import argument
 
 aten = torch.ops.aten
@@ -94,7 +95,7 @@ class _Steps:
         if not carries or self.entered.isdisjoint(node.all_input_nodes):
             return ""
         self.entered.add(node)
-        if node.op != "call_function" or RELATES in node.meta:
+        if node.op != "call_function" or RELATES in node.meta or node.target in SIZE_ONLY:
             return ""
         given = [i for i in node.all_input_nodes if i in self.entered]
         with_steps = [i for i in given if self.times(i)]

@@ -42,11 +42,12 @@ from thesean.passes.graph.signature import Origin
 from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
+from thesean.passes.write_out_operators import WriteOutOperators
 
 logger = logging.getLogger(__name__)
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), Simplify())
+CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), Simplify())
 
 
 def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:

@@ -43,5 +43,5 @@ def find_clock(graph: fx.Graph, signature: Signature) -> Clock:
         Clock(node, next((d for d in range(len(spec.shape)) if d != time), None), time)
         for spec, node in zip(signature.inputs, graph.find_nodes(op="placeholder"), strict=False)
         for time, size in enumerate(spec.shape)
-        if isinstance(size, str) and not size.startswith("batch")
+        if isinstance(size, str) and not size.startswith("batch") and not spec.held
     )

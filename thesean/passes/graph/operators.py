@@ -56,8 +56,8 @@ unflatten.int unfold unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes un
 bucketize.Tensor embedding gather index.Tensor index_add index_copy index_fill.int_Scalar index_put index_select
 one_hot scatter.src scatter.value scatter_add scatter_reduce.two take_along_dim
 # new tensors, all of whose values are said
-arange arange.start arange.start_step eye eye.m full full_like linspace new_full new_ones new_zeros ones ones_like
-scalar_tensor tril_indices triu_indices zeros zeros_like
+arange arange.start arange.start_step eye eye.m fill.Scalar fill.Tensor full full_like linspace new_full new_ones
+new_zeros ones ones_like scalar_tensor tril_indices triu_indices zeros zeros_like
 # types and devices
 _to_copy item to.device to.dtype to.dtype_layout type_as
 # products

@@ -14,6 +14,9 @@ from thesean.errors import DataError
 from thesean.passes.graph.guide_class import GuideClass
 from thesean.passes.graph.resample import Dim, all_shown, in_a_row, resampled, sizes_of
 
+# How long what is held is made where nobody says it: as long as nothing else that is tried
+_HELD_LENGTH = 13
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
@@ -25,6 +28,7 @@ class InputSpec:
     high: int | None = None  # integers: exclusive upper bound, the rows of the table that they index
     low: int = 0
     mask: bool = False  # floats: of the steps that hold a token, ones and zeros or what is added to scores
+    held: bool = False  # the same in every chunk of a sequence: what an encoder made of its source
     # a few values that the caller gave: what is made up for probes and checks is made of them
     example: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
@@ -83,10 +87,11 @@ class Signature:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """The dynamic dimensions' names, in order of appearance."""
+        """The dynamic dimensions' names, in order of appearance, but for those that are of held inputs alone."""
         seen: dict[str, None] = {}
         for spec in self.inputs:
-            seen.update({d: None for d in spec.shape if isinstance(d, str)})
+            if not spec.held:
+                seen.update({d: None for d in spec.shape if isinstance(d, str)})
         return tuple(seen)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -174,9 +179,11 @@ class Signature:
     ) -> dict[str, torch.Tensor]:
         """Inputs of these sizes, like the examples that the guide was captured with (`resampled`); `fresh` ones are
         none of them, those `in_order` are they themselves, one after another to a sequence. Without an example,
-        integers are uniform below `high`, floats standard normal, booleans True.
+        integers are uniform below `high`, floats standard normal, booleans True. What is held alone has a size of its
+        own, where `sizes` don't tell one.
         """
         generator = torch.Generator().manual_seed(seed)
+        sizes = {**{d: _HELD_LENGTH for s in self.inputs if s.held for d in s.shape if isinstance(d, str)}, **sizes}
         before = self.example_sizes
         made = {}
         for spec in self.inputs:

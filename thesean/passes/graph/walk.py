@@ -155,4 +155,4 @@ def value_of(graph_module: fx.GraphModule, node: fx.Node, env: Mapping[fx.Node, 
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return int(tensor.untyped_storage()._cdata)  # not its address: weights in slices come and go

@@ -35,12 +35,15 @@ class Alike:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What an exported file takes: (name, dtype of numpy, shape) of inputs and of states, and its outputs' names."""
+    """What an exported file takes: (name, dtype of numpy, shape) of inputs and of states, and its outputs' names;
+    `masks` are those of the inputs that hide all where they are zeros.
+    """
 
     file: str
     inputs: tuple[tuple[str, str, tuple[int | str, ...]], ...]
     states: tuple[tuple[str, str, tuple[int | str, ...]], ...] | None  # None: no file is at hand
     outputs: tuple[str, ...] = ()
+    masks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

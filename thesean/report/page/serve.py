@@ -24,12 +24,16 @@ def program(served: Served) -> str:
     if served.states is None:
         lines.append(f"# converted.export({served.file!r}) writes it")
     lines.append(f"session = onnxruntime.InferenceSession({served.file!r})")
-    lines += ["inputs = {", *(f"    {name!r}: {_zeros(dtype, shape)}," for name, dtype, shape in served.inputs), "}"]
+    lines += [
+        "inputs = {",
+        *(f"    {n!r}: {_filled(dtype, shape, n in served.masks)}," for n, dtype, shape in served.inputs),
+        "}",
+    ]
     if not served.states:
         return "\n".join([*lines, "outputs = session.run(None, inputs)"])
     lines += [
         "state = {",
-        *(f"    {name!r}: {_zeros(dtype, shape, True)}," for name, dtype, shape in served.states),
+        *(f"    {name!r}: {_filled(dtype, shape, state=True)}," for name, dtype, shape in served.states),
         "}",
     ]
     count = len(served.outputs)
@@ -41,10 +45,10 @@ def program(served: Served) -> str:
     return "\n".join(lines)
 
 
-def _zeros(dtype: str, shape: Shape, state: bool = False) -> str:
+def _filled(dtype: str, shape: Shape, ones: bool = False, state: bool = False) -> str:
     """One row, and of every other free dimension a few; a state that remembers steps begins with none."""
     sizes = [
         str(size) if isinstance(size, int) else "1" if str(size).startswith("batch") else "0" if state else "16"
         for size in shape
     ]
-    return f"np.zeros(({', '.join(sizes)}{',' if len(sizes) == 1 else ''}), np.{dtype})"
+    return f"np.{'ones' if ones else 'zeros'}(({', '.join(sizes)}{',' if len(sizes) == 1 else ''}), np.{dtype})"

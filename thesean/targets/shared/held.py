@@ -15,8 +15,8 @@ from thesean.targets.shared.steps import Steps, hide, last
 
 
 class Held(nn.Module):
-    """y_t = the mean of v_s by exp(q_t.k_s), s over the last W tokens, t's own included, and over the M that score
-    highest of all before these, which fade as they come near to the least of them: see kernels/kept_attention.py.
+    """y_t = the mean of v_s by exp(scale q_t.k_s), s over the last W tokens, t's own included, and over the M that
+    score highest of all before these, which fade as they come near to the least of them: see kernels/kept_attention.py.
 
     A row whose last value is 0 holds no token. Rows stand in the order in which they came, so that a step drops one of
     the first M + 1 and adds its own at the end.
@@ -24,9 +24,9 @@ class Held(nn.Module):
 
     operation = "held"  # what an export writes for it: deploy/lowering/forms/held.py
 
-    def __init__(self, window: int, places: int, fade: int = 0) -> None:
+    def __init__(self, window: int, places: int, fade: int = 0, scale: float = 1.0) -> None:
         super().__init__()
-        self.window, self.places, self.fade = window, places, fade
+        self.window, self.places, self.fade, self.scale = window, places, fade, scale
         self.older, self.core = Core("kept_attention", fade=fade), Core("window_attention")
 
     def forward(
@@ -37,7 +37,7 @@ class Held(nn.Module):
         steps: Steps | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """mean_BTHK and what is held after the last step."""
-        width = query_BTHC.shape[-1]
+        width, query_BTHC = query_BTHC.shape[-1], self.scale * query_BTHC
         kept_BMGX, window_BWGX = held_BGNX.transpose(1, 2).split([self.places, self.window], 1)
         all_BSGX = torch.cat([window_BWGX, hide(row_BTGX, steps)], 1)
         left_BTGX = all_BSGX[:, : -self.window]

@@ -78,7 +78,7 @@ class HeldAttention(SequenceTarget):
         self.rotation, self.norm_eps, self.norm_form = rotation, norm_eps, norm_form
         self.norms = head_norms(key_width, (heads, kv_heads), norm_eps, norm_form)
         self.rotate = None if rotation is None else Rotate(Rotation.of(rotation), key_width)
-        self.held = Held(window, places + 1, self.fade)  # the least fades
+        self.held = Held(window, places + 1, self.fade, self.scale)  # the least fades
         self.last = SmallLinear(heads * value_width, self.width_out)
 
     @property
@@ -109,7 +109,7 @@ class HeldAttention(SequenceTarget):
         return mean_BTHK.flatten(-2).to(x_BTD.dtype), held_BGNX if count_B is None else (held_BGNX, count_B + came)
 
     def _rows(self, x_BTD: torch.Tensor, count_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries, scaled, and what is held of each step."""
+        """Queries, and what is held of each step."""
         query_BTHC, key_BTGC = (f(x_BTD).unflatten(-1, (-1, self.key_width)) for f in (self.query, self.key))
         if len(self.norms):
             query_BTHC, key_BTGC = self.norms[0](query_BTHC), self.norms[1](key_BTGC)
@@ -121,7 +121,7 @@ class HeldAttention(SequenceTarget):
             query_BTHC, key_BTGC = (self.rotate.turn_by(z, *tables) for z in (query_BTHC, key_BTGC))
         score_BTG1 = self.scores(x_BTD, step_BT).unsqueeze(-1)
         value_BTGk = F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
-        return self.scale * query_BTHC, torch.cat([key_BTGC, score_BTG1, value_BTGk], -1)
+        return query_BTHC, torch.cat([key_BTGC, score_BTG1, value_BTGk], -1)
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

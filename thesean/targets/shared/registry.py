@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean.errors import ArtifactError, TargetMismatchError, TheseanError, unknown_name
+from thesean.errors import ArtifactError, TargetMismatchError, TheseanError, first_line, unknown_name
 from thesean.installed import load_installed
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options, Place, Target, parse_options
@@ -120,13 +120,8 @@ def _told(name: str, part: PartFacts, what: str) -> Iterator[None]:
             if on_meta
             else "Let `check` refuse what it can't be built for."
         )
-        raise TargetMismatchError(
-            f"{part.path}: target {name!r}: {what} raised {type(error).__name__}: {_first_line(error)}. {advice}"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0].rstrip(".")
+        cause = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        raise TargetMismatchError(f"{part.path}: target {name!r}: {what} raised {cause}. {advice}") from error
 
 
 def rebuild(family_name: str, config: dict[str, Any]) -> TargetModule:

@@ -19,6 +19,7 @@ from thesean.deploy.lowering.lean.leaner import leaner
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
 from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
+from thesean.deploy.lowering.lean.share_counters import share_counters
 from thesean.deploy.lowering.lean.split_later import split_later
 from thesean.deploy.lowering.lean.split_rows import split_rows
 from thesean.deploy.lowering.lean.split_slices import split_slices
@@ -141,6 +142,48 @@ def lifted(change: Callable[[Any], int]) -> Callable[[Any], int]:
         return change(model)
 
     return both
+
+
+COUNTED = """g ({x}, int64[batch] state_in_0, int64[batch] state_in_1) =>
+    (float[batch, time, 8] y, int64[batch] state_out_0, int64[batch] state_out_1)
+{{
+    first = Constant <value_ints = [1]> ()
+    t0 = Shape <start = 1, end = 2> (x)
+    t1 = Shape <start = 1, end = 2> (x)
+    f0 = Cast <to = 1> (state_in_0)
+    f1 = Cast <to = 1> (state_in_1)
+    c0 = Cos (f0)
+    c1 = Cos (f1)
+    u0 = Reshape (c0, places)
+    u1 = Reshape (c1, places)
+    a = Mul (x, u0)
+    y = Add (a, u1)
+    state_out_0 = Add (state_in_0, t0)
+    state_out_1 = Add ({by}, state_in_1)
+}}
+"""
+
+
+@pytest.mark.parametrize(("by", "cosines"), [("t1", 1), ("first", 2)], ids=["alike", "by other numbers"])
+def test_counters_that_count_alike_are_read_as_one(by, cosines):
+    """Each is carried on by itself still. They begin at 0: a run from there is the same before and after."""
+    text = COUNTED.format(x=X, by=by).replace("{\n", "{\n    places = Constant <value_ints = [-1, 1, 1]> ()\n", 1)
+    plain, shared = built(text), built(text)
+    share_counters(shared)
+    assert [n.op_type for n in shared.graph].count("Cos") == cosines
+    state = [np.zeros(2, np.int64)] * 2
+    for time in (3, 1, 2):
+        x = np.random.default_rng(time).standard_normal((2, time, 8)).astype(np.float32)
+        found = [_run(model, {"x": x, "state_in_0": state[0], "state_in_1": state[1]}) for model in (plain, shared)]
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_array_equal(a, b)
+        state = found[0][1:]
+
+
+def _run(model: Any, feeds: dict[str, Any]) -> list[Any]:
+    proto = ir.to_proto(model).SerializeToString()
+    made: list[Any] = ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return made
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

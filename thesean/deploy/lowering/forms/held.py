@@ -17,7 +17,7 @@ from torch import nn
 
 from thesean.deploy.lowering.forms import kept_attention, window_attention
 from thesean.deploy.lowering.lowered import Lowered, add_function
-from thesean.deploy.lowering.text import END, Text, branches, tell_steps
+from thesean.deploy.lowering.text import END, Reference, Text, branches, tell_steps
 from thesean.kernels.kept_attention import LASTING
 from thesean.targets.shared.held import Held
 from thesean.targets.shared.steps import Steps
@@ -56,6 +56,7 @@ class LoweredHeld(nn.Module):
         super().__init__()
         from thesean.deploy.lowering.lower import lower_inside  # which finds this file by its name
 
+        self.scale = held.scale
         self.sizes = held.window, held.places, held.fade
         self.window, self.places = held.window, held.places  # the module around it reads them
         self.emitted = Lowered(path, self._emit)
@@ -71,20 +72,19 @@ class LoweredHeld(nn.Module):
         if steps is not None:
             mean_BTHK, held_BGNX = self.inner(query_BTHC, row_BTGX, held_BGNX, steps)
             return mean_BTHK, held_BGNX
-        heads = query_BTHC.shape[2]
-        mean_BTE, held = self.emitted(query_BTHC.flatten(2), row_BTGX.flatten(2), held_BGNX, heads)
-        return mean_BTE.unflatten(-1, (heads, -1)), held.to(held_BGNX.dtype)
+        mean_BTE, held = self.emitted(query_BTHC, row_BTGX, held_BGNX)
+        return mean_BTE.unflatten(-1, (query_BTHC.shape[2], -1)), held.to(held_BGNX.dtype)
 
     def _emit(
-        self, query_BTE: torch.Tensor, row_BTX: torch.Tensor, held_BGNX: torch.Tensor, heads: int
+        self, query_BTHC: torch.Tensor, row_BTGX: torch.Tensor, held_BGNX: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        (batch, time, width), groups = query_BTE.shape, held_BGNX.shape[1]
-        key = width // heads
+        batch, time, heads, key = query_BTHC.shape
         value = held_BGNX.shape[3] - key - 2
         mean_BTE, held = torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{Shape(heads, groups, key, value, *self.sizes).name}",
-            (query_BTE, row_BTX, held_BGNX),
-            dtypes=[query_BTE.dtype] * 2,
+            f"{DOMAIN}::{Shape(heads, held_BGNX.shape[1], key, value, *self.sizes).name}",
+            (query_BTHC, row_BTGX, held_BGNX),
+            {"scale": self.scale},
+            dtypes=[query_BTHC.dtype] * 2,
             shapes=[[batch, time, heads * value], held_BGNX.shape],
             version=1,
         )
@@ -106,8 +106,8 @@ def define(model: Any) -> None:
     tell_steps(model, calls)
     opsets = f'"" : {model.opset_imports[""]}, "com.microsoft" : 1, "{DOMAIN}" : 1'
     for shape in shapes:
-        outputs = ["float[B, T, E] mean", "float[B, G, N, X] held"]
-        text = branches(shape.name, ["query_BTE", "row_BTX", "before"], outputs, (one_step(shape), any_steps(shape)))
+        given, outputs = ["query_BTHC", "row_BTGX", "before"], ["float[B, T, E] mean", "float[B, G, N, X] held"]
+        text = branches(shape.name, given, outputs, (one_step(shape), any_steps(shape)), "<scale> ")
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
     for fade in sorted({shape.fade for shape in shapes}):
         kept_attention.add(model, fade)
@@ -116,62 +116,65 @@ def define(model: Any) -> None:
 
 
 def one_step(s: Shape) -> list[str]:
-    """T = 1. Of equals the last is dropped, and where no token is before all that are."""
+    """T = 1. Of equals the last is dropped, and where no token is before all that are.
+
+    The state is copied twice, where the new row is added and where one is dropped; scores fall in place, and the one
+    that is dropped is attended to with weight 0.
+    """
     t = Text("s")
     H, G, C, K, W, M, F = s
-    X, N = C + K + 2, W + M
-    t.reshape("row_BG1X", "row_BTX", 0, G, 1, X)
-    t("all_BGJX", "Concat", "before", "row_BG1X", axis=2)
-    first = "came_BGJX" if F else "first_BGJX"
-    t.split((first, "rest_BGJX"), "all_BGJX", (M + 1, W), 2)
-    t.slice("token_BGJ1", first, X - 1, X, 3)
+    X, N, J = C + K + 2, W + M, M + 1
+    t.reshape("row_BG1X", "row_BTGX", 0, G, 1, X)
+    t("came_BGSX", "Concat", "before", "row_BG1X", axis=2)
+    t.cut("came_BGJ1", "came_BGSX", (0, J, 2), (C, C + 1, 3))
+    t.cut("token_BGJ1", "came_BGSX", (0, J, 2), (X - 1, X, 3))
+    all_rows, score = "came_BGSX", "came_BGJ1"
     if F:  # those that were kept score less by 1 / F: of all their columns that one
-        t.slice("before_BGJ1", first, C, C + 1, 3)
-        t("falls_BGJ1", "Less", "before_BGJ1", t.number(LASTING))
-        t("fall_BGJ1", "Where", "falls_BGJ1", "token_BGJ1", t.number(0.0))
-        t.reshape("by_J1", t.floats(*[1 / F] * M, 0.0), M + 1, 1)
-        t("by_JX", "Mul", "by_J1", t.floats(*(x == C for x in range(X))))
-        t("fall_BGJX", "Mul", "fall_BGJ1", "by_JX")
-        t("first_BGJX", "Sub", first, "fall_BGJX")
-    t.slice("score_BGJ1", "first_BGJX", C, C + 1, 3)
-    t("lacks_BGJ1", "Sub", "token_BGJ1", t.number(1.0))
-    t("none_BGJ1", "Mul", "lacks_BGJ1", t.number(_FAR))
-    t("rank_BGJ1", "Add", "score_BGJ1", "none_BGJ1")
+        t("falls_BGJ1", "HardSigmoid", "came_BGJ1", alpha=-1.0, beta=LASTING)  # 1 below LASTING, 0 from there on
+        t("fall_BGJ1", "Mul", "falls_BGJ1", "token_BGJ1")
+        t.reshape("by_J1", t.floats(*[1 / F] * M, 0.0), J, 1)
+        t("less_BGJ1", "Mul", "fall_BGJ1", "by_J1")
+        score = t("score_BGJ1", "Sub", "came_BGJ1", "less_BGJ1")
+        t("sizes", "Shape", score)
+        t("at_BGJ1", "ConstantOfShape", "sizes", value=f"int64[1] {{{C}}}")
+        all_rows = t("all_BGSX", "ScatterElements", "came_BGSX", "at_BGJ1", score, axis=3)
+    t("none_BGJ1", "Log", "token_BGJ1")
+    t("rank_BGJ1", "Add", score, "none_BGJ1")
     t("least_BG11", "ArgMin", "rank_BGJ1", axis=2, keepdims=1, select_last_index=1)
-    t.reshape("row_M1", t.ints(*range(M)), M, 1)
-    t("before_BGM1", "Less", "row_M1", "least_BG11")
-    for name, rows, columns in (("kept", "first_BGJX", "X"), ("stay", "rank_BGJ1", "1")):
-        t.slice(f"these_{name}", rows, 0, M, 2)
-        t.slice(f"next_{name}", rows, 1, M + 1, 2)
-        t(f"{name}_BGM{columns}", "Where", "before_BGM1", f"these_{name}", f"next_{name}")
     # where a row holds no token the least is far below all that do, and these count whole
-    t("limit_BG11", "ReduceMin", "stay_BGM1", t.ints(2), keepdims=1)
-    t("above_BGM1", "Sub", "stay_BGM1", "limit_BG11")
-    t("faded_BGM1", "Min", "above_BGM1", t.number(1.0))
-    t("held_step", "Concat", "kept_BGMX", "rest_BGJX", axis=2)
-    t.reshape("query_BGRC", "query_BTE", 0, G, H // G, C)
+    t("two_BG21, _", "TopK", "rank_BGJ1", t.ints(2), axis=2, largest=0)
+    t.slice("second_BG11", "two_BG21", 1, 2, 2)
+    t("limit_BG11", "Max", "second_BG11", t.number(-_FAR))
+    t("above_BGJ1", "Sub", "rank_BGJ1", "limit_BG11")
+    t("faded_BGJ1", "Clip", "above_BGJ1", t.number(0.0), t.number(1.0))
+    t.reshape("query_BGRC", "query_BTHC", 0, G, H // G, C)
     t("query_BGRX", "Pad", "query_BGRC", t.ints(0, 0, 0, 0, 0, 0, 0, X - C))
-    t("scores", "com.microsoft.FusedMatMul", "query_BGRX", "held_step", transB=1)
-    t.slice("window_BGW1", "rest_BGJX", X - 1, X, 3)
-    t("counts_BGN1", "Concat", "faded_BGM1", "window_BGW1", axis=2)
-    t.reshape("held_BG1N", "counts_BGN1", 0, G, 1, N)
-    t("seen_BG1N", "Log", "held_BG1N")
-    t("logits", "Add", "scores", "seen_BG1N")
+    t("scores", "com.microsoft.FusedMatMul", "query_BGRX", all_rows, transB=1, alpha=Reference("@scale"))
+    t.cut("window_BGW1", all_rows, (J, N + 1, 2), (X - 1, X, 3))
+    t("counts_BGS1", "Concat", "faded_BGJ1", "window_BGW1", axis=2)
+    t.reshape("counts_BG1S", "counts_BGS1", 0, G, 1, N + 1)
+    t("seen_BG1S", "Log", "counts_BG1S")
+    t("logits", "Add", "scores", "seen_BG1S")
     t("weights", "Softmax", "logits", axis=-1)
-    t("mean_BGRX", "MatMul", "weights", "held_step")
+    t("mean_BGRX", "MatMul", "weights", all_rows)
     t.slice("mean_BGRK", "mean_BGRX", C + 1, C + 1 + K, 3)
     t.reshape("mean_step", "mean_BGRK", 0, 1, H * K)
+    t.reshape("row_N1", t.ints(*range(N)), N, 1)
+    t("after_BGN1", "Sub", "row_N1", "least_BG11")
+    t("moved_BGN1", "Add", "after_BGN1", t.ints(1))
+    t("by_BGN1", "Clip", "moved_BGN1", t.constant("value_int = 0"), t.constant("value_int = 1"))
+    t("from_BGN1", "Add", "row_N1", "by_BGN1")
+    t("held_step", "GatherND", all_rows, "from_BGN1", batch_dims=2)
     return t.lines
 
 
 def any_steps(s: Shape) -> list[str]:
     """Any T: `Held.forward` line by line, its two cores as they are written elsewhere."""
     t = Text("c")
-    H, G, C, K, W, M, F = s
-    X = C + K + 2
-    t("time", "Shape", "query_BTE", start=1, end=2)
-    t.reshape("query_BTHC", "query_BTE", 0, 0, H, C)
-    t.reshape("row_BTGX", "row_BTX", 0, 0, G, X)
+    H, _, C, K, W, M, F = s
+    t("time", "Shape", "query_BTHC", start=1, end=2)
+    t("scale", "Constant", value_float=Reference("@scale"))
+    t("scaled_BTHC", "Mul", "query_BTHC", "scale")
     t("before_BNGX", "Transpose", "before", perm=[0, 2, 1, 3])
     t.split(("kept_BMGX", "past_BWGX"), "before_BNGX", (M, W), 1)
     t("all_BSGX", "Concat", "past_BWGX", "row_BTGX", axis=1)
@@ -179,12 +182,12 @@ def any_steps(s: Shape) -> list[str]:
     t(
         "sums_BTHk, top_BTH, stay_BMGX",
         f"{DOMAIN}.{kept_attention.name_of(F)}",
-        "query_BTHC",
+        "scaled_BTHC",
         "left_BTGX",
         "kept_BMGX",
     )
     t.split(("key_BSGC", "score_BSG1", "value_BSGk"), "all_BSGX", (C, 1, K + 1), 3)
-    t("mean_BTHK", f"{DOMAIN}.{window_attention.NAME}", "query_BTHC", "key_BSGC", "value_BSGk", "sums_BTHk", "top_BTH")
+    t("mean_BTHK", f"{DOMAIN}.{window_attention.NAME}", "scaled_BTHC", "key_BSGC", "value_BSGk", "sums_BTHk", "top_BTH")
     t.reshape("mean_chunk", "mean_BTHK", 0, 0, H * K)
     t.slice("last_BWGX", "all_BSGX", -W, END, 1)
     t("held_BNGX", "Concat", "stay_BMGX", "last_BWGX", axis=1)

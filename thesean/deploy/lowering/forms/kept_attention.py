@@ -132,7 +132,8 @@ BLOCK (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
     count_BGT1 = ReduceSum <keepdims = 1> (stays, rest)
     short_BGT1 = Less (count_BGT1, most)
     others_BGTJ = Where (stays_BGTJ, raised_BG1J, ever)
-    ABOVE
+    least_BGT1 = ReduceMin <keepdims = 1> (others_BGTJ, rest)
+    above_BGTJ = Sub (raised_BG1J, least_BGT1)
     counts_BGTJ = Where (short_BGT1, ever, above_BGTJ)
     part_BGTJ = Clip (counts_BGTJ, nothing, whole)
     faded_BGTJ = Mul (part_BGTJ, stays)
@@ -177,11 +178,9 @@ BLOCK (query_BTHC, new_BTGX, kept_BMGX) => (sums_BTHk, top_BTH, held_BMGX)
 _STILL = {
     "GONE": """raised_BGJ1 = Identity (score_BGJ1)
     raised_BG1J = Identity (score_BG1J)""",
-    "ABOVE": """least_BGT1 = ReduceMin <keepdims = 1> (others_BGTJ, rest)
-    above_BGTJ = Sub (score_BG1J, least_BGT1)""",
     "LEFT": "left_BGJX = Identity (all_BGJX)",
 }
-# where they fall with time: `_gone`, `_faded` and what is left of them
+# where they fall with time: `_gone`, and what is left of them
 _FALLING = {
     "GONE": f"""fade = Constant <value = float {{FADE.0}}> ()
     lasting = Constant <value = float {{{LASTING}}}> ()
@@ -196,16 +195,6 @@ _FALLING = {
     gone_BG1J = Div (lost_BG1J, fade)
     raised_BG1J = Add (score_BG1J, gone_BG1J)
     raised_BGJ1 = Transpose <perm = [0, 1, 3, 2]> (raised_BG1J)""",
-    "ABOVE": """least_BGT = ArgMin <axis = -1, keepdims = 0> (others_BGTJ)
-    score_BGJ = Squeeze (score_BG1J, v2)
-    gone_BGJ = Squeeze (gone_BG1J, v2)
-    least_score_BGT = GatherElements <axis = 2> (score_BGJ, least_BGT)
-    least_gone_BGT = GatherElements <axis = 2> (gone_BGJ, least_BGT)
-    least_score_BGT1 = Unsqueeze (least_score_BGT, v3)
-    least_gone_BGT1 = Unsqueeze (least_gone_BGT, v3)
-    by_score_BGTJ = Sub (score_BG1J, least_score_BGT1)
-    by_gone_BGTJ = Sub (gone_BG1J, least_gone_BGT1)
-    above_BGTJ = Add (by_score_BGTJ, by_gone_BGTJ)""",
     "LEFT": """all_gone_BG11 = Slice (gone_BG1J, rest, end, v3)
     to_come_BG1J = Sub (gone_BG1J, all_gone_BG11)
     now_BG1J = Add (score_BG1J, to_come_BG1J)

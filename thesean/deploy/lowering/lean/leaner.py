@@ -12,6 +12,7 @@ from thesean.deploy.lowering.lean.join_products import join_products
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
 from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
+from thesean.deploy.lowering.lean.share_counters import share_counters
 from thesean.deploy.lowering.lean.split_later import split_later
 from thesean.deploy.lowering.lean.split_rows import split_rows
 from thesean.deploy.lowering.lean.split_slices import split_slices
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 PASSES: tuple[Callable[[ir.Model], int], ...] = (
+    share_counters,
     reshape_by_constant,
     plain_softplus,
     split_slices,

@@ -1,41 +1,25 @@
-"""Does a saved folder stay data, whatever stands in it? Real ones are altered at random, and loaded.
-
-Each run takes a folder that some version wrote, changes it in one to four places (values, nodes, operators, names,
-shapes, bytes), repairs the checksums as an attacker would, and loads it. A run is "refused" (ArtifactError), "loaded"
-and then called at two sizes, or "late": it loads, and torch refuses the call, as a value out of a table's range does.
-Faults are "foreign" (another error out of load) and "died": a signal, no answer in time, or more memory than is given.
-Runs are numbered: the same number is the same folder. `python -m benchmarks fuzz --seeds 3` runs other numbers.
-"""
+"""Real folders, altered: values, nodes, operators, names, shapes, bytes; checksums are repaired, as by an attacker."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
-import tempfile
-import time
-import warnings
-from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-import thesean
-from benchmarks.suite import ROOT, Case, Result, Run
-from thesean.errors import ArtifactError, TheseanError
+from benchmarks.suite import ROOT
 from thesean.passes.graph.operators import operators
 
 FOLDERS = ROOT / "tests" / "formats" / "v1" / "conversions"
 FILES = ("weights.safetensors", "plan.yaml", "report.json", "example.safetensors")
-_AT_ONCE = 200  # runs of one process
-_SECONDS, _BYTES = 20, 12 * 2**30  # that a run may take, and a process's address space
 
 _VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, 64, 1000, 2**31, 2**62, 2**63, -(2**63), 10**30, 0.0, -0.5, 1e-300, 1e308, "",
@@ -45,21 +29,37 @@ _VALUES: list[Any] = [
 ]  # fmt: skip
 _TEXTS = ["&a [*a]", "!!python/name:os.system x", "[" * 50, "\x00", "- ", ": ", "1e999", "2001-01-01", "\t", "{}"]
 
-# What was found once: a run of each must be refused, or be harmless, for ever. (folder, number of the run)
-FOUND: tuple[int, ...] = ()
+
+@cache
+def sources() -> list[Path]:
+    return sorted(p for p in FOLDERS.iterdir() if p.is_dir())
 
 
 class Altered:
-    """Run number `number`: which folder, and what is altered in it."""
+    """The folder of a chain of numbers: the first says which one and what is altered in it, each other what then."""
 
-    def __init__(self, number: int) -> None:
-        self.random = random.Random(number)
-        self.source = self.random.choice(sorted(p for p in FOLDERS.iterdir() if p.is_dir()))
+    def __init__(self, chain: tuple[int, ...]) -> None:
+        self.chain = chain
+        self.random = random.Random(chain[0])
+        self.source = self.random.choice(sources())
 
     def write(self, folder: Path) -> None:
         shutil.copytree(self.source, folder)
         document = json.loads((folder / "graph.json").read_text("utf-8"))
         self._add_example(folder, document)
+        self._alter(folder, document)
+        for number in self.chain[1:]:
+            self.random = random.Random(number)
+            self._alter(folder, document)
+        if isinstance(document.get("files_sha256"), dict):
+            for name in document["files_sha256"]:
+                if isinstance(name, str) and "/" not in name and "\0" not in name and (folder / name).is_file():
+                    document["files_sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        document.pop("sha256", None)
+        digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+        (folder / "graph.json").write_text(json.dumps({"sha256": digest, **document}), encoding="utf-8")
+
+    def _alter(self, folder: Path, document: dict[str, Any]) -> None:
         for _ in range(self.random.choice((1, 1, 1, 2, 4))):
             kinds: list[tuple[int, Callable[[], None]]] = [
                 (5, lambda: self._alter_value(document)),
@@ -70,17 +70,12 @@ class Altered:
                 (1, lambda: self._alter_text(folder / "plan.yaml")),
                 (1, lambda: self._alter_bytes(folder / self.random.choice(FILES))),
                 (1, lambda: self._alter_header(folder / self.random.choice((FILES[0], FILES[3])))),
+                (1, lambda: self._alter_names(folder)),
             ]
             try:
                 self.random.choices([k for _, k in kinds], [w for w, _ in kinds])[0]()
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError):
                 continue  # of what an earlier change left nothing to alter in
-        if isinstance(document.get("files_sha256"), dict):
-            digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in FILES}
-            document["files_sha256"] |= {k: v for k, v in digests.items() if k in document["files_sha256"]}
-        document.pop("sha256", None)
-        digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-        (folder / "graph.json").write_text(json.dumps({"sha256": digest, **document}), encoding="utf-8")
 
     def _add_example(self, folder: Path, document: dict[str, Any]) -> None:
         """Version 0.1.0 wrote none."""
@@ -175,6 +170,13 @@ class Altered:
             data[at] ^= 1 << self.random.randrange(8)
         path.write_bytes(bytes(data))
 
+    def _alter_names(self, folder: Path) -> None:
+        """A file takes another one's name, or that of the weights in a folder of transformers."""
+        name, other = self.random.choice(FILES), self.random.choice((*FILES, "model.safetensors"))
+        (folder / name).replace(folder / other)
+        if self.random.random() < 0.5:
+            shutil.copy(folder / other, folder / name)
+
     def _alter_header(self, path: Path) -> None:
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
@@ -182,106 +184,3 @@ class Altered:
         self._alter_value(header)
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
-
-
-def outcome(number: int) -> str:
-    """What comes of one altered folder: "refused", "loaded", "late: ..." or "foreign: ..."."""
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder = Path(place) / "saved"
-        Altered(number).write(folder)
-        try:
-            loaded = thesean.load(folder)
-        except ArtifactError:
-            return "refused"
-        except Exception as error:
-            return f"foreign: {type(error).__name__}: {str(error)[:200]}"
-        for more in (0, 1):
-            sizes = {s: n + more for s, n in loaded.signature.example_sizes.items()}
-            try:
-                with torch.no_grad():
-                    loaded(**loaded.signature.random_inputs(sizes))
-            except TheseanError:
-                continue
-            except Exception as error:
-                return f"late: {type(error).__name__}: {str(error)[:200]}"
-        return "loaded"
-
-
-def outcomes(first: int, count: int, until: float = float("inf")) -> dict[int, str]:
-    """Of runs `first` to `first + count`, in processes of their own, as far as they come by then (time.monotonic)."""
-    found: dict[int, str] = {}
-    at = first
-    while at < first + count and time.monotonic() < until:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            _work(range(at, min(at + _AT_ONCE, first + count)), writer, until)
-        os.close(writer)
-        with os.fdopen(reader, encoding="utf-8") as lines:
-            begun = at
-            for line in lines:
-                row = json.loads(line)
-                begun = row["number"]
-                if "outcome" in row:
-                    found[begun] = row["outcome"]
-        _, status = os.waitpid(child, 0)
-        if status and begun not in found:
-            found[begun] = f"died: signal {status & 127}, status {status >> 8}"
-        at = begun + 1
-    return found
-
-
-def _work(numbers: range, writer: int, until: float) -> None:
-    """In the child: tells each run before it begins, and what came of it."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(1)
-    try:
-        for number in numbers:
-            if time.monotonic() > until:
-                break
-            os.write(writer, (json.dumps({"number": number}) + "\n").encode())
-            signal.alarm(_SECONDS)  # whose default is to end the process
-            os.write(writer, (json.dumps({"number": number, "outcome": outcome(number)}) + "\n").encode())
-            signal.alarm(0)
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-def bench(run: Run) -> None:
-    for seed in run.seeds:
-        for block in range(run.settings["blocks"]):
-            name = f"runs {seed}.{block}"
-            if not run.wants(name, seed):
-                continue
-            first = (seed * 1_000_000) + block * run.settings["runs"]
-            found = outcomes(first, run.settings["runs"])
-            counts = Counter(text.partition(":")[0] for text in found.values())
-            bad = {str(n): text for n, text in found.items() if text.startswith(("foreign", "died"))}
-            run.add(name, seed, **counts, faults=bad)
-            print(f"    {dict(counts)}", flush=True)
-            for number, text in bad.items():
-                run.fault(f"run {number}: {text}")
-
-
-def table(result: Result) -> str:
-    kinds = ("refused", "loaded", "late", "foreign", "died")
-    total = {k: sum(c.get(k, 0) for c in result["cases"]) for k in kinds}
-    lines = ["| " + " | ".join(kinds) + " |", "|" + "---:|" * len(kinds)]
-    return "\n".join([*lines, "| " + " | ".join(f"{total[k]:,}" for k in kinds) + " |"])
-
-
-CASE = Case(
-    question="Does a saved folder stay data, whatever stands in it?",
-    minutes=15,
-    unit="runs",
-    run=bench,
-    settings={"blocks": 20, "runs": 1000},
-    quick={"blocks": 1, "runs": 40},
-    table=table,
-)

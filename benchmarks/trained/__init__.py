@@ -1,0 +1,1 @@
+"""Trained networks that install by name, with data that is like what they were trained on."""

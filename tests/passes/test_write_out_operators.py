@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from tests.captured import traced
+from tests.models import vectors
+from tests.passes.contract import Example
+from thesean.passes.capture.capture import capture
+from thesean.passes.graph.graph_json import dump, load
+from thesean.passes.graph.text import text
+from thesean.passes.write_out_operators import WriteOutOperators, histogram
+
+
+@torch.library.custom_op("tests_written_out::twice_and_half", mutates_args=())
+def twice_and_half(x: torch.Tensor, by: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x * by, x / by
+
+
+@twice_and_half.register_fake
+def _(x: torch.Tensor, by: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("tests_written_out::rounded", mutates_args=())
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.round()
+
+
+@rounded.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+rounded.register_autograd(lambda ctx, grad: grad)  # straight through: a gradient that its operators don't have
+
+
+@torch.library.custom_op("tests_written_out::up_to_the_first", mutates_args=())
+def up_to_the_first(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x[0, 0].item() > 0 else x.clone()
+
+
+@up_to_the_first.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Calling(nn.Module):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def both(x: torch.Tensor) -> torch.Tensor:
+    more, less = twice_and_half(x, 2.0)
+    return more - less
+
+
+def test_the_graph_before_and_after():
+    graph_module = traced(Calling(both), vectors(2, 3))
+    assert text(graph_module.graph) == [
+        "x = placeholder x",
+        "twice_and_half = tests_written_out.twice_and_half.default(x, 2.0)",
+        "getitem = getitem(twice_and_half, 0)",
+        "getitem_1 = getitem(twice_and_half, 1)",
+        "sub = aten.sub.Tensor(getitem, getitem_1)",
+        "return (sub,)",
+    ]
+    assert text(WriteOutOperators()(graph_module).graph_module.graph) == [
+        "x = placeholder x",
+        "mul = aten.mul.Tensor(x, 2.0)",
+        "div = aten.div.Tensor(x, 2.0)",
+        "sub = aten.sub.Tensor(mul, div)",
+        "return (sub,)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.exp, rounded, up_to_the_first, lambda x: torch.histc(x, 3), lambda x: x.bernoulli()],
+    ids=["plain", "a gradient of its own", "goes by a value", "bounds of the values", "no form"],
+)
+def test_what_may_stay_must_stay_or_cant_be_told_from_sizes_is_left_alone(function):
+    graph_module = traced(Calling(function), vectors(2, 3))
+    assert WriteOutOperators()(graph_module).reason == "no operator is to be written out"
+
+
+def uninitialised(x: torch.Tensor) -> torch.Tensor:
+    order = x[:, 0].argsort()
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    held = x.new_empty(3, 4)
+    held[:] = 2
+    return x[back] + torch.empty(2, 3).fill_(1)[0] + held[0, :3]
+
+
+def counted(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.histc(x, bins=5, min=-1, max=1)[:3]
+
+
+@pytest.mark.parametrize("function", [both, uninitialised, counted])
+def test_what_is_written_out_can_be_saved_and_holds_at_other_sizes(function):
+    found = capture(Calling(function), vectors(4, 3))
+    graph = load(dump(found.graph_module.graph))
+    for batch in (1, 7):
+        x = vectors(batch, 3, seed=batch)
+        torch.testing.assert_close(found.graph_module(x), function(x), rtol=0, atol=0)
+    assert len(graph.nodes) == len(found.graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+def test_experts_by_an_operator_of_transformers_own_can_be_saved_and_hold_at_other_sizes(experts):
+    """Rows sorted by expert, counted by histc, multiplied by `grouped_mm`, and sorted back."""
+    moe = pytest.importorskip("transformers.integrations.moe")
+
+    def mixture(x: torch.Tensor) -> torch.Tensor:
+        expert, order = x[:, 0].abs().mul(2).long().clamp(max=experts - 1).sort()
+        counts = torch.histc(expert.float(), bins=experts, min=0, max=max(experts - 1, 1))
+        weight = torch.arange(experts * 16.0).view(experts, 4, 4)  # torch takes widths of whole 16 bytes
+        y = moe._grouped_mm(x[order], weight, counts.cumsum(0, dtype=torch.int32))
+        return y[order.argsort()]
+
+    found = capture(Calling(mixture), vectors(8, 4))
+    assert not [n for n in found.graph_module.graph.nodes if "grouped_mm" in str(n.target)]
+    load(dump(found.graph_module.graph))
+    for batch in (1, 2, 23):
+        x = vectors(batch, 4, seed=batch)
+        torch.testing.assert_close(found.graph_module(x), mixture(x))
+
+
+def test_a_histogram_is_torchs():
+    x = torch.cat([torch.randn(1000, generator=torch.Generator().manual_seed(0)), torch.tensor([-1.0, 1.0, 0.5, 2.0])])
+    for bins, least, most in ((1, -1, 1), (4, -1, 1), (7, 0, 3), (100, -2.5, 0.5)):
+        assert histogram(x, bins, least, most).tolist() == torch.histc(x, bins, least, most).tolist()
+
+
+def example() -> Example:
+    return Example(WriteOutOperators(), traced(Calling(both), vectors(2, 3)), (vectors(2, 3, seed=1),))

@@ -1,0 +1,143 @@
+"""Operators of other libraries, and those of torch that are seldom, become the plain ones that they are made of: what
+can be saved, given a state and exported.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from thesean.kernels.grouped_product import grouped_product
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.nodes import is_write, leaf_nodes
+from thesean.passes.graph.operators import names
+from thesean.passes.graph.surgery import erase_dead
+
+logger = logging.getLogger(__name__)
+
+
+def histogram(x: torch.Tensor, bins: int, least: float, most: float) -> torch.Tensor:
+    """How many of x are in each of so many equal bins from `least` to `most`, which is in the last one. -> count_B."""
+    x_N = x.flatten()
+    bin_N = ((x_N - least) / (most - least) * bins).floor().clamp(max=bins - 1)
+    hit_NB = bin_N.unsqueeze(1) == torch.arange(bins, dtype=x.dtype, device=x.device)
+    inside_N = (x_N >= least) & (x_N <= most)
+    return (hit_NB & inside_N.unsqueeze(1)).sum(0).to(x.dtype)
+
+
+def _histc(x: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0) -> torch.Tensor:
+    if min >= max:
+        raise NotImplementedError("its bounds are those of the values")
+    return histogram(x, bins, min, max)
+
+
+def _grouped_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    if (x.ndim, weight.ndim) != (2, 3) or offs is None or bias is not None:
+        raise NotImplementedError("its groups are no rows")
+    y = grouped_product(x, weight, offs)
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+# What torch can't trace, because a size in it hangs on a value; and memory as it was found, which may hold zeros.
+_FORMS: dict[str, Callable[..., Any]] = {
+    "aten::histc": _histc,
+    "aten::_grouped_mm": _grouped_mm,
+    "transformers::grouped_mm_fallback": _grouped_mm,
+    "aten::empty": lambda *args, memory_format=None, **kwargs: torch.zeros(*args, **kwargs),
+    "aten::empty_like": torch.zeros_like,
+    "aten::new_empty": torch.Tensor.new_zeros,
+}
+
+
+@dataclass(frozen=True)
+class WriteOutOperators(Pass):
+    """y = op(x)  =>  y = the operators that op is made of, where a file may hold those and not op itself.
+
+    For torch.library.custom_op these are what its own function calls, on sizes alone. One stays that writes into its
+    inputs, has a gradient of its own or goes another way at another value: saving says so.
+    """
+
+    in_place = True
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        written = 0
+        for node in list(graph.nodes):
+            form = _form(node)
+            made = None if form is None else _traced(node, form)
+            if made is not None:
+                _inline(graph, node, made)
+                written += 1
+        if not written:
+            return PassResult(graph_module=graph_module, modified=False, reason="no operator is to be written out")
+        erase_dead(graph)
+        return PassResult(graph_module=graph_module, modified=True)
+
+
+def _form(node: fx.Node) -> Callable[..., Any] | None:
+    """A function that does the same by other operators."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target in names() or is_write(node):
+        return None
+    name = target._schema.name
+    own = OPDEFS.get(name)
+    return _FORMS.get(name) or (own._init_fn if own is not None and own._backward_fn is None else None)
+
+
+def _traced(node: fx.Node, form: Callable[..., Any]) -> fx.GraphModule | None:
+    """Its graph on the sizes of the node's inputs; its placeholders are those inputs, in order."""
+    inputs = node.all_input_nodes
+    values = [i.meta.get("val") for i in inputs]
+    mode = detect_fake_mode(values) or FakeTensorMode()
+    given = [v if isinstance(v, FakeTensor) or not isinstance(v, torch.Tensor) else mode.from_tensor(v) for v in values]
+
+    def of_inputs(*values: Any) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(inputs, values, strict=True)).__getitem__)
+        return form(*args, **kwargs)
+
+    try:
+        with mode, torch.enable_grad():
+            made = make_fx(of_inputs, pre_dispatch=True)(*given)
+    except Exception as error:  # the tracer raises whatever it meets
+        logger.debug("%s is not written out: %s", node.target, error)
+        return None
+    inner = [n for n in made.graph.nodes if n.op not in ("placeholder", "output")]
+    plain = all(n.op == "call_function" and n.target in names() for n in inner)
+    same = pytree.tree_structure(made.graph.output_node().args[0]) == pytree.tree_structure(node.meta.get("val"))
+    return made if plain and same else None
+
+
+def _inline(graph: fx.Graph, node: fx.Node, made: fx.GraphModule) -> None:
+    known: dict[fx.Node, Any] = dict(zip(made.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    with graph.inserting_before(node):
+        for one in made.graph.nodes:
+            if one.op == "call_function":
+                known[one] = graph.node_copy(one, known.__getitem__)
+                known[one].meta = {k: v for k, v in one.meta.items() if k == "val"} | {
+                    k: v for k, v in node.meta.items() if k == "nn_module_stack"
+                }
+    result = made.graph.output_node().args[0]
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(known[result])
+    else:  # several: each reader takes one of them
+        results = [known[r] for r in leaf_nodes(result)]
+        for reader in list(node.users):
+            reader.replace_all_uses_with(results[reader.args[1]])  # type: ignore[index]
+            graph.erase_node(reader)
+    graph.erase_node(node)
