@@ -49,7 +49,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
     converted = convert(tmp_path)
     told = story(tmp_path)
     asserted = "_assert_tensor_metadata"
-    last = told["006-remove-second.txt"][1:]
+    last = told["007-remove-second.txt"][1:]
     assert told == {
         "000-capture.txt": [
             "# capture: as torch.export traced it",
@@ -74,7 +74,11 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "# functionalise: modified",
             *(line.replace("aten.add_.", "aten.add.") for line in told["000-capture.txt"][1:]),
         ],
-        "004-simplify.txt": [
+        "004-write-out-operators.txt": [
+            "# write-out-operators: unchanged: no operator is to be written out",
+            *told["003-functionalise.txt"][1:],
+        ],
+        "005-simplify.txt": [
             "# simplify: modified",
             "x = placeholder x",
             "linear = aten.linear.default(x, first_weight, first_bias)",
@@ -83,7 +87,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "005-substitute-first.txt": [
+        "006-substitute-first.txt": [
             "# substitute first: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -92,7 +96,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "006-remove-second.txt": [
+        "007-remove-second.txt": [
             "# remove second: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -101,7 +105,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "007-bound-positions.txt": [
+        "008-bound-positions.txt": [
             "# bound-positions: unchanged: no table is indexed by a growing position",
             *last,
         ],
@@ -126,24 +130,24 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
     converted.export(tmp_path / "m.onnx", dump_graphs=tmp_path)
     told = story(tmp_path)
     assert {k: v for k, v in told.items() if k in before} == before
-    graph = before["007-bound-positions.txt"][1:]
+    graph = before["008-bound-positions.txt"][1:]
     assert {k: v for k, v in told.items() if k not in before} == {
-        "008-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
-        "009-cast-floats.txt": ["# cast-floats: unchanged: nothing in it is another precision", *graph],
-        "010-cache-latents.txt": ["# cache-latents: unchanged: there is no single dimension of time", *graph],
-        "011-inline-modules.txt": [
+        "009-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
+        "010-cast-floats.txt": ["# cast-floats: unchanged: nothing in it is another precision", *graph],
+        "011-cache-latents.txt": ["# cache-latents: unchanged: there is no single dimension of time", *graph],
+        "012-inline-modules.txt": [
             "# inline-modules: unchanged: no module without a state reads earlier steps",
             *graph,
         ],
-        "012-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
-        "013-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
-        "014-thread-state.txt": [
+        "013-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
+        "014-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
+        "015-thread-state.txt": [
             "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
             *graph,
         ],
-        "015-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "016-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "017-cells-as-modules.txt": [
+        "016-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "017-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "018-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",
@@ -192,4 +196,4 @@ def test_the_command_line_takes_the_folder(tmp_path):
     assert result.exit_code == 0, result.output
     names = sorted(p.name for p in graphs.iterdir())
     assert names[0] == "000-capture.txt"
-    assert names[5:] == ["005-substitute-first.txt", "006-substitute-second.txt", "007-bound-positions.txt"]
+    assert names[6:] == ["006-substitute-first.txt", "007-substitute-second.txt", "008-bound-positions.txt"]

@@ -207,7 +207,7 @@ class Prober:
         ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
         before, solved = _mean_loss(module, examples), deepcopy(module.state_dict())
         module.train()
-        self.training.trainer.train(
+        replace(self.training.trainer, accumulate=1).train(  # examples are of a part, and of as many rows each
             parameters,
             lambda step, pair: _loss(module, *pair),
             itertools.cycle(examples),

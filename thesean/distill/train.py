@@ -125,6 +125,8 @@ class Trainer:
 
     def _shares(self, batches: Iterator[Any]) -> list[tuple[float, Any]]:
         """The batches of a step, and what share of its rows each has."""
+        if self.accumulate == 1:
+            return [(1.0, next(batches))]
         taken = [next(batches) for _ in range(self.accumulate)]
         rows = [self.rows(batch) for batch in taken]
         return [(own / sum(rows), batch) for own, batch in zip(rows, taken, strict=True)]
