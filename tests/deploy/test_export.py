@@ -27,6 +27,7 @@ from thesean.deploy.parity import Check, allowed_error, rounding
 from thesean.deploy.relative_error import relative_error
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, MissingExtraError, WriteError
+from thesean.passes.analyse.chunks import cut
 from thesean.passes.base import Attempt
 from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
@@ -454,4 +455,4 @@ def test_an_output_that_can_be_compared_is_compared_all_the_same(tmp_path, monke
 
 @pytest.mark.parametrize(("length", "chunks"), [(20, (1, 5, 1, 13)), (7, (1, 5, 1)), (4, (1, 3)), (1, (1,))])
 def test_chunks_fill_the_length(length, chunks):
-    assert parity._cut(length) == chunks
+    assert cut(length, parity._CHUNKS) == chunks

@@ -17,7 +17,7 @@ from torch import fx
 
 from thesean.deploy.relative_error import relative_error
 from thesean.errors import ExportError, TheseanError
-from thesean.passes.analyse.chunks import join, run_in_chunks, split_inputs
+from thesean.passes.analyse.chunks import cut, join, run_in_chunks, split_inputs
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.analyse.receptive_field import receptive_field
 from thesean.passes.base import run_passes
@@ -99,15 +99,16 @@ def runnable(graph_module: fx.GraphModule, signature: Signature, sizes: CheckSiz
     """Whether the torch module itself runs at these sizes: a short input may not fill a kernel, a long one a table."""
     if not signature.fits(sizes.of(signature)):
         return False
-    return _outputs_of(graph_module, signature.random_inputs(sizes.of(signature)), sizes) is not None
+    return outputs_of(graph_module, signature.random_inputs(sizes.of(signature)), sizes.shape) is not None
 
 
 @torch.no_grad()
-def _outputs_of(module: fx.GraphModule, inputs: dict[str, torch.Tensor], sizes: CheckSizes) -> list[Any] | None:
+def outputs_of(module: fx.GraphModule, inputs: dict[str, torch.Tensor], shape: tuple[int, ...]) -> list[Any] | None:
+    """Its outputs in order; None where it doesn't run, at sizes that are told as `shape`."""
     try:
         return leaf_values(module(**inputs))
     except (RuntimeError, IndexError) as error:
-        logger.debug("the module does not run at %s: %s", sizes.shape, error)
+        logger.debug("the module does not run at %s: %s", shape, error)
         return None
 
 
@@ -135,7 +136,7 @@ def compare_whole(
     `threaded` says is late, after it was flushed.
     """
     inputs, shown_BT = with_padding(signature, signature.random_inputs(sizes.of(signature), seed=1))
-    expected = _outputs_of(module, inputs, sizes) if signature.fits(sizes.of(signature)) else None
+    expected = outputs_of(module, inputs, sizes.shape) if signature.fits(sizes.of(signature)) else None
     if expected is None:
         return None
     delay = 0 if threaded is None else delay_of(threaded)
@@ -207,9 +208,9 @@ def _compare_chunks(
     in_order: bool = False,
 ) -> list[Check]:
     delay, batch = delay_of(threaded), sizes.batch
-    chunks = _cut((sizes.length or 1) + delay)
+    chunks = cut((sizes.length or 1) + delay, _CHUNKS)
     inputs = signature.random_inputs(sizes.of(signature), seed=2, in_order=in_order)
-    whole = _outputs_of(module, inputs, sizes)
+    whole = outputs_of(module, inputs, sizes.shape)
     if whole is None:  # at so many steps, perhaps for want of memory
         return []
     inputs, stream = _flushed(threaded, inputs), threaded.meta.get(STREAM, signature)
@@ -354,15 +355,6 @@ def allowed_error(
         f"{path}: {worst.label} at {worst.shape}: expected an error of at most {tolerance:.0e} of the output's scale, "
         f"found {worst.max_abs_error:.1e}. No file was written. {advice}"
     )
-
-
-def _cut(length: int) -> tuple[int, ...]:
-    """1, 5, 1 and the rest, as far as the length goes."""
-    chunks: list[int] = []
-    for size in (*_CHUNKS, length):
-        if sum(chunks) < length:
-            chunks.append(min(size, length - sum(chunks)))
-    return tuple(chunks)
 
 
 def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -38,6 +38,15 @@ class Difference:
     what: str
 
 
+def cut(length: int, first: Sequence[int]) -> tuple[int, ...]:
+    """Chunks of these sizes and one of the rest, as far as the length goes."""
+    chunks: list[int] = []
+    for size in (*first, length):
+        if sum(chunks) < length:
+            chunks.append(min(size, length - sum(chunks)))
+    return tuple(chunks)
+
+
 def split_inputs(
     signature: Signature, inputs: dict[str, torch.Tensor], chunks: Sequence[int]
 ) -> list[dict[str, torch.Tensor]]:
