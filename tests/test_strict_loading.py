@@ -21,7 +21,7 @@ from torch import nn
 
 import thesean
 from benchmarks.fuzzing.altered import FOLDERS
-from benchmarks.fuzzing.campaign import FAULTS, FOUND, Corpus, outcomes
+from benchmarks.fuzzing.campaign import FAULTS, FOUND, Corpus, outcomes, warm_up
 from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
@@ -358,6 +358,7 @@ def test_loading_draws_no_random_numbers_and_imports_no_compiler(folder: Path):
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_altered_folders_are_refused_or_harmless(seed: int):
     """20 s of `python -m benchmarks fuzz` each, some runs at the least, and those that were found to be neither."""
+    warm_up()
     until, first, corpus = time.monotonic() + 20, seed * 10**9, Corpus()
     found = outcomes(FOUND) | outcomes(range(first, first + 60), corpus=corpus)
     found |= outcomes(range(first + 60, first + 10**6), until, corpus)

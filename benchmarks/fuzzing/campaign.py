@@ -143,8 +143,10 @@ def _work(runs: list[int | Chain], writer: int, until: float, corpus: Corpus) ->
 
 
 def warm_up() -> None:
-    """What a process imports at its first load: seconds, which a thousand processes need not take again."""
-    for name in ("sympy", "torch.fx.experimental.symbolic_shapes", "transformers"):
+    """What a process imports at its first load, or for one operator in thousands: seconds, which a thousand processes
+    need not take again, and what those modules do where they are imported isn't a folder's doing.
+    """
+    for name in ("sympy", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "torch._inductor", "transformers"):
         import_module(name)
     for folder in sources():
         loaded = thesean.load(folder)

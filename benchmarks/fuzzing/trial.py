@@ -19,8 +19,8 @@ from thesean.errors import ArtifactError, TheseanError
 
 # What a folder may not have done: told by the interpreter itself (PEP 578).
 _NEVER = (
-    "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "marshal.loads",
-    "socket.", "ctypes.dlopen", "urllib.", "webbrowser.", "os.putenv", "os.chdir", "os.kill", "ftplib.",
+    "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.",
+    "ctypes.dlopen", "urllib.", "webbrowser.", "os.putenv", "os.chdir", "os.kill", "ftplib.",
 )  # fmt: skip
 _CHANGES = ("os.chmod", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -29,20 +29,27 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class Watch:
     """Notes what is done while `place` is named, beyond reading and beyond that folder. A process keeps it for good.
 
-    `dlopen(None)` is the process itself: an exchange of two names is asked for there. What a module does where it is
-    imported is its own; which ones may be is another check's.
+    `dlopen(None)` is the process itself: an exchange of two names is asked for there. What a run may need was imported
+    before: no further package may be, and a further module of one does nothing but be read (`marshal.loads`).
     """
 
     def __init__(self) -> None:
         self.place = ""
         self.found: list[str] = []
+        self.packages = _packages() | sys.stdlib_module_names
         sys.addaudithook(self._told)
+
+    def executed(self) -> list[str]:
+        """What may not be, the packages last that were not there before: not every way to import tells of itself."""
+        return [*self.found, *(f"import {name}" for name in sorted(_packages() - self.packages))]
 
     def _told(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.place:
             return
-        if event.startswith(_NEVER) and not _importing() and args != (None,):
+        if event.startswith(_NEVER) and args != (None,):
             self.found.append(f"{event} {args!r:.100}")
+        if event == "marshal.loads" and not _importing():
+            self.found.append(event)
         changes = event.startswith(_CHANGES) or (event == "open" and isinstance(args[2], int) and args[2] & _WRITES)
         if changes and not self._may(args[0]):
             self.found.append(f"{event} {args!r:.100}")
@@ -55,6 +62,10 @@ class Watch:
             or str(path) == os.devnull
             or "__pycache__" in str(path)
         )
+
+
+def _packages() -> set[str]:
+    return {name.partition(".")[0] for name in list(sys.modules)}
 
 
 def _importing() -> bool:
@@ -91,8 +102,8 @@ def outcome(chain: tuple[int, ...], watch: Watch | None = None, is_loaded: Calla
         finally:
             if watch is not None:
                 watch.place = ""
-        if watch is not None and watch.found:
-            return f"executed: {watch.found[0]}"
+        if watch is not None and (executed := watch.executed()):
+            return f"executed: {executed[0]}"
         if state() != before:
             return f"changed: {[(a, b) for a, b in zip(before, state(), strict=True) if a != b]!r:.200}"
         return found

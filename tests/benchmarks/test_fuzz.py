@@ -6,7 +6,9 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -68,11 +70,17 @@ def test_pairs_of_branches_tell_one_way_through_the_loader_from_another(tmp_path
     assert not nothing <= once
 
 
+def foreign_package(elsewhere: Path) -> None:
+    sys.path.insert(0, str(elsewhere))
+    import_module("foreign_package")
+
+
 @pytest.mark.parametrize(
     ("what", "does", "expected"),
     [
         ("a command", lambda elsewhere: os.system("true"), "executed: os.system"),
         ("a file elsewhere", lambda elsewhere: (elsewhere / "x").write_text("x"), "executed: open"),
+        ("a package that nothing has used", foreign_package, "executed: import foreign_package"),
         ("gradients off", lambda elsewhere: torch.set_grad_enabled(False), "changed: "),
         ("random numbers", lambda elsewhere: torch.rand(1), "changed: "),
         ("an error of its own", lambda elsewhere: {}["x"], "foreign: load: KeyError"),
@@ -81,6 +89,7 @@ def test_pairs_of_branches_tell_one_way_through_the_loader_from_another(tmp_path
 )
 def test_what_a_load_may_not_do_is_a_fault(what, does, expected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In a copy of this process, whose watch ends with it."""
+    (tmp_path / "foreign_package.py").touch()
     loads = thesean.load
 
     def load(folder: Path) -> object:
