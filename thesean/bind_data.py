@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from thesean import ranks
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
-from thesean.distill.data import different, make_feed
+from thesean.distill.data import make_feed
+from thesean.distill.gathered import Gathered
 from thesean.distill.losses import warn_of_chance
 from thesean.distill.outputs import read_outputs
 from thesean.distill.task import Task
@@ -29,7 +32,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
         first = captured.graph_module(**inputs)
-        observed = [first if x is inputs else captured.graph_module(**x) for x in different(captured, inputs)]
+        observed = _observed(captured, inputs, first, feed.example_labels)
         with telling("loss(output, batch)"):
             told = warn_of_chance(request.loss, lambda: wrap(first), batch)
     if told is not None:
@@ -53,6 +56,34 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     if ranks.count() == 1:  # else it judges some of these rows
         training.judge.learn(0, first)
     return training
+
+
+def _observed(
+    captured: Captured, inputs: dict[str, torch.Tensor], first: Any, labels: Sequence[torch.Tensor]
+) -> list[Any]:
+    """The guide's outputs on the example, or on inputs like it, and on others if there are any. `first` is that on
+    `inputs`. A row of the others is enough, where it is known which part of the output it makes.
+    """
+    signature, example = captured.signature, captured.example
+    by_rows = Gathered(captured.graph_module).first_rows(first, 1) is not None
+    count = signature.within({"batch": 1})["batch"]
+
+    def row(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return signature.first_rows(given, count) if by_rows else given
+
+    whole, device = example, str(next(iter(example.values())).device)
+    if _alike(inputs, example) or (not labels and _alike(row(inputs), row(example))):  # labels have the example's rows
+        whole = inputs
+    observed = [first if whole is inputs else captured.graph_module(**whole)]
+    for other in (example, inputs, signature.random_inputs(signature.check(example), device=device)):
+        few, own = row(other), row(whole)
+        if _alike(few, own) and any(not torch.equal(few[name], value) for name, value in own.items()):
+            return [*observed, captured.graph_module(**few)]
+    return observed
+
+
+def _alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(first[name].shape == value.shape for name, value in second.items())
 
 
 def told_of(captured: Captured) -> tuple[str, ...]:

@@ -382,16 +382,16 @@ def rehearsed(hybrid: Hybrid, training: Training, signature: Signature, run: Wor
     """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells. That
     it can't be exported is a warning: not everyone does.
     """
-    feed = training.feed
+    notes: list[str] = []
     try:
         check_saveable(hybrid.graph_module)
     except ArtifactError as error:
         if run is not None:
             raise
-        feed = replace(feed, notes=(*feed.notes, f"can't be saved: {error}"))
+        notes.append(f"can't be saved: {error}")
     if run is not None:
         ranks.first(partial(run.check_room, hybrid.graph_module))
     for told in filter(None, (unwritable(hybrid.graph_module), unstreamable(hybrid.graph_module, signature))):
         warn([told])
-        feed = replace(feed, notes=(*feed.notes, told))
-    return replace(training, feed=feed)
+        notes.append(told)
+    return training.noted(notes)

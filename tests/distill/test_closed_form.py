@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from tests import captured, models
 from tests.distill.tools import batches_of, drafted
@@ -16,6 +19,7 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.targets import Target, TargetModule
+from thesean.targets.shared.sequence import SequenceTarget
 
 
 def inputs_of(guide: Captured, count: int = 8, batch: int = 16, seed: int = 0):
@@ -191,3 +195,37 @@ def test_what_stays_of_the_stream_says_nothing_that_the_features_of_the_same_row
     width = features_NE.shape[1]
     correlation_EO = torch.corrcoef(torch.cat([features_NE, left_NO], 1).T)[:width, width:]
     assert correlation_EO.abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("target", [Target("gru"), Target("linear-attention", window=0), Target("bounded-attention")])
+def test_a_solved_part_reads_each_batch_once_and_hands_on_what_it_would_give(target, monkeypatch):
+    """As where every module is run again for the next part's inputs."""
+    guide, runs = captured.gpt2(), list[nn.Module]()
+    batches = inputs_of(guide, 5, 4)
+    _, hybrid = drafted(guide, target)
+    family = type(hybrid.module(hybrid.replacements[0]))
+    assert issubclass(family, SequenceTarget)
+    mix = family.mix
+
+    def counted(self: SequenceTarget, *given: Any) -> Any:
+        runs.append(self)
+        return mix(self, *given)
+
+    monkeypatch.setattr(family, "mix", counted)
+    solve_parts(guide.graph_module, hybrid, [0, 1], batches, ridge=1e-3)
+    assert [runs.count(hybrid.module(r)) for r in hybrid.replacements] == [5, 5]
+    _, again = drafted(guide, target)
+    monkeypatch.setattr(closed_form, "_COMPLETED", ())
+    solve_parts(guide.graph_module, again, [0, 1], batches, ridge=1e-3)
+    assert len(runs) == 10 + 15
+    for one, other in zip(hybrid.replacements, again.replacements, strict=True):
+        torch.testing.assert_close(hybrid.module(one).last.weight, again.module(other).last.weight)
+
+
+def test_a_covariance_that_rounding_left_without_a_root_is_solved_all_the_same():
+    generator = torch.Generator().manual_seed(0)
+    root, wanted = torch.randn(6, 6, generator=generator).double(), torch.randn(6, 2, generator=generator).double()
+    signs = torch.tensor([1.0, 1, 1, 1, 1, -1]).double()
+    for diagonal in (torch.ones_like(signs), signs):
+        matrix = root @ diagonal.diag() @ root.T
+        torch.testing.assert_close(matrix @ closed_form._solved(matrix, wanted), wanted)

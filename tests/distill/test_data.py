@@ -162,6 +162,18 @@ def test_next_token_reads_ids_beside_labels():
     torch.testing.assert_close(next_token(logits_BTV, (batch, ids_BT)), next_token(logits_BTV, batch))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_without_gradients_is_looked_at_in_pieces_and_is_the_same(masked, monkeypatch):
+    monkeypatch.setattr("thesean.distill.losses._PIECE", 3 * 7)
+    batch = {"input_ids": torch.randint(0, 7, (2, 5), generator=torch.Generator().manual_seed(0))}
+    if masked:
+        batch["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    logits_BTV = vectors(2, 5, 7)
+    whole = next_token(logits_BTV, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(next_token(logits_BTV, batch), whole)
+
+
 def test_synthetic_inputs_fit_the_guide_and_follow_the_seed():
     signature = captured.gpt2().signature
     first, again, other = (synthetic(signature, {"batch": 2, "time": 5}, CPU, 3, seed) for seed in (0, 0, 1))

@@ -74,6 +74,13 @@ def test_what_never_varies_is_left_out_whatever_else_there_is():
     assert read_outputs([{"x": x, "w": weights}, {"x": y, "w": weights}]).kinds["w"] == "ignore"
 
 
+def test_a_row_of_another_output_tells_whether_it_varies():
+    x, table = vectors(4, 3), torch.full((4, 3), 7.0)
+    few = {"x": vectors(1, 3, seed=1), "table": table[:1]}
+    assert read_outputs([{"x": x, "table": table}, few]).kinds == {"x": "mse", "table": "ignore"}
+    assert kind(x, vectors(2, 5)) == "mse"  # of another width: nothing can be said
+
+
 def test_where_nothing_varies_all_is_matched_but_single_numbers():
     still = torch.full((2, 3), 7.0)
     read = read_outputs([{"x": still, "n": torch.tensor(1.0)}] * 2)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, recipe, task, training
+from thesean.distill.gathered import Gathered
 from thesean.distill.snapshot import with_state
 from thesean.distill.stages import Conversion, align, tune
 from thesean.distill.training import Training
@@ -238,3 +240,34 @@ def test_a_hybrid_that_shared_the_guides_weights_shares_none_at_the_end():
     assert theirs.isdisjoint(own)
     kept = {v.data_ptr() for s in conversion.snapshots for state in s.state.values() for v in state.values()}
     assert kept.isdisjoint(own)
+
+
+def test_what_the_judge_knows_of_a_batch_is_known_of_its_first_rows_where_rows_are_apart(monkeypatch):
+    guide = captured.gpt2()
+    told = training(guide, task(logits="softmax"), recipe(0, "none"))
+    judge, (_, inputs) = told.judge, told.feed.held_out[0]
+    judge(guide.graph_module)
+    few = {name: value[:3] for name, value in inputs.items()}
+    for apart in (False, True):
+        monkeypatch.setitem(judge.guide.meta, "rows_apart", apart)
+        known = judge.known_rows(0, 3)
+        assert (known is not None) is apart
+    torch.testing.assert_close(known["logits"], guide.graph_module(**few)["logits"])
+    judge.forget()
+    assert judge.known_rows(0, 3) is None
+
+
+def test_a_note_leaves_the_judge_what_it_knows():
+    guide = captured.mlp()
+    told = training(guide, task(output="softmax"), recipe(0, "none"))
+    noted = told.noted(["one", "two"])
+    assert noted.feed.notes == (*told.feed.notes, "one", "two")
+    assert noted.judge is told.judge
+
+
+def test_the_first_rows_of_an_output_are_told_where_each_row_has_its_own():
+    by_rows = capture(nn.Linear(4, 3), models.vectors(4, 4)).graph_module
+    x = models.vectors(6, 4)
+    torch.testing.assert_close(Gathered(by_rows).first_rows(by_rows(x), 2), by_rows(x[:2]))
+    flat = capture(nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), models.vectors(4, 4)).graph_module
+    assert Gathered(flat).first_rows(flat(x), 2) is None

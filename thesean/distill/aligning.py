@@ -86,6 +86,8 @@ class Aligning:
             few = signature.first_rows(judged, rows)
             task = replace(self.training.task, loss=None, metric=None)
             self.judge = Judge(self.training.guide, task, [(few, few)])
+            if (known := self.training.judge.known_rows(0, rows)) is not None:
+                self.judge.learn(0, known)
             self._judged = [inputs for _, inputs in self.judge.batches]
             self.judged_on = (
                 f"stages were judged by the divergence on {rows} of the {sizes[-1]} rows of a held-out batch"

@@ -33,6 +33,7 @@ from thesean.passes.plan.hybrid import Hybrid, Replacement
 from thesean.recipe import ClosedForm
 from thesean.targets import TargetModule
 from thesean.targets.shared.module import MaskReader
+from thesean.targets.shared.sequence import SequenceTarget
 
 Inputs = dict[str, torch.Tensor]
 
@@ -42,6 +43,9 @@ _HELD_OUT = 4  # one batch in so many, the last ones
 
 # Of the rows' median norm. Ordinary rows differ by a factor of two.
 _LARGE = 8.0
+
+# Forwards that, without a state, are `complete` of the features.
+_COMPLETED = (TargetModule.forward, MaskReader.forward, SequenceTarget.forward)
 
 
 def solve_parts(
@@ -161,7 +165,7 @@ class Solver:
         sums.solve(self.ridge, r.facts.path, held_out)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
-        elif type(module).forward in (TargetModule.forward, MaskReader.forward):
+        elif type(module).forward in _COMPLETED:
             (call,) = self.hybrid.graph_module.graph.find_nodes(op="call_module", target=r.name)
             for number, kept in features_of.kept.items():
                 self._own.put(call.name, number, module.complete(*kept))
@@ -250,45 +254,47 @@ class _Sums:
         self.count += f_NE.shape[0] if weight_N is None else weight_N.double().sum()
         self.features_E += counted_NE.sum(0)
         self.errors_O += error_NO.sum(0) if weight_N is None else weight_N.double() @ error_NO
-        self.covariance_EE += counted_NE.T @ f_NE
-        self.cross_EO += counted_NE.T @ error_NO
+        self.covariance_EE.addmm_(counted_NE.T, f_NE)
+        self.cross_EO.addmm_(counted_NE.T, error_NO)
 
     def solve(self, ridge: float, where: str, held_out: _Sums | None = None) -> None:
         """With rows `held_out`, the ridge is chosen on them and the layer stays where none helps; then they are fitted
         too.
         """
         if held_out is not None and held_out.count > 0:
-            own, theirs = self._centred(), held_out._centred()
-            gains = {factor: self._solution(own, factor * ridge, where).gain(theirs) for factor in _RIDGES}
+            # which is the best takes no more digits than single precision has, and that takes half the time
+            own, theirs = self._centred(where).single(), held_out._centred(where).single()
+            gains = {factor: self._solution(own, factor * ridge).gain(theirs) for factor in _RIDGES}
             best = min(gains, key=gains.__getitem__)
             if gains[best] >= 0:
                 return
             ridge *= best
             for mine, more in zip(self.all, held_out.all, strict=True):
                 mine += more
-        solution = self._solution(self._centred(), ridge, where)
+        solution = self._solution(self._centred(where), ridge)
         # added before it is rounded to the layer's precision
         weight_OE = wide(self.last.weight)
         self.last.weight.copy_(weight_OE + solution.weight_EO.T.to(weight_OE.dtype))
         if self._bias is not None:
             self.last.bias.copy_(self._bias + solution.bias_O.to(weight_OE.dtype))
 
-    def _solution(self, statistics: _Centred, ridge: float, where: str) -> _Solution:
+    def _solution(self, statistics: _Centred, ridge: float) -> _Solution:
         mean_E, mean_O, covariance_EE, cross_EO = statistics
-        if not bool(torch.isfinite(covariance_EE).all() and torch.isfinite(cross_EO).all()):
-            raise NumericalError(
-                f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
-            )
         penalised_EE = covariance_EE.clone()
         penalised_EE.diagonal().add_(ridge * covariance_EE.diagonal().mean().clamp_min(1e-12))
-        delta_EO = torch.linalg.solve(penalised_EE, cross_EO)
+        delta_EO = _solved(penalised_EE, cross_EO)
         bias_O = mean_O - mean_E @ delta_EO if self._bias is not None else torch.zeros_like(mean_O)
         return _Solution(delta_EO, bias_O)
 
-    def _centred(self) -> _Centred:
+    def _centred(self, where: str) -> _Centred:
+        finite = (self.covariance_EE, self.cross_EO)
+        if not all(bool(torch.isfinite(statistic).all()) for statistic in finite):
+            raise NumericalError(
+                f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
+            )
         mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
-        covariance_EE = (self.covariance_EE / self.count).sub_(torch.outer(mean_E, mean_E))
-        cross_EO = (self.cross_EO / self.count).sub_(torch.outer(mean_E, mean_O))
+        covariance_EE = (self.covariance_EE / self.count).addr_(mean_E, mean_E, alpha=-1)
+        cross_EO = (self.cross_EO / self.count).addr_(mean_E, mean_O, alpha=-1)
         return _Centred(mean_E, mean_O, covariance_EE, cross_EO)
 
     @property
@@ -308,6 +314,9 @@ class _Centred(NamedTuple):
     covariance_EE: torch.Tensor
     cross_EO: torch.Tensor
 
+    def single(self) -> _Centred:
+        return _Centred(*(statistic.float() for statistic in self))
+
 
 class _Solution(NamedTuple):
     """What is added to a layer's weight and bias."""
@@ -318,6 +327,12 @@ class _Solution(NamedTuple):
     def gain(self, rows: _Centred) -> float:
         """By how much it changes the mean squared error of some rows: below 0 where it helps."""
         mean_E, mean_O, covariance_EE, cross_EO = rows
-        spread = (self.weight_EO * (covariance_EE @ self.weight_EO - 2 * cross_EO)).sum()
+        spread = torch.addmm(cross_EO, covariance_EE, self.weight_EO, beta=-2).mul_(self.weight_EO).sum()
         offset_O = mean_O - mean_E @ self.weight_EO - self.bias_O
         return float(spread + offset_O.square().sum() - mean_O.square().sum())
+
+
+def _solved(penalised_EE: torch.Tensor, cross_EO: torch.Tensor) -> torch.Tensor:
+    """A covariance and its ridge are positive definite, unless rounding took all that the ridge added."""
+    root_EE, failed = torch.linalg.cholesky_ex(penalised_EE)
+    return torch.linalg.solve(penalised_EE, cross_EO) if int(failed) else torch.cholesky_solve(cross_EO, root_EE)

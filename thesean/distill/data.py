@@ -151,19 +151,6 @@ def labels_in(batch: Any, inputs: int = 1) -> list[torch.Tensor]:
     return [y for y in found if isinstance(y, torch.Tensor)]
 
 
-def different(captured: Captured, other: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], ...]:
-    """The example, and inputs of its shapes that are not the same: the `other` ones, or some that are made of it. The
-    example alone where there are none.
-    """
-    example, signature = captured.example, captured.signature
-    device = str(next(iter(example.values())).device)
-    for found in (other, signature.random_inputs(signature.check(example), device=device)):
-        alike = all(found[k].shape == v.shape for k, v in example.items())
-        if alike and any(not torch.equal(found[k], v) for k, v in example.items()):
-            return example, found
-    return (example,)
-
-
 def synthetic(signature: Signature, sizes: dict[str, int], device: torch.device, batches: int, seed: int) -> list[Any]:
     """Random inputs of the guide's shapes, as dicts."""
     return [

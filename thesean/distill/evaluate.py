@@ -170,6 +170,12 @@ class Judge:
             self._kept[number] = output
             self._bytes += size
 
+    def known_rows(self, number: int, count: int) -> Any:
+        """What the guide makes of the first rows of a batch, where it is in hand and was seen not to hang on others."""
+        if number not in self._kept or ranks.count() > 1 or not self.guide.meta.get("rows_apart"):
+            return None
+        return self.gathered.first_rows(self._kept[number], count)
+
     def forget(self) -> None:
         """Let go of the guide's outputs: nothing more is judged for now."""
         self._kept, self._bytes = {}, 0

@@ -60,6 +60,21 @@ class Gathered:
             found[name] = inputs[name].narrow(dim, own.start, own.stop - own.start)
         return found
 
+    def first_rows(self, output: Any, count: int) -> Any:
+        """Of an output of a batch, what its first rows make of it, as views; None where that can't be told."""
+        nodes = list(named_leaves(self.guide.graph.output_node().args[0], fx.Node).values())
+        values, nested = pytree.tree_flatten(output)
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        if len(tensors) != len(nodes) or not all(self._by_rows(node) for node in nodes):
+            return None
+        few = [v[:count] if isinstance(v, torch.Tensor) else v for v in values]
+        return pytree.tree_unflatten(few, nested)
+
+    def _by_rows(self, node: fx.Node) -> bool:
+        """Whether a node's value has a row for each of a batch, before all else."""
+        value, symbols = node.meta.get("val"), self.guide.meta["symbols"]
+        return isinstance(value, torch.Tensor) and value.ndim > 0 and named_dim(value.shape[0], symbols) == "batch"
+
     def values(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """Of the guide's nodes, by name."""
         if ranks.count() == 1:

@@ -23,6 +23,7 @@ from thesean.errors import DataError
 from thesean.kernels.shared.precision import wide
 
 _IGNORED = -100  # what torch's cross_entropy leaves out
+_PIECE = 2**20  # logits that are looked at together where no gradient is wanted
 
 
 Of = TypeVar("Of", bound=Callable[..., Any])
@@ -94,10 +95,17 @@ def _own_rows(batch: Any, rows: int) -> tuple[Any, bool]:
 
 def _mean(logits_NV: torch.Tensor, labels_N: torch.Tensor, shared: bool) -> torch.Tensor:
     """The cross-entropy over the labels that count; `shared`: of all ranks."""
-    if not shared:
+    if not shared and torch.is_grad_enabled():
         return F.cross_entropy(logits_NV, labels_N)
     count = (labels_N != _IGNORED).sum().to(logits_NV.dtype)
-    return ranks.total(F.cross_entropy(logits_NV, labels_N, reduction="sum")) / ranks.total(count)
+    return ranks.total(_sum(logits_NV, labels_N)) / ranks.total(count)
+
+
+def _sum(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Of the cross-entropy; without gradients some rows at a time, for its logarithms take as much as the logits."""
+    rows = len(labels_N) if torch.is_grad_enabled() else max(1, _PIECE // logits_NV.shape[1])
+    pieces = zip(logits_NV.split(rows), labels_N.split(rows), strict=True)
+    return torch.stack([F.cross_entropy(x_NV, y_N, reduction="sum") for x_NV, y_N in pieces]).sum()
 
 
 _NO_BETTER = 0.99  # of a uniform guess's loss: an untrained network is within a few thousandths of it

@@ -116,7 +116,8 @@ def _leaves(value: Any, prefix: str, kind: type[Leaf]) -> Iterator[tuple[str, Le
 def read_outputs(
     observed: Sequence[Any], labels: Sequence[torch.Tensor] = (), given: Mapping[str, OutputKind] | None = None
 ) -> Outputs:
-    """What each output is, by what the guide gave on inputs of one shape that differ, and by the labels of the first.
+    """What each output is, by what the guide gave on inputs that differ, and by the labels of the first. All are of one
+    shape, but later ones may be of the first rows alone.
 
     Several values a row are logits by softmax where they are called so or integer labels have their shape, logits by
     sigmoid where labels of 0 and 1 do; what doesn't vary is ignored, and all else compared by the normalised MSE.
@@ -169,9 +170,11 @@ def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tens
 
 def _is_constant(values: Sequence[torch.Tensor]) -> bool:
     """The same tensor whatever the inputs hold; of one run alone nothing can be said."""
-    first = values[0].reshape(-1)
-    if len(values) < 2 or any(v.shape != values[0].shape for v in values):
+    if len(values) < 2 or any(v.shape[1:] != values[0].shape[1:] or not v.ndim for v in values):
         return False
+    rows = min(len(v) for v in values)
+    values = [v[:rows] for v in values]
+    first = values[0].reshape(-1)
     pieces = [slice(at, at + _PIECE) for at in range(0, max(1, first.numel()), _PIECE)]
     scale = max(_largest(first[at]) for at in pieces) or (0.0 if bool(first.isfinite().any()) else 1.0)
     most = _STILL * max(scale, 1e-30)

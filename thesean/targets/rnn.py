@@ -29,7 +29,7 @@ from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family, Options, Place, parse_options
 from thesean.targets.shared.heads import LEFT_OUT, LinearAttentionOptions
 from thesean.targets.shared.heads import decide as decide_window
-from thesean.targets.shared.locality import held_errors, window_errors
+from thesean.targets.shared.locality import held_errors
 from thesean.targets.shared.module import TargetModule
 from thesean.targets.shared.registry import get_family
 from thesean.targets.shared.sequence import SequenceOptions, check_sequence
@@ -100,8 +100,7 @@ def _held(place: Place, options: RnnOptions) -> int | None:
     if not errors:
         return None
     found = next((s for s in sizes if errors[s // 2, s // 2] <= LEFT_OUT), sizes[-1])
-    mean = window_errors(facts, x_BTD, mask_BT, (), 0)[0]
-    return found if errors[found // 2, found // 2] < mean else None
+    return found if errors[found // 2, found // 2] < errors[0, 0] else None
 
 
 def check(part: PartFacts, options: RnnOptions) -> None:

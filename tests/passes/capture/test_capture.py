@@ -220,6 +220,41 @@ def test_a_guide_that_is_random_in_eval_mode_is_refused():
         capture(Random(), vectors(2, 4))
 
 
+RUNS: list[torch.Size] = []
+
+
+class Centred(nn.Module):
+    """Rows read each other where they are `centred`."""
+
+    def __init__(self, centred: bool) -> None:
+        super().__init__()
+        self.linear, self.centred = nn.Linear(4, 4), centred
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        RUNS.append(x.shape)
+        return self.linear(x - x.mean(0) if self.centred else x)
+
+
+def test_the_guide_is_run_on_some_rows_of_the_example_only_where_the_others_count():
+    runs, apart = [], []
+    for centred, rows in ((False, 4), (True, 4), (False, 2)):
+        RUNS.clear()
+        found = capture(Centred(centred), vectors(rows, 4)).graph_module
+        runs.append(len(RUNS))
+        apart.append(found.meta.get("rows_apart"))
+    assert runs[1] == runs[0] + 1
+    assert apart == [True, None, False]  # of an example of two rows nothing was left out
+
+
+def test_of_an_example_that_was_doubled_one_row_is_looked_at():
+    captured = capture(models.encoder(), vectors(1, 6, 16))
+    ((name, doubled),) = captured.example.items()
+    assert doubled.shape[0] == 2
+    torch.testing.assert_close(captured.distinct_rows()[name], doubled[:1])
+    captured = capture(models.encoder(), vectors(2, 6, 16))
+    assert captured.distinct_rows() is captured.example
+
+
 def test_a_torchscript_module_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself

@@ -11,7 +11,7 @@ import torch
 from thesean.targets import Affine, AttentionFacts
 from thesean.targets.shared.distance_bias import DistanceBias, Reach
 from thesean.targets.shared.locality import held_errors, window_errors
-from thesean.targets.shared.worth import attention_within
+from thesean.targets.shared.worth import attention_past, attention_within, meeting
 
 WINDOWS = (8, 16, 32)
 
@@ -98,6 +98,22 @@ def test_what_was_looked_at_most_in_the_window_is_held():
     found = held_errors(given, x_BTD, None, [(8, 5), (96, 1)])
     assert found[8, 5] == pytest.approx(expected, rel=1e-4)
     assert found[96, 1] == pytest.approx(0.0, abs=1e-6)
+    assert found[0, 0] == pytest.approx(window_errors(given, x_BTD, None, [], 0)[0])  # of the mean of all
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 96 * 20, 2**20])
+def test_what_a_token_gets_is_the_same_however_many_queries_are_looked_at_together(at_once, monkeypatch):
+    monkeypatch.setattr("thesean.targets.shared.worth._AT_ONCE", at_once)
+    given, x_TD = facts(sharp=1.5), sequences(1)[0]
+    query_THC, key_THC = meeting(given, x_TD)
+    scores_HTT = given.scale * query_THC.transpose(0, 1) @ key_THC.permute(1, 2, 0)
+    weights_HTT = scores_HTT.masked_fill(torch.ones(96, 96, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    for window in (1, 8, 40):
+        age_TT = torch.arange(96).unsqueeze(1) - torch.arange(96)
+        near_TH, far_TH = ((weights_HTT * seen).sum(1).mT for seen in (age_TT < window, age_TT >= window))
+        seen_T, past_T = (age_TT >= 0).sum(0).clamp(max=window), (age_TT >= window).sum(0).clamp(min=1)
+        torch.testing.assert_close(attention_within(given, x_TD, [8, window])[1], near_TH / seen_T.unsqueeze(1))
+        torch.testing.assert_close(attention_past(given, x_TD, window), far_TH / past_T.unsqueeze(1))
 
 
 def test_rows_too_short_to_tell_tell_nothing():

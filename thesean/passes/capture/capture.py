@@ -21,7 +21,7 @@ from thesean.errors import CaptureError
 from thesean.passes.base import run_passes
 from thesean.passes.capture.branches import Fixed, bound_sizes
 from thesean.passes.capture.captured import Captured
-from thesean.passes.capture.convention import check_same, plain_calling_convention
+from thesean.passes.capture.convention import check_same, first_shown, plain_calling_convention
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, short
 from thesean.passes.capture.fixed import fixed_lengths
@@ -86,6 +86,7 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
     while True:
         inputs, eager, free = guide.first_run(given, free, guessed)
         captured = _captured(guide, inputs, eager, free, guessed)
+        shown = first_shown(captured, eager)
         del eager  # it may be as large as the guide
         give_back()
         found = bound_sizes(captured, guide.afresh)
@@ -94,10 +95,10 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
             give_back()
             found = keep_training(replace(found, notes=(*told, *lengths, *found.notes)), guide)
             give_back()
-            check_same(found, guide)
+            check_same(found, guide, shown)
             give_back()
             return found
-        check_same(captured, guide)
+        check_same(captured, guide, shown)
         one = found if isinstance(found, Fixed) else outside
         assert one is not None
         places = _places(captured, one.name)

@@ -25,3 +25,11 @@ class Captured:
     untrainable: str = ""
     notes: tuple[str, ...] = ()
     guards: tuple[Any, ...] = ()
+
+    def distinct_rows(self) -> dict[str, torch.Tensor]:
+        """The example, but one row of it where all are the same, as where a batch of one was doubled to be traced."""
+        if self.signature.within({"batch": 1})["batch"] != 1:
+            return self.example
+        row = self.signature.first_rows(self.example, 1)
+        alike = all(torch.equal(value, row[name].expand_as(value)) for name, value in self.example.items())
+        return row if alike else self.example

@@ -78,15 +78,37 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
     )
 
 
+Thinned = list[tuple[torch.Size, torch.Tensor]]
+
+
+def first_shown(captured: Captured, eager: Any) -> Thinned | None:
+    """Of the guide's outputs on the example, what `check_same` looks at; None where an output hasn't a row for each of
+    the batch.
+    """
+    rows, values = captured.signature.check(captured.example).get("batch"), tensors(eager)
+    if rows is not None and not all(v.ndim and len(v) == rows for v in values):
+        return None
+    return [_shown(v if rows is None else v[:_ROWS]) for v in values]
+
+
 @torch.no_grad()
-def check_same(captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+def check_same(
+    captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any], shown: Thinned | None = None
+) -> None:
     """The graph must compute what the guide computes: anything else is a capture that went wrong silently.
 
     On a few rows of the example's batch, and a million numbers from all over their outputs: with a large vocabulary the
-    whole of them is as large as the guide.
+    whole of them is as large as the guide. What was `shown` of them is taken for the guide's own, which is run again
+    only where the graph disagrees with that.
     """
+    few = captured.signature.first_rows(captured.example, _ROWS)
     try:
-        if not _disagreement(captured, guide, captured.signature.first_rows(captured.example, _ROWS)):
+        if shown is not None and not _told_apart(captured, few, shown):
+            # it was run on more: whoever looks at some rows needn't run it on them alone
+            rows = captured.signature.check(captured.example).get("batch", 0)
+            captured.graph_module.meta["rows_apart"] = rows > _ROWS
+            return
+        if not _disagreement(captured, guide, few):
             return
     except Exception as error:  # of the guide's: another input may count what is in the rows that were left out
         logger.debug("the guide does not run on a few rows of its example: %s", error)
@@ -102,8 +124,12 @@ def _disagreement(
     captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any], inputs: dict[str, torch.Tensor]
 ) -> str:
     """By how much the two differ on these inputs, in the first output that does; "" where none does."""
-    wanted = [(v.shape, thinned(v, _PIECE)) for v in tensors(guide(inputs))]
+    wanted = [_shown(v) for v in tensors(guide(inputs))]
     give_back()
+    return _told_apart(captured, inputs, wanted)
+
+
+def _told_apart(captured: Captured, inputs: dict[str, torch.Tensor], wanted: Thinned) -> str:
     got = [v for v in pytree.tree_leaves(captured.graph_module(**inputs)) if isinstance(v, torch.Tensor)]
     for index, (a, (shape, b)) in enumerate(zip(got, wanted, strict=True)):
         if a.shape != shape:
@@ -112,6 +138,10 @@ def _disagreement(
             error = (thinned(a, _PIECE) - b).abs().max().item()
             return f"the captured graph disagrees with the guide by {error:.1e} in output {index}"
     return ""
+
+
+def _shown(value: torch.Tensor) -> tuple[torch.Size, torch.Tensor]:
+    return value.shape, thinned(value, _PIECE)
 
 
 def thinned(value: torch.Tensor, most: int) -> torch.Tensor:

@@ -72,7 +72,8 @@ class Binder:
         self.sizes = _plan_sizes(captured)
         self.flops = flops_by_node(self.graph_module, captured.signature, self.sizes)
         self.site_finder = SiteFinder(self.graph_module, flow, self.values, masks)
-        self.example = Along(self.graph_module, captured.example, [self.site_finder.named[m.node] for m in masks])
+        kept = [self.site_finder.named[m.node] for m in masks]
+        self.example = Along(self.graph_module, captured.distinct_rows(), kept)
 
     def part(self, group: Group, target: Target | None, kept: NamedRegion, strict: bool = True) -> BoundPart:
         """One part with its target, None to keep it. Raises TargetMismatchError; unless `strict`, a part in which the

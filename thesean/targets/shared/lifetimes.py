@@ -19,7 +19,7 @@ import torch
 
 from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.facts import Affine, AttentionFacts
-from thesean.targets.shared.locality import Row, rows
+from thesean.targets.shared.locality import rows
 
 # Of worth, as a logarithm: what is above the middle by more never ages.
 OUTLIVES = 3.5
@@ -54,18 +54,19 @@ def lifetimes(
     errors_PG = torch.zeros(len(_PACES), len(middle_G), dtype=torch.float64)
     for row, found_GT in zip(looked, worth_GT, strict=True):
         above_GT = found_GT - middle_G.unsqueeze(1)
+        whole_HMT = row.scores_HMT.softmax(-1)
         for index, pace in enumerate(_PACES):
             step_T = torch.arange(found_GT.shape[1], device=found_GT.device)
             ends_GT = torch.where(above_GT > OUTLIVES, torch.inf, step_T + pace * kept * above_GT)
-            errors_PG[index] += _errors(facts, row, row.keeping(ends_GT, window, kept)).cpu()
+            seen_HMT = row.seeing(row.keeping(ends_GT, window, kept)).softmax(-1)
+            errors_PG[index] += _errors(facts, seen_HMT.sub_(whole_HMT) @ row.value_HTV).cpu()
     best_G = errors_PG.argmin(0)
     steps_G = torch.tensor(_PACES, dtype=middle_G.dtype)[best_G] * kept
     return Lifetimes(middle_G, steps_G.to(middle_G.device))
 
 
-def _errors(facts: AttentionFacts, row: Row, seen_HMT: torch.Tensor) -> torch.Tensor:
-    """(G,): squared error of what each group of heads adds to the output, where only those that are seen count."""
-    wrong_HMV = (row.seeing(seen_HMT).softmax(-1) - row.scores_HMT.softmax(-1)) @ row.value_HTV
+def _errors(facts: AttentionFacts, wrong_HMV: torch.Tensor) -> torch.Tensor:
+    """(G,): squared error of what each group of heads adds to the output, by what its means are off."""
     heads, groups = facts.heads, facts.kv_heads
     out_HVO = facts.output.weight_OI.to(wrong_HMV.dtype).mT.unflatten(0, (heads, -1))
     added_GMO = (wrong_HMV @ out_HVO).unflatten(0, (groups, -1)).sum(1)

@@ -38,7 +38,7 @@ def window_errors(
 
     def choices(row: Row) -> Iterator[tuple[int, torch.Tensor]]:
         first_T = torch.arange(row.age_MT.shape[1], device=row.age_MT.device) < sinks
-        yield 0, torch.where(row.scores_HMT > -torch.inf, 0.0, row.scores_HMT)
+        yield 0, row.alike()
         for window in windows:
             yield window, row.seeing((row.age_MT < window) | first_T)
 
@@ -50,11 +50,13 @@ def held_errors(
     facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | None, sizes: Sequence[tuple[int, int]]
 ) -> dict[tuple[int, int], float]:
     """(window, kept) -> the same error of one that sees the last `window` tokens and `kept` of those before: those that
-    got most attention while they were in the window, which stands for what is foretold, and needs nothing solved.
+    got most attention while they were in the window, which stands for what is foretold, and needs nothing solved. At
+    (0, 0), of the plain mean of all tokens so far.
     """
     windows = sorted({window for window, _ in sizes})
 
     def choices(row: Row) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        yield (0, 0), row.alike()
         got = dict(zip(windows, attention_within(facts, row.x_TD, windows), strict=True))
         for window, kept in sizes:
             yield (window, kept), row.seeing(row.keeping(got[window].mT, window, kept))
@@ -69,6 +71,10 @@ class Row(NamedTuple):
     scores_HMT: torch.Tensor
     value_HTV: torch.Tensor
     age_MT: torch.Tensor
+
+    def alike(self) -> torch.Tensor:
+        """Scores by which all tokens so far count the same."""
+        return torch.where(self.scores_HMT > -torch.inf, 0.0, self.scores_HMT)
 
     def seeing(self, seen: torch.Tensor) -> torch.Tensor:
         return self.scores_HMT.masked_fill(~seen, -torch.inf)

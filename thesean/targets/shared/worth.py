@@ -1,11 +1,11 @@
 """What a token will be worth to later ones: how much of their attention it gets once it has left a window.
 
-T time, D width of the part, H heads of queries, G heads of keys and values
+T time, D width of the part, H heads of queries, G heads of keys and values, M queries that are looked at together
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -23,6 +23,8 @@ _RIDGE = 0.1
 # Tokens count by this power of what they are worth: else the few that are looked at always, one in a sequence, are
 # taken for less than they are, and fall behind in sequences longer than those that were seen.
 _COUNTS = 0.25
+# scores that are held at once: as many as a processor's cache does
+_AT_ONCE = 2**18
 
 
 @torch.no_grad()
@@ -55,8 +57,10 @@ def attention_past(facts: AttentionFacts, x_TD: torch.Tensor, window: int) -> to
     """(T, G): the mean weight that queries `window` steps after a token and later give it, in all heads of a group."""
     time = len(x_TD)
     queries_T = (time - window - torch.arange(time, device=x_TD.device)).clamp_min(1)
-    (found_TG,) = _attention(facts, x_TD, lambda weights_TT: [weights_TT.tril(-window)])
-    return found_TG / queries_T.unsqueeze(1)
+    given_HT = x_TD.new_zeros(facts.heads, time, dtype=wide(x_TD).dtype)
+    for at, weights_HMT in _attention(facts, x_TD):
+        given_HT[:, : weights_HMT.shape[2]] += weights_HMT.tril(at - window).sum(1)
+    return _by_group(facts, given_HT) / queries_T.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -64,25 +68,36 @@ def attention_within(facts: AttentionFacts, x_TD: torch.Tensor, windows: Sequenc
     """(T, G) for each window: the mean weight that a token's own query and those of the `window` - 1 steps after it
     give it.
     """
-    left_T = len(x_TD) - torch.arange(len(x_TD), device=x_TD.device)
-    found = _attention(facts, x_TD, lambda weights_TT: [weights_TT.triu(1 - window) for window in windows])
-    return [f / left_T.clamp_max(window).unsqueeze(1) for f, window in zip(found, windows, strict=True)]
+    time = len(x_TD)
+    left_T = time - torch.arange(time, device=x_TD.device)
+    given = [x_TD.new_zeros(facts.heads, time, dtype=wide(x_TD).dtype) for _ in windows]
+    for at, weights_HMT in _attention(facts, x_TD):
+        for given_HT, window in zip(given, windows, strict=True):
+            first = max(0, at + 1 - window)
+            near_HMT = weights_HMT[..., first:].triu(at + 1 - window - first)
+            given_HT[:, first : weights_HMT.shape[2]] += near_HMT.sum(1)
+    pairs = zip(given, windows, strict=True)
+    return [_by_group(facts, given_HT) / left_T.clamp_max(window).unsqueeze(1) for given_HT, window in pairs]
 
 
-def _attention(
-    facts: AttentionFacts, x_TD: torch.Tensor, parts: Callable[[torch.Tensor], Sequence[torch.Tensor]]
-) -> list[torch.Tensor]:
-    """For each part of all weights_TT, what it gives each token: (T, G), the mean over the heads of a group."""
+def _attention(facts: AttentionFacts, x_TD: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first query, weights_HMT of it and of those after it, over the tokens up to the last of them), a few queries at
+    a time: all of them would take T x T a head.
+    """
     query_THC, key_THC = meeting(facts, x_TD)
-    time, repeats = len(x_TD), facts.heads // facts.kv_heads
-    step_T = torch.arange(time, device=x_TD.device)
-    later_TT = step_T.unsqueeze(1) < step_T
-    found: list[list[torch.Tensor]] = []
-    for head in range(facts.heads):  # one at a time: each takes T x T
-        scores_TT = facts.scale * query_THC[:, head] @ key_THC[:, head].mT
-        weights_TT = scores_TT.masked_fill(later_TT, -torch.inf).softmax(-1)
-        found.append([part_TT.sum(0) for part_TT in parts(weights_TT)])
-    return [torch.stack(heads).unflatten(0, (-1, repeats)).mean(1).mT for heads in zip(*found, strict=True)]
+    time = len(x_TD)
+    few = max(1, _AT_ONCE // (facts.heads * time))
+    for at, query_MHC in zip(range(0, time, few), query_THC.split(few), strict=True):
+        end = at + len(query_MHC)
+        scores_HMT = facts.scale * query_MHC.transpose(0, 1) @ key_THC[:end].permute(1, 2, 0)
+        later_MM = torch.ones(end - at, end - at, dtype=torch.bool, device=x_TD.device).triu(1)
+        scores_HMT[..., at:].masked_fill_(later_MM, -torch.inf)
+        yield at, scores_HMT.softmax(-1)
+
+
+def _by_group(facts: AttentionFacts, given_HT: torch.Tensor) -> torch.Tensor:
+    """(T, G): the mean over the heads of a group."""
+    return given_HT.unflatten(0, (facts.kv_heads, -1)).mean(1).mT
 
 
 def meeting(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
