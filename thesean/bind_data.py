@@ -62,11 +62,11 @@ def _observed(
     captured: Captured, inputs: dict[str, torch.Tensor], first: Any, labels: Sequence[torch.Tensor]
 ) -> list[Any]:
     """The guide's outputs on the example, or on inputs like it, and on others if there are any. `first` is that on
-    `inputs`. A row of the others is enough, where it is known which part of the output it makes.
+    `inputs`. A row of the others is enough where it is known which part of the output it makes, and then it may be the
+    next row of the same batch.
     """
-    signature, example = captured.signature, captured.example
-    by_rows = Gathered(captured.graph_module).first_rows(first, 1) is not None
-    count = signature.within({"batch": 1})["batch"]
+    signature, example, gathered = captured.signature, captured.example, Gathered(captured.graph_module)
+    by_rows, count = gathered.some_rows(first, 1) is not None, signature.within({"batch": 1})["batch"]
 
     def row(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return signature.first_rows(given, count) if by_rows else given
@@ -74,12 +74,19 @@ def _observed(
     whole, device = example, str(next(iter(example.values())).device)
     if _alike(inputs, example) or (not labels and _alike(row(inputs), row(example))):  # labels have the example's rows
         whole = inputs
-    observed = [first if whole is inputs else captured.graph_module(**whole)]
+    output = first if whole is inputs else captured.graph_module(**whole)
+    own = row(whole)
+    if by_rows and not _repeats(signature.first_rows(whole, 2), signature.first_rows(whole, 1)):
+        return [output, gathered.some_rows(output, 1, start=1)]
     for other in (example, inputs, signature.random_inputs(signature.check(example), device=device)):
-        few, own = row(other), row(whole)
+        few = row(other)
         if _alike(few, own) and any(not torch.equal(few[name], value) for name, value in own.items()):
-            return [*observed, captured.graph_module(**few)]
-    return observed
+            return [output, captured.graph_module(**few)]
+    return [output]
+
+
+def _repeats(rows: dict[str, torch.Tensor], first: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, first[name].expand_as(value)) for name, value in rows.items())
 
 
 def _alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -265,9 +265,10 @@ def test_a_note_leaves_the_judge_what_it_knows():
     assert noted.judge is told.judge
 
 
-def test_the_first_rows_of_an_output_are_told_where_each_row_has_its_own():
+def test_some_rows_of_an_output_are_told_where_each_row_has_its_own():
     by_rows = capture(nn.Linear(4, 3), models.vectors(4, 4)).graph_module
     x = models.vectors(6, 4)
-    torch.testing.assert_close(Gathered(by_rows).first_rows(by_rows(x), 2), by_rows(x[:2]))
+    torch.testing.assert_close(Gathered(by_rows).some_rows(by_rows(x), 2), by_rows(x[:2]))
+    torch.testing.assert_close(Gathered(by_rows).some_rows(by_rows(x), 1, start=3), by_rows(x[3:4]))
     flat = capture(nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), models.vectors(4, 4)).graph_module
-    assert Gathered(flat).first_rows(flat(x), 2) is None
+    assert Gathered(flat).some_rows(flat(x), 2) is None

@@ -148,7 +148,7 @@ class Solver:
         for number in range(len(self.batches)):
             mine, theirs = self._own.get(own_step, number), self._theirs.get(step, number)
             x, target, read = mine[r.entry], theirs[want], self._seen.read_by(r, theirs)
-            features, state = features_of_rows(module, x, read)
+            features, _ = features_of_rows(module, x, read)
             target = wide(target)  # what is subtracted from it in half precision would be lost
             residual = target - mine[r.join[1]] if r.join else target
             skip = module.skip(x)
@@ -159,7 +159,7 @@ class Solver:
             weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
             given = (rows(features, mask_BT), rows(wanted, mask_BT), weight_N)
             (sums if number < fitting else held_out).add(*given)
-            features_of.keep(number, (x, features, state) if read is None else (x, features, state, read))
+            features_of.keep(number, (x, features, None) if read is None else (x, features, None, read))
         for found in (sums, held_out):
             ranks.add_up(found.all, "statistics")
         sums.solve(self.ridge, r.facts.path, held_out)
@@ -180,7 +180,9 @@ class _Features:
         self.kept: dict[int, tuple[Any, ...]] = {}
 
     def keep(self, number: int, made: tuple[Any, ...]) -> None:
-        """(x, features, state), and the mask where there is one, of as many batches as fit."""
+        """(x, features, no state, which nothing in a hybrid reads), and the mask where there is one, of as many batches
+        as fit.
+        """
         self.budget -= made[1].untyped_storage().nbytes()
         if self.budget >= 0:
             self.kept[number] = made

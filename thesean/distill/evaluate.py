@@ -174,7 +174,7 @@ class Judge:
         """What the guide makes of the first rows of a batch, where it is in hand and was seen not to hang on others."""
         if number not in self._kept or ranks.count() > 1 or not self.guide.meta.get("rows_apart"):
             return None
-        return self.gathered.first_rows(self._kept[number], count)
+        return self.gathered.some_rows(self._kept[number], count)
 
     def forget(self) -> None:
         """Let go of the guide's outputs: nothing more is judged for now."""

@@ -60,14 +60,14 @@ class Gathered:
             found[name] = inputs[name].narrow(dim, own.start, own.stop - own.start)
         return found
 
-    def first_rows(self, output: Any, count: int) -> Any:
-        """Of an output of a batch, what its first rows make of it, as views; None where that can't be told."""
+    def some_rows(self, output: Any, count: int, start: int = 0) -> Any:
+        """Of an output of a batch, what some of its rows make of it, as views; None where that can't be told."""
         nodes = list(named_leaves(self.guide.graph.output_node().args[0], fx.Node).values())
         values, nested = pytree.tree_flatten(output)
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
         if len(tensors) != len(nodes) or not all(self._by_rows(node) for node in nodes):
             return None
-        few = [v[:count] if isinstance(v, torch.Tensor) else v for v in values]
+        few = [v[start : start + count] if isinstance(v, torch.Tensor) else v for v in values]
         return pytree.tree_unflatten(few, nested)
 
     def _by_rows(self, node: fx.Node) -> bool:

@@ -78,6 +78,8 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
     )
 
 
+_FEW = 2**18  # of an output that is in hand while the guide is traced
+
 Thinned = list[tuple[torch.Size, torch.Tensor]]
 
 
@@ -88,7 +90,7 @@ def first_shown(captured: Captured, eager: Any) -> Thinned | None:
     rows, values = captured.signature.check(captured.example).get("batch"), tensors(eager)
     if rows is not None and not all(v.ndim and len(v) == rows for v in values):
         return None
-    return [_shown(v if rows is None else v[:_ROWS]) for v in values]
+    return [_shown(v if rows is None else v[:_ROWS], _FEW) for v in values]
 
 
 @torch.no_grad()
@@ -103,7 +105,7 @@ def check_same(
     """
     few = captured.signature.first_rows(captured.example, _ROWS)
     try:
-        if shown is not None and not _told_apart(captured, few, shown):
+        if shown is not None and not _told_apart(captured, few, shown, _FEW):
             # it was run on more: whoever looks at some rows needn't run it on them alone
             rows = captured.signature.check(captured.example).get("batch", 0)
             captured.graph_module.meta["rows_apart"] = rows > _ROWS
@@ -124,24 +126,25 @@ def _disagreement(
     captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any], inputs: dict[str, torch.Tensor]
 ) -> str:
     """By how much the two differ on these inputs, in the first output that does; "" where none does."""
-    wanted = [_shown(v) for v in tensors(guide(inputs))]
+    wanted = [_shown(v, _PIECE) for v in tensors(guide(inputs))]
     give_back()
-    return _told_apart(captured, inputs, wanted)
+    return _told_apart(captured, inputs, wanted, _PIECE)
 
 
-def _told_apart(captured: Captured, inputs: dict[str, torch.Tensor], wanted: Thinned) -> str:
+def _told_apart(captured: Captured, inputs: dict[str, torch.Tensor], wanted: Thinned, most: int) -> str:
     got = [v for v in pytree.tree_leaves(captured.graph_module(**inputs)) if isinstance(v, torch.Tensor)]
     for index, (a, (shape, b)) in enumerate(zip(got, wanted, strict=True)):
         if a.shape != shape:
             return f"the captured graph gives {tuple(a.shape)} where the guide gives {tuple(shape)} in output {index}"
-        if not _close(thinned(a, _PIECE), b):
-            error = (thinned(a, _PIECE) - b).abs().max().item()
+        a = thinned(a, most)
+        if not _close(a, b):
+            error = (a - b).abs().max().item()
             return f"the captured graph disagrees with the guide by {error:.1e} in output {index}"
     return ""
 
 
-def _shown(value: torch.Tensor) -> tuple[torch.Size, torch.Tensor]:
-    return value.shape, thinned(value, _PIECE)
+def _shown(value: torch.Tensor, most: int) -> tuple[torch.Size, torch.Tensor]:
+    return value.shape, thinned(value, most)
 
 
 def thinned(value: torch.Tensor, most: int) -> torch.Tensor:

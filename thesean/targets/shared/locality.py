@@ -11,9 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.facts import AttentionFacts
-from thesean.targets.shared.worth import attention_within, meeting
+from thesean.targets.shared.worth import attention_within, meeting, of_each_head
 
 # Queries are spread over the last three quarters of so many tokens of so many rows: all would take time quadratic in
 # the length.
@@ -95,7 +94,7 @@ def rows(facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | Non
             continue
         x_TD = x_TD[:_TOKENS]
         query_THC, key_THC = meeting(facts, x_TD)
-        value_THV = wide(facts.value.of(x_TD)).unflatten(-1, (facts.heads, -1))
+        value_THV = of_each_head(facts, facts.grouped(facts.kv_heads)[1], x_TD)
         time = len(x_TD)
         at_M = torch.linspace(time // 4, time - 1, min(_QUERIES, time - time // 4), device=x_TD.device).long()
         scores_HMT = facts.scale * query_THC[at_M].transpose(0, 1) @ key_THC.permute(1, 2, 0)

@@ -102,8 +102,13 @@ def _by_group(facts: AttentionFacts, given_HT: torch.Tensor) -> torch.Tensor:
 
 def meeting(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """query_THC and key_THC as they meet: normed and turned, in float32 at least."""
-    query_1THC, key_1THC = (
-        wide(affine.of(x_TD)).unflatten(-1, (facts.heads, -1)).unsqueeze(0) for affine in (facts.query, facts.key)
-    )
-    query_1THC, key_1THC = facts.met(query_1THC, key_1THC)
+    query_THC = wide(facts.query.of(x_TD)).unflatten(-1, (facts.heads, -1))
+    key_THC = of_each_head(facts, facts.grouped(facts.kv_heads)[0], x_TD)
+    query_1THC, key_1THC = facts.met(query_THC.unsqueeze(0), key_THC.unsqueeze(0))
     return query_1THC[0], key_1THC[0]
+
+
+def of_each_head(facts: AttentionFacts, grouped: Affine, x_TD: torch.Tensor) -> torch.Tensor:
+    """What keys or values are projected to, (T, H, ...): once for the heads that share them."""
+    projected_TGC = wide(grouped.of(x_TD)).unflatten(-1, (facts.kv_heads, -1))
+    return projected_TGC.repeat_interleave(facts.heads // facts.kv_heads, 1)
