@@ -60,20 +60,26 @@ class Live:
 
     def __init__(self) -> None:
         self.functions: dict[tuple[str, str, int], list[FunctionType]] = {}
+        gc.unfreeze()  # what tests have frozen is found again
         # `is`: there are objects that import a module where they are asked for their class
         for function in [f for f in gc.get_objects() if type(f) is FunctionType]:
             own = function.__code__
             place = (own.co_filename, own.co_qualname, own.co_firstlineno)
             self.functions.setdefault(place, []).append(function)
+        gc.freeze()
 
     def take_up(self, mutant: Mutant, path: Path) -> bool:
-        """Replace the code of all that it changes. False where none can: its closure is another."""
+        """Replace the code of all that it changes. False where none can: its closure is another. Raises LookupError
+        where nothing of the file was found.
+        """
         tree = ast.parse(path.read_text(encoding="utf-8"))
         _, _, (_, change) = next(c for number, c in enumerate(_changes(tree)) if number == mutant.number)
         change()
         code = compile(ast.fix_missing_locations(tree), str(path), "exec")
         changed = next((c for c in _codes(code) if (c.co_qualname, c.co_firstlineno) == mutant.function), None)
         taken = False
+        if not any(file == str(path) for file, *_ in self.functions):
+            raise LookupError(f"{mutant.name}: nothing of {path} is there")
         for function in self.functions.get((str(path), *mutant.function), []) if changed is not None else []:
             try:
                 function.__code__ = changed  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -95,10 +96,24 @@ def test_a_live_function_takes_a_fault_up(what, call, before, after, module):
     assert found() == after
 
 
-def test_a_function_that_nothing_holds_takes_nothing_up(tmp_path: Path):
+def test_a_function_that_nothing_holds_takes_nothing_up(module):
+    made, path = module
+    fault = mutants(path, "held.py")[0]
+    del made.first
+    assert not Live().take_up(fault, path)
+
+
+def test_a_file_of_which_nothing_is_there_is_told(tmp_path: Path):
     elsewhere = tmp_path / "elsewhere.py"
     elsewhere.write_text(SOURCE)
-    assert not Live().take_up(mutants(elsewhere, "elsewhere.py")[0], elsewhere)
+    with pytest.raises(LookupError, match=r"nothing of .*elsewhere\.py is there"):
+        Live().take_up(mutants(elsewhere, "elsewhere.py")[0], elsewhere)
+
+
+def test_what_was_frozen_is_found(module):
+    _, path = module
+    gc.freeze()
+    assert Live().take_up(mutants(path, "held.py")[0], path)
 
 
 def test_the_score_is_of_what_could_be_tried():
