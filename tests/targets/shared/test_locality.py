@@ -80,7 +80,8 @@ def test_padded_steps_make_no_difference():
 
 def test_what_was_looked_at_most_in_the_window_is_held():
     given, x_BTD = facts(sharp=1.5), sequences(1)
-    worth_TG = attention_within(given, x_BTD[0], [8])[0]
+    query_BTHC, key_BTHC = meeting(given, x_BTD)
+    worth_TG = attention_within(given, query_BTHC[0], key_BTHC[0], [8])[0]
     wanted, held = [], []
     for at in torch.linspace(24, 95, 64).long().tolist():
         outputs: dict[bool, list[torch.Tensor]] = {True: [], False: []}
@@ -105,14 +106,16 @@ def test_what_was_looked_at_most_in_the_window_is_held():
 def test_what_a_token_gets_is_the_same_however_many_queries_are_looked_at_together(at_once, monkeypatch):
     monkeypatch.setattr("thesean.targets.shared.worth._AT_ONCE", at_once)
     given, x_TD = facts(sharp=1.5), sequences(1)[0]
-    query_THC, key_THC = meeting(given, x_TD)
+    query_THC, key_THC = (met_1THC[0] for met_1THC in meeting(given, x_TD.unsqueeze(0)))
     scores_HTT = given.scale * query_THC.transpose(0, 1) @ key_THC.permute(1, 2, 0)
     weights_HTT = scores_HTT.masked_fill(torch.ones(96, 96, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     for window in (1, 8, 40):
         age_TT = torch.arange(96).unsqueeze(1) - torch.arange(96)
         near_TH, far_TH = ((weights_HTT * seen).sum(1).mT for seen in (age_TT < window, age_TT >= window))
         seen_T, past_T = (age_TT >= 0).sum(0).clamp(max=window), (age_TT >= window).sum(0).clamp(min=1)
-        torch.testing.assert_close(attention_within(given, x_TD, [8, window])[1], near_TH / seen_T.unsqueeze(1))
+        torch.testing.assert_close(
+            attention_within(given, query_THC, key_THC, [8, window])[1], near_TH / seen_T.unsqueeze(1)
+        )
         torch.testing.assert_close(attention_past(given, x_TD, window), far_TH / past_T.unsqueeze(1))
 
 

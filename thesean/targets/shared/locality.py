@@ -56,7 +56,7 @@ def held_errors(
 
     def choices(row: Row) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
         yield (0, 0), row.alike()
-        got = dict(zip(windows, attention_within(facts, row.x_TD, windows), strict=True))
+        got = dict(zip(windows, attention_within(facts, row.query_THC, row.key_THC, windows), strict=True))
         for window, kept in sizes:
             yield (window, kept), row.seeing(row.keeping(got[window].mT, window, kept))
 
@@ -64,9 +64,13 @@ def held_errors(
 
 
 class Row(NamedTuple):
-    """Scores of some queries of a sequence, -inf at later tokens, values, and how old each token is to each query."""
+    """Queries and keys of a sequence as they meet, scores of some of the queries, -inf at later tokens, values, and how
+    old each token is to each of these queries.
+    """
 
     x_TD: torch.Tensor
+    query_THC: torch.Tensor
+    key_THC: torch.Tensor
     scores_HMT: torch.Tensor
     value_HTV: torch.Tensor
     age_MT: torch.Tensor
@@ -88,40 +92,46 @@ class Row(NamedTuple):
 
 
 def rows(facts: AttentionFacts, x_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> Iterator[Row]:
-    for index in range(min(len(x_BTD), _ROWS)):
-        x_TD = x_BTD[index] if mask_BT is None else x_BTD[index][mask_BT[index]]
-        if len(x_TD) < _SHORTEST:
+    x_BTD = x_BTD[:_ROWS]
+    if mask_BT is None:
+        x_BTD = x_BTD[:, :_TOKENS]
+        alike = x_BTD.split(max(1, _TOKENS // x_BTD.shape[1]))  # projected together
+    else:
+        alike = tuple(x_TD[seen_T][:_TOKENS].unsqueeze(0) for x_TD, seen_T in zip(x_BTD, mask_BT, strict=False))
+    for x_BTD in alike:
+        time = x_BTD.shape[1]
+        if time < _SHORTEST:
             continue
-        x_TD = x_TD[:_TOKENS]
-        query_THC, key_THC = meeting(facts, x_TD)
-        value_THV = of_each_head(facts, facts.grouped(facts.kv_heads)[1], x_TD)
-        time = len(x_TD)
-        at_M = torch.linspace(time // 4, time - 1, min(_QUERIES, time - time // 4), device=x_TD.device).long()
-        scores_HMT = facts.scale * query_THC[at_M].transpose(0, 1) @ key_THC.permute(1, 2, 0)
-        if facts.bias is not None:
-            scores_HMT = scores_HMT + facts.bias.matrix(time, scores_HMT)[:, at_M]
-        age_MT = at_M.unsqueeze(1) - torch.arange(time, device=x_TD.device)
-        yield Row(x_TD, scores_HMT.masked_fill(age_MT < 0, -torch.inf), value_THV.transpose(0, 1), age_MT)
+        query_BTHC, key_BTHC = meeting(facts, x_BTD)
+        value_BTHV = of_each_head(facts, facts.grouped(facts.kv_heads)[1], x_BTD)
+        at_M = torch.linspace(time // 4, time - 1, min(_QUERIES, time - time // 4), device=x_BTD.device).long()
+        age_MT = at_M.unsqueeze(1) - torch.arange(time, device=x_BTD.device)
+        for x_TD, query_THC, key_THC, value_THV in zip(x_BTD, query_BTHC, key_BTHC, value_BTHV, strict=True):
+            scores_HMT = facts.scale * query_THC[at_M].transpose(0, 1) @ key_THC.permute(1, 2, 0)
+            if facts.bias is not None:
+                scores_HMT = scores_HMT + facts.bias.matrix(time, scores_HMT)[:, at_M]
+            scores_HMT = scores_HMT.masked_fill(age_MT < 0, -torch.inf)
+            yield Row(x_TD, query_THC, key_THC, scores_HMT, value_THV.transpose(0, 1), age_MT)
 
 
 def _shares(
     facts: AttentionFacts, rows: Iterable[Row], choices: Callable[[Row], Iterator[tuple[Choice, torch.Tensor]]]
 ) -> dict[Choice, float]:
     """Choice -> squared error of what comes of its scores, as a share of the variance of what the guide's come to."""
-    wanted: list[torch.Tensor] = []
+    whole: list[torch.Tensor] = []
     found: dict[Choice, list[torch.Tensor]] = {}
     for row in rows:
-        wanted.append(_outputs(facts, row.scores_HMT, row))
+        whole.append(_mixed(row.scores_HMT, row))
         for choice, scores_HMT in choices(row):
-            found.setdefault(choice, []).append(_outputs(facts, scores_HMT, row))
-    if not wanted:
+            found.setdefault(choice, []).append(_mixed(scores_HMT, row))
+    if not whole:
         return {}
-    wanted_MD = torch.cat(wanted)
+    wanted_MD = facts.output.of(torch.cat(whole))
     spread = (wanted_MD - wanted_MD.mean(0)).square().sum()
-    errors = {choice: (torch.cat(outputs) - wanted_MD).square().sum() for choice, outputs in found.items()}
+    errors = {choice: (facts.output.of(torch.cat(mixed)) - wanted_MD).square().sum() for choice, mixed in found.items()}
     return {choice: float(error / spread) for choice, error in errors.items()}
 
 
-def _outputs(facts: AttentionFacts, scores_HMT: torch.Tensor, row: Row) -> torch.Tensor:
-    mixed_HMV = scores_HMT.softmax(-1) @ row.value_HTV
-    return facts.output.of(mixed_HMV.transpose(0, 1).flatten(1))
+def _mixed(scores_HMT: torch.Tensor, row: Row) -> torch.Tensor:
+    """What the output projection reads, (M, H V)."""
+    return (scores_HMT.softmax(-1) @ row.value_HTV).transpose(0, 1).flatten(1)

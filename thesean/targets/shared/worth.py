@@ -1,6 +1,7 @@
 """What a token will be worth to later ones: how much of their attention it gets once it has left a window.
 
-T time, D width of the part, H heads of queries, G heads of keys and values, M queries that are looked at together
+B batch, T time, D width of the part, H heads of queries, G heads of keys and values, M queries that are looked at
+together
 """
 
 from __future__ import annotations
@@ -58,20 +59,22 @@ def attention_past(facts: AttentionFacts, x_TD: torch.Tensor, window: int) -> to
     time = len(x_TD)
     queries_T = (time - window - torch.arange(time, device=x_TD.device)).clamp_min(1)
     given_HT = x_TD.new_zeros(facts.heads, time, dtype=wide(x_TD).dtype)
-    for at, weights_HMT in _attention(facts, x_TD):
+    for at, weights_HMT in _attention(facts, *(met_1THC[0] for met_1THC in meeting(facts, x_TD.unsqueeze(0)))):
         given_HT[:, : weights_HMT.shape[2]] += weights_HMT.tril(at - window).sum(1)
     return _by_group(facts, given_HT) / queries_T.unsqueeze(1)
 
 
 @torch.no_grad()
-def attention_within(facts: AttentionFacts, x_TD: torch.Tensor, windows: Sequence[int]) -> list[torch.Tensor]:
+def attention_within(
+    facts: AttentionFacts, query_THC: torch.Tensor, key_THC: torch.Tensor, windows: Sequence[int]
+) -> list[torch.Tensor]:
     """(T, G) for each window: the mean weight that a token's own query and those of the `window` - 1 steps after it
-    give it.
+    give it. Of one sequence, as they are `meeting`.
     """
-    time = len(x_TD)
-    left_T = time - torch.arange(time, device=x_TD.device)
-    given = [x_TD.new_zeros(facts.heads, time, dtype=wide(x_TD).dtype) for _ in windows]
-    for at, weights_HMT in _attention(facts, x_TD):
+    time = len(key_THC)
+    left_T = time - torch.arange(time, device=key_THC.device)
+    given = [key_THC.new_zeros(facts.heads, time) for _ in windows]
+    for at, weights_HMT in _attention(facts, query_THC, key_THC):
         for given_HT, window in zip(given, windows, strict=True):
             first = max(0, at + 1 - window)
             near_HMT = weights_HMT[..., first:].triu(at + 1 - window - first)
@@ -80,17 +83,18 @@ def attention_within(facts: AttentionFacts, x_TD: torch.Tensor, windows: Sequenc
     return [_by_group(facts, given_HT) / left_T.clamp_max(window).unsqueeze(1) for given_HT, window in pairs]
 
 
-def _attention(facts: AttentionFacts, x_TD: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _attention(
+    facts: AttentionFacts, query_THC: torch.Tensor, key_THC: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
     """(first query, weights_HMT of it and of those after it, over the tokens up to the last of them), a few queries at
     a time: all of them would take T x T a head.
     """
-    query_THC, key_THC = meeting(facts, x_TD)
-    time = len(x_TD)
+    time = len(key_THC)
     few = max(1, _AT_ONCE // (facts.heads * time))
     for at, query_MHC in zip(range(0, time, few), query_THC.split(few), strict=True):
         end = at + len(query_MHC)
         scores_HMT = facts.scale * query_MHC.transpose(0, 1) @ key_THC[:end].permute(1, 2, 0)
-        later_MM = torch.ones(end - at, end - at, dtype=torch.bool, device=x_TD.device).triu(1)
+        later_MM = torch.ones(end - at, end - at, dtype=torch.bool, device=key_THC.device).triu(1)
         scores_HMT[..., at:].masked_fill_(later_MM, -torch.inf)
         yield at, scores_HMT.softmax(-1)
 
@@ -100,15 +104,13 @@ def _by_group(facts: AttentionFacts, given_HT: torch.Tensor) -> torch.Tensor:
     return given_HT.unflatten(0, (facts.kv_heads, -1)).mean(1).mT
 
 
-def meeting(facts: AttentionFacts, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_THC and key_THC as they meet: normed and turned, in float32 at least."""
-    query_THC = wide(facts.query.of(x_TD)).unflatten(-1, (facts.heads, -1))
-    key_THC = of_each_head(facts, facts.grouped(facts.kv_heads)[0], x_TD)
-    query_1THC, key_1THC = facts.met(query_THC.unsqueeze(0), key_THC.unsqueeze(0))
-    return query_1THC[0], key_1THC[0]
+def meeting(facts: AttentionFacts, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """query_BTHC and key_BTHC as they meet: normed and turned, in float32 at least."""
+    query_BTHC = wide(facts.query.of(x_BTD)).unflatten(-1, (facts.heads, -1))
+    return facts.met(query_BTHC, of_each_head(facts, facts.grouped(facts.kv_heads)[0], x_BTD))
 
 
-def of_each_head(facts: AttentionFacts, grouped: Affine, x_TD: torch.Tensor) -> torch.Tensor:
-    """What keys or values are projected to, (T, H, ...): once for the heads that share them."""
-    projected_TGC = wide(grouped.of(x_TD)).unflatten(-1, (facts.kv_heads, -1))
-    return projected_TGC.repeat_interleave(facts.heads // facts.kv_heads, 1)
+def of_each_head(facts: AttentionFacts, grouped: Affine, x_BTD: torch.Tensor) -> torch.Tensor:
+    """What keys or values are projected to, (B, T, H, ...): once for the heads that share them."""
+    projected_BTGC = wide(grouped.of(x_BTD)).unflatten(-1, (facts.kv_heads, -1))
+    return projected_BTGC.repeat_interleave(facts.heads // facts.kv_heads, 2)
