@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import nn
 
 from tests import captured, models
 from tests.distill.tools import batches_of, drafted
@@ -199,27 +198,35 @@ def test_what_stays_of_the_stream_says_nothing_that_the_features_of_the_same_row
 
 @pytest.mark.parametrize("target", [Target("gru"), Target("linear-attention", window=0), Target("bounded-attention")])
 def test_a_solved_part_reads_each_batch_once_and_hands_on_what_it_would_give(target, monkeypatch):
-    """As where every module is run again for the next part's inputs."""
-    guide, runs = captured.gpt2(), list[nn.Module]()
-    batches = inputs_of(guide, 5, 4)
-    _, hybrid = drafted(guide, target)
-    family = type(hybrid.module(hybrid.replacements[0]))
-    assert issubclass(family, SequenceTarget)
-    mix = family.mix
+    """Small batches of one shape as one, but those that are held out; the same as where each is read by itself, and
+    where every module is run again for the next part's inputs.
+    """
+    guide, runs = captured.gpt2(), list[SequenceTarget]()
+    batches = [*inputs_of(guide, 5, 4), *inputs_of(guide, 1, 3, seed=1)]
 
-    def counted(self: SequenceTarget, *given: Any) -> Any:
-        runs.append(self)
-        return mix(self, *given)
+    def solved() -> tuple[list[int], list[torch.Tensor]]:
+        _, hybrid = drafted(guide, target)
+        modules = [cast(SequenceTarget, hybrid.module(r)) for r in hybrid.replacements]
+        mix = type(modules[0]).mix
 
-    monkeypatch.setattr(family, "mix", counted)
-    solve_parts(guide.graph_module, hybrid, [0, 1], batches, ridge=1e-3)
-    assert [runs.count(hybrid.module(r)) for r in hybrid.replacements] == [5, 5]
-    _, again = drafted(guide, target)
+        def counted(self: SequenceTarget, *given: Any) -> Any:
+            runs.append(self)
+            return mix(self, *given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(modules[0]), "mix", counted)
+            solve_parts(guide.graph_module, hybrid, [0, 1], batches, ridge=1e-3)
+        return [runs.count(module) for module in modules], [module.last.weight for module in modules]
+
+    together, weights = solved()
+    monkeypatch.setattr("thesean.distill.joined._MOST", 0)
+    alone, same = solved()
     monkeypatch.setattr(closed_form, "_COMPLETED", ())
-    solve_parts(guide.graph_module, again, [0, 1], batches, ridge=1e-3)
-    assert len(runs) == 10 + 15
-    for one, other in zip(hybrid.replacements, again.replacements, strict=True):
-        torch.testing.assert_close(hybrid.module(one).last.weight, again.module(other).last.weight)
+    again, as_run = solved()
+    assert (together, alone, again) == ([2, 2], [6, 6], [12, 6])
+    for one, other, third in zip(weights, same, as_run, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(third, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_covariance_that_rounding_left_without_a_root_is_solved_all_the_same():

@@ -15,7 +15,7 @@ N examples (tokens or images), E features, O outputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from thesean import ranks
 from thesean.distill.gathered import Gathered
+from thesean.distill.joined import Given, joined
 from thesean.distill.seen import Seen, rows
 from thesean.errors import NumericalError
 from thesean.kernels.shared.precision import wide
@@ -141,25 +142,22 @@ class Solver:
         module = self.hybrid.module(r)
         assert isinstance(module, TargetModule)
         assert self.ridge is not None
-        own_step, step, want = self._own_step[r.name], self._guide_step["solve", r.name], _wanted(r)
-        features_of = _Features(self._own.budget // 2)
+        own_step, completed = self._own_step[r.name], _Completed(module, self._own.budget // 2)
         fitting = len(self.batches) - len(self.batches) // _HELD_OUT
         sums, held_out, limit = _Sums(module.last), _Sums(module.last), None
-        for number in range(len(self.batches)):
-            mine, theirs = self._own.get(own_step, number), self._theirs.get(step, number)
-            x, target, read = mine[r.entry], theirs[want], self._seen.read_by(r, theirs)
-            features, _ = features_of_rows(module, x, read)
-            target = wide(target)  # what is subtracted from it in half precision would be lost
-            residual = target - mine[r.join[1]] if r.join else target
-            skip = module.skip(x)
-            wanted = module.unshape(residual if skip is None else residual - skip)
-            mask_BT = self._seen.of(want, theirs)
-            size_N = rows(module.unshape(target), mask_BT).reshape(-1, module.last.out_features).norm(dim=1)
-            limit = _LARGE * float(ranks.gather(size_N).median()) if limit is None else limit
-            weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
-            given = (rows(features, mask_BT), rows(wanted, mask_BT), weight_N)
-            (sums if number < fitting else held_out).add(*given)
-            features_of.keep(number, (x, features, None) if read is None else (x, features, None, read))
+        apart = not _batch_first(r) or ranks.count() > 1  # ranks tell each other of each batch, in one order
+        for found, numbers in ((sums, range(fitting)), (held_out, range(fitting, len(self.batches)))):
+            for some in joined((self._given(r, number) for number in numbers), apart):
+                features, _ = features_of_rows(module, some.x, some.read_BT)
+                skip = module.skip(some.x)
+                wanted = module.unshape(some.residual if skip is None else some.residual - skip)
+                target = rows(module.unshape(some.target), some.mask_BT)
+                size_N = target.reshape(-1, module.last.out_features).norm(dim=1)
+                if limit is None:
+                    limit = _LARGE * float(ranks.gather(size_N[: some.first(len(size_N))]).median())
+                weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
+                found.add(rows(features, some.mask_BT), rows(wanted, some.mask_BT), weight_N)
+                completed.keep(some, features)
         for found in (sums, held_out):
             ranks.add_up(found.all, "statistics")
         sums.solve(self.ridge, r.facts.path, held_out)
@@ -167,25 +165,42 @@ class Solver:
             self._own.forget()  # parts in an order that is not the network's
         elif type(module).forward in _COMPLETED:
             (call,) = self.hybrid.graph_module.graph.find_nodes(op="call_module", target=r.name)
-            for number, kept in features_of.kept.items():
-                self._own.put(call.name, number, module.complete(*kept))
+            for number, made in completed.outputs():
+                self._own.put(call.name, number, made)
+
+    def _given(self, r: Replacement, number: int) -> Given:
+        want, theirs = _wanted(r), self._theirs.get(self._guide_step["solve", r.name], number)
+        mine = self._own.get(self._own_step[r.name], number)
+        target = wide(theirs[want])  # what is subtracted from it in half precision would be lost
+        residual = target - mine[r.join[1]] if r.join else target
+        read_BT, mask_BT = self._seen.read_by(r, theirs), self._seen.of(want, theirs)
+        x = mine[r.entry]
+        return Given((number,), (len(x),), x, target, residual, read_BT, mask_BT)
 
 
-class _Features:
+class _Completed:
     """What a module made of its inputs, so that its output after solving costs no more than the last layer."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, module: TargetModule, budget: int) -> None:
         """In bytes."""
-        self.budget = budget
-        self.kept: dict[int, tuple[Any, ...]] = {}
+        self.module, self.budget = module, budget
+        self._kept: list[tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = []
 
-    def keep(self, number: int, made: tuple[Any, ...]) -> None:
-        """(x, features, no state, which nothing in a hybrid reads), and the mask where there is one, of as many batches
-        as fit.
-        """
-        self.budget -= made[1].untyped_storage().nbytes()
+    def keep(self, some: Given, features: torch.Tensor) -> None:
+        """Of as many batches as fit."""
+        self.budget -= features.untyped_storage().nbytes()
         if self.budget >= 0:
-            self.kept[number] = made
+            read = () if some.read_BT is None else (some.read_BT,)
+            self._kept.append((some.numbers, some.sizes, (some.x, features, None, *read)))
+
+    def outputs(self) -> Iterator[tuple[int, Any]]:
+        """By the number of the batch, each once; without the state, which nothing in a hybrid reads."""
+        while self._kept:
+            numbers, sizes, made = self._kept.pop(0)
+            y = self.module.complete(*made)
+            y = y[0] if self.module.stateful else y
+            for number, own in zip(numbers, y.split(sizes), strict=True):
+                yield number, (own, None) if self.module.stateful else own
 
 
 def features_of_rows(module: TargetModule, x: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
@@ -204,6 +219,10 @@ def prepares(module: torch.nn.Module) -> bool:
 def _last(module: torch.nn.Module) -> bool:
     """Whether there is a last layer to solve."""
     return isinstance(module, TargetModule) and hasattr(module, "last")
+
+
+def _batch_first(r: Replacement) -> bool:
+    return all(str(shape[0]).startswith("batch") for shape in (r.facts.input_shape, r.facts.output_shape))
 
 
 def _own_ends(r: Replacement) -> list[str]:

@@ -174,7 +174,8 @@ class Judge:
         """What the guide makes of the first rows of a batch, where it is in hand and was seen not to hang on others."""
         if number not in self._kept or ranks.count() > 1 or not self.guide.meta.get("rows_apart"):
             return None
-        return self.gathered.some_rows(self._kept[number], count)
+        few = self.gathered.some_rows(self._kept[number], count)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, few)  # not all of it is held for some rows
 
     def forget(self) -> None:
         """Let go of the guide's outputs: nothing more is judged for now."""
