@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -69,11 +69,11 @@ def export_network(
     lengths = [s for s in signature.symbols if not s.startswith("batch")]
     read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
     alike = all(s.name not in read or length in s.shape for s in signature.inputs for length in lengths)
-    elsewhere = named(path).suffix == SUFFIX or form.get("runtime") == "genai"
-    if wanted is False or elsewhere or not lengths:
+    if wanted is False or form.get("runtime") == "genai" or not lengths:
         return export(graph_module, signature, path, stateful=stateful, **how)
-    if alike:
-        return _write_one(graph_module, signature, path, stateful, how)
+    if alike or named(path).suffix == SUFFIX:
+        why = partial(_as_long if alike else _in_one, graph_module, signature)
+        return _write_one(graph_module, signature, path, stateful, how, why)
     require("onnx", "onnxruntime", "onnxscript")
     try:
         return _write_both(graph_module, signature, named(path), how)
@@ -98,18 +98,34 @@ def encoder_beside(path: Path) -> Path:
 
 
 def _write_one(
-    graph_module: fx.GraphModule, signature: Signature, path: str | Path, stateful: Stateful, how: dict[str, Any]
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    path: str | Path,
+    stateful: Stateful,
+    how: dict[str, Any],
+    why: Callable[[], str],
 ) -> ExportReport:
-    """`export`; where it carries no state as its encoder can't be apart from its decoder, that is told."""
+    """`export`; where it carries no state as its encoder isn't apart from its decoder, that is told: `why`, or ""."""
     try:
         report = export(graph_module, signature, path, stateful=stateful, **how)
     except ExportError as error:
-        told = _as_long(graph_module, signature) if isinstance(error.__cause__, PassRefused) else ""
+        told = why() if isinstance(error.__cause__, PassRefused) else ""
         if not told:
             raise
         raise ExportError(f"a stateful export is not possible: {told}. Export with stateful='no'.") from error
-    told = "" if report.stateful else _as_long(graph_module, signature)
+    told = "" if report.stateful else why()
     return replace(report, note=f"{report.note}; {told}") if told else report
+
+
+def _in_one(graph_module: fx.GraphModule, signature: Signature) -> str:
+    try:
+        run_passes(graph_module, DivideEncoder(signature))
+    except PassRefused:
+        return ""
+    return (
+        f"a {SUFFIX} file holds encoder and decoder in one: expected a name that ends in .onnx, of two files whose "
+        "decoder carries a state"
+    )
 
 
 def _as_long(graph_module: fx.GraphModule, signature: Signature) -> str:
