@@ -196,6 +196,7 @@ def test_a_spectrogram_of_one_size_is_told_from_a_text_of_any_length(tmp_path):
     model = thesean.compile(encoder_decoders.whisper(), "rnn", data=data, recipe="fast", progress=False)
     report = model.export(tmp_path / "m.onnx", stateful="yes")
     session, inputs = Session(report.path), encoder_decoders.whisper_inputs(3, 24, 12, seed=20)
+    assert session.has_rows
     encoded = session.encode({"input_features": inputs["input_features"].numpy()})
     state, parts = None, []
     for piece in inputs["decoder_input_ids"].split((1, 5, 6), 1):
