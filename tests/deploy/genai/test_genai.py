@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,6 +192,8 @@ def test_an_earlier_folder_stays_where_the_runtime_is_not_installed_or_disagrees
     monkeypatch.setattr(genai_folder, "_run", lambda made, served, ids_BT: (ids_BT, 1 + served.run(ids_BT)))
     with pytest.raises(ExportError, match=r"onnxruntime-genai vs torch at \(1, 17\): expected an error of at most"):
         export(guide.graph_module, guide.signature, folder, runtime="genai")
+    with pytest.raises(ExportError, match=rf"^{re.escape(str(folder))}: .* at most 1e-12 of the output"):
+        export(guide.graph_module, guide.signature, folder, runtime="genai", tolerance=1e-12)
     assert (folder / "genai_config.json").read_text(encoding="utf-8") == "earlier"
     assert [p.name for p in folder.iterdir()] == ["genai_config.json"]
     assert leftovers(tmp_path) == ["served"]

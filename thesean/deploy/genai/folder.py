@@ -146,7 +146,10 @@ def write_genai(
         raise ExportError(f"{folder} is a file; runtime='genai' makes a folder. Give another name.")
     with telling(folder), replacing(folder, _ours(tokenizer is not None)) as made:
         special = copy_tokenizer(tokenizer, made)
-        report = write(made / MODEL)
+        try:
+            report = write(made / MODEL)
+        except ExportError as error:  # of a path that the caller never named
+            raise ExportError(str(error).replace(str(made / MODEL), str(folder))) from error
         if not report.stateful or report.delay:
             raise ExportError(
                 f"genai: expected a state in and out, {report.note or f'found outputs {report.delay} steps late'}: "
