@@ -1,4 +1,4 @@
-"""What the study `matrix` found, as tables; a row that was not measured says so."""
+"""What the study `matrix` found, as tables; what was not measured is said so, below a table where it is a whole row."""
 
 from __future__ import annotations
 
@@ -67,8 +67,13 @@ def written(text: bool, values: Sequence[float]) -> str:
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """Rows of which nothing was measured are named below."""
+    rows: dict[bool, list[Sequence[str]]] = {True: [], False: []}
+    for cells in body:
+        rows[any(cell not in (NONE, "-", "as above") for cell in cells[1:])].append(cells)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows[True]] if rows[True] else []
+    told = f"Not measured: {'; '.join(cells[0] for cells in rows[False])}." if rows[False] else ""
+    return "\n\n".join(filter(None, ("\n".join(f"| {' | '.join(cells)} |" for cells in lines), told)))
 
 
 def tables(result: Result) -> str:

@@ -33,6 +33,8 @@ def test_a_mean_has_its_range_and_what_is_missing_is_not_measured():
     told = written(row(f"{MLP}: default", 0.8), row(f"{MLP}: default", 0.9, seed=1), left_out=7)
     assert "| convnet to MLP, trained guide | 90.0 | 85.0 (80.0 to 90.0) | not measured | not measured |" in told
     assert "7 rows were not" in told
+    assert "Not measured: deep to shallow convnet, trained guide; " in told
+    assert "| GPT-2 to Elman, trained guide |" not in told
 
 
 def test_a_default_behind_a_baseline_is_told():

@@ -165,6 +165,21 @@ def test_a_rate_that_gains_at_first_is_left_with_what_it_gained(monkeypatch: pyt
     assert second.steps == 80  # the last rate has no other to make room for
 
 
+def test_a_network_ahead_of_its_guide_is_taught_by_the_task_alone():
+    guide, observer = captured.mlp(), Recorder()
+    _, hybrid = drafted(guide)
+    ahead = []
+
+    def loss(output, batch):
+        mine = output.requires_grad
+        ahead.append(mine)
+        return output.sum() * 0 + (1000.0 if mine or len(ahead) < 2 else 900.0)  # the guide is judged first
+
+    held_out = batches_of(guide, 1)
+    run(guide, hybrid, task(loss, output="softmax"), 4, observer, held_out=held_out, learning_rate=1e-9)
+    assert observer.losses == [1000.0] * 4  # no tenth of it, as the first step is of a network that is behind
+
+
 def test_a_rate_at_which_the_loss_is_no_number_makes_room(monkeypatch: pytest.MonkeyPatch):
     guide = captured.mlp()
     _, hybrid = drafted(guide)
@@ -178,7 +193,7 @@ def test_a_loss_that_is_no_number_is_told():
     guide = captured.mlp()
     _, hybrid = drafted(guide)
     with pytest.raises(NumericalError, match="fine-tuning: the loss is nan at step 0"):
-        run(guide, hybrid, task(lambda output, batch: output.sum() * float("nan")), 3)
+        run(guide, hybrid, task(lambda output, batch: output.sum() * (float("nan") if output.requires_grad else 0)), 3)
 
 
 def test_the_phase_is_told():

@@ -126,6 +126,23 @@ def test_without_a_gate_a_lost_conversion_is_an_error_that_names_the_part():
     assert told.value.converted.plan.replaced[0].path == "cells.1"
 
 
+def test_what_is_ahead_of_its_guide_by_the_users_loss_is_not_lost():
+    """However far from the guide, and however near a guess is: it was asked to go there."""
+
+    def nearer_to_nothing(output: Any, batch: Any) -> torch.Tensor:
+        return output["logits"].square().mean()
+
+    def farther_from_it(output: Any, batch: Any) -> torch.Tensor:
+        return -output["logits"].square().mean()
+
+    targets, recipe = {**TARGETS, "cells.0": "keep", "cells.2": "keep"}, {"max_drop": None}
+    converted = convert(targets, recipe=recipe, loss=farther_from_it)
+    assert converted.report.converted["loss"] < converted.report.guide["loss"]
+    assert converted.report.converted["divergence"] > 10  # nats
+    with pytest.raises(LostError, match="a uniform guess over 4 classes is nearer"):
+        convert(targets, recipe=recipe, loss=nearer_to_nothing)
+
+
 def test_a_gate_that_nothing_meets_changes_no_bit():
     recipe = {"steps": 12, "warmup": 1, "alignment": {"share": 0.5}}
     with_gate = convert("mingru", recipe={**recipe, "max_drop": 1e6})

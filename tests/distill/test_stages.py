@@ -67,9 +67,9 @@ def test_every_hybrid_on_the_way_is_usable():
 def test_snapshots_are_untouched_by_later_training():
     guide = captured.mlp()
     bound_plan = make_plan(guide, "mlp")
-    conversion = run(guide, settings=recipe(10, learning_rate=0.1))
+    conversion = run(guide, settings=recipe(10, learning_rate=0.01))
     assert conversion.steps == 10
-    alone = run(guide, settings=recipe(10, learning_rate=0.1, share=0.5).model_copy(
+    alone = run(guide, settings=recipe(10, learning_rate=0.01, share=0.5).model_copy(
         update={"fine_tuning": recipe().fine_tuning.model_copy(update={"share": 0})}
     ))  # fmt: skip
     for tuned, untuned in zip(conversion.snapshots, alone.snapshots, strict=True):

@@ -5,7 +5,8 @@ loss = (1 - w) task(output) + w KL_T(guide | output) + h sum_k nmse(exit_k), w a
 
 What it leaves is the state that did best on held-out data, which may be the one it began with. A rate that suits a
 network that is far from its guide drives one that is near away from it. So a rate is tried by training at it, the
-highest first: one that leads nowhere makes room for the next lower one, which goes on from the best state so far.
+highest first: one that leads nowhere makes room for the next lower one, which goes on from the best state so far. Once
+the network is ahead of its guide on held-out data, by the task, the guide is left out of the loss.
 """
 
 from __future__ import annotations
@@ -80,9 +81,11 @@ class _Tuner:
     def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str) -> None:
         self.graph_module, self.training, self.steps, self.phase = hybrid.graph_module, training, steps, phase
         self.recomputing = Recomputing(training.recipe)
-        self.loss_of = _loss_of(hybrid, training, steps, self.recomputing)
         self.judge = training.judge
         self.best = Best([self.graph_module])  # by the sample
+        guide = -math.inf if training.task.loss is None else self.judge(training.guide, self.judge.sample).value
+        # what is ahead of the guide has nothing to learn from its outputs
+        self.loss_of = _loss_of(hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide)
         self.curves: list[Curve] = []
         self.taken = 0
 
@@ -189,8 +192,10 @@ class _Watch:
         self.kept = state["watch"]["kept"]
 
 
-def _loss_of(hybrid: Hybrid, training: Training, steps: int, recomputing: Recomputing) -> LossOf:
-    """The loss of a step's batch, out of `steps`."""
+def _loss_of(
+    hybrid: Hybrid, training: Training, steps: int, recomputing: Recomputing, taught: Callable[[], bool]
+) -> LossOf:
+    """The loss of a step's batch, out of `steps`; the task's alone, where there is one, once it isn't `taught`."""
     task, settings = training.task, training.recipe.fine_tuning
     nmse = get_measure("nmse")
     own_names = [own for own, _ in hybrid.boundaries]
@@ -205,7 +210,7 @@ def _loss_of(hybrid: Hybrid, training: Training, steps: int, recomputing: Recomp
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch
         got = own(**inputs)
-        left = max(0.0, 1 - step / (steps * settings.anneal_until))
+        left = max(0.0, 1 - step / (steps * settings.anneal_until)) if taught() else 0.0
         weight = settings.distillation * left if task.loss is not None else 1.0
         hidden = settings.hidden * left
         terms: list[Any] = []

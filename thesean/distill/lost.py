@@ -1,4 +1,7 @@
-"""Whether a conversion is worse than nothing: than a uniform guess, or than its parts simply left out."""
+"""Whether a conversion is worse than nothing: than a uniform guess, or than its parts simply left out.
+
+Never one that is no worse than its guide by the user's own loss, however far from it: it went where it was asked to.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from thesean.distill.evaluate import Evaluation
 from thesean.distill.training import Training
 from thesean.passes.plan.hybrid import Hybrid
 
@@ -25,13 +29,17 @@ _FAR = 2.0
 
 
 @torch.no_grad()
-def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Mapping[str, float]) -> str:
-    """What to tell of a hybrid that is worse than nothing, "" of any other. `final` is its divergence, `on_the_way` the
-    one after each of its parts, by its path and in the order in which they came, which says which one did it.
+def lost_by(
+    hybrid: Hybrid, training: Training, final: Evaluation, guide: Evaluation, on_the_way: Mapping[str, float]
+) -> str:
+    """What to tell of a hybrid that is worse than nothing, "" of any other. `final` is what was found of it, and
+    `on_the_way` the divergence after each of its parts, by its path and in the order in which they came, which says
+    which one did it.
     """
-    if not hybrid.parts or not final > _LEAST:
+    is_ahead = final.loss is not None and guide.loss is not None and final.loss <= guide.loss
+    if not hybrid.parts or is_ahead or not final.divergence > _LEAST:
         return ""
-    # by the divergence alone: a loss of the user's own may be anything, and cost anything
+    # from here on by the divergence alone: a loss of the user's own may be anything, and cost anything
     judge, outputs = training.judge, training.task.outputs
     sample = judge.sample
     first, classes = sample[:1], outputs.classes if outputs.of_classes else 0
@@ -47,7 +55,7 @@ def lost_by(hybrid: Hybrid, training: Training, final: float, on_the_way: Mappin
             return network(numbers) if names else math.inf, names
 
     far = guess(first)
-    if far < _KNOWS_LITTLE * math.log(max(classes, 2)) or final * _FAR < min(far, without(first)[0]):
+    if far < _KNOWS_LITTLE * math.log(max(classes, 2)) or final.divergence * _FAR < min(far, without(first)[0]):
         return ""
     own, uniform, (bare, names) = network(sample), guess(sample), without(sample)
     told = []

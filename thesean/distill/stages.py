@@ -90,7 +90,7 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
     last = aligned.snapshots[-1].evaluation if aligned.snapshots else None
     final = training.judge(hybrid.graph_module) if tuned.steps or last is None or aligned.judged_on_some else last
     on_the_way = {hybrid.parts[s.parts[-1]]: s.evaluation.divergence for s in aligned.snapshots}
-    lost = lost_by(hybrid, training, final.divergence, on_the_way)
+    lost = lost_by(hybrid, training, final, aligned.guide, on_the_way)
     training.judge.forget()
     unshare(hybrid.graph_module, training.guide)  # whoever gets it may train it
     return Conversion(
