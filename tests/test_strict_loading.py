@@ -211,6 +211,9 @@ def test_memory_is_bounded_by_what_the_caller_says(folder: Path):
     for bound in (0, size):
         with pytest.raises(ArtifactError, match="allowed"):
             thesean.load(folder, max_bytes=bound)
+    read = size + 16 * (folder / "graph.json").stat().st_size
+    with pytest.raises(ArtifactError, match="and more once read"):
+        thesean.load(folder, max_bytes=read - 1)
     rewrite(folder, added("aten.ones.default", [2**20]))  # 4 MiB
     assert thesean.load(folder)
     with pytest.raises(ArtifactError, match=r"node more \(aten\.ones\.default\) takes 4,194,304 bytes"):

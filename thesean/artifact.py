@@ -75,7 +75,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
     (made / PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
     for name in (weights, EXAMPLE):  # safetensors' own mode is for nobody but the owner
         (made / name).chmod((made / PLAN).stat().st_mode)
-    (made / REPORT).write_text(json.dumps(artifact.report.to_dict(), indent=1), encoding="utf-8")
+    (made / REPORT).write_bytes(json.dumps(artifact.report.to_dict(), indent=1).encode())
     guide = artifact.signature.guide
     body = {
         "format": FORMAT,
@@ -88,7 +88,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
         "files_sha256": {n: file_sha256(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
         "nodes": graph_json.dump(artifact.graph_module.graph),
     }
-    (made / GRAPH).write_text(json.dumps({"sha256": digest_of(body), **body}, indent=1), encoding="utf-8")
+    (made / GRAPH).write_bytes(json.dumps({"sha256": digest_of(body), **body}, indent=1).encode())
 
 
 def save_weights(graph_module: fx.GraphModule, path: Path) -> Path:

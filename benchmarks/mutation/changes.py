@@ -80,12 +80,14 @@ class Live:
         taken = False
         if not any(file == str(path) for file, *_ in self.functions):
             raise LookupError(f"{mutant.name}: nothing of {path} is there")
-        for function in self.functions.get((str(path), *mutant.function), []) if changed is not None else []:
-            try:
-                function.__code__ = changed  # type: ignore[assignment]
-            except ValueError:  # another number of free variables
-                return False
-            taken = True
+        for own in _codes(changed) if changed is not None else ():  # those within live on where it has made some
+            for function in self.functions.get((str(path), own.co_qualname, own.co_firstlineno), []):
+                try:
+                    function.__code__ = own
+                    taken = True
+                except ValueError:  # another number of free variables
+                    if own is changed:
+                        return False
         return taken
 
 

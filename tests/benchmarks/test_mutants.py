@@ -15,6 +15,7 @@ from benchmarks.studies.mutants import score, table
 SOURCE = '''
 """A module."""
 import logging
+from collections.abc import Callable
 logger = logging.getLogger(__name__)
 LIMIT = 3
 
@@ -28,6 +29,16 @@ def first(values: list, most: int = 2) -> int:
             continue
         return value
     raise ValueError(f"none below {most + 1}")
+
+
+def above(least: int) -> Callable:
+    def fits(value: int) -> bool:
+        return value > least
+
+    return fits
+
+
+three = above(3)
 
 
 class Holder:
@@ -53,21 +64,24 @@ def test_faults_are_of_what_runs_in_functions_and_not_of_what_is_said(module):
     _, path = module
     found = [(m.function[0], m.line, m.what) for m in mutants(path, "held.py")]
     assert found == [
-        ("first", 13, "condition negated"),
-        ("first", 13, "And -> Or"),
-        ("first", 13, "no Not"),
-        ("first", 13, "Lt -> LtE"),
-        ("first", 13, "IsNot -> Is"),
-        ("first", 14, "no Continue"),
-        ("first", 15, "returns None"),
-        ("first", 16, "no Raise"),
-        ("Holder.all_of", 21, "Eq -> NotEq"),
-        ("Holder.all_of", 21, "1 -> 2"),
-        ("Holder.all_of", 22, "returns None"),
-        ("Holder.all_of", 22, "all -> any"),
-        ("Holder.all_of", 22, "no filter"),
+        ("first", 14, "condition negated"),
+        ("first", 14, "And -> Or"),
+        ("first", 14, "no Not"),
+        ("first", 14, "Lt -> LtE"),
+        ("first", 14, "IsNot -> Is"),
+        ("first", 15, "no Continue"),
+        ("first", 16, "returns None"),
+        ("first", 17, "no Raise"),
+        ("above", 22, "returns None"),
+        ("above", 22, "Gt -> GtE"),
+        ("above", 24, "returns None"),
+        ("Holder.all_of", 32, "Eq -> NotEq"),
+        ("Holder.all_of", 32, "1 -> 2"),
+        ("Holder.all_of", 33, "returns None"),
+        ("Holder.all_of", 33, "all -> any"),
+        ("Holder.all_of", 33, "no filter"),
     ]
-    assert {m.last_line for m in mutants(path, "held.py") if m.line == 13} == {13}
+    assert {m.last_line for m in mutants(path, "held.py") if m.line == 14} == {14}
     assert len({m.name for m in mutants(path, "held.py")}) == len(found)
 
 
@@ -80,6 +94,7 @@ def test_faults_are_of_what_runs_in_functions_and_not_of_what_is_said(module):
         ("all -> any", lambda m: m.Holder().all_of([1, 2]), False, True),
         ("no filter", lambda m: m.Holder().all_of([1, 0]), True, False),
         ("1 -> 2", lambda m: m.Holder().all_of([1]), True, False),
+        ("Gt -> GtE", lambda m: m.three(3), False, True),  # made before the fault was there
     ],
 )
 def test_a_live_function_takes_a_fault_up(what, call, before, after, module):

@@ -7,9 +7,10 @@ import torch
 
 from tests import captured
 from tests.models import tokens, vectors
-from thesean.distill.data import Batches, Feed, Reading, example_of, labels_in, named_inputs, synthetic
+from thesean.distill.data import Batches, Feed, Reading, example_of, labels_in, make_feed, named_inputs, synthetic
 from thesean.distill.losses import accuracy, next_token
 from thesean.errors import DataError
+from thesean.passes.capture.capture import capture
 
 CPU = torch.device("cpu")
 
@@ -183,3 +184,20 @@ def test_synthetic_inputs_fit_the_guide_and_follow_the_seed():
         assert int(a["input_ids"].max()) < 32
         assert torch.equal(a["input_ids"], b["input_ids"])
         assert not torch.equal(a["input_ids"], c["input_ids"])
+
+
+class Placed(torch.nn.Module):
+    """ids_BT -> x_BTD, with a table of so many places."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(8, 4), torch.nn.Embedding(count, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+
+
+def test_synthetic_inputs_are_as_long_as_the_guide_can_read():
+    guide = capture(Placed(20), tokens(2, 5) % 8)
+    feed = make_feed(guide, None, None, None, seed=0)
+    assert {tuple(batch["ids"].shape) for _, batch in feed.take(3)} == {(8, 16)}

@@ -227,3 +227,15 @@ def test_large_outputs_are_looked_at_in_pieces_and_give_the_same(kind, monkeypat
     assert read_outputs([own, guide]).told == told
     constant = torch.ones(4, 6)
     assert read_outputs([{"x": own, "c": constant}, {"x": guide, "c": constant}]).kinds["c"] == "ignore"
+
+
+def test_an_error_over_what_is_seen_is_worked_by_hand():
+    """Steps seen by two rows, by one and by none: spreads of 2, 0 and nothing; each of three values is off by 1."""
+    guide_BT1 = torch.tensor([[[2.0], [5.0], [9.0]], [[4.0], [7.0], [1.0]]])
+    mask_BT = torch.tensor([[True, True, False], [True, False, False]])
+    own_BT1 = torch.where(mask_BT.unsqueeze(2), guide_BT1 + 1, 100.0)
+    found = Outputs(kinds={"output": "mse"}).distance(own_BT1, guide_BT1, masks={"output": mask_BT})
+    assert found.item() == pytest.approx(3 / 2)
+    guide_BT1[0, 2] = torch.nan  # and what the guide doesn't say counts for nothing
+    found = Outputs(kinds={"output": "mse"}).distance(own_BT1, guide_BT1, masks={"output": mask_BT})
+    assert found.item() == pytest.approx(3 / 2)

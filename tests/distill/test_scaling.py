@@ -16,6 +16,7 @@ from thesean.distill import scaling
 from thesean.distill.recompute import Recomputing
 from thesean.journal import Journal
 from thesean.passes.graph.cuts import find_cuts
+from thesean.passes.graph.walk import HELD_BYTES
 from thesean.recipe import Recipe
 
 
@@ -96,3 +97,44 @@ def test_a_backward_keeps_what_the_formula_says(transformer: fx.GraphModule, rec
         run(input=x_BTD).sum().backward()
     assert held < live.peak < 1.3 * held + weights
     transformer.zero_grad()
+
+
+SMALL = scaling.Sizes(
+    guide=1000, parts=2, replaced=100, replacement=50, features=3, outputs=4, width=8, vocabulary=5, itemsize=4
+)  # 900 weights of the hybrid, of which 100 are new
+SLOW = scaling.Hardware(flops=1e3, double=1e2, near=2, within=1e4, between=1e3)
+
+
+def job(**how: bool) -> scaling.Job:
+    return scaling.Job(tokens=64, steps=10, batches=2, **how)
+
+
+def test_memory_traffic_and_time_of_each_stage_are_worked_by_hand():
+    solving, alignment, tuning = scaling.stages_of(SMALL, job(), SLOW, ranks=4)
+    # 2 parts' statistics twice: 1 + 3 + 4 + 9 + 12 doubles; a ring hands on 2 * 3/4 of what is given
+    assert solving == pytest.approx(
+        ("closed form", 4000 + 400 + HELD_BYTES + 3 * 464, 928 * 1.5, 497152 / 4e3 + 720 / 1e2 + 928 * 1.5 / 1e3)
+    )
+    held = 7600 + 2 * 16 * 16 * 8 * 4 + 4 * 2048  # weights, activations of 16 tokens, all ranks' exits
+    sent = 400 * 1.5 + 3 * 2048
+    seconds = 64 * (6 * 900 + 2 * 1000) / 4e3
+    assert alignment == pytest.approx(("alignment", 1200 + 1200 + held, 10 * sent, 10 * (seconds + sent / 1e3)))
+    sent = 3600 * 1.5 + 3 * 2048
+    held += 4 * 16 * 5 * 4  # outputs
+    assert tuning == pytest.approx(("fine-tuning", 7200 + 10800 + held, 10 * sent, 10 * (seconds + sent / 1e3)))
+
+
+def test_slices_and_activations_computed_anew_are_worked_by_hand():
+    tuning = scaling.stages_of(SMALL, job(recomputed=True, sharded=True), SLOW, ranks=4)[-1]
+    held = 1900 + 2000 + (512 + 16 * 512) + 1280 + 4 * 2048  # slices, a region; the stream between two regions, one
+    sent = 3600 * 0.75 + 3 * (2048 + 2800)
+    seconds = 64 * (8 * 900 + 2 * 1000) / 4e3
+    assert tuning == pytest.approx(("fine-tuning", 7200 + 10800 // 4 + held, 10 * sent, 10 * (seconds + sent / 1e3)))
+
+
+def test_a_rank_alone_sends_nothing_and_near_ones_have_the_fast_link():
+    alone = scaling.stages_of(SMALL, job(), SLOW, ranks=1)
+    assert [stage.traffic for stage in alone] == [0, 0, 0]
+    assert alone[1].memory == 1200 + 1200 + 7600 + 4 * 16 * 2 * 16 * 8 * 4  # no exits
+    assert alone[1].seconds == pytest.approx(10 * 64 * 7400 / 1e3)
+    assert [SLOW.link(n) for n in (1, 2, 3)] == [1e4, 1e4, 1e3]

@@ -83,6 +83,16 @@ def test_the_graph_before_and_after():
     ]
 
 
+def test_what_stands_for_an_attention_is_of_its_module_and_shape():
+    guide = attending("fused")
+    (fused,) = (n for n in guide.graph_module.graph.nodes if str(n.target) == FUSED)
+    nodes = {n.name: n for n in CacheAttention(guide.signature)(guide.graph_module).graph_module.graph.nodes}
+    assert fused.meta["nn_module_stack"]
+    for name in ("cache_1", "getitem_1"):
+        assert nodes[name].meta["nn_module_stack"] == fused.meta["nn_module_stack"]
+    assert nodes["getitem_1"].meta["val"].shape == fused.meta["val"].shape
+
+
 def test_what_a_masks_positions_were_made_of_goes_with_it():
     guide = captured.gpt2()
     cached = CacheAttention(guide.signature)(guide.graph_module).graph_module

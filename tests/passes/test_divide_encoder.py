@@ -13,12 +13,12 @@ from tests import captured, encoder_decoders, models
 from tests.encoder_decoders import GUIDES, guide
 from tests.models import tokens, vectors
 from tests.passes.contract import Example
-from thesean.errors import PassRefused
+from thesean.errors import PassBroken, PassRefused
 from thesean.passes.analyse.chunks import run_in_chunks
 from thesean.passes.cache_attention import CacheAttention
 from thesean.passes.capture.capture import capture
 from thesean.passes.divide_encoder import DivideEncoder
-from thesean.passes.graph.halves import halves_of
+from thesean.passes.graph.halves import HELD, halves_of
 from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.text import text
 from thesean.passes.thread_state import ThreadState, zero_states
@@ -188,6 +188,22 @@ def test_a_decoder_as_long_as_its_source_has_no_length_of_its_own():
     found = capture(model, encoder_decoders.plain_inputs(2, 6, 6))
     with pytest.raises(PassRefused, match="expected inputs of a decoder, whose length is free"):
         DivideEncoder(found.signature)(found.graph_module)
+
+
+def test_a_decoder_that_multiplies_its_source_by_weights_is_a_defect():
+    found = pooled()
+    divide = DivideEncoder(found.signature)
+    made = divide(found.graph_module).graph_module
+    _, decoder, _ = halves_of(made)
+    divide.ensures(made)
+    held = next(n for n in decoder.graph.nodes if n.op == "placeholder" and HELD in n.meta)
+    weight = next(n for n in decoder.graph.nodes if n.op == "get_attr")
+    with decoder.graph.inserting_after(max(held, weight)):
+        turned = decoder.graph.call_function(torch.ops.aten.t.default, (weight,))
+    with decoder.graph.inserting_after(turned):
+        decoder.graph.call_function(torch.ops.aten.matmul.default, (held, turned), name="again")
+    with pytest.raises(PassBroken, match="no product of weights with the source in the decoder, such as again"):
+        divide.ensures(made)
 
 
 def example() -> Example:

@@ -115,3 +115,12 @@ def test_the_memory_stays_bounded_over_a_long_sequence(sequence_part, attention_
     values_BTHK = module.value(x_BTD).unflatten(-1, (4, 4))
     # each of the 4 orthogonal directions of a key holds a value's length at most twice over
     assert features_BTE.unflatten(-1, (4, 4)).norm(dim=-1).amax() < 4 * values_BTHK.norm(dim=-1).amax()
+
+
+def test_untrained_each_token_replaces_half_of_what_is_held_at_its_key(sequence_part):
+    module = build("delta", sequence_part(), heads=2)
+    x_BTD = torch.randn(2, 5, 16)
+    assert torch.equal(torch.sigmoid(module.rate(x_BTD)), torch.full((2, 5, 2), 0.5))
+    assert torch.equal(module.decay(x_BTD), module.decay.bias.expand(2, 5, 2))  # all tokens are forgotten alike
+    for linear in (module.query, module.key, module.value):
+        assert not linear(torch.zeros(16)).any()

@@ -40,11 +40,13 @@ def test_a_token_hears_of_the_others_where_it_should(mixing, hears):
     assert bool((change_T[[0, 1, 2, 4, 11]] > 0).all()) == hears
 
 
-def test_the_mean_is_that_of_what_is_seen():
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_mean_is_that_of_what_is_seen(count):
     module = build("token-mlp", sequence("bidirectional")).eval()
     x_BTD, mask_BT = inputs(sequence()), torch.ones(3, 12, dtype=torch.bool)
-    mask_BT[:, 7:] = False
-    torch.testing.assert_close(module(x_BTD, mask=mask_BT)[:, :7], module(x_BTD[:, :7]), rtol=1e-5, atol=1e-6)
+    mask_BT[:, count:] = False
+    alone_BTD = module(x_BTD[:, :count])
+    torch.testing.assert_close(module(x_BTD, mask=mask_BT)[:, :count], alone_BTD, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -106,7 +106,6 @@ def _replace(graph_module: fx.GraphModule, core: CausalAttention, bias: fx.Node,
     call.meta["nn_module_stack"] = mixed.meta.get("nn_module_stack", {})
     out.meta = {k: v for k, v in mixed.meta.items() if k in ("val", "nn_module_stack")}
     mixed.replace_all_uses_with(out)
-    graph.erase_node(mixed)
 
 
 def _free_names(graph_module: fx.GraphModule) -> Iterator[str]:

@@ -98,4 +98,3 @@ def _replace(graph_module: fx.GraphModule, module: SoftmaxHeads, call: fx.Node, 
     cached.meta["nn_module_stack"] = call.meta.get("nn_module_stack", {})
     out.meta = {k: v for k, v in call.meta.items() if k in ("val", "nn_module_stack")}
     call.replace_all_uses_with(out)
-    graph.erase_node(call)

@@ -158,7 +158,7 @@ class _Cut:
         self.crossing = crossings([n for n in self.nodes if n in self.same.values()], entered, signature)
 
     def _later(self, stop: set[fx.Node]) -> set[fx.Node]:
-        return self._above([n for n in self.outputs if n not in self.early], self.places, stop)
+        return self._above(self.outputs, self.places, stop)
 
     def _read(self, stop: set[fx.Node]) -> list[fx.Node]:
         """What is read of these, and not for its size alone."""

@@ -146,7 +146,6 @@ def _write_out(graph: fx.Graph, node: fx.Node, mask: fx.Node | None, written: di
         out = graph.call_function(aten.matmul.default, (weights, v))
     out.meta = {key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta}
     node.replace_all_uses_with(out)
-    graph.erase_node(node)
 
 
 def _bias(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype, written: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -167,6 +167,14 @@ def test_a_stream_is_compared_past_what_its_positions_are_compared_with(rule, fa
     assert threaded(STREAMS[rule])[0].meta[FAR] == far
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_stream_is_compared_from_any_length_on(length):
+    graph_module, stateless, signature = threaded(STREAMS["after 50 steps"])
+    states = zero_states(graph_module, 1)
+    compared = Threaded(graph_module=graph_module, stateless=stateless, signature=signature, states=states)
+    assert compared.compare(length).length == 53
+
+
 @cache
 def after(steps: int) -> Rule:
     return lambda m, ids, x: torch.where(at(ids)[None, :, None] < steps, x * 2, x)

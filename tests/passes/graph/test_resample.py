@@ -77,6 +77,13 @@ def test_offsets_and_positions_rise():
     assert made(positions_BT, ("batch", "time"), high=9, batch=1, time=11).tolist() == [[*range(9), 8, 8]]
 
 
+def test_rows_of_times_come_again_in_turn_and_each_goes_on_by_its_own_step():
+    times_BT = torch.tensor([[1.0], [2.0], [3.0]]) * torch.arange(4)
+    longer_BT = torch.tensor([[1.0], [2.0], [3.0], [1.0], [2.0]]) * torch.arange(6)
+    assert torch.equal(made(times_BT, ("batch", "time"), batch=5, time=6), longer_BT)
+    assert torch.equal(made(times_BT, ("batch", "time"), batch=2, time=3), times_BT[:2, :3])
+
+
 def test_lengths_shrink_with_what_they_count():
     specs = (
         InputSpec(name="x", dtype=torch.float32, shape=("batch", "time", 3), example=torch.randn(4, 12, 3)),

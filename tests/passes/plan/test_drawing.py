@@ -13,7 +13,7 @@ from thesean.errors import MissingExtraError, PlanError, WriteError
 from thesean.passes.plan.drawing import picture_of
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import PlannedPart
-from thesean.passes.plan.svg import Box, Picture
+from thesean.passes.plan.svg import Arrow, Box, Picture, Text
 
 SVG = "{http://www.w3.org/2000/svg}"
 TARGETS = ("gru", "keep", "linear-attention", "narrow")
@@ -119,3 +119,50 @@ def test_a_png_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"thesean-compiler\[report\]"):
         PLAN.draw(tmp_path / "plan.png")
+
+
+PICTURE = Picture(
+    width=200, height=100, title="two",
+    boxes=(Box(x=20, y=10, width=60, height=20, fill="#ff0000", edge="#0000ff", hint="a"),
+           Box(x=120, y=60, width=40, height=30, fill="#00ff00", edge="#0000ff")),
+    texts=(Text(x=50, y=80, words="bold", bold=True), Text(x=10, y=95, words="plain", size=9, centred=False)),
+    arrows=(Arrow(x=100, y=20, end=70),),
+)  # fmt: skip
+
+
+def test_an_svg_says_what_is_drawn_where():
+    root = ElementTree.fromstring(PICTURE.svg())
+    assert (root.get("width"), root.get("height"), root.get("viewBox")) == ("200", "100", "0 0 200 100")
+    ground, *boxes = root.iter(f"{SVG}rect")
+    assert (ground.get("fill"), ground.get("width"), ground.get("height")) == ("white", "200", "100")
+    sides = ("x", "y", "width", "height", "fill", "stroke")
+    assert [tuple(b.get(s) for s in sides) for b in boxes] == [
+        ("20", "10", "60", "20", "#ff0000", "#0000ff"), ("120", "60", "40", "30", "#00ff00", "#0000ff"),
+    ]  # fmt: skip
+    assert [[t.text for t in box] for box in boxes] == [["a"], []]
+    looks = ("x", "y", "font-size", "font-weight", "text-anchor")
+    assert [tuple(t.get(look) for look in looks) for t in root.iter(f"{SVG}text")] == [
+        ("50", "80", "11", "bold", "middle"), ("10", "95", "9", None, None),
+    ]  # fmt: skip
+    (line,), (tip,) = root.iter(f"{SVG}line"), root.iter(f"{SVG}polygon")
+    assert [line.get(k) for k in ("x1", "y1", "x2", "y2")] == ["100", "20", "100", "66"]
+    assert tip.get("points") == "96,64 104,64 100,70"
+
+
+def test_a_png_shows_the_same_at_twice_the_size(tmp_path: Path):
+    image = pytest.importorskip("matplotlib.image")
+    pixels = image.imread(PICTURE.write(tmp_path / "two.png"))[..., :3]
+    assert pixels.shape == (200, 400, 3)
+    for box in PICTURE.boxes:
+        wanted = [int(box.fill[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        found = (pixels == wanted).all(-1)
+        assert found[int(2 * box.y + box.height), int(2 * box.x + box.width)]
+        rows, columns = found.any(1).nonzero()[0], found.any(0).nonzero()[0]
+        corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        sides = [box.x, box.y, box.x + box.width, box.y + box.height]
+        assert corners == pytest.approx([2 * side for side in sides], abs=3)  # within its edge
+    dark = (pixels < 0.7).all(-1)
+    assert dark[60:100, 196:205].any()  # the arrow
+    assert dark[140:164, 60:140].any()  # and both texts
+    assert dark[170:195, 20:80].any()
+    assert not dark[:, 340:].any()

@@ -85,11 +85,8 @@ def measure_plan(
         parts, unmeasured = latency_of_parts(
             bound_plan, hybrid, CheckSizes(batch=places[0].batch, length=places[0].context)
         )
-        notes += unmeasured
-        notes[:0] = [
-            *verdicts(places),
-            *slower_targets(places, _by_target(bound_plan, parts), _target_names(bound_plan)),
-        ]
+        slower = slower_targets(places, _by_target(bound_plan, parts), _target_names(bound_plan))
+        notes = [*verdicts(places), *slower, *notes, *unmeasured]
     logger.info("measured the plan in %.0f s", time.monotonic() - start)
     return replace(
         plan,

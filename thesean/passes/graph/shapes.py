@@ -117,7 +117,7 @@ def _cumulated(func: Any, x: torch.Tensor, dim: int, **dtype: Any) -> torch.Tens
 
 
 def _reduced(func: Any, x: torch.Tensor, dim: Any = None, keepdim: bool = False, **dtype: Any) -> torch.Tensor:
-    small = func(_small(x), dim, keepdim, **dtype)  # which checks the dimensions
+    small = func(_small(x), dim or [], keepdim, **dtype)  # which checks the dimensions
     gone = {d % max(x.ndim, 1) for d in dim or range(x.ndim)}
     shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]
     return _meta(shape, small)

@@ -11,6 +11,7 @@ B batch, T time, D width in, E width
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,31 +27,29 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: 
     return floats and key.shape[:-1] == value.shape[:-1] and query.shape[-1:] == key.shape[-1:]
 
 
-def _cells(gates: int) -> Callable[..., bool]:
-    def fits(
-        x: torch.Tensor,
-        state: torch.Tensor | Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        *settings: Any,
-    ) -> bool:
-        has_biases, num_layers, _dropout, _train, bidirectional, batch_first = settings
-        ways = 1 + bidirectional
-        states = [state] if isinstance(state, torch.Tensor) else list(state)
-        if x.ndim != 3 or not states or states[0].ndim != 3 or num_layers < 1:
-            return False
-        width, batch = states[0].shape[-1], x.shape[0 if batch_first else 1]
-        expected: list[tuple[int, ...]] = []
-        for layer in range(num_layers):
-            read = x.shape[-1] if layer == 0 else ways * width
-            biases = [(gates * width,)] * (2 * has_biases)
-            expected += ways * [(gates * width, read), (gates * width, width), *biases]
-        return (
-            [tuple(w.shape) for w in weights] == expected
-            and all(tuple(s.shape) == (num_layers * ways, batch, width) for s in states)
-            and all(t.dtype == x.dtype for t in (*weights, *states))
-        )
-
-    return fits
+def _cell(
+    gates: int,
+    x: torch.Tensor,
+    state: torch.Tensor | Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    *settings: Any,
+) -> bool:
+    has_biases, num_layers, _dropout, _train, bidirectional, batch_first = settings
+    ways = 1 + bidirectional
+    states = [state] if isinstance(state, torch.Tensor) else list(state)
+    if x.ndim != 3 or not states or states[0].ndim != 3 or num_layers < 1:
+        return False
+    width, batch = states[0].shape[-1], x.shape[0 if batch_first else 1]
+    expected: list[tuple[int, ...]] = []
+    for layer in range(num_layers):
+        read = x.shape[-1] if layer == 0 else ways * width
+        biases = [(gates * width,)] * (2 * has_biases)
+        expected += ways * [(gates * width, read), (gates * width, width), *biases]
+    return (
+        [tuple(w.shape) for w in weights] == expected
+        and all(tuple(s.shape) == (num_layers * ways, batch, width) for s in states)
+        and all(t.dtype == x.dtype for t in (*weights, *states))
+    )
 
 
 def _truncated(x: torch.Tensor, by: torch.Tensor | float, *, rounding_mode: str | None = None) -> bool:
@@ -70,10 +69,10 @@ _FITS: dict[Callable[..., Any], Callable[..., bool]] = {
     aten._weight_norm.default: _weight_norm,
     aten.div.Tensor_mode: _truncated,
     aten.div.Scalar_mode: _truncated,
-    aten.lstm.input: _cells(4),
-    aten.gru.input: _cells(3),
-    aten.rnn_tanh.input: _cells(1),
-    aten.rnn_relu.input: _cells(1),
+    aten.lstm.input: partial(_cell, 4),
+    aten.gru.input: partial(_cell, 3),
+    aten.rnn_tanh.input: partial(_cell, 1),
+    aten.rnn_relu.input: partial(_cell, 1),
 }
 
 

@@ -66,6 +66,8 @@ def after(text: str, change: Callable[[Any], int], count: int = 1, scale: float 
     names = [v.name for v in model.graph.outputs]
     expected = run(model, scale)
     assert change(model) == count
+    for value in {v for node in model.graph for v in node.inputs if v is not None}:
+        assert all(use.node.graph is model.graph for use in value.uses())  # or later passes count who is gone
     assert [v.name for v in model.graph.outputs] == names
     for found, known in zip(run(model, scale), expected, strict=True):
         np.testing.assert_allclose(found, known, rtol=1e-5, atol=2e-6)
@@ -117,6 +119,23 @@ def test_a_size_is_not_left_to_a_division_by_what_may_be_empty():
     }"""
     text = text.replace("y = Identity (z)", "y = Reshape (x, s)")
     assert reshape_by_constant(built(text)) == 0
+
+
+def test_the_one_size_that_is_not_known_is_what_is_left():
+    text = """g (float[batch, time, 8] x) => (float[batch, n] y)
+    {
+        b = Shape <start = 0, end = 1> (x)
+        rest = Constant <value_ints = [-1]> ()
+        s = Concat <axis = 0> (b, rest)
+        y = Reshape (x, s)
+    }"""
+    model = built(text)
+    assert reshape_by_constant(model) == 1
+    (node,) = (n for n in model.graph if n.op_type == "Reshape")
+    assert node.inputs[1].const_value.numpy().tolist() == [0, -1]
+    after(text, reshape_by_constant)
+    two = text.replace("float[batch, n] y", "float[m, n] y")
+    assert reshape_by_constant(built(two)) == 0
 
 
 SOFTPLUS = f"""g ({X}) => (float[batch, time, 8] y)
@@ -216,6 +235,33 @@ def test_a_product_of_rows_keeps_its_dimensions():
     assert "Gemm" in after(GEMM.replace("Gemm (", "Gemm <alpha = 2.0> ("), products_of_rows, count=0)
 
 
+@pytest.mark.parametrize(
+    ("was", "found"),
+    [
+        ("(flat, W, B)", "<beta = 2.0> (flat, W, B)"),
+        ("float[4] B", "float[1, 4] B"),
+        ("float[4] B", "float[1] B"),
+    ],
+)
+def test_a_product_that_is_otherwise_stays(was, found):
+    assert was in GEMM
+    assert "Gemm" in after(GEMM.replace(was, found), products_of_rows, count=0)
+
+
+def test_a_product_whose_rows_change_places_stays():
+    text = GEMM.replace("=> (float[batch, time, 4] y)", "=> (float[time, batch, 4] y)")
+    text = text.replace("b = Shape <start = 0, end = 2> (x)", "o = Shape <start = 0, end = 1> (x)\n    "
+                        "t = Shape <start = 1, end = 2> (x)\n    b = Concat <axis = 0> (t, o)")  # fmt: skip
+    assert "Gemm" in after(text, products_of_rows, count=0)
+
+
+def test_a_product_of_pieces_of_rows_stays():
+    text = GEMM.replace("[-1, 8]", "[-1, 4]").replace("float[n, 8] flat", "float[n, 4] flat")
+    text = text.replace("float[8, 4] W", "float[4, 4] W").replace("[4]> ()", "[8]> ()")
+    text = text.replace("time, 4] y", "time, 8] y")
+    assert "Gemm" in after(text.replace(", B)", ")").replace(", float[4] B", ""), products_of_rows, count=0)
+
+
 def test_heads_are_flattened_before_their_product():
     text = GEMM.replace("float[batch, time, 8] x", "float[batch, time, 2, 4] x")
     kinds = after(text, products_of_rows)
@@ -306,6 +352,25 @@ def test_a_product_by_a_weight_that_others_read_stays_alone():
     text = JOIN.replace("=> (", "=> (float[batch, time, 4] w, ").replace("q = Neg", "w = MatMul (x, W)\n    q = Neg")
     kinds = after(text, inferred(join_products))
     assert kinds.count("MatMul") == 3
+
+
+@pytest.mark.parametrize(("columns", "products"), [(64, 2), (63, 3)])
+def test_one_that_is_small_beside_the_others_is_written_twice(columns, products):
+    """8 columns, an eighth of the others', or more than that."""
+    text = f"""g ({X}, float[8, 8] W, float[8, 32] V, float[8, {columns - 32}] U)
+        => (float[batch, time, 8] q, float[batch, time, 8] w, float[batch, time, 32] k,
+            float[batch, time, {columns - 32}] v)
+    {{
+        turned = Neg (x)
+        w = MatMul (turned, W)
+        a = MatMul (x, W)
+        q = Neg (a)
+        b = MatMul (x, V)
+        k = Neg (b)
+        c = MatMul (x, U)
+        v = Neg (c)
+    }}"""
+    assert after(text, inferred(join_products)).count("MatMul") == products
 
 
 TANH = f"""g ({X}, float[8] B) => (float[batch, time, 8] y)
