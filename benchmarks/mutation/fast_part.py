@@ -1,4 +1,5 @@
-"""Writes tests/fast_part.txt: `python -m benchmarks.mutation.fast_part FILE.json ...`, of what `come_by` keeps.
+"""Writes tests/fast_part.txt: `python -m benchmarks.mutation.fast_part FILE.json ...`, of what `come_by` keeps, such as
+build/bench/mutants-lines.json. What the list says of tests that aren't in it stays.
 
 Of each test function the first case belongs to the fast part by tests/fast_part.py's rule. Here those are left out that
 take long, and then cases are taken in again, those that come by most lines a second first, until few are left.
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
-from tests.fast_part import LIST, chosen, function_of
+from tests.fast_part import LIST, chosen, function_of, listed
 
 LONG_S = 0.2  # what a first case may take, where lines are traced
 LEAST = 8  # lines a second, for which a case is taken in again
@@ -46,7 +48,12 @@ def main(files: list[str]) -> None:
     rows: dict[str, Any] = {}
     for file in files:
         rows |= json.loads(Path(file).read_text(encoding="utf-8"))["tests"]
-    left_out, kept = choice(rows)
+    known = set(map(function_of, rows))
+    before = (
+        set(filterfalse(lambda name: function_of(name) in known, names))
+        for names in listed(LIST.read_text(encoding="utf-8"))
+    )
+    left_out, kept = map(set.union, choice(rows), before)
     text = [*(f"- {name}" for name in sorted(left_out)), *(f"+ {name}" for name in sorted(kept))]
     LIST.write_text("".join(f"# {line}\n" for line in HEAD.splitlines()) + "\n".join(text) + "\n", encoding="utf-8")
 
