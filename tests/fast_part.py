@@ -98,7 +98,7 @@ class Costs:
         self.workers = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.tests.update((report.nodeid, value) for name, value in report.user_properties if name == _NAME)
+        self.tests.update((report.nodeid, float(str(v))) for name, v in report.user_properties if name == _NAME)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
