@@ -1,43 +1,35 @@
 """One torch thread for all tests: on shared cores a second one is slower by up to ten times."""
 
 import gc
-import logging
-import os
 
-import torch
-from hypothesis import settings
+import pytest
 
-from tests.kept_captures import capture
-from tests.kept_files import to_onnx
-from thesean import compiler
-from thesean.deploy import export
-from thesean.deploy.timing import parts
+from tests.fast_part import (  # noqa: F401
+    hand_on_costs,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    tell_costs,
+)
 
-torch.set_num_threads(1)
 
-# pytest hands a handler to each logger that does not propagate; with one torch writes down each step of its traces.
-logging.getLogger("torch.__trace").propagate = True
+def pytest_configure(config: pytest.Config) -> None:
+    tell_costs(config)
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # what hands tests out to others needs none of what they import
+    from tests import prepared  # noqa: F401
 
-# In CI the same examples each time: a rare one that fails there would stop a change that has nothing to do with it.
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
-
-compiler.capture = capture
-export.to_onnx = parts.to_onnx = to_onnx  # type: ignore[assignment]
-
-if not torch.cuda.is_available():
-    # For devices that may come, torch writes down the whole stack at each seed: here longer than many a test takes.
-    setattr(torch, "manual_seed", torch.default_generator.manual_seed)  # noqa: B010
+    gc.disable()  # nothing of what is imported now is ever given back
 
 
 def pytest_collection_finish() -> None:
     """Half a million objects of what was imported stay to the end: no collection needs to look through them again."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     """Else libraries that count their objects find them at the end of the process, and say so."""
     gc.unfreeze()
+    hand_on_costs(session.config)

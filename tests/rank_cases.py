@@ -172,13 +172,13 @@ def keep_every_step() -> None:
 
 
 def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
-    """A loss in which a rank kills itself when it is called for the so many-th time."""
-    calls = 0
+    """A loss in which a rank kills itself in the so many-th step; how often networks are judged doesn't count."""
+    steps = 0
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == at and os.environ["RANK"] == str(rank):
+        nonlocal steps
+        steps += output.requires_grad
+        if steps == at > 0 and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGKILL)
         return cross_entropy(output, batch)
 
@@ -186,13 +186,13 @@ def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
 
 
 def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
-    """A loss that fails in every process when it is called for the so many-th time."""
-    calls = 0
+    """A loss that fails in every process in the so many-th step."""
+    steps = 0
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == at:
+        nonlocal steps
+        steps += output.requires_grad
+        if steps == at > 0:
             raise ArithmeticError("stop here")
         return cross_entropy(output, batch)
 
@@ -204,7 +204,7 @@ def stopped(folder: Path) -> None:
     kept = thesean.journal._AT_LEAST_S, thesean.journal._SHARE
     keep_every_step()
     with suppress(DataError):
-        result(SHARDED, loss=stopping(9), workdir=folder / "sharded")
+        result(SHARDED, loss=stopping(4), workdir=folder / "sharded")
     thesean.journal._AT_LEAST_S, thesean.journal._SHARE = kept
 
 
@@ -261,7 +261,7 @@ def killed(folder: Path) -> None:
     """Rank 1 is killed in the midst of a run."""
     keep_every_step()
     try:
-        result(INTERRUPTED, loss=deadly(1, 9), workdir=folder / "run")
+        result(INTERRUPTED, loss=deadly(1, 4), workdir=folder / "run")
     except RankError as error:
         print(error, file=sys.stderr)
         sys.exit(LOST)

@@ -13,8 +13,8 @@ from torch import nn
 
 import thesean
 from benchmarks import zoo
+from tests.kept_captures import capture
 from tests.passes.analyse.test_distance_bias import small
-from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.targets import Target
