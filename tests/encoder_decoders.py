@@ -43,6 +43,20 @@ def bart() -> nn.Module:
     return spread(BartForConditionalGeneration(config).eval())
 
 
+def whisper() -> nn.Module:
+    """Reads 8 bands of 24 frames, no more and no fewer."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=VOCABULARY, num_mel_bins=8, max_source_positions=12, max_target_positions=64, d_model=WIDTH,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return spread(WhisperForConditionalGeneration(config).eval())
+
+
 class Translator(nn.Module):
     """target_BT, source_BS, hidden_BS -> logits_BTV: torch's own layers, and the target in front."""
 
@@ -108,6 +122,12 @@ def t5_inputs(batch: int, source: int, target: int, seed: int = 0) -> dict[str, 
 def masked(batch: int, source: int, target: int, seed: int = 0) -> dict[str, torch.Tensor]:
     found = t5_inputs(batch, source, target, seed)
     return {"attention_mask": torch.ones(batch, source, dtype=torch.int64), **found}
+
+
+def whisper_inputs(batch: int, source: int, target: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """`source` frames have to be 24."""
+    features = torch.randn(batch, 8, source, generator=torch.Generator().manual_seed(seed))
+    return {"input_features": features, "decoder_input_ids": tokens(batch, target, seed + 1)}
 
 
 def translator_inputs(batch: int, source: int, target: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -20,17 +21,22 @@ from typer.testing import CliRunner
 
 import thesean
 from tests import encoder_decoders, models
+from tests.deploy.quantizing.test_quantized import OPERATORS
 from tests.encoder_decoders import GUIDES, guide
 from tests.models import tokens
 from thesean.cli.app import app
 from thesean.deploy.encoder_decoder import export_network
 from thesean.deploy.export_report import ExportReport
+from thesean.deploy.onnx_file import metadata
+from thesean.deploy.quantizing.quantized import QUANTIZED, QUANTIZED_PARITY
 from thesean.deploy.session import Session
 from thesean.deploy.states import Arrays
+from thesean.distill.outputs import Outputs
 from thesean.errors import DataError, ExportError, WriteError
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.nodes import leaf_values
+from thesean.samples import samples_of
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,66 @@ def test_outputs_of_the_encoder_alone_are_its_files(made):
     np.testing.assert_allclose(found["encoder_last_hidden_state"], want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_spectrogram_of_one_size_is_told_from_a_text_of_any_length(tmp_path):
+    data = [encoder_decoders.whisper_inputs(2, 24, 9, seed) for seed in range(2)]
+    model = thesean.compile(encoder_decoders.whisper(), "rnn", data=data, recipe="fast", progress=False)
+    report = model.export(tmp_path / "m.onnx", stateful="yes")
+    session, inputs = Session(report.path), encoder_decoders.whisper_inputs(3, 24, 12, seed=20)
+    assert session.has_rows
+    encoded = session.encode({"input_features": inputs["input_features"].numpy()})
+    state, parts = None, []
+    for piece in inputs["decoder_input_ids"].split((1, 5, 6), 1):
+        found, state = session.run({**encoded, "decoder_input_ids": piece.numpy()}, state)
+        parts.append(found["logits"])
+    with torch.no_grad():
+        want = model(**inputs).logits.numpy()
+    np.testing.assert_allclose(np.concatenate(parts, 1), want, rtol=1e-4, atol=1e-4)
+
+
+# forms
+
+
+@pytest.mark.parametrize("form", ["int4", pytest.param("int8-static", marks=pytest.mark.thorough)])
+def test_both_files_hold_whole_numbers_each_held_against_its_exact_one(made, tmp_path, form):
+    exact, found, data = made["bart"], guide("bart"), [encoder_decoders.masked(3, 9, 7, seed) for seed in range(5)]
+    for batch in data:
+        batch["attention_mask"][1, 5:] = 0  # a mask that crosses, and is nothing to be judged by
+    samples = samples_of(data, found.signature)
+    report = export_network(found.graph_module, found.signature, tmp_path / "m.onnx", quantize=form, samples=samples)
+    assert report.stateful
+    assert report.tolerance == QUANTIZED_PARITY[form]
+    assert {"both files vs torch", "both files in chunks vs torch"} <= {c.label for c in report.checks}
+    for half, own in ((report, exact.report), (report.encoder, exact.report.encoder)):
+        assert half.quantized.exact_bytes == pytest.approx(own.bytes, rel=0.05)
+        kinds = [n.op_type for n in onnx.load(half.path).graph.node]
+        assert kinds.count(OPERATORS[form]) >= half.quantized.products >= 5
+        assert half.quantized.calibrated == (4 if form == "int8-static" else 0)
+        assert QUANTIZED in metadata(half.path)
+    assert (report.quantized.unit, report.encoder.quantized.unit) == ("nats", "of the variance")
+    assert report.quantized.agreement is not None
+    assert report.encoder.quantized.agreement is None
+    last = {n: v.numpy() for n, v in data[-1].items()}
+    source = {n: last[n] for n in exact.source}
+    session, encoded = Session(report.path), exact.session.encode(source)
+    pairs = [s.encoder.run(source)[0] for s in (session, exact.session)]
+    own, wanted = ({n: torch.from_numpy(v) for n, v in outputs.items()} for outputs in pairs)
+    same = [n for n, v in own.items() if torch.equal(v, wanted[n])]
+    assert len(same) == 1  # the mask
+    judge = Outputs(kinds=dict.fromkeys(own.keys() - same, "mse"), told="")
+    assert report.encoder.quantized.divergence == pytest.approx(float(judge.distance(own, wanted)), rel=1e-3)
+    given = {"decoder_input_ids": last["decoder_input_ids"], **encoded}
+    p, q = (torch.from_numpy(s.run(given)[0]["logits"]).log_softmax(-1) for s in (exact.session, session))
+    assert report.quantized.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
+def test_both_files_are_in_half_precision_where_its_name_is_asked_for(tmp_path):
+    found = guide("plain")
+    report = export_network(found.graph_module, found.signature, tmp_path / "m.onnx", dtype="float16")
+    assert (report.dtype, report.encoder.dtype) == ("float16", "float16")
+    assert report.stateful
+    assert 1e-6 < max(c.max_abs_error for c in report.checks) < 3e-2
+
+
 # what files say of themselves
 
 
@@ -282,6 +348,16 @@ def test_a_decoder_whose_length_is_its_sources_is_told(tmp_path):
     found = capture(models.seeded(encoder_decoders.Plain, True), encoder_decoders.plain_inputs(2, 6, 6))
     with pytest.raises(ExportError, match="takes source only as long as target: expected a decoder whose"):
         export_network(found.graph_module, found.signature, tmp_path / "m.onnx", stateful=True)
+
+
+def test_a_graph_of_torchs_is_one_file_and_says_where_two_are_to_be_had(tmp_path):
+    found = guide("t5")
+    report = export_network(found.graph_module, found.signature, tmp_path / "m.pt2")
+    assert not report.stateful
+    assert "a .pt2 file holds encoder and decoder in one: expected a name that ends in .onnx" in report.note
+    with pytest.raises(ExportError, match=r"\.pt2 file holds encoder and decoder in one: .* stateful='no'\.$"):
+        export_network(found.graph_module, found.signature, tmp_path / "no.pt2", stateful=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
 
 
 # conversions

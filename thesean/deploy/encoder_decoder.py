@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,12 +20,14 @@ from typing import Any, Unpack
 from torch import fx
 
 from thesean.deploy.encoder_parity import Both
-from thesean.deploy.export import PARITY, export
+from thesean.deploy.export import PARITY, export, parse_dtype
 from thesean.deploy.export_report import ExportReport, Form, Stateful, parse_stateful
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import output_names
 from thesean.deploy.onnx_file import BESIDE_DECODER, BESIDE_ENCODER, PARITY_SEEN, Draft, draft
 from thesean.deploy.parity import allowed_error, not_comparable, rounding
+from thesean.deploy.quantizing.halves import samples_of_halves
+from thesean.deploy.quantizing.quantized import COARSE, QUANTIZED_PARITY
 from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX
 from thesean.errors import ExportError, PassRefused
@@ -67,15 +69,13 @@ def export_network(
     lengths = [s for s in signature.symbols if not s.startswith("batch")]
     read = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder") if n.users}
     alike = all(s.name not in read or length in s.shape for s in signature.inputs for length in lengths)
-    elsewhere = named(path).suffix == SUFFIX or form.get("runtime") == "genai"
-    if wanted is False or elsewhere or not lengths:
+    if wanted is False or form.get("runtime") == "genai" or not lengths:
         return export(graph_module, signature, path, stateful=stateful, **how)
-    if alike:
-        return _write_one(graph_module, signature, path, stateful, how)
+    if alike or named(path).suffix == SUFFIX:
+        why = partial(_as_long if alike else _in_one, graph_module, signature)
+        return _write_one(graph_module, signature, path, stateful, how, why)
     require("onnx", "onnxruntime", "onnxscript")
     try:
-        if form.get("quantize") is not None:
-            raise ExportError("quantize: two files of an encoder-decoder are exact. Leave it out, or stateful='no'.")
         return _write_both(graph_module, signature, named(path), how)
     except ExportError as error:
         if wanted and not isinstance(error.__cause__, PassRefused):
@@ -98,18 +98,34 @@ def encoder_beside(path: Path) -> Path:
 
 
 def _write_one(
-    graph_module: fx.GraphModule, signature: Signature, path: str | Path, stateful: Stateful, how: dict[str, Any]
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    path: str | Path,
+    stateful: Stateful,
+    how: dict[str, Any],
+    why: Callable[[], str],
 ) -> ExportReport:
-    """`export`; where it carries no state as its encoder can't be apart from its decoder, that is told."""
+    """`export`; where it carries no state as its encoder isn't apart from its decoder, that is told: `why`, or ""."""
     try:
         report = export(graph_module, signature, path, stateful=stateful, **how)
     except ExportError as error:
-        told = _as_long(graph_module, signature) if isinstance(error.__cause__, PassRefused) else ""
+        told = why() if isinstance(error.__cause__, PassRefused) else ""
         if not told:
             raise
         raise ExportError(f"a stateful export is not possible: {told}. Export with stateful='no'.") from error
-    told = "" if report.stateful else _as_long(graph_module, signature)
+    told = "" if report.stateful else why()
     return replace(report, note=f"{report.note}; {told}") if told else report
+
+
+def _in_one(graph_module: fx.GraphModule, signature: Signature) -> str:
+    try:
+        run_passes(graph_module, DivideEncoder(signature))
+    except PassRefused:
+        return ""
+    return (
+        f"a {SUFFIX} file holds encoder and decoder in one: expected a name that ends in .onnx, of two files whose "
+        "decoder carries a state"
+    )
 
 
 def _as_long(graph_module: fx.GraphModule, signature: Signature) -> str:
@@ -131,19 +147,21 @@ def _write_both(graph_module: fx.GraphModule, signature: Signature, path: Path, 
     sides = [at_source for at_source, _ in halves.leaves]
     _name_outputs(encoder, [*halves.crossing, *(n for n, side in zip(names, sides, strict=True) if side)])
     _name_outputs(decoder, [n for n, side in zip(names, sides, strict=True) if not side])
+    form, samples = how.get("quantize"), how.get("samples")
+    of_source, of_target = (None, None) if samples is None else samples_of_halves(samples, encoder, halves)
     with draft(path) as second, draft(beside := encoder_beside(second.name)) as first:
         made = export(
             encoder, halves.encoder, beside, stateful=False, into=first,
-            **{**how, "about": {}, "train_length": _train_length(halves.encoder, how)},
+            **{**how, "about": {}, "samples": of_source, "train_length": _train_length(halves.encoder, how)},
         )  # fmt: skip
         first.tell({BESIDE_DECODER: json.dumps({"file": second.name.name})})
         report = export(
             decoder, halves.decoder, path, stateful=True, into=second,
-            **{**how, "train_length": _train_length(halves.decoder, how)},
+            **{**how, "samples": of_target, "train_length": _train_length(halves.decoder, how)},
         )  # fmt: skip
         told = {"file": beside.name, "sha256": file_sha256(first.path), "gives": halves.crossing}
         second.tell({BESIDE_ENCODER: json.dumps(told)})
-        dtypes = dtypes_for(graph_module, signature, how.get("dtype"))
+        dtypes = dtypes_for(graph_module, signature, parse_dtype(how.get("dtype")))
         module, _ = run_passes(graph_module, FreezeOnCpu(), CastFloats(dtypes))
         whole = cast_signature(signature, dtypes)
         both = Both(encoder=Session(first.path), decoder=Session(second.path), halves=halves, names=names)
@@ -151,8 +169,12 @@ def _write_both(graph_module: fx.GraphModule, signature: Signature, path: Path, 
         if (unchecked := not_comparable(checks)) and how.get("check", "all") != "skip":
             raise ExportError(f"{path}: {unchecked}. No file was written.")
         asked = how["tolerance"] is not None
-        tolerance = how["tolerance"] if asked else PARITY[next(t for t in PARITY if str(t).endswith(report.dtype))]
-        tolerance, amplifies = allowed_error(checks, tolerance, path, partial(rounding, module, whole), asked=asked)
+        if form is None:
+            tolerance = how["tolerance"] if asked else PARITY[next(t for t in PARITY if str(t).endswith(report.dtype))]
+            tolerance, amplifies = allowed_error(checks, tolerance, path, partial(rounding, module, whole), asked=asked)
+        else:
+            tolerance = how["tolerance"] if asked else QUANTIZED_PARITY[form]
+            tolerance, amplifies = allowed_error(checks, tolerance, path, lambda shape: 0.0, COARSE)
         seen = (*report.checks, *checks)
         second.tell({PARITY_SEEN: json.dumps([c._asdict() for c in seen])})
         size = second.bytes

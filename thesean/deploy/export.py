@@ -145,7 +145,7 @@ def export(
         module=graph_module,
         signature=signature,
         path=named(path),
-        dtype=_parse_dtype(form.get("dtype")),
+        dtype=parse_dtype(form.get("dtype")),
         opset=DEFAULT_OPSET if opset is None else opset,
         portable=runtime == "portable",
         tolerance=tolerance,
@@ -348,7 +348,8 @@ def _compare(
         raise ExportError(f"{path}: the file does not run where the module does: {error}") from error
 
 
-def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What a file's precision is asked for as. Raises ExportError for one that files don't have."""
     if isinstance(dtype, str):  # "float16", as a report writes it
         dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
     if dtype is not None and dtype not in PARITY:

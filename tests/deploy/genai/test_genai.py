@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from thesean.deploy.genai.states import Caches, rename_states
 from thesean.errors import ExportError, MissingExtraError
 
 MIXED: dict[str, str | thesean.Target] = {"*.0": thesean.Target("linear-attention", window=4), "*.1": "keep"}
+PAD = 31
 installed = importlib.util.find_spec("onnxruntime_genai") is not None
 
 
@@ -34,7 +36,7 @@ def renamed(guide: Any, target: Any, folder: Path, mask: str | None) -> tuple[An
     module = exported.hybrid(guide, target)
     report = export(module, guide.signature, folder / "m.onnx", stateful=True)
     model = ir.load(report.path)
-    caches = rename_states(model, "input_ids", mask)
+    caches = rename_states(model, "input_ids", mask, PAD)
     ir.save(model, folder / "genai.onnx")
     return module, ort.InferenceSession(folder / "genai.onnx", providers=["CPUExecutionProvider"]), caches
 
@@ -46,7 +48,13 @@ def renamed(guide: Any, target: Any, folder: Path, mask: str | None) -> tuple[An
             lambda: family("gpt2", masked=True),
             {"*.0": "gru", "*.1": "keep"},
             "attention_mask",
-            {"0.key": [2, 8], "0.value": [2, 8], "0.conv_state": [1], "0.recurrent_state": [16]},
+            {"0.key": [2, 8], "0.value": [2, 8], "0.conv_state": [2], "0.recurrent_state": [16]},
+        ),
+        (  # chunks that are longer than its window of 5, and shorter ones
+            lambda: family("mistral", masked=True),
+            {"*.0": "gru", "*.1": "keep"},
+            "attention_mask",
+            {"0.key": [2, 8], "0.value": [2, 8], "0.conv_state": [2], "0.recurrent_state": [32]},
         ),
         pytest.param(
             captured.llama,
@@ -64,7 +72,10 @@ def test_a_file_with_genai_s_names_gives_the_whole_s_numbers_in_chunks(make, tar
     assert {
         n.removeprefix("past_key_values."): [d for d in i.shape if isinstance(d, int)] for n, i in states.items()
     } == wanted
-    ids_BT = models.tokens(3, 9)
+    ids_BT = models.tokens(3, 12) % PAD
+    seen_BT = torch.ones_like(ids_BT)
+    if mask is not None:  # the prompt of one row is shorter
+        ids_BT[1, :2], seen_BT[1, :2] = PAD, 0
     state = {
         n: np.zeros(
             [d if isinstance(d, int) else 3 if d == "batch" else 0 for d in i.shape],
@@ -73,7 +84,7 @@ def test_a_file_with_genai_s_names_gives_the_whole_s_numbers_in_chunks(make, tar
         for n, i in states.items()
     }
     names, found, start = [o.name for o in session.get_outputs()], [], 0
-    for length in (4, 1, 3, 1):
+    for length in (6, 1, 4, 1):
         given = {"input_ids": ids_BT[:, start : start + length].numpy(), **state}
         if mask is not None:
             given[mask] = np.ones((3, start + length), np.int64)  # of all steps so far
@@ -81,10 +92,28 @@ def test_a_file_with_genai_s_names_gives_the_whole_s_numbers_in_chunks(make, tar
         found.append(made["logits"])
         state = {n: made[n.replace("past_key_values", "present")] for n in states}
         start += length
-    ones = {} if mask is None else {mask: torch.ones_like(ids_BT)}
     with torch.no_grad():
-        whole_BTV = module.eval()(input_ids=ids_BT, **ones)["logits"].numpy()
+        whole_BTV = module.eval()(input_ids=ids_BT, **({} if mask is None else {mask: seen_BT}))["logits"].numpy()
+    shown_BT = seen_BT.bool().numpy()
+    np.testing.assert_allclose(np.concatenate(found, 1)[shown_BT], whole_BTV[shown_BT], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.thorough
+def test_a_latent_is_cut_in_a_key_and_a_value_and_stands_beside_no_other_cache(tmp_path):
+    guide, ids_BT = captured.llama(layers=1), models.tokens(2, 8)
+    module, session, caches = renamed(guide, "mla", tmp_path, None)
+    assert (caches.layers, caches.heads) == (1, 1)
+    past = {f"past_key_values.0.{part}": np.zeros((2, 1, 0, caches.width), np.float32) for part in ("key", "value")}
+    found = []
+    for chunk_BT in ids_BT.split((5, 1, 2), 1):
+        logits_BTV, *after = session.run(None, {"input_ids": chunk_BT.numpy(), **past})
+        found.append(logits_BTV)
+        past = dict(zip(past, after, strict=True))
+    with torch.no_grad():
+        whole_BTV = module.eval()(input_ids=ids_BT)["logits"].numpy()
     np.testing.assert_allclose(np.concatenate(found, 1), whole_BTV, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ExportError, match=r"of one shape in all attentions that are kept, found heads: 1 of width"):
+        renamed(captured.llama(), {"*.0": "mla", "*.1": "keep"}, tmp_path, None)
 
 
 @pytest.mark.skipif(not installed, reason="onnxruntime-genai is not installed")
@@ -141,7 +170,6 @@ def pretended(monkeypatch):
     [
         (captured.resnet, "found input 'image' of shape"),
         (captured.bert, "no part carries a state"),
-        (lambda: family("mistral"), "which ends at a window"),
     ],
 )
 def test_what_genai_can_not_serve_is_refused_and_nothing_is_left(pretended, make, told, tmp_path):
@@ -164,6 +192,8 @@ def test_an_earlier_folder_stays_where_the_runtime_is_not_installed_or_disagrees
     monkeypatch.setattr(genai_folder, "_run", lambda made, served, ids_BT: (ids_BT, 1 + served.run(ids_BT)))
     with pytest.raises(ExportError, match=r"onnxruntime-genai vs torch at \(1, 17\): expected an error of at most"):
         export(guide.graph_module, guide.signature, folder, runtime="genai")
+    with pytest.raises(ExportError, match=rf"^{re.escape(str(folder))}: .* at most 1e-12 of the output"):
+        export(guide.graph_module, guide.signature, folder, runtime="genai", tolerance=1e-12)
     assert (folder / "genai_config.json").read_text(encoding="utf-8") == "earlier"
     assert [p.name for p in folder.iterdir()] == ["genai_config.json"]
     assert leftovers(tmp_path) == ["served"]

@@ -62,6 +62,32 @@ def test_a_length_that_the_guide_fixes_stays_fixed_and_the_batch_stays_free():
     same_everywhere(model, captured, [(7,)], lambda b: vectors(b, 5, 4))
 
 
+class Heard(nn.Module):
+    """signal_BCT with a head of as many channels, and ids_BT that are read beside it."""
+
+    def __init__(self, free: bool) -> None:
+        super().__init__()
+        self.free = free
+        self.bands, self.words = nn.Conv1d(8, 4, 3), nn.Embedding(32, 4)
+        self.last = nn.Linear(4, 4) if free else nn.Linear(5 * 4, 4)
+
+    def forward(self, signal: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.words(ids) + self.bands(signal).mean(2).unsqueeze(1)
+        return self.last(x_BTD if self.free else x_BTD.flatten(1))
+
+
+@pytest.mark.parametrize(("free", "length"), [(True, "time"), (False, 5)])
+def test_a_size_that_the_guide_fixes_leaves_other_inputs_lengths_free(free, length):
+    given = vectors(2, 8, 12), tokens(2, 5)
+    captured = capture(models.seeded(Heard, free).eval(), given)
+    signal, ids = captured.signature.inputs
+    assert (signal.shape, ids.shape) == (("batch", 8, 12), ("batch", length))
+    if free:
+        with torch.no_grad():
+            model, other = models.seeded(Heard, free).eval(), (vectors(3, 8, 12, seed=1), tokens(3, 9))
+            torch.testing.assert_close(captured.graph_module(*other), model(*other))
+
+
 @pytest.mark.thorough
 def test_a_length_that_is_free_only_in_steps_is_fixed():
     """A window of 4 with a stride of 4 gives three positions for lengths of 12 to 15, and the table has three."""

@@ -29,6 +29,12 @@ def in_front(graph: fx.Graph, count: fx.Node) -> fx.Node:
     return embedded(graph, graph.call_function(aten.unsqueeze.default, (count, 0)))
 
 
+def repeated(graph: fx.Graph, count: fx.Node) -> fx.Node:
+    rows = graph.call_function(aten.sym_size.int, (next(iter(graph.nodes)), 0))
+    step_1T = graph.call_function(aten.unsqueeze.default, (count, 0))
+    return embedded(graph, graph.call_function(aten.repeat.default, (step_1T, [rows, 1])))
+
+
 def selected(graph: fx.Graph, count: fx.Node) -> fx.Node:
     bounded = graph.call_function(aten.clamp.default, (count, None, 8))
     return graph.call_function(aten.index_select.default, (graph.get_attr("table_1ND"), 1, bounded))
@@ -66,7 +72,7 @@ def shapes_of(module: fx.GraphModule) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("readers", [embedded, in_front, selected, wrapped, turned])
+@pytest.mark.parametrize("readers", [embedded, in_front, repeated, selected, wrapped, turned])
 def test_each_row_reads_at_a_count_of_its_own(readers):
     module, count = graph_of(readers)
     x_BTD = torch.randn(BATCH, TIME, 4, generator=torch.Generator().manual_seed(1))

