@@ -147,7 +147,6 @@ def test_an_operator_that_onnx_lacks_is_told_and_not_raised():
     assert any(note.startswith(told) for note in plan.notes)
 
 
-@pytest.mark.thorough
 def test_a_ceiling_that_cannot_be_exported_leaves_guide_and_plan(monkeypatch: pytest.MonkeyPatch):
     def refuses_the_third(module, signature, path, **settings):
         if path.stem == "2":

@@ -12,7 +12,8 @@ from thesean.targets.shared.heads import head_shape
 
 
 def shape(part: PartFacts, **options: Any) -> Any:
-    return head_shape(part, parse_options(get_family("linear-attention"), options))
+    asked: Any = parse_options(get_family("linear-attention"), options)
+    return head_shape(part, asked)
 
 
 @pytest.mark.parametrize(("heads", "each", "scale"), [(1, 16, 0.25), (4, 4, 0.5), (16, 1, 1.0)])
