@@ -123,6 +123,8 @@ def _within(node: ast.AST, parent: ast.AST, field: str, statement: ast.stmt) -> 
     told = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _root(node.value.func) in _TOLD
     if told or isinstance(node, (ast.Assert, ast.JoinedStr)) or (isinstance(node, ast.Expr) and _is_text(node.value)):
         return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion too
+        return
     for change in _of(node, parent, field):
         yield statement, change
     if isinstance(node, ast.Raise):  # what it says is another matter

@@ -24,7 +24,7 @@ def first(values: list, most: int = 2) -> int:
     """The first of the values that is small."""
     logger.info("asked for %d", 1)
     assert most > 0, "more"
-    for value in values:
+    for value, _ in zip(values, values, strict=True):
         if not value < most and value is not None:
             continue
         return value
