@@ -23,6 +23,7 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.MatMult: ast.Mult,
 }  # fmt: skip
 _KIN = {"min": "max", "max": "min", "any": "all", "all": "any"}
+_ASSERTS = "strict"  # of zip, as `assert` does
 _TOLD = {"logger", "logging", "warn", "warnings"}  # calls that only tell
 
 Change = tuple[str, Callable[[], None]]  # what it is, and how it is done to the tree
@@ -123,7 +124,7 @@ def _within(node: ast.AST, parent: ast.AST, field: str, statement: ast.stmt) -> 
     told = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _root(node.value.func) in _TOLD
     if told or isinstance(node, (ast.Assert, ast.JoinedStr)) or (isinstance(node, ast.Expr) and _is_text(node.value)):
         return
-    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion too
+    if isinstance(node, ast.keyword) and node.arg == _ASSERTS:
         return
     for change in _of(node, parent, field):
         yield statement, change
@@ -197,5 +198,5 @@ def _of(node: ast.AST, parent: ast.AST, field: str) -> Iterator[Change]:
             if isinstance(func, ast.Name) and func.id in _KIN:
                 yield f"{func.id} -> {_KIN[func.id]}", setting(func, "id", _KIN[func.id])
             for keyword in keywords:
-                if keyword.arg is not None:
+                if keyword.arg not in (None, _ASSERTS):
                     yield f"no {keyword.arg}=", lambda k=keyword: keywords.remove(k)  # type: ignore[misc]
