@@ -21,12 +21,23 @@ from torch import nn
 from torch.nn import functional as F
 
 import thesean
-from benchmarks.size import apart, batches, gpt2, peak_mib, processor, resident_mib, restart_peak
+from benchmarks.size import (
+    apart,
+    batches,
+    forward_seconds,
+    gpt2,
+    peak_mib,
+    processor,
+    resident_mib,
+    restart_peak,
+    weights_mib,
+)
 from benchmarks.suite import Case, Result, Run
+from benchmarks.tables import markdown
 from thesean.passes.capture.capture import capture
 
 STAGES = ("capture", "plan", "fast", "export")
-FORWARDS, RATE, TEMPERATURE = 5, 1e-4, 2.0
+RATE, TEMPERATURE = 1e-4, 2.0
 
 
 def measure(sizes: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -40,10 +51,7 @@ def measure(sizes: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     guide = gpt2(*(shape[name] for name in ("layers", "width", "heads", "vocabulary", "positions")))
     data = batches(*form, shape["vocabulary"])
-    weights = sum(p.numel() * p.element_size() for p in guide.parameters()) / 2**20
-    with torch.no_grad():
-        guide(**data[0])
-        forward_s = processor(lambda: [guide(**data[0]) for _ in range(FORWARDS)]) / FORWARDS
+    weights, forward_s = weights_mib(guide), forward_seconds(guide, data[0])
     figures: dict[str, Any] = {"weights_mib": weights, "forward_s": forward_s}
     converted = every_stage(guide, data, figures)
     for stage in STAGES:
@@ -110,13 +118,13 @@ def bench(run: Run) -> None:
 def table(result: Result) -> str:
     """One row a guide: forwards, and in brackets weights."""
     heads = ["guide", "weights", "one forward", *STAGES, "a training step", "a bare loop's step"]
-    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+    body = []
     for row in result["cases"]:
         cells = [row["name"], f"{row['weights_mib']:.1f} MiB", f"{row['forward_s'] * 1e3:.0f} ms"]
         cells += [f"{row[stage]:.1f} ({row[f'{stage}_peak']:.1f})" for stage in STAGES]
         cells += [f"{row['step']:.2f}", f"{row['bare_step']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append(cells)
+    return "\n".join(markdown(heads, body))
 
 
 CASE = Case(

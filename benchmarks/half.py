@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import thesean
-from benchmarks.size import apart, batches, peak_mib, processor, resident_mib, restart_peak
+from benchmarks.size import apart, batches, peak_mib, processor, resident_mib, restart_peak, weights_mib
 from benchmarks.suite import Case, Result, Run
 
 
@@ -48,7 +48,7 @@ def measure(layers: int, settings: dict[str, Any]) -> dict[str, Any]:
     base = resident_mib()
     torch.manual_seed(0)
     guides, data = [llama(settings, layers)], batches(*sizes, settings["vocabulary"])
-    weights = sum(p.numel() * p.element_size() for p in guides[0].parameters()) / 2**20
+    weights = weights_mib(guides[0])
     made: list[thesean.Converted] = []
     row: dict[str, Any] = {
         "layers": layers,

@@ -52,10 +52,7 @@ def measure(layers: int, settings: dict[str, Any]) -> dict[str, Any]:
     vocabulary = settings["vocabulary"]
     guide = gpt2(layers, settings["width"], settings["heads"], vocabulary, settings["positions"])
     data = batches(*sizes, vocabulary)
-    weights = sum(p.numel() * p.element_size() for p in guide.parameters()) / 2**20
-    with torch.no_grad():
-        guide(**data[0])
-        forward_s = processor(lambda: [guide(**data[0]) for _ in range(FORWARDS)]) / FORWARDS
+    weights, forward_s = weights_mib(guide), forward_seconds(guide, data[0])
     restart_peak()
     plan_s = processor(lambda: thesean.plan(guide, data=data))
     plan_peak = peak_mib() - base
@@ -74,6 +71,17 @@ def measure(layers: int, settings: dict[str, Any]) -> dict[str, Any]:
         "plan_peak_weights": plan_peak / weights,
         "fast_peak_weights": fast_peak / weights,
     }
+
+
+def weights_mib(guide: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in guide.parameters()) / 2**20
+
+
+@torch.no_grad()
+def forward_seconds(guide: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    """The processor's, once it has run."""
+    guide(**inputs)
+    return processor(lambda: [guide(**inputs) for _ in range(FORWARDS)]) / FORWARDS
 
 
 def processor(call: Callable[[], Any]) -> float:

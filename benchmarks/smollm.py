@@ -14,14 +14,15 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 import thesean
-from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_peak
+from benchmarks.size import apart, peak_mib, processor, resident_mib, restart_peak, weights_mib
 from benchmarks.suite import ROOT, Case, Result, Run
+from benchmarks.tables import markdown
 from examples.questions import QUESTIONS
 from thesean.answers import compare_answers
 from thesean.deploy.quantizing.tools import quantize_file
@@ -31,6 +32,9 @@ from thesean.deploy.timing.turns import Timing
 from thesean.deploy.timing.turns import measure as time_calls
 from thesean.passes.capture.capture import capture
 from thesean.report.answers import Answers
+
+if TYPE_CHECKING:
+    from examples.smollm import Text
 
 # options of `rnn`, and how many attentions stay
 TARGETS: dict[str, tuple[dict[str, Any], int] | None] = {
@@ -47,11 +51,14 @@ FOUR_BITS = ", int4"
 _CHUNK = 512  # tokens of a text that is streamed
 
 
-def source_text() -> str:
+def source_code(tokenizer: Any) -> Text:
     from importlib.util import find_spec
 
+    from examples.smollm import Text
+
     found = (find_spec(name) for name in SOURCES)
-    return "\n\n".join(Path(str(spec.origin)).read_text(encoding="utf-8") for spec in found if spec is not None)
+    text = "\n\n".join(Path(str(spec.origin)).read_text(encoding="utf-8") for spec in found if spec is not None)
+    return Text(torch.tensor(tokenizer(text, verbose=False)["input_ids"]))
 
 
 @torch.no_grad()
@@ -67,6 +74,16 @@ def nats(model: Any, windows: list[dict[str, torch.Tensor]]) -> float:
     return lost / count
 
 
+def judged(model: Any, documentation: Text, source: Text, settings: dict[str, Any]) -> dict[str, float]:
+    """Nats by text and length, on as many tokens at each."""
+    found = {}
+    for length in settings["lengths"]:
+        count = max(1, settings["judged"] // length)
+        found[f"docs_{length}"] = nats(model, documentation.windows(count, length, 1, seed=2))
+        found[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
+    return found
+
+
 def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One row, in this process; its file goes to `out`."""
     from examples.smollm import Text, read_guide
@@ -75,11 +92,11 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     guide, tokenizer = read_guide()
     documentation = {held: Text.of_python(tokenizer, held_out=held) for held in (False, True)}
-    source = Text(torch.tensor(tokenizer(source_text(), verbose=False)["input_ids"]))
+    source = source_code(tokenizer)
     base, asked = resident_mib(), TARGETS[name]
     data = documentation[False].windows(settings["batches"], settings["length"], settings["rows"])
     held_out = documentation[True].windows(2, settings["length"], settings["rows"], seed=1)
-    weights = sum(p.numel() * p.element_size() for p in guide.parameters()) / 2**20
+    weights = weights_mib(guide)
     restart_peak()
     figures: dict[str, Any] = {}
     if asked is None:
@@ -103,10 +120,7 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
         figures["held"] = sorted(held)
         figures["kept"] = [row.path for row in model.plan if row.target == "keep"]
         model.export(out, stateful="yes")
-    for length in settings["lengths"]:
-        count = max(1, settings["judged"] // length)
-        figures[f"docs_{length}"] = nats(model, documentation[True].windows(count, length, 1, seed=2))
-        figures[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
+    figures |= judged(model, documentation[True], source, settings)
     distance, count = settings["key_after"], settings["keys"]
     figures["keys_found"] = keys_found(model, tokenizer, documentation[True].tokens, distance, count)
     return figures
@@ -217,16 +231,23 @@ def table(result: Result) -> str:
         *(f"ms a token at {c}" for c in contexts),
         "converted in",
     ]
-    lines = [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+    body = []
     for row in rows:
-        losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" if f"docs_{n}" in row else "" for n in lengths]
         found = [f"{row[name]:.0%}" if name in row else "" for name in asked]
         times = [f"{row[f'token_{c}']:.1f}" for c in contexts]
         cost = f"{row['seconds']:.0f} s, {row['peak_weights']:.1f} x weights" if "seconds" in row else ""
-        lines.append(f"| {' | '.join([row['name'], *losses, *found, *times, cost])} |")
-    for row in result["details"].get("left_out", ()):
-        lines.append(f"| {row['name']} | {' | '.join(['not measured'] * (len(head) - 1))} |")
-    return "\n".join(lines)
+        body.append([row["name"], *(losses(row, n) for n in lengths), *found, *times, cost])
+    return "\n".join(markdown(head, [*body, *left_out(result, len(head))]))
+
+
+def losses(row: dict[str, Any], length: int) -> str:
+    """Of documentation and source code, where they were measured."""
+    return f"{row[f'docs_{length}']:.3f} / {row[f'source_{length}']:.3f}" if f"docs_{length}" in row else ""
+
+
+def left_out(result: Result, columns: int) -> list[list[str]]:
+    """The rows that were not measured."""
+    return [[row["name"], *["not measured"] * (columns - 1)] for row in result["details"].get("left_out", ())]
 
 
 CASE = Case(

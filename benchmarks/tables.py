@@ -8,7 +8,7 @@ benchmarks/. NAME is a benchmark's, or "benchmarks" for the list of all. A figur
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.suite import RESULTS, ROOT, BenchmarkError, Case, Result, find_cases, is_clean, pick, read_result
@@ -126,3 +126,9 @@ def _standing(path: Path) -> str:
         return f"[{path.name}](results/{path.name})"
     code = "uncommitted code" if result["commit"] else "a commit that it doesn't name"
     return f"[{path.name}](results/{path.name}), of {code}: in no table until it is measured again"
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> list[str]:
+    """The lines of a table; what stands behind the first `names` columns is a figure."""
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * names}{'---:|' * (len(heads) - names)}"]
+    return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]

@@ -15,6 +15,7 @@ from typing import Any
 import thesean
 from benchmarks import language
 from benchmarks.suite import Case, Result, Run
+from benchmarks.tables import markdown
 from examples.text import Windows, corpus
 from thesean import TradeOffs
 from thesean.choose.choose import UNMET
@@ -81,8 +82,7 @@ def table(result: Result) -> str:
     found, lines = read(result), list[str]()
     for batch in dict.fromkeys(b for _, _, b in found.places):
         heads, rows = found.table(batch)
-        lines += [f"Batch {batch}:", "", f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        lines += [f"Batch {batch}:", "", *markdown(heads, rows), ""]
     how = f"\\* on the Pareto front of {found.quality}; {found.judged}. State and peak are of the longest sequence."
     return "\n".join([*(line.replace("*", "\\*") if line.startswith("|") else line for line in lines), how])
 

@@ -18,7 +18,7 @@ from thesean.distill.task import Task
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING, Journal
 from thesean.observer import Observer
-from thesean.passes.capture.captured import Captured
+from thesean.passes.capture.captured import Captured, repeats
 from thesean.passes.graph.signature import output_wrapper
 from thesean.request import Request
 from thesean.run_facts import run_facts
@@ -76,17 +76,13 @@ def _observed(
         whole = inputs
     output = first if whole is inputs else captured.graph_module(**whole)
     own = row(whole)
-    if by_rows and not _repeats(signature.first_rows(whole, 2), signature.first_rows(whole, 1)):
+    if by_rows and not repeats(signature.first_rows(whole, 2), signature.first_rows(whole, 1)):
         return [output, gathered.some_rows(output, 1, start=1)]
     for other in (example, inputs, signature.random_inputs(signature.check(example), device=device)):
         few = row(other)
         if _alike(few, own) and any(not torch.equal(few[name], value) for name, value in own.items()):
             return [output, captured.graph_module(**few)]
     return [output]
-
-
-def _repeats(rows: dict[str, torch.Tensor], first: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, first[name].expand_as(value)) for name, value in rows.items())
 
 
 def _alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.paper.rows import CORE, GRID, METHODS, TUNED, VARIED, Row, core, norms, tried, untuned, varied
 from benchmarks.suite import Result
+from benchmarks.tables import markdown
 from thesean.units import milliseconds, quantity
 
 Found = dict[str, Any]
@@ -66,14 +67,14 @@ def written(text: bool, values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def measured(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Rows of which nothing was measured are named below."""
     rows: dict[bool, list[Sequence[str]]] = {True: [], False: []}
     for cells in body:
         rows[any(cell not in (NONE, "-", "as above") for cell in cells[1:])].append(cells)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows[True]] if rows[True] else []
     told = f"Not measured: {'; '.join(cells[0] for cells in rows[False])}." if rows[False] else ""
-    return "\n\n".join(filter(None, ("\n".join(f"| {' | '.join(cells)} |" for cells in lines), told)))
+    lines = markdown(head, rows[True]) if rows[True] else []
+    return "\n\n".join(filter(None, ("\n".join(lines), told)))
 
 
 def tables(result: Result) -> str:
@@ -105,7 +106,7 @@ def matrix(found: Rows) -> str:
             by = {row.what: row.name for row in core(name, untuned) if row.trained == trained}
             cells = [found.cell(by[m]) if m in by else "as above" for m in METHODS]
             body.append([f"{name}, {'trained' if trained else 'untrained'} guide", guide, *cells])
-    return markdown(["conversion", "guide", *METHODS], body)
+    return measured(["conversion", "guide", *METHODS], body)
 
 
 def verdict(found: Rows) -> str:
@@ -142,7 +143,7 @@ def variants(found: Rows) -> str:
         cells = [found.cell(f"{name}: {method}") for method in METHODS]
         body.append([name, *cells, *(found.cell(f"{name}: {m}, untrained guide") for m in ("default", "paper"))])
     heads = ["variants", *METHODS, "default, untrained guide", "paper, untrained guide"]
-    return markdown(heads, body) if body else ""
+    return measured(heads, body) if body else ""
 
 
 def changes(found: Rows) -> str:
@@ -163,7 +164,7 @@ def changes(found: Rows) -> str:
     ]
     first = f"{CORE[1]}: paper"
     normed.insert(0, ["paper (batch norm)", found.cell(first), hybrid(found, first), cpu(found, first)])
-    return f"{markdown(heads, body)}\n\n{markdown(['norms', CORE[1], 'last hybrid', 'CPU s'], normed)}"
+    return f"{measured(heads, body)}\n\n{measured(['norms', CORE[1], 'last hybrid', 'CPU s'], normed)}"
 
 
 def hybrid(found: Rows, name: str) -> str:
@@ -189,7 +190,7 @@ def grid(found: Rows) -> str:
             cells = [f"{each[0]:.4f}" if each else NONE for each in losses]
             bold = [f"**{c}**" if each and each[0] == best else c for c, each in zip(cells, losses, strict=True)]
             body.append([f"{name}, {method}", *bold])
-    return markdown(["validation loss, first seed, by rate", *(f"{rate:g}" for rate in GRID)], body)
+    return measured(["validation loss, first seed, by rate", *(f"{rate:g}" for rate in GRID)], body)
 
 
 def cost(found: Rows) -> str:
@@ -206,7 +207,7 @@ def cost(found: Rows) -> str:
         cells = [NONE if t is None else milliseconds(t["median_ms"]) for t in times]
         body.append([name, *params, *cells, *(cpu(found, f"{name}: {method}") for method in METHODS)])
     heads = ["cost", "parameters: guide", "converted", "latency: guide", "converted"]
-    return markdown([*heads, *(f"CPU s: {method}" for method in METHODS)], body)
+    return measured([*heads, *(f"CPU s: {method}" for method in METHODS)], body)
 
 
 def failures(found: Rows, result: Result) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import thesean
 from benchmarks.suite import Case, Result, Run
+from benchmarks.tables import markdown
 from benchmarks.trained import images, sentences, voices
 from benchmarks.trained.subject import Subject
 from thesean.units import milliseconds
@@ -81,15 +82,15 @@ def table(result: Result) -> str:
             continue
         places = served_at(result, name)
         heads = [name, "", *rows[0]["figures"], *places]
-        lines += [f"| {' | '.join(heads)} |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
+        body = []
         for row in rows:
             figures = [f"{value:.3f}" for value in row["figures"].values()]
             times = [place.get(row["target"], "") for place in places.values()]
-            lines.append(f"| {' | '.join([row['target'], row['budget'], *figures, *times])} |")
+            body.append([row["target"], row["budget"], *figures, *times])
         for missing in (n for n in left_out if n.startswith(f"{name}: ")):
             told = missing.removeprefix(f"{name}: ").rsplit(", ", 1)
-            lines.append(f"| {' | '.join([*told, *['not measured'] * (len(heads) - len(told))])} |")
-        lines.append("")
+            body.append([*told, *["not measured"] * (len(heads) - len(told))])
+        lines += [*markdown(heads, body, names=2), ""]
     return "\n".join(lines).rstrip()
 
 

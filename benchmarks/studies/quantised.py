@@ -24,6 +24,7 @@ import thesean
 from benchmarks import language
 from benchmarks.studies import minilm
 from benchmarks.suite import Case, Result, Run
+from benchmarks.tables import markdown
 from thesean import TradeOffs
 from thesean.units import milliseconds
 
@@ -112,7 +113,7 @@ def table(result: Result) -> str:
         heads = [row["name"], "weights", row["loss"], *(["accuracy"] if metric else [])]
         heads += [f"divergence from the guide, {row['unit']}", f"ms, {row['length']} tokens"]
         heads += [*(["ms, one more token"] if token else []), "MB"]
-        lines += [f"| {' | '.join(heads)} |", "|---|---" + "|---:" * (len(heads) - 2) + "|"]
+        body = []
         for point in points:
             (served,) = point.served
             form = point.form
@@ -120,7 +121,8 @@ def table(result: Result) -> str:
             cells += [_figure(point.metric)] if metric else []
             cells += [_figure(point.divergence), _ms(served.prefill)]
             cells += [_ms(served.token if point.token_kind == "state" else None)] if token else []
-            lines.append(f"| {' | '.join([*cells, f'{point.file_bytes / 1e6:.2f}'])} |")
+            body.append([*cells, f"{point.file_bytes / 1e6:.2f}"])
+        lines += markdown(heads, body, names=2)
         lines += ["", f"{row['judged'][0].upper()}{row['judged'][1:]}.", *(f"> {note}  " for note in row["notes"]), ""]
     return "\n".join(lines).rstrip()
 

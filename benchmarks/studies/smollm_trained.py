@@ -11,11 +11,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 import thesean
-from benchmarks.smollm import TARGETS, nats, source_text
+from benchmarks.smollm import TARGETS, judged, left_out, losses, source_code
 from benchmarks.suite import Case, Result, Run
+from benchmarks.tables import markdown
 
 NAMES = ("rnn, 128 held", "window and sinks")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -33,7 +32,7 @@ def bench(run: Run) -> None:
     guide, tokenizer = read_guide()
     settings = run.settings
     texts = {held: Text.of_python(tokenizer, held_out=held) for held in (False, True)}
-    source = Text(torch.tensor(tokenizer(source_text(), verbose=False)["input_ids"]))
+    source = source_code(tokenizer)
     asked: dict[str, Any] = {
         "data": texts[False].windows(settings["windows"], settings["length"], settings["rows"]),
         "eval_data": texts[True].windows(settings["chosen_by"], settings["length"], settings["rows"], seed=1),
@@ -41,16 +40,11 @@ def bench(run: Run) -> None:
         "progress": False,
     }
 
-    def judged(model: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for length in settings["lengths"]:
-            count = max(1, settings["judged"] // length)
-            found[f"docs_{length}"] = nats(model, texts[True].windows(count, length, 1, seed=2))
-            found[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
-        return found
+    def figures(model: Any) -> dict[str, Any]:
+        return judged(model, texts[True], source, settings)
 
     if run.wants("guide"):
-        run.add("guide", **judged(guide))
+        run.add("guide", **figures(guide))
     for name in NAMES:
         options, _ = TARGETS[name] or ({}, 0)
         ways: dict[str, Any] = {"closed form": "fast"}
@@ -63,23 +57,20 @@ def bench(run: Run) -> None:
             converted = thesean.compile(guide, thesean.Target("rnn", **options), recipe=recipe, **asked)
             report, took = converted.report, time.monotonic() - start
             curves = [{"of": c.part or c.phase, "held_out": list(map(list, c.held_out))} for c in report.curves]
-            run.add(f"{name}: {way}", took=took, steps=report.steps, curves=curves, **judged(converted))
+            run.add(f"{name}: {way}", took=took, steps=report.steps, curves=curves, **figures(converted))
 
 
 def table(result: Result) -> str:
     """Losses, and how much of what the closed form lost came back."""
     lengths, rows = result["settings"]["lengths"], {row["name"]: row for row in result["cases"]}
     heads = ["", *(f"docs / source, {n} tokens" for n in lengths), f"lost at {lengths[-1]}", "steps"]
-    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:' * (len(heads) - 1)}|"]
+    body = []
     for name, row in rows.items():
-        losses = [f"{row[f'docs_{n}']:.3f} / {row[f'source_{n}']:.3f}" for n in lengths]
         at = [f"{text}_{lengths[-1]}" for text in ("docs", "source")]
         whole = rows.get("guide") if name != "guide" else None
         lost = " / ".join(f"{row[text] - whole[text]:.3f}" for text in at) if whole else ""
-        lines.append(f"| {' | '.join([name, *losses, lost, str(row.get('steps', ''))])} |")
-    for row in result["details"].get("left_out", ()):
-        lines.append(f"| {row['name']} | {' | '.join(['not measured'] * (len(heads) - 1))} |")
-    return "\n".join(lines)
+        body.append([name, *(losses(row, n) for n in lengths), lost, str(row.get("steps", ""))])
+    return "\n".join(markdown(heads, [*body, *left_out(result, len(heads))]))
 
 
 CASE = Case(

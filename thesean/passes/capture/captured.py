@@ -31,5 +31,9 @@ class Captured:
         if self.signature.within({"batch": 1})["batch"] != 1:
             return self.example
         row = self.signature.first_rows(self.example, 1)
-        alike = all(torch.equal(value, row[name].expand_as(value)) for name, value in self.example.items())
-        return row if alike else self.example
+        return row if repeats(self.example, row) else self.example
+
+
+def repeats(rows: dict[str, torch.Tensor], row: dict[str, torch.Tensor]) -> bool:
+    """Whether all rows of a batch are this one."""
+    return all(torch.equal(value, row[name].expand_as(value)) for name, value in rows.items())
