@@ -63,6 +63,8 @@ def saved(tmp_path: Path) -> Path:
         (captured.gpt2, "ssm"),
         (captured.gpt2, "reservoir"),
         (captured.bert, "delta"),
+        (captured.bert, "gru"),
+        (captured.bert, "lstm"),
         (captured.encoder, "ssm"),
         (captured.encoder, "reservoir"),
         (captured.bert, "mingru"),

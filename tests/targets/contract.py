@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from tests.targets.build import tensors
 from tests.tolerances import VALUE, relative_error
@@ -288,6 +289,19 @@ def check_a_row_with_hidden_steps_is_what_it_is_alone(family: Family, part: Part
         same(family, torch.cat(pieces, 1), y_BTD, "chunks of a padded batch and the whole")
 
 
+def check_a_masked_call_has_its_shapes_without_numbers(family: Family, part: PartFacts) -> None:
+    """A folder is looked at on the meta device before its weights are read."""
+    module = build(family, part).eval()
+    if not module.reads_mask:
+        return
+    x_BTD, mask_BT = inputs(part, batch=len(MASKS)), torch.tensor(MASKS, dtype=torch.bool)
+    wanted = module(x_BTD, mask=mask_BT)
+    with torch.device("meta"):
+        found = module.to("meta")(x_BTD.to("meta"), mask=mask_BT.to("meta"))
+    for one, other in zip(*(pytree.tree_leaves(given) for given in (found, wanted)), strict=True):
+        expect(one.shape == other.shape, family, f"masked on the meta device: {one.shape}, expected {other.shape}")
+
+
 def check_only_a_part_that_sees_the_future_gets_a_module_that_does(family: Family, part: PartFacts) -> None:
     if not part.is_sequence or part.mixing == "bidirectional":
         return
@@ -497,6 +511,7 @@ CHECKS: tuple[Callable[[Family, PartFacts], None], ...] = (
     check_a_module_is_rebuilt_from_its_json_config,
     check_steps_in_chunks_equal_all_steps_at_once,
     check_a_row_with_hidden_steps_is_what_it_is_alone,
+    check_a_masked_call_has_its_shapes_without_numbers,
     check_only_a_part_that_sees_the_future_gets_a_module_that_does,
     check_a_causal_module_is_to_be_had_for_a_part_that_reads_both_ways,
     check_a_look_ahead_reads_so_many_later_steps_and_no_more,

@@ -87,6 +87,28 @@ def test_multihead_attention_of_torch_is_read_off():
     equal(facts.output, attention.out_proj.weight, attention.out_proj.bias)
 
 
+class KeyPadding(nn.Module):
+    """torch's own attention, twice, with the steps that it may not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, hidden_BT: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x, x, x, key_padding_mask=hidden_BT, need_weights=False)[0]
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_one_row_for_all_queries_is_no_bias(dtype):
+    hidden_BT = torch.zeros(2, 6, dtype=dtype)
+    guide = capture(models.seeded(KeyPadding), (models.vectors(2, 6, 8), hidden_BT))
+    facts = attention_of(guide, "layers.1")
+    assert facts.plain
+    assert facts.bias is None
+
+
 class Attention(nn.Module):
     """One written-out attention with a scale of its own, in a residual connection, twice."""
 

@@ -150,9 +150,11 @@ def _slope(y: torch.Tensor, x: torch.Tensor) -> float:
 
 
 def _by_head(scores: torch.Tensor, heads: int) -> torch.Tensor | None:
-    """(..., T, T) as (H, T, T), hidden keys at -inf; None where examples differ."""
+    """(..., T, T), or (..., 1, T) for all queries, as (H, T, T), hidden keys at -inf; None where examples differ."""
     if scores.dtype == torch.bool:
         scores = torch.zeros(scores.shape, device=scores.device).masked_fill(~scores, -torch.inf)
+    if scores.ndim >= 2 and scores.shape[-2] == 1:
+        scores = scores.expand(*scores.shape[:-2], scores.shape[-1], -1)
     if scores.ndim < 2 or scores.shape[-1] != scores.shape[-2] or scores.shape[:-2].numel() == 0:
         return None
     rows = scores.reshape(-1, *scores.shape[-2:])

@@ -75,7 +75,7 @@ def _run_rows(
     cell: nn.RNN | nn.GRU | nn.LSTM, x_BTD: torch.Tensor, start: Any, steps: Steps | None
 ) -> tuple[torch.Tensor, Any]:
     """Tokens first."""
-    if steps is None:
+    if steps is None or x_BTD.is_meta:  # no numbers, no lengths to pack by: shapes are those of whole rows
         return cell(x_BTD, start)
     if not isinstance(cell, nn.RNNBase):
         return cell(x_BTD, start, steps.count_B)
