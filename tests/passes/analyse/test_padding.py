@@ -139,6 +139,30 @@ def test_a_mask_made_of_the_tokens_is_found_and_token_types_are_none():
     assert len(found) == 1
 
 
+class PlacesTokens(nn.Module):
+    """A mask that says first where tokens stand, by which queries and keys are turned, and then which are hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        angle_BT1 = (mask.cumsum(1) - 1).clamp(min=0)[..., None] * 0.5
+        cos, sin = angle_BT1.cos(), angle_BT1.sin()
+        turned = []
+        for each in (query, key):
+            a, b = each.chunk(2, -1)
+            turned.append(torch.cat([a * cos - b * sin, b * cos + a * sin], -1))
+        scores_BTT = (turned[0] @ turned[1].mT / 4).masked_fill(mask[:, None] == 0, -1e9)
+        return x + self.out(scores_BTT.softmax(-1) @ value)
+
+
+def test_a_mask_that_places_tokens_before_it_hides_them_is_found():
+    found = masks_of(models.seeded(PlacesTokens), vectors(3, 7, WIDTH), torch.ones(3, 7, dtype=torch.int64))
+    assert [m.rule for m in found] == ["one"]
+
+
 @pytest.mark.parametrize(
     ("rule", "value", "seen"),
     [

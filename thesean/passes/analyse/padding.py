@@ -67,7 +67,7 @@ def find_padding(flow: DataFlow, values: dict[fx.Node, Any]) -> tuple[Padding, .
     order = flow.order
     valued = _valued(order)
     found: dict[fx.Node, Padding] = {}
-    tried: set[fx.Node] = set()
+    tried: set[Any] = set()
     for node in order:
         if node in flow.side or node not in flow.dag or node is flow.sink:
             continue
@@ -78,9 +78,10 @@ def find_padding(flow: DataFlow, values: dict[fx.Node, Any]) -> tuple[Padding, .
                 stream = _stream(node, flow, values, values[mask].shape)
                 if mask in found:
                     break
-                if mask in tried or not stream:
+                # with other states once more: a mask may turn queries first, where it places tokens too
+                if (mask, *stream) in tried or not stream:
                     continue
-                tried.add(mask)
+                tried.add((mask, *stream))
                 rule = _rule(mask, node, stream, flow, values)
                 if rule is not None:
                     found[mask] = Padding(node=mask.name, rule=rule)
@@ -193,7 +194,7 @@ def _is_state(value: Any, shape: torch.Size) -> bool:
 
 def _between(starts: list[fx.Node], end: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
     """All nodes that `starts` reach on their way to `end`, in order."""
-    before = above([end])
+    before = above([end], starts) | {*starts}
     after = set(starts)
     for node in sorted(before, key=order.__getitem__):
         if any(i in after for i in node.all_input_nodes):
@@ -238,5 +239,7 @@ def _hides(
     spills = bool((closed_BT[0, others_T] > bound).any())
     if mixes:
         return not spills
-    # token-wise: a step that is hidden is multiplied by zero, or overwritten
+    # token-wise: a step that is hidden is multiplied by zero, or overwritten; so is the first by the sine of its place
+    if rule != "additive" and bool(((values[mask] != shown) & (values[mask] != hidden)).any()):
+        return False
     return bool(open_BT[0, step] > bound) and not spills and not bool(closed_BT[0, step] > bound)
