@@ -62,7 +62,10 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "aten::empty": lambda *args, memory_format=None, **kwargs: torch.zeros(*args, **kwargs),
     "aten::empty_like": torch.zeros_like,
     "aten::new_empty": torch.Tensor.new_zeros,
+    "aten::copy": lambda x, source, non_blocking=False: source.to(x.dtype).expand(x.shape),
 }
+# What a file may hold, and has no derivative in torch.
+_UNTRAINABLE = {torch.ops.aten.copy.default}
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,11 @@ class WriteOutOperators(Pass):
 def _form(node: fx.Node) -> Callable[..., Any] | None:
     """A function that does the same by other operators."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in names() or is_write(node):
+    if (
+        not isinstance(target, torch._ops.OpOverload)
+        or (target in names() and target not in _UNTRAINABLE)
+        or is_write(node)
+    ):
         return None
     name = target._schema.name
     own = OPDEFS.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -502,6 +503,16 @@ def test_a_cache_behind_a_wrapper_is_switched_off_for_the_trace_alone():
     assert inner.config.use_cache is True
     assert set(captured.graph_module(tokens(2, 6))) == {"logits"}
     same_everywhere(model, captured, [(1, 1), (3, 9)], tokens)
+
+
+class Remembering(InAWrapper):
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return self.inner(input_ids, use_cache=True)
+
+
+def test_a_cache_that_is_asked_for_is_told_with_what_leaves_it_out():
+    with pytest.raises(CaptureError, match=r"returns a DynamicCache, and a graph gives tensors alone.*use_cache=False"):
+        capture(Remembering(models.gpt2(1)), tokens(2, 6))
 
 
 class ClassToken(nn.Module):

@@ -5,6 +5,7 @@ B batch, D width
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from tests import models
 from tests.models import vectors
 from thesean.passes.capture import gradients
 from thesean.passes.capture.capture import capture
@@ -68,9 +70,18 @@ def straight_through(m: Step, x: torch.Tensor) -> torch.Tensor:
     return y + (torch.round(y) - y).detach()
 
 
+def by_halves(m: Step, x: torch.Tensor) -> torch.Tensor:
+    y = x.new_empty(x.shape)
+    y[:, :2] = m.first(x)[:, :2]
+    y[:, 2:] = m.first(x)[:, 2:]
+    return y
+
+
 @pytest.mark.parametrize(
     ("compute", "none"),
     [
+        (by_halves, set()),
+        (lambda m, x: torch.vmap(m.first)(x), set()),
         (under_no_grad, {"first.weight", "first.bias"}),
         (straight_through, set()),
         (lambda m, x: m.first(x).detach(), {"first.weight", "first.bias"}),
@@ -81,6 +92,27 @@ def test_gradients_stop_where_the_guides_do_and_nowhere_else(compute, none):
     guide, captured = capture_of(compute)
     assert captured.untrainable == ""
     assert without_gradient(guide, captured) == [none, none]
+
+
+class Kept(nn.Linear):
+    """What it computes goes through a buffer, as keys and values through one that is served from."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.register_buffer("held", torch.zeros(9, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.held[: x.shape[0]] = super().forward(x)
+        return self.held[: x.shape[0]] * 2
+
+
+def test_what_goes_through_a_buffer_of_the_guides_can_be_trained_and_leaves_it_as_it_was():
+    guide = models.seeded(Kept)
+    captured = capture(guide, vectors(4, 6))
+    assert captured.untrainable == ""
+    assert guide.held.is_leaf
+    assert not guide.held.any()
+    assert copy.deepcopy(captured.graph_module)(vectors(4, 6)).requires_grad
 
 
 def test_a_detach_that_no_parameter_flows_into_goes():

@@ -47,6 +47,8 @@ from thesean.passes.write_out_operators import WriteOutOperators
 
 logger = logging.getLogger(__name__)
 
+_VMAP = "torch._functorch.predispatch"
+
 # What makes a traced graph one that the rest of Thesean reads, in this order.
 CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), Simplify())
 
@@ -142,7 +144,8 @@ def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: li
     exported, free = _export(guide, inputs, tries)
     guards = _guards_of(exported)
     graph_module = _plain_graph(exported, list(inputs), eager)
-    if writes(graph_module):  # into views: torch's own functionalisation follows those, and splits more operators
+    if writes(graph_module) or _maps(graph_module):
+        # into views: torch's own functionalisation follows those, and writes vmap out, and splits more operators
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|copyreg)\b")
             exported = exported.run_decompositions({})
@@ -150,6 +153,11 @@ def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: li
     mark_constants(graph_module.graph)
     signature = read_signature(graph_module, inputs, eager, free)
     return Captured(graph_module=graph_module, signature=signature, example=inputs, guards=guards)
+
+
+def _maps(graph_module: fx.GraphModule) -> bool:
+    """Whether torch.vmap stands in the graph as the steps that it takes, which run nowhere else."""
+    return any(getattr(n.target, "__module__", "") == _VMAP for n in graph_module.graph.nodes)
 
 
 def _guards_of(exported: torch.export.ExportedProgram) -> tuple[Any, ...]:

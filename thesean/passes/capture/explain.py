@@ -17,6 +17,8 @@ from thesean.passes.capture.dynamic import Dynamic
 
 # torch.export's own words for a size that it was to leave free, and the code fixes
 _FIXED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+# and for what is returned beside tensors
+_RETURNED = re.compile(r"Found <class '[\w.]*?(\w+)'> in output")
 
 
 def explained(
@@ -30,6 +32,11 @@ def explained(
     fixed = [place for place in fixed_sizes(error) if place[0] in inputs]
     if fixed:
         return CaptureError(_fixed_size(fixed, model, inputs, constants, dynamic))
+    if returned := _RETURNED.search(str(error)):
+        return CaptureError(
+            f"the guide returns a {returned[1]}, and a graph gives tensors alone. Have it return no more than those: "
+            "use_cache=False where forward calls a model that keeps a cache, or a wrapper that returns what it needs."
+        )
     return CaptureError(
         f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
         "become a graph: convert a submodule instead, or replace the branch by torch.where."

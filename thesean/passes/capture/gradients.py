@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from thesean.kernels.shared.precision import HALF
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import tensors, thinned
 from thesean.passes.capture.explain import short
+from thesean.passes.capture.guide import Guide
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.graph.nodes import attribute, owner
 
@@ -38,7 +39,7 @@ _COMPARED = 2**14
 _FLAT = {"round", "sign", "sgn", "floor", "ceil", "trunc", "heaviside", "argmax", "one_hot", "_to_copy", "to"}
 
 
-def keep_training(captured: Captured, guide: Callable[[dict[str, torch.Tensor]], Any]) -> Captured:
+def keep_training(captured: Captured, guide: Guide) -> Captured:
     """The captured graph with all parameters that the guide's output hangs on as its own: those that forward reads
     from a plain list, a closure or a global were constants. `untrainable` says what its gradients are not.
     """
@@ -62,6 +63,7 @@ def keep_training(captured: Captured, guide: Callable[[dict[str, torch.Tensor]],
         try:
             wanted = _backward(output, parameters)
             del output
+            guide.buffers.restore()  # one that the guide wrote holds on to what it was made of
             found = _backward(graph_module(**inputs), parameters)
         except RuntimeError as error:  # an operator of the caller's without one
             told = f"the guide has no backward pass ({short(error)}). Solve parts without gradients: recipe='fast'."

@@ -64,6 +64,8 @@ class KeptBuffers:
         for _, module, name, buffer, value in self._kept:
             if not _same(buffer, value):
                 buffer.copy_(value)
+            if buffer.grad_fn is not None and not buffer._is_view():
+                buffer.detach_()  # what was written into it had a gradient
             if getattr(module, name, None) is not buffer:
                 setattr(module, name, buffer)
 
