@@ -37,3 +37,23 @@ def test_an_operator_without_a_form_is_named_with_its_part():
 
     told = unwritable(capture(Running().eval(), models.vectors(3, 5, 6)).graph_module)
     assert told.startswith("no ONNX form is known of aten.cummax.default: an export will fail there")
+
+
+@pytest.mark.parametrize(("form", "missing"), [("product", ""), ("einsum", "aten.einsum.default")])
+def test_an_operator_with_a_form_for_real_numbers_alone_is_named_where_it_is_given_complex_ones(form, missing):
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight_FD = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spectrum = torch.fft.rfft(x, dim=1)
+            if form == "einsum":
+                spectrum = torch.einsum("bfd,fd->bfd", spectrum, self.weight_FD)
+            else:
+                spectrum = spectrum * self.weight_FD
+            return torch.fft.irfft(spectrum, n=6, dim=1)
+
+    told = unwritable(capture(Spectral().eval(), models.vectors(3, 6, 6)).graph_module)
+    assert missing in told
+    assert bool(told) == bool(missing)

@@ -10,14 +10,16 @@ from functools import cache
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from tests import captured, models
 from tests.causal_guides import ENDLESS, FAMILIES, WINDOW, attending, family
 from tests.passes.contract import Example
+from thesean.deploy.export import export
 from thesean.errors import PassRefused
 from thesean.passes.analyse.chunks import run_in_chunks
 from thesean.passes.cache_attention import CacheAttention
+from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
 from thesean.passes.graph.nodes import leaf_values
@@ -208,6 +210,63 @@ def test_an_encoder_and_a_network_without_time_are_left_alone():
     assert CacheAttention(encoder.signature)(encoder.graph_module).reason == "no causal attention is left in the graph"
     image = captured.resnet()
     assert CacheAttention(image.signature)(image.graph_module).reason == "there is no single dimension of time"
+
+
+class ComplexRotary(nn.Module):
+    """As Meta's Llama turns queries and keys: by complex numbers from a buffer; an MLP before each attention."""
+
+    def __init__(self, rows: int = 64) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(2))
+        self.qkvs = nn.ModuleList(nn.Linear(16, 32) for _ in range(2))
+        self.outs = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        angle_TC = torch.arange(rows)[:, None] * 0.3 ** torch.arange(4)
+        self.register_buffer("turns_TC", torch.polar(torch.ones_like(angle_TC), angle_TC), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for mlp, qkv, out in zip(self.mlps, self.qkvs, self.outs, strict=True):
+            x = x + mlp(x)
+            heads = qkv(x).unflatten(2, (4, 8)).transpose(1, 2)
+            query, key, value = heads.split((2, 1, 1), 1)
+            turned = []
+            for each in (query, key):
+                pairs = torch.view_as_complex(each.float().unflatten(3, (4, 2)))
+                turned.append(torch.view_as_real(pairs * self.turns_TC[: x.shape[1]]).flatten(3).type_as(each))
+            query, key, value = turned[0], turned[1].repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+            later_TT = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            scores_BHTT = (query @ key.transpose(2, 3) / 8**0.5).masked_fill(later_TT, -torch.inf)
+            x = x + out((scores_BHTT.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_queries_turned_by_complex_numbers_behind_another_module_are_cached_and_exported(tmp_path):
+    guide = capture(models.seeded(ComplexRotary), models.vectors(3, 12, 16))
+    hybrid = build_hybrid(make_plan(guide, "narrow")).graph_module
+    assert_chunks_equal_whole(
+        threaded(guide, hybrid), replace(guide, graph_module=hybrid), {"x": models.vectors(2, 12, 16)}
+    )
+    report = export(hybrid, guide.signature, tmp_path / "m.onnx")
+    assert not report.note
+
+
+class Frames(nn.Module):
+    """Attends over every second step of its input, padded at the front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(x, (0, 0, 4, 0))[:, ::2]
+        query, key, value = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def test_an_attention_over_other_steps_than_the_inputs_is_no_error_of_torchs():
+    guide = capture(models.seeded(Frames), models.vectors(3, 12, 8))
+    with pytest.raises(PassRefused, match="does not reproduce"):
+        CacheAttention(guide.signature)(guide.graph_module)
 
 
 def test_one_that_no_cache_stands_for_is_refused():

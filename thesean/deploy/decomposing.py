@@ -85,7 +85,7 @@ def keep_operators(graph_module: fx.GraphModule, has_form: Callable[[Any], bool]
     for graph in graphs:
         graph.eliminate_dead_code()
     nodes = [n for graph in graphs for n in graph.nodes if n.op == "call_function"]
-    if not all(_is_known(n) or _stays(n.target, has_form) for n in nodes):
+    if not all(_is_known(n) or stays(n.target, has_form) for n in nodes):
         return False
     sizes = {n: _sizes(n) for n in nodes if n.target in _RESHAPES}
     if None in sizes.values():
@@ -112,7 +112,7 @@ def _is_known(node: fx.Node) -> bool:
     return node.target in _RESHAPES or node.target in _RENAMED
 
 
-def _stays(target: Any, has_form: Callable[[Any], bool]) -> bool:
+def stays(target: Any, has_form: Callable[[Any], bool]) -> bool:
     """Whether torch's decompositions leave it alone: a function of sizes, a loop, or an operator of known form that
     neither writes nor is composed of others behind an alias.
     """

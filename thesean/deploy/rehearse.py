@@ -9,9 +9,10 @@ import importlib.util
 import torch
 from torch import fx
 
+from thesean.deploy.decomposing import stays
 from thesean.deploy.export import for_export
 from thesean.deploy.lowering.to_onnx import quiet
-from thesean.deploy.torchlib import is_registered
+from thesean.deploy.torchlib import is_registered, is_registered_for_complex
 from thesean.errors import PassRefused
 from thesean.passes.base import run_passes
 from thesean.passes.graph.nodes import owner
@@ -23,13 +24,19 @@ def unwritable(graph_module: fx.GraphModule) -> str:
     """What stands in the way of an export, "" where nothing is known to: the operators that torch can neither write nor
     take apart, with the parts that they are in. "" without the extra, whose table says so.
     """
-    calls = [n for n in graph_module.graph.nodes if n.op == "call_function" and not _surely_written(n.target)]
+    nodes = [n for n in graph_module.graph.nodes if n.op == "call_function"]
+    calls = [n for n in nodes if not _surely_written(n.target)]
     aten = [n for n in calls if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "aten"]
-    if aten:  # only now: to read the table takes two seconds
+    complex_ones = [n for n in nodes if n not in calls and any(map(_is_complex, n.all_input_nodes))]
+    if aten or complex_ones:  # only now: to read the table takes two seconds
         if importlib.util.find_spec("onnxscript") is None:
             return ""
         with quiet():
             calls = [n for n in calls if n not in aten or not is_registered(n.target)]
+            # one that has a form is not taken apart, be that of real numbers alone
+            calls += [
+                n for n in complex_ones if stays(n.target, is_registered) and not is_registered_for_complex(n.target)
+            ]
     found: dict[str, str] = {}
     for node in calls:
         place = owner(node)
@@ -54,6 +61,11 @@ def unstreamable(graph_module: fx.GraphModule, signature: Signature) -> str:
             "bring whole sequences to the file, or convert what is left."
         )
     return ""
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _surely_written(target: object) -> bool:

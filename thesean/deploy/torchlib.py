@@ -55,6 +55,12 @@ def is_registered(target: Any) -> bool:
     return registry is None or bool(_table().is_registered(target))
 
 
+def is_registered_for_complex(target: Any) -> bool:
+    """Whether one of its forms takes complex numbers; True where a torch has its table elsewhere."""
+    registry, _ = _registry()
+    return registry is None or any(form.is_complex for form in _table().functions.get(target.name(), ()))
+
+
 def _copy(table: Any) -> Any:
     """An export may register operators of its own."""
     new = copy.copy(table)

@@ -86,10 +86,14 @@ class BoundPositions(Pass):
                 assert isinstance(source, fx.Node)
                 device = source.meta["val"].device if "val" in source.meta else torch.device("cpu")
                 steps = graph.call_function(aten.arange.default, (end,), {"dtype": torch.int64, "device": device})
-                selected = graph.call_function(
-                    aten.index_select.default,
-                    (source, table_dim(table, graph_module), self._inside(graph, steps, table)),
-                )
+                dim, inside = table_dim(table, graph_module), self._inside(graph, steps, table)
+                value = source.meta.get("val")
+                if isinstance(value, torch.Tensor) and value.is_complex():  # ONNX selects of real numbers alone
+                    pairs = graph.call_function(aten.view_as_real.default, (source,))
+                    pairs = graph.call_function(aten.index_select.default, (pairs, dim % value.ndim, inside))
+                    selected = graph.call_function(aten.view_as_complex.default, (pairs,))
+                else:
+                    selected = graph.call_function(aten.index_select.default, (source, dim, inside))
                 selected.meta = dict(reader.meta)
                 reader.replace_all_uses_with(selected)
                 graph.erase_node(reader)

@@ -293,14 +293,18 @@ class _Reader:
             n: torch.randn(self.values[n].shape, generator=generator).to(self.values[n])
             for n in (core.query, core.key, core.value)
         }
-        nodes = sorted(above([core.mixed], set(given)) & self.mains, key=self.sides.order.__getitem__)
+        reached, nodes = set(given), []
+        for node in sorted(above([core.mixed], set(given)) & self.mains, key=self.sides.order.__getitem__):
+            if not reached.isdisjoint(node.all_input_nodes):  # beside these stands what lends its dtype alone
+                reached.add(node)
+                nodes.append(node)
         want = evaluate_all(nodes, self.values, given, last=core.mixed)[core.mixed]
         query, key, value = (given[n] for n in (core.query, core.key, core.value))
         key = key.transpose(-2, -1) if core.turned else key
         if core.packed:
             query, key, value = (x.unflatten(0, (-1, core.packed)) for x in (query, key, value))
-        if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
-            return False
+        if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1] or query.shape[2] != self.time:
+            return False  # of steps that aren't the inputs', such as frames of a signal
         token_BT = torch.ones(BATCH, self.time, dtype=torch.bool, device=query.device)
         bias, _ = SeenKeys(core.window, query.dtype, core.distance, core.counted)(token_BT)
         got, _ = CachedAttention(core.scale, core.cap, core.window)(query, key, value, bias)

@@ -175,8 +175,9 @@ def _difference(whole: torch.Tensor, parts: list[torch.Tensor]) -> str:
     joined = join(parts, whole.shape)
     if isinstance(joined, str) or whole.numel() == 0:
         return joined if isinstance(joined, str) else ""
-    error = (joined.double() - whole.double()).abs().max().item()
-    scale = whole.double().abs().max().item()
+    wide = torch.complex128 if whole.is_complex() else torch.float64
+    error = (joined.to(wide) - whole.to(wide)).abs().max().item()
+    scale = whole.to(wide).abs().max().item()
     return f"step by step it differs by {error:.1e} of {scale:.1e}" if error > _MOVED * scale + _NOISE else ""
 
 
