@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import thesean
-from tests import models
+from tests import captured, models
+from tests.exported import hybrid
 from tests.kept_captures import capture
 from tests.models import same_state, state_of, tokens, vectors
+from thesean.deploy.export import export
 from thesean.errors import ExportError
 from thesean.passes.plan.make_plan import make_plan
 
@@ -197,6 +199,34 @@ def test_a_file_is_in_float16_where_asked(name, dtype, tmp_path):
     outputs, state = Session(report.path).run({k: v.numpy() for k, v in given.items()})
     assert {str(v.dtype) for v in outputs.values()} == {"float16"}
     assert {str(v.dtype) for v in state.values()} <= {"float32", "int64"}
+
+
+@pytest.mark.parametrize("target", ["gru", "lstm", "elman"])
+def test_a_cell_between_other_layers_is_served_from_a_float16_file(target, tmp_path):
+    """onnxruntime died of it."""
+    guide = captured.gpt2()
+    report = export(hybrid(guide, target), guide.signature, tmp_path / "model.onnx", dtype=FP16)
+    assert report.dtype == "float16"
+    assert not report.note
+
+
+class TableOfSizes(nn.Module):
+    """Multiplies by a table that it makes of the length, in torch's own precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angle_TD = torch.arange(x.shape[1], device=x.device)[:, None] * 1000.0 ** (-torch.arange(6) / 6)
+        first, second = self.into(x).chunk(2, -1)
+        return self.out(torch.cat([first * angle_TD[:, :3].cos(), second], -1))
+
+
+def test_a_table_that_is_made_of_sizes_is_cast_where_it_meets_a_network_in_float16(tmp_path):
+    guide = capture(models.seeded(TableOfSizes), models.vectors(2, 9, 6))
+    report = export(guide.graph_module, guide.signature, tmp_path / "model.onnx", dtype=FP16)
+    assert report.dtype == "float16"
 
 
 def test_a_file_in_a_precision_that_onnxruntime_has_no_kernels_of_is_refused(tmp_path):

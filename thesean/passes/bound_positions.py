@@ -21,6 +21,7 @@ from thesean.passes.analyse.positions import (
     tables,
 )
 from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.row_counts import select_steps
 from thesean.recipe import Positions
 
 aten = torch.ops.aten
@@ -87,13 +88,7 @@ class BoundPositions(Pass):
                 device = source.meta["val"].device if "val" in source.meta else torch.device("cpu")
                 steps = graph.call_function(aten.arange.default, (end,), {"dtype": torch.int64, "device": device})
                 dim, inside = table_dim(table, graph_module), self._inside(graph, steps, table)
-                value = source.meta.get("val")
-                if isinstance(value, torch.Tensor) and value.is_complex():  # ONNX selects of real numbers alone
-                    pairs = graph.call_function(aten.view_as_real.default, (source,))
-                    pairs = graph.call_function(aten.index_select.default, (pairs, dim % value.ndim, inside))
-                    selected = graph.call_function(aten.view_as_complex.default, (pairs,))
-                else:
-                    selected = graph.call_function(aten.index_select.default, (source, dim, inside))
+                selected = select_steps(graph, source, dim, inside)
                 selected.meta = dict(reader.meta)
                 reader.replace_all_uses_with(selected)
                 graph.erase_node(reader)

@@ -18,6 +18,8 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.nodes import attribute
 from thesean.passes.graph.signature import Signature
 
+aten = torch.ops.aten
+
 Dtypes = Mapping[torch.dtype, torch.dtype]  # what becomes what
 
 
@@ -26,7 +28,8 @@ class CastFloats(Pass):
     """weights and casts of one precision  =>  of another, by `dtypes`; inputs and outputs follow.
 
     What is in none of these precisions stays: a norm that is computed in float32 beside half-precision weights is
-    still so in another half precision. Numbers past the range of the new one become its largest.
+    still so in another half precision. Numbers past the range of the new one become its largest. What is computed from
+    sizes alone, such as a table of angles, is computed as it was and cast where it meets anything else.
     """
 
     in_place = True
@@ -47,6 +50,7 @@ class CastFloats(Pass):
             return cast_tensor(value, self.dtypes) if isinstance(value, torch.Tensor) else value
 
         graph_module._apply(cast)
+        _cast_where_met(graph_module.graph, self.dtypes)
         for node in graph_module.graph.nodes:
             if node.op == "get_attr":
                 self._constant(graph_module, str(node.target))
@@ -71,6 +75,37 @@ class CastFloats(Pass):
         if isinstance(value, torch.Tensor) and value.dtype in self.dtypes:
             holder, _, name = path.rpartition(".")
             setattr(graph_module.get_submodule(holder), name, cast_tensor(value, self.dtypes))
+
+
+def _cast_where_met(graph: fx.Graph, dtypes: Dtypes) -> None:
+    """`meta["val"]` is of before. Born is what no float flows into, and no argument names the precision of."""
+    born: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        dtype = _float_dtype(node)
+        floats = [i for i in node.all_input_nodes if _float_dtype(i) is not None]
+        named = any(isinstance(a, torch.dtype) for a in pytree.tree_leaves((node.args, node.kwargs)))
+        if dtype is None or named:
+            continue
+        if all(i in born for i in floats) and all("val" in i.meta for i in node.all_input_nodes):
+            born.add(node)
+            continue
+        for one in floats if dtype in dtypes else ():
+            if one in born:
+                with graph.inserting_before(node):
+                    met = graph.call_function(aten.to.dtype, (one, dtype))
+                met.meta = {"val": _float_values(one, dtype)}
+                node.replace_input_with(one, met)
+
+
+def _float_values(node: fx.Node, dtype: torch.dtype) -> Any:
+    return map_aggregate(node.meta["val"], lambda v: v.to(dtype) if isinstance(v, torch.Tensor) else v)
+
+
+def _float_dtype(node: fx.Node) -> torch.dtype | None:
+    tensors = (v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor))
+    return next((v.dtype for v in tensors if v.is_floating_point()), None)
 
 
 def _followed(value: Any, dtypes: Dtypes) -> Any:

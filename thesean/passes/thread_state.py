@@ -31,7 +31,7 @@ from thesean.passes.graph.clock import find_clock
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import leaf_nodes, leaf_values
 from thesean.passes.graph.record import record
-from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, takes_rows
+from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, select_steps, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.graph.surgery import erase_dead
@@ -197,8 +197,7 @@ class ThreadState(Pass):
                 if by_row:
                     selected = read_rows(graph, _source(table), len(shapes[_source(table).name]), moved)
                 else:
-                    place = (_source(table), dims[table.reader], moved)
-                    selected = graph.call_function(aten.index_select.default, place)
+                    selected = select_steps(graph, _source(table), dims[table.reader], moved)
                 selected.meta = dict(table.reader.meta)
             table.reader.replace_all_uses_with(selected)
             graph.erase_node(table.reader)

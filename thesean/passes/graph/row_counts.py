@@ -55,6 +55,16 @@ def is_row_table(shape: tuple[int, ...], dim: int) -> bool:
     return (len(shape) == 2 and dim == 0) or (len(shape) == 3 and dim == 1 and shape[0] == 1)
 
 
+def select_steps(graph: fx.Graph, table: fx.Node, dim: int, index_T: fx.Node) -> fx.Node:
+    """A table's steps along `dim`, at the graph's insertion point. ONNX selects of real numbers alone."""
+    value = table.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_complex():
+        return graph.call_function(aten.index_select.default, (table, dim, index_T))
+    pairs = graph.call_function(aten.view_as_real.default, (table,))
+    pairs = graph.call_function(aten.index_select.default, (pairs, dim % value.ndim, index_T))
+    return graph.call_function(aten.view_as_complex.default, (pairs,))
+
+
 def read_rows(graph: fx.Graph, table: fx.Node, rank: int, index_BT: fx.Node) -> fx.Node:
     """(B, T, D) of such a table, at the graph's insertion point."""
     if rank == 3:

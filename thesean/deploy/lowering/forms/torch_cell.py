@@ -72,7 +72,9 @@ class LoweredCell(nn.Module):
             raise ExportError(f"{self.path}: expected a batch of sequences (3 dimensions), found {input.ndim}.")
         is_lstm = self.kind == "LSTM"
         states = (hx if is_lstm else (hx,)) if hx is not None else ()
-        x_TBD = input.transpose(0, 1) if self.batch_first else input
+        # onnxruntime 1.32 has these operators in float32 alone, and dies of a MatMul in float16 behind what turns them
+        states = tuple(state.float() for state in states)
+        x_TBD = (input.transpose(0, 1) if self.batch_first else input).float()
         lengths_B = None if lengths_B is None else lengths_B.to(torch.int32)
         lasts: list[list[torch.Tensor]] = [[] for _ in range(2 if is_lstm else 1)]
         for layer in range(self.layers):
@@ -80,14 +82,16 @@ class LoweredCell(nn.Module):
             x_TBD, *last = self._layer(layer, x_TBD, [state[rows] for state in states], lengths_B)
             for collected, state in zip(lasts, last, strict=True):
                 collected.append(state)
-        final = tuple(torch.cat(collected) if len(collected) > 1 else collected[0] for collected in lasts)
-        return x_TBD.transpose(0, 1) if self.batch_first else x_TBD, final if is_lstm else final[0]
+        final = tuple((torch.cat(each) if len(each) > 1 else each[0]).to(input.dtype) for each in lasts)
+        output = (x_TBD.transpose(0, 1) if self.batch_first else x_TBD).to(input.dtype)
+        return output, final if is_lstm else final[0]
 
     def _layer(
         self, layer: int, x_TBD: torch.Tensor, states: list[torch.Tensor], lengths_B: torch.Tensor | None
     ) -> list[torch.Tensor]:
         T, B = x_TBD.shape[:2]
         weights = [getattr(self, f"{name}_{layer}") for name in ("input", "recurrent", "bias")]
+        weights = [None if weight is None else weight.float() for weight in weights]
         state_shape = [self.directions, B, self.units]
         shapes = [[T, *state_shape], *([state_shape] * len(_state_names(self.kind)))]
         y_TNBE, *last = torch.onnx.ops.symbolic_multi_out(
