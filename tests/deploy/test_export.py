@@ -453,6 +453,15 @@ def test_an_output_that_can_be_compared_is_compared_all_the_same(tmp_path, monke
         thesean.export_guide(HalfVoid(), tmp_path / "m.onnx", example_inputs=(models.vectors(4, 8),), check="never")  # type: ignore[arg-type]
 
 
+def test_under_a_callers_autocast_the_file_is_the_same(tmp_path):
+    guide, files = models.mlp(), []
+    for lower in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lower):
+            thesean.export_guide(guide, tmp_path / f"{lower}.onnx", example_inputs=(models.vectors(4, 8),))
+        files.append((tmp_path / f"{lower}.onnx").read_bytes())
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(("length", "chunks"), [(20, (1, 5, 1, 13)), (7, (1, 5, 1)), (4, (1, 3)), (1, (1,))])
 def test_chunks_fill_the_length(length, chunks):
     assert cut(length, parity._CHUNKS) == chunks

@@ -37,12 +37,14 @@ from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.divide_encoder import DivideEncoder
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.halves import halves_of
+from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature
 from thesean.scratch import file_sha256, named, telling
 
 _WHOSE = re.compile(r"^(divide encoder|cache attention|delay steps|thread state): ")
 
 
+@usual_settings()
 def export_network(
     graph_module: fx.GraphModule,
     signature: Signature,

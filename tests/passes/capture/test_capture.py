@@ -515,6 +515,21 @@ def test_a_cache_that_is_asked_for_is_told_with_what_leaves_it_out():
         capture(Remembering(models.gpt2(1)), tokens(2, 6))
 
 
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.cell(packed)[0], batch_first=True)[0]
+
+
+def test_packed_sequences_are_told_with_the_mask_that_stands_for_them():
+    with pytest.raises(CaptureError, match=r"line \d+.*packed sequences.*by a mask.*lengths\[:, None\]"):
+        capture(Packed(), (vectors(3, 5, 4), torch.tensor([5, 2, 4])))
+
+
 class ClassToken(nn.Module):
     """Its batch is asked for in one of several ways."""
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from thesean.errors import CaptureError
 from thesean.passes.capture.dynamic import Dynamic
 
 # torch.export's own words for a size that it was to leave free, and the code fixes
 _FIXED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_PACKS = {"pack_padded_sequence", "pad_packed_sequence"}
 # and for what is returned beside tensors
 _RETURNED = re.compile(r"Found <class '[\w.]*?(\w+)'> in output")
 
@@ -37,10 +39,23 @@ def explained(
             f"the guide returns a {returned[1]}, and a graph gives tensors alone. Have it return no more than those: "
             "use_cache=False where forward calls a model that keeps a cache, or a wrapper that returns what it needs."
         )
+    if _packs(error):
+        return CaptureError(
+            f"the guide can't be captured{where_of(error)}: packed sequences take lengths as plain numbers. Give the "
+            "cell the padded sequences, and hide what is padded behind it by a mask, (torch.arange(x.shape[1]) < "
+            "lengths[:, None])[..., None], which is exact for what reads forwards; or convert a submodule instead."
+        )
     return CaptureError(
         f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
         "become a graph: convert a submodule instead, or replace the branch by torch.where."
     )
+
+
+def _packs(error: Exception) -> bool:
+    """Whether the trace ended where packed sequences are made, read or undone."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    held = any(isinstance(value, PackedSequence) for frame in frames for value in frame.f_locals.values())
+    return held or not _PACKS.isdisjoint(frame.f_code.co_name for frame in frames)
 
 
 def fixed_sizes(error: Exception) -> list[tuple[str, int]]:
