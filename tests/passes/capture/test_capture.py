@@ -515,6 +515,29 @@ def test_a_cache_that_is_asked_for_is_told_with_what_leaves_it_out():
         capture(Remembering(models.gpt2(1)), tokens(2, 6))
 
 
+class CausalEncoder(nn.Module):
+    """torch's own, with the causal mask that its documentation shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x, mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
+def test_a_causal_mask_that_is_made_in_forward_is_no_branch_on_values():
+    model = models.seeded(CausalEncoder)
+    captured = capture(model, vectors(2, 6, 8))
+    same_everywhere(model, captured, [(1, 1), (3, 9)], lambda batch, time: vectors(batch, time, 8))
+    x, moved = vectors(1, 6, 8), vectors(1, 6, 8)
+    moved[:, 4:] += 1
+    change_BTD = captured.graph_module(x) - captured.graph_module(moved)
+    assert not change_BTD[:, :4].any()
+    assert change_BTD[:, 4:].any()
+
+
 class Packed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ from thesean.passes.capture.explain import explained, fixed_sizes, short
 from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
+from thesean.passes.capture.hints import masks_not_looked_at
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
 from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
@@ -201,7 +202,10 @@ def _export(
         most = max((len(dims) for dims in free.values()), default=0)
         try:
             # with gradients, so that what the guide runs without them is a region of its own
-            with guide.forgetting(), warnings.catch_warnings(), OpaqueCells(), torch.enable_grad(), lean_trace(most):
+            with (
+                guide.forgetting(), warnings.catch_warnings(), OpaqueCells(), masks_not_looked_at(),
+                torch.enable_grad(), lean_trace(most),
+            ):  # fmt: skip
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")
                 return torch.export.export(traced, (), given, dynamic_shapes=shapes, strict=False), free
