@@ -70,10 +70,11 @@ def solver_by(
     parts: Sequence[int],
     batches: Sequence[Inputs],
     preparing: bool,
+    reading: fx.GraphModule | None = None,
 ) -> Solver:
     """As a recipe's closed form says; it prepares alone where that is off."""
-    ridge = form.ridge if form.enabled else None
-    return Solver(guide, hybrid, parts, batches, ridge=ridge, solve_copied=form.solve_copied, preparing=preparing)
+    ridge, told = form.ridge if form.enabled else None, {"solve_copied": form.solve_copied, "preparing": preparing}
+    return Solver(guide, hybrid, parts, batches, ridge=ridge, reading=reading, **told)
 
 
 class Solver:
@@ -93,8 +94,11 @@ class Solver:
         ridge: float | None,
         solve_copied: bool = True,
         preparing: bool = False,
+        reading: fx.GraphModule | None = None,
     ) -> None:
-        """`ridge` None: prepare alone."""
+        """`ridge` None: prepare alone. `reading`: the network whose values modules read, in place of the hybrid, whose
+        replacements then name its nodes: the guide, where each is to stand alone in it.
+        """
         self.hybrid, self.batches, self.ridge = hybrid, batches, ridge
         replaced = [r for part in parts for r in hybrid.of_part(part)]
         self._prepared = {r.name for r in replaced if preparing and prepares(hybrid.module(r))}
@@ -104,7 +108,8 @@ class Solver:
             if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
         }
         self._own_step = {r.name: i for i, r in enumerate(r for r in replaced if r.name in self._solved)}
-        self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in replaced if r.name in self._solved], batches)
+        read = [_own_ends(r) for r in replaced if r.name in self._solved]
+        self._own = Walk(hybrid.graph_module if reading is None else reading, read, batches)
         ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
         self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
         self._seen, self._gathered = Seen(guide), Gathered(guide)
