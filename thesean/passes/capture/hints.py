@@ -14,8 +14,8 @@ _LOOK = "_detect_is_causal_mask"
 
 @contextmanager
 def masks_not_looked_at() -> Iterator[None]:
-    """Inside, nn.TransformerEncoder and nn.TransformerDecoder apply the masks that they are given, as they would without
-    the hint: the numbers are the same. What the caller says of `is_causal` holds.
+    """Inside, nn.TransformerEncoder and nn.TransformerDecoder apply the masks that they are given, as they would
+    without the hint: the numbers are the same. What the caller says of `is_causal` holds.
     """
     original = getattr(transformer, _LOOK, None)  # not in every torch
     if original is None:
