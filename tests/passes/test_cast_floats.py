@@ -87,3 +87,31 @@ def example() -> Example:
     guide = capture(models.mlp().to(FP64), vectors(2, 8).to(FP64))
     # what it takes follows its weights, so that outputs for one input can't be compared
     return Example(CastFloats({FP64: FP32}), clone(guide.graph_module), (vectors(2, 8),), same_outputs=False)
+
+
+class Turning(nn.Module):
+    """x_BD with its neighbours turned as complex numbers, which are given away too."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        pairs = torch.view_as_complex((2 * x).unflatten(-1, (-1, 2)))
+        turned = pairs * torch.polar(torch.ones(2), torch.tensor([0.5, 1.5]))
+        return {"parts": torch.view_as_real(turned).flatten(-2) * x, "length": turned.abs()}
+
+
+def test_complex_numbers_are_of_float32_where_the_rest_is_of_half_precision():
+    guide = capture(Turning(), vectors(3, 4))
+    x = guide.example["x"]
+    wanted = guide.graph_module(x)
+    cast = CastFloats({FP32: FP16})(clone(guide.graph_module)).graph_module
+    seen = []
+
+    class Look(fx.Interpreter):
+        def run_node(self, n):
+            seen.append(super().run_node(n))
+            return seen[-1]
+
+    found = Look(cast).run(x.half())
+    assert {t.dtype for t in seen if isinstance(t, torch.Tensor) and t.is_complex()} == {torch.complex64}
+    for name, value in found.items():
+        assert value.dtype == FP16
+        torch.testing.assert_close(value.float(), wanted[name], rtol=1e-2, atol=1e-2)

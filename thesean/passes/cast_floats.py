@@ -29,7 +29,8 @@ class CastFloats(Pass):
 
     What is in none of these precisions stays: a norm that is computed in float32 beside half-precision weights is
     still so in another half precision. Numbers past the range of the new one become its largest. What is computed from
-    sizes alone, such as a table of angles, is computed as it was and cast where it meets anything else.
+    sizes alone, such as a table of angles, is computed as it was and cast where it meets anything else. Complex numbers
+    are of float32 where real ones are of half precision: few operators, and no file, know any of halves.
     """
 
     in_place = True
@@ -59,12 +60,15 @@ class CastFloats(Pass):
             node.args, node.kwargs = (map_aggregate(given, cast) for given in (node.args, node.kwargs))
             if "val" in node.meta:
                 node.meta["val"] = map_aggregate(node.meta["val"], lambda v: _followed(v, self.dtypes))
+        if not set(HALF).isdisjoint(self.dtypes.values()):
+            _complex_of_float32(graph_module.graph, self.dtypes)
         graph_module.recompile()
         return PassResult(graph_module=graph_module, modified=True)
 
     def _applies(self, graph_module: fx.GraphModule) -> bool:
         nodes = graph_module.graph.nodes
         read = [attribute(graph_module, str(n.target)) for n in nodes if n.op == "get_attr"]
+        read += [n.meta.get("val") for n in nodes if n.op == "placeholder"]
         tensors = [t for t in (*read, *graph_module.parameters(), *graph_module.buffers()) if hasattr(t, "dtype")]
         named = [a for n in nodes for a in pytree.tree_leaves((n.args, n.kwargs)) if isinstance(a, torch.dtype)]
         return not self.dtypes.keys().isdisjoint((*(t.dtype for t in tensors), *named))
@@ -97,6 +101,31 @@ def _cast_where_met(graph: fx.Graph, dtypes: Dtypes) -> None:
                     met = graph.call_function(aten.to.dtype, (one, dtype))
                 met.meta = {"val": _float_values(one, dtype)}
                 node.replace_input_with(one, met)
+
+
+def _complex_of_float32(graph: fx.Graph, dtypes: Dtypes) -> None:
+    """Once all is cast: what makes complex numbers of real ones takes float32, what reads them is cast behind."""
+    nodes = [n for n in graph.nodes if n.op == "call_function" and any(map(_is_complex, (n, *n.all_input_nodes)))]
+    complex_ones = set(nodes)
+    for node in nodes:
+        for one in node.all_input_nodes:
+            if one not in complex_ones and _float_dtype(one) in HALF:
+                with graph.inserting_before(node):
+                    wide = graph.call_function(aten.to.dtype, (one, torch.float32))
+                wide.meta = {"val": _float_values(one, torch.float32)}
+                node.replace_input_with(one, wide)
+        dtype = _float_dtype(node)
+        readers = [user for user in node.users if user not in complex_ones]
+        if dtype in dtypes.values() and readers:
+            with graph.inserting_after(node):
+                narrow = graph.call_function(aten.to.dtype, (node, dtype))
+            narrow.meta = {"val": node.meta["val"]}
+            for user in readers:
+                user.replace_input_with(node, narrow)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _float_values(node: fx.Node, dtype: torch.dtype) -> Any:

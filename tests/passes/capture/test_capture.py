@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from tests import models
 from tests.captured import KERNELS
@@ -194,6 +195,26 @@ def test_control_flow_that_depends_on_values_names_this_file_and_the_line():
     with pytest.raises(CaptureError, match=f"{Path(__file__).name}, line {line}, in forward: if h.sum") as caught:
         capture(Branching(), vectors(2, 4))
     assert "submodule" in str(caught.value)
+
+
+class Flexible(nn.Module):
+    """x_BTD attends to itself by torch's flex_attention, which has no derivative on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.weight(x).unsqueeze(1)
+        return flex_attention(query, query, query)  # a call that torch refuses
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_an_operator_that_torch_does_not_have_here_is_not_blamed_on_control_flow():
+    with pytest.raises(CaptureError, match="# a call that torch refuses") as caught:
+        capture(Flexible().eval(), vectors(2, 5, 4))
+    assert "torch has no such form of flex_attention: have forward use another one" in str(caught.value)
+    assert "Control flow" not in str(caught.value)
 
 
 class Recurrent(nn.Module):

@@ -22,6 +22,7 @@ from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.lowering.lean.leaner import leaner
 from thesean.deploy.lowering.lower import lower_cells, lower_portably
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
+from thesean.deploy.lowering.whole_spectra import whole_spectra
 from thesean.deploy.promoting import promoted_by_value
 from thesean.deploy.rewriting import rules_by_operator
 from thesean.deploy.torchlib import table_kept
@@ -104,6 +105,7 @@ def to_onnx(
     _name_dims(model, inputs)
     if portable:
         _inline(model)
+    whole_spectra(model)
     leaner(model, portable)
     _name_nodes(model)
     _drop_traces(model)

@@ -45,6 +45,12 @@ def explained(
             "cell the padded sequences, and hide what is padded behind it by a mask, (torch.arange(x.shape[1]) < "
             "lengths[:, None])[..., None], which is exact for what reads forwards; or convert a submodule instead."
         )
+    if isinstance(error, NotImplementedError):
+        return CaptureError(
+            f"the guide can't be captured{where_of(error)}: {short(error)}. torch has no such form of "
+            f"{_called(error) or 'an operator'}: have forward use another one there, for an attention "
+            "scaled_dot_product_attention with its mask, or convert a submodule without it."
+        )
     return CaptureError(
         f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
         "become a graph: convert a submodule instead, or replace the branch by torch.where."
@@ -129,6 +135,13 @@ def where_of(error: BaseException) -> str:
             return line
         seen = seen.__cause__ or seen.__context__
     return ""
+
+
+def _called(error: BaseException) -> str:
+    """torch's function that the innermost line outside of it called, "" where none was entered."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [at for at, frame in enumerate(frames[:-1]) if _line([frame])]
+    return frames[own[-1] + 1].name if own else ""
 
 
 def _line(stack: traceback.StackSummary | list[traceback.FrameSummary]) -> str:

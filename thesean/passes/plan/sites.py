@@ -22,6 +22,7 @@ from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import recurrent_units
 from thesean.passes.analyse.regions import Region, is_branch, same_shape
+from thesean.passes.analyse.turned import turned_unread
 from thesean.passes.graph.nodes import above, named_dim
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
@@ -135,13 +136,15 @@ class SiteFinder:
                 )
             out, into = found
         token_wise = scope_of(target) == "token-wise"
+        attention = None if removes else find_attention(region, self.values)
         facts = PartFacts(
             path=path,
             input_shape=self.shape(into),
             output_shape=self.shape(out),
             mixing=probe_mixing(region, self.values),
             params=count_params(self.graph_module, region.nodes),
-            attention=None if removes else find_attention(region, self.values),
+            attention=attention,
+            turned_unread=not removes and turned_unread(region, self.values, attention),
             mlp=find_mlp(region, self.values) if token_wise else None,
             is_branch=not removes and is_branch(region),
             channels_first=is_channels_first(region, self.values),

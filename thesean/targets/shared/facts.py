@@ -257,6 +257,8 @@ class PartFacts:
     mixing: Mixing  # what the probe saw along the second dimension; "none" is token-wise
     params: int
     attention: AttentionFacts | None = None
+    # queries and keys are turned by their steps, and how is not in `attention`
+    turned_unread: bool = False
     mlp: MLPFacts | None = None
     block: BlockFacts | None = None  # where the target stands for both
     # The output is what the whole part adds to nothing: no residual stream runs beside it. A replacement of a whole

@@ -292,8 +292,16 @@ class LinearHeads(SequenceTarget):
         return True
 
     def unlike(self, part: PartFacts) -> str:
-        """A window is the guide's own softmax only where all is known that goes into it."""
+        """A window is the guide's own softmax only where all is known that goes into it. Positions that weren't read
+        are nowhere in it.
+        """
         facts = self.attention_of(part)
+        if part.turned_unread:
+            inside = "" if self.window is None else ", in their window too"
+            return (
+                "queries and keys are turned by their positions in a way that is not read off; what stands for them "
+                f"leaves positions out{inside}"
+            )
         if self.window is None or (facts is not None and facts.plain):
             return ""
         found = "no attention was read off" if facts is None else facts.differs
