@@ -31,6 +31,11 @@ FORMAT = 1
 GRAPH, WEIGHTS, PLAN, REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
 EXAMPLE = "example.safetensors"  # version 0.1.0 wrote none; whose inputs are nobody's business may delete it
 MODEL, NETWORK = "model.safetensors", "network."  # of a Hugging Face folder: the weights, and how their names begin
+FILE_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "C64": torch.complex64,
+}  # fmt: skip
 _OURS = frozenset((GRAPH, WEIGHTS, PLAN, REPORT, EXAMPLE))
 
 
@@ -65,25 +70,19 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
     """The files of a conversion into an empty folder. `hub`: its tensors in `model.safetensors`, by the names that a
     model of Hugging Face's has for them. Raises ArtifactError, OSError.
     """
-    tensors, aliases = _tensors(artifact.graph_module)
+    tensors, aliases = named_tensors(artifact.graph_module)
     weights = MODEL if hub else WEIGHTS
     buffers = [name.partition(":")[2] for name in tensors if name.startswith("buffer:")]
     if hub:
         tensors = {NETWORK + name.partition(":")[2]: tensor for name, tensor in tensors.items()}
     save_file(tensors, made / weights, {"format": "pt"} if hub else None)
-    save_file(_examples(artifact.signature), made / EXAMPLE)
+    save_file(examples_of(artifact.signature), made / EXAMPLE)
     (made / PLAN).write_text(artifact.plan.to_yaml(), encoding="utf-8")
     for name in (weights, EXAMPLE):  # safetensors' own mode is for nobody but the owner
         (made / name).chmod((made / PLAN).stat().st_mode)
     (made / REPORT).write_bytes(json.dumps(artifact.report.to_dict(), indent=1).encode())
-    guide = artifact.signature.guide
     body = {
-        "format": FORMAT,
-        "signature": _signature_to_json(artifact.signature),
-        **({} if guide is None else {"guide": guide.to_json()}),
-        "symbols": artifact.graph_module.meta.get("symbols", {}),
-        "modules": _modules(artifact.graph_module),
-        "aliases": aliases,
+        **described(artifact.graph_module, artifact.signature, aliases),
         **({"buffers": buffers} if hub else {}),
         "files_sha256": {n: file_sha256(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
         "nodes": graph_json.dump(artifact.graph_module.graph),
@@ -91,10 +90,23 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
     (made / GRAPH).write_bytes(json.dumps({"sha256": digest_of(body), **body}, indent=1).encode())
 
 
+def described(graph_module: fx.GraphModule, signature: Signature, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """What `graph.json` says of a network beside its nodes and the other files."""
+    guide = signature.guide
+    return {
+        "format": FORMAT,
+        "signature": _signature_to_json(signature),
+        **({} if guide is None else {"guide": guide.to_json()}),
+        "symbols": graph_module.meta.get("symbols", {}),
+        "modules": _modules(graph_module),
+        "aliases": aliases,
+    }
+
+
 def save_weights(graph_module: fx.GraphModule, path: Path) -> Path:
     """Nothing but the tensors, of a network that `save` refuses. Raises WriteError."""
     with new_file(path) as made, full_is_an_oserror():
-        save_file({k.partition(":")[2]: v for k, v in _tensors(graph_module)[0].items()}, made)
+        save_file({k.partition(":")[2]: v for k, v in named_tensors(graph_module)[0].items()}, made)
     return path
 
 
@@ -127,14 +139,6 @@ def check_nameable(graph_module: fx.GraphModule) -> None:
     _modules(graph_module)
 
 
-def check_saveable(graph_module: fx.GraphModule) -> None:
-    """Raises ArtifactError for a network that `save` would refuse, or that `load` would: to be asked before training,
-    which changes neither operators nor names.
-    """
-    check_nameable(graph_module)
-    graph_json.load(json.loads(json.dumps(graph_json.dump(graph_module.graph))))
-
-
 def check_free(folder: Path) -> None:
     """Raises ArtifactError unless `save` may use this name: nothing there, an empty folder, or a conversion."""
     folder = named(folder)
@@ -158,8 +162,10 @@ def digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Each tensor once, and the other names of tied ones."""
+def named_tensors(graph_module: fx.GraphModule, bare: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Each tensor once, and the other names of tied ones. `bare`: on the meta device, without their numbers. Raises
+    ArtifactError for a precision that files don't have.
+    """
     kept: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
@@ -181,11 +187,17 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
                 value = getattr(value, piece)
             everything.append((name, value))
     for name, value in everything:
+        if value.dtype not in FILE_DTYPES.values():
+            found = str(value.dtype).removeprefix("torch.")
+            raise ArtifactError(f"{name}: files have no {found}. Convert the guide in another precision.")
         if id(value) in seen:
             aliases[name] = seen[id(value)]
         else:
             seen[id(value)] = name
             prefix = "parameter:" if name in parameters else "buffer:"
+            if bare:
+                kept[prefix + name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+                continue
             flat = value.detach().cpu().contiguous()
             storage = flat.untyped_storage().data_ptr()
             # views of one storage are tensors of their own in the file, which holds no views
@@ -208,7 +220,7 @@ def _modules(graph_module: fx.GraphModule) -> dict[str, Any]:
     return described
 
 
-def _examples(signature: Signature) -> dict[str, torch.Tensor]:
+def examples_of(signature: Signature) -> dict[str, torch.Tensor]:
     return {s.name: s.example.contiguous() for s in signature.inputs if s.example is not None}
 
 

@@ -12,7 +12,6 @@ from typing import Any, overload
 from torch import nn
 
 from thesean import ranks
-from thesean.artifact import check_saveable
 from thesean.bind_data import bind_data, told_of
 from thesean.choose.choose import UNMET
 from thesean.choose.choose_plan import choose_plans
@@ -37,7 +36,6 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.unread import without_unread
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import callers_settings, seeded, usual_settings
-from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
 from thesean.passes.plan.hybrid import Hybrid, build_hybrid
@@ -45,6 +43,7 @@ from thesean.passes.plan.make_plan import TargetSpec, bind_plan, globs_of, plan_
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
+from thesean.rehearse_artifact import check_loadable
 from thesean.report import Watching, watched
 from thesean.request import Request, sizes_of
 from thesean.targets import Target
@@ -148,7 +147,7 @@ def compile(
                     run = ranks.first(lambda: Workdir.prepare(workdir, bound_plan.plan, request.settings))
                 with seeded(seed):
                     hybrid = build_hybrid(bound_plan, share=True)
-                    training = rehearsed(hybrid, training, captured.signature, run)
+                    training = rehearsed(bound_plan, hybrid, training, run)
                     aligned = align(bound_plan, hybrid, training)
                     conversion = tune(training, aligned)
             converted = finish(training, conversion, start)
@@ -378,13 +377,14 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
         raise CaptureError(captured.untrainable)
 
 
-def rehearsed(hybrid: Hybrid, training: Training, signature: Signature, run: Workdir | None) -> Training:
-    """Whether the untrained hybrid could be saved. Raises ArtifactError where it must be; else the report tells. That
-    it can't be exported is a warning: not everyone does.
+def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, training: Training, run: Workdir | None) -> Training:
+    """Whether the untrained hybrid could be saved and loaded. Raises ArtifactError where it must be; else the report
+    tells. That it can't be exported is a warning: not everyone does.
     """
     notes: list[str] = []
+    signature = bound_plan.captured.signature
     try:
-        check_saveable(hybrid.graph_module)
+        check_loadable(hybrid.graph_module, signature, bound_plan.plan)
     except ArtifactError as error:
         if run is not None:
             raise

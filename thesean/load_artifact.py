@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -20,6 +21,7 @@ from typing_extensions import TypedDict
 
 from thesean.artifact import (
     EXAMPLE,
+    FILE_DTYPES,
     FORMAT,
     GRAPH,
     MODEL,
@@ -45,11 +47,6 @@ from thesean.targets import TargetModule, rebuild
 
 # What a folder may take where `max_bytes` doesn't say, and how many bytes of Python's a byte of JSON becomes
 _LEAST_BYTES, _PARSED = 2 * 2**30, 16
-_FILE_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "C64": torch.complex64,
-}  # fmt: skip
 _LARGEST = 2**20  # of a target's settings: constructors count to some of them
 
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -101,14 +98,21 @@ def load(folder: str | Path, max_bytes: int | None = None) -> Artifact:
 
     Runs nothing that the folder names, and reads no weight before every node was seen to fit.
     """
-    try:
+    with refusing(folder):
         return _load(standing(Path(folder)), max_bytes)
+
+
+@contextmanager
+def refusing(where: Path | str) -> Iterator[None]:
+    """Whatever is raised inside is an ArtifactError."""
+    try:
+        yield
     except ArtifactError:
         raise
     except TheseanError as error:  # an unknown target, a plan that is none
-        raise ArtifactError(f"{folder} can't be read: {error}") from error
+        raise ArtifactError(f"{where} can't be read: {error}") from error
     except Exception as error:  # of json, safetensors, torch and the file system: what a file may say has no end
-        raise ArtifactError(f"{folder} can't be read: {type(error).__name__}: {str(error)[:500]}.") from error
+        raise ArtifactError(f"{where} can't be read: {type(error).__name__}: {str(error)[:500]}.") from error
 
 
 def _load(folder: Path, max_bytes: int | None) -> Artifact:
@@ -140,26 +144,18 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
             raise ArtifactError(f"{folder / name} does not match its checksum; the file is truncated or altered.")
     has_example = EXAMPLE in names and EXAMPLE in body["files_sha256"]
     report = ConversionReport.from_dict(json.loads((folder / REPORT).read_text(encoding="utf-8")))
-    signature = _signature_from_json(body["signature"], load_file(folder / EXAMPLE) if has_example else {})
-    signature = replace(signature, guide=_guide(body))
-    if not fits_record(signature, graph.output_node().args[0]):
-        raise ArtifactError(f"{folder}: the output's keys are not those of its output_class.")
     plan = Plan.from_yaml(folder / PLAN)
-    modules = {name: _rebuilt(described) for name, described in body["modules"].items()}
     kinds = _kinds_of(body) if weights == MODEL else None
-    fitting = Fitting(
-        module=_root(graph, body, _named(_shapes(folder / weights), kinds), modules, folder),
-        signature=signature,
-        sizes={s: _probed(s, signature, plan, report) for s in signature.symbols},
-        limit=limit,
-        kinds={name: _kind(described, modules[name]) for name, described in body["modules"].items()},
+    written = Written(
+        body=body,
+        graph=graph,
+        examples=load_file(folder / EXAMPLE) if has_example else {},
+        shapes=_named(_shapes(folder / weights), kinds),
+        plan=plan,
+        report=report,
+        bytes=size,
     )
-    held = fitting.run(graph) + sum(t.nbytes for m in modules.values() for t in (*m.parameters(), *m.buffers()))
-    if size + held > limit:
-        raise ArtifactError(
-            f"{folder}: a call holds {held:,} bytes beside {size:,} of files; at most {limit:,} are allowed. Raise "
-            "max_bytes= for a folder that you trust."
-        )
+    signature, modules = fitted(written, limit, folder)
     # clones: memory of their own, aligned as torch would, so that products round as they did before saving
     tensors = _named({k: v.clone() for k, v in load_file(folder / weights).items()}, kinds)
     root = _root(graph, body, tensors, modules, folder)
@@ -170,10 +166,47 @@ def _load(folder: Path, max_bytes: int | None) -> Artifact:
     return Artifact(graph_module=graph_module, signature=signature, plan=plan, report=report)
 
 
-def _probed(symbol: str, signature: Signature, plan: Plan, report: ConversionReport) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What files say, or would: all but the weights' numbers."""
+
+    body: dict[str, Any]
+    graph: fx.Graph
+    examples: dict[str, torch.Tensor]
+    shapes: dict[str, torch.Tensor]  # on the meta device
+    plan: Plan
+    report: ConversionReport | None = None
+    bytes: int  # of files
+
+
+def _probed(symbol: str, signature: Signature, plan: Plan, report: ConversionReport | None) -> int:
     """A size at which the network is known to run: the example's, or that of the plan's figures."""
     known = {**plan.sizes, **signature.example_sizes}
-    return known.get(symbol, 2 if symbol.startswith("batch") else report.train_length or 8)
+    length = None if report is None else report.train_length
+    return known.get(symbol, 2 if symbol.startswith("batch") else length or 8)
+
+
+def fitted(written: Written, limit: int, where: Path | str) -> tuple[Signature, dict[str, TargetModule]]:
+    """The signature and the modules, once every node was seen to fit. Raises ArtifactError."""
+    body, graph = written.body, written.graph
+    signature = replace(_signature_from_json(body["signature"], written.examples), guide=_guide(body))
+    if not fits_record(signature, graph.output_node().args[0]):
+        raise ArtifactError(f"{where}: the output's keys are not those of its output_class.")
+    modules = {name: _rebuilt(told) for name, told in body["modules"].items()}
+    fitting = Fitting(
+        module=_root(graph, body, written.shapes, modules, where),
+        signature=signature,
+        sizes={s: _probed(s, signature, written.plan, written.report) for s in signature.symbols},
+        limit=limit,
+        kinds={name: _kind(told, modules[name]) for name, told in body["modules"].items()},
+    )
+    held = fitting.run(graph) + sum(t.nbytes for m in modules.values() for t in (*m.parameters(), *m.buffers()))
+    if written.bytes + held > limit:
+        raise ArtifactError(
+            f"{where}: a call holds {held:,} bytes beside {written.bytes:,} of files; at most {limit:,} are allowed. "
+            "Raise max_bytes= for a folder that you trust."
+        )
+    return signature, modules
 
 
 def _shapes(path: Path) -> dict[str, torch.Tensor]:
@@ -181,7 +214,7 @@ def _shapes(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
         return {
-            name: torch.empty(s.get_shape(), dtype=_FILE_DTYPES[s.get_dtype()], device="meta")
+            name: torch.empty(s.get_shape(), dtype=FILE_DTYPES[s.get_dtype()], device="meta")
             for name, s in slices.items()
         }
 
@@ -246,7 +279,7 @@ def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:
 
 
 def _root(
-    graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor], modules: dict[str, Any], folder: Path
+    graph: fx.Graph, body: dict[str, Any], tensors: dict[str, torch.Tensor], modules: dict[str, Any], folder: Path | str
 ) -> nn.Module:
     """A module tree that holds what the graph reads and calls. `modules` get the tensors that are theirs."""
     root = nn.Module()
@@ -299,7 +332,7 @@ def _on_meta(tensors: Iterable[torch.Tensor]) -> bool:
     return any(t.device.type == "meta" for t in tensors)
 
 
-def _held(root: nn.Module, path: str, folder: Path) -> torch.Tensor:
+def _held(root: nn.Module, path: str, folder: Path | str) -> torch.Tensor:
     value: Any = root
     for name in path.split("."):
         value = getattr(value, name, None)

@@ -95,7 +95,11 @@ class Turning(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         pairs = torch.view_as_complex((2 * x).unflatten(-1, (-1, 2)))
         turned = pairs * torch.polar(torch.ones(2), torch.tensor([0.5, 1.5]))
-        return {"parts": torch.view_as_real(turned).flatten(-2) * x, "length": turned.abs()}
+        return {
+            "parts": torch.view_as_real(turned).flatten(-2) * x,
+            "length": turned.abs(),
+            "real": torch.fft.hfft(x, n=4),
+        }
 
 
 def test_complex_numbers_are_of_float32_where_the_rest_is_of_half_precision():

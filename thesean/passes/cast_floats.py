@@ -105,7 +105,7 @@ def _cast_where_met(graph: fx.Graph, dtypes: Dtypes) -> None:
 
 def _complex_of_float32(graph: fx.Graph, dtypes: Dtypes) -> None:
     """Once all is cast: what makes complex numbers of real ones takes float32, what reads them is cast behind."""
-    nodes = [n for n in graph.nodes if n.op == "call_function" and any(map(_is_complex, (n, *n.all_input_nodes)))]
+    nodes = [n for n in graph.nodes if n.op == "call_function" and _computes_complex(n)]
     complex_ones = set(nodes)
     for node in nodes:
         for one in node.all_input_nodes:
@@ -122,6 +122,12 @@ def _complex_of_float32(graph: fx.Graph, dtypes: Dtypes) -> None:
             narrow.meta = {"val": node.meta["val"]}
             for user in readers:
                 user.replace_input_with(node, narrow)
+
+
+def _computes_complex(node: fx.Node) -> bool:
+    """Whether it takes or gives complex numbers, or does so within, as the transform of a Hermitian signal."""
+    inside = isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith("aten::fft_")
+    return inside or any(map(_is_complex, (node, *node.all_input_nodes)))
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ F n / 2 + 1 frequencies
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def _write(graph: ir.Graph, node: Node, axis: int) -> None:
     once, twice = (constant(graph, f"{dtype}_{n}", np.array(n, dtype)) for n in (1, 2))
     behind = range(1, len(spectrum.shape) - axis)
     weight = put("Unsqueeze", put("Where", once_F, once, twice), ints(graph, *behind))
-    attributes = {"inverse": 1, **({} if rest else {"axis": axis})}
+    attributes: dict[str, Any] = {"inverse": 1, **({} if rest else {"axis": axis})}
     both = put("DFT", put("Mul", spectrum, weight), length, *rest, **attributes)
     real = put("Slice", both, ints(graph, 0), ints(graph, 1), ints(graph, -1))
     _forget_sizes(node.outputs[0])
