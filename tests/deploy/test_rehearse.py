@@ -12,7 +12,9 @@ from torch import nn
 from tests import captured, models
 from tests.exported import hybrid
 from thesean.deploy import rehearse
+from thesean.deploy.export import export
 from thesean.deploy.rehearse import unwritable
+from thesean.errors import ExportError
 from thesean.passes.capture.capture import capture
 
 
@@ -57,3 +59,32 @@ def test_an_operator_with_a_form_for_real_numbers_alone_is_named_where_it_is_giv
     told = unwritable(capture(Spectral().eval(), models.vectors(3, 6, 6)).graph_module)
     assert missing in told
     assert bool(told) == bool(missing)
+
+
+class Shifted(nn.Module):
+    """x_BTD with its steps in another order, by as many as there are or by as many as is said."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "centre":
+            return torch.fft.fftshift(x, dim=1)
+        if self.how == "centre features":
+            return torch.fft.fftshift(x, dim=2)
+        return torch.roll(x, x.shape[1] // 3 if self.how == "third" else 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "fails"), [("centre", True), ("centre features", False), ("third", True), ("2", False)]
+)
+def test_what_torch_takes_apart_and_can_not_write_then_is_named(how, fails, tmp_path):
+    guide = capture(Shifted(how), models.vectors(3, 6, 6))
+    assert bool(unwritable(guide.graph_module)) == fails
+    try:
+        export(guide.graph_module, guide.signature, tmp_path / "shifted.onnx")
+    except ExportError:
+        assert fails
+    else:
+        assert not fails  # else torch writes it by now

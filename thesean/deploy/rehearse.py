@@ -8,6 +8,7 @@ import importlib.util
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from thesean.deploy.decomposing import stays
 from thesean.deploy.export import for_export
@@ -15,9 +16,11 @@ from thesean.deploy.lowering.to_onnx import quiet
 from thesean.deploy.torchlib import is_registered, is_registered_for_complex
 from thesean.errors import PassRefused
 from thesean.passes.base import run_passes
-from thesean.passes.graph.nodes import owner
+from thesean.passes.graph.nodes import argument, owner
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.signature import Signature
+
+aten = torch.ops.aten
 
 
 def unwritable(graph_module: fx.GraphModule) -> str:
@@ -37,6 +40,7 @@ def unwritable(graph_module: fx.GraphModule) -> str:
             calls += [
                 n for n in complex_ones if stays(n.target, is_registered) and not is_registered_for_complex(n.target)
             ]
+    calls += [n for n in nodes if _fails(n)]
     found: dict[str, str] = {}
     for node in calls:
         place = owner(node)
@@ -61,6 +65,16 @@ def unstreamable(graph_module: fx.GraphModule, signature: Signature) -> str:
             "bring whole sequences to the file, or convert what is left."
         )
     return ""
+
+
+def _fails(node: fx.Node) -> bool:
+    """What torch takes apart, and can't write then: until it does (2.13)."""
+    if node.target in (aten.fft_fftshift.default, aten.fft_ifftshift.default):
+        shape = node.meta["val"].shape  # rolled by half of each
+        return not all(isinstance(shape[d], int) for d in argument(node, 1, "dim") or range(len(shape)))
+    if node.target is aten.roll.default:
+        return any(isinstance(shift, fx.Node) for shift in pytree.tree_leaves(node.args[1]))
+    return node.target is aten.istft.default  # scatters by int32, which no file may
 
 
 def _is_complex(node: fx.Node) -> bool:
