@@ -104,10 +104,7 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
         assert one is not None
         places = _places(captured, one.name)
         (name, dim), *_ = places
-        says = (
-            f"dimension {dim} of {name} ({one.name}) at {given[name].shape[dim]}, the example's: its code goes another "
-            f"way at {one.size}"
-        )
+        says = f"dimension {dim} of {name} ({one.name}) at {given[name].shape[dim]}, the example's: {one.describe()}"
         if not guessed:
             raise CaptureError(f"the guide fixes {says}. Leave it out of dynamic=, or write the branch as torch.where.")
         told.append(f"fixed {says}. Give example inputs of the size that you need, or write the branch as torch.where.")
