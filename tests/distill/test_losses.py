@@ -69,7 +69,10 @@ def test_whether_labels_are_the_ids():
         ({"input_ids": IDS_BT}, False),
         ({"input_ids": [1, 2], "labels": IDS_BT}, False),
         ({"x": IDS_BT, "labels": IDS_BT}, False),
-        ((IDS_BT, IDS_BT), False),
+        ((IDS_BT, IDS_BT), True),
+        ((IDS_BT.float(), IDS_BT), False),
+        (({"input_ids": IDS_BT}, IDS_BT), True),
+        ({"input_ids": IDS_BT, "labels": IDS_BT, "decoder_input_ids": IDS_BT}, False),
     ]
     assert [labels_are_inputs(batch) for batch, _ in asked] == [found for _, found in asked]
     assert labels_are_inputs({"input_ids": IDS_BT[:, :2], "labels": IDS_BT[:, :2]})

@@ -142,8 +142,10 @@ def test_arguments_without_a_json_form_are_not_saved(value):
 
 
 BAD_NAMES = ["__class__", "a.__globals__.b", "", "a..b"]
-ODD_NAMES = ["x; import os", "a b", "x)", "y-z", "1", "[cls]", "user id", "age-group", "日本", "x'", "{x}", "#", "%s", 'x"',
-             'x"), print("', "x\\", "\\u0022", "x\nimport os", "tab\t", "class", "lambda", "None", "__pre", "ﬁt"]  # fmt: skip
+ODD_NAMES = [
+    "x; import os", "a b", "x)", "y-z", "1", "[cls]", "user id", "age-group", "日本", "x'", "{x}", "#", "%s", 'x"',
+    'x"), print("', "x\\", "\\u0022", "x\nimport os", "tab\t", "class", "lambda", "None", "__pre", "ﬁt",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", ["get_attr", "call_module", "placeholder"])
