@@ -192,7 +192,7 @@ def test_of_three_in_a_batch_what_forward_has_a_place_for_is_its_input():
         x, n, y = data[-1]
         expected = nn.functional.cross_entropy(guide(x, n), y).item()
     assert converted.report.guide["loss"] == pytest.approx(expected, rel=1e-5)
-    assert any("inputs x, lengths; labels: the last" in note for note in converted.report.notes)
+    assert any("inputs: x, lengths; labels: the last" in note for note in converted.report.notes)
 
 
 def test_labels_stand_where_the_caller_says():

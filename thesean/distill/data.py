@@ -306,7 +306,7 @@ def _told(first: Any, read: Sequence[str]) -> list[str]:
         told = [f"inputs: {', '.join(read)}; labels: {key}. inputs= and labels= say otherwise"]
         return [*told, f"of each batch no input: {', '.join(others)}"] if others else told
     if isinstance(first, (tuple, list)) and len(first) > 1:
-        which = "the last" if len(first) == 2 else f"of each batch of {len(first)} the last that fits"
+        which = "the last" if len(first) == 2 else f"the last that fits, of {len(first)}"
         return [f"inputs: {', '.join(read)}; labels: {which}. inputs= and labels= say otherwise"]
     return []
 

@@ -130,7 +130,8 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
                 "the guide in a module whose forward takes each tensor by a name of its own."
             )
         named = dict(zip(names, example, strict=False))
-    named = {name: value for name, value in named.items() if value is not None}
+    given = {name: value for name, value in named.items() if value is not None}
+    named = given or named
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):
             raise DataError(

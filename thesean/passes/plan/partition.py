@@ -60,7 +60,7 @@ def _explicit(flow: DataFlow, globs: Sequence[str]) -> list[NamedRegion]:
     candidates = module_regions(flow)
     chosen: dict[str, Region] = {}
     for glob in globs:
-        matches = [path for path in candidates if fnmatchcase(path, glob)]
+        matches = [path for path in candidates if path == glob or fnmatchcase(path, glob)]
         if not matches:
             raise PlanError(f"parts: {no_match(glob, candidates)}")
         outermost = [p for p in matches if not any(p.startswith(o + ".") for o in matches)]
