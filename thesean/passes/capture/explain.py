@@ -30,6 +30,11 @@ def explained(
     fixed = [place for place in fixed_sizes(error) if place[0] in inputs]
     if fixed:
         return CaptureError(_fixed_size(fixed, model, inputs, constants, dynamic))
+    if "fake tensor in the exported program constant" in str(error):
+        return CaptureError(
+            "the guide can't be captured: its forward reads a weight's .data, or makes a tensor that the trace loses. "
+            "Write weight.detach() where no gradient is wanted, and the weight itself where one is."
+        )
     return CaptureError(
         f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
         "become a graph: convert a submodule instead, or replace the branch by torch.where."
