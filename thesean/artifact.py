@@ -181,6 +181,9 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
             value: Any = graph_module
             for piece in name.split("."):
                 value = getattr(value, piece)
+            if not isinstance(value, torch.Tensor):  # what an operator of higher order runs
+                users = ", ".join(str(user.target) for user in node.users)
+                raise ArtifactError(f"{users} runs a graph of its own, which can't be saved. Write it as torch.where.")
             everything.append((name, value))
     for name, value in everything:
         if id(value) in seen:

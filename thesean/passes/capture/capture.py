@@ -231,7 +231,9 @@ def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
-    graph_module = exported.module(check_guards=False)
+    with warnings.catch_warnings():  # a plain tensor that is trained: `keep_training` makes a parameter of it
+        warnings.filterwarnings("ignore", message="A model attribute .* requires gradient")
+        graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     # no pass yet: it ends the tracing, and takes the hooks of torch.export's own module off
     graph_module = plain_calling_convention(graph_module, names, eager)

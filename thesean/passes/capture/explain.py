@@ -35,9 +35,14 @@ def explained(
             "the guide can't be captured: its forward reads a weight's .data, or makes a tensor that the trace loses. "
             "Write weight.detach() where no gradient is wanted, and the weight itself where one is."
         )
+    told = f"the guide can't be captured{where_of(error)}: {short(error)}."
+    if isinstance(
+        error, (NotImplementedError, TypeError)
+    ):  # no branch: torch has no way to trace it, or is used wrongly
+        return CaptureError(f"{told} Convert a submodule instead, or write that line with other operators.")
     return CaptureError(
-        f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
-        "become a graph: convert a submodule instead, or replace the branch by torch.where."
+        f"{told} Control flow that depends on values can't become a graph: convert a submodule instead, or replace the "
+        "branch by torch.where."
     )
 
 

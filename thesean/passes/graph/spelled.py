@@ -27,4 +27,4 @@ def spell(base: str, path: str) -> str:
 
 
 # torch offers no place for this, and writes source wherever a graph module is made, copied or read: in torch.export too
-torch.fx.graph._format_target = spell
+torch.fx.graph._format_target = spell  # type: ignore[assignment]

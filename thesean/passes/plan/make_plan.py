@@ -20,6 +20,7 @@ from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, no_match
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
+from thesean.passes.plan.sites import scope_of
 from thesean.targets import Target, resolve
 from thesean.units import quantity
 
@@ -72,14 +73,14 @@ def plan_division(division: Division, target: TargetSpec) -> BoundPlan:
     try:
         return _bind(division, targets, strict)
     except TargetMismatchError as error:
-        if strict:
+        if strict or not all(t is None or scope_of(t) == "mixing" for t in targets.values()):
             raise
         return _elsewhere(division, target, error)
 
 
 def _elsewhere(division: Division, target: TargetSpec, misfit: TargetMismatchError) -> BoundPlan:
     """Where a target fits none of the parts, as `rnn` no convolution in front of an LSTM: the modules beside them that
-    it does fit. Raises the misfit where there is none.
+    it does fit, for what replaces mixing finds a place wherever time is mixed. Raises the misfit where there is none.
     """
     inside = {n for g in division.groups for n in g.region.nodes}
     beside = [p for p, region in module_regions(division.flow).items() if p and inside.isdisjoint(region.nodes)]
