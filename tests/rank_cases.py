@@ -144,7 +144,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
-    "nmse, sequential": lambda: vectors("nmse", "sequential", order="easiest-first"),
+    "nmse, sequential": lambda: vectors("nmse", "sequential", steps=18, order="easiest-first"),
     "cka and output, independent": lambda: vectors({"cka": 1.0, "nmse": 0.5}, "independent", output="kl"),
     "stochastic": lambda: vectors(schedule="stochastic", loss=cross_entropy),
 }

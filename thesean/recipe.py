@@ -148,7 +148,7 @@ class Recipe(_Settings):
     sharded: bool = False
     # Batches that make a step: their gradients are added up, each weighed by its share of the rows
     gradient_accumulation: int = Field(default=1, ge=1)
-    # Parts that stay the guide's, those whose return helps most once all are replaced and solved: see keep_best.py
+    # Parts that stay the guide's, those that it can least do without: see keep_best.py
     keep_best: int = Field(default=0, ge=0)
     # What one part may cost, in the unit of what is judged: the rise of the held-out loss, without a loss= that of the
     # output's divergence from the guide (nats for logits). A part that costs more is tried once more by `second`, and

@@ -1,4 +1,4 @@
-"""Parts that stay the guide's: those whose return helps most once all are replaced."""
+"""Parts that stay the guide's: those that it can least do without."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import thesean
+import thesean.distill.keep_best as keep_best_module
 from tests import models
 from tests.distill.test_gate import WILD, Cells, windows
 from thesean.distill.keep_best import shared
@@ -30,7 +32,7 @@ def convert(target: Any = TARGETS, keep_best: int = 1, **settings: Any) -> these
 def test_the_part_that_does_most_harm_is_kept_and_the_rest_is_as_if_it_had_been_asked_for():
     converted = convert()
     assert [p.target for p in converted.plan] == ["mingru", "keep", "mingru"]
-    assert any(note.startswith("cells.1: kept: with all replaced the network is") for note in converted.plan.notes)
+    assert any(note.startswith("cells.1: kept: with it alone replaced the network is") for note in converted.plan.notes)
     asked = convert({**TARGETS, "cells.1": "keep"}, keep_best=0)
     assert models.same_state(converted.module, asked.module.state_dict())
     assert converted.plan.new_params == asked.plan.new_params == asked.report.params == converted.report.params
@@ -53,15 +55,54 @@ def test_what_is_kept_is_no_farther_from_the_guide_than_any_other_choice():
     assert min(others) < 0.7 * max(others)
 
 
+class Recall(nn.Module):
+    """A token that was told eight or more steps ago and comes again."""
+
+    def forward(self, x_BTV: torch.Tensor) -> torch.Tensor:
+        time = x_BTV.shape[1]
+        far_TT = torch.ones(time, time, device=x_BTV.device).tril(-8)
+        told: torch.Tensor = (x_BTV @ x_BTV.mT * far_TT).sum(-1, keepdim=True).clamp(max=1.0) * x_BTV
+        return told
+
+
+class Remembering(nn.Module):
+    """What is near always counts a little; what is far only where it comes again, and then much."""
+
+    def __init__(self, words: int = 64) -> None:
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(torch.eye(words))
+        self.near, self.far = nn.GRU(words, words, batch_first=True), Recall()
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.table(input_ids)
+        return {"logits": x + 2 * self.near(x)[0] + 8 * self.far(x)}
+
+
+@pytest.mark.parametrize(("seen", "kept"), [(True, "far"), (False, "near")])
+def test_what_is_far_counts_though_no_batch_comes_back_to_it(monkeypatch, seen, kept):
+    """Ordinary rows name each word once: on them alone the part that recalls does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.stack([torch.randperm(64, generator=generator)[:20] for _ in range(4)])} for _ in range(6)
+    ]
+    if not seen:
+        monkeypatch.setattr(keep_best_module, "repeating", lambda *_: None)
+    guide = models.seeded(Remembering)
+    plan = thesean.compile(
+        guide, "mingru", parts=["near", "far"], data=rows, recipe={"keep_best": 1, **SOLVED}, progress=False
+    ).plan
+    assert [p.path for p in plan if p.kept] == [kept]
+    assert any("on sequences half of which repeat themselves" in note for note in plan.notes) == seen
+
+
 @pytest.mark.parametrize("make", [models.gpt2, models.llama])
-def test_a_network_with_one_part_less_runs_on_from_where_it_differs(make):
+def test_a_guide_with_one_part_replaced_runs_on_from_where_it_differs(make):
     """To the bit, and nothing before the part runs again."""
     guide, ids = make(), models.tokens(2, 16)
     bound_plan = make_plan(capture(guide, {"input_ids": ids}), "rnn")
     hybrid = trial_hybrid(bound_plan, share=True)
-    whole, inputs = hybrid.graph_module.eval(), {"input_ids": ids}
-    parts = range(len(hybrid.parts))
-    views = [view_of(bound_plan, hybrid, [k for k in parts if k != part]).graph_module.eval() for part in parts]
+    whole, inputs = bound_plan.captured.graph_module, {"input_ids": ids}
+    views = [view_of(bound_plan, hybrid, [part]).graph_module.eval() for part in range(len(hybrid.parts))]
     reads = [shared(view, whole) for view in views]
     tails = [Tail(view, names) for view, names in zip(views, reads, strict=True)]
     walk = Walk(whole, [sorted(names) for names in reads], [inputs])
@@ -87,6 +128,6 @@ def test_an_interrupted_run_does_not_choose_again(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="pulled the plug"):
         convert(workdir=tmp_path / "part")
     monkeypatch.undo()
-    monkeypatch.setattr("thesean.distill.keep_best._returns", stop)
+    monkeypatch.setattr("thesean.distill.keep_best._harm", stop)
     again = convert(workdir=tmp_path / "part", resume="must")
     assert models.same_state(again.module, whole.module.state_dict())

@@ -178,3 +178,10 @@ def test_too_few_examples_leave_the_layer_as_it_is():
 def test_activations_that_are_not_finite_choose_no_features():
     with pytest.raises(NumericalError, match=r"layer3\.1: can't choose features"):
         build("mlp", VECTOR).prepare(VECTOR, [(torch.randn(4, 20), torch.full((4, 7), torch.nan))])
+
+
+def test_directions_of_what_dies_out_stay_bounded():
+    """A hybrid's activations don't die out with the guide's, and no weight may make infinities of them."""
+    x_NI = 1e-33 * torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    weight_KI, _ = directions([(x_NI, x_NI @ torch.ones(6, 3))], 3, "a part")
+    assert weight_KI.abs().max() < 1e4

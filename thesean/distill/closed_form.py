@@ -5,10 +5,10 @@ of the part where it isn't added to a stream), minimise |W f + b - r|^2 + lambda
 statistics: dW = R_f' (C + lambda I)^-1. Solving for the stream instead of the part's own output corrects what earlier
 parts left over. W0 is what the layer holds: zero influence for fresh layers, the guide's weights for copied ones.
 
-Some batches are held out: lambda is the one of a few that does best on them, and a layer that no solution brings nearer
-there stays as it is. Rows far larger than others count by their relative error: pretrained language models have first
-tokens whose stream is a thousand times as large as any other (Sun et al. 2024, massive activations), and the norm that
-reads them divides by that.
+Some examples are held out: lambda is the one of a few that does best on them, and a layer that no solution brings
+nearer there stays as it is. Rows far larger than others count by their relative error: pretrained language models have
+first tokens whose stream is a thousand times as large as any other (Sun et al. 2024, massive activations), and the norm
+that reads them divides by that.
 
 N examples (tokens or images), E features, O outputs
 """
@@ -40,7 +40,7 @@ Inputs = dict[str, torch.Tensor]
 
 # Tried on what is held out, as factors of the recipe's own, which is the least.
 _RIDGES = (1.0, 10.0, 100.0)
-_HELD_OUT = 4  # one batch in so many, the last ones
+_HELD_OUT = 4  # one example in so many
 
 # Of the rows' median norm. Ordinary rows differ by a factor of two.
 _LARGE = 8.0
@@ -70,10 +70,11 @@ def solver_by(
     parts: Sequence[int],
     batches: Sequence[Inputs],
     preparing: bool,
+    reading: fx.GraphModule | None = None,
 ) -> Solver:
     """As a recipe's closed form says; it prepares alone where that is off."""
-    ridge = form.ridge if form.enabled else None
-    return Solver(guide, hybrid, parts, batches, ridge=ridge, solve_copied=form.solve_copied, preparing=preparing)
+    ridge, told = form.ridge if form.enabled else None, {"solve_copied": form.solve_copied, "preparing": preparing}
+    return Solver(guide, hybrid, parts, batches, ridge=ridge, reading=reading, **told)
 
 
 class Solver:
@@ -93,8 +94,11 @@ class Solver:
         ridge: float | None,
         solve_copied: bool = True,
         preparing: bool = False,
+        reading: fx.GraphModule | None = None,
     ) -> None:
-        """`ridge` None: prepare alone."""
+        """`ridge` None: prepare alone. `reading`: the network whose values modules read, in place of the hybrid, whose
+        replacements then name its nodes: the guide, where each is to stand alone in it.
+        """
         self.hybrid, self.batches, self.ridge = hybrid, batches, ridge
         replaced = [r for part in parts for r in hybrid.of_part(part)]
         self._prepared = {r.name for r in replaced if preparing and prepares(hybrid.module(r))}
@@ -104,7 +108,8 @@ class Solver:
             if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
         }
         self._own_step = {r.name: i for i, r in enumerate(r for r in replaced if r.name in self._solved)}
-        self._own = Walk(hybrid.graph_module, [_own_ends(r) for r in replaced if r.name in self._solved], batches)
+        read = [_own_ends(r) for r in replaced if r.name in self._solved]
+        self._own = Walk(hybrid.graph_module if reading is None else reading, read, batches)
         ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
         self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
         self._seen, self._gathered = Seen(guide), Gathered(guide)
@@ -143,21 +148,27 @@ class Solver:
         assert isinstance(module, TargetModule)
         assert self.ridge is not None
         own_step, completed = self._own_step[r.name], _Completed(module, self._own.budget // 2)
-        fitting = len(self.batches) - len(self.batches) // _HELD_OUT
         sums, held_out, limit = _Sums(module.last), _Sums(module.last), None
-        apart = not _batch_first(r) or ranks.count() > 1  # ranks tell each other of each batch, in one order
-        for found, numbers in ((sums, range(fitting)), (held_out, range(fitting, len(self.batches)))):
-            for some in joined((self._given(r, number) for number in numbers), apart):
-                features, _ = features_of_rows(module, some.x, some.read_BT)
-                skip = module.skip(some.x)
-                wanted = module.unshape(some.residual if skip is None else some.residual - skip)
-                target = rows(module.unshape(some.target), some.mask_BT)
-                size_N = target.reshape(-1, module.last.out_features).norm(dim=1)
-                if limit is None:
-                    limit = _LARGE * float(ranks.gather(size_N[: some.first(len(size_N))]).median())
-                weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
-                found.add(rows(features, some.mask_BT), rows(wanted, some.mask_BT), weight_N)
-                completed.keep(some, features)
+        batch_first, seen = _batch_first(r), 0
+        apart = not batch_first or ranks.count() > 1  # ranks tell each other of each batch, in one order
+        for some in joined((self._given(r, number) for number in range(len(self.batches))), apart):
+            features, _ = features_of_rows(module, some.x, some.read_BT)
+            skip = module.skip(some.x)
+            wanted = module.unshape(some.residual if skip is None else some.residual - skip)
+            target = rows(module.unshape(some.target), some.mask_BT)
+            size_N = target.reshape(-1, module.last.out_features).norm(dim=1)
+            if limit is None:
+                limit = _LARGE * float(ranks.gather(size_N[: some.first(len(size_N))]).median())
+            weight_N = (limit / size_N).clamp(max=1.0).square() if limit else torch.ones_like(size_N)
+            before, of_all = ranks.place(len(some.x)) if batch_first else (0, 1)
+            units = range(seen + before, seen + before + (len(some.x) if batch_first else 1))
+            apart_N = _apart(units, size_N, some.mask_BT if batch_first else None)
+            seen += of_all
+            f_NE = rows(features, some.mask_BT).reshape(-1, module.last.in_features)
+            r_NO = rows(wanted, some.mask_BT).reshape(-1, module.last.out_features)
+            for found, at in ((sums, ~apart_N), (held_out, apart_N)):
+                found.add(f_NE[at], r_NO[at], weight_N[at])
+            completed.keep(some, features)
         for found in (sums, held_out):
             ranks.add_up(found.all, "statistics")
         sums.solve(self.ridge, r.facts.path, held_out)
@@ -233,6 +244,14 @@ def _wanted(r: Replacement) -> str:
     return r.guide_join if r.join and r.guide_join else r.guide_exit
 
 
+def _apart(units: range, like_N: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Which of N rows are held out: those of one in so many of the units, examples or batches, that they are of."""
+    apart_B = torch.tensor([unit % _HELD_OUT == 1 for unit in units], device=like_N.device)
+    if mask_BT is not None:
+        return rows(apart_B.unsqueeze(1).expand_as(mask_BT), mask_BT)
+    return apart_B.repeat_interleave(len(like_N) // len(units))
+
+
 @torch.no_grad()
 def solve_alone(
     module: torch.nn.Module, examples: Sequence[tuple[torch.Tensor, torch.Tensor]], *, ridge: float, where: str
@@ -243,13 +262,18 @@ def solve_alone(
     if not isinstance(module, TargetModule) or not hasattr(module, "last"):
         return False
     with evaluating(module):
-        sums = _Sums(module.last)
+        sums, held_out, seen = _Sums(module.last), _Sums(module.last), 0
         for x, wanted in examples:
             features, _ = module.features(x)
             skip = module.skip(x)
             want = wide(wanted)
-            sums.add(features, module.unshape(want if skip is None else want - skip))
-        sums.solve(ridge, where)
+            f_NE = features.reshape(-1, module.last.in_features)
+            r_NO = module.unshape(want if skip is None else want - skip).reshape(-1, module.last.out_features)
+            apart_N = _apart(range(seen, seen + len(x)), f_NE)
+            seen += len(x)
+            sums.add(f_NE[~apart_N], r_NO[~apart_N])
+            held_out.add(f_NE[apart_N], r_NO[apart_N])
+        sums.solve(ridge, where, held_out)
     return True
 
 

@@ -1,6 +1,7 @@
-"""Which parts stay the guide's where some may: those whose return helps most.
+"""Which parts stay the guide's where some may: those that it can least do without.
 
-Every part is replaced and solved, on few batches; then each in turn is the guide's again.
+Every part is solved on few batches, and stands alone in the guide; where batches are sequences, half of those that it
+is judged on say again at their end what they said at their beginning (`repeating.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from torch import fx
 
 from thesean.distill.closed_form import solver_by
 from thesean.distill.evaluate import Judge
+from thesean.distill.repeating import repeating
+from thesean.distill.task import Batch
 from thesean.distill.training import Training
 from thesean.errors import PlanError
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import above, from_inputs
+from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.tail import Tail
 from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.bind import BoundPlan
@@ -27,7 +31,7 @@ from thesean.passes.plan.without import without
 
 logger = logging.getLogger(__name__)
 
-# For a rank order of parts; a part's return is far from what a batch more would tell.
+# For a rank order of parts; a part's harm is far from what a batch more would tell.
 _SOLVED_ON, _JUDGED_ON = 4, 2
 
 
@@ -38,41 +42,52 @@ def keep_best(bound_plan: BoundPlan, training: Training) -> BoundPlan:
         return bound_plan
     if count >= len(replaced):
         raise PlanError(f"keep_best={count}: the plan replaces {len(replaced)} parts, and one at least must be.")
-    found: dict[str, Any] = training.journal.piece("keep", lambda: _returns(bound_plan, replaced, training))
-    whole, alone = float(found["whole"]), {path: float(value) for path, value in found["alone"].items()}
-    for path in sorted(alone, key=lambda path: (math.isnan(alone[path]), alone[path]))[:count]:
-        why = f"kept: with all replaced the network is {whole:.4g} from the guide, without this one {alone[path]:.4g}"
+    found: dict[str, Any] = training.journal.piece("harm", lambda: _harm(bound_plan, replaced, training))
+    alone, repeats = {path: float(value) for path, value in found["alone"].items()}, bool(found["repeats"])
+    on = " on sequences half of which repeat themselves" if repeats else ""
+    for path in sorted(alone, key=lambda path: (not math.isnan(alone[path]), alone[path]), reverse=True)[:count]:
+        why = f"kept: with it alone replaced the network is {alone[path]:.4g} from the guide{on}"
         bound_plan = without(bound_plan, path, why)
     return bound_plan
 
 
-def _returns(bound_plan: BoundPlan, paths: Sequence[str], training: Training) -> dict[str, Any]:
-    """The divergence of the hybrid, and of those with one part less."""
-    batches = training.feed.take(_SOLVED_ON)
+def _harm(bound_plan: BoundPlan, paths: Sequence[str], training: Training) -> dict[str, Any]:
+    """The divergence of the guide with each part alone replaced."""
+    batches, guide, parts = training.feed.take(_SOLVED_ON), training.guide, range(len(paths))
     hybrid = trial_hybrid(bound_plan, share=True)
-    parts = range(len(hybrid.parts))
-    solving = training.inputs(batches)
-    solver = solver_by(training.recipe.closed_form, training.guide, hybrid, parts, solving, preparing=True)
+    views = [view_of(bound_plan, hybrid, [number]) for number in parts]
+    # in each view all before its part is the guide's, nodes of the same names
+    alone = replace(hybrid, replacements=tuple(r for view in views for r in view.replacements))
+    form, solving = training.recipe.closed_form, training.inputs(batches)
+    solver = solver_by(form, guide, alone, parts, solving, preparing=True, reading=guide)
     for number, path in enumerate(paths):
         training.observer.begin("keep", path, number + 1, len(paths), 0)
         solver.solve(number)
         training.observer.end({})
     # on what it was solved on: what is held out tells how good the choice is
-    judge = Judge(training.guide, replace(training.task, loss=None, metric=None), batches[:_JUDGED_ON])
-    views = [view_of(bound_plan, hybrid, [k for k in parts if k != number]).graph_module for number in parts]
-    reads = [shared(view, hybrid.graph_module) for view in views]
-    tails = [Tail(view, names) for view, names in zip(views, reads, strict=True)]
+    judged, repeats = _judged(batches, bound_plan.captured.signature)
+    judge = Judge(guide, replace(training.task, loss=None, metric=None), judged)
+    networks = [view.graph_module for view in views]
+    reads = [shared(network, guide) for network in networks]
+    tails = [Tail(network, names) for network, names in zip(networks, reads, strict=True)]
     inputs = [own for _, own in judge.batches]
-    alone = {}
-    with evaluating(hybrid.graph_module):
-        whole = judge(hybrid.graph_module).divergence
-        walk = Walk(hybrid.graph_module, [sorted(names) for names in reads], inputs)
-        for number, path in enumerate(paths):
-            with evaluating(views[number]):
-                found = judge.of(lambda batch, k=number: tails[k].output(walk.get(k, batch), inputs[batch]))  # type: ignore[misc]
-            alone[path] = found.divergence
-            logger.info("%s: %.4g without it", path, alone[path])
-    return {"whole": whole, "alone": alone}
+    walk = Walk(guide, [sorted(names) for names in reads], inputs)
+    found = {}
+    for number, path in enumerate(paths):
+        with evaluating(networks[number]):
+            harm = judge.of(lambda batch, k=number: tails[k].output(walk.get(k, batch), inputs[batch]))  # type: ignore[misc]
+        found[path] = harm.divergence
+        logger.info("%s: %.4g with it alone replaced", path, found[path])
+    return {"alone": found, "repeats": repeats}
+
+
+def _judged(batches: Sequence[Batch], signature: Signature) -> tuple[list[Batch], bool]:
+    """A few of the batches, half of them made to repeat themselves where they can be, and whether they are."""
+    few = list(batches[:_JUDGED_ON])
+    whole, inputs = few[-1]
+    others = few[0][1] if len(few) > 1 else {name: x.roll(1, 0) for name, x in inputs.items()}
+    again = repeating(inputs, others, signature)
+    return (few if again is None else [*few[: _JUDGED_ON - 1], (whole, again)]), again is not None
 
 
 def shared(graph_module: fx.GraphModule, other: fx.GraphModule) -> frozenset[str]:

@@ -20,6 +20,9 @@ _LARGEST = 2048
 # So few examples a direction say more of themselves than of the part.
 _EXAMPLES = 8
 
+# Of a direction's deviation: whoever scales up what dies out in the guide has no bound for what a hybrid makes of it.
+_LEAST = 1e-4
+
 # Rounds of the search for the first directions, and how many more of them it keeps in view
 _ROUNDS, _MORE = 4, 16
 
@@ -55,7 +58,7 @@ def directions(
     vectors_OM, values_M, _ = torch.linalg.svd(fitted_OM, full_matrices=False)
     kept = (values_M > 1e-6 * values_M[0]).nonzero()[: min(count, len(x_NI) // _EXAMPLES), 0]
     weight_IK = regression(y_NO @ vectors_OM[:, kept])
-    weight_KI = (weight_IK / (x_NI @ weight_IK).square().mean(0).sqrt()).T
+    weight_KI = (weight_IK / (x_NI @ weight_IK).square().mean(0).sqrt().clamp_min(_LEAST)).T
     return weight_KI, -weight_KI @ mean_I
 
 
