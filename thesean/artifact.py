@@ -68,6 +68,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
     tensors, aliases = _tensors(artifact.graph_module)
     weights = MODEL if hub else WEIGHTS
     buffers = [name.partition(":")[2] for name in tensors if name.startswith("buffer:")]
+    frozen = [name for name, p in artifact.graph_module.named_parameters() if not p.requires_grad]
     if hub:
         tensors = {NETWORK + name.partition(":")[2]: tensor for name, tensor in tensors.items()}
     save_file(tensors, made / weights, {"format": "pt"} if hub else None)
@@ -85,6 +86,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
         "modules": _modules(artifact.graph_module),
         "aliases": aliases,
         **({"buffers": buffers} if hub else {}),
+        **({"frozen": frozen} if frozen else {}),
         "files_sha256": {n: file_sha256(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
         "nodes": graph_json.dump(artifact.graph_module.graph),
     }
@@ -179,6 +181,9 @@ def _tensors(graph_module: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dic
             value: Any = graph_module
             for piece in name.split("."):
                 value = getattr(value, piece)
+            if not isinstance(value, torch.Tensor):  # what an operator of higher order runs
+                users = ", ".join(str(user.target) for user in node.users)
+                raise ArtifactError(f"{users} runs a graph of its own, which can't be saved. Write it as torch.where.")
             everything.append((name, value))
     for name, value in everything:
         if id(value) in seen:
