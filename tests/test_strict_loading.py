@@ -315,7 +315,7 @@ def test_only_artifact_errors_come_out(folder: Path):
         lambda d: d["modules"]["part_0"]["config"].update(surprise=[]),
         lambda d: d["modules"].update(part_0=[]),
         lambda d: d.update(symbols=[]),
-        lambda d: d.update(aliases={"a b\\": "lm_head.weight"}),
+        lambda d: d.update(aliases={"a.__dict__": "lm_head.weight"}),
         lambda d: d.update(aliases={"part_0.last.bias": "nothing"}),
         lambda d: d.update(nodes=None),
     ],
@@ -327,7 +327,7 @@ def test_modules_and_names_that_do_not_fit_are_refused(change, folder: Path):
 
 
 @pytest.mark.parametrize(
-    "key", ["parameter:__class__.x", "parameter:forward", "other:x", "x", "parameter:a.lambda", "buffer:"]
+    "key", ["parameter:__class__.x", "parameter:forward", "other:x", "x", "parameter:a.__dict__.b", "buffer:"]
 )
 def test_weights_are_named_as_attributes_are(key, folder: Path):
     tensors = load_file(folder / "weights.safetensors")

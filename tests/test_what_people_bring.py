@@ -52,17 +52,21 @@ def convert(guide: nn.Module, target: str | thesean.Target = "mingru", data=None
     return thesean.compile(guide, target, data=data or windows(), progress=False, **{"recipe": "fast", **settings})
 
 
-def test_names_that_are_no_identifiers_survive_plan_yaml_folder_and_file(tmp_path):
-    plan = thesean.plan(cells(), "mingru", data=windows())
-    assert all(name in str(plan) for name in ("user id", "[cls]"))
+@pytest.mark.parametrize(
+    "names", [("user id", "[cls]", "x"), ("class", 'say "hi"', "back\\slash"), ("None", "ſelf", "__pre")]
+)
+def test_names_that_are_no_identifiers_survive_plan_yaml_folder_and_file(names, tmp_path):
+    guide = models.seeded(Cells, names)
+    plan = thesean.plan(guide, "mingru", data=windows())
+    assert all(name in str(plan) for name in names)
     assert thesean.Plan.from_yaml(plan.to_yaml()) == plan
-    converted = convert(cells(), keep=[plan.parts[0].path])
+    converted = convert(guide, keep=[plan.parts[0].path])
     loaded = thesean.load(converted.save(tmp_path / "saved"))
     assert torch.equal(loaded(windows()[0]), converted(windows()[0]))
     assert loaded.export(tmp_path / "m.onnx").checks
 
 
-def test_what_the_guide_froze_is_neither_trained_nor_thawed():
+def test_what_the_guide_froze_is_neither_trained_nor_thawed(tmp_path):
     guide = cells()
     guide.stem.requires_grad_(False)
     converted = convert(guide, recipe=FEW)
@@ -74,6 +78,8 @@ def test_what_the_guide_froze_is_neither_trained_nor_thawed():
     assert "frozen in the guide and left as they were (requires_grad=False): stem.weight, stem.bias" in (
         converted.report.notes
     )
+    loaded = dict(thesean.load(converted.save(tmp_path / "saved")).module.named_parameters())
+    assert {n for n, p in loaded.items() if not p.requires_grad} == {"stem.weight", "stem.bias"}
 
 
 def test_a_guide_that_is_frozen_whole_keeps_all_but_the_new_parts():
@@ -117,6 +123,30 @@ def test_padding_is_no_next_token(side):
     noise = nn.functional.pad(logits, (0, 0, *pad), value=7.0)
     assert thesean.next_token({"logits": noise}, padded).item() == pytest.approx(alone, rel=1e-6)
     assert thesean.next_token({"logits": noise}, {"input_ids": padded["input_ids"]}).item() != pytest.approx(alone)
+
+
+class Copies(nn.Module):
+    """Logits of the very ids that it reads: the other convention than a causal language model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cells = nn.Embedding(32, 8), nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids)
+        for cell in self.cells:
+            x = x + 0.1 * cell(x)[0]
+        return 10 * x @ (self.table.weight / self.table.weight.norm(dim=-1, keepdim=True)).t()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_guide_that_copies_is_asked_for_its_inputs_where_they_stand(paired):
+    data = language_data(labels=True)
+    batches: Any = [(b["input_ids"], b["labels"]) for b in data] if paired else data
+    converted = convert(models.seeded(Copies), data=batches, loss=thesean.cross_entropy, metric=thesean.accuracy)
+    assert converted.report.guide["loss"] < 1.5
+    assert converted.report.guide["metric"] > 0.9
+    assert any(note.startswith("labels are the inputs, asked where they stand") for note in converted.report.notes)
 
 
 def test_a_guide_that_guesses_is_told_before_anything_trains():
@@ -192,7 +222,7 @@ def test_of_three_in_a_batch_what_forward_has_a_place_for_is_its_input():
         x, n, y = data[-1]
         expected = nn.functional.cross_entropy(guide(x, n), y).item()
     assert converted.report.guide["loss"] == pytest.approx(expected, rel=1e-5)
-    assert any("inputs x, lengths; labels: the last" in note for note in converted.report.notes)
+    assert any("inputs: x, lengths; labels: the last" in note for note in converted.report.notes)
 
 
 def test_labels_stand_where_the_caller_says():
@@ -446,6 +476,41 @@ def test_what_a_plain_target_does_not_fit_is_listed_and_a_fixed_length_is_told(s
         thesean.plan(models.seeded(Heard), "rnn", example_inputs=torch.randn(shape), parts=["near", "cell"])
 
 
+class Seen(nn.Module):
+    """Frames that a convnet reads one by one, and an LSTM in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.ReLU())
+        self.cell, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        x = self.look(frames.flatten(0, 1)).mean((2, 3))
+        return self.out(self.cell(x.view(*frames.shape[:2], -1))[0])
+
+
+def test_beside_parts_that_a_target_does_not_fit_it_finds_those_that_it_does():
+    plan = thesean.plan(models.seeded(Seen), "rnn", example_inputs=torch.randn(3, 6, 1, 8, 8))
+    assert {p.path: p.target for p in plan} == {"cell": "rnn"}
+    assert plan.notes[0].startswith("look.0..1, look.2..3 are left to the guide: look.0..1: target 'rnn' expected")
+    assert thesean.Plan.from_yaml(plan.to_yaml()) == plan
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 64), 1), ((4, 1, 64), 2)])
+def test_a_raw_signal_whose_length_is_free_is_read_at_others_but_too_short_ones(shape, dim, tmp_path):
+    data = [vectors(*shape, seed=k) for k in range(6)]
+    guide = models.seeded(Heard)
+    guide.near = nn.Conv1d(1, 8, 20, 4)
+    free = {"wave": {0: "batch", dim: "time"}}
+    converted = thesean.compile(guide, "rnn", data=data, dynamic=free, recipe="fast", progress=False)
+    longer = vectors(*shape[:-1], 150, seed=9)
+    with torch.no_grad():
+        assert converted(longer).shape == guide(longer).shape
+        with pytest.raises(DataError, match="20 or more"):
+            converted(vectors(*shape[:-1], 19))
+    assert converted.export(tmp_path / "m.onnx").checks
+
+
 class Standardised(nn.Module):
     """Each row by the statistics of its batch."""
 
@@ -487,6 +552,8 @@ def test_experts_that_get_as_many_tokens_as_come_are_counted_and_planned():
     assert len(thesean.plan(guide, "mlp", data=data).replaced) == 2
     with pytest.raises(TargetMismatchError, match="0: target 'narrow' expected an MLP"):
         thesean.plan(guide, "narrow", data=data)
+    with pytest.raises(TargetMismatchError, match=r"0\.experts\.0: .* as many tokens as a router decides"):
+        thesean.plan(guide, "narrow", data=data, parts=["*.experts.*"])
 
 
 class Strided(nn.Module):
@@ -536,3 +603,58 @@ def test_a_conversion_that_a_uniform_guess_beats_is_an_error():
     opposite = thesean.Target("opposite", build=lambda part: Negative())
     with pytest.raises(LostError, match=r"nats from the guide, and a uniform guess over 48 classes is nearer \(3\.6"):
         convert(models.seeded(Sure), opposite)
+
+
+class Paired(nn.Module):
+    """Rows in pairs: one alone is none of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        return y.view(-1, 2, *y.shape[1:]).sum(1)
+
+
+def test_a_guide_that_takes_no_row_alone_is_converted_without_a_state():
+    assert convert(models.seeded(Paired), "rnn").report.converted["divergence"] >= 0
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = cells()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (self.body(x),))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, of its own tracing
+@pytest.mark.filterwarnings("ignore:no ONNX form is known of cond:UserWarning")
+def test_an_operator_of_higher_order_is_told_before_and_refused_by_save(tmp_path):
+    converted = convert(models.seeded(Branching))
+    assert any(note.startswith("can't be saved: ") for note in converted.report.notes)
+    with pytest.raises(ArtifactError, match="cond"):
+        converted.save(tmp_path / "saved")
+
+
+class Stateful(nn.Module):
+    """All of its cells hand out their last states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(nn.GRU(6, 6, batch_first=True) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        last = []
+        for cell in self.cells:
+            y, h = cell(x)
+            x = x + y
+            last.append(h)
+        return x, torch.stack(last)
+
+
+def test_a_guide_all_of_whose_states_are_returned_is_told_so():
+    with pytest.raises(PlanError, match=r"cells\.0, cells\.1, cells\.2 return a last state.*Return the output alone"):
+        thesean.plan(models.seeded(Stateful), "mingru", data=windows())

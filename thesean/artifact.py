@@ -73,6 +73,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
     tensors, aliases = named_tensors(artifact.graph_module)
     weights = MODEL if hub else WEIGHTS
     buffers = [name.partition(":")[2] for name in tensors if name.startswith("buffer:")]
+    frozen = [name for name, p in artifact.graph_module.named_parameters() if not p.requires_grad]
     if hub:
         tensors = {NETWORK + name.partition(":")[2]: tensor for name, tensor in tensors.items()}
     save_file(tensors, made / weights, {"format": "pt"} if hub else None)
@@ -84,6 +85,7 @@ def write_files(made: Path, artifact: Artifact, hub: bool = False) -> None:
     body = {
         **described(artifact.graph_module, artifact.signature, aliases),
         **({"buffers": buffers} if hub else {}),
+        **({"frozen": frozen} if frozen else {}),
         "files_sha256": {n: file_sha256(made / n) for n in (weights, EXAMPLE, PLAN, REPORT)},
         "nodes": graph_json.dump(artifact.graph_module.graph),
     }
@@ -185,6 +187,9 @@ def named_tensors(graph_module: fx.GraphModule, bare: bool = False) -> tuple[dic
             value: Any = graph_module
             for piece in name.split("."):
                 value = getattr(value, piece)
+            if not isinstance(value, torch.Tensor):  # what an operator of higher order runs
+                users = ", ".join(str(user.target) for user in node.users)
+                raise ArtifactError(f"{users} runs a graph of its own, which can't be saved. Write it as torch.where.")
             everything.append((name, value))
     for name, value in everything:
         if value.dtype not in FILE_DTYPES.values():

@@ -12,7 +12,7 @@ from thesean import ranks
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
 from thesean.distill.data import make_feed
 from thesean.distill.gathered import Gathered
-from thesean.distill.losses import warn_of_chance
+from thesean.distill.losses import as_the_guide, warn_of_chance
 from thesean.distill.outputs import read_outputs
 from thesean.distill.task import Task
 from thesean.distill.training import Training
@@ -34,13 +34,16 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         first = captured.graph_module(**inputs)
         observed = _observed(captured, inputs, first, feed.example_labels)
         with telling("loss(output, batch)"):
-            told = warn_of_chance(request.loss, lambda: wrap(first), batch)
+            loss, metric, asked = as_the_guide(request.loss, request.metric, lambda: wrap(first), batch)
+            told = warn_of_chance(loss, lambda: wrap(first), batch)
+    if asked is not None:
+        feed = replace(feed, notes=(*feed.notes, asked))
     if told is not None:
         feed = replace(feed, warnings=(*feed.warnings, told), notes=(told, *feed.notes))
     feed = replace(feed, notes=(*feed.notes, *told_of(captured)))
     warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
-    task = Task(loss=checked_loss(request.loss), metric=checked_metric(request.metric), outputs=outputs, wrap=wrap)
+    task = Task(loss=checked_loss(loss), metric=checked_metric(metric), outputs=outputs, wrap=wrap)
     training = Training(
         guide=captured.graph_module,
         task=task,

@@ -313,6 +313,12 @@ def _root(
         if not graph_json.is_attribute_path(name):
             raise ArtifactError(f"{folder}: {name!r:.80} is not a tensor's name.")
         _attach(root, name, _held(root, original, folder))
+    frozen = body.get("frozen", [])
+    if not isinstance(frozen, list):
+        raise ArtifactError(f"{folder}: expected the names of the frozen parameters.")
+    for name, parameter in root.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
     for node in graph.find_nodes(op="get_attr"):
         node.meta["val"] = _held(root, str(node.target), folder)
     for node in graph.find_nodes(op="call_module"):

@@ -1,13 +1,27 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 from tests import captured
 from tests.models import tokens, vectors
-from thesean.distill.data import Batches, Feed, Reading, example_of, labels_in, make_feed, named_inputs, synthetic
+from thesean.distill.data import (
+    Batches,
+    Feed,
+    Reading,
+    by_field,
+    example_inputs_of,
+    example_of,
+    labels_in,
+    make_feed,
+    named_inputs,
+    synthetic,
+)
 from thesean.distill.losses import accuracy, next_token
 from thesean.errors import DataError
 from thesean.passes.capture.capture import capture
@@ -201,3 +215,32 @@ def test_synthetic_inputs_are_as_long_as_the_guide_can_read():
     guide = capture(Placed(20), tokens(2, 5) % 8)
     feed = make_feed(guide, None, None, None, seed=0)
     assert {tuple(batch["ids"].shape) for _, batch in feed.take(3)} == {(8, 16)}
+
+
+class Fields(NamedTuple):
+    label: torch.Tensor
+    x: torch.Tensor
+
+
+@dataclass
+class Recorded:
+    x: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_fields_are_read_by_their_names():
+    x, y = vectors(2, 3), torch.tensor([0, 1])
+    for batch in (Fields(y, x), Recorded(x, y)):
+        assert by_field(batch, ["x"])["x"] is x
+        assert labels_in(batch)[0] is y
+    assert by_field(Fields(y, x), ["z"]) == Fields(y, x)  # by place, then
+    model = nn.Linear(3, 2)
+    model.forward = lambda x: x  # type: ignore[assignment, method-assign]
+    assert example_inputs_of(model, [Fields(y, x)], None) == {"x": x}
+    assert example_inputs_of(model, [{"x": x, "target": y, "id": 3}], None) == {"x": x}
+    assert list(example_inputs_of(model, [{"wrong": x}], None)) == ["wrong"]
+
+
+def test_labels_may_stand_in_a_tuple_of_their_own():
+    x, y, z = vectors(2, 3), torch.tensor([0, 1]), vectors(2)
+    assert [v.dtype for v in labels_in(((x, x), (y, z)), 2)] == [torch.int64, torch.float32]

@@ -69,7 +69,10 @@ def test_whether_labels_are_the_ids():
         ({"input_ids": IDS_BT}, False),
         ({"input_ids": [1, 2], "labels": IDS_BT}, False),
         ({"x": IDS_BT, "labels": IDS_BT}, False),
-        ((IDS_BT, IDS_BT), False),
+        ((IDS_BT, IDS_BT), True),
+        ((IDS_BT.float(), IDS_BT), False),
+        (({"input_ids": IDS_BT}, IDS_BT), True),
+        ({"input_ids": IDS_BT, "labels": IDS_BT, "decoder_input_ids": IDS_BT}, False),
     ]
     assert [labels_are_inputs(batch) for batch, _ in asked] == [found for _, found in asked]
     assert labels_are_inputs({"input_ids": IDS_BT[:, :2], "labels": IDS_BT[:, :2]})
@@ -98,9 +101,9 @@ def test_accuracy_is_the_share_of_labels_that_count():
 
 def test_labels_that_do_not_fit_are_told():
     for of in (cross_entropy, accuracy):
-        with pytest.raises(DataError, match=r"^the batch has no labels: expected \(x, y\), or a dict with 'labels'\.$"):
+        with pytest.raises(DataError, match=r"^the batch has no labels: .* with 'labels', found 'x'\. Say where"):
             of(vectors(3, 5), {"x": vectors(3, 2)})
-        with pytest.raises(DataError, match=r"^labels of shape \(2,\) don't fit logits of \(3, '...'\)\.$"):
+        with pytest.raises(DataError, match=r"^labels of shape \(2,\) don't fit logits of \(3, classes\)\.$"):
             of(vectors(3, 5), (vectors(3, 2), torch.tensor([0, 1])))
 
 

@@ -49,6 +49,18 @@ def test_logits_are_told_by_their_name_their_labels_or_by_what_they_rule_out():
     assert kind(x) == "mse"
 
 
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_a_number_that_stands_for_minus_infinity_rules_out_as_well(low):
+    x = vectors(4, 3)
+    masked = x.masked_fill(x == x.max(-1, keepdim=True).values, low)
+    found = read_outputs([masked, vectors(4, 3, seed=1).masked_fill(masked == low, low)])
+    assert found.kinds == {"output": "softmax"}
+    assert found.distance(masked, masked).item() == 0
+    assert 0 < found.distance(masked.where(masked == low, masked * 2), masked).item() < 10
+    prices = torch.stack([x[:, 0], low / 4 * (1 + x[:, 1].abs())], -1)  # a column of another scale
+    assert kind(prices) == "mse"
+
+
 def test_one_logit_is_no_distribution():
     assert kind({"logits": vectors(2, 1)}) == kind({"logits": vectors(2)}) == "mse"
     assert kind(vectors(2, 1), labels=[INTEGERS]) == "mse"

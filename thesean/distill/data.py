@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from thesean.distill.callbacks import each_of
 from thesean.distill.hold_out import hold_out
@@ -98,6 +101,7 @@ def check_not_empty(inputs: Mapping[str, torch.Tensor]) -> None:
 def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
     """The graph's inputs in a batch: a dict by name; of a tuple the first few, or those of the first one."""
     names = [s.name for s in signature.inputs]
+    batch = by_field(batch, names)
     if isinstance(batch, torch.Tensor):
         batch = (batch,)
     if isinstance(batch, Mapping):
@@ -115,6 +119,16 @@ def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
             raise DataError(f"expected {len(names)} inputs ({', '.join(names)}), found {len(batch)} in the batch.")
         return dict(zip(names, batch, strict=False))
     raise DataError(f"expected a tensor, a tuple (x, y) or a dict, found {type(batch).__name__}.")
+
+
+def by_field(batch: Any, names: Iterable[str] = ()) -> Any:
+    """A dataclass as a dict of its fields, and a named tuple that has fields of all these names; else the batch."""
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
+        return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    fields = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
+    if fields and set(names) <= set(fields):
+        return dict(zip(fields, batch, strict=True))
+    return batch
 
 
 def example_of(batch: Any, takes: int = 1) -> Any:
@@ -141,14 +155,20 @@ def labels_in(batch: Any, inputs: int = 1) -> list[torch.Tensor]:
     """The tensors of a batch that may be labels, the likeliest first: those under a label key of a dict, or those of a
     tuple after its `inputs`, from the end.
     """
+    batch = _labelled(batch)
     if isinstance(batch, Mapping):
         found = [batch[k] for k in LABELS if k in batch]
     elif isinstance(batch, (tuple, list)):
         nested = batch and isinstance(batch[0], (Mapping, tuple, list))
-        found = list(batch[: (0 if nested else max(inputs, 1) - 1) : -1])
+        found = pytree.tree_leaves(list(batch[: (0 if nested else max(inputs, 1) - 1) : -1]))
     else:
         found = []
     return [y for y in found if isinstance(y, torch.Tensor)]
+
+
+def _labelled(batch: Any) -> Any:
+    """A dataclass by its fields, and a named tuple that has one for labels; else the batch."""
+    return by_field(batch, [k for k in LABELS if k in getattr(batch, "_fields", ())] or [""])
 
 
 def synthetic(signature: Signature, sizes: dict[str, int], device: torch.device, batches: int, seed: int) -> list[Any]:
@@ -204,10 +224,21 @@ def example_inputs_of(
         if inputs is not None:
             return inputs(next(each_of(data, "data")))
         # what is no module is refused by the capture
-        places = forward_parameters(unwrapped(model)).values() if isinstance(model, nn.Module) else ()
-        takes = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in places)
-        return example_of(next(each_of(data, "data")), takes)
+        places = forward_parameters(unwrapped(model)) if isinstance(model, nn.Module) else {}
+        takes = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in places.values())
+        needed = [
+            n for n, p in places.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        found = example_of(by_field(next(each_of(data, "data")), needed or [""]), takes)
+        return _taken(found, places, needed) if isinstance(found, Mapping) else found
     return getattr(model, "dummy_inputs", None)
+
+
+def _taken(found: Mapping[str, Any], places: Mapping[str, inspect.Parameter], needed: Iterable[str]) -> Any:
+    """Of the columns of a batch those that forward has a place for, where it has one for all that it needs."""
+    if any(p.kind is p.VAR_KEYWORD for p in places.values()) or not set(needed) <= set(found):
+        return found
+    return {name: value for name, value in found.items() if name in places and value is not None} or found
 
 
 def make_feed(
@@ -252,17 +283,9 @@ def make_feed(
         if more:
             warnings.append(f"eval_data has no len() and did not end: measured on its first {len(held_out)} batches")
     first, read = batches.first(1)[0]
-    if reading == _GUESSED and isinstance(first, Mapping) and data is not None:
-        labelled = labels_in(first)
-        others = [str(k) for k, v in first.items() if k not in read and not any(v is y for y in labelled)]
-        notes += [f"of each batch no input: {', '.join(others)}"] if others else []
     labels = labels_in(first, 1 if reading.labels else len(signature.inputs))
-    if reading == _GUESSED and isinstance(first, (tuple, list)) and len(first) > 2:
-        named = ", ".join(read)
-        notes.append(
-            f"of each batch of {len(first)}: inputs {named}; labels: the last that fits. inputs= and labels= say "
-            "otherwise"
-        )
+    if reading == _GUESSED and not warnings:
+        notes += _told(first, list(read))
     return Feed(
         batches=batches,
         held_out=held_out,
@@ -272,6 +295,20 @@ def make_feed(
         notes=(*warnings, *notes),
         warnings=tuple(warnings),
     )
+
+
+def _told(first: Any, read: Sequence[str]) -> list[str]:
+    """What of a batch was taken for what."""
+    fields = _labelled(first)
+    if isinstance(fields, Mapping):
+        key = next((k for k in LABELS if k in fields), "none")
+        others = [str(k) for k in fields if k not in read and k not in LABELS]
+        told = [f"inputs: {', '.join(read)}; labels: {key}. inputs= and labels= say otherwise"]
+        return [*told, f"of each batch no input: {', '.join(others)}"] if others else told
+    if isinstance(first, (tuple, list)) and len(first) > 1:
+        which = "the last" if len(first) == 2 else f"the last that fits, of {len(first)}"
+        return [f"inputs: {', '.join(read)}; labels: {which}. inputs= and labels= say otherwise"]
+    return []
 
 
 _MOST_HELD, _MOST_HELD_BYTES = 1024, 2**31

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from thesean import ranks
-from thesean.distill.data import labels_in
+from thesean.distill.data import by_field, labels_in
 from thesean.distill.task import primary
 from thesean.errors import DataError
 from thesean.kernels.shared.precision import wide
@@ -39,26 +39,50 @@ def by_rows(function: Of) -> Of:
 def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
     """Mean cross-entropy of logits (..., V) against the batch's integer labels: y of (x, y), or `labels` of a dict.
 
-    Labels of -100 are ignored. A dict whose labels are its own `input_ids` follows Hugging Face's convention for causal
-    language models: position t is asked for label t + 1. Raises DataError without labels that fit.
+    Labels of -100 are ignored. Those that are the batch's own ids follow Hugging Face's convention for causal language
+    models: position t is asked for label t + 1; `thesean.compile` looks which of the two the guide was trained for.
+    Raises DataError without labels that fit.
     """
+    return _entropy(output, batch, labels_are_inputs(batch))
+
+
+@by_rows
+def _cross_entropy_here(output: Any, batch: Any) -> torch.Tensor:
+    """`cross_entropy` of a model that is asked for its inputs where they stand."""
+    return _entropy(output, batch, ahead=False)
+
+
+def _entropy(output: Any, batch: Any, ahead: bool) -> torch.Tensor:
     logits = primary(output)
     batch, shared = _own_rows(batch, logits.shape[0])
-    labels = _labels(batch, logits.shape[:-1])
-    if labels_are_inputs(batch):
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = _asked(logits, batch, ahead)
     return _mean(wide(logits.flatten(0, -2)), labels.flatten(), shared)
 
 
+def _asked(logits: torch.Tensor, batch: Any, ahead: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and what they are asked for, `ahead`: one step later."""
+    labels = _labels(batch, logits.shape[:-1])
+    return (logits[:, :-1], labels[:, 1:]) if ahead else (logits, labels)
+
+
 def labels_are_inputs(batch: Any) -> bool:
-    """Whether a dict's labels are its `input_ids`, padding aside: a model that is asked for those copies its input."""
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), torch.Tensor):
-        return False
-    ids_BT, labels = batch["input_ids"], next(iter(labels_in(batch)), None)
-    if labels is None or labels.shape != ids_BT.shape or ids_BT.ndim != 2 or ids_BT.shape[1] < 2:
+    """Whether a batch's labels are its ids, padding aside: a model that is asked for those copies its input. Not where
+    a decoder reads them one step late.
+    """
+    ids_BT, labels = _ids_in(batch), next(iter(labels_in(batch)), None)
+    if ids_BT is None or labels is None or labels.shape != ids_BT.shape or ids_BT.ndim != 2 or ids_BT.shape[1] < 2:
         return False
     asked = labels != _IGNORED
     return bool(asked.any()) and bool((labels == ids_BT)[asked].all())
+
+
+def _ids_in(batch: Any) -> torch.Tensor | None:
+    """The whole numbers that a model reads: `input_ids` of a dict, the first of a tuple."""
+    while isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids") if "decoder_input_ids" not in batch else None
+    return batch if isinstance(batch, torch.Tensor) and not batch.is_floating_point() else None
 
 
 @by_rows
@@ -108,6 +132,24 @@ def _sum(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     return torch.stack([F.cross_entropy(x_NV, y_N, reduction="sum") for x_NV, y_N in pieces]).sum()
 
 
+def as_the_guide(
+    loss: Any, metric: Any, run: Callable[[], Any], batch: Any
+) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, str | None]:
+    """Loss and metric for the guide whose output `run` gives, and what to tell: where labels are the inputs, whether
+    they are asked one step ahead or where they stand is whichever the guide is better at.
+    """
+    if not (loss is cross_entropy or metric is accuracy) or not labels_are_inputs(batch):
+        return loss, metric, None
+    output = run()
+    ahead, here = (_entropy(output, batch, step).item() for step in (True, False))
+    told = "labels are the inputs, asked {} (the guide's loss is {:.2f} nats so, {:.2f} {})"
+    if not here < ahead:
+        return loss, metric, told.format("one step ahead", ahead, here, "where they stand")
+    loss = _cross_entropy_here if loss is cross_entropy else loss
+    metric = _accuracy_here if metric is accuracy else metric
+    return loss, metric, told.format("where they stand", here, ahead, "one step ahead")
+
+
 _NO_BETTER = 0.99  # of a uniform guess's loss: an untrained network is within a few thousandths of it
 
 
@@ -115,7 +157,7 @@ def warn_of_chance(loss: Any, run: Callable[[], Any], batch: Any) -> str | None:
     """What to tell, before anything trains, of a guide that only guesses, whose output `run` gives.
     None of one that does, and for losses of the caller's own.
     """
-    if loss not in (cross_entropy, next_token):
+    if loss not in (cross_entropy, _cross_entropy_here, next_token):
         return None
     output = run()
     classes = primary(output).shape[-1]
@@ -131,11 +173,19 @@ def warn_of_chance(loss: Any, run: Callable[[], Any], batch: Any) -> str | None:
 @by_rows
 def accuracy(output: Any, batch: Any) -> float:
     """Share of labels that have the largest logit; those of -100 are left out."""
+    return _share(output, batch, labels_are_inputs(batch))
+
+
+@by_rows
+def _accuracy_here(output: Any, batch: Any) -> float:
+    """`accuracy` of a model that is asked for its inputs where they stand."""
+    return _share(output, batch, ahead=False)
+
+
+def _share(output: Any, batch: Any, ahead: bool) -> float:
     logits = primary(output)
     batch, shared = _own_rows(batch, logits.shape[0])
-    labels = _labels(batch, logits.shape[:-1])
-    if labels_are_inputs(batch):
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = _asked(logits, batch, ahead)
     asked = labels != _IGNORED
     right = (logits.argmax(-1) == labels)[asked].float()
     if shared:
@@ -144,11 +194,17 @@ def accuracy(output: Any, batch: Any) -> float:
 
 
 def _labels(batch: Any, shape: torch.Size) -> torch.Tensor:
-    """The labels of this shape, or, of a tuple with several tensors, the last that has it."""
+    """The labels of this shape, or, of a tuple with several tensors, the last that has it and whole numbers."""
     found = labels_in(batch)
     if not found:
-        raise DataError("the batch has no labels: expected (x, y), or a dict with 'labels'.")
+        fields = by_field(batch)
+        keys = f", found {', '.join(map(repr, fields))}" if isinstance(fields, Mapping) else ""
+        raise DataError(
+            f"the batch has no labels: expected (x, y), or a dict with 'labels'{keys}. Say where they are: "
+            "labels=lambda batch: ..."
+        )
     fitting = [y for y in found if y.shape == shape]
     if not fitting:
-        raise DataError(f"labels of shape {tuple(found[0].shape)} don't fit logits of {(*shape, '...')}.")
-    return fitting[0]
+        sizes = ", ".join(map(str, (*shape, "classes")))
+        raise DataError(f"labels of shape {tuple(found[0].shape)} don't fit logits of ({sizes}).")
+    return next((y for y in fitting if not y.is_floating_point()), fitting[0])

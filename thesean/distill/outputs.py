@@ -24,6 +24,9 @@ Leaf = TypeVar("Leaf")
 # Of the largest value: an output that moves by less from example to example is a constant
 _STILL = 1e-6
 
+# What rules a class out in place of -inf is as low as this: float16 has no lower round one
+_MASKED = -1e4
+
 # Numbers that are looked at together: with a vocabulary of 50,000 each copy of the logits would weigh as much as layers
 _PIECE = 2**20
 
@@ -155,17 +158,35 @@ def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tens
     value = values[0]
     if value.ndim == 0:
         return "ignore", "one number for a whole batch"
-    if _is_constant(values):
-        return "ignore", "constant"
     several = value.ndim > 1 and value.shape[-1] > 1
-    if several and (name.rpartition(".")[2].endswith("logits") or bool((value == -torch.inf).any())):
-        return "softmax", ""  # nothing else rules values out by -inf
+    masked = several and _rules_out(value)
+    if _is_constant([v.masked_fill(v <= value.min() / 2, -torch.inf) for v in values] if masked else values):
+        return "ignore", "constant"
+    if several and (name.rpartition(".")[2].endswith("logits") or masked):
+        return "softmax", ""
     for label in labels:
         if several and not label.is_floating_point() and label.shape == value.shape[:-1]:
             return "softmax", ""
         if label.shape == value.shape and bool(((label == 0) | (label == 1)).all()):
             return "sigmoid", ""
     return "mse", ""
+
+
+def _rules_out(value: torch.Tensor) -> bool:
+    """Whether some classes are masked: by -inf, or by a number so large that it stands for it, -1e9 or the least there
+    is. Nothing but logits does that.
+    """
+    if bool((value == -torch.inf).any()):
+        return True
+    least = value.min()
+    if not bool(least.isfinite()) or least > _MASKED:
+        return False
+    out = value <= least / 2
+    others = value[~out]
+    if not others.numel() or others.abs().max() > -least / 100:
+        return False
+    out_NV = out.flatten(0, -2)
+    return bool((value[out] == least).all()) or bool((out_NV != out_NV[:1]).any())  # else a column of another scale
 
 
 def _is_constant(values: Sequence[torch.Tensor]) -> bool:
@@ -209,9 +230,9 @@ def _summed(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float, by: Dive
     y_NV, g_NV = widen(y_NV, g_NV)
     if temperature != 1:
         y_NV, g_NV = y_NV / temperature, g_NV / temperature
-    out_NV = g_NV == -torch.inf
+    least = torch.finfo(g_NV.dtype).min / 4
+    out_NV = g_NV <= least
     if bool(out_NV.any()):
-        least = torch.finfo(g_NV.dtype).min / 4
         y_NV, g_NV = y_NV.masked_fill(out_NV, least), g_NV.masked_fill(out_NV, least)
     return _diverged(F.log_softmax(y_NV, -1), F.log_softmax(g_NV, -1), by).sum()
 

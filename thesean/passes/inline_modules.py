@@ -42,6 +42,7 @@ class InlineModules(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         sizes = {s: _BATCH if s.startswith("batch") else _TIME for s in self.signature.symbols}
+        sizes = self.signature.within(sizes)
         modules = dict(graph_module.named_modules())
         calls = [
             n

@@ -135,6 +135,8 @@ def _instead(part: PartFacts) -> str:
     keep = f"or keep it with keep=[{part.path!r}]."
     if len(part.input_shape) == 4:
         return f"For fewer channels choose target 'bottleneck' or 'resnet-block' with width=, {keep}"
+    if part.mixing == "none":  # experts behind a router, say
+        return f"Choose target 'mlp' for it alone by parts=[{part.path!r}], name the MLPs inside of it as parts, {keep}"
     return f"Choose target 'mlp' or 'rnn' for it, {keep}"
 
 

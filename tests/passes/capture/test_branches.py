@@ -313,3 +313,12 @@ def test_a_guard_breaks_at_the_nearest_size_on_either_side(least, most):
     assert below == (least - 1 or None)
     assert above == (None if most is None else most + 1)
     assert len(asked) < 100
+
+
+def test_a_length_that_the_guide_takes_in_steps_alone_is_not_free():
+    guide = seeded(nn.Linear, 16, 4)
+    guide.forward = lambda x: nn.Linear.forward(guide, x.reshape(x.shape[0], -1, 16))  # type: ignore[arg-type]
+    with pytest.raises(
+        CaptureError, match=r"fixes dimension 1 of x \(time\) at 64.* does not run at \d+\. Leave it out"
+    ):
+        capture(guide, vectors(4, 64), {"x": {0: "batch", 1: "time"}})

@@ -358,7 +358,7 @@ def test_inputs_of_another_width_name_the_place_and_leave_the_reason():
         (None, "no example inputs"),
         ((), "empty"),
         ({"pixels": vectors(2, 8)}, "takes no input 'pixels'"),
-        ((vectors(2, 8), vectors(2, 8)), "takes 1 inputs, the example has 2"),
+        ((vectors(2, 8), vectors(2, 8)), "takes 1 inputs by position, the example has 2"),
         (([1.0, 2.0],), "expected a tensor, found list"),
         ({"input": None}, "expected a tensor, found NoneType"),
         ("text", "expected a tensor, a tuple or a dict, found str"),

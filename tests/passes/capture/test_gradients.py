@@ -135,6 +135,10 @@ def test_weights_in_a_list_and_a_global_are_parameters_of_the_graph():
     guide, captured = capture_of(lambda m, x: (m.first(x) * m.listed[0] + m.listed[1]) @ SOMEWHERE)
     strangers = {id(p) for p in captured.graph_module.parameters()} - {id(p) for p in guide.parameters()}
     assert strangers == {id(guide.listed[0]), id(SOMEWHERE)}
+    loose = torch.randn(6, 6, requires_grad=True)  # no Parameter, and trained all the same
+    _, captured = capture_of(lambda m, x: m.first(x) @ loose)
+    assert any(torch.equal(p, loose) for p in captured.graph_module.parameters())
+    assert not captured.untrainable
     frozen = SOMEWHERE.detach()
     _, captured = capture_of(lambda m, x: m.first(x) @ frozen)
     assert sum(1 for _ in captured.graph_module.parameters()) == 4

@@ -109,7 +109,9 @@ def same_in_chunks(
     chunks: Sequence[int],
 ) -> Difference | None:
     """Compares every node that inputs' values enter. Batches of one only: joined rows would interleave otherwise."""
-    whole, _ = _record(threaded, {**inputs, **states})
+    whole, stuck = _record(threaded, {**inputs, **states})
+    if stuck is not None:
+        return Difference(node=stuck.name, what="one row alone does not run")
     runs: list[dict[fx.Node, Any]] = []
     broken: fx.Node | None = None
     for piece in split_inputs(signature, inputs, chunks):

@@ -18,6 +18,7 @@ from thesean.passes.analyse.positions import table_rows
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import same_outputs, tensors, thinned, void
 from thesean.passes.capture.explain import short
+from thesean.passes.capture.probe import PROBE
 from thesean.passes.graph.signature import Bound
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,14 @@ class Guard:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A dimension that has to be the example's size: at `size` the guide computes otherwise."""
+    """A dimension that has to be the example's size: at `size` the guide computes otherwise, or doesn't run."""
 
     name: str
     size: int
+    runs: bool = True
+
+    def describe(self) -> str:
+        return f"its code {'goes another way' if self.runs else 'does not run'} at {self.size}"
 
 
 @torch.no_grad()
@@ -62,6 +67,14 @@ def bound_sizes(captured: Captured, guide: Guide) -> Captured | Fixed:
     signature, guards = captured.signature, _guards(captured)
     trials = _Trials(captured, guide)
     bounds, notes = [], []
+    shortest = {}
+    for name in (n for n in signature.symbols if not n.startswith("batch")):
+        around = _Around(name, trials.example, guards)
+        shortest[name] = trials.shortest(around)
+        if shortest[name] > 1:  # a raw signal, of which a window takes hundreds
+            if trials.differs(around.at(shortest[name] + 1)) is None:
+                return Fixed(name, shortest[name] + 1, runs=False)
+            guards.append(Guard(frozenset([name]), lambda sizes, n=name: sizes[n] >= shortest[n]))  # type: ignore[misc]
     for name in signature.symbols:
         around = _Around(name, trials.example, guards)
         breaks = {guard: around.breaks(guard) for guard in around.guards}
@@ -73,11 +86,15 @@ def bound_sizes(captured: Captured, guide: Guide) -> Captured | Fixed:
         if not guilty and not around.untried:
             if other:  # and no guard says where
                 return Fixed(name, told)
+            if (least := shortest.get(name, 1)) > 1:
+                bounds.append(Bound(name=name, least=least))
+                notes.append(f"{name}: {bounds[-1].describe()}, for the guide does not run on less.")
             continue
         if crowd := {n for g in guilty for n in g.names} - {name}:
             steps = next((n for n in (name, *sorted(crowd)) if not n.startswith("batch")), name)
             return Fixed(steps, told)
         least, most = around.interval((*guilty, *around.untried))
+        least = max(least, shortest.get(name, 1))
         inside = {n for n in (least, most, around.own + 1, around.own * 2 + 1) if n is not None and least <= n}
         wrong = [n for n in sorted(inside) if n <= min(most or n, far) and trials.differs(around.at(n))]
         if least == most or wrong:
@@ -114,6 +131,18 @@ class _Trials:
                 break
             size *= 2
         return size
+
+    def shortest(self, around: _Around) -> int:
+        """The least size at which the guide runs, where it does at the example's and not at what it is probed with; 1
+        elsewhere.
+        """
+        least, runs = min(PROBE, around.own), around.own
+        if any(self.differs(around.at(n)) is not None for n in (1, least)) or self.differs(around.at(runs)) is None:
+            return 1
+        while runs - least > 1:
+            middle = (least + runs) // 2
+            least, runs = (middle, runs) if self.differs(around.at(middle)) is None else (least, middle)
+        return runs
 
     def differs(self, sizes: Sizes) -> bool | None:
         """Whether the graph isn't the guide there; None where the guide itself doesn't run, or gives no number."""
@@ -236,7 +265,7 @@ def _holding(condition: Any, symbols: Mapping[Any, str]) -> Callable[[Sizes], bo
     def holds(sizes: Sizes) -> bool:
         try:
             return bool(condition.subs({s: sizes[name] for s, name in symbols.items()}) != False)  # noqa: E712  sympy's
-        except (ArithmeticError, TypeError):  # a division by what is nothing there
+        except (ArithmeticError, TypeError, AssertionError):  # a division by nothing, or of what is less than nothing
             return False
 
     return holds

@@ -107,10 +107,7 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
         assert one is not None
         places = _places(captured, one.name)
         (name, dim), *_ = places
-        says = (
-            f"dimension {dim} of {name} ({one.name}) at {given[name].shape[dim]}, the example's: its code goes another "
-            f"way at {one.size}"
-        )
+        says = f"dimension {dim} of {name} ({one.name}) at {given[name].shape[dim]}, the example's: {one.describe()}"
         if not guessed:
             raise CaptureError(f"the guide fixes {says}. Leave it out of dynamic=, or write the branch as torch.where.")
         told.append(f"fixed {says}. Give example inputs of the size that you need, or write the branch as torch.where.")
@@ -246,7 +243,9 @@ def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
 
 
 def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
-    graph_module = exported.module(check_guards=False)
+    with warnings.catch_warnings():  # a plain tensor that is trained: `keep_training` makes a parameter of it
+        warnings.filterwarnings("ignore", message="A model attribute .* requires gradient")
+        graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     # no pass yet: it ends the tracing, and takes the hooks of torch.export's own module off
     graph_module = plain_calling_convention(graph_module, names, eager)

@@ -45,15 +45,22 @@ def explained(
             "cell the padded sequences, and hide what is padded behind it by a mask, (torch.arange(x.shape[1]) < "
             "lengths[:, None])[..., None], which is exact for what reads forwards; or convert a submodule instead."
         )
+    if "fake tensor in the exported program constant" in str(error):
+        return CaptureError(
+            "the guide can't be captured: its forward reads a weight's .data, or makes a tensor that the trace loses. "
+            "Write weight.detach() where no gradient is wanted, and the weight itself where one is."
+        )
+    told = f"the guide can't be captured{where_of(error)}: {short(error)}."
     if isinstance(error, NotImplementedError):
         return CaptureError(
-            f"the guide can't be captured{where_of(error)}: {short(error)}. torch has no such form of "
-            f"{_called(error) or 'an operator'}: have forward use another one there, for an attention "
-            "scaled_dot_product_attention with its mask, or convert a submodule without it."
+            f"{told} torch has no such form of {_called(error) or 'an operator'}: have forward use another one there, "
+            "for an attention scaled_dot_product_attention with its mask, or convert a submodule without it."
         )
+    if isinstance(error, TypeError):  # torch is used wrongly
+        return CaptureError(f"{told} Convert a submodule instead, or write that line with other operators.")
     return CaptureError(
-        f"the guide can't be captured{where_of(error)}: {short(error)}. Control flow that depends on values can't "
-        "become a graph: convert a submodule instead, or replace the branch by torch.where."
+        f"{told} Control flow that depends on values can't become a graph: convert a submodule instead, or replace the "
+        "branch by torch.where."
     )
 
 

@@ -56,15 +56,16 @@ def keep_training(captured: Captured, guide: Guide) -> Captured:
         if not leaves:  # frozen, or forward is under no_grad from end to end: it says nothing of what should train
             _undo_detached(graph_module)
             return captured
-        _adopt(graph_module, leaves)
+        adopted = _adopt(graph_module, leaves)
         names = {id(p): name for name, p in graph_module.named_parameters()}
-        everything = {id(p): p for p in (*leaves, *graph_module.parameters()) if p.requires_grad}
+        made = {id(p) for p in adopted.values()}
+        everything = {id(p): p for p in (*leaves, *graph_module.parameters()) if p.requires_grad and id(p) not in made}
         parameters = _affordable(everything.values())
         try:
             wanted = _backward(output, parameters)
             del output
             guide.buffers.restore()  # one that the guide wrote holds on to what it was made of
-            found = _backward(graph_module(**inputs), parameters)
+            found = _backward(graph_module(**inputs), [adopted.get(id(p), p) for p in parameters])
         except RuntimeError as error:  # an operator of the caller's without one
             told = f"the guide has no backward pass ({short(error)}). Solve parts without gradients: recipe='fast'."
             return replace(captured, untrainable=told)
@@ -94,12 +95,14 @@ def _leaves(output: Any) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _adopt(graph_module: fx.GraphModule, leaves: Iterable[torch.Tensor]) -> None:
-    """Constants of the graph that share a leaf's memory become that parameter."""
+def _adopt(graph_module: fx.GraphModule, leaves: Iterable[torch.Tensor]) -> dict[int, nn.Parameter]:
+    """Constants of the graph that share a leaf's memory become that parameter; those that stand for a plain tensor, by
+    its id.
+    """
     own = {id(p) for p in graph_module.parameters()}
     strangers = [p for p in leaves if id(p) not in own and p.is_floating_point()]
     if not strangers:
-        return
+        return {}
     known: dict[int, nn.Parameter] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         value = attribute(graph_module, str(node.target))
@@ -112,6 +115,7 @@ def _adopt(graph_module: fx.GraphModule, leaves: Iterable[torch.Tensor]) -> None
         delattr(holder, name)
         holder.register_parameter(name, parameter)
         node.meta["val"] = parameter
+    return known
 
 
 def _same_memory(a: torch.Tensor, b: Any) -> bool:

@@ -110,19 +110,34 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         unknown = [k for k in example if k not in accepted and not open_ended]
         if unknown:
-            raise DataError(f"the guide's forward takes no input {unknown[0]!r}; it takes: {', '.join(accepted)}.")
+            raise DataError(
+                f"the guide's forward takes no input {unknown[0]!r}; it takes: {', '.join(accepted)}. Of batches, "
+                "inputs=lambda batch: {...} says what is which."
+            )
         # the order of forward(), so that positional calls mean the same thing afterwards
         order = [k for k in accepted if k in example] + [k for k in example if k not in accepted]
         named = {k: example[k] for k in order}
     else:
         if not isinstance(example, (tuple, list)):
-            raise DataError(f"example inputs: expected a tensor, a tuple or a dict, found {type(example).__name__}.")
+            raise DataError(
+                f"example inputs: expected a tensor, a tuple or a dict, found {type(example).__name__}. "
+                "inputs=lambda batch: {...} gives them by name."
+            )
         if len(example) > len(names):
-            raise DataError(f"the guide's forward takes {len(names)} inputs, the example has {len(example)}.")
+            raise DataError(
+                f"the guide's forward takes {len(names)} inputs by position, the example has {len(example)}. "
+                f"It takes: {', '.join(str(p) for p in accepted.values()) or 'nothing'}. Give a dict by name, or wrap "
+                "the guide in a module whose forward takes each tensor by a name of its own."
+            )
         named = dict(zip(names, example, strict=False))
+    given = {name: value for name, value in named.items() if value is not None}
+    named = given or named
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):
-            raise DataError(f"example input {name!r}: expected a tensor, found {type(value).__name__}.")
+            raise DataError(
+                f"example input {name!r}: expected a tensor, found {type(value).__name__}. Wrap the guide in a module "
+                "whose forward takes each tensor by a name of its own, and hands them on."
+            )
     if not named:
         raise DataError("the example inputs are empty.")
     device = next((p.device for p in model.parameters()), None)

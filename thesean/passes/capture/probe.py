@@ -17,7 +17,7 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.record import Recorded, record
 
-_PROBE, _LONGEST_PROBE = 11, 1025  # tokens
+PROBE, _LONGEST_PROBE = 11, 1025  # tokens
 _FEWEST = 5  # that are left of them after strides: on one or two, mixing does not show
 
 # Of the change at the token itself: rounding moves earlier ones by 1e-7, a look ahead by 1e-3 and more
@@ -111,7 +111,7 @@ def probe_sizes(captured: Captured) -> dict[str, int]:
     most = min(
         [table_rows(captured.graph_module) or _LONGEST_PROBE, _LONGEST_PROBE, *(b.most for b in bounds if b.most)]
     )
-    least = min(max(_PROBE, receptive_field(captured.graph_module.graph) + 2), most)
+    least = min(max(PROBE, receptive_field(captured.graph_module.graph) + 2), most)
     least = _long_enough(captured.graph_module, least, most)
     # odd ones first: a length that is twice a width is told apart less well
     lengths = [*range(least | 1, most + 1, 2), *range(least, 1, -1)]

@@ -25,4 +25,5 @@ def without_unread(captured: Captured, model: nn.Module) -> Captured:
         captured.signature, inputs=tuple(spec for spec in captured.signature.inputs if spec.name not in gone)
     )
     example = {name: value for name, value in captured.example.items() if name not in gone}
-    return replace(captured, signature=signature, example=example)
+    notes = tuple(note for note in captured.notes if note.partition(":")[0] not in gone)
+    return replace(captured, signature=signature, example=example, notes=notes)

@@ -33,8 +33,9 @@ class Clock(NamedTuple):
 
 
 def has_one_time(signature: Signature) -> bool:
-    """Whether all free lengths are one."""
-    return len({s for s in signature.symbols if not s.startswith("batch")}) == 1
+    """Whether all free lengths are one, and it may be a single step."""
+    names = {s for s in signature.symbols if not s.startswith("batch")}
+    return len(names) == 1 and not any(b.name in names and b.least > 1 for b in signature.bounds)
 
 
 def find_clock(graph: fx.Graph, signature: Signature) -> Clock:

@@ -6,9 +6,7 @@ names are those that generated code can hold. Shapes and dtypes are for `fitting
 
 from __future__ import annotations
 
-import keyword
 import math
-import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import fx
 
 from thesean.errors import ArtifactError
 from thesean.passes.graph.operators import check_values, names, operators
+from thesean.passes.graph.spelled import is_spelled, read_as_written
 
 # What the generated code calls by name, and what it calls itself: no input may stand in its place.
 _TAKEN = {
@@ -119,31 +118,21 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
         return graph.create_node(op, function, args, kwargs, name=name)
     if not is_attribute_path(target) or (op == "get_attr" and (args or kwargs)):
         raise ArtifactError(f"graph.json: {target!r:.80} is not an attribute's path.")
+    if not all(n.isidentifier() for n in target.split(".")) and not is_spelled():
+        raise ArtifactError(f"graph.json: {target!r:.80} is no name that this version of torch can write.")
     return graph.create_node(op, target, args, kwargs, name=name)
 
 
 def _is_name(value: Any) -> bool:
     """Whether generated code may write it as the name that it is."""
-    return isinstance(value, str) and len(value) <= _LONGEST and value.isidentifier() and _is_read_as_written(value)
-
-
-def _is_read_as_written(name: str) -> bool:
-    """Python keeps some names for itself, and reads others as their plain twins: "ſelf" as "self"."""
-    return not keyword.iskeyword(name) and unicodedata.normalize("NFKC", name) == name
+    return isinstance(value, str) and len(value) <= _LONGEST and value.isidentifier() and read_as_written(value)
 
 
 def is_attribute_path(target: Any) -> bool:
-    """Whether FX writes this path of a module into its generated source as the name that it is, and as nothing else.
-
-    What is no identifier ("[cls]", "user id") stands there between quotes.
-    """
+    """Whether it names a module's own attribute, whatever that is called; not what Python has in every object."""
     if not isinstance(target, str) or len(target) > _LONGEST:
         return False
-    return all(
-        n.isprintable() and n and not n.startswith("__") and not {'"', "\\"} & set(n)
-        and (not n.isidentifier() or _is_read_as_written(n))
-        for n in target.split(".")
-    )  # fmt: skip
+    return all(n and not (n.startswith("__") and n.endswith("__")) for n in target.split("."))
 
 
 def _encode(value: Any) -> Any:

@@ -5,11 +5,13 @@ The plan is what people read and edit; bound to the graph it is what the compile
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from thesean.errors import PlanError, TargetMismatchError
+from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division, divide, divide_as, group_matches
@@ -18,6 +20,7 @@ from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, no_match
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
+from thesean.passes.plan.sites import scope_of
 from thesean.targets import Target, resolve
 from thesean.units import quantity
 
@@ -66,7 +69,35 @@ def plan_division(division: Division, target: TargetSpec) -> BoundPlan:
         if not any(group_matches(g, glob) for g in division.groups):
             raise PlanError(f"target: {no_match(glob, [g.path for g in division.groups])}")
     # a mapping or an explicit list names its parts; a plain target may leave parts alone that it has no use for
-    return _bind(division, targets, strict=isinstance(target, Mapping) or division.settings.part_globs is not None)
+    strict = isinstance(target, Mapping) or division.settings.part_globs is not None
+    try:
+        return _bind(division, targets, strict)
+    except TargetMismatchError as error:
+        if strict or not all(t is None or scope_of(t) == "mixing" for t in targets.values()):
+            raise
+        return _elsewhere(division, target, error)
+
+
+def _elsewhere(division: Division, target: TargetSpec, misfit: TargetMismatchError) -> BoundPlan:
+    """Where a target fits none of the parts, as `rnn` no convolution in front of an LSTM: the modules beside them that
+    it does fit, for what replaces mixing finds a place wherever time is mixed. Raises the misfit where there is none.
+    """
+    inside = {n for g in division.groups for n in g.region.nodes}
+    beside = [p for p, region in module_regions(division.flow).items() if p and inside.isdisjoint(region.nodes)]
+    fitting: list[str] = []
+    for path in sorted(beside, key=lambda p: p.count(".")):
+        if any(path.startswith(f"{outer}.") for outer in fitting):
+            continue
+        try:
+            plan_division(divide(division.captured, parts=[path]), target)
+        except (PlanError, TargetMismatchError):
+            continue
+        fitting.append(path)
+    if not fitting:
+        raise misfit
+    bound_plan = plan_division(divide(division.captured, parts=fitting), target)
+    notes = _left_to_the_guide({g.path: misfit for g in division.groups})
+    return replace(bound_plan, plan=replace(bound_plan.plan, notes=(*notes, *bound_plan.plan.notes)))
 
 
 def bind_plan(captured: Captured, plan: Plan) -> BoundPlan:
@@ -103,9 +134,9 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
             target = binder.whole(group, target) if division.whole and target is not None else target
             parts.append(binder.part(group, target, member, strict))
         except TargetMismatchError as error:
+            misfits[group.path] = _keeping(error, group.path)
             if strict:
-                raise
-            misfits[group.path] = error
+                raise misfits[group.path] from error
             parts.append(binder.part(group, None, member))
     if not any(p.target for p in parts):
         if misfits:
@@ -116,6 +147,11 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
     told = (*_left_to_the_guide(misfits), *streams, *_told(parts), *_state(parts), *_slower(parts))
     notes = tuple(dict.fromkeys((*division.settings.notes, *told)))  # a plan that was handed in has told some already
     return binder.bind(parts, replace(division.settings, notes=notes))
+
+
+def _keeping(misfit: TargetMismatchError, path: str) -> TargetMismatchError:
+    """The same, with the part to keep: a target may fit all of it but a place inside."""
+    return TargetMismatchError(re.sub(r"keep=\[(['\"]).*?\1\]", lambda _: f"keep=[{path!r}]", str(misfit)))
 
 
 def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:

@@ -47,6 +47,12 @@ def partition(
         blocks = [half for block in blocks for half in halves_or_whole(flow, block)]
     if granularity == "finest":
         blocks = [piece for half in blocks for piece in smallest_regions(flow, half)]
+    if not blocks and (cells := [path for path, _ in read_twice(flow) if path]):
+        raise PlanError(
+            f"found no part: {', '.join(cells[:3])} return a last state that is read beside the output, and a target "
+            "has one output. Return the output alone: a converted network carries its own state, and its file takes "
+            "and returns it."
+        )
     if not blocks:
         raise PlanError(
             "found no repeated single-entry single-exit region with a linear map. Name the parts yourself: "
@@ -60,7 +66,7 @@ def _explicit(flow: DataFlow, globs: Sequence[str]) -> list[NamedRegion]:
     candidates = module_regions(flow)
     chosen: dict[str, Region] = {}
     for glob in globs:
-        matches = [path for path in candidates if fnmatchcase(path, glob)]
+        matches = [path for path in candidates if path == glob or fnmatchcase(path, glob)]
         if not matches:
             raise PlanError(f"parts: {no_match(glob, candidates)}")
         outermost = [p for p in matches if not any(p.startswith(o + ".") for o in matches)]

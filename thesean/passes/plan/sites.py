@@ -135,6 +135,12 @@ class SiteFinder:
                     f"{self.shape(into)} -> {self.shape(out)}. Choose target 'linear', or keep it with keep=[{path!r}]."
                 )
             out, into = found
+        if any(map(self._counted_by_values, (into, out))):
+            raise TargetMismatchError(
+                f"{path}: target {target.name!r} expected a part that reads a sequence as it stands, found one that is "
+                "sent as many tokens as a router decides, other ones in a hybrid than in the guide. Name what is "
+                f"around it as a part, or keep it with keep=[{path!r}]."
+            )
         token_wise = scope_of(target) == "token-wise"
         attention = None if removes else find_attention(region, self.values)
         facts = PartFacts(
@@ -165,6 +171,11 @@ class SiteFinder:
             return read
         before = above([region.entry])
         return tuple([m for m in fitting if self.named[m.node] in before][-1:])
+
+    def _counted_by_values(self, node: fx.Node) -> bool:
+        """Whether a size of it is known only once its values are, as that of what a mask picks."""
+        sizes = (d for d in getattr(node.meta.get("val"), "shape", ()) if isinstance(d, torch.SymInt))
+        return any(str(symbol) not in self.symbols for d in sizes for symbol in d.node.expr.free_symbols)
 
     def shape(self, node: fx.Node) -> tuple[Dim, ...]:
         """A node's shape with the signature's names for dynamic dimensions; () for what is not a tensor."""
