@@ -415,7 +415,7 @@ def check_the_last_layer_is_solved_in_closed_form(family: Family, part: PartFact
         return
     if getattr(module, "final_relu", False):
         return  # solved before it is rectified
-    x = torch.cat([inputs(part, batch=32, seed=seed) for seed in range(4)])
+    x = torch.cat([inputs(part, batch=32, seed=seed) for seed in range(8)])  # more than features, also of three in four
     wanted = build(family, part).eval()
     wanted.load_state_dict(module.state_dict())
     with torch.no_grad():

@@ -53,7 +53,7 @@ def test_a_cell_is_one_operator_a_layer_and_gives_its_outputs_and_states_at_any_
 def test_layers_are_named_like_their_weights_and_those_that_hand_on_their_states_are_no_parts():
     captured = capture(seeded(Everything, nn.LSTM, dict(num_layers=2)), vectors(2, 5, 4))
     assert [owner(n) for n in cells_of(captured)] == ["cell.l0", "cell.l1"]
-    with pytest.raises(PlanError, match="found no repeated single-entry single-exit region"):
+    with pytest.raises(PlanError, match=r"found no part: cell\.l0, cell\.l1 return a last state that is read beside"):
         make_plan(captured, "gru")
 
 
