@@ -11,7 +11,7 @@ from torch import nn
 from tests import captured, models
 from tests.distill.tools import batches_of, drafted
 from tests.models import vectors
-from thesean.distill import closed_form
+from thesean.distill import closed_form, ridge
 from thesean.distill.closed_form import solve_parts
 from thesean.errors import NumericalError
 from thesean.passes.capture.capture import capture
@@ -147,13 +147,13 @@ def test_a_row_counts_once_and_less_where_it_is_far_larger_than_others(monkeypat
     """By the square of how much larger it is than eight times the median."""
     guide, seen = captured.mlp(), []
     _, hybrid = drafted(guide)
-    add = closed_form._Sums.add
+    add = ridge._Sums.add
 
     def looked(self, features, residual, weight_N=None):
         seen.append((residual.norm(dim=1), weight_N))
         add(self, features, residual, weight_N)
 
-    monkeypatch.setattr(closed_form._Sums, "add", looked)
+    monkeypatch.setattr(ridge._Sums, "add", looked)
     data = inputs_of(guide, 1, 16)
     data[0]["input"][3] *= 1e4
     solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-3)
@@ -236,7 +236,7 @@ def test_a_covariance_that_rounding_left_without_a_root_is_solved_all_the_same()
     signs = torch.tensor([1.0, 1, 1, 1, 1, -1]).double()
     for diagonal in (torch.ones_like(signs), signs):
         matrix = root @ diagonal.diag() @ root.T
-        torch.testing.assert_close(matrix @ closed_form._solved(matrix, wanted), wanted)
+        torch.testing.assert_close(matrix @ ridge._solved(matrix, wanted), wanted)
 
 
 class Noise(nn.Module):

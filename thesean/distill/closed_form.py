@@ -5,10 +5,9 @@ of the part where it isn't added to a stream), minimise |W f + b - r|^2 + lambda
 statistics: dW = R_f' (C + lambda I)^-1. Solving for the stream instead of the part's own output corrects what earlier
 parts left over. W0 is what the layer holds: zero influence for fresh layers, the guide's weights for copied ones.
 
-Some examples are held out: lambda is the one of a few that does best on them, and a layer that no solution brings
-nearer there stays as it is. Rows far larger than others count by their relative error: pretrained language models have
-first tokens whose stream is a thousand times as large as any other (Sun et al. 2024, massive activations), and the norm
-that reads them divides by that.
+Lambda is chosen on examples that are held out (`ridge.py`). Rows far larger than others count by their relative error:
+pretrained language models have first tokens whose stream is a thousand times as large as any other (Sun et al. 2024,
+massive activations), and the norm that reads them divides by that.
 
 N examples (tokens or images), E features, O outputs
 """
@@ -16,17 +15,16 @@ N examples (tokens or images), E features, O outputs
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional as F
 
 from thesean import ranks
 from thesean.distill.gathered import Gathered
 from thesean.distill.joined import Given, joined
+from thesean.distill.ridge import Ridge, held_out
 from thesean.distill.seen import Seen, rows
-from thesean.errors import NumericalError
 from thesean.kernels.shared.precision import wide
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.walk import Walk
@@ -37,10 +35,6 @@ from thesean.targets.shared.module import MaskReader
 from thesean.targets.shared.sequence import SequenceTarget
 
 Inputs = dict[str, torch.Tensor]
-
-# Tried on what is held out, as factors of the recipe's own, which is the least.
-_RIDGES = (1.0, 10.0, 100.0)
-_HELD_OUT = 4  # one example in so many
 
 # Of the rows' median norm. Ordinary rows differ by a factor of two.
 _LARGE = 8.0
@@ -73,8 +67,16 @@ def solver_by(
     reading: fx.GraphModule | None = None,
 ) -> Solver:
     """As a recipe's closed form says; it prepares alone where that is off."""
-    ridge, told = form.ridge if form.enabled else None, {"solve_copied": form.solve_copied, "preparing": preparing}
-    return Solver(guide, hybrid, parts, batches, ridge=ridge, reading=reading, **told)
+    return Solver(
+        guide,
+        hybrid,
+        parts,
+        batches,
+        ridge=form.ridge if form.enabled else None,
+        solve_copied=form.solve_copied,
+        preparing=preparing,
+        reading=reading,
+    )
 
 
 class Solver:
@@ -148,7 +150,7 @@ class Solver:
         assert isinstance(module, TargetModule)
         assert self.ridge is not None
         own_step, completed = self._own_step[r.name], _Completed(module, self._own.budget // 2)
-        sums, held_out, limit = _Sums(module.last), _Sums(module.last), None
+        regression, limit = Ridge(module.last), None
         batch_first, seen = _batch_first(r), 0
         apart = not batch_first or ranks.count() > 1  # ranks tell each other of each batch, in one order
         for some in joined((self._given(r, number) for number in range(len(self.batches))), apart):
@@ -159,19 +161,16 @@ class Solver:
             size_N = target.reshape(-1, module.last.out_features).norm(dim=1)
             if limit is None:
                 limit = _LARGE * float(ranks.gather(size_N[: some.first(len(size_N))]).median())
-            weight_N = (limit / size_N).clamp(max=1.0).square() if limit else torch.ones_like(size_N)
+            weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
             before, of_all = ranks.place(len(some.x)) if batch_first else (0, 1)
-            units = range(seen + before, seen + before + (len(some.x) if batch_first else 1))
-            apart_N = _apart(units, size_N, some.mask_BT if batch_first else None)
+            first, own = seen + before, len(some.x) if batch_first else 1
+            apart_N = held_out(range(first, first + own), len(size_N), some.mask_BT if batch_first else None)
             seen += of_all
-            f_NE = rows(features, some.mask_BT).reshape(-1, module.last.in_features)
-            r_NO = rows(wanted, some.mask_BT).reshape(-1, module.last.out_features)
-            for found, at in ((sums, ~apart_N), (held_out, apart_N)):
-                found.add(f_NE[at], r_NO[at], weight_N[at])
+            regression.add(rows(features, some.mask_BT), rows(wanted, some.mask_BT), apart_N, weight_N)
             completed.keep(some, features)
-        for found in (sums, held_out):
-            ranks.add_up(found.all, "statistics")
-        sums.solve(self.ridge, r.facts.path, held_out)
+        for statistics in regression.statistics:
+            ranks.add_up(statistics, "statistics")
+        regression.solve(self.ridge, r.facts.path)
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
         elif type(module).forward in _COMPLETED:
@@ -244,14 +243,6 @@ def _wanted(r: Replacement) -> str:
     return r.guide_join if r.join and r.guide_join else r.guide_exit
 
 
-def _apart(units: range, like_N: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """Which of N rows are held out: those of one in so many of the units, examples or batches, that they are of."""
-    apart_B = torch.tensor([unit % _HELD_OUT == 1 for unit in units], device=like_N.device)
-    if mask_BT is not None:
-        return rows(apart_B.unsqueeze(1).expand_as(mask_BT), mask_BT)
-    return apart_B.repeat_interleave(len(like_N) // len(units))
-
-
 @torch.no_grad()
 def solve_alone(
     module: torch.nn.Module, examples: Sequence[tuple[torch.Tensor, torch.Tensor]], *, ridge: float, where: str
@@ -262,122 +253,14 @@ def solve_alone(
     if not isinstance(module, TargetModule) or not hasattr(module, "last"):
         return False
     with evaluating(module):
-        sums, held_out, seen = _Sums(module.last), _Sums(module.last), 0
+        regression, seen = Ridge(module.last), 0
         for x, wanted in examples:
             features, _ = module.features(x)
             skip = module.skip(x)
             want = wide(wanted)
-            f_NE = features.reshape(-1, module.last.in_features)
-            r_NO = module.unshape(want if skip is None else want - skip).reshape(-1, module.last.out_features)
-            apart_N = _apart(range(seen, seen + len(x)), f_NE)
+            residual = module.unshape(want if skip is None else want - skip)
+            apart_N = held_out(range(seen, seen + len(x)), features.numel() // module.last.in_features)
             seen += len(x)
-            sums.add(f_NE[~apart_N], r_NO[~apart_N])
-            held_out.add(f_NE[apart_N], r_NO[apart_N])
-        sums.solve(ridge, where, held_out)
+            regression.add(features, residual, apart_N)
+        regression.solve(ridge, where)
     return True
-
-
-class _Sums:
-    """Running statistics of features and residuals, in double: fp32 loses the small eigenvalues."""
-
-    def __init__(self, last: torch.nn.Linear) -> None:
-        self.last = last
-        like = last.weight.new_zeros((), dtype=torch.float64)
-        self.count = like.clone()
-        self.features_E = like.new_zeros(last.in_features)
-        self.errors_O = like.new_zeros(last.out_features)
-        self.covariance_EE = like.new_zeros(last.in_features, last.in_features)
-        self.cross_EO = like.new_zeros(last.in_features, last.out_features)
-
-    def add(self, features: torch.Tensor, residual: torch.Tensor, weight_N: torch.Tensor | None = None) -> None:
-        """`weight_N`: how much the squared error of a row counts."""
-        f_NE = features.reshape(-1, self.last.in_features)
-        r_NO = residual.reshape(-1, self.last.out_features)
-        error_NO = (r_NO - F.linear(wide(f_NE), wide(self.last.weight), self._bias)).double()
-        f_NE = f_NE.double()
-        counted_NE = f_NE if weight_N is None else f_NE * weight_N.double().unsqueeze(1)
-        self.count += f_NE.shape[0] if weight_N is None else weight_N.double().sum()
-        self.features_E += counted_NE.sum(0)
-        self.errors_O += error_NO.sum(0) if weight_N is None else weight_N.double() @ error_NO
-        self.covariance_EE.addmm_(counted_NE.T, f_NE)
-        self.cross_EO.addmm_(counted_NE.T, error_NO)
-
-    def solve(self, ridge: float, where: str, held_out: _Sums | None = None) -> None:
-        """With rows `held_out`, the ridge is chosen on them and the layer stays where none helps; then they are fitted
-        too.
-        """
-        if held_out is not None and held_out.count > 0:
-            # which is the best takes no more digits than single precision has, and that takes half the time
-            own, theirs = self._centred(where).single(), held_out._centred(where).single()
-            gains = {factor: self._solution(own, factor * ridge).gain(theirs) for factor in _RIDGES}
-            best = min(gains, key=gains.__getitem__)
-            if gains[best] >= 0:
-                return
-            ridge *= best
-            for mine, more in zip(self.all, held_out.all, strict=True):
-                mine += more
-        solution = self._solution(self._centred(where), ridge)
-        # added before it is rounded to the layer's precision
-        weight_OE = wide(self.last.weight)
-        self.last.weight.copy_(weight_OE + solution.weight_EO.T.to(weight_OE.dtype))
-        if self._bias is not None:
-            self.last.bias.copy_(self._bias + solution.bias_O.to(weight_OE.dtype))
-
-    def _solution(self, statistics: _Centred, ridge: float) -> _Solution:
-        mean_E, mean_O, covariance_EE, cross_EO = statistics
-        penalised_EE = covariance_EE.clone()
-        penalised_EE.diagonal().add_(ridge * covariance_EE.diagonal().mean().clamp_min(1e-12))
-        delta_EO = _solved(penalised_EE, cross_EO)
-        bias_O = mean_O - mean_E @ delta_EO if self._bias is not None else torch.zeros_like(mean_O)
-        return _Solution(delta_EO, bias_O)
-
-    def _centred(self, where: str) -> _Centred:
-        finite = (self.covariance_EE, self.cross_EO)
-        if not all(bool(torch.isfinite(statistic).all()) for statistic in finite):
-            raise NumericalError(
-                f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
-            )
-        mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
-        covariance_EE = (self.covariance_EE / self.count).addr_(mean_E, mean_E, alpha=-1)
-        cross_EO = (self.cross_EO / self.count).addr_(mean_E, mean_O, alpha=-1)
-        return _Centred(mean_E, mean_O, covariance_EE, cross_EO)
-
-    @property
-    def all(self) -> tuple[torch.Tensor, ...]:
-        return self.count, self.features_E, self.errors_O, self.covariance_EE, self.cross_EO
-
-    @property
-    def _bias(self) -> torch.Tensor | None:
-        return None if self.last.bias is None else wide(self.last.bias)
-
-
-class _Centred(NamedTuple):
-    """Means of features and errors, the covariance of the features and theirs with the errors."""
-
-    mean_E: torch.Tensor
-    mean_O: torch.Tensor
-    covariance_EE: torch.Tensor
-    cross_EO: torch.Tensor
-
-    def single(self) -> _Centred:
-        return _Centred(*(statistic.float() for statistic in self))
-
-
-class _Solution(NamedTuple):
-    """What is added to a layer's weight and bias."""
-
-    weight_EO: torch.Tensor
-    bias_O: torch.Tensor
-
-    def gain(self, rows: _Centred) -> float:
-        """By how much it changes the mean squared error of some rows: below 0 where it helps."""
-        mean_E, mean_O, covariance_EE, cross_EO = rows
-        spread = torch.addmm(cross_EO, covariance_EE, self.weight_EO, beta=-2).mul_(self.weight_EO).sum()
-        offset_O = mean_O - mean_E @ self.weight_EO - self.bias_O
-        return float(spread + offset_O.square().sum() - mean_O.square().sum())
-
-
-def _solved(penalised_EE: torch.Tensor, cross_EO: torch.Tensor) -> torch.Tensor:
-    """A covariance and its ridge are positive definite, unless rounding took all that the ridge added."""
-    root_EE, failed = torch.linalg.cholesky_ex(penalised_EE)
-    return torch.linalg.solve(penalised_EE, cross_EO) if int(failed) else torch.cholesky_solve(cross_EO, root_EE)
