@@ -316,9 +316,9 @@ def _root(
     frozen = body.get("frozen", [])
     if not isinstance(frozen, list):
         raise ArtifactError(f"{folder}: expected the names of the frozen parameters.")
-    for name, parameter in root.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
+    held = dict(root.named_parameters())
+    for name in held.keys() & set(frozen):
+        held[name].requires_grad_(False)
     for node in graph.find_nodes(op="get_attr"):
         node.meta["val"] = _held(root, str(node.target), folder)
     for node in graph.find_nodes(op="call_module"):

@@ -17,6 +17,9 @@ from thesean.errors import ArtifactError
 from thesean.passes.graph.operators import check_values, names, operators
 from thesean.passes.graph.spelled import is_spelled, read_as_written
 
+# Nodes whose target is the path of what the network holds
+_HELD = ("get_attr", "call_module")
+
 # What the generated code calls by name, and what it calls itself: no input may stand in its place.
 _TAKEN = {
     "self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "getattr", "slice", "float", "Ellipsis",
@@ -86,6 +89,9 @@ def load(rows: Any) -> fx.Graph:
         raise ArtifactError("graph.json: expected the inputs first, each of them once.")
     if [i for i, row in enumerate(rows) if row["op"] == "output"] != [len(rows) - 1]:
         raise ArtifactError("graph.json: the last node alone should be the output; the file is truncated or altered.")
+    odd = [n.target for n in graph_nodes if n.op in _HELD and not all(map(str.isidentifier, n.target.split(".")))]
+    if odd and not is_spelled():
+        raise ArtifactError(f"graph.json: {odd[0]!r:.80} is no name that this version of torch can write.")
     try:
         graph.lint()
     except RuntimeError as error:
@@ -106,7 +112,7 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
         if not _is_name(target) or target in _TAKEN or row.get("args") or row.get("kwargs"):
             raise ArtifactError(f"graph.json: {target!r:.80} is not an input's name.")
         return graph.create_node(op, target, name=name)
-    if op not in ("get_attr", "call_module", "call_function"):
+    if op not in (*_HELD, "call_function"):
         raise ArtifactError(f"graph.json: unknown kind of node {op!r:.80}.")
     args = tuple(_decode(a, nodes) for a in (row["args"] if op == "call_function" else row.get("args", [])))
     kwargs = {k: _decode(v, nodes) for k, v in row.get("kwargs", {}).items()}
@@ -118,8 +124,6 @@ def _load_node(graph: fx.Graph, row: dict[str, Any], nodes: dict[str, fx.Node]) 
         return graph.create_node(op, function, args, kwargs, name=name)
     if not is_attribute_path(target) or (op == "get_attr" and (args or kwargs)):
         raise ArtifactError(f"graph.json: {target!r:.80} is not an attribute's path.")
-    if not all(n.isidentifier() for n in target.split(".")) and not is_spelled():
-        raise ArtifactError(f"graph.json: {target!r:.80} is no name that this version of torch can write.")
     return graph.create_node(op, target, args, kwargs, name=name)
 
 
