@@ -177,17 +177,22 @@ def _elsewhere(specimen: Specimen, converted: Any, folder: Path, loader: Loader)
     """Saved, and loaded by a process that holds nothing of the guide's code."""
     converted.save(folder / "saved")
     inputs = specimen.inputs(2, LENGTH, 10)
-    given = {spec.name: inputs[spec.name] for spec in converted.signature.inputs}
-    torch.save((given, leaves(converted, inputs)), folder / "check.pt")
+    torch.save((taken(converted, inputs), leaves(converted, inputs)), folder / "check.pt")
     said = loader.says(folder)
     _hold(said == "same", f"loaded elsewhere: {said}")
 
 
 def leaves(model: Any, inputs: Inputs) -> list[torch.Tensor]:
-    if isinstance(model, thesean.Converted):  # what a guide takes and never reads, a conversion doesn't take
-        inputs = {name: inputs[name] for name in (spec.name for spec in model.signature.inputs)}
     with torch.no_grad():
-        return [v for v in pytree.tree_leaves(_plain(model(**inputs))) if isinstance(v, torch.Tensor)]
+        outputs = _plain(model(**taken(model, inputs)))
+    return [v for v in pytree.tree_leaves(outputs) if isinstance(v, torch.Tensor)]
+
+
+def taken(model: Any, inputs: Inputs) -> Inputs:
+    """What a guide takes and never reads, a conversion doesn't take."""
+    if not isinstance(model, thesean.Converted):
+        return inputs
+    return {spec.name: inputs[spec.name] for spec in model.signature.inputs}
 
 
 def _plain(output: Any) -> Any:

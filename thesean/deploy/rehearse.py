@@ -29,13 +29,13 @@ def unwritable(graph_module: fx.GraphModule) -> str:
     """
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function"]
     calls = [n for n in nodes if not _surely_written(n.target)]
-    aten = [n for n in calls if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "aten"]
+    looked_up = [n for n in calls if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "aten"]
     complex_ones = [n for n in nodes if n not in calls and any(map(_is_complex, n.all_input_nodes))]
-    if aten or complex_ones:  # only now: to read the table takes two seconds
+    if looked_up or complex_ones:  # only now: to read the table takes two seconds
         if importlib.util.find_spec("onnxscript") is None:
             return ""
         with quiet():
-            calls = [n for n in calls if n not in aten or not is_registered(n.target)]
+            calls = [n for n in calls if n not in looked_up or not is_registered(n.target)]
             # one that has a form is not taken apart, be that of real numbers alone
             calls += [
                 n for n in complex_ones if stays(n.target, is_registered) and not is_registered_for_complex(n.target)

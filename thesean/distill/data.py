@@ -121,12 +121,14 @@ def named_inputs(batch: Any, signature: Signature) -> dict[str, torch.Tensor]:
     raise DataError(f"expected a tensor, a tuple (x, y) or a dict, found {type(batch).__name__}.")
 
 
-def by_field(batch: Any, names: Iterable[str] = ()) -> Any:
-    """A dataclass as a dict of its fields, and a named tuple that has fields of all these names; else the batch."""
+def by_field(batch: Any, names: Sequence[str]) -> Any:
+    """A dataclass as a dict of its fields, and a named tuple that has fields of all these names, one at least; else the
+    batch.
+    """
     if dataclasses.is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     fields = getattr(batch, "_fields", ()) if isinstance(batch, tuple) else ()
-    if fields and set(names) <= set(fields):
+    if names and set(names) <= set(fields):
         return dict(zip(fields, batch, strict=True))
     return batch
 
@@ -168,7 +170,7 @@ def labels_in(batch: Any, inputs: int = 1) -> list[torch.Tensor]:
 
 def _labelled(batch: Any) -> Any:
     """A dataclass by its fields, and a named tuple that has one for labels; else the batch."""
-    return by_field(batch, [k for k in LABELS if k in getattr(batch, "_fields", ())] or [""])
+    return by_field(batch, [k for k in LABELS if k in getattr(batch, "_fields", ())])
 
 
 def synthetic(signature: Signature, sizes: dict[str, int], device: torch.device, batches: int, seed: int) -> list[Any]:
@@ -229,7 +231,7 @@ def example_inputs_of(
         needed = [
             n for n, p in places.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        found = example_of(by_field(next(each_of(data, "data")), needed or [""]), takes)
+        found = example_of(by_field(next(each_of(data, "data")), needed), takes)
         return _taken(found, places, needed) if isinstance(found, Mapping) else found
     return getattr(model, "dummy_inputs", None)
 

@@ -197,7 +197,7 @@ def _labels(batch: Any, shape: torch.Size) -> torch.Tensor:
     """The labels of this shape, or, of a tuple with several tensors, the last that has it and whole numbers."""
     found = labels_in(batch)
     if not found:
-        fields = by_field(batch)
+        fields = by_field(batch, getattr(batch, "_fields", ()))
         keys = f", found {', '.join(map(repr, fields))}" if isinstance(fields, Mapping) else ""
         raise DataError(
             f"the batch has no labels: expected (x, y), or a dict with 'labels'{keys}. Say where they are: "

@@ -13,7 +13,7 @@ from thesean.errors import CaptureError, DataError
 from thesean.passes.capture.convention import same_outputs, void
 from thesean.passes.capture.dynamic import Dynamic, at_least_two, guess_dynamic
 from thesean.passes.capture.explain import short, where_of
-from thesean.passes.capture.inputs import forward_parameters
+from thesean.passes.capture.inputs import SAY_INPUTS, forward_parameters
 from thesean.passes.graph.attributes import KeptAttributes
 from thesean.passes.graph.modes import KeptBuffers, configured, evaluating
 
@@ -89,7 +89,7 @@ class Guide:
         """What was given to it, and what it takes besides: a guess at a batch may be wrong."""
         others = [n for n in forward_parameters(self.model) if n not in inputs and n not in self.constants]
         more = f", and takes {', '.join(others[:8])} too" if others else ""
-        return f" It was given {', '.join(inputs)}{more}. Of batches, inputs=lambda batch: {{...}} says what is which."
+        return f" It was given {', '.join(inputs)}{more}. {SAY_INPUTS}"
 
     def _run_again(self, inputs: dict[str, torch.Tensor], eager: Any) -> None:
         """What is another after a second call with the same inputs is a memory of calls; what isn't is made of them."""

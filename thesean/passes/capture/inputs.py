@@ -11,6 +11,9 @@ from torch import nn
 
 from thesean.errors import CaptureError, DataError
 
+# Where a guess at a batch may be what went wrong
+SAY_INPUTS = "Of batches, inputs=lambda batch: {...} says what is which."
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """What torch's own wrappers run: the module that was compiled, or that is spread over devices."""
@@ -111,8 +114,7 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
         unknown = [k for k in example if k not in accepted and not open_ended]
         if unknown:
             raise DataError(
-                f"the guide's forward takes no input {unknown[0]!r}; it takes: {', '.join(accepted)}. Of batches, "
-                "inputs=lambda batch: {...} says what is which."
+                f"the guide's forward takes no input {unknown[0]!r}; it takes: {', '.join(accepted)}. {SAY_INPUTS}"
             )
         # the order of forward(), so that positional calls mean the same thing afterwards
         order = [k for k in accepted if k in example] + [k for k in example if k not in accepted]
