@@ -61,6 +61,15 @@ def test_a_number_that_stands_for_minus_infinity_rules_out_as_well(low):
     assert kind(prices) == "mse"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_logarithms_of_probabilities_are_compared_as_what_they_are(dtype):
+    x = vectors(4, 6, 300).mul(3).to(dtype).log_softmax(-1)
+    found = read_outputs([x, vectors(4, 6, 300, seed=1).mul(3).to(dtype).log_softmax(-1)])
+    assert found.told == "outputs: output by softmax over 300 (log probabilities)"
+    assert found.distance(x, x).item() == 0
+    assert kind(x - 0.1) == kind(x * 1.1) == kind(-x) == "mse"
+
+
 def test_one_logit_is_no_distribution():
     assert kind({"logits": vectors(2, 1)}) == kind({"logits": vectors(2)}) == "mse"
     assert kind(vectors(2, 1), labels=[INTEGERS]) == "mse"

@@ -122,8 +122,9 @@ def read_outputs(
     """What each output is, by what the guide gave on inputs that differ, and by the labels of the first. All are of one
     shape, but later ones may be of the first rows alone.
 
-    Several values a row are logits by softmax where they are called so or integer labels have their shape, logits by
-    sigmoid where labels of 0 and 1 do; what doesn't vary is ignored, and all else compared by the normalised MSE.
+    Several values a row are logits by softmax where called so, where integer labels have their shape, and where
+    they are the logarithms of probabilities; logits by sigmoid where labels of 0 and 1 have it. What doesn't vary is
+    ignored, and all else compared by the normalised MSE.
     `given` overrules, by name. Raises DataError for a name that isn't there, or where nothing is left to match;
     UnknownNameError for a kind that isn't.
     """
@@ -164,12 +165,24 @@ def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tens
         return "ignore", "constant"
     if several and (name.rpartition(".")[2].endswith("logits") or masked):
         return "softmax", ""
+    if several and all(map(_are_log_probabilities, values)):
+        return "softmax", "log probabilities"
     for label in labels:
         if several and not label.is_floating_point() and label.shape == value.shape[:-1]:
             return "softmax", ""
         if label.shape == value.shape and bool(((label == 0) | (label == 1)).all()):
             return "sigmoid", ""
     return "mse", ""
+
+
+def _are_log_probabilities(value: torch.Tensor) -> bool:
+    """Whether every row is the logarithm of numbers that sum to one, as far as the dtype tells that."""
+    if not value.numel() or not bool((value <= 0).all()):
+        return False
+    # rounding moves each term, and the sum by their mean at most, which entropy bounds
+    rounding = torch.finfo(value.dtype).eps * (1 + math.log(value.shape[-1]))
+    pieces = value.flatten(0, -2).split(max(1, _PIECE // value.shape[-1]))
+    return all(bool((p.double().logsumexp(-1).abs() <= max(rounding, 1e-5)).all()) for p in pieces)
 
 
 def _rules_out(value: torch.Tensor) -> bool:

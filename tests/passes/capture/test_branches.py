@@ -151,6 +151,17 @@ def test_a_dimension_that_the_caller_wants_free_is_refused_where_it_must_be_fixe
     assert free.signature.inputs[0].shape == FIXED
 
 
+def test_a_kernel_wants_its_steps_and_what_wants_a_remainder_is_left_free():
+    wide = torch.ones(8, 1, 7)
+    summed = Sized(lambda _, h: nn.functional.conv1d(h.transpose(1, 2), wide, groups=8).transpose(1, 2))
+    kernel = capture(summed, vectors(3, 12, 8))
+    assert kernel.signature.bounds == (Bound(name="time", least=7),)
+    with pytest.raises(DataError, match="time: expected 7 or more, found 6: the guide computes otherwise"):
+        kernel.signature.check({"x": vectors(3, 6, 8)})
+    pairs = Sized(lambda _, h: h.reshape(h.shape[0], h.shape[1] // 2, 2, 8).mean(2))
+    assert capture(pairs, vectors(3, 12, 8)).signature.bounds == ()
+
+
 def test_a_guard_too_far_off_to_be_tried_is_taken_at_its_word():
     guide = Sized(lambda _, h: h * 2 if h.shape[1] > 300_000 else h)
     captured = capture(guide, vectors(3, 12, 8))

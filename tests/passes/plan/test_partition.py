@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import zoo
 from tests import captured, models
@@ -12,6 +14,7 @@ from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import is_single_entry_single_exit
 from thesean.passes.capture.capture import capture
+from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.plan.partition import partition
 
 
@@ -89,6 +92,28 @@ def test_globs_name_the_outermost_modules_that_match():
 def test_parts_that_overlap_are_refused():
     with pytest.raises(PlanError, match=r"parts 'transformer.h.0.*' and 'transformer.h.0.*' overlap"):
         paths(captured.gpt2(), parts=["transformer.h.0", "transformer.h.0.mlp"])
+
+
+class Scaled(nn.Module):
+    """x + block(x) / 2, where the block has residual branches of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return x_BTD + self.inner(x_BTD) * 0.5
+
+
+def test_a_block_in_a_branch_has_its_own_sublayers():
+    guide = capture(nn.Sequential(*(Scaled() for _ in range(2))).eval(), vectors(2, 6, 8))
+    assert paths(guide) == ["0", "1"]
+    halves = [f"{k}.inner.{half}" for k in range(2) for half in ("self_attn", "linear1..linear2")]
+    assert paths(guide, "sublayer") == halves
+    for target, inner in (("narrow-heads", ".self_attn"), ("rnn", ".self_attn"), ("narrow", ".linear1..linear2")):
+        replaced = [part.replaces for part in make_plan(guide, target).plan]
+        assert replaced == [(f"{k}.inner{inner}",) for k in range(2)], target
 
 
 def test_a_glob_without_a_match_gives_the_near_name():

@@ -14,7 +14,7 @@ from torch import fx
 
 from thesean.passes.analyse.affine_maps import between
 from thesean.passes.analyse.attention import find_attention
-from thesean.passes.analyse.blocks import halves
+from thesean.passes.analyse.blocks import outer_halves
 from thesean.passes.analyse.chains import segments_of
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.head_norms import find_norm
@@ -40,7 +40,7 @@ def find_block(flow: DataFlow, region: Region, values: dict[fx.Node, Any]) -> Fo
         return None
     segments = segments_of(flow, region)
     forks = [s for s in segments if s.is_residual()]
-    branches = halves(flow, region)
+    branches = outer_halves(flow, region)
     if len(branches) != 2 or not forks or any(s.is_heavy() for s in segments if s not in forks):
         return None
     if any(join_of(b) is None for b in branches):

@@ -22,7 +22,19 @@ def carries_tensors(region: Region) -> bool:
 
 
 def halves(flow: DataFlow, region: Region) -> list[Region]:
-    """The residual branches inside a region, in order; empty when it has none."""
+    """The residual branches inside a region, in order, and in place of one that holds a block those of the block, as in
+    x + block(x) / 2; empty when it has none.
+    """
+    found: list[Region] = []
+    for branch in outer_halves(flow, region):
+        alone = flow.within(branch.entry, branch.nodes)  # its first sum and the region's read the same node
+        several = sum(s.is_residual() for s in segments_of(alone, branch)) > 1
+        found.extend(halves(alone, branch) if several else [branch])
+    return found
+
+
+def outer_halves(flow: DataFlow, region: Region) -> list[Region]:
+    """The branches beside a region's own stream, in order, whatever is inside of them."""
     return [b for s in segments_of(flow, region) if s.is_fork() for b in branches(flow, s)]
 
 

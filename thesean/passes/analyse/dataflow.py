@@ -9,8 +9,8 @@ the whole network.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import getitem
 
@@ -69,6 +69,12 @@ class DataFlow:
     def links_back(self) -> dict[fx.Node, fx.Node]:
         """The inverse of `links`, which is one to one."""
         return {b: a for a, b in self.links.items()}
+
+    def within(self, entry: fx.Node, nodes: Sequence[fx.Node]) -> DataFlow:
+        """What flows from `entry` through these nodes to the last of them, as if nothing else read any."""
+        dag = self.dag.subgraph([entry, *nodes]).copy()
+        dag.add_edge(nodes[-1], self.sink)
+        return replace(self, dag=dag)
 
     def _groups(self) -> list[tuple[list[fx.Node], fx.Node]]:
         """(nodes in order, output): what leads to the output that most nodes lead to, then to the next one..."""

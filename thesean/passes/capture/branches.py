@@ -133,16 +133,24 @@ class _Trials:
         return size
 
     def shortest(self, around: _Around) -> int:
-        """The least size at which the guide runs, where it does at the example's and not at what it is probed with; 1
-        elsewhere.
-        """
-        least, runs = min(PROBE, around.own), around.own
-        if any(self.differs(around.at(n)) is not None for n in (1, least)) or self.differs(around.at(runs)) is None:
+        """The least size at which the guide runs, as a kernel wants so many steps; 1 where there is none."""
+        if self._runs(around, 1) or not self._runs(around, around.own):
             return 1
-        while runs - least > 1:
-            middle = (least + runs) // 2
-            least, runs = (middle, runs) if self.differs(around.at(middle)) is None else (least, middle)
+        probed = min(PROBE, around.own)
+        if not self._runs(around, probed):
+            return self._least(around, probed, around.own)
+        least = self._least(around, 1, probed)
+        kept = all(self._runs(around, n) == (n >= least) for n in range(1, probed))  # else it asks for a remainder
+        return least if kept else 1
+
+    def _least(self, around: _Around, fails: int, runs: int) -> int:
+        while runs - fails > 1:
+            middle = (fails + runs) // 2
+            fails, runs = (fails, middle) if self._runs(around, middle) else (middle, runs)
         return runs
+
+    def _runs(self, around: _Around, size: int) -> bool:
+        return self.differs(around.at(size)) is not None
 
     def differs(self, sizes: Sizes) -> bool | None:
         """Whether the graph isn't the guide there; None where the guide itself doesn't run, or gives no number."""

@@ -138,7 +138,8 @@ class Signature:
             if bound.name in sizes and not bound.holds(sizes[bound.name]):
                 raise DataError(
                     f"{bound.name}: expected {bound.describe()}, found {sizes[bound.name]}: the guide computes "
-                    "otherwise there, and was captured at another size. Example inputs of such a size give that branch."
+                    "otherwise there, or not at all, and was captured at another size. Example inputs of such a size "
+                    "give that branch, where there is one."
                 )
         return sizes
 
