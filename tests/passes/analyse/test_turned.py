@@ -59,6 +59,24 @@ def test_a_part_of_each_key_that_is_turned_is_seen(turned, short):
     assert is_turned(guide) == turned
 
 
+class Pooled(nn.Module):
+    """One attention whose queries look at a single key, the mean of all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.both, self.out = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.query(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        key, value = self.both(x.mean(1, keepdim=True)).unflatten(-1, (4, 8)).transpose(1, 2).chunk(2, 1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def test_a_single_key_has_no_steps_to_be_turned_by():
+    assert not is_turned(capture(models.seeded(Pooled), models.vectors(2, 6, 16)))
+
+
 def test_a_rotation_that_was_read_and_none_at_all_are_not_unread():
     assert not is_turned(captured.llama())
     assert not is_turned(captured.gpt2())

@@ -36,6 +36,8 @@ def turned_unread(region: Region, values: dict[fx.Node, Any], read: AttentionFac
     for operand in (core.query, core.key):
         run = between(region, [region.entry], operand.node)
         out_BHTC = operand.of(evaluate(run, values, {region.entry: same_BTD}, operand.node))
+        if out_BHTC.shape[2] < 2:  # keys of a whole picture pooled into one
+            continue
         last_BHC, before_BHC = out_BHTC[:, :, -1], out_BHTC[:, :, -2]
         if (last_BHC - before_BHC).abs().max() > _SAME * last_BHC.abs().max():
             return True
