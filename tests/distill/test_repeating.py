@@ -39,9 +39,15 @@ def test_what_numbers_steps_or_says_which_meet_stays():
     assert found["pairs"] is given["pairs"]
 
 
-def test_what_has_no_time_or_another_size_can_not_repeat_itself():
+def test_between_stand_neighbours_where_others_are_of_another_size():
+    ids = torch.arange(0, 24, 2).reshape(2, 6)
+    found = repeating({"ids": ids}, {"ids": ids[:, :5]}, Signature(inputs=(IDS,)))
+    assert found is not None
+    assert found["ids"].tolist() == [[0, 2, 16, 18, 0, 2], [12, 14, 4, 6, 12, 14]]
+
+
+def test_what_has_no_time_can_not_repeat_itself():
     image, ids = {"image": vectors(2, 3, 8, 8)}, {"ids": torch.ones(2, 6, dtype=torch.int64)}
     assert repeating(image, image, Signature(inputs=(IMAGE,))) is None
-    assert repeating(ids, {"ids": ids["ids"][:, :5]}, Signature(inputs=(IDS,))) is None
     one = {"ids": ids["ids"][:, :1]}
     assert repeating(one, one, Signature(inputs=(IDS,))) is None

@@ -85,8 +85,7 @@ def _judged(batches: Sequence[Batch], signature: Signature) -> tuple[list[Batch]
     """A few of the batches, half of them made to repeat themselves where they can be, and whether they are."""
     few = list(batches[:_JUDGED_ON])
     whole, inputs = few[-1]
-    others = few[0][1] if len(few) > 1 else {name: x.roll(1, 0) for name, x in inputs.items()}
-    again = repeating(inputs, others, signature)
+    again = repeating(inputs, few[0][1], signature)
     return (few if again is None else [*few[: _JUDGED_ON - 1], (whole, again)]), again is not None
 
 

@@ -24,8 +24,9 @@ _TWICE = 0.4
 
 
 def repeating(inputs: Inputs, others: Inputs, signature: Signature) -> dict[str, torch.Tensor] | None:
-    """Inputs whose sequences end as they begin, with a piece of `others` between the two; None where none is a sequence
-    of free length, or `others` are of another size. An input that numbers its steps, and one of pairs of steps, stays.
+    """Inputs whose sequences end as they begin, with a piece of `others` between the two, or where those are of another
+    size of their own neighbours; None where none is a sequence of free length. An input that numbers its steps, and one
+    of pairs of steps, stays.
     """
     found = dict(inputs)
     for spec in signature.inputs:
@@ -33,7 +34,7 @@ def repeating(inputs: Inputs, others: Inputs, signature: Signature) -> dict[str,
         if spec.held or spec.shape.count("time") != 1:
             continue
         if x.shape != other.shape:
-            return None
+            other = x.roll(1, 0)
         time = spec.shape.index("time")
         twice = int(_TWICE * x.shape[time])
         if twice and not _is_count(x, time):
