@@ -233,6 +233,9 @@ def test_parts_go_by_the_guides_paths():
     assert thesean.compare(guide, converted, data).layers_b == both
     assert thesean.compare(guide, converted, data, layers_b="transformer.h.*").layers_b == both  # the parts' own paths
     assert thesean.compare(converted.frontier[1], converted, data).layers_a == both[:1]
+    for layers in (None, "transformer.h.*"):
+        with pytest.raises(DataError, match=r"^layers_a: nothing of this network was replaced, .* the guide itself\.$"):
+            thesean.compare(converted.frontier[0], converted, data, layers_a=layers)
 
 
 @pytest.mark.thorough

@@ -35,7 +35,12 @@ def select_modules(
         # what is no target module has become operators of the graph: only modules that it calls have outputs
         called = [str(node.target) for node in model.graph.find_nodes(op="call_module")]
         modules = {n: m for n, m in modules.items() if any(n == c or n.startswith(f"{c}.") for c in called)}
-        if globs is None and called:
+        if not called:
+            raise DataError(
+                f"{option}: nothing of this network was replaced, and what it keeps of its guide is a graph without "
+                "modules. Compare the guide itself."
+            )
+        if globs is None:
             return list(dict.fromkeys(called))
     if globs is None:
         lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)]

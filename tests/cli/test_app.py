@@ -331,6 +331,24 @@ def test_compare_prints_the_table_and_writes_json_and_a_heatmap(guides: Path) ->
     assert (guides / "c.png").stat().st_size > 1000
 
 
+def test_compare_takes_the_folder_of_a_saved_conversion(guides: Path) -> None:
+    words = "convert guides_for_cli:toy --data guides_for_cli:vectors -t mlp --granularity finest --parts layer"
+    assert run(*words.split(), "--recipe", "fast", "--out", "saved", "--quiet").exit_code == 0
+    result = run("compare", "guides_for_cli:toy", "saved", "--data", "guides_for_cli:vectors")
+    assert result.exit_code == 0, result.output
+    assert "Toy (rows) and converted (columns)" in " ".join(result.output.split())
+    assert "layer (mlp)" in result.output
+
+
+def test_a_heatmap_that_can_not_be_drawn_stops_before_a_model_is_loaded(
+    guides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "compare guides_for_cli:broken guides_for_cli:toy --data guides_for_cli:vectors --plot"
+    assert "plot c.doc: expected a name that ends in one of" in error_of(run(*words.split(), "c.doc"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib is not installed" in error_of(run(*words.split(), "c.png"))
+
+
 def test_compare_names_a_glob_without_a_match_and_an_unknown_measure(guides: Path) -> None:
     words = "compare guides_for_cli:toy guides_for_cli:Toy --data guides_for_cli:vectors"
     message = error_of(run(*words.split(), "--layers-b", "h.*"))

@@ -14,6 +14,7 @@ import thesean
 from thesean.cli.options import Debug, Flatten, check_writable
 from thesean.cli.telling import one_line_errors
 from thesean.cli.words import ArgumentError, load_data, load_guide, load_object
+from thesean.converted import is_saved
 from thesean.deploy.describe_file import describe_file, encoder_of
 from thesean.deploy.loaded import require
 from thesean.deploy.onnx_file import PLAN, REPORT
@@ -21,6 +22,7 @@ from thesean.load_artifact import read_plan_and_report
 from thesean.passes.plan.plan import Plan
 from thesean.replace_folder import reading
 from thesean.report import markdown_table, read_report, render
+from thesean.report.comparison import check_plot
 from thesean.report.conversion import ConversionReport
 from thesean.report.report_json import report_rows
 from thesean.similarity import get_measure
@@ -119,8 +121,10 @@ def inspect(
 
 
 def compare(
-    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help="As GUIDE of the other commands.")],
-    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="The model to compare it with.")],
+    model_a: Annotated[
+        str, typer.Argument(metavar="MODEL_A", help="As GUIDE of the other commands, or a saved conversion's folder.")
+    ],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="The model to compare it with, likewise.")],
     data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches that both models take; one pass.")],
     measure: Annotated[str, typer.Option(help="cka, or another of thesean.measures().")] = "cka",
     layers_a: Annotated[
@@ -142,11 +146,14 @@ def compare(
       thesean compare models.gpt:make models.gpt:small --data texts:batches --plot heatmap.png
       thesean compare ./bert ./student --data texts:batches --flatten token \\
         --layers-a 'encoder.layer.*' --layers-b 'encoder.layer.*' --json cka.json
+      thesean compare models.gpt:make build/rnn --data texts:batches --flatten token
     """
     with one_line_errors(debug):
         for option, path in (("--json", json), ("--plot", plot)):
             check_writable(option, path)
-        first, second = load_guide(model_a), load_guide(model_b)
+        if plot is not None:
+            check_plot(plot)
+        first, second = (thesean.load(word) if is_saved(word) else load_guide(word) for word in (model_a, model_b))
         found = thesean.compare(
             first,
             second,

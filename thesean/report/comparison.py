@@ -76,11 +76,9 @@ class Comparison:
         """A heatmap, in the format that the file's name ends in. Raises MissingExtraError without matplotlib, DataError
         for a format that it doesn't know, WriteError.
         """
-        path = named(path)
-        try:
-            from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
-        except ImportError as error:
-            raise MissingExtraError("matplotlib", "report") from error
+        path = check_plot(path)
+        from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
+
         rows, columns = self.matrix.shape
         figure = Figure(figsize=(3.2 + 0.5 * columns, 2.2 + 0.4 * rows), layout="constrained")
         axes = figure.add_subplot()
@@ -101,12 +99,22 @@ class Comparison:
                     colour = "white" if dark else "black"
                     axes.text(j, i, _number(value, 2), ha="center", va="center", color=colour, fontsize="small")
         figure.colorbar(image, ax=axes, label=self.measure)
-        known = figure.canvas.get_supported_filetypes()
-        if path.suffix.lower().removeprefix(".") not in known:
-            raise DataError(f"plot {path}: expected a name that ends in one of {', '.join(sorted(known))}.")
         with new_file(path) as made:
             figure.savefig(made, dpi=150)
         return path
+
+
+def check_plot(path: str | os.PathLike[str]) -> Path:
+    """Whether a heatmap can be drawn there, before anything is computed for it. Raises MissingExtraError, DataError."""
+    path = named(path)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "report") from error
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise DataError(f"plot {path}: expected a name that ends in one of {', '.join(sorted(known))}.")
+    return path
 
 
 def _number(value: float, digits: int = 3) -> str:
