@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from thesean.passes.graph.signature import InputSpec
+import thesean
+from thesean.passes.graph.signature import Bound, InputSpec, Origin
 from thesean.passes.plan.rows import PlanLatency, PlannedPart, PlanRows, ProbedCandidate
 from thesean.recipe import Alignment, ClosedForm, FineTuning, Recipe
 from thesean.report.conversion import ConversionReport, StageRow
@@ -65,7 +67,7 @@ def test_the_index_names_every_page():
 @pytest.mark.parametrize(
     ("heading", "kinds"),
     [
-        ("graph.json", (InputSpec,)),
+        ("graph.json", (InputSpec, Bound, Origin)),
         ("plan.yaml", (PlanRows, PlannedPart, PlanLatency, ProbedCandidate)),
         ("recipe.yaml", (Recipe, ClosedForm, Alignment, FineTuning)),
         ("report.json of a conversion", (ConversionReport, StageRow)),
@@ -80,6 +82,19 @@ def test_the_formats_page_names_every_field(heading: str, kinds: tuple[Any, ...]
             assert f"`{name}`" in section, f"{kind.__name__}.{name}"
 
 
+def test_the_formats_page_names_every_key_that_earlier_versions_and_this_one_wrote(tmp_path: Path):
+    section = prose(ROOT / "docs" / "formats.md").split("\n## graph.json\n")[1].split("\n## ")[0]
+    documents = sorted((ROOT / "tests" / "formats").rglob("graph.json"))
+    assert documents
+    loaded = thesean.load(documents[0].parent)
+    next(iter(loaded.module.parameters())).requires_grad_(False)  # what is frozen is named
+    documents.append(loaded.save(tmp_path / "again") / "graph.json")
+    for document in documents:
+        told = json.loads(document.read_text(encoding="utf-8"))
+        keys = {*told, *told["signature"], *(key for node in told["nodes"] for key in node)}
+        assert not [key for key in sorted(keys) if f"`{key}`" not in section], document
+
+
 def test_the_formats_page_tells_every_default_of_a_recipe():
     section = prose(ROOT / "docs" / "formats.md").split("\n## recipe.yaml\n")[1].split("\n## ")[0]
     for kind in (Recipe, ClosedForm, Alignment, FineTuning):
@@ -89,6 +104,15 @@ def test_the_formats_page_tells_every_default_of_a_recipe():
                 str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
             )
             assert f"| `{name}` | {'' if isinstance(value, BaseModel) else f'{told} '}|" in section
+
+
+def test_the_formats_page_names_every_key_of_a_files_metadata():
+    section = prose(ROOT / "docs" / "formats.md").split("\n## ONNX\n")[1].split("\n## ")[0]
+    deploy = "\n".join(p.read_text("utf-8") for p in (ROOT / "thesean" / "deploy").rglob("*.py"))
+    keys = set(re.findall(r'^[A-Z_, ]+ = .*"thesean\.\w+".*$', deploy, re.MULTILINE))
+    names = {name for line in keys for name in re.findall(r'"(thesean\.\w+)"', line)}
+    assert {"thesean.states", "thesean.plan", "thesean.quantized", "thesean.weights_sha256"} <= names
+    assert not [name for name in sorted(names) if f"`{name}`" not in section]
 
 
 def test_the_architecture_page_names_every_folder_of_the_package():
