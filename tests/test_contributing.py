@@ -94,6 +94,15 @@ def test_commands_are_those_of_the_makefile():
         assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
 
 
+def test_programs_that_it_starts_are_installed_by_make_or_by_the_line_itself():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    brought = {re.split(r"[<>=;\[ ]", row)[0] for row in project["optional-dependencies"]["dev"]} | {"python"}
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    found = [(line, name) for line in block.splitlines() for name in re.findall(r"\.venv/bin/([\w-]+)", line)]
+    assert {"python", "pre-commit"} <= {name for _, name in found}
+    assert not [name for line, name in found if name not in brought and f"pip install {name}" not in line]
+
+
 def test_paths_that_are_told_are_there():
     told = set(re.findall(r"`((?:tests|benchmarks|thesean)/[\w./]+)`", TEXT)) - FILES.keys()
     told = {path for path in told if "x.py" not in path.split("_")[-1].split("/")[-1:]}  # x: whatever is added
