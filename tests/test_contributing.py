@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import thesean
 from benchmarks.suite import Options, run_case
@@ -23,6 +24,7 @@ from tests import models
 from tests.passes.contract import check_pass
 from tests.similarity.contract import check_measure
 from tests.targets.contract import PARTS, check_family, check_onnx, fits, sequence, stateful_modules
+from thesean.passes.capture import capture
 from thesean.similarity import get_measure
 from thesean.similarity.shared import registry as of_measures
 from thesean.targets import get_family
@@ -154,9 +156,22 @@ def test_the_benchmark_runs_in_its_quick_form(folder, tmp_path):
     assert not faults
 
 
+class Undone(nn.Module):
+    """A language model whose logits are negated twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = models.gpt2(layers=1)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.network(input_ids=input_ids).logits.neg().neg()
+
+
 @pytest.mark.thorough
-def test_a_guide_is_compiled_with_them_saved_loaded_and_exported(folder, tmp_path):
-    guide = models.gpt2(layers=1)
+def test_a_guide_is_compiled_with_them_saved_loaded_and_exported(folder, tmp_path, monkeypatch):
+    a_pass = load(folder, "thesean/passes/cancel_negations.py").CancelNegations()
+    monkeypatch.setattr(capture, "CANONICAL", (*capture.CANONICAL, a_pass))  # the list that CONTRIBUTING names
+    guide = Undone()
     ids = models.tokens(3, 12)
     recipe: dict[str, Any] = {"steps": 20, "alignment": {"measure": "huber", "share": 0.5}}
     converted = thesean.compile(
@@ -166,19 +181,25 @@ def test_a_guide_is_compiled_with_them_saved_loaded_and_exported(folder, tmp_pat
         recipe=recipe,
         granularity="sublayer",
         progress=False,
+        dump_graphs=tmp_path / "graphs",
     )
     assert [part.target for part in converted.plan] == ["moving-average", "glu"]
-    expected = converted(ids)["logits"]
+    before, after = (
+        (tmp_path / "graphs" / f"{name}.txt").read_text() for name in ("005-simplify", "006-cancel-negations")
+    )
+    assert (before.count("aten.neg"), after.count("aten.neg")) == (2, 0)
+    assert after.startswith("# cancel-negations: modified")
+    expected = converted(ids)
     converted.save(tmp_path / "saved")
     again = thesean.load(tmp_path / "saved")
-    torch.testing.assert_close(again(ids)["logits"], expected, rtol=0, atol=0)
+    torch.testing.assert_close(again(ids), expected, rtol=0, atol=0)
 
     from thesean.deploy.session import Session
 
     report = converted.export(tmp_path / "model.onnx")
     assert report.stateful
     outputs, _ = Session(report.path).run({"input_ids": ids.numpy()})
-    torch.testing.assert_close(torch.from_numpy(outputs["logits"]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(outputs["output"]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_installed_in_a_package_of_ones_own_they_are_known_too(folder, tmp_path, monkeypatch):
