@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,20 @@ def test_the_architecture_page_names_every_folder_of_the_package():
     folders = (p for p in (ROOT / "thesean").rglob("*") if p.is_dir() and p.name != "__pycache__")
     for folder in folders:
         assert f"{folder.relative_to(ROOT)}/" in text
+
+
+def test_the_architecture_page_names_every_file_at_the_top_of_the_package():
+    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## The tree\n")[1].split("\n## ")[0]
+    names = {path.name for path in (ROOT / "thesean").glob("*.py")} - {"__init__.py"}
+    assert not names - set(re.findall(r"\w+\.py", tree))
+
+
+def test_the_architecture_page_has_the_layers_that_are_checked():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## The layers\n")[1]
+    (block,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    told, rooms = block.split("\n\npasses: ")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers, of_passes = (c["layers"] for c in settings["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+    assert [" ".join(level.split()) for level in told.split(">")] == [level.replace("thesean.", "") for level in layers]
+    found = [level.strip() for level in rooms.split(">") if level.strip() not in ("each pass", "base")]
+    assert found == [name.removeprefix("thesean.passes.") for name in of_passes if not name.endswith(".base")]
