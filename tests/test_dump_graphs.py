@@ -115,6 +115,23 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
     assert story(tmp_path) == told  # what is made later is no step of it
 
 
+def test_a_plan_writes_what_capture_made_of_the_guide_and_nothing_that_it_times(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    convert(tmp_path / "converted")
+    plan = thesean.plan(
+        seeded(Toy),
+        "linear",
+        data=[vectors(8, 4)],
+        parts=["first", "second"],
+        batch=1,
+        dump_graphs=tmp_path / "planned",
+    )
+    assert plan.latencies
+    told = story(tmp_path / "converted")
+    assert story(tmp_path / "planned") == {name: told[name] for name in sorted(told)[:6]}
+
+
 def test_the_result_is_the_same_with_and_without(tmp_path):
     told, untold = convert(tmp_path / "graphs"), convert(None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graphs"]

@@ -248,6 +248,7 @@ def plan(
     progress: Watching = True,
     context: int | Sequence[int] | None = None,
     batch: int | Sequence[int] | None = None,
+    dump_graphs: str | Path | None = None,
 ) -> Plan: ...
 def plan(  # type: ignore[misc]  # the first takes the others' arguments by `rest`
     model: nn.Module,
@@ -273,6 +274,7 @@ def plan(  # type: ignore[misc]  # the first takes the others' arguments by `res
     progress: Watching = True,
     context: int | Sequence[int] | None = None,
     batch: int | Sequence[int] | None = None,
+    dump_graphs: str | Path | None = None,
 ) -> Plan | Plans:
     """What `compile` would replace, and what it costs. `print` it, edit it, hand it over, `draw` it.
 
@@ -307,7 +309,7 @@ def plan(  # type: ignore[misc]  # the first takes the others' arguments by `res
         seed=seed,
         several=True,
     )
-    with usual_settings():
+    with usual_settings(), dumping(dump_graphs):
         captured = traced(model, request)
 
         def told(bound_plan: BoundPlan) -> Plan:

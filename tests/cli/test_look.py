@@ -86,12 +86,14 @@ def test_plan_hands_every_choice_to_thesean_plan(guides: Path, monkeypatch: pyte
     monkeypatch.setattr(thesean, "plan", plan)
     words = "plan guides_for_cli:toy -t auto --data guides_for_cli:batches --loss guides_for_cli:loss --seed 7"
     words += " --eval-data guides_for_cli:batches --recipe fast --constraint params=9 --context 8"
+    words += " --dump-graphs graphs"
     result = run(*words.split())
     assert result.exit_code == 0, result.output
     assert seen["loss"] is sys.modules["guides_for_cli"].loss
     assert len(seen["eval_data"]) == 4  # type: ignore[arg-type]
-    rest = {key: seen[key] for key in ("target", "seed", "recipe", "constraints", "context")}
-    assert rest == dict(target="auto", seed=7, recipe="fast", constraints={"params": 9}, context=(8,))
+    rest = {key: seen[key] for key in ("target", "seed", "recipe", "constraints", "context", "dump_graphs")}
+    wanted = dict(target="auto", seed=7, recipe="fast", constraints={"params": 9}, context=(8,))
+    assert rest == {**wanted, "dump_graphs": Path("graphs")}
 
 
 def test_a_page_compares_with_the_guide_that_is_given(guides: Path) -> None:

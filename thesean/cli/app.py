@@ -270,6 +270,7 @@ def plan(
     ] = None,
     yaml: Annotated[Path | None, typer.Option("--yaml", metavar="FILE", help="Also write the plan, to edit.")] = None,
     draw: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Also draw it, as .svg or .png.")] = None,
+    dump_graphs: DumpGraphs = None,
     debug: Debug = False,
 ) -> None:
     """Print which part would become what, with parameters and FLOPs, and whether it pays. Nothing is trained.
@@ -295,6 +296,7 @@ def plan(
     with one_line_errors(debug):
         check_writable("--yaml", yaml)
         check_writable("--draw", draw)
+        check_writable("--dump-graphs", dump_graphs)
         if draw is not None:
             check_format(draw)
         measured: dict[str, Any] = {
@@ -303,6 +305,7 @@ def plan(
         }
         chosen = planning_arguments(target, parts, keep, granularity, merge, target_parts, constraint, candidate)
         chosen |= {"recipe": recipe, "seed": seed, **measured, **reading(outputs, dynamic)}
+        chosen["dump_graphs"] = dump_graphs
         model = load_guide(guide)
         chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         with steps_told():

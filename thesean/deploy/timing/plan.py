@@ -26,6 +26,7 @@ from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.probe import decodes
+from thesean.passes.graph.dump import not_dumping
 from thesean.passes.graph.modes import seeded
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.ceiling import without_parts
@@ -51,6 +52,7 @@ class _Files:
         return {name: session for name, session in named.items() if session is not None}
 
 
+@not_dumping()
 def measure_plan(
     bound_plan: BoundPlan, contexts: Sequence[int] = (), batches: Sequence[int] = (1,), *, seed: int = 0
 ) -> Plan:
