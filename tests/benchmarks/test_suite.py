@@ -257,6 +257,19 @@ def test_a_fault_is_told_and_is_the_exit_code(committed, tmp_path, monkeypatch, 
     assert capsys.readouterr().err == "FAULT count: one: 300 registers\n"
 
 
+def test_readme_alone_measures_nothing_and_says_what_it_filled(monkeypatch, capsys):
+    measured: list[tuple[str, int]] = []
+    monkeypatch.setattr(command, "find_cases", lambda *where: {"count": counting(measured)})
+    for filled, said in (
+        ([suite.ROOT / "README.md"], "filled README.md\n"),
+        ([], "every table was as its result says\n"),
+    ):
+        monkeypatch.setattr(command, "fill_all", lambda filled=filled: filled)
+        assert command.main(["--readme"]) == 0
+        assert capsys.readouterr().out == said
+    assert not measured
+
+
 def test_without_a_name_what_can_not_run_here_is_left_out_and_told(committed, tmp_path, monkeypatch, capsys):
     measured: list[tuple[str, int]] = []
     cases = {"other": counting([], needs=("no_such_module",)), "count": counting(measured)}
