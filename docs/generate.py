@@ -373,7 +373,14 @@ def main(arguments: list[str] | None = None) -> int:
         stale.append(name)
         if not chosen.check:
             path.write_text(text, encoding="utf-8")
-    print(f"stale: {', '.join(stale)}: run python docs/generate.py" if stale and chosen.check else "up to date")
+    names = ", ".join(stale)
+    print(
+        f"stale: {names}: run python docs/generate.py"
+        if stale and chosen.check
+        else f"wrote {names}"
+        if stale
+        else "up to date"
+    )
     return int(bool(stale) and chosen.check)
 
 

@@ -71,4 +71,5 @@ def test_checking_writes_nothing_and_tells_what_is_stale(tmp_path, monkeypatch, 
     assert "targets.md, measures.md" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     assert generate.main([]) == 0
+    assert capsys.readouterr().out == "wrote targets.md, measures.md, scaling.md\n"
     assert generate.main(["--check"]) == 0
