@@ -20,6 +20,8 @@ from torch import nn
 
 import thesean
 from benchmarks.suite import Options, run_case
+from benchmarks.tables import list_of
+from docs import generate
 from tests import models
 from tests.passes.contract import check_pass
 from tests.similarity.contract import check_measure
@@ -147,6 +149,16 @@ def test_the_pass_keeps_the_contract(folder):
     example = load(folder, "tests/passes/test_cancel_negations.py").example()
     result = check_pass(example.a_pass, example.graph_module, example.inputs)
     assert result.modified
+
+
+def test_the_pages_and_the_list_take_them_in_by_the_commands_that_are_told(folder):
+    assert ".venv/bin/python docs/generate.py" in TEXT
+    assert ".venv/bin/python -m benchmarks --readme" in TEXT
+    page = generate.PAGES["targets.md"]()
+    assert all(f"\n## {name}\n" in page for name in NAMES)
+    assert "\n## huber\n" in generate.PAGES["measures.md"]()
+    case = load(folder, "benchmarks/moving_average.py").CASE
+    assert f"| {case.question} |" in list_of({"moving_average": case})
 
 
 def test_the_benchmark_runs_in_its_quick_form(folder, tmp_path):
