@@ -55,6 +55,17 @@ def test_what_is_kept_is_no_farther_from_the_guide_than_any_other_choice():
     assert min(others) < 0.7 * max(others)
 
 
+class Overflowing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - torch.full_like(x, 3e38) * 2 + torch.full_like(x, 3e38) * 2
+
+
+def test_a_part_that_leaves_no_number_is_kept_before_all_others():
+    broken = thesean.Target("overflowing", build=lambda part: Overflowing())
+    plan = convert({**dict.fromkeys(TARGETS, "mingru"), "cells.0": broken}).plan
+    assert [p.path for p in plan if p.kept] == ["cells.0"]
+
+
 class Recall(nn.Module):
     """A token that was told eight or more steps ago and comes again."""
 

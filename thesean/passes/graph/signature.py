@@ -128,12 +128,17 @@ class Signature:
                 raise DataError(f"{spec.name}: expected a dense tensor, found one of {value.layout}: x.to_dense().")
             if value.ndim != len(spec.shape):
                 raise DataError(f"expected {spec.describe()}, found shape {tuple(value.shape)}.")
-            for want, have in zip(spec.shape, value.shape, strict=True):
+            for dim, (want, have) in enumerate(zip(spec.shape, value.shape, strict=True)):
                 expected = sizes.setdefault(want, have) if isinstance(want, str) else want
-                if expected != have:
-                    raise DataError(
-                        f"expected {spec.describe()}, found shape {tuple(value.shape)} ({want}={expected})."
-                    )
+                if expected == have:
+                    continue
+                found = f"expected {spec.describe()}, found shape {tuple(value.shape)}"
+                if isinstance(want, str):
+                    raise DataError(f"{found} ({want}={expected}).")
+                raise DataError(
+                    f"{found}: dimension {dim} was captured at {expected} alone. Pad or cut it to that, or convert "
+                    f"with example inputs of {have}."
+                )
         for bound in self.bounds:
             if bound.name in sizes and not bound.holds(sizes[bound.name]):
                 raise DataError(
