@@ -59,6 +59,12 @@ def test_files_of_the_package_that_a_document_names_exist(document: Path):
         assert (ROOT / name).exists(), name
 
 
+def test_the_guide_begins_with_links_to_all_its_sections_in_order():
+    text = prose(ROOT / "docs" / "guide.md")
+    linked = re.findall(r"\[([^\]]*)\]\(#", text.split("\n## ")[0])
+    assert linked == re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
 def test_the_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
