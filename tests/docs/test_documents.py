@@ -65,6 +65,11 @@ def test_the_guide_begins_with_links_to_all_its_sections_in_order():
     assert linked == re.findall(r"^## (.+)$", text, re.MULTILINE)
 
 
+def test_the_guide_tells_of_every_public_name():
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert not [name for name in thesean.__all__ if not re.search(rf"\bthesean\.{name}\b", text)]
+
+
 def test_the_index_names_every_page():
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
