@@ -93,7 +93,8 @@ def compiling(arch: Arch) -> Iterator[list[tuple[str, dict[str, Any], Any, float
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from thesean.kernels import cka_triton, dmnn_triton, linear_recurrence_triton
+    from thesean.kernels import dmnn_triton, linear_recurrence_triton
+    from thesean.kernels.shared import grams_triton
 
     hardware, launch, found = HARDWARE[arch], JITFunction.run, []
 
@@ -107,7 +108,7 @@ def compiling(arch: Arch) -> Iterator[list[tuple[str, dict[str, Any], Any, float
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(launches, "architecture", return_value=arch))
-        for module in (cka_triton, dmnn_triton, linear_recurrence_triton):
+        for module in (grams_triton, dmnn_triton, linear_recurrence_triton):
             stack.enter_context(mock.patch.object(module, "device_of", return_value=contextlib.nullcontext()))
         yield found
 
@@ -123,17 +124,17 @@ def run_recurrence(dtype: torch.dtype) -> None:
 
 
 def run_gram_pair(dtype: torch.dtype, slices: int, stored: bool) -> None:
-    from thesean.kernels import cka_triton
+    from thesean.kernels.shared import grams_triton
 
     x_NP = torch.rand(64, 512).to(dtype)
-    with mock.patch.object(cka_triton, "slices", return_value=slices):
-        cka_triton.gram_pair(x_NP, None if stored else x_NP, torch.rand(64, 64) if stored else None)
+    with mock.patch.object(grams_triton, "slices", return_value=slices):
+        grams_triton.gram_pair(x_NP, None if stored else x_NP, torch.rand(64, 64) if stored else None)
 
 
 def run_apart() -> None:
-    from thesean.kernels import cka_triton
+    from thesean.kernels.shared import grams_triton
 
-    cka_triton._apart(torch.rand(64, 64), torch.rand(64, 64), torch.ones(2))
+    grams_triton.apart_sums(torch.rand(64, 64), torch.rand(64, 64), torch.ones(2))
 
 
 def run_dmnn(prepared: bool) -> None:

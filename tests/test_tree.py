@@ -117,6 +117,12 @@ def test_no_target_and_no_measure_imports_another():
         assert not [(module, name) for module in sorted(own) for name in imports(module) if name in own]
 
 
+def test_a_kernel_imports_none_but_the_reference_that_it_stands_beside():
+    own = {f"thesean.kernels.{path.stem}" for path in beside("kernels")}
+    allowed = {name: {name.removesuffix("_triton")} for name in own}
+    assert not [(name, other) for name in sorted(own) for other in set(imports(name)) & own - allowed[name]]
+
+
 def test_there_is_no_import_circle():
     graph = nx.DiGraph((module, name) for module in modules() for name in imports(module))
     assert graph.has_edge("thesean.converted", "thesean.deploy.export")  # under TYPE_CHECKING

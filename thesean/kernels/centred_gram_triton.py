@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.cka_triton import lower_slices
 from thesean.kernels.shared.device_triton import device_of
+from thesean.kernels.shared.grams_triton import lower_slices
 
 
 def centred_gram(x_NP: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.linear_attention import decay_between
 from thesean.kernels.shared.blocks import blocks
+from thesean.kernels.shared.decay import decay_between
 from thesean.kernels.shared.precision import full_precision, widen
 
 

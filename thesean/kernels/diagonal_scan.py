@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from thesean.kernels.linear_attention import decay_between
+from thesean.kernels.shared.decay import decay_between
 from thesean.kernels.shared.precision import full_precision, widen
 
 # Steps that are taken at once. The decays between them are a (C, C, N) tensor a head; what that saves over keeping

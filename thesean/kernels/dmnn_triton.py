@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from thesean.kernels.cka_triton import gram_pair
 from thesean.kernels.dmnn import directions
 from thesean.kernels.shared.device_triton import device_of
+from thesean.kernels.shared.grams_triton import gram_pair
 from thesean.kernels.shared.launches import launch
 from thesean.kernels.shared.precision import full_precision, widen
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from tests.tolerances import KERNEL_VALUE, relative_error
-from thesean.kernels import cka_triton
 from thesean.kernels.centred_gram import centred_gram
+from thesean.kernels.shared import grams_triton
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 3], ids=["whole", "split"])
 @pytest.mark.parametrize(("n", "p"), [(7, 5), (150, 130)])
 def test_it_is_that_of_the_reference(n, p, count, dtype, monkeypatch):
-    monkeypatch.setattr(cka_triton, "slices", lambda *_: count)
+    monkeypatch.setattr(grams_triton, "slices", lambda *_: count)
     x_NP = (torch.randn(n, p, generator=torch.Generator().manual_seed(n)) + 50).to(dtype)
     gram_NN = centred_gram(x_NP, backend="triton")
     assert gram_NN.dtype == torch.float32

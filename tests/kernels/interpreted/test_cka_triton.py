@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.tolerances import KERNEL_GRADIENT, KERNEL_VALUE, relative_error
-from thesean.kernels import cka_triton
 from thesean.kernels.cka import cka, cka_distance, prepare
+from thesean.kernels.shared import grams_triton
 
 SIZES = [(7, 5, 3, 0.0), (64, 32, 70, 50.0), (150, 77, 130, 50.0)]
 
@@ -43,7 +43,7 @@ def textbook(x_NP: torch.Tensor, y_NQ: torch.Tensor, *, debiased: bool) -> torch
 @pytest.fixture(params=[1, 3], ids=["fused", "split"])
 def slices(request, monkeypatch) -> int:
     """Both ways to a Gram, at sizes for which the table would take only one."""
-    monkeypatch.setattr(cka_triton, "slices", lambda *_: request.param)
+    monkeypatch.setattr(grams_triton, "slices", lambda *_: request.param)
     return request.param
 
 
@@ -65,7 +65,7 @@ def test_float32_values_and_gradients_are_those_of_the_textbook(n, p, q, offset,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("debiased", "count"), [(False, 3), (True, 1)], ids=["biased, split", "debiased, fused"])
 def test_half_precision_gradients_are_those_of_the_rounded_features(dtype, debiased, count, monkeypatch):
-    monkeypatch.setattr(cka_triton, "slices", lambda *_: count)
+    monkeypatch.setattr(grams_triton, "slices", lambda *_: count)
     x_NP, y_NQ = features(150, 77, 130, dtype, offset=50.0)
     exact = [x.detach().double().requires_grad_() for x in (x_NP, y_NQ)]
     value, expected = cka(x_NP, y_NQ, debiased=debiased, backend="triton"), textbook(*exact, debiased=debiased)

@@ -8,8 +8,8 @@ from torch import nn
 
 import thesean
 from tests.tolerances import KERNEL_GRADIENT, relative_error
-from thesean.kernels import centred_gram, cka_triton
-from thesean.kernels.shared import launches
+from thesean.kernels import centred_gram
+from thesean.kernels.shared import grams_triton, launches
 from thesean.similarity import get_measure, similarity
 
 HALF = [torch.bfloat16, torch.float16]
@@ -32,7 +32,7 @@ def tiles(monkeypatch) -> list[tuple[str, launches.Launch]]:
             taken.append((str(dtype), entry))
         return entry
 
-    monkeypatch.setattr(cka_triton, "launch", launch)
+    monkeypatch.setattr(grams_triton, "launch", launch)
     return taken
 
 
