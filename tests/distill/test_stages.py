@@ -257,6 +257,21 @@ def test_what_the_judge_knows_of_a_batch_is_known_of_its_first_rows_where_rows_a
     assert judge.known_rows(0, 3) is None
 
 
+@pytest.mark.parametrize("loss", [None, lambda output, batch: output["logits"].square().mean()])
+def test_what_is_chosen_by_a_loss_needs_no_output_of_the_guide(loss):
+    guide = captured.gpt2()
+    hybrid = build_hybrid(make_plan(guide, "rnn")).graph_module
+    unasked = None if loss is None else lambda *_: pytest.fail("the metric was asked for")
+    judge = training(guide, task(loss=loss, metric=unasked, logits="softmax"), recipe(0, "none")).judge
+    runs: list[object] = []
+    with guide.graph_module.register_forward_hook(lambda *_: runs.append(_)):
+        value = judge.value(hybrid, [0])
+        assert bool(runs) is (loss is None)
+        plain = training(guide, task(loss=loss, logits="softmax"), recipe(0, "none")).judge
+        assert value == plain(hybrid, [0]).value == plain.value(hybrid, [0])
+        assert plain.value(guide.graph_module) == plain(guide.graph_module).value
+
+
 def test_a_note_leaves_the_judge_what_it_knows():
     guide = captured.mlp()
     told = training(guide, task(output="softmax"), recipe(0, "none"))

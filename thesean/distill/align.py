@@ -182,7 +182,7 @@ class Aligner:
         """What a stage is judged by, lower is better: at its last part, or where no exit is compared of the whole."""
         if self.objective.exits:
             return self.held_out_loss(stage.compared[-1])
-        return self.training.judge(self.hybrid.graph_module, self.training.judge.sample).value
+        return self.training.judge.value(self.hybrid.graph_module, self.training.judge.sample)
 
     @torch.no_grad()
     def held_out_loss(self, part: int) -> float:

@@ -246,7 +246,7 @@ class Aligning:
 
     def value(self) -> float:
         """Of the whole hybrid on the held-out batches, lower is better."""
-        return self.training.judge(self.hybrid.graph_module).value
+        return self.training.judge.value(self.hybrid.graph_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Modules, and what stages left behind."""

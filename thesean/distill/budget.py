@@ -100,11 +100,11 @@ def _aligned(run_stage: Callable[[Stage], object], stage: Stage) -> None:
 def _trial(hybrid: Hybrid, training: Training, run: Callable[[], None]) -> Trial:
     graph_module = hybrid.graph_module
     start = {name: value.clone() for name, value in graph_module.state_dict().items()}
-    before = training.judge(graph_module, training.judge.sample).value
+    before = training.judge.value(graph_module, training.judge.sample)
     begun = time.monotonic()
     run()
     (seconds,) = ranks.agreed(time.monotonic() - begun)
-    gain = before - training.judge(graph_module, training.judge.sample).value
+    gain = before - training.judge.value(graph_module, training.judge.sample)
     graph_module.load_state_dict(start)
     graph_module.eval()
     return Trial(gain=max(0.0, gain) if gain == gain else 0.0, seconds=max(seconds, 1e-6), steps=_TRIAL_STEPS)

@@ -97,6 +97,24 @@ class Judge:
         return found
 
     @torch.no_grad()
+    def value(self, hybrid: fx.GraphModule, numbers: Sequence[int] | None = None) -> float:
+        """The `Evaluation.value` alone: by the user's loss it takes neither the guide, a large vocabulary's outputs of
+        which are computed anew each time, nor the metric. Raises what a call does.
+        """
+        if self.task.loss is None or hybrid is self.guide:
+            return self(hybrid, numbers).value
+        was_training = hybrid.training
+        hybrid.eval()
+        total, rows = 0.0, 0
+        for number in self.everything if numbers is None else numbers:
+            batch, inputs = self.batches[number]
+            loss = self.task.loss(self._given(self.task.loss, hybrid(**inputs)), batch)
+            total += float(loss) * self._rows[number]
+            rows += self._rows[number]
+        hybrid.train(was_training)
+        return ranks.agreed(total / rows)[0]
+
+    @torch.no_grad()
     def of(self, output_of: Callable[[int], Any] | None, numbers: Sequence[int] | None = None) -> Evaluation:
         """Of the outputs on the batches of these numbers, all by default; None: the guide's own."""
         total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}

@@ -83,7 +83,7 @@ class _Tuner:
         self.recomputing = Recomputing(training.recipe)
         self.judge = training.judge
         self.best = Best([self.graph_module])  # by the sample
-        guide = -math.inf if training.task.loss is None else self.judge(training.guide, self.judge.sample).value
+        guide = -math.inf if training.task.loss is None else self.judge.value(training.guide, self.judge.sample)
         # what is ahead of the guide has nothing to learn from its outputs
         self.loss_of = _loss_of(hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide)
         self.curves: list[Curve] = []
@@ -94,7 +94,7 @@ class _Tuner:
         begun, start = self.best.value, None
         if len(self.judge.sample) < len(self.judge.batches):
             start = Best([self.graph_module])  # by everything
-            start.offer(self.judge(self.graph_module).value)
+            start.offer(self.judge.value(self.graph_module))
         asked = self.training.recipe.fine_tuning.learning_rate
         rates = RATES if asked == "find" else (asked,)
         for rate in rates:
@@ -113,7 +113,7 @@ class _Tuner:
         if start is None:
             helped = self.best.value < begun
         else:
-            helped = start.offer(self.judge(self.graph_module).value)
+            helped = start.offer(self.judge.value(self.graph_module))
             start.restore()
         told = [] if helped else [f"{self.phase} did not help: kept the state that it began with"]
         told += [f"{self.phase}: {self.recomputing.told}"] if self.recomputing.told else []
@@ -156,7 +156,7 @@ class _Tuner:
 
     def check(self) -> float:
         """On the batches that choose among states."""
-        return self.judge(self.graph_module, self.judge.sample).value
+        return self.judge.value(self.graph_module, self.judge.sample)
 
 
 class _Watch:
