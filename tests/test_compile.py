@@ -224,7 +224,7 @@ def test_held_out_data_is_measured_and_a_lists_own_is_held_out_without_it():
     seen.clear()
     converted = compile_quietly(models.mlp(), "mlp", data=data, loss=loss)
     assert all(b is data[-1] for b in seen)
-    assert "no eval_data given: the last 1 batches of data were held out" in converted.report.notes
+    assert "no eval_data given: the last batch of data was held out" in converted.report.notes
     converted = compile_quietly(models.mlp(), "mlp", data=data[:3], loss=loss)
     assert "no eval_data given: measured on training batches" in converted.report.notes
 

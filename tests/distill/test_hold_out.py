@@ -18,7 +18,8 @@ def test_the_last_batches_of_a_list_are_held_out(count, held):
     data, kept, told = hold_out(list(range(count)), 0)
     assert data == list(range(count - held))
     assert kept == (list(range(count - held, count)) if held else None)
-    assert ("measured on training batches" if not held else f"the last {held} batches of data were held out") in told
+    some = "last batch of data was" if held == 1 else f"last {held} batches of data were"
+    assert ("measured on training batches" if not held else f"the {some} held out") in told
 
 
 @pytest.mark.parametrize(("shuffle", "workers"), [(False, 0), (True, 0), (True, 1)])

@@ -57,7 +57,7 @@ def test_a_table_is_read_in_batches_and_its_last_ones_are_held_out():
     )
     assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
     notes = " ".join(converted.report.notes)
-    assert "the last 1 batches of data were held out" in notes
+    assert "the last batch of data was held out" in notes
     assert "of each batch no input: idx, text" in notes
 
 

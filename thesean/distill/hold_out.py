@@ -43,8 +43,7 @@ def hold_out(data: Iterable[Any], seed: int) -> Divided:
         count = _share(len(data))
         if not count:
             return Divided(data, None, measured)
-        told = f"no eval_data given: the last {count} batches of data were held out"
-        return Divided(data[:-count], data[-count:], told)
+        return Divided(data[:-count], data[-count:], _told("last", count))
     if isinstance(data, DataLoader) and _is_plain(data):
         if not (count := _share(len(data))):
             return Divided(data, None, measured)
@@ -57,8 +56,12 @@ def hold_out(data: Iterable[Any], seed: int) -> Divided:
         return Divided(data, None, measured)
     if not _alike(*firsts):
         return Divided(data, None, f"{measured}, which come in another order each time")
-    told = f"no eval_data given: the first {count} batches of data were held out"
-    return Divided(_Rest(data, count), list(itertools.islice(each_of(data, "data"), count)), told)
+    return Divided(_Rest(data, count), list(itertools.islice(each_of(data, "data"), count)), _told("first", count))
+
+
+def _told(which: str, count: int) -> str:
+    some = f"{which} batch of data was" if count == 1 else f"{which} {count} batches of data were"
+    return f"no eval_data given: the {some} held out"
 
 
 def _share(batches: int) -> int:
