@@ -16,7 +16,7 @@ from thesean.deploy.lowering.to_onnx import quiet
 from thesean.deploy.torchlib import is_registered, is_registered_for_complex
 from thesean.errors import PassRefused
 from thesean.passes.base import run_passes
-from thesean.passes.graph.nodes import argument, owner
+from thesean.passes.graph.nodes import argument, is_complex, owner
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.signature import Signature
 
@@ -30,7 +30,7 @@ def unwritable(graph_module: fx.GraphModule) -> str:
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function"]
     calls = [n for n in nodes if not _surely_written(n.target)]
     looked_up = [n for n in calls if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "aten"]
-    complex_ones = [n for n in nodes if n not in calls and any(map(_is_complex, n.all_input_nodes))]
+    complex_ones = [n for n in nodes if n not in calls and any(map(is_complex, n.all_input_nodes))]
     if looked_up or complex_ones:  # only now: to read the table takes two seconds
         if importlib.util.find_spec("onnxscript") is None:
             return ""
@@ -75,11 +75,6 @@ def _fails(node: fx.Node) -> bool:
     if node.target is aten.roll.default:
         return any(isinstance(shift, fx.Node) for shift in pytree.tree_leaves(node.args[1]))
     return node.target is aten.istft.default  # scatters by int32, which no file may
-
-
-def _is_complex(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _surely_written(target: object) -> bool:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from thesean.kernels.shared.precision import HALF
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.nodes import attribute
+from thesean.passes.graph.nodes import attribute, is_complex
 from thesean.passes.graph.signature import Signature
 
 aten = torch.ops.aten
@@ -127,11 +127,7 @@ def _complex_of_float32(graph: fx.Graph, dtypes: Dtypes) -> None:
 def _computes_complex(node: fx.Node) -> bool:
     """Whether it takes or gives complex numbers, or does so within, as the transform of a Hermitian signal."""
     inside = isinstance(node.target, torch._ops.OpOverload) and node.target.name().startswith("aten::fft_")
-    return inside or any(map(_is_complex, (node, *node.all_input_nodes)))
-
-
-def _is_complex(node: fx.Node) -> bool:
-    return any(isinstance(v, torch.Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val")))
+    return inside or any(map(is_complex, (node, *node.all_input_nodes)))
 
 
 def _float_values(node: fx.Node, dtype: torch.dtype) -> Any:

@@ -115,3 +115,8 @@ def leaf_values(output: Any) -> list[torch.Tensor]:
 def leaf_nodes(value: Any) -> list[fx.Node]:
     """The nodes in a nested argument, in order."""
     return [v for v in pytree.tree_leaves(value) if isinstance(v, fx.Node)]
+
+
+def is_complex(node: fx.Node) -> bool:
+    """Whether it is a complex tensor, or one of its values is."""
+    return any(isinstance(v, torch.Tensor) and v.is_complex() for v in pytree.tree_leaves(node.meta.get("val")))
