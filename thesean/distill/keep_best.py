@@ -1,8 +1,8 @@
 """Which parts stay the guide's where some may: those that it can least do without.
 
-Every part is solved on few batches, and stands alone in the guide. It is judged on a batch that, where it is of
-sequences, says again at its end what it said at its beginning (`repeating.py`); those that come near to being kept are
-judged on another one as it is besides.
+Every part is solved on few batches, and stands alone in the guide. It is judged on batches that, where they are of
+sequences, say again at their end what they said at their beginning (`repeating.py`), and on the same as they are: on
+one of them, and on further ones as long as it isn't plain whether it is to be kept.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from thesean.passes.plan.without import without
 
 logger = logging.getLogger(__name__)
 
-# For a rank order of parts; a part's harm is far from what a batch more would tell. Of SmolLM2-135M's thirty attentions
-# two batches choose the six that four do.
-_SOLVED_ON = _JUDGED_ON = 2
+# For a rank order of parts; a part's harm is far from what a batch more would tell.
+_SOLVED_ON, _JUDGED_ON = 4, 2
 
-# Of so many times the parts that stay, by the first batch, the second one chooses.
-_CONTENDERS = 2
+# A part that does so many times the harm of those that aren't to be kept, or so many times less than those that are, is
+# judged no further.
+_PLAIN = 4.0
 
 
 def keep_best(bound_plan: BoundPlan, training: Training) -> BoundPlan:
@@ -64,11 +64,11 @@ def _by_harm(alone: Mapping[str, float]) -> list[str]:
 
 
 def _harm(bound_plan: BoundPlan, paths: Sequence[str], training: Training, count: int) -> dict[str, Any]:
-    """The divergence of the guide with one part alone replaced, of those that may be among the `count` worst."""
+    """The divergence of the guide with one part alone replaced, as exactly as the `count` worst can be told by."""
     batches, guide = training.feed.take(_SOLVED_ON), training.guide
     views = _solved_alone(bound_plan, paths, training, training.inputs(batches))
     # on what it was solved on: what is held out tells how good the choice is
-    judged, repeats = _judged(batches, bound_plan.captured.signature)
+    judged, repeats = _judged(batches[:_JUDGED_ON], bound_plan.captured.signature)
     judge = Judge(guide, replace(training.task, loss=None, metric=None), judged)
     reads = {path: shared(view, guide) for path, view in views.items()}
     tails = {path: Tail(view, reads[path]) for path, view in views.items()}
@@ -82,9 +82,9 @@ def _harm(bound_plan: BoundPlan, paths: Sequence[str], training: Training, count
                 found = judge.of(lambda at, of=path: tails[of].output(walk.get(step[of], at), inputs[at]), [batch])  # type: ignore[misc]
             harm[path].append(found.divergence)
         judge.forget()
-        alone = {path: statistics.fmean(harm[path]) for path in near}
-        worst = set(_by_harm(alone)[: _CONTENDERS * count])
-        near = [path for path in near if path in worst]
+        alone = {path: statistics.fmean(values) for path, values in harm.items()}
+        least, most = (alone[path] for path in _by_harm(alone)[count - 1 : count + 1])  # of those in, and of those out
+        near = [path for path in near if not (alone[path] > _PLAIN * most or _PLAIN * alone[path] < least)]
     for path, value in alone.items():
         logger.info("%s: %.4g with it alone replaced", path, value)
     return {"alone": alone, "repeats": repeats}
@@ -107,12 +107,12 @@ def _solved_alone(
     return {path: view.graph_module for path, view in zip(paths, views, strict=True)}
 
 
-def _judged(batches: Sequence[Batch], signature: Signature) -> tuple[list[Batch], bool]:
-    """A few of the batches, the first of them made to repeat itself where it can be, and whether it is."""
-    few = list(batches[:_JUDGED_ON])
-    whole, inputs = few[0]
-    again = repeating(inputs, few[-1][1], signature)
-    return (few if again is None else [(whole, again), *few[1:]]), again is not None
+def _judged(few: Sequence[Batch], signature: Signature) -> tuple[list[Batch], bool]:
+    """These batches as they are, and before them the same made to repeat themselves; whether they can be."""
+    others = [inputs for _, inputs in (*few[1:], few[0])]
+    again = [(whole, repeating(inputs, other, signature)) for (whole, inputs), other in zip(few, others, strict=True)]
+    repeats = [(whole, inputs) for whole, inputs in again if inputs is not None]
+    return [*repeats, *few], bool(repeats)
 
 
 def shared(graph_module: fx.GraphModule, other: fx.GraphModule) -> frozenset[str]:
