@@ -103,7 +103,7 @@ def test_what_is_far_counts_though_no_batch_comes_back_to_it(monkeypatch, seen, 
         guide, "mingru", parts=["near", "far"], data=rows, recipe={"keep_best": 1, **SOLVED}, progress=False
     ).plan
     assert [p.path for p in plan if p.kept] == [kept]
-    assert any("on sequences half of which repeat themselves" in note for note in plan.notes) == seen
+    assert any("on sequences that end as they begin" in note for note in plan.notes) == seen
 
 
 @pytest.mark.parametrize("make", [models.gpt2, models.llama])

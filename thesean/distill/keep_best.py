@@ -51,7 +51,7 @@ def keep_best(bound_plan: BoundPlan, training: Training) -> BoundPlan:
         raise PlanError(f"keep_best={count}: the plan replaces {len(replaced)} parts, and one at least must be.")
     found: dict[str, Any] = training.journal.piece("harm", lambda: _harm(bound_plan, replaced, training, count))
     alone, repeats = {path: float(value) for path, value in found["alone"].items()}, bool(found["repeats"])
-    on = " on sequences half of which repeat themselves" if repeats else ""
+    on = " on sequences that end as they begin" if repeats else ""
     for path in _by_harm(alone)[:count]:
         why = f"kept: with it alone replaced the network is {alone[path]:.4g} from the guide{on}"
         bound_plan = without(bound_plan, path, why)
