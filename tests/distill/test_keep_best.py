@@ -12,6 +12,7 @@ import thesean
 import thesean.distill.keep_best as keep_best_module
 from tests import models
 from tests.distill.test_gate import WILD, Cells, windows
+from thesean.distill.evaluate import Judge
 from thesean.distill.keep_best import shared
 from thesean.errors import PlanError
 from thesean.passes.capture.capture import capture
@@ -53,6 +54,24 @@ def test_what_is_kept_is_no_farther_from_the_guide_than_any_other_choice():
     others = [divergence(keep=[path]) for path in ("cells.0", "cells.1", "cells.2")]
     assert divergence(keep_best=1) == pytest.approx(min(others))
     assert min(others) < 0.7 * max(others)
+
+
+@pytest.mark.parametrize(("middle", "looks"), [(WILD, 3), ("mingru", 12)])
+def test_what_is_plain_on_one_batch_is_judged_on_no_further_one(monkeypatch, middle, looks):
+    """Three parts, and two batches as they are and repeating themselves."""
+    asked: list[int] = []
+    monkeypatch.setattr(keep_best_module, "Judge", type("Counted", (Judge,), {"of": _counted(asked)}))
+    plan = convert({**dict.fromkeys(TARGETS, "mingru"), "cells.1": middle}).plan
+    assert sum(p.kept for p in plan) == 1
+    assert len(asked) == looks
+
+
+def _counted(asked: list[int]) -> Any:
+    def of(self: Judge, output_of: Any, numbers: Any = None) -> Any:
+        asked.extend(numbers)
+        return Judge.of(self, output_of, numbers)
+
+    return of
 
 
 class Overflowing(nn.Module):
