@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import thesean
-from benchmarks.suite import Result
+from benchmarks.suite import Result, Run
 from examples.text import Windows, corpus, held_out_windows
 from thesean.recipe import Recipe
 
@@ -80,6 +80,17 @@ def convert(
         "seconds": round(time.monotonic() - start, 1),
         "params": report.params,
     }
+
+
+def convert_all(run: Run, model: nn.Module, experiments: dict[str, dict[str, Any]]) -> list[Any]:
+    """A row of each of the run's seeds for every name -> arguments of `convert`; gives the held-out windows."""
+    settings = run.settings
+    windows_held_out = held_out(settings["length"], settings["every"])
+    for name, arguments in experiments.items():
+        for seed in run.seeds:
+            if run.wants(name, seed):
+                run.add(name, seed, **convert(model, settings, windows_held_out, seed, **arguments))
+    return windows_held_out
 
 
 def table_of_seeds(result: Result, heading: str) -> str:

@@ -82,12 +82,7 @@ class Study:
         return runs
 
     def bench(self, run: Run) -> None:
-        settings = run.settings
-        model, held_out = self.guide(settings), language.held_out(settings["length"], settings["every"])
-        for name, arguments in self.experiments(settings["steps"]).items():
-            for seed in run.seeds:
-                if run.wants(name, seed):
-                    run.add(name, seed, **language.convert(model, settings, held_out, seed, **arguments))
+        language.convert_all(run, self.guide(run.settings), self.experiments(run.settings["steps"]))
 
     def case(self, question: str) -> Case:
         return Case(

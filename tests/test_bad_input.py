@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import thesean
-from tests import hand_written, models
+from tests import models
 from tests.models import labelled, token_batches, tokens, vectors
+from tests.short_runs import FAST, SHORT, causal, compile_quietly
 from thesean import Recipe, Target
 from thesean.distill.align import Aligner
 from thesean.errors import (
@@ -24,25 +25,7 @@ from thesean.errors import (
     UnknownNameError,
     WriteError,
 )
-from thesean.recipe import Alignment, FineTuning
-
-SHORT = Recipe(
-    name="short",
-    steps=6,
-    warmup=1,
-    alignment=Alignment(share=0.5, check_every=2, patience=10, ceiling=0),
-    fine_tuning=FineTuning(learning_rate=1e-3),
-)
-FAST = Recipe.named("fast")
-
-
-def compile_quietly(model: nn.Module, target: Any = "rnn", **settings: Any) -> thesean.Converted:
-    return thesean.compile(model, target, progress=False, **{"recipe": FAST, **settings})
-
-
-def causal() -> nn.Module:
-    """A small language model."""
-    return models.seeded(hand_written.Tied)
+from thesean.recipe import Alignment
 
 
 class Constant(nn.Module):

@@ -12,32 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import thesean
-from tests import hand_written, models
+from tests import models
 from tests.models import labelled, token_batches, tokens, vectors
+from tests.short_runs import FAST, SHORT, causal, compile_quietly
 from thesean import Recipe, Target
 from thesean.errors import (
     ArtifactError,
     DataError,
 )
-from thesean.recipe import Alignment, FineTuning
-
-SHORT = Recipe(
-    name="short",
-    steps=6,
-    warmup=1,
-    alignment=Alignment(share=0.5, check_every=2, patience=10, ceiling=0),
-    fine_tuning=FineTuning(learning_rate=1e-3),
-)
-FAST = Recipe.named("fast")
-
-
-def compile_quietly(model: nn.Module, target: Any = "rnn", **settings: Any) -> thesean.Converted:
-    return thesean.compile(model, target, progress=False, **{"recipe": FAST, **settings})
-
-
-def causal() -> nn.Module:
-    """A small language model."""
-    return models.seeded(hand_written.Tied)
 
 
 @pytest.fixture(scope="module")

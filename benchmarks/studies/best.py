@@ -28,12 +28,7 @@ def experiments(steps: int | None) -> dict[str, dict[str, Any]]:
 
 
 def bench(run: Run) -> None:
-    settings = run.settings
-    model, held_out = language.guide(settings["layers"]), language.held_out(settings["length"], settings["every"])
-    for name, arguments in experiments(settings["only_steps"]).items():
-        for seed in run.seeds:
-            if run.wants(name, seed):
-                run.add(name, seed, **language.convert(model, settings, held_out, seed, **arguments))
+    language.convert_all(run, language.guide(run.settings["layers"]), experiments(run.settings["only_steps"]))
 
 
 def table(result: Result) -> str:

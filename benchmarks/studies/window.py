@@ -69,12 +69,8 @@ def latency(run: Run, model: torch.nn.Module, held_out: list[Any]) -> dict[str, 
 
 
 def bench(run: Run) -> None:
-    settings = run.settings
-    model, held_out = language.guide(settings["layers"]), language.held_out(settings["length"], settings["every"])
-    for name, arguments in experiments(settings["steps"]).items():
-        for seed in run.seeds:
-            if run.wants(name, seed):
-                run.add(name, seed, **language.convert(model, settings, held_out, seed, **arguments))
+    model = language.guide(run.settings["layers"])
+    held_out = language.convert_all(run, model, experiments(run.settings["steps"]))
     if "latency" not in run.details:
         run.keep(latency=latency(run, model, held_out))
 

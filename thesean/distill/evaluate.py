@@ -103,16 +103,17 @@ class Judge:
         """
         if self.task.loss is None or hybrid is self.guide:
             return self(hybrid, numbers).value
+        loss = self.task.loss
+
+        def loss_on(number: int) -> float:
+            batch, inputs = self.batches[number]
+            return float(loss(self._given(loss, hybrid(**inputs)), batch))
+
         was_training = hybrid.training
         hybrid.eval()
-        total, rows = 0.0, 0
-        for number in self.everything if numbers is None else numbers:
-            batch, inputs = self.batches[number]
-            loss = self.task.loss(self._given(self.task.loss, hybrid(**inputs)), batch)
-            total += float(loss) * self._rows[number]
-            rows += self._rows[number]
+        found = self._mean(loss_on, self.everything if numbers is None else numbers)
         hybrid.train(was_training)
-        return ranks.agreed(total / rows)[0]
+        return found
 
     @torch.no_grad()
     def of(self, output_of: Callable[[int], Any] | None, numbers: Sequence[int] | None = None) -> Evaluation:
@@ -151,13 +152,17 @@ class Judge:
     @torch.no_grad()
     def divergence(self, output_of: Callable[[int, Any], Any], numbers: Sequence[int]) -> float:
         """The mean of `of` alone, without the user's loss and metric; the guide's output is told as well."""
-        total, rows = 0.0, 0
-        for number in numbers:
-            size = self._rows[number]
+
+        def distance_on(number: int) -> float:
             wanted = self._guide_output(number, self.batches[number][1])
-            total += self._distance(number, output_of(number, wanted), wanted) * size
-            rows += size
-        return ranks.agreed(total / rows)[0]
+            return self._distance(number, output_of(number, wanted), wanted)
+
+        return self._mean(distance_on, numbers)
+
+    def _mean(self, of: Callable[[int], float], numbers: Sequence[int]) -> float:
+        """Batches weigh by their rows."""
+        total = sum(of(number) * self._rows[number] for number in numbers)
+        return ranks.agreed(total / sum(self._rows[number] for number in numbers))[0]
 
     def _distance(self, number: int, output: Any, wanted: Any) -> float:
         masks = self._masks(number, self.batches[number][1])
