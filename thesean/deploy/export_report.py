@@ -21,17 +21,22 @@ Checking = Literal["all", "skip"]
 Runtime = Literal["onnxruntime", "genai", "portable"]
 
 
-class Form(TypedDict, total=False):
-    """How a file is written, beside what it computes; `into` is a draft that the caller publishes."""
+class FileForm(TypedDict, total=False):
+    """How a file is written, beside what it computes: what a caller of Thesean's may ask for."""
 
     dtype: torch.dtype | str | None
     external_data: bool | None
-    about: Mapping[str, str]
     check: Checking
     quantize: Quantize | None
-    samples: Samples | None
     runtime: Runtime
     tokenizer: Any
+
+
+class Form(FileForm, total=False):
+    """All of it; `into` is a draft that the caller publishes."""
+
+    about: Mapping[str, str]
+    samples: Samples | None
     into: Draft | None
 
 
