@@ -1,7 +1,8 @@
 """Steps that torch and ONNX scan, walked one by one, against the kernels and cells that they stand for.
 
-A scan's body is taken apart by torch, not run; here a loop runs it. B batch, T time, D width, L layers times directions,
-E units
+A scan's body is taken apart by torch, not run; here a loop runs it.
+
+B batch, T time, H heads, F features of a key, K width of a value
 """
 
 from __future__ import annotations
