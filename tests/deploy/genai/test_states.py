@@ -25,10 +25,11 @@ NETWORK = """
 <ir_version: 10, opset_import: ["" : 18]>
 agraph (int64[batch, time] input_ids, MASK int64[batch, time] position_ids, float[batch, past, 6] state_in_latent,
         bool[batch, past] state_in_seen, float16[batch, 3] state_in_half, bool[batch, 2] state_in_flag,
-        int64[1] state_in_step, float[1, 2] state_in_shared, int64[batch] state_in_count)
+        float[batch, 2, 1, 2] state_in_sums, int64[1] state_in_step, float[1, 2] state_in_shared,
+        int64[batch] state_in_count)
     => (float[batch, time] logits, float[batch, total, 6] state_out_latent, bool[batch, total] state_out_seen,
-        float16[batch, 3] state_out_half, bool[batch, 2] state_out_flag, int64[1] state_out_step,
-        float[1, 2] state_out_shared, int64[batch] state_out_count)
+        float16[batch, 3] state_out_half, bool[batch, 2] state_out_flag, float[batch, 2, 1, 2] state_out_sums,
+        int64[1] state_out_step, float[1, 2] state_out_shared, int64[batch] state_out_count)
 {
     one = Constant <value = int64[1] {1}> ()
     two = Constant <value = int64[1] {2}> ()
@@ -65,6 +66,13 @@ agraph (int64[batch, time] input_ids, MASK int64[batch, time] position_ids, floa
     state_out_flag = Xor (state_in_flag, odd_B1)
     flag_B2 = Cast <to = 1> (state_in_flag)
     flag_B1 = ReduceSum <keepdims = 1> (flag_B2, one)
+    by_head = Constant <value = float[1, 2, 1, 2] {1.0, 2.0, 3.0, 4.0}> ()
+    first_B111 = Unsqueeze (first_B1, last)
+    raised_B212 = Mul (first_B111, by_head)
+    state_out_sums = Add (state_in_sums, raised_B212)
+    others = Constant <value = int64[2] {2, 3}> ()
+    two_B2 = ReduceMax <keepdims = 0> (state_in_sums, others)
+    sums_B1 = ReduceSum <keepdims = 1> (two_B2, one)
     tenth = Constant <value = float[1, 2] {0.1, 0.2}> ()
     state_out_shared = Add (state_in_shared, tenth)
     shared_11 = ReduceSum <keepdims = 1> (state_in_shared, one)
@@ -74,11 +82,14 @@ agraph (int64[batch, time] input_ids, MASK int64[batch, time] position_ids, floa
     count_B = Cast <to = 1> (state_in_count)
     count_B1 = Unsqueeze (count_B, one)
     place_BT = Cast <to = 1> (position_ids)
-    logits = Sum (word_BT, summed_BT, half_B1, flag_B1, shared_11, count_B1, place_BT)
+    logits = Sum (word_BT, summed_BT, half_B1, flag_B1, sums_B1, shared_11, count_B1, place_BT)
 }
 """
-WITH_MASK = {"MASK": f"int64[batch, time] {MASK},", "NEW": f"new_seen = Cast <to = 9> ({MASK})"}
-WITHOUT = {"MASK": "", "NEW": "new_seen = ConstantOfShape <value = bool[1] {1}> (shape_BT)"}
+MASKS = {
+    "int64": {"MASK": f"int64[batch, time] {MASK},", "NEW": f"new_seen = Cast <to = 9> ({MASK})"},
+    "bool": {"MASK": f"bool[batch, time] {MASK},", "NEW": f"new_seen = Identity ({MASK})"},
+    "": {"MASK": "", "NEW": "new_seen = ConstantOfShape <value = bool[1] {1}> (shape_BT)"},
+}
 
 
 def model(text: str) -> ir.Model:
@@ -86,12 +97,13 @@ def model(text: str) -> ir.Model:
 
 
 def session(made: ir.Model) -> ort.InferenceSession:
-    return ort.InferenceSession(ir.to_proto(made).SerializeToString(), providers=["CPUExecutionProvider"])
+    proto = ir.to_proto(made)
+    onnx.checker.check_model(proto)
+    return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def network(masked: bool) -> ir.Model:
-    text = NETWORK
-    for word, line in (WITH_MASK if masked else WITHOUT).items():
+def network(masked: str, text: str = NETWORK) -> ir.Model:
+    for word, line in MASKS[masked].items():
         text = text.replace(word, line)
     return model(text)
 
@@ -125,36 +137,104 @@ def carried(of: ort.InferenceSession, before: str, after: str, batch: int, given
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", MASKS)
 def test_states_of_every_kind_are_carried_in_two_rows_beside_the_caches(masked, batch):
     own = network(masked)
     wanted_session = session(own)
     caches = rename_states(own, "input_ids", MASK if masked else None, PAD)
     assert caches == Caches(layers=1, heads=1, width=3)
     renamed = session(own)
-    there = {i.name: i.shape[1:] for i in renamed.get_inputs()}
-    assert there["past_key_values.0.key"] == there["past_key_values.0.value"] == [1, "past", 3]
-    assert there["past_key_values.0.conv_state"] == [2 + masked]  # a step, a count and how many are padding
-    assert there["past_key_values.0.recurrent_state"] == [3 + 2 + 2]
+    there = {v.name: v.shape for v in (*renamed.get_inputs(), *renamed.get_outputs())}
+    for kind in ("key", "value"):
+        assert there[f"past_key_values.0.{kind}"] == ["batch", 1, "past", 3]
+        assert there[f"present.0.{kind}"] == ["batch", 1, "total", 3]
+    for when in ("past_key_values", "present"):
+        assert there[f"{when}.0.conv_state"] == ["batch", 2 + bool(masked)]  # a step, a count and how many are padding
+        assert there[f"{when}.0.recurrent_state"] == ["batch", 3 + 2 + 4 + 2]
+    assert there.get(MASK) == (["batch", "total"] if masked else None)
+    assert_carried(wanted_session, renamed, batch)
+
+
+def assert_carried(wanted: ort.InferenceSession, renamed: ort.InferenceSession, batch: int) -> None:
+    """Prompts of which one is shorter, then chunks: as the first carries its own states, and as genai does."""
+    masked = next((KINDS[i.type] for i in wanted.get_inputs() if i.name == MASK), None)
     ids_BS = np.random.default_rng(0).integers(0, PAD, (batch, sum(CHUNKS)))
     seen_BS = np.ones_like(ids_BS)
     if masked and batch > 1:
-        ids_BS[1, :2], seen_BS[1, :2] = PAD, 0  # a shorter prompt, of which genai's mask tells nothing
+        ids_BS[1, :2], seen_BS[1, :2] = PAD, 0  # of which genai's mask tells nothing
         ids_BS[2, 2] = PAD  # but a word like any other further on
     place_BS = (seen_BS.cumsum(1) - 1).clip(0)
     ends = np.cumsum(CHUNKS)
     theirs, ours = [], []
     for start, end in zip(ends - CHUNKS, ends, strict=True):
-        chunk = {"input_ids": ids_BS[:, start:end]}
-        mask = {MASK: seen_BS[:, start:end]} if masked else {}
-        whole = {MASK: np.ones((batch, end), np.int64)} if masked else {}
-        theirs.append({**chunk, **mask, "position_ids": place_BS[:, start:end]})
-        # without a mask they are as they come
-        ours.append({**chunk, **whole, "position_ids": place_BS[:, start:end] + (50 if masked else 0)})
-    wanted = carried(wanted_session, "state_in_", "state_out_", batch, theirs)
-    found = carried(renamed, "past_key_values", "present", batch, ours)
-    for one, other in zip(found, wanted, strict=True):
+        chunk = {"input_ids": ids_BS[:, start:end], "position_ids": place_BS[:, start:end]}
+        theirs.append({**chunk, **({MASK: seen_BS[:, start:end].astype(masked)} if masked else {})})
+        whole = {MASK: np.ones((batch, end), np.int64), "position_ids": place_BS[:, start:end] + 50} if masked else {}
+        ours.append({**chunk, **whole})  # without a mask positions are as they come
+    known = carried(wanted, "state_in_", "state_out_", batch, theirs)
+    for one, other in zip(carried(renamed, "past_key_values", "present", batch, ours), known, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+# An attention that keeps what its window of W needs of the past, in the order of inputs that exports write
+WINDOW = """
+<ir_version: 10, opset_import: ["" : 18, "own" : 1]>
+agraph (int64[batch, time] input_ids, MASK int64[batch, time] position_ids, float[batch, 2, past_of_W, 3] state_in_key,
+        float[batch, 2, past_of_W, 3] state_in_value, bool[batch, past_of_W] state_in_seen)
+    => (float[batch] logits, float[batch, 2, kept, 3] state_out_key, float[batch, 2, kept, 3] state_out_value,
+        bool[batch, kept] state_out_seen)
+{
+    one = Constant <value = int64[1] {1}> ()
+    ends = Constant <value = int64[2] {1, 3}> ()
+    heads = Constant <value = float[1, 2, 1, 3] {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}> ()
+    word_BT = Cast <to = 1> (input_ids)
+    word_B1T1 = Unsqueeze (word_BT, ends)
+    key = Mul (word_B1T1, heads)
+    value = Sub (key, heads)
+    shape_BT = Shape (input_ids)
+    NEW
+    seen = Concat <axis = 1> (state_in_seen, new_seen)
+    begin = Constant <value = int64[1] {BEGIN}> ()
+    end = Constant <value = int64[1] {9223372036854775807}> ()
+    state_out_seen = Slice (seen, begin, end, one)
+    logits, state_out_key, state_out_value = own.Attention (word_BT, key, value, seen, state_in_key, state_in_value)
+}
+<domain: "own", opset_import: ["" : 18]>
+Attention (query, key, value, seen, past_key, past_value) => (y, next_key, next_value)
+{
+    keys = Concat <axis = 2> (past_key, key)
+    values = Concat <axis = 2> (past_value, value)
+    ends = Constant <value = int64[2] {1, 3}> ()
+    is_seen = Cast <to = 1> (seen)
+    is_seen_B1S1 = Unsqueeze (is_seen, ends)
+    seen_keys = Mul (keys, is_seen_B1S1)
+    both = Mul (seen_keys, values)
+    all = Constant <value = int64[3] {1, 2, 3}> ()
+    y = ReduceSum <keepdims = 0> (both, all)
+    axis = Constant <value = int64[1] {2}> ()
+    begin = Constant <value = int64[1] {BEGIN}> ()
+    end = Constant <value = int64[1] {9223372036854775807}> ()
+    next_key = Slice (keys, begin, end, axis)
+    next_value = Slice (values, begin, end, axis)
+}
+"""
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("masked", MASKS)
+def test_of_a_window_the_cache_of_all_steps_is_carried_and_its_end_read(masked, window):
+    begin = 1 - window if window > 1 else 2**63 - 1
+    text = WINDOW.replace("past_of_W", f"past_of_{window}").replace("BEGIN", str(begin))
+    own = network(masked, text)
+    wanted = session(own)
+    caches = rename_states(own, "input_ids", MASK if masked else None, PAD)
+    assert caches == Caches(layers=1, heads=2, width=3)
+    renamed = session(own)
+    there = {v.name: v.shape for v in (*renamed.get_inputs(), *renamed.get_outputs())}
+    for kind in ("key", "value"):
+        assert there[f"past_key_values.0.{kind}"] == ["batch", 2, "past", 3]
+        assert there[f"present.0.{kind}"] == ["batch", 2, "total", 3]
+    assert_carried(wanted, renamed, 3)
 
 
 def test_a_network_that_remembers_no_step_has_rows_alone():

@@ -125,13 +125,12 @@ class _Edit:
         self.first, self.last = ir.tape.Tape(), ir.tape.Tape()
         self.tokens = next(v for v in self.graph.inputs if v.name == tokens)
         self.unseen: list[tuple[Any, int | None]] = []
-        self.zero = self.ints("genai_zero", 0)
+        self.zero = self.ints(0)
 
-    def ints(self, name: str, *values: int) -> Any:
+    def ints(self, *values: int) -> Any:
         import numpy as np
 
-        tensor = self.ir.tensor(np.array(values, np.int64), name=name)
-        return self.first.op("Constant", [], {"value": tensor})
+        return self.first.op("Constant", [], {"value": self.ir.tensor(np.array(values, np.int64))})
 
     def is_bool(self, value: Any) -> bool:
         return bool(value.dtype == self.ir.DataType.BOOL)
@@ -143,8 +142,8 @@ class _Edit:
         """Of all steps the W - 1 that a window keeps."""
         if window is None:
             return value
-        start = self.ints("genai_start", -(window - 1) if window > 1 else _END)
-        return self.first.op("Slice", [value, start, self.ints("genai_end", _END), self.ints("genai_axis", axis)])
+        start = self.ints(-(window - 1) if window > 1 else _END)
+        return self.first.op("Slice", [value, start, self.ints(_END), self.ints(axis)])
 
     def lengthen(self, value: Any, out: Any, window: int) -> tuple[Any, Any]:
         """The cache of all steps whose end is a window's: no more of it is read, and it is right where genai takes
@@ -177,12 +176,12 @@ class _Edit:
             [ir.Value(type=value.type, shape=ir.Shape([batch, 1, length, half])) for length in (PAST, "total")]
             for _ in range(2)
         ]
-        one = self.ints("genai_heads", 1)
+        one = self.ints(1)
         both_B1PR = self.first.op("Concat", [before for before, _ in pairs], {"axis": 3})
         ir.convenience.replace_all_uses_with(value, self.first.op("Squeeze", [both_B1PR, one]))
         after_B1SR = self.last.op("Unsqueeze", [out, one])
         for at, (_, after) in enumerate(pairs):
-            ends = [self.ints("genai_part", n) for n in (at * half, (at + 1) * half, 3)]
+            ends = [self.ints(n) for n in (at * half, (at + 1) * half, 3)]
             self.last.op("Slice", [after_B1SR, *ends], output=after)
         return [(before, after) for before, after in pairs]
 
@@ -201,9 +200,9 @@ class _Edit:
         mask: Any = next(v for v in self.graph.inputs if v.name == name)
         whole_BS = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "total"]))
         whole_BS.doc_string = mask.doc_string
-        times = self.first.op("Shape", [self.tokens], {"start": 1, "end": 2})
+        times = self.first.op("Shape", [self.tokens], {"start": 1})
         start = self.first.op("Neg", [times])
-        axis, end = self.ints("genai_time", 1), self.ints("genai_end", _END)
+        axis, end = self.ints(1), self.ints(_END)
         shown_BS, padded = self._without_padding(whole_BS, times, axis, pad)
         new_BT = self.first.op("Slice", [shown_BS, start, end, axis])
         positions: Any
@@ -224,11 +223,11 @@ class _Edit:
     def _without_padding(self, whole_BS: Any, times: Any, axis: Any, pad: int) -> tuple[Any, tuple[Any, Any]]:
         """A mask with zeros where a row of several begins with `pad`, and the state of how many steps these are."""
         ir, op, whole_numbers = self.ir, self.first.op, {"to": int(self.ir.DataType.INT64)}
-        before_B = ir.Value(name="genai_padding", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch"]))
+        before_B = ir.Value(type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch"]))
         scalar = op("Squeeze", [axis])
-        length = op("Shape", [whole_BS], {"start": 1, "end": 2})
+        length = op("Shape", [whole_BS], {"start": 1})
         rows = op("Shape", [self.tokens], {"start": 0, "end": 1})
-        is_pad_BT = op("Equal", [op("Cast", [self.tokens], whole_numbers), self.ints("genai_pad", pad)])
+        is_pad_BT = op("Equal", [op("Cast", [self.tokens], whole_numbers), self.ints(pad)])
         words_BT = op("CumSum", [op("Cast", [op("Not", [is_pad_BT])], whole_numbers), scalar])
         in_front_BT = op("Cast", [op("Equal", [words_BT, self.zero])], whole_numbers)
         counted_B = op("ReduceSum", [in_front_BT, axis], {"keepdims": 0})
@@ -265,22 +264,20 @@ class _Edit:
         if not pairs:  # nothing is in it
             self.last.op("Identity", [past], output=present)
             return
-        columns = self.first.op_multi_out(
-            "Split", [past, self.ints(f"genai_{name}_widths", *widths)], {"axis": 1}, num_outputs=len(pairs)
-        )
+        columns = self.first.op_multi_out("Split", [past, self.ints(*widths)], {"axis": 1}, num_outputs=len(pairs))
         rows = []
-        for index, (column_BN, (value, out), shape) in enumerate(zip(columns, pairs, shapes, strict=True)):
+        for column_BN, (value, out), shape in zip(columns, pairs, shapes, strict=True):
             row_alone = bool(_sizes(value)) and _sizes(value)[0] == "batch"
             if not row_alone:  # one for all rows of the batch, which start together
-                column_BN = self.first.op("Slice", [column_BN, self.zero, self.ints(f"genai_{name}_one", 1), self.zero])
-            state = self.first.op("Reshape", [column_BN, self.ints(f"genai_{name}_{index}", -1, *shape)])
+                column_BN = self.first.op("Slice", [column_BN, self.zero, self.ints(1), self.zero])
+            state = self.first.op("Reshape", [column_BN, self.ints(-1, *shape)])
             if value.dtype != dtype:
                 state = self.first.op("Cast", [state], {"to": int(value.dtype)})
             ir.convenience.replace_all_uses_with(value, state)
             if value.dtype != dtype:
                 out = self.last.op("Cast", [out], {"to": int(dtype)})
             batch = self.last.op("Shape", [self.tokens], {"start": 0, "end": 1})
-            width = self.last.op("Shape", [column_BN], {"start": 1, "end": 2})
+            width = self.last.op("Shape", [column_BN], {"start": 1})
             shape_BN = self.last.op("Concat", [batch, width], {"axis": 0})
             if row_alone:
                 rows.append(self.last.op("Reshape", [out, shape_BN]))
