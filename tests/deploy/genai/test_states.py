@@ -23,7 +23,7 @@ CHUNKS = (5, 1, 3, 1)
 # A sum over what is remembered of tokens that are seen, from states of every kind.
 NETWORK = """
 <ir_version: 10, opset_import: ["" : 18]>
-agraph (int64[batch, time] input_ids, MASK int64[batch, time] position_ids, float[batch, past, 6] state_in_latent,
+agraph (int64[batch, time] position_ids, MASK int64[batch, time] input_ids, float[batch, past, 6] state_in_latent,
         bool[batch, past] state_in_seen, float16[batch, 3] state_in_half, bool[batch, 2] state_in_flag,
         float[batch, 2, 1, 2] state_in_sums, int64[1] state_in_step, float[1, 2] state_in_shared,
         int64[batch] state_in_count)
@@ -179,7 +179,7 @@ def assert_carried(wanted: ort.InferenceSession, renamed: ort.InferenceSession, 
 # An attention that keeps what its window of W needs of the past, in the order of inputs that exports write
 WINDOW = """
 <ir_version: 10, opset_import: ["" : 18, "own" : 1]>
-agraph (int64[batch, time] input_ids, MASK int64[batch, time] position_ids, float[batch, 2, past_of_W, 3] state_in_key,
+agraph (int64[batch, time] position_ids, MASK int64[batch, time] input_ids, float[batch, 2, past_of_W, 3] state_in_key,
         float[batch, 2, past_of_W, 3] state_in_value, bool[batch, past_of_W] state_in_seen)
     => (float[batch] logits, float[batch, 2, kept, 3] state_out_key, float[batch, 2, kept, 3] state_out_value,
         bool[batch, kept] state_out_seen)
