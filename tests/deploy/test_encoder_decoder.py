@@ -22,12 +22,14 @@ from typer.testing import CliRunner
 import thesean
 from tests import encoder_decoders, models
 from tests.deploy.quantizing.test_quantized import OPERATORS
+from tests.deploy.test_onnx_file import LARGE
+from tests.deploy.test_onnx_file import model as adding
 from tests.encoder_decoders import GUIDES, guide
 from tests.models import tokens
 from thesean.cli.app import app
-from thesean.deploy.encoder_decoder import export_network
+from thesean.deploy.encoder_decoder import _publish, encoder_beside, export_network
 from thesean.deploy.export_report import ExportReport
-from thesean.deploy.onnx_file import metadata
+from thesean.deploy.onnx_file import draft, metadata
 from thesean.deploy.quantizing.quantized import QUANTIZED, QUANTIZED_PARITY
 from thesean.deploy.session import Session
 from thesean.deploy.states import Arrays
@@ -328,6 +330,55 @@ def test_neither_file_takes_its_name_where_the_other_cannot(made, copied, monkey
         export_network(found.graph_module, found.signature, copied, stateful=True)
     monkeypatch.undo()
     assert {p.name: p.read_bytes() for p in copied.parent.iterdir()} == before
+
+
+@pytest.fixture(params=["links", "no links"])
+def links(request, monkeypatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refused)
+
+
+def published(folder: Path, number: float, beside: bool = False, fails: bool = False) -> None:
+    """A decoder and an encoder that add a number, under their names; `fails`: the decoder can't have its own."""
+    with draft(folder / "m.onnx") as second, draft(encoder_beside(folder / "m.onnx")) as first:
+        for each in (first, second):
+            each.write(adding(number), beside)
+        if fails:
+            second.name.mkdir()
+        _publish(first, second)
+
+
+def added(path: Path) -> float:
+    return float(Session(path).run({"x": np.zeros((1, LARGE), np.float32)})[0]["y"][0, 0])
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_both_take_the_place_of_earlier_ones_and_leave_nothing_else(tmp_path, links, beside):
+    for number in (1.0, 2.0):
+        published(tmp_path, number, beside)
+        assert [added(p) for p in (tmp_path / "m.onnx", tmp_path / "m.encoder.onnx")] == [number] * 2
+        assert len(list(tmp_path.iterdir())) == (4 if beside else 2)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_where_the_second_can_not_the_first_is_what_it_was(tmp_path, links, beside):
+    published(tmp_path, 1.0, beside)
+    (tmp_path / "m.onnx").unlink()
+    for weights in tmp_path.glob("m.onnx.*.weights"):
+        weights.unlink()
+    with pytest.raises(WriteError, match=r"can't write .*m\.onnx"):
+        published(tmp_path, 2.0, beside, fails=True)
+    assert added(tmp_path / "m.encoder.onnx") == 1.0
+    assert len(list(tmp_path.iterdir())) == (3 if beside else 2)  # with the folder that is in the way
+    (tmp_path / "m.onnx").rmdir()
+    for left in tmp_path.iterdir():
+        left.unlink()
+    with pytest.raises(WriteError, match=r"can't write .*m\.onnx"):
+        published(tmp_path, 2.0, beside, fails=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 # what can't be two files

@@ -135,6 +135,44 @@ def test_weights_that_a_copy_of_the_model_needs_stay(tmp_path):
     assert value_of(tmp_path / "m.onnx") == 3.0
 
 
+def test_files_beside_it_that_hold_nothing_or_can_not_be_read_say_nothing_of_weights(tmp_path):
+    """Weights that such a file may need stay; an empty one needs none."""
+    write(tmp_path / "m.onnx", 1.0, beside=True)
+    (weights,) = tmp_path.glob("*.weights")
+    (tmp_path / "empty.onnx").touch()
+    (tmp_path / "locked.onnx").write_bytes(b"?")
+    (tmp_path / "locked.onnx").chmod(0)
+    unreadable = not os.access(tmp_path / "locked.onnx", os.R_OK)  # root may read all
+    write(tmp_path / "m.onnx", 2.0, beside=True)
+    assert weights.exists() == unreadable
+    assert value_of(tmp_path / "m.onnx") == 2.0
+
+
+@pytest.mark.skipif(scratch.fcntl is None, reason="no locks")
+@pytest.mark.parametrize("said", [None, b"\xff\xfe"])
+def test_weights_go_whatever_another_export_has_yet_said_of_its_own(said, tmp_path):
+    write(tmp_path / "m.onnx", 1.0, beside=True)
+    with draft(tmp_path / "m.onnx") as other:
+        if said is not None:
+            (other.path.parent / "moving").write_bytes(said)
+        write(tmp_path / "m.onnx", 2.0, beside=True)
+        assert value_of(tmp_path / "m.onnx") == 2.0
+        assert len(list(tmp_path.glob("*.weights"))) == 1
+
+
+@pytest.mark.skipif(scratch.fcntl is None, reason="no locks")
+def test_weights_that_another_export_is_about_to_give_the_model_stay(tmp_path):
+    write(tmp_path / "m.onnx", 1.0, beside=True)
+    moved = tmp_path / "m.onnx.01234567.weights"
+    with draft(tmp_path / "m.onnx") as other:
+        (other.path.parent / "moving").write_text(moved.name, encoding="utf-8")
+        moved.write_bytes(b"others")
+        write(tmp_path / "m.onnx", 2.0, beside=True)
+        assert moved.read_bytes() == b"others"
+    write(tmp_path / "m.onnx", 3.0, beside=True)
+    assert not moved.exists()
+
+
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="links")
 def test_a_link_is_followed_and_its_target_has_the_weights_beside_it(tmp_path):
     (tmp_path / "disk").mkdir()
