@@ -530,6 +530,72 @@ def test_a_split_of_a_split_is_one():
     assert after(text, inferred(lifted(split_rows))) == ["Split", "Neg"]
 
 
+@pytest.mark.parametrize(("outer", "inner"), [("<axis = 2>", "<axis = -1>"), ("<axis = -1>", "<axis = 2>")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_whichever_part_is_split_the_others_keep_their_places(outer, inner, which):
+    parts = ["p0", "p1", "p2"]
+    kept = [n for n in parts if n != parts[which]]
+    sizes = [2, 2, 2]
+    sizes[which] = 4
+    text = f"""g ({X}) => (float[batch, time, 1] a, float[batch, time, 3] b, {
+        ", ".join(f"float[batch, time, 2] {n}_out" for n in kept)
+    })
+    {{
+        sizes = Constant <value_ints = {sizes}> ()
+        {", ".join(parts)} = Split {outer} (x, sizes)
+        {" ".join(f"{n}_out = Neg ({n})" for n in kept)}
+        more = Constant <value_ints = [1, 3]> ()
+        a, b = Split {inner} ({parts[which]}, more)
+    }}"""
+    assert after(text, inferred(lifted(split_rows))) == ["Split", "Neg", "Neg"]
+
+
+def test_a_split_of_rows_without_an_axis_is_one_too_and_one_of_another_axis_stays():
+    text = """g (float[6, 8] x) => (float[1, 8] a, float[1, 8] b, float[4, 8] c)
+    {
+        outer = Constant <value_ints = [2, 4]> ()
+        some, rest = Split (x, outer)
+        c = Neg (rest)
+        inner = Constant <value_ints = [1, 1]> ()
+        a, b = Split (some, inner)
+    }"""
+    assert after(text, inferred(lifted(split_rows))) == ["Split", "Neg"]
+    other = text.replace("Split (some, inner)", "Split <axis = 1> (some, inner)").replace("[1, 1]", "[4, 4]")
+    other = other.replace("float[1, 8] a, float[1, 8] b", "float[2, 4] a, float[2, 4] b")
+    assert after(other, inferred(lifted(split_rows)), count=0) == ["Split", "Neg", "Split"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"=> (": "=> (float[batch, time, 15] o, ", "a = MatMul": "m = Neg (x)\n    o = MatMul (m, W)\n    a = MatMul"},
+        {"float[15] B": "float[batch, time, 15] b", "(a, B)": "(a, b)"},
+        {"float[8, 15] W": "float[8, 15] m", "(x, W)": "(x, m)"},
+        {"float[15] B": "float[1] B"},
+        {"a = MatMul (x, W)": "m = MatMul (x, W)\n    a = Neg (m)"},
+    ],
+    ids=["its matrix is read elsewhere", "no bias", "no weights", "a bias for all", "no product"],
+)
+def test_heads_that_no_product_of_their_own_made_stay(changes):
+    text = ROWS
+    for was, found in changes.items():
+        assert was in text
+        text = text.replace(was, found, 1)
+    assert "Reshape" in after(text, inferred(lifted(split_rows)), count=0)
+
+
+def test_heads_of_a_number_that_is_not_known_stay():
+    text = """g (float[batch, time, heads, 8] x) => (float[batch, time, some] y, float[batch, time, some] z)
+    {
+        sizes = Constant <value_ints = [4, 4]> ()
+        v, w = Split <axis = 3> (x, sizes)
+        all = Constant <value_ints = [0, 0, -1]> ()
+        y = Reshape (v, all)
+        z = Reshape (w, all)
+    }"""
+    assert lifted(split_rows)(built(text)) == 0
+
+
 HEADS = """g (float[batch, time, 16] x)
     => (float[batch, 2, time, 4] q, float[batch, 1, time, 4] k, float[batch, 1, time, 4] v)
     <float[batch, time, 2, 4] a, float[batch, time, 1, 4] b, float[batch, time, 1, 4] c>
