@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from tests import captured
 from thesean.deploy.parity import (
     Check,
     CheckSizes,
@@ -120,25 +121,17 @@ def test_all_sizes_are_compared_up_to_four_times_the_length_of_training_and_what
     assert skipped == ["not checked at (1, 1): the torch module doesn't run there either"]
 
 
-class Table(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places = nn.Embedding(5, 2), nn.Embedding(30, 2)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.words(ids) + self.places(torch.arange(ids.shape[1]))
-
-
 def test_a_table_of_positions_bounds_the_longest():
-    ids = signature(InputSpec(name="ids", dtype=LONG, shape=("batch", "time"), high=5))
-    table = Table()
-    graph = fx.Graph()
-    graph.output(graph.call_module("table", (graph.placeholder("ids"),)))
-    module = fx.GraphModule({"table": table}, graph)
-    with torch.no_grad():
-        checks, skipped = compare_all(File(lambda ids: {"y": table(ids)}), None, module, ids, ("y",), 5)
-    assert [c.shape for c in checks][-1] == (1, 20)
-    assert skipped == []
+    guide = captured.tabled()  # of 64
+
+    def file(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {"y": guide.graph_module(input_ids=input_ids)}
+
+    for train_length, longest in ((10, 40), (30, 64)):
+        checks, skipped = compare_all(File(file), None, guide.graph_module, guide.signature, ("y",), train_length)
+        assert checks[-1].shape == (1, longest)
+        assert skipped == []
 
 
 MASK = InputSpec(name="mask", dtype=LONG, shape=("batch", "time"))

@@ -492,6 +492,29 @@ def test_a_slice_of_what_was_joined_is_the_part():
     assert after(text, lifted(split_slices)) == ["Neg"]
 
 
+@pytest.mark.parametrize(
+    ("axis", "start", "end", "left"),
+    [
+        (1, 0, 2, ["Neg"]),
+        (1, 2, 4, ["Neg"]),
+        (1, 1, 3, ["Concat", "Slice", "Neg"]),
+        (2, 0, 2, ["Concat", "Slice", "Neg"]),
+    ],
+)
+def test_a_slice_is_a_part_where_it_is_all_of_one_on_the_axis_of_the_parts(axis, start, end, left):
+    made = "float[batch, 2, 4] y" if axis == 1 else "float[batch, 4, 2] y"
+    text = f"""g (float[batch, 2, 4] a, float[batch, 2, 4] b) => ({made}) <float[batch, 4, 4] all>
+    {{
+        all = Concat <axis = 1> (a, b)
+        start = Constant <value_ints = [{start}]> ()
+        end = Constant <value_ints = [{end}]> ()
+        axis = Constant <value_ints = [{axis}]> ()
+        part = Slice (all, start, end, axis)
+        y = Neg (part)
+    }}"""
+    assert after(text, lifted(split_slices), count=int(len(left) == 1)) == left
+
+
 ROWS = f"""g ({X}, float[8, 15] W, float[15] B) => (float[batch, time, 12] y, float[batch, time, 3] z)
 <float[batch, time, 15] flat, float[batch, time, 3, 5] heads, float[batch, time, 3, 4] v, float[batch, time, 3, 1] w>
 {{
