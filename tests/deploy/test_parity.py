@@ -16,9 +16,11 @@ from torch import fx, nn
 
 from tests import captured
 from thesean.deploy.parity import (
+    IN_TORCH,
     Check,
     CheckSizes,
     compare_all,
+    compare_chunks,
     compare_whole,
     largest,
     not_comparable,
@@ -27,7 +29,9 @@ from thesean.deploy.parity import (
     sizes_to_check,
     with_padding,
 )
+from thesean.errors import ExportError
 from thesean.passes.graph.signature import Bound, InputSpec, Signature
+from thesean.passes.thread_state import FAR
 
 FLOAT, LONG = torch.float32, torch.int64
 
@@ -211,3 +215,68 @@ def test_torch_refuses_ids_below_the_first_row_unless_the_network_takes_them_for
     assert refuses_negative(fx.symbolic_trace(Clamped(-9)), ids, "ids")
     assert not refuses_negative(fx.symbolic_trace(Clamped(0)), ids, "ids")
     assert not refuses_negative(fx.symbolic_trace(Clamped(20)), ids, "ids")  # nothing is known
+
+
+def running_sum() -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A network, and the same with the sum so far as its state."""
+
+    class Threaded(nn.Module):
+        def forward(self, x: torch.Tensor, state_in_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x.cumsum(1) + state_in_sum.unsqueeze(1)
+            return y, y[:, -1]
+
+    threaded = fx.symbolic_trace(Threaded())
+    threaded.meta["states"] = (InputSpec(name="state_in_sum", dtype=FLOAT, shape=("batch", 3)),)
+    return network(lambda x: x.cumsum(1)), threaded
+
+
+class Summing(File):
+    """A file that carries the sum; `wrong` changes what it gives in a later chunk."""
+
+    def __init__(self, wrong: Callable[[np.ndarray], np.ndarray] = lambda y: y) -> None:
+        super().__init__(lambda: None, is_stateful=True)
+        self.wrong = wrong
+
+    def run(self, inputs: dict[str, np.ndarray], state: Any = None) -> tuple[dict[str, np.ndarray], Any]:
+        y = inputs["x"].cumsum(1) + (0.0 if state is None else state[:, None])
+        return {"y": y if state is None else self.wrong(y)}, y[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("far", "longest", "shapes"),
+    [(10, None, [(3, 20)]), (20, None, [(3, 20)]), (21, None, [(3, 20), (1, 21)]), (40, 12, [(3, 12), (1, 40)])],
+)
+def test_chunks_are_compared_with_the_whole_and_again_past_what_positions_are_compared_with(far, longest, shapes):
+    module, threaded = running_sum()
+    threaded.meta[FAR] = far
+    checks = compare_chunks(Summing(), threaded, module, TIMED, ("y",), longest)
+    labels = ("chunks in onnxruntime vs whole", IN_TORCH)
+    assert [(c.label, c.shape) for c in checks] == [(label, shape) for shape in shapes for label in labels]
+    assert max(c.max_abs_error for c in checks) < 1e-5
+
+
+def test_far_is_no_further_than_the_network_goes():
+    module, threaded = running_sum()
+    threaded.meta[FAR] = 40
+    bounded = signature(*TIMED.inputs, bounds=(Bound(name="time", most=30),))
+    checks = compare_chunks(Summing(), threaded, module, bounded, ("y",), None)
+    assert {c.shape for c in checks} == {(3, 20), (1, 30)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "at_least"), [(lambda y: y + 0.5, 0.01), (lambda y: np.concatenate([y, y], 1), math.inf)]
+)
+def test_a_file_whose_chunks_are_others_is_found_and_torch_is_not_blamed(wrong, at_least):
+    module, threaded = running_sum()
+    threaded.meta[FAR] = 0
+    in_file, in_torch = compare_chunks(Summing(wrong), threaded, module, TIMED, ("y",), None)
+    assert in_file.max_abs_error >= at_least
+    assert in_torch.max_abs_error < 1e-5
+
+
+def test_a_module_that_does_not_run_where_chunks_are_compared_is_told():
+    _, threaded = running_sum()
+    threaded.meta[FAR] = 0
+    long = network(lambda x: x[:, 30].unsqueeze(1) + x)
+    with pytest.raises(ExportError, match=r"the torch module doesn't run at \(3, 20\), where chunks are compared"):
+        compare_chunks(Summing(), threaded, long, TIMED, ("y",), None)

@@ -473,6 +473,23 @@ def test_slices_that_take_all_are_one_split():
     assert after(SLICES.replace("END", str(2**63 - 1)), lifted(split_slices)) == ["Split"]
 
 
+def test_the_axis_may_be_counted_from_the_end_and_the_value_be_made_late():
+    text = SLICES.replace("END", str(2**63 - 1)).replace(
+        "axis = Constant <value_ints = [2]>", "axis = Constant <value_ints = [-1]>"
+    )
+    assert after(text, lifted(split_slices)) == ["Split"]
+    text = text.replace("Slice (x", "Slice (late").replace("y = Slice", "late = Neg (x)\n    y = Slice")
+    assert after(text, inferred(lifted(split_slices))) == ["Neg", "Split"]
+
+
+def test_slices_in_strides_stay_and_those_of_a_stride_of_one_do_not():
+    text = SLICES.replace("END", "8").replace("axis)", "axis, stride)")
+    text = text.replace("none = ", "stride = Constant <value_ints = [STRIDE]> ()\n    none = ")
+    assert after(text.replace("STRIDE", "1"), lifted(split_slices)) == ["Split"]
+    two = text.replace("STRIDE", "2").replace("time, 3] y", "time, 2] y").replace("time, 5] z", "time, 3] z")
+    assert after(two, lifted(split_slices), count=0) == ["Slice", "Slice"]
+
+
 def test_slices_that_leave_something_stay():
     text = SLICES.replace("END", "7").replace("time, 5]", "time, 4]")
     assert after(text, lifted(split_slices), count=0) == ["Slice", "Slice"]
