@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from thesean import artifact, load_artifact
-from thesean.errors import ArtifactError, DataError
+from thesean.errors import ArtifactError, DataError, ExportError
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature, output_wrapper
@@ -127,6 +127,8 @@ class Converted:
         from thesean.deploy.encoder_decoder import export_network
         from thesean.deploy.onnx_file import PLAN, REPORT
 
+        if data is not None and quantize is None:
+            raise ExportError("data: only a quantised file is judged on it. Leave it out, or give quantize= too.")
         with dumping(dump_graphs):
             return export_network(
                 self.module,

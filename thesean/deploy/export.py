@@ -13,16 +13,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Unpack, get_args
+from typing import Unpack
 
 import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import Checking, ExportReport, Form, Stateful, check_runtime, parse_stateful
+from thesean.deploy.export_report import ExportReport, Form, Stateful, check_runtime, check_words, parse_stateful
 from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
-from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
+from thesean.deploy.lowering.to_onnx import output_names, parse_opset, to_onnx
 from thesean.deploy.onnx_file import (
     DELAY,
     GUIDE,
@@ -137,8 +137,7 @@ def export(
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     wanted = parse_stateful(stateful)
-    if form.get("check", "all") not in get_args(Checking):
-        raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
+    check_words(form)
     if form.get("quantize") is not None:
         check_form(form.get("quantize"), form.get("dtype"))
     asked = _Asked(
@@ -146,7 +145,7 @@ def export(
         signature=signature,
         path=named(path),
         dtype=parse_dtype(form.get("dtype")),
-        opset=DEFAULT_OPSET if opset is None else opset,
+        opset=parse_opset(opset),
         portable=runtime == "portable",
         tolerance=tolerance,
         train_length=train_length,
@@ -352,7 +351,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """What a file's precision is asked for as. Raises ExportError for one that files don't have."""
     if isinstance(dtype, str):  # "float16", as a report writes it
         dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
-    if dtype is not None and dtype not in PARITY:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in PARITY):
         raise ExportError(
             f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
             "a CPU. Leave it out for a float32 file, whatever the network's own precision is."

@@ -172,7 +172,7 @@ def _mentions(path: Path, word: str) -> bool:
 
 def _shortened(name: str) -> str:
     """With room for what makes it the name of weights, in a file system's 255 bytes."""
-    return name.encode()[:200].decode(errors="ignore")
+    return name.encode(errors="ignore")[:200].decode(errors="ignore")  # protobuf has no bytes that are no letters
 
 
 def weights_bytes(model: ir.Model) -> int:
