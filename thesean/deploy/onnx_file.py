@@ -6,7 +6,6 @@ moment the model of that name finds the weights that it was written with.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import re
@@ -19,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thesean.deploy.told import StateRow, told_as
 from thesean.errors import ExportError
 from thesean.scratch import file_sha256, followed, leftovers, named, remove, scratch, scratches, sync, telling
 from thesean.write_file import made_in, mode_kept
@@ -225,7 +225,7 @@ def declared(path: Path) -> tuple[Declared, Declared, tuple[str, ...]]:
     import onnx
 
     model = read(path)
-    states = [row["name"] for row in json.loads(told_by(model).get(STATES, "[]"))]
+    states = [row.name for row in told_as(told_by(model), STATES, tuple[StateRow, ...], ())]
     rows = {}
     for value in model.graph.input:
         kind = value.type.tensor_type

@@ -6,13 +6,14 @@ V vocabulary, K tokens that are left to draw from
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
-from thesean.errors import DataError, NumericalError
+from thesean.errors import DataError, NumericalError, unknown_name
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -46,7 +47,7 @@ class Sampling:
         penalty = self.repetition_penalty
         for name, fits, expected in (
             ("temperature", _number(self.temperature) and self.temperature >= 0, "a number of at least 0"),
-            ("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "a whole number of at least 1"),
+            ("top_k", self.top_k is None or (is_whole(self.top_k) and self.top_k >= 1), "a whole number of at least 1"),
             ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1"),
             ("min_p", _number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("repetition_penalty", _number(penalty) and penalty > 0, "a number above 0"),
@@ -55,6 +56,15 @@ class Sampling:
                 raise DataError(f"{name}: expected {expected}, found {getattr(self, name)!r}.")
         if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
             raise DataError("top_k, top_p and min_p need a temperature: at 0 the likeliest token is taken.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sampling:
+        """Raises DataError, and UnknownNameError for an option that there is not."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise unknown_name("setting", name, known)
+        return cls(**options)
 
     @cached_property
     def heeds_repetition(self) -> bool:
@@ -118,5 +128,6 @@ def _number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Python's or numpy's, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
