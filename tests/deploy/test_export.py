@@ -286,6 +286,10 @@ def test_rounding_is_what_any_order_of_sums_may_lead_to():
     found, usual = (rounding(g.graph_module, g.signature, (2,)) for g in (guide, calm))
     assert found > 20 * usual > 0
     assert models.same_state(guide.graph_module, before)
+    wide = capture(Amplifies().double().eval(), {"x": torch.randn(4, 64).double()})
+    before = models.state_of(wide.graph_module)
+    rounding(wide.graph_module, wide.signature, (2,))
+    assert models.same_state(wide.graph_module, before)  # its weights needn't be cast, and are still not written into
 
 
 def held_to(error: float, own: float, asked: bool = False) -> tuple[float, str]:

@@ -34,6 +34,7 @@ from thesean.deploy.onnx_file import (
     TOGETHER,
     UNCHECKED,
     UNTRIED,
+    Draft,
     draft,
 )
 from thesean.deploy.parity import (
@@ -240,7 +241,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
-            checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            checks, skipped = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
             unchecked = not_comparable(checks)
             if unchecked and asked.form.get("check", "all") != "skip":
                 raise ExportError(
@@ -263,7 +264,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             assert samples is not None, "whoever asks for a quantised file says what it is judged on"
             made = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
             tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
-            found, _ = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            found, _ = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
             checks = [c for c in found if c.label != IN_TORCH]
             allowed_error(checks, tolerance, path, lambda shape: 0.0, COARSE)
             drafted.tell({QUANTIZED: made.to_json(), PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
@@ -288,6 +289,11 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         weights=drafted.weights,
         quantized=made,
     )
+
+
+def _checked(drafted: Draft) -> Session:
+    """The file to compare; weights beside it, which may be larger than what is left of the memory, stay there."""
+    return Session(drafted.path, mapped=drafted.weights is not None)
 
 
 def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, str]:

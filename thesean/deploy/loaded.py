@@ -70,11 +70,12 @@ class Loaded:
     that onnxruntime can't load, and for weights beside it that are missing or were changed.
 
     `lean`: a run that starts a sequence gives its working memory back at its end, and has to ask for it again.
+    `mapped`: weights beside the file are read where they are, and take no memory of their own; products are slower.
     `delay`: how many steps late outputs come, where parts of the network look ahead; `flush` brings out the last ones.
     `held` are the inputs of a decoder that its encoder gives: the same in every call, of as many rows as the others.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1, lean: bool = False) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, lean: bool = False, mapped: bool = False) -> None:
         require("onnxruntime")
         import onnxruntime as ort
 
@@ -86,6 +87,8 @@ class Loaded:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised, not printed
+        if mapped:  # else onnxruntime arranges each matrix anew, in memory
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             real = os.path.realpath(path)  # a link's target has its weights beside it, the link has not
             self._session = ort.InferenceSession(real, options, providers=["CPUExecutionProvider"])
