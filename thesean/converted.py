@@ -104,6 +104,7 @@ class Converted:
         quantize: Literal["int8", "int8-static", "int4"] | None = None,
         data: Iterable[Any] | None = None,
         runtime: Literal["onnxruntime", "genai", "portable"] = "onnxruntime",
+        operators: Literal["auto", "fused", "products"] = "auto",
         tokenizer: Any = None,
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
@@ -121,7 +122,9 @@ class Converted:
         report, the states and the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the
         graph as text after each pass of the export, numbered behind what `compile` left there. `runtime`: "genai" makes
         `path` a folder that onnxruntime-genai loads, compared there too; `tokenizer`, a folder or what has
-        `save_pretrained`, goes with it. "portable" keeps to operators of ONNX itself. Raises ExportError and
+        `save_pretrained`, goes with it. "portable" keeps to operators of ONNX itself. `operators`: linear
+        attention by onnxruntime's own operator, "fused", which is slow in long sequences on processors without AVX-512,
+        or as "products"; "auto" times both on this machine, and the report says which it took. Raises ExportError and
         WriteError, and then leaves no file; MissingExtraError.
         """
         from thesean.deploy.encoder_decoder import export_network
@@ -143,6 +146,7 @@ class Converted:
                 check=check,
                 quantize=quantize,
                 runtime=runtime,
+                operators=operators,
                 tokenizer=tokenizer,
                 samples=None if quantize is None else samples_of(data, self.signature, self._home),
                 about={PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())},
