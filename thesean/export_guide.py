@@ -27,6 +27,7 @@ def export_guide(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     stateful: Literal["auto", "yes", "no"] | bool = "auto",
     opset: int | None = None,
+    tolerance: float | None = None,
     **form: Unpack[Form],
 ) -> ExportReport:
     """Write `model` as it is to an ONNX file that onnxruntime was seen to run with torch's numbers.
@@ -34,13 +35,16 @@ def export_guide(
     A causal language model gets its keys and values as state, so that one file serves prefill, chunks and single steps:
     the fair rival of a conversion's. It is what `compile(...).frontier[0].export(path)` writes, without a conversion;
     positions past a table read its last row there. The arguments are those of `compile` and `Converted.export`,
-    `dtype`, `external_data`, `check` and `quantize` among them.
+    `dtype`, `external_data`, `check`, `quantize`, `runtime` and `operators` among them.
 
-    Raises CaptureError, DataError, ExportError (no file is left then) and MissingExtraError.
+    Raises CaptureError, DataError, ExportError (no file is left then), MissingExtraError, and UnknownNameError for an
+    argument that there is not.
     """
     from thesean.deploy.encoder_decoder import export_network
+    from thesean.deploy.export_report import check_options
     from thesean.deploy.quantizing.quantized import check_form
 
+    check_options(form)
     if form.get("quantize") is not None:
         check_form(form.get("quantize"), form.get("dtype"))
     request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic)
@@ -54,6 +58,7 @@ def export_guide(
         path,
         stateful=stateful,
         opset=opset,
+        tolerance=tolerance,
         **form,
         train_length=captured.signature.example_sizes.get("time"),
     )
