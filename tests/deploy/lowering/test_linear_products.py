@@ -49,9 +49,12 @@ def run(model: Any, feeds: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("decays", [True, False])
-def test_the_function_is_the_kernel_whole_and_in_chunks(heads, groups, decays):
+@pytest.mark.parametrize("portable", [True, False])
+def test_the_function_is_the_kernel_whole_and_in_chunks(heads, groups, decays, portable):
     model = alone(heads, groups, "gated" if decays else "linear")
-    assert linear_products(model) == 1
+    assert linear_products(model, portable) == 1
+    (function,) = model.functions.values()
+    assert {n.domain for n in function.all_nodes()} == ({""} if portable else {"", "com.microsoft"})
     assert not decays_by_head(model)
     time, random = 150, torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, time, n, w, generator=random) for n, w in ((heads, F), (groups, F), (groups, K)))
