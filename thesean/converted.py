@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from thesean import artifact, load_artifact
-from thesean.errors import ArtifactError, DataError
+from thesean.errors import ArtifactError, DataError, ExportError
 from thesean.keywords import check_keywords
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import usual_settings
@@ -131,6 +131,8 @@ class Converted:
 
         check_keywords(Converted.export, FileForm, asked)
         form = Form(**asked)  # type: ignore[typeddict-item]  # more may be put in
+        if data is not None and form.get("quantize") is None:
+            raise ExportError("data: only a quantised file is judged on it. Leave it out, or give quantize= too.")
         with dumping(dump_graphs):
             if form.get("quantize") is not None:
                 form["samples"] = samples_of(data, self.signature, self._home)

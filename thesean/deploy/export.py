@@ -13,16 +13,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Unpack, get_args
+from typing import Unpack
 
 import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import Checking, ExportReport, Form, Stateful, check_runtime, parse_stateful
+from thesean.deploy.export_report import ExportReport, Form, Stateful, check_runtime, check_words, parse_stateful
 from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
-from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
+from thesean.deploy.lowering.to_onnx import output_names, parse_opset, to_onnx
 from thesean.deploy.onnx_file import (
     DELAY,
     GUIDE,
@@ -34,6 +34,7 @@ from thesean.deploy.onnx_file import (
     TOGETHER,
     UNCHECKED,
     UNTRIED,
+    Draft,
     draft,
 )
 from thesean.deploy.parity import (
@@ -137,8 +138,7 @@ def export(
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     wanted = parse_stateful(stateful)
-    if form.get("check", "all") not in get_args(Checking):
-        raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
+    check_words(form)
     if form.get("quantize") is not None:
         check_form(form.get("quantize"), form.get("dtype"))
     asked = _Asked(
@@ -146,7 +146,7 @@ def export(
         signature=signature,
         path=named(path),
         dtype=parse_dtype(form.get("dtype")),
-        opset=DEFAULT_OPSET if opset is None else opset,
+        opset=parse_opset(opset),
         portable=runtime == "portable",
         tolerance=tolerance,
         train_length=train_length,
@@ -241,7 +241,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
-            checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            checks, skipped = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
             unchecked = not_comparable(checks)
             if unchecked and asked.form.get("check", "all") != "skip":
                 raise ExportError(
@@ -264,7 +264,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             assert samples is not None, "whoever asks for a quantised file says what it is judged on"
             made = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
             tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
-            found, _ = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            found, _ = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
             checks = [c for c in found if c.label != IN_TORCH]
             allowed_error(checks, tolerance, path, lambda shape: 0.0, COARSE)
             drafted.tell({QUANTIZED: made.to_json(), PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
@@ -289,6 +289,11 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         weights=drafted.weights,
         quantized=made,
     )
+
+
+def _checked(drafted: Draft) -> Session:
+    """The file to compare; weights beside it, which may be larger than what is left of the memory, stay there."""
+    return Session(drafted.path, mapped=drafted.weights is not None)
 
 
 def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, str]:
@@ -352,7 +357,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """What a file's precision is asked for as. Raises ExportError for one that files don't have."""
     if isinstance(dtype, str):  # "float16", as a report writes it
         dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
-    if dtype is not None and dtype not in PARITY:
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in PARITY):
         raise ExportError(
             f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
             "a CPU. Leave it out for a float32 file, whatever the network's own precision is."

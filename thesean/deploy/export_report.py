@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -19,6 +19,13 @@ from thesean.errors import ExportError
 Stateful = Literal["auto", "yes", "no"] | bool
 Checking = Literal["all", "skip"]
 Runtime = Literal["onnxruntime", "genai", "portable"]
+
+
+# Endings of what others write; a file of ours by such a name would be taken for one.
+_OTHERS = (
+    ".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".ort", ".gguf", ".tflite", ".engine", ".plan", ".xml", ".mlmodel",
+    ".mlpackage",
+)  # fmt: skip
 
 
 class FileForm(TypedDict, total=False):
@@ -41,7 +48,7 @@ class Form(FileForm, total=False):
 
 
 def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Runtime:
-    """Raises ExportError for one that isn't known, and for what is nothing to it."""
+    """Raises ExportError for one that isn't known, for what is nothing to it, and for a name of another form."""
     known = get_args(Runtime)
     if runtime not in known:
         raise ExportError(f"runtime: expected one of {', '.join(known)}, found {runtime!r}.")
@@ -51,6 +58,14 @@ def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Ru
         raise ExportError("quantize: its operators are onnxruntime's own; leave it out for runtime='portable'.")
     if runtime != "onnxruntime" and path.suffix == ".pt2":
         raise ExportError(f"{path}: runtime={runtime!r} is for ONNX. Leave it out, or give another name.")
+    if runtime == "genai" and path.suffix == ".onnx":
+        raise ExportError(f"{path}: runtime='genai' makes a folder, the model inside; expected a folder's name.")
+    ending = path.suffix.lower()
+    if ending in _OTHERS or (ending == ".pt2" and path.suffix != ending):
+        raise ExportError(
+            f"{path}: expected a name that ends in .onnx or .pt2, found {path.suffix}: only ONNX and torch's own form "
+            "are written."
+        )
     found: Runtime = runtime
     return found
 
@@ -58,9 +73,17 @@ def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Ru
 def parse_stateful(stateful: Stateful) -> bool | None:
     """True, False, or None for "auto". Raises ExportError."""
     known: dict[Stateful, bool | None] = {"auto": None, "yes": True, "no": False, True: True, False: False}
-    if stateful not in known:
+    if not isinstance(stateful, Hashable) or stateful not in known:
         raise ExportError(f"stateful: expected 'auto', 'yes', 'no', True or False, found {stateful!r}.")
     return known[stateful]
+
+
+def check_words(form: Form) -> None:
+    """Raises ExportError for a `check` and an `external_data` that mean nothing."""
+    if (checked := form.get("check", "all")) not in get_args(Checking):
+        raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {checked!r}.")
+    if (beside := form.get("external_data")) not in (None, True, False):
+        raise ExportError(f"external_data: expected True, False or None, found {beside!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
