@@ -175,7 +175,8 @@ def table(result: Result) -> str:
         lines += [*(f"> {note}  " for note in details["will_it_pay"]["notes"]), ""]
         chosen = details["auto"]["notes"][0].partition(": ")[2]
         speed = f"{settings['speedup']:g} times the guide's speed at {settings['length']} tokens"
-        lines += [f"`auto` at {speed}: {chosen}.", ""]
+        beside = [f"> {note}  " for note in details["auto"]["notes"] if note.startswith("the guide itself in int8")]
+        lines += [f"`auto` at {speed}: {chosen}.", "", *beside, ""]
     guide = {c: details["ms"]["guide"][f"prefill_{c}"] for c in settings["contexts"]}
     heads = [f"speed-up at {c}" for c in guide]
     stages = [s for s in _STAGES if all(s in row for row in result["cases"])]
