@@ -120,10 +120,14 @@ class Converted:
           like the example), its latency and its bytes; errors may be 0.15, 0.2 and 0.5 of the output's scale there.
         - `runtime`: "onnxruntime"; "genai" makes `path` a folder that onnxruntime-genai loads, compared there too;
           "portable" keeps to operators of ONNX itself.
+        - `operators`: linear attention by onnxruntime's own operator, "fused", which is slow in long sequences on
+          processors without AVX-512, or as "products"; "auto" times both on this machine, and the report says which it
+          took.
         - `tokenizer`: a folder or what has `save_pretrained`, which goes into the folder of "genai".
 
         The file's metadata hold the plan, the report, the states and the parity that was seen: `thesean inspect` prints
-        them. Raises ExportError and WriteError, and then leaves no file; MissingExtraError.
+        them. Raises ExportError and WriteError, and then leaves no file; MissingExtraError, and UnknownNameError for an
+        argument that there is not.
         """
         from thesean.deploy.encoder_decoder import export_network
         from thesean.deploy.export_report import FileForm, Form

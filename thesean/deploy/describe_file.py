@@ -11,6 +11,7 @@ from thesean.deploy.onnx_file import (
     BESIDE_ENCODER,
     DELAY,
     GUIDE,
+    OPERATORS,
     PARITY_SEEN,
     SIZES,
     STATES,
@@ -60,7 +61,8 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         origin = told_as(told, GUIDE, Origin, Origin())
         known = [("weights", origin.weights), ("commit", origin.commit)]
         sections.append("\n".join(["guide", *(f"  {name} {value}" for name, value in known if value)]))
-    sections.append("operators\n  " + _operators(model))
+    written = f"\n  linear attention as {told[OPERATORS]}" if OPERATORS in told else ""
+    sections.append(f"operators\n  {_operators(model)}{written}")
     if PARITY_SEEN in told:
         checks = told_as(told, PARITY_SEEN, tuple[Check, ...], ())
         unchecked = f"\n  not checked: {told[UNCHECKED]}" if UNCHECKED in told else ""

@@ -19,14 +19,25 @@ import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import ExportReport, Form, Stateful, check_runtime, check_words, parse_stateful
+from thesean.deploy.export_report import (
+    PARITY,
+    ExportReport,
+    Form,
+    Stateful,
+    check_runtime,
+    check_words,
+    parse_dtype,
+    parse_stateful,
+)
 from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
+from thesean.deploy.lowering.choose_operators import choose_operators
 from thesean.deploy.lowering.to_onnx import output_names, parse_opset, to_onnx
 from thesean.deploy.onnx_file import (
     DELAY,
     GUIDE,
     IDS,
+    OPERATORS,
     PARITY_SEEN,
     ROWS,
     SIZES,
@@ -76,9 +87,6 @@ from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_
 from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.scratch import named
 
-# Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
-PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
-
 _STATES = re.compile(r"^(cache attention|delay steps|thread state): ")  # how the refusals of a state begin
 
 _TOGETHER = "the rows of a batch count their steps together: start them together"
@@ -123,7 +131,7 @@ def export(
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     runtime, tokenizer = form.pop("runtime", "onnxruntime"), form.pop("tokenizer", None)
-    if check_runtime(runtime, tokenizer, named(path), form.get("quantize")) == "genai":
+    if check_runtime(runtime, tokenizer, named(path), form) == "genai":
         if parse_stateful(stateful) is False:
             raise ExportError("stateful: runtime='genai' decodes step by step; expected 'auto' or 'yes', found 'no'.")
         write = partial(
@@ -174,7 +182,7 @@ def _export_torch(
 ) -> ExportReport:
     """Raises ExportError, for what is said of ONNX alone too."""
     given = {"opset": opset, **{k: v for k, v in form.items() if k not in ("about", "samples")}}
-    if meant := [k for k, v in given.items() if v is not None and v != "all"]:
+    if meant := [k for k, v in given.items() if v is not None and v not in ("all", "auto")]:
         raise ExportError(f"{path}: {', '.join(meant)} is for ONNX files alone. Leave it out, or write an .onnx file.")
     dtypes = dtypes_for(graph_module, signature, None)
     signature = cast_signature(signature, dtypes)
@@ -238,6 +246,8 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         try:
             example = _example(module, signature, stream, states, train_length)
             model = to_onnx(lowered, example, inputs, outputs, asked.opset, asked.portable)
+            written, told_of = choose_operators(model, asked.form.get("operators", "auto"))
+            told |= {OPERATORS: written} if written else {}
             describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
@@ -248,6 +258,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
                     f"{path}: {unchecked}. No file was written. Convert with data= or example_inputs= that the network "
                     "is finite on: checks are made of them. check='skip' writes it all the same, and says so."
                 )
+            skipped += [told_of] if told_of else []
             skipped += [untried(constants)] if constants else []
             skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
             exact, is_asked = partial(rounding, module, signature), asked.tolerance is not None
@@ -287,6 +298,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),
         weights=drafted.weights,
+        operators=written,
         quantized=made,
     )
 
@@ -351,18 +363,6 @@ def _compare(
         return compare_all(session, threaded, module, signature, names, train_length)
     except DataError as error:
         raise ExportError(f"{path}: the file does not run where the module does: {error}") from error
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """What a file's precision is asked for as. Raises ExportError for one that files don't have."""
-    if isinstance(dtype, str):  # "float16", as a report writes it
-        dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
-    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in PARITY):
-        raise ExportError(
-            f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
-            "a CPU. Leave it out for a float32 file, whatever the network's own precision is."
-        )
-    return dtype
 
 
 def _lower(module: fx.GraphModule, passes: Sequence[Pass | Attempt]) -> tuple[fx.GraphModule, str]:

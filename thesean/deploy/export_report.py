@@ -9,12 +9,16 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
+from thesean.deploy.lowering.choose_operators import Operators, parse_operators
 from thesean.deploy.onnx_file import Draft
 from thesean.deploy.parity import Check, largest
 from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.samples import Samples
 from thesean.deploy.quantizing.tools import Quantize
 from thesean.errors import ExportError
+
+# Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
+PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
 
 Stateful = Literal["auto", "yes", "no"] | bool
 Checking = Literal["all", "skip"]
@@ -29,13 +33,16 @@ _OTHERS = (
 
 
 class FileForm(TypedDict, total=False):
-    """How a file is written, beside what it computes: what a caller of Thesean's may ask for."""
+    """How a file is written, beside what it computes: what a caller of Thesean's may ask for. `operators` are those of
+    linear attention: see `lowering.choose_operators`.
+    """
 
     dtype: torch.dtype | str | None
     external_data: bool | None
     check: Checking
     quantize: Quantize | None
     runtime: Runtime
+    operators: Operators
     tokenizer: Any
 
 
@@ -47,14 +54,16 @@ class Form(FileForm, total=False):
     into: Draft | None
 
 
-def check_runtime(runtime: Any, tokenizer: Any, path: Path, quantize: Any) -> Runtime:
+def check_runtime(runtime: Any, tokenizer: Any, path: Path, form: Form) -> Runtime:
     """Raises ExportError for one that isn't known, for what is nothing to it, and for a name of another form."""
-    known = get_args(Runtime)
+    known, operators = get_args(Runtime), parse_operators(form.get("operators", "auto"))
     if runtime not in known:
         raise ExportError(f"runtime: expected one of {', '.join(known)}, found {runtime!r}.")
     if tokenizer is not None and runtime != "genai":
         raise ExportError("tokenizer: only a folder for runtime='genai' has one. Leave it out, or ask for that.")
-    if runtime == "portable" and quantize is not None:
+    if runtime == "portable" and operators != "auto":
+        raise ExportError(f"operators={operators!r}: runtime='portable' has products alone. Leave it out.")
+    if runtime == "portable" and form.get("quantize") is not None:
         raise ExportError("quantize: its operators are onnxruntime's own; leave it out for runtime='portable'.")
     if runtime != "onnxruntime" and path.suffix == ".pt2":
         raise ExportError(f"{path}: runtime={runtime!r} is for ONNX. Leave it out, or give another name.")
@@ -86,14 +95,27 @@ def check_words(form: Form) -> None:
         raise ExportError(f"external_data: expected True, False or None, found {beside!r}.")
 
 
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What a file's precision is asked for as. Raises ExportError for one that files don't have."""
+    if isinstance(dtype, str):  # "float16", as a report writes it
+        dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in PARITY):
+        raise ExportError(
+            f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
+            "a CPU. Leave it out for a float32 file, whatever the network's own precision is."
+        )
+    return dtype
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """A file and what was seen of it; its `opset` is 0 where it is no ONNX. Errors in `checks` are relative to the
     output's scale, none above `tolerance`.
 
     `weights` is the file beside it that holds them, None where they are inside; `bytes` counts both. `delay`: how many
-    steps late the outputs of a stream whose parts look ahead come. `encoder`: of the file beside a decoder's that makes
-    its source what it reads; the `checks` of this one are of both together as well.
+    steps late the outputs of a stream whose parts look ahead come. `operators`: how linear attention is written,
+    "fused" or "products", "" where there is none. `encoder`: of the file beside a decoder's that makes its source what
+    it reads; the `checks` of this one are of both together as well.
     """
 
     path: Path
@@ -109,6 +131,7 @@ class ExportReport:
     delay: int = 0
     dtype: str = "float32"
     weights: Path | None = None
+    operators: str = ""
     quantized: Quantized | None = None
     encoder: ExportReport | None = None
 

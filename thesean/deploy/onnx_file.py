@@ -46,6 +46,7 @@ UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the call
 UNTRIED = "thesean.untried"  # whole numbers that positions are compared with, too large to try steps past them
 GUIDE = "thesean.guide"  # the hash of its weights, and their commit where one is known
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
+OPERATORS = "thesean.operators"  # how linear attention is written: "fused" or "products"
 BESIDE_ENCODER = "thesean.encoder"  # of a decoder: its encoder's file, that file's SHA-256, and what it gives
 BESIDE_DECODER = "thesean.decoder"  # of an encoder: its decoder's file
 

@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.lowering.lean.leaner import leaner
+from thesean.deploy.lowering.linear_products import linear_products
 from thesean.deploy.lowering.lower import lower_cells, lower_portably
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.lowering.whole_spectra import whole_spectra
@@ -118,6 +119,7 @@ def to_onnx(
             form.define(model)
     _name_dims(model, inputs)
     if portable:
+        linear_products(model, portable=True)
         _inline(model)
     whole_spectra(model)
     leaner(model, portable)
