@@ -192,7 +192,7 @@ def counters(graph_module: fx.GraphModule) -> list[Counter]:
             continue
         if after.shape[-1] != _LONG or before.shape[-1] != _SHORT or after.is_complex():
             continue  # not over time, which the last dimension of a count is
-        steps = after.double().diff(dim=-1)
+        steps = after.double().diff()
         slope = steps.flatten()[0]
         if bool((steps == slope).all()) and slope != 0 and torch.equal(after[..., :_SHORT], before):
             found.append(Counter(node=node, slope=slope.item()))
