@@ -54,6 +54,15 @@ def after(c: Call, x: Any, first: int) -> Any:
     return c(aten.add.Tensor, steps(c, x), first)
 
 
+def zero(c: Call) -> Any:
+    return c(aten.zeros.default, [1], dtype=torch.int64)
+
+
+def alike(c: Call, x: Any, count: int) -> Any:
+    """A size that is this, whatever the length."""
+    return c(operator.mul, c(operator.floordiv, time(c, x), time(c, x)), count)
+
+
 def sideways(c: Call, t: Any) -> Any:
     return c(aten.t.default, t)
 
@@ -75,6 +84,9 @@ READ: dict[str, tuple[Made, tuple[int, int, int, int]]] = {
         lambda c, x, t: c(aten.slice.Tensor, t, start=0, end=time(c, x)), (ROWS, 0, 0, 1)
     ),
     "slice of columns": (lambda c, x, t: c(aten.slice.Tensor, t, -1, 0, time(c, x), 1), (COLUMNS, 0, 1, 0)),
+    "slice of columns, by names": (
+        lambda c, x, t: c(aten.slice.Tensor, t, dim=1, end=time(c, x)), (COLUMNS, 0, 1, 0)
+    ),
     "slice of a table that is made": (
         lambda c, x, t: c(aten.slice.Tensor, sideways(c, t), 0, 0, time(c, x)), (COLUMNS, 0, 0, 1)
     ),
@@ -90,10 +102,35 @@ def test_a_table_that_steps_read_is_found_with_its_rows(read):
     made, (rows, first, dim, behind) = READ[read]
     graph_module = graph_of(made)
     (found,) = tables(graph_module)
-    assert (found.rows, found.first, found.limit) == (rows, first, rows - first)
+    assert (found.rows, found.first) == (rows, first)
     assert found.reader is graph_module.graph.output_node().args[0]
-    assert table_rows(graph_module) == rows - first
     assert (table_dim(found, graph_module), dims_behind(found, graph_module)) == (dim, behind)
+
+
+# steps that are not as many as rows: a token of the network's own before them, the last one left out, the last alone
+MORE: dict[str, Made] = {
+    "one more": lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, c(operator.add, time(c, x), 1))),
+    "one less": lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, c(operator.sub, time(c, x), 1))),
+    "the last": lambda c, x, t: c(aten.embedding.default, t, c(aten.full.default, [1], c(operator.sub, time(c, x), 1))),
+}
+
+
+@pytest.mark.parametrize("read", [*READ, *MORE])
+def test_a_table_is_read_inside_as_far_as_its_limit_and_no_further(read):
+    graph_module = graph_of({**MORE, **{name: made for name, (made, _) in READ.items()}}[read])
+    limit = table_rows(graph_module)
+    assert limit is not None
+    fits = shape_at(graph_module, limit)
+    assert fits is not None
+    assert shape_at(graph_module, limit + 1) in (None, fits)  # a slice ends with its table
+
+
+def shape_at(graph_module: fx.GraphModule, time: int) -> torch.Size | None:
+    """Of what is read; None where that is out of range."""
+    try:
+        return torch.Size(graph_module(torch.ones(2, time, dtype=torch.int64)).shape)
+    except (IndexError, RuntimeError):
+        return None
 
 
 UNBOUND: dict[str, Made] = {
@@ -106,6 +143,8 @@ UNBOUND: dict[str, Made] = {
     "a slice of what grows": lambda c, x, t: c(aten.slice.Tensor, steps(c, x), 0, 0, time(c, x)),
     "a slice of the input": lambda c, x, t: c(aten.slice.Tensor, x, 1, 0, time(c, x)),
     "a slice to before the end": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(operator.sub, time(c, x), 1)),
+    "a slice of two, as many as short ones have": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, alike(c, x, 2)),
+    "a slice of three, as many as long ones have": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, alike(c, x, 3)),
     "a slice of more": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(operator.mul, time(c, x), 2)),
     "words": lambda c, x, t: c(aten.embedding.default, t, x),
     "places that stay": lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, 3)),
@@ -114,13 +153,13 @@ UNBOUND: dict[str, Made] = {
         aten.embedding.default, t, c(aten.clamp.default, steps(c, x), None, ROWS - 1)
     ),
     "no more than the input says": lambda c, x, t: c(
-        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), None, x)
+        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), x)
     ),
     "no more than what is made of the input": lambda c, x, t: c(
-        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), None, c(aten.neg.default, x))
+        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.neg.default, x))
     ),
     "no more than the sixth step, which short ones don't have": lambda c, x, t: c(
-        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), None, c(aten.select.int, steps(c, x), 0, 5))
+        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.select.int, steps(c, x), 0, 5))
     ),
     "again from the first": lambda c, x, t: c(
         aten.embedding.default, t, c(aten.remainder.Scalar, steps(c, x), ROWS)
