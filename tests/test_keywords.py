@@ -34,7 +34,9 @@ def traded(**asked: Any) -> None:
         (exported, "quantise", "quantize"),
         (guide_exported, "quantise", "quantize"),
         (guide_exported, "state_full", "stateful"),
-        (guide_exported, "into", "data"),
+        (guide_exported, "into", "data"),  # not a caller's
+        (guide_exported, "train_length", "data"),
+        (guide_exported, "dynamic_axes", "dynamic"),
         (traded, "metrics", "metric"),
         (traded, "length", "lengths"),
     ],
