@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import fx
 
 from thesean import artifact, load_artifact
 from thesean.errors import ArtifactError, DataError, ExportError
+from thesean.keywords import check_keywords
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature, output_wrapper
@@ -27,7 +28,7 @@ from thesean.scratch import named
 from thesean.write_page import write_page
 
 if TYPE_CHECKING:
-    from thesean.deploy.export import ExportReport
+    from thesean.deploy.export_report import ExportReport, FileForm
 
 
 class Converted:
@@ -97,42 +98,49 @@ class Converted:
         stateful: Literal["auto", "yes", "no"] | bool = "auto",
         opset: int | None = None,
         tolerance: float | None = None,
-        dtype: torch.dtype | str | None = None,
-        dump_graphs: str | Path | None = None,
-        external_data: bool | None = None,
-        check: Literal["all", "skip"] = "all",
-        quantize: Literal["int8", "int8-static", "int4"] | None = None,
+        *,
         data: Iterable[Any] | None = None,
-        runtime: Literal["onnxruntime", "genai", "portable"] = "onnxruntime",
-        operators: Literal["auto", "fused", "products"] = "auto",
-        tokenizer: Any = None,
+        dump_graphs: str | Path | None = None,
+        **asked: Unpack[FileForm],
     ) -> ExportReport:
         """Write an ONNX file that onnxruntime was seen to run with the torch module's numbers.
 
         "auto": with state inputs and outputs where the whole network is causal, so that one file serves prefill, chunks
-        and step-by-step decoding; an attention that was kept has its keys and values as state. `dtype`: torch.float32,
-        the default whatever the network's own, or torch.float16; the comparison is in that precision, to 1e-4 or 3e-2
-        of the output's scale unless `tolerance` is given. `external_data`: the weights in a file of their own beside
-        it; left out, where they don't fit in one (2 GiB). `check`: "skip" writes what can't be compared, as an output
-        of torch's holds no finite number, and says so in report and file. `quantize`: weights as whole numbers, by
-        onnxruntime's tools: "int8" scales activations as they come, "int8-static" by what `data` showed, "int4" gives
-        32 weights a scale. The exact file is made and checked first, and the report says how far the other one is from
-        it on held-out batches of `data` (left out: on inputs like the example), its latency and its bytes; errors may
-        be 0.15, 0.2 and 0.5 of the output's scale there. The file's metadata hold the plan, the
-        report, the states and the parity that was seen: `thesean inspect` prints them. `dump_graphs`: a folder for the
-        graph as text after each pass of the export, numbered behind what `compile` left there. `runtime`: "genai" makes
-        `path` a folder that onnxruntime-genai loads, compared there too; `tokenizer`, a folder or what has
-        `save_pretrained`, goes with it. "portable" keeps to operators of ONNX itself. `operators`: linear
-        attention by onnxruntime's own operator, "fused", which is slow in long sequences on processors without AVX-512,
-        or as "products"; "auto" times both on this machine, and the report says which it took. Raises ExportError and
-        WriteError, and then leaves no file; MissingExtraError.
+        and step-by-step decoding; an attention that was kept has its keys and values as state. Files are compared to
+        1e-4 of the output's scale, 3e-2 in float16, unless `tolerance` is given. `dump_graphs`: a folder for the graph
+        as text after each pass of the export, numbered behind what `compile` left there. Further arguments, by name:
+
+        - `dtype`: torch.float32, the default whatever the network's own, or torch.float16.
+        - `external_data`: the weights in a file of their own beside it; left out, where they don't fit in one (2 GiB).
+        - `check`: "all", or "skip", which writes what can't be compared, as an output of torch's holds no finite
+          number, and says so in report and file.
+        - `quantize`: weights as whole numbers, by onnxruntime's tools: "int8" scales activations as they come,
+          "int8-static" by what `data` showed, "int4" gives 32 weights a scale. The exact file is made and checked
+          first, and the report says how far the other one is from it on held-out batches of `data` (left out: on inputs
+          like the example), its latency and its bytes; errors may be 0.15, 0.2 and 0.5 of the output's scale there.
+        - `runtime`: "onnxruntime"; "genai" makes `path` a folder that onnxruntime-genai loads, compared there too;
+          "portable" keeps to operators of ONNX itself.
+        - `operators`: linear attention by onnxruntime's own operator, "fused", which is slow in long sequences on
+          processors without AVX-512, or as "products"; "auto" times both on this machine, and the report says which it
+          took.
+        - `tokenizer`: a folder or what has `save_pretrained`, which goes into the folder of "genai".
+
+        The file's metadata hold the plan, the report, the states and the parity that was seen: `thesean inspect` prints
+        them. Raises ExportError and WriteError, and then leaves no file; MissingExtraError, and UnknownNameError for an
+        argument that there is not.
         """
         from thesean.deploy.encoder_decoder import export_network
+        from thesean.deploy.export_report import FileForm, Form
         from thesean.deploy.onnx_file import PLAN, REPORT
 
-        if data is not None and quantize is None:
+        check_keywords(Converted.export, FileForm, asked)
+        form = Form(**asked)  # type: ignore[typeddict-item]  # more may be put in
+        if data is not None and form.get("quantize") is None:
             raise ExportError("data: only a quantised file is judged on it. Leave it out, or give quantize= too.")
         with dumping(dump_graphs):
+            if form.get("quantize") is not None:
+                form["samples"] = samples_of(data, self.signature, self._home)
+            form["about"] = {PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())}
             return export_network(
                 self.module,
                 self.signature,
@@ -140,16 +148,8 @@ class Converted:
                 stateful=stateful,
                 opset=opset,
                 tolerance=tolerance,
-                dtype=dtype,
                 train_length=self.report.train_length,
-                external_data=external_data,
-                check=check,
-                quantize=quantize,
-                runtime=runtime,
-                operators=operators,
-                tokenizer=tokenizer,
-                samples=None if quantize is None else samples_of(data, self.signature, self._home),
-                about={PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())},
+                **form,
             )
 
     def benchmark(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import nn
 
+from thesean.keywords import check_keywords
 from thesean.origin import with_origin
 from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import bound_positions
@@ -15,7 +16,7 @@ from thesean.request import Request
 from thesean.samples import samples_of
 
 if TYPE_CHECKING:
-    from thesean.deploy.export import ExportReport, Form
+    from thesean.deploy.export_report import ExportReport, FileForm
 
 
 def export_guide(
@@ -28,7 +29,7 @@ def export_guide(
     stateful: Literal["auto", "yes", "no"] | bool = "auto",
     opset: int | None = None,
     tolerance: float | None = None,
-    **form: Unpack[Form],
+    **asked: Unpack[FileForm],
 ) -> ExportReport:
     """Write `model` as it is to an ONNX file that onnxruntime was seen to run with torch's numbers.
 
@@ -41,10 +42,11 @@ def export_guide(
     argument that there is not.
     """
     from thesean.deploy.encoder_decoder import export_network
-    from thesean.deploy.export_report import check_options
+    from thesean.deploy.export_report import FileForm, Form
     from thesean.deploy.quantizing.quantized import check_form
 
-    check_options(form)
+    check_keywords(export_guide, FileForm, asked)
+    form = Form(**asked)  # type: ignore[typeddict-item]  # more may be put in
     if form.get("quantize") is not None:
         check_form(form.get("quantize"), form.get("dtype"))
     request = Request(data=data, example_inputs=example_inputs, dynamic=dynamic)

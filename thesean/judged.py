@@ -81,13 +81,13 @@ class Judged:
     def file(self, session: Session) -> Evaluation:
         """Of a file in onnxruntime, whole sequences at once."""
 
-        def output_of(number: int) -> Any:
-            inputs = self.batches[number][1]
-            given = {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
-            values = {n: torch.from_numpy(v) for n, v in _whole(session, given).items()}
-            return _filled(self._shape, "", values)
+        return self._judge.of(lambda number: run_as(self._shape, session, self.batches[number][1]))
 
-        return self._judge.of(output_of)
+
+def run_as(shape: Any, session: Session, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """What a file makes of whole sequences, nested as an output of the network is."""
+    given = {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
+    return _filled(shape, "", {n: torch.from_numpy(v) for n, v in _whole(session, given).items()})
 
 
 def _usual(batch: Any, output: Any, labels: list[torch.Tensor], decodes: bool) -> tuple[Loss | None, Metric | None]:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from thesean.distill.outputs import OutputKind
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.errors import DataError, ExportError
 from thesean.judged import Asked, Judged
+from thesean.keywords import check_keywords
 from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature
 from thesean.report.environment import environment
@@ -37,29 +38,36 @@ logger = logging.getLogger(__name__)
 Network = Converted | Frontier | str | Path
 
 
+class Judging(TypedDict, total=False):
+    """What networks are judged by on data; each as in `compile`."""
+
+    loss: Loss | None
+    metric: Metric | None
+    inputs: InputsOf | None
+    labels: LabelsOf | None
+    outputs: Mapping[str, OutputKind] | None
+
+
 def trade_offs(
     networks: Network | Mapping[str, Network],
     *,
     guide: nn.Module | None = None,
     data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
-    metric: Metric | None = None,
-    inputs: InputsOf | None = None,
-    labels: LabelsOf | None = None,
-    outputs: Mapping[str, OutputKind] | None = None,
     lengths: Sequence[int] = (64, 512, 2048),
     batches: Sequence[int] = (1, 8),
     quantize: Sequence[Quantize | None] = (None, "int8"),
     repeats: int = 20,
+    **judging: Unpack[Judging],
 ) -> TradeOffs:
     """What each network loses and what it costs in onnxruntime, on one thread, and which of them no other one beats.
 
     networks: what `compile` returned, whose whole frontier is measured, the guide with its cache among it; a saved
     conversion's folder or a run's `workdir`, which needs `guide`; or several by name, of one guide: a conversion, or a
     folder, is one point then, and a `converted.frontier` all of its own.
-    data: held-out batches on which all are judged: divergence from the guide, and `loss(output, batch)` and `metric`,
-    with labels that fit, or of the next token of a language model, where neither is given. Without data the figures are
-    those of the conversion's own report. inputs, labels, outputs: as in `compile`.
+    data: held-out batches on which all are judged: divergence from the guide, and `loss(output, batch)` and
+    `metric(output, batch)`, with labels that fit, or of the next token of a language model, where neither is given.
+    Without data the figures are those of the conversion's own report. loss, metric, inputs, labels, outputs: by
+    name, as in `compile`.
     lengths, batches: the tokens of a prefill, and after which one more is timed, and rows; without a time dimension
     there is one forward. quantize: forms of each file as in `export`, None for the exact one; others are judged as they
     run in onnxruntime, and so need data. repeats: turns of each latency, fewer where they take long.
@@ -70,11 +78,12 @@ def trade_offs(
     """
     from thesean.deploy.loaded import require
 
+    check_keywords(trade_offs, Judging, judging)
     require("onnx", "onnxruntime", "onnxscript")
     _check_sizes(lengths=lengths, batches=batches, repeats=(repeats,))
     forms = _checked_forms(quantize)
     with usual_settings(), tempfile.TemporaryDirectory() as folder:
-        members = _members(networks, guide, data, inputs)
+        members = _members(networks, guide, data, judging.get("inputs"))
         if data is None and isinstance(networks, Mapping) and len(networks) > 1:
             raise DataError("data: networks of several runs are judged on the same batches; give held-out ones.")
         files = _Files(Path(folder), forms, data)
@@ -82,9 +91,14 @@ def trade_offs(
         written = files.write(members[0], first)
         judged = None
         if data is not None:
-            reading = Reading(checked_reader("inputs", inputs), checked_reader("labels", labels))
-            task = Asked(loss=loss, metric=metric, outputs=outputs, decodes=any(f.report.stateful for f in written))
-            judged = Judged(first.module, first.signature, data, reading, task)
+            task = Asked(
+                loss=judging.get("loss"),
+                metric=judging.get("metric"),
+                outputs=judging.get("outputs"),
+                decodes=any(f.report.stateful for f in written),
+            )
+            readers = checked_reader("inputs", judging.get("inputs")), checked_reader("labels", judging.get("labels"))
+            judged = Judged(first.module, first.signature, data, Reading(*readers), task)
         _judge(written, first, judged)
         for member in members[1:]:
             network = member.made()

@@ -28,7 +28,7 @@ from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import Check, allowed_error, rounding
 from thesean.deploy.relative_error import relative_error
 from thesean.deploy.session import Session
-from thesean.errors import ExportError, MissingExtraError, UnknownNameError, WriteError
+from thesean.errors import ExportError, MissingExtraError, WriteError
 from thesean.passes.analyse.chunks import cut
 from thesean.passes.base import Attempt
 from thesean.passes.bound_positions import BoundPositions
@@ -406,25 +406,6 @@ def test_what_means_nothing_is_told_before_anything_is_made(tmp_path, name, aske
     guide = captured.mlp()
     with pytest.raises(ExportError, match=told):
         export(guide.graph_module, guide.signature, tmp_path / name, **asked)
-    assert leftovers(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("asked", "told"),
-    [
-        ({"quantise": "int8"}, "unknown option 'quantise'; did you mean 'quantize'"),
-        ({"dynamic_axes": {}}, "unknown option 'dynamic_axes'"),
-        ({"train_length": 5}, "unknown option 'train_length'"),
-        ({"about": {"x": "1"}}, "unknown option 'about'"),  # not a caller's
-    ],
-)
-def test_an_argument_that_there_is_not_is_no_word_in_the_wind(tmp_path, asked, told):
-    with pytest.raises(UnknownNameError, match=told):
-        thesean.export_guide(models.mlp(), tmp_path / "m.onnx", example_inputs=models.vectors(2, 8), **asked)
-    guide = captured.mlp()
-    if "about" not in asked and "train_length" not in asked:
-        with pytest.raises(UnknownNameError, match=told):
-            export(guide.graph_module, guide.signature, tmp_path / "m.onnx", **asked)
     assert leftovers(tmp_path) == []
 
 

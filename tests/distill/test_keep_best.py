@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from thesean.distill.evaluate import Judge
 from thesean.distill.keep_best import shared
 from thesean.errors import PlanError
 from thesean.passes.capture.capture import capture
+from thesean.passes.graph import walk
 from thesean.passes.graph.tail import Tail
 from thesean.passes.graph.walk import Walk
 from thesean.passes.plan.hybrid import trial_hybrid, view_of
@@ -72,6 +74,24 @@ def _counted(asked: list[int]) -> Any:
         return Judge.of(self, output_of, numbers)
 
     return of
+
+
+def test_parts_are_solved_alone_by_one_walk_through_the_guide(monkeypatch):
+    runs, values, solved = Counter[Any](), walk.value_of, keep_best_module._solved_alone
+
+    def counted(graph_module: Any, node: Any, env: Any, inputs: Any) -> Any:
+        runs[node, id(inputs)] += 1
+        return values(graph_module, node, env, inputs)
+
+    def watched(*given: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(walk, "value_of", counted)
+            return solved(*given)
+
+    monkeypatch.setattr(keep_best_module, "_solved_alone", watched)
+    convert()
+    assert len(runs) > len(TARGETS)
+    assert set(runs.values()) == {1}
 
 
 class Overflowing(nn.Module):

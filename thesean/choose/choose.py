@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from thesean.choose.candidates import Candidates, Choice
 from thesean.choose.constraints import SUMS, Constraints
+from thesean.choose.guide_in_int8 import GuideInInt8, guide_in_int8
 from thesean.choose.latency import AdditiveModel, PlanTimer, fit_latency
 from thesean.choose.quality import HOPELESS, Prober
 from thesean.choose.search import Search
@@ -35,21 +36,24 @@ def choose(candidates: Candidates, prober: Prober, constraints: Sequence[Constra
     """
     length, positions = prober.training.feed.length, prober.recipe.positions
     measures = [c for c in constraints if c.measures]
+    whole: GuideInInt8 | None = None
     with prober, PlanTimer(candidates, (measures or constraints)[0], length, positions) as timer:
         for apart in (True, False):
             model = fit_latency(timer, candidates, apart) if measures else None
             timed = Timed(timer, candidates, model.guide_ms) if model is not None else None
             losses = _probe(candidates, prober, model, constraints)
+            if timed is not None and whole is None:
+                whole = guide_in_int8(timer, prober.judge, timed.guide_ms)
             plans = []
             for one in constraints:
                 search = Search(candidates, one, model if one.measures else None, losses)
-                plans.append(_chosen(search, prober, timed if one.measures else None))
+                plans.append(_chosen(search, prober, timed if one.measures else None, whole))
             if timed is None or not timed.refused:
                 break  # else one that can be timed alone can't be exported in a whole: found out one by one
     return plans
 
 
-def _chosen(search: Search, prober: Prober, timed: Timed | None) -> Plan:
+def _chosen(search: Search, prober: Prober, timed: Timed | None, whole: GuideInInt8 | None) -> Plan:
     choices, met = search.propose(timed)
     finalists = search.finalists(choices) if met else choices
     if timed is not None:
@@ -64,6 +68,8 @@ def _chosen(search: Search, prober: Prober, timed: Timed | None) -> Plan:
         notes.insert(0, f"{UNMET} ({search.constraints}): the nearest one found has {told}")
     if timed is not None:
         notes += _told_times(search, timed, best)
+        if whole is not None and search.bound_ms is not None:
+            notes.append(whole.told(search.bound_ms, scores[best].divergence if best in scores else None))
     if len(finalists) > 1:
         tuned = scores if len(scores) > 1 else {}
         told = f"{len(tuned)} of {len(finalists)} finalists were tuned for a few steps"

@@ -21,6 +21,7 @@ from torch import fx
 from thesean.choose.candidates import Candidates, Choice
 from thesean.choose.constraints import Constraints
 from thesean.deploy.parity import CheckSizes
+from thesean.deploy.quantizing.tools import quantize_file
 from thesean.deploy.timing.latency import FileTimings, Timing, latency_of_models
 from thesean.deploy.timing.networks import Networks
 from thesean.deploy.timing.parts import cut_out, cut_replaced, time_cuts
@@ -72,7 +73,22 @@ class PlanTimer:
         """(the guide's, each plan's), all in turns; None for a plan that has no such latency. Raises PlanError where
         the guide does not run at the context, ExportError.
         """
-        files = {"guide": self._guide()} | {str(i): self.export(p) for i, p in enumerate(bound_plans)}
+        return self._measured([self.export(p) for p in bound_plans])
+
+    def beside_guide(self, path: Path) -> tuple[Timing, Timing | None]:
+        """(the guide's, that of another file which does what the guide does), as `measure`."""
+        guide, (found,) = self._measured([path], are_guides=True)
+        return guide, found
+
+    def guide_in_int8(self) -> Path:
+        """The guide's file with weights of 8 bits, by onnxruntime's tools. Raises ExportError."""
+        exact = self._guide()
+        made = exact.with_name(f"{exact.stem}.int8.onnx")
+        quantize_file(exact, made, "int8", ())
+        return made
+
+    def _measured(self, paths: Sequence[Path], are_guides: bool = False) -> tuple[Timing, list[Timing | None]]:
+        files = {"guide": self._guide()} | {str(i): path for i, path in enumerate(paths)}
         contexts = [self.context] if self.context is not None else []
         found = latency_of_models(files, self.captured.signature, contexts, self.constraints.batch, _REPEATS, _SETTLED)
         guide = self._figure(found.pop("guide"), is_guide=True)
@@ -81,7 +97,7 @@ class PlanTimer:
                 f"constraints: the guide has no {self.constraints.kind} latency at context {self.context}; choose one "
                 "that it can run."
             )
-        return guide, [self._figure(timings, is_guide=False) for timings in found.values()]
+        return guide, [self._figure(timings, are_guides) for timings in found.values()]
 
     def alone(self, cuts: Mapping[tuple[int, int], Callable[[], Extract]]) -> dict[tuple[int, int], float] | None:
         """Parts by themselves; None where one of them can't be timed so."""

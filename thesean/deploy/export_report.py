@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -15,7 +15,7 @@ from thesean.deploy.parity import Check, largest
 from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.samples import Samples
 from thesean.deploy.quantizing.tools import Quantize
-from thesean.errors import ExportError, unknown_name
+from thesean.errors import ExportError
 
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
@@ -32,37 +32,30 @@ _OTHERS = (
 )  # fmt: skip
 
 
-class Form(TypedDict, total=False):
-    """How a file is written, beside what it computes; `into` is a draft that the caller publishes, `operators` those of
+class FileForm(TypedDict, total=False):
+    """How a file is written, beside what it computes: what a caller of Thesean's may ask for. `operators` are those of
     linear attention: see `lowering.choose_operators`.
     """
 
     dtype: torch.dtype | str | None
     external_data: bool | None
-    about: Mapping[str, str]
     check: Checking
     quantize: Quantize | None
-    samples: Samples | None
     runtime: Runtime
     operators: Operators
     tokenizer: Any
+
+
+class Form(FileForm, total=False):
+    """All of it; `into` is a draft that the caller publishes."""
+
+    about: Mapping[str, str]
+    samples: Samples | None
     into: Draft | None
-
-
-# What a caller may say of a file's form; the rest is between those who write it.
-OPTIONS = tuple(name for name in Form.__annotations__ if name not in ("about", "samples", "into"))
-
-
-def check_options(form: Mapping[str, Any], known: Iterable[str] = OPTIONS) -> None:
-    """Raises UnknownNameError for an option that there is not: a misspelt one would be ignored."""
-    for name in form:
-        if name not in known:
-            raise unknown_name("option", name, OPTIONS)
 
 
 def check_runtime(runtime: Any, tokenizer: Any, path: Path, form: Form) -> Runtime:
     """Raises ExportError for one that isn't known, for what is nothing to it, and for a name of another form."""
-    check_options(form, Form.__annotations__)
     known, operators = get_args(Runtime), parse_operators(form.get("operators", "auto"))
     if runtime not in known:
         raise ExportError(f"runtime: expected one of {', '.join(known)}, found {runtime!r}.")

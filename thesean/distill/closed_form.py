@@ -64,7 +64,7 @@ def solver_by(
     parts: Sequence[int],
     batches: Sequence[Inputs],
     preparing: bool,
-    reading: fx.GraphModule | None = None,
+    alone: bool = False,
 ) -> Solver:
     """As a recipe's closed form says; it prepares alone where that is off."""
     return Solver(
@@ -75,7 +75,7 @@ def solver_by(
         ridge=form.ridge if form.enabled else None,
         solve_copied=form.solve_copied,
         preparing=preparing,
-        reading=reading,
+        alone=alone,
     )
 
 
@@ -96,12 +96,12 @@ class Solver:
         ridge: float | None,
         solve_copied: bool = True,
         preparing: bool = False,
-        reading: fx.GraphModule | None = None,
+        alone: bool = False,
     ) -> None:
-        """`ridge` None: prepare alone. `reading`: the network whose values modules read, in place of the hybrid, whose
-        replacements then name its nodes: the guide, where each is to stand alone in it.
+        """`ridge` None: only prepare. `alone`: each module is to stand alone in the guide, and reads the guide's values
+        in place of the hybrid's: the replacements name the guide's nodes.
         """
-        self.hybrid, self.batches, self.ridge = hybrid, batches, ridge
+        self.hybrid, self.batches, self.ridge, self.alone = hybrid, batches, ridge, alone
         replaced = [r for part in parts for r in hybrid.of_part(part)]
         self._prepared = {r.name for r in replaced if preparing and prepares(hybrid.module(r))}
         self._solved = {
@@ -110,12 +110,12 @@ class Solver:
             if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
         }
         self._own_step = {r.name: i for i, r in enumerate(r for r in replaced if r.name in self._solved)}
-        read = [_own_ends(r) for r in replaced if r.name in self._solved]
-        self._own = Walk(hybrid.graph_module if reading is None else reading, read, batches)
         ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
         self._guide_step = {key: step for step, (key, _) in enumerate(ends)}
         self._seen, self._gathered = Seen(guide), Gathered(guide)
         self._theirs = Walk(guide, [[*names, *self._seen.names] for _, names in ends], batches)
+        read = [] if alone else [_own_ends(r) for r in replaced if r.name in self._solved]
+        self._own = Walk(hybrid.graph_module, read, batches)
 
     @torch.no_grad()
     def solve(self, part: int) -> list[str]:
@@ -135,7 +135,9 @@ class Solver:
     def _guide_ends(self, replaced: Sequence[Replacement]) -> list[tuple[tuple[str, str], list[str]]]:
         """The steps that a part takes through the guide, in order."""
         prepared = [(("prepare", r.name), [r.guide_entry, r.guide_exit]) for r in replaced if r.name in self._prepared]
-        return [*prepared, *((("solve", r.name), [_wanted(r)]) for r in replaced if r.name in self._solved)]
+        solved = [r for r in replaced if r.name in self._solved]
+        own = [_own_ends(r) if self.alone else [] for r in solved]
+        return [*prepared, *((("solve", r.name), [_wanted(r), *more]) for r, more in zip(solved, own, strict=True))]
 
     def _examples(self, r: Replacement) -> list[tuple[torch.Tensor, torch.Tensor]]:
         step = self._guide_step["prepare", r.name]
@@ -149,7 +151,7 @@ class Solver:
         module = self.hybrid.module(r)
         assert isinstance(module, TargetModule)
         assert self.ridge is not None
-        own_step, completed = self._own_step[r.name], _Completed(module, self._own.budget // 2)
+        own_step, completed = self._own_step[r.name], _Completed(module, 0 if self.alone else self._own.budget // 2)
         regression, limit = Ridge(module.last), None
         batch_first, seen = _batch_first(r), 0
         apart = not batch_first or ranks.count() > 1  # ranks tell each other of each batch, in one order
@@ -171,6 +173,8 @@ class Solver:
         for statistics in regression.statistics:
             ranks.add_up(statistics, "statistics")
         regression.solve(self.ridge, r.facts.path)
+        if self.alone:
+            return  # nothing else reads what it makes
         if self._own.has_run(r.exit, own_step):
             self._own.forget()  # parts in an order that is not the network's
         elif type(module).forward in _COMPLETED:
@@ -180,7 +184,7 @@ class Solver:
 
     def _given(self, r: Replacement, number: int) -> Given:
         want, theirs = _wanted(r), self._theirs.get(self._guide_step["solve", r.name], number)
-        mine = self._own.get(self._own_step[r.name], number)
+        mine = theirs if self.alone else self._own.get(self._own_step[r.name], number)
         target = wide(theirs[want])  # what is subtracted from it in half precision would be lost
         residual = target - mine[r.join[1]] if r.join else target
         read_BT, mask_BT = self._seen.read_by(r, theirs), self._seen.of(want, theirs)

@@ -99,7 +99,7 @@ def _solved_alone(
     # in each view all before its part is the guide's, nodes of the same names
     alone = replace(hybrid, replacements=tuple(r for view in views for r in view.replacements))
     form, guide = training.recipe.closed_form, training.guide
-    solver = solver_by(form, guide, alone, parts, batches, preparing=True, reading=guide)
+    solver = solver_by(form, guide, alone, parts, batches, preparing=True, alone=True)
     for number, path in enumerate(paths):
         training.observer.begin("keep", path, number + 1, len(paths), 0)
         solver.solve(number)
