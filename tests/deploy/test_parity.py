@@ -98,7 +98,7 @@ def test_the_worst_output_counts_and_what_has_no_number_is_named():
     only = Check.of("l", (2, 7), ("a",), (nan,))
     assert math.isnan(only.max_abs_error)
     assert largest([only]) == "nothing could be compared"
-    assert largest([only, Check("m", (1, 1), 2e-6), Check("n", (5, 3), 3e-6)]) == "largest error 3.0e-06 (n at (5, 3))"
+    assert largest([only, Check("n", (1, 1), 2e-6), Check("m", (5, 3), 3e-6)]) == "largest error 3.0e-06 (m at (5, 3))"
     assert not_comparable([Check("m", (1, 1), 2e-6)]) == ""
     assert not_comparable([Check("m", (1, 1), 2e-6), only]).startswith("l at (2, 7): expected finite numbers")
     assert not_comparable([]).startswith("the torch module runs at none of the sizes")
@@ -182,7 +182,7 @@ def test_two_steps_are_too_few_for_padding_and_a_mask_of_floats_is_known_by_its_
 def test_where_two_masks_are_of_one_shape_what_both_show_counts():
     other = InputSpec(name="other", dtype=LONG, shape=("batch", "time"))
     values = {"mask": torch.ones(2, 7, dtype=LONG), "other": torch.ones(2, 7, dtype=LONG)}
-    values["other"][1, 3] = 0  # the other mask hides a step of its own
+    values["mask"][1, 3] = 0  # one mask hides a step of its own
     _, shown = with_padding(signature(MASK, other), values)
     assert shown is not None
     assert shown.tolist() == [[True] * 5 + [False] * 2, [True] * 3 + [False] + [True] * 3]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,6 +52,46 @@ def test_a_call_that_takes_long_has_warmed_itself_up(turn_ms, warm_up, monkeypat
     found = measure({"a": call}, repeats=3)["a"]
     assert len(calls) == warm_up + 3
     assert found.median_ms == pytest.approx(turn_ms)
+
+
+class Clock:
+    """Time passes where a call says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("thesean.deploy.timing.turns.time.perf_counter", lambda: self.now)
+
+    def call(self, *milliseconds: float) -> Callable[[], None]:
+        """One that takes these in turn."""
+        each = itertools.cycle(milliseconds)
+
+        def run() -> None:
+            self.now += next(each) / 1e3
+
+        return run
+
+
+def test_a_turn_of_a_short_call_leaves_out_its_first_and_is_the_mean_of_as_many_as_take_3_ms(monkeypatch):
+    """As others have filled the cache, the first takes longer."""
+    clock = Clock(monkeypatch)
+    warm, turn = [1.0] * 2, [7.0, 1.0, 1.0, 1.0]
+    found = measure({"a": clock.call(*warm, *turn * 4)}, repeats=4)["a"]
+    assert (found.median_ms, found.p20_ms, found.p80_ms) == pytest.approx((1.0, 1.0, 1.0))
+    assert found.repeats == 4
+
+
+def test_the_percentiles_are_those_of_the_turns_and_a_long_call_is_a_turn_by_itself(monkeypatch):
+    clock = Clock(monkeypatch)
+    found = measure({"a": clock.call(100.0, 100.0, 50.0, 10.0, 30.0, 20.0, 40.0)}, repeats=5)["a"]
+    assert (found.p20_ms, found.median_ms, found.p80_ms) == pytest.approx((18.0, 30.0, 42.0))
+
+
+@pytest.mark.parametrize(("seconds", "least", "turns"), [(10.0, 5, 8), (0.25, 2, 3), (0.25, 5, 5), (0.0, 2, 2)])
+def test_there_are_as_many_turns_as_asked_for_unless_time_is_over_but_never_less_than_the_least(
+    seconds, least, turns, monkeypatch
+):
+    clock = Clock(monkeypatch)
+    assert measure({"a": clock.call(100.0)}, repeats=8, seconds=seconds, least=least)["a"].repeats == turns
 
 
 @pytest.mark.thorough
