@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from thesean.deploy.export_report import ExportReport, check_runtime, parse_stateful
+from thesean.deploy.export_report import ExportReport, check_runtime, check_words, parse_dtype, parse_stateful
 from thesean.deploy.parity import Check
 from thesean.errors import ExportError
 
@@ -75,7 +76,7 @@ def test_other_words_for_a_state_are_refused(word: Any):
     [
         ("onnxruntime", "m.onnx", {}),
         ("onnxruntime", "m.pt2", {}),
-        ("onnxruntime", "m", {"quantize": "int8"}),
+        ("onnxruntime", "m", {"quantize": "int8", "operators": "products"}),
         ("genai", "served", {}),
         ("portable", "m.onnx", {"quantize": None}),
     ],
@@ -92,6 +93,13 @@ def test_a_runtime_is_what_was_asked_for(runtime, name, more):
         ("trt", None, "m.onnx", {}, "runtime: expected one of onnxruntime, genai, portable, found 'trt'"),
         ("portable", "folder", "m.onnx", {}, "tokenizer: only a folder"),
         ("portable", None, "m.onnx", {"quantize": "int8"}, "quantize: its operators are onnxruntime's own"),
+        (
+            "portable",
+            None,
+            "m.onnx",
+            {"operators": "fused"},
+            "operators='fused': runtime='portable' has products alone",
+        ),
         ("portable", None, "m.pt2", {}, "m.pt2: runtime='portable' is for ONNX"),
         ("genai", None, "m.pt2", {}, "m.pt2: runtime='genai' is for ONNX"),
         ("genai", None, "m.onnx", {}, "m.onnx: runtime='genai' makes a folder"),
@@ -102,3 +110,32 @@ def test_a_runtime_is_what_was_asked_for(runtime, name, more):
 def test_what_does_not_go_together_is_refused(runtime, tokenizer, name, more, told):
     with pytest.raises(ExportError, match=f"^{told}"):
         check_runtime(runtime, tokenizer, Path(name), more)
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"check": "all"}, {"check": "skip", "external_data": None}, {"external_data": True}]
+)
+def test_words_that_mean_something_are_taken(form: Any):
+    check_words(form)
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"check": "none"}, "check: expected one of all, skip, found 'none'"),
+        ({"check": None}, "check: expected one of all, skip, found None"),
+        ({"external_data": "beside"}, "external_data: expected True, False or None, found 'beside'"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(form: Any, told: str):
+    with pytest.raises(ExportError, match=f"^{told}"):
+        check_words(form)
+
+
+def test_a_precision_is_one_of_torchs_or_its_name():
+    assert parse_dtype(None) is None
+    assert parse_dtype("float16") is parse_dtype(torch.float16) is torch.float16
+    assert parse_dtype("float32") is torch.float32
+    for wrong in ("float64", torch.bfloat16, "nn", "half a one", 16):
+        with pytest.raises(ExportError, match=r"^dtype: expected torch\.float32 or torch\.float16, found "):
+            parse_dtype(wrong)  # type: ignore[arg-type]
