@@ -87,7 +87,7 @@ WRITTEN: dict[str, tuple[Attend, float]] = {
 }  # fmt: skip
 
 
-def core_of(model: Written) -> tuple[Core | None, Region, dict[fx.Node, Any]]:
+def core_of(model: nn.Module) -> tuple[Core | None, Region, dict[fx.Node, Any]]:
     x_BTD = vectors(BATCH, TIME, 8)
     graph_module = traced(model, x_BTD)
     values = dict(record(graph_module, {"x": x_BTD}))
@@ -101,7 +101,7 @@ def core_of(model: Written) -> tuple[Core | None, Region, dict[fx.Node, Any]]:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_queries_keys_values_and_scale_are_read_however_an_attention_is_written(name):
     attend, scale = WRITTEN[name]
-    model = seeded(Written, attend)
+    model: Any = seeded(Written, attend)
     core, region, values = core_of(model)
     assert core is not None
     query, key, value = model.heads(vectors(BATCH, TIME, 8))
