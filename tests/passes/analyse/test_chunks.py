@@ -76,7 +76,7 @@ def rows(*sizes: int) -> list[torch.Tensor]:
 def test_parts_are_joined_where_they_differ_from_the_whole():
     torch.testing.assert_close(join(rows(3, 4), torch.Size([1, 7, 2])), torch.cat(rows(3, 4), 1))
     torch.testing.assert_close(join(rows(3, 4), torch.Size([1, 6, 2]), delay=1), torch.cat(rows(3, 4), 1))
-    kept = rows(3, 7)
+    kept = rows(3, 5, 7)
     assert join(kept, torch.Size([1, 7, 2])) is kept[-1]  # what grows with the sequence
     assert join([rows(3)[0], torch.ones(1, 4)], torch.Size([1, 7, 2])) == "its rank depends on the length"
     for shape, why in {
