@@ -306,6 +306,10 @@ def test_a_source_of_another_batch_is_told(made):
         session.run({"decoder_input_ids": np.zeros((2, 1), np.int64)})
     with pytest.raises(DataError, match=r"encoded: expected encoded_0, .* found no encoded_1"):
         session.generate([[0]] * 2, 2, encoded={n: v for n, v in encoded.items() if n != "encoded_1"})
+    with pytest.raises(DataError, match=r"encoded: expected what encode\(\) gives, arrays by name, found a list"):
+        session.generate([0], 2, encoded=[1])
+    with pytest.raises(DataError, match="doesn't take 'decoder_input_ids', so that it would be ignored"):
+        session.encode({**SOURCE, "decoder_input_ids": np.zeros((2, 1), np.int64)})
 
 
 def test_a_file_without_an_encoder_says_so(made):
@@ -358,6 +362,17 @@ def test_a_graph_of_torchs_is_one_file_and_says_where_two_are_to_be_had(tmp_path
     with pytest.raises(ExportError, match=r"\.pt2 file holds encoder and decoder in one: .* stateful='no'\.$"):
         export_network(found.graph_module, found.signature, tmp_path / "no.pt2", stateful=True)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
+
+
+@pytest.mark.parametrize("stateful", ["auto", True])
+def test_onnxruntime_genai_is_asked_for_in_vain(tmp_path, stateful):
+    """It is told what that serves, not what stands in the way of two files."""
+    found, path = guide("t5"), tmp_path / "served"
+    with pytest.raises(
+        ExportError, match=r"^genai: onnxruntime-genai serves causal language models alone: .*input_ids"
+    ):
+        export_network(found.graph_module, found.signature, path, stateful=stateful, runtime="genai")
+    assert not any(tmp_path.iterdir())
 
 
 # conversions

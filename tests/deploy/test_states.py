@@ -102,6 +102,19 @@ def test_inputs_that_are_no_arrays_are_refused(kept):
             kept.run({"input_ids": value})
 
 
+def test_what_is_no_state_and_rows_that_there_are_not_are_refused(kept, tmp_path):
+    for nothing in ([1, 2], "state", 5):
+        for call in (lambda s: kept.run(ids(1, 1), s), lambda s: kept.save_state(tmp_path / "s", s), kept.check_state):
+            with pytest.raises(StateError, match="expected a state, arrays by name as `run` gives them, found a"):
+                call(nothing)
+    for rows in ([2], [-1], 1, "a", [True, False]):
+        with pytest.raises(StateError, match="rows: expected whole numbers from 0 to 1, found"):
+            kept.take_rows(kept.zero_state(2), rows)
+    with pytest.raises(StateError, match="expected the states of one row or more to join, found none"):
+        kept.join_rows([])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_of_another_batch_or_shape_or_dtype_is_refused(kept):
     state = kept.run(ids(2, 4))[1]
     with pytest.raises(StateError, match=r"state_in_\d: the state is of 2 rows, expected 3"):
@@ -164,9 +177,17 @@ def test_what_is_no_saved_state_is_refused(kept, tmp_path):
     with pytest.raises(StateError, match="doesn't tell of which file"):
         kept.load_state(path)
     kept.save_state(path, state)
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(StateError, match="is no saved state"):
         kept.load_state(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StateError, match="was changed since it was saved"):
+        kept.load_state(path)
+    save_file(state, path, {"thesean.file_sha256": hash_of(kept)})  # as earlier versions wrote it
+    assert kept.load_state(path).keys() == state.keys()
+    nothing = kept.zero_state(1)
+    assert kept.load_state(kept.save_state(path, nothing)).keys() == nothing.keys()
     save_file({n: v for n, v in state.items() if n != "state_in_2"}, path, {"thesean.file_sha256": hash_of(kept)})
     with pytest.raises(StateError, match="the state is of another file"):
         kept.load_state(path)

@@ -11,6 +11,7 @@ from torch import nn
 from tests import captured
 from tests.models import tokens, vectors
 from thesean.distill.data import (
+    _GUESSED,
     Batches,
     Feed,
     Reading,
@@ -27,6 +28,10 @@ from thesean.errors import DataError
 from thesean.passes.capture.capture import capture
 
 CPU = torch.device("cpu")
+
+
+def fed(guide, data, eval_data=None, reading=_GUESSED, seed=0) -> Feed:
+    return make_feed(guide, data, eval_data, None, seed, reading)
 
 
 def batches(data, guide=None, device=CPU) -> Batches:
@@ -95,11 +100,19 @@ def test_data_that_is_no_set_of_batches_is_refused(data, reason):
         (None, "batch 1: expected a tensor"),
         (([1.0, 2.0], 1), "batch 1: input: expected a tensor, found float"),
         (vectors(2, 8).to("meta"), "batch 1: 'input' is on meta, the guide on cpu"),
+        (vectors(0, 8), r"batch 1: 'input' is empty, of shape \(0, 8\)\. Leave such batches out"),
     ],
 )
 def test_batches_that_do_not_fit_are_named_by_their_number(batch, reason):
     with pytest.raises(DataError, match=reason):
         list(batches([vectors(2, 8), batch]))
+
+
+def test_batches_of_other_data_are_named_by_it_and_counted_from_where_it_begins():
+    with pytest.raises(DataError, match=r"^eval_data, batch 4: expected input"):
+        list(Batches([vectors(2, 8), vectors(2, 7)], captured.mlp().signature, CPU, name="eval_data", start=3))
+    with pytest.raises(DataError, match=r"^batch 9: expected input"):  # the second of two that were held out of ten
+        fed(captured.mlp(), [*(vectors(2, 8) for _ in range(15)), vectors(2, 7)][6:])
 
 
 def test_a_mask_of_another_length_is_refused():
@@ -209,6 +222,99 @@ class Placed(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+
+
+def test_without_data_inputs_of_the_examples_sizes_are_made_up_and_it_is_said():
+    guide = captured.gpt2()
+    feed = make_feed(guide, None, None, dict(guide.example), seed=0)
+    sizes = guide.signature.check(guide.example)
+    shapes = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    (told,) = feed.warnings
+    assert told.startswith(f"no data given: parts are aligned on synthetic inputs ({shapes}).")
+    assert feed.notes == feed.warnings  # and nothing of inputs and labels, or of what was held out
+    (_, inputs), *_ = feed.take(1)
+    assert guide.signature.check(inputs) == sizes
+    assert feed.length == sizes["time"]
+    assert (len(list(feed.batches)), len(feed.held_out)) == (14, 2)
+
+
+def test_what_was_taken_for_what_is_told():
+    x, y = vectors(2, 8), torch.tensor([0, 1])
+    read = "inputs: input; labels: {}. inputs= and labels= say otherwise"
+    for batch, told in (
+        (x, []),
+        ((x,), []),
+        ((x, y), [read.format("the last")]),
+        ((x, y, y), [read.format("the last that fits, of 3")]),
+        ({"input": x}, [read.format("none")]),
+        ({"input": x, "label": y}, [read.format("label")]),
+        ({"input": x, "labels": y, "idx": y, 3: y}, [read.format("labels"), "of each batch no input: idx, 3"]),
+    ):
+        assert list(fed(captured.mlp(), [batch], [batch]).notes) == told
+    own = Reading(inputs=lambda batch: {"input": batch[1]}, labels=lambda batch: batch[0])
+    feed = fed(captured.mlp(), [(y, x)], [(y, x)], own)
+    assert not feed.notes
+    assert feed.example_labels[0] is y
+
+
+def test_held_out_are_the_callers_own_batches_or_some_of_the_data():
+    data, own = [vectors(2, 8, seed=k) for k in range(8)], [vectors(2, 8, seed=9)]
+    for feed, trained, held in (
+        (fed(captured.mlp(), data), data[:7], data[7:]),
+        (fed(captured.mlp(), data, own), data, own),
+    ):
+        assert [batch for batch, _ in feed.batches] == trained or all(
+            map(torch.equal, [b for b, _ in feed.batches], trained)
+        )
+        assert all(map(torch.equal, [batch for batch, _ in feed.held_out], held))
+        assert torch.equal(feed.first, data[0])
+    few = fed(captured.mlp(), data[:3])
+    assert [len(list(few.batches)), len(few.held_out)] == [3, 3]  # too few to part with one
+    assert "measured on training batches" in few.notes[0]
+
+
+def test_evaluation_data_without_a_length_is_read_as_far_as_fits(monkeypatch):
+    class Unsized:
+        def __iter__(self):
+            return iter([vectors(2, 8)] * 3)
+
+    monkeypatch.setattr("thesean.distill.data._MOST_HELD", 3)
+    feed = fed(captured.mlp(), [vectors(2, 8)], Unsized())
+    assert (len(feed.held_out), feed.warnings) == (3, ())
+    monkeypatch.setattr("thesean.distill.data._MOST_HELD", 2)
+    feed = fed(captured.mlp(), [vectors(2, 8)], Unsized())
+    assert len(feed.held_out) == 2
+    assert feed.warnings == ("eval_data has no len() and did not end: measured on its first 2 batches",)
+    monkeypatch.setattr("thesean.distill.data._MOST_HELD", 1024)
+    monkeypatch.setattr("thesean.distill.data._MOST_HELD_BYTES", 2 * 8 * 4)
+    assert len(fed(captured.mlp(), [vectors(2, 8)], Unsized()).held_out) == 2
+
+
+def test_a_guide_is_traced_with_what_is_given_else_with_data_else_with_its_own_inputs():
+    x, y = vectors(2, 3), torch.tensor([0, 1])
+    model = nn.Linear(3, 2)
+    assert example_inputs_of(model, [(x, y)], {"x": y}) == {"x": y}
+    assert example_inputs_of(model, [(x, y)], None) == (x,)
+    assert example_inputs_of(model, [(x, y)], None, inputs=lambda batch: batch[1]) is y
+    assert example_inputs_of(model, None, None) is None
+    model.dummy_inputs = {"x": x}  # type: ignore[assignment]
+    assert example_inputs_of(model, None, None) == {"x": x}
+
+
+def test_of_a_batchs_columns_those_are_read_that_forward_has_a_place_for():
+    def forward_of(function) -> nn.Module:
+        model = nn.Linear(3, 2)
+        model.forward = function
+        return model
+
+    x, y = vectors(2, 3), torch.tensor([0, 1])
+    optional = forward_of(lambda x, mask=None: x)
+    assert example_inputs_of(optional, [{"x": x, "mask": y, "idx": y}], None) == {"x": x, "mask": y}
+    assert example_inputs_of(optional, [{"x": x, "mask": None, "idx": y}], None) == {"x": x}
+    anything = forward_of(lambda x, **others: x)
+    assert example_inputs_of(anything, [{"x": x, "idx": y}], None) == {"x": x, "idx": y}
+    assert example_inputs_of(optional, [(x, y, y)], None) == (x, y)  # as many as it takes
+    assert example_inputs_of(forward_of(lambda x, *, mask=None: x), [(x, y, y)], None) == (x,)
 
 
 def test_synthetic_inputs_are_as_long_as_the_guide_can_read():

@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from thesean.distill.hold_out import hold_out
+from thesean.errors import DataError
 
 ROWS = torch.arange(96.0).unsqueeze(1)
 
@@ -48,6 +49,34 @@ def test_a_loader_keeps_its_ways():
     assert list(held_out or ()) == [6, 6]
     assert isinstance(data, DataLoader)
     assert data.generator is loader.generator
+
+
+def test_workers_of_a_loader_are_started_as_it_says():
+    def started(_: int) -> None: ...
+
+    ways = {
+        "num_workers": 1, "pin_memory": True, "timeout": 3, "worker_init_fn": started, "prefetch_factor": 5,
+        "persistent_workers": True,
+    }  # fmt: skip
+    loader = DataLoader(TensorDataset(ROWS), batch_size=6, multiprocessing_context="spawn", **ways)  # type: ignore[arg-type]
+    data, held_out, _ = hold_out(loader, 0)
+    for mine in (data, held_out):
+        assert {name: getattr(mine, name) for name in ways} == ways
+        assert isinstance(mine, DataLoader)
+        assert mine.multiprocessing_context.get_start_method() == "spawn"
+
+
+@pytest.mark.parametrize("lives", [1, 2])
+def test_what_can_not_be_read_again_is_refused(lives):
+    class Mortal:
+        left = lives
+
+        def __iter__(self):
+            self.left -= 1
+            return iter([(ROWS,)] * 8 if self.left >= 0 else [])
+
+    with pytest.raises(DataError, match="data gave no batch when it was read again"):
+        hold_out(Mortal(), 0)
 
 
 class Stream(IterableDataset):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.models import vectors
-from thesean.distill.losses import accuracy, cross_entropy, labels_are_inputs, next_token, warn_of_chance
+from thesean.distill.losses import accuracy, as_the_guide, cross_entropy, labels_are_inputs, next_token, warn_of_chance
 from thesean.errors import DataError
 
 LOGITS_BTV = vectors(2, 4, 5)
@@ -107,6 +107,43 @@ def test_labels_that_do_not_fit_are_told():
             of(vectors(3, 5), (vectors(3, 2), torch.tensor([0, 1])))
 
 
+def test_labels_that_are_the_inputs_are_asked_as_the_guide_answers_them():
+    batch = {"input_ids": IDS_BT, "labels": IDS_BT}
+    copying, foretelling = (9 * F.one_hot(ids_BT, 5).float() for ids_BT in (IDS_BT, IDS_BT.roll(-1, 1)))
+    for logits_BTV, ahead, own, places in (
+        (copying, False, F.cross_entropy(copying.flatten(0, 1), IDS_BT.flatten()), "where they stand"),
+        (
+            foretelling,
+            True,
+            F.cross_entropy(foretelling[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten()),
+            "one step ahead",
+        ),
+    ):
+        loss, metric, told = as_the_guide(cross_entropy, accuracy, lambda given=logits_BTV: given, batch)
+        torch.testing.assert_close(loss(logits_BTV, batch), own)
+        assert metric(logits_BTV, batch) == 1
+        assert (loss is cross_entropy) == (metric is accuracy) == ahead
+        assert told.startswith(f"labels are the inputs, asked {places} (the guide's loss is {own:.2f} nats so, ")
+        other = "where they stand" if ahead else "one step ahead"
+        assert told.endswith(f"{other})")
+    for given in ((cross_entropy, None), (None, accuracy)):  # the other one is the user's, or there is none
+        found = as_the_guide(*given, lambda: copying, batch)
+        assert [f is None for f in found] == [given[0] is None, given[1] is None, False]
+        assert found[:2] != given
+
+
+def test_of_other_labels_and_losses_the_guide_is_not_asked():
+    def run() -> Any:
+        raise AssertionError("the guide was run")
+
+    own: Any = next_token
+    for loss, metric, batch in (
+        (cross_entropy, accuracy, (vectors(3, 2), torch.tensor([0, 1, 2]))),
+        (own, None, {"input_ids": IDS_BT, "labels": IDS_BT}),
+    ):
+        assert as_the_guide(loss, metric, run, batch) == (loss, metric, None)
+
+
 def test_a_guide_that_only_guesses_is_told():
     y_B = torch.arange(8) % 4
     batch, right = (vectors(8, 2), y_B), F.one_hot(y_B, 4).float()
@@ -115,6 +152,7 @@ def test_a_guide_that_only_guesses_is_told():
     assert told.startswith("the guide's loss is 1.39 nats on a held-out batch, no better than a uniform guess over 4 ")
     assert "(1.39)" in told
     assert warn_of_chance(cross_entropy, lambda: -right, batch) is not None  # and one that is worse
+    assert warn_of_chance(cross_entropy, lambda: torch.zeros(8, 2), (vectors(8, 2), y_B % 2)) is not None
     assert warn_of_chance(cross_entropy, lambda: right * torch.nan, batch) is None  # which others tell
     assert warn_of_chance(cross_entropy, lambda: 0.1 * right, batch) is None
     assert warn_of_chance(lambda *_: 1 / 0, lambda: torch.zeros(8, 4), batch) is None

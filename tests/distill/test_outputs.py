@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tests.models import vectors
 from thesean.distill import outputs
-from thesean.distill.outputs import Outputs, named_outputs, read_outputs
+from thesean.distill.outputs import _MASKED, Outputs, named_outputs, read_outputs
 from thesean.errors import DataError, NumericalError, UnknownNameError
 from thesean.similarity import get_measure
 
@@ -59,6 +59,8 @@ def test_a_number_that_stands_for_minus_infinity_rules_out_as_well(low):
     assert 0 < found.distance(masked.where(masked == low, masked * 2), masked).item() < 10
     prices = torch.stack([x[:, 0], low / 4 * (1 + x[:, 1].abs())], -1)  # a column of another scale
     assert kind(prices) == "mse"
+    assert kind(masked.masked_fill(masked == low, 0.9 * _MASKED)) == "mse"  # large, and no mask
+    assert kind(torch.cat([masked, torch.full((4, 1), -low / 50)], 1)) == "mse"  # beside others that are as large
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -100,6 +102,9 @@ def test_a_row_of_another_output_tells_whether_it_varies():
     few = {"x": vectors(1, 3, seed=1), "table": table[:1]}
     assert read_outputs([{"x": x, "table": table}, few]).kinds == {"x": "mse", "table": "ignore"}
     assert kind(x, vectors(2, 5)) == "mse"  # of another width: nothing can be said
+    assert kind(table, table, x) == "mse"  # one run that differs is enough
+    nothing = torch.full((4, 3), -torch.inf)
+    assert read_outputs([{"x": x, "n": nothing}, {"x": x + 1, "n": nothing}]).kinds["n"] == "ignore"
 
 
 def test_where_nothing_varies_all_is_matched_but_single_numbers():
@@ -120,6 +125,8 @@ def test_the_user_overrules_and_is_told_so():
     read = read_outputs(observed, given={"policy": "softmax", "mask": "ignore"})
     assert read.kinds == {"policy": "softmax", "value": "mse", "mask": "ignore"}
     assert "policy by softmax over 3 (asked for)" in read.told
+    told = read_outputs(observed, given={"policy": "sigmoid", "mask": "ignore"}).told
+    assert told == "outputs: policy by sigmoid (asked for); value by normalised MSE; mask ignored (asked for)"
     with pytest.raises(DataError, match="the guide gives no 'polcy'; it gives: policy, value, mask"):
         read_outputs(observed, given={"polcy": "softmax"})
     with pytest.raises(UnknownNameError, match="unknown kind of output 'softmaks'; did you mean 'softmax'"):
@@ -188,6 +195,26 @@ def test_positions_are_averaged(how):
     else:
         flat = distance(own, guide, how).item()
         assert distance(own.view(2, 2, 3), guide.view(2, 2, 3), how).item() == pytest.approx(flat, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["softmax", "sigmoid", "mse"])
+def test_half_precision_is_summed_in_single(how):
+    own, guide = 30 * vectors(64, 5).half(), 30 * vectors(64, 5, seed=1).half()
+    found = distance(own, guide, how)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, distance(own.float(), guide.float(), how))
+
+
+@pytest.mark.parametrize("how", ["softmax", "sigmoid"])
+def test_steps_that_are_not_seen_do_not_count(how):
+    own, guide = vectors(2, 4, 3), vectors(2, 4, 3, seed=1)
+    mask_BT = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    found = Outputs(kinds={"output": how}).distance(own, guide, masks={"output": mask_BT})
+    torch.testing.assert_close(found, distance(own[mask_BT], guide[mask_BT], how))
+    if how == "softmax":  # over the steps themselves, each row by itself
+        found = Outputs(kinds={"output": how}).distance(own[..., 0], guide[..., 0], masks={"output": mask_BT})
+        rows = [distance(o[m][None], g[m][None], how) for o, g, m in zip(own[..., 0], guide[..., 0], mask_BT)]
+        torch.testing.assert_close(found, torch.stack(rows).mean())
 
 
 def test_values_are_compared_in_units_of_the_guides_spread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests import models
 from tests.live import Live
 from thesean.distill import scaling
 from thesean.distill.recompute import Recomputing
+from thesean.distill.seen import MAX_EXAMPLES
 from thesean.journal import Journal
 from thesean.passes.graph.cuts import find_cuts
 from thesean.passes.graph.walk import HELD_BYTES
@@ -130,6 +132,22 @@ def test_slices_and_activations_computed_anew_are_worked_by_hand():
     sent = 3600 * 0.75 + 3 * (2048 + 2800)
     seconds = 64 * (8 * 900 + 2 * 1000) / 4e3
     assert tuning == pytest.approx(("fine-tuning", 7200 + 10800 // 4 + held, 10 * sent, 10 * (seconds + sent / 1e3)))
+
+
+def test_what_is_gathered_of_many_tokens_is_of_so_many_examples() -> None:
+    """Of 3 times as many tokens as are looked at each third, rounded up; each at two exits of two parts, 8 wide."""
+    assert scaling.exits_given(SMALL, tokens=100, ranks=2) == 2 * 2 * 100 * 8 * 4
+    assert scaling.exits_given(SMALL, tokens=MAX_EXAMPLES, ranks=3) == 2 * 2 * (MAX_EXAMPLES // 3 + 1) * 8 * 4
+    assert scaling.exits_given(SMALL, tokens=MAX_EXAMPLES + 1) == 2 * 2 * (MAX_EXAMPLES // 2 + 1) * 8 * 4
+
+
+def test_a_large_guide_is_walked_through_with_a_quarter_of_its_weight_in_hand() -> None:
+    wide = replace(SMALL, guide=4 * HELD_BYTES)  # of 4 bytes each
+    assert scaling.stages_of(wide, job(), SLOW, ranks=4)[0].memory == 16 * HELD_BYTES + 400 + 4 * HELD_BYTES + 3 * 464
+
+
+def test_a_loss_of_the_users_own_is_given_every_value() -> None:
+    assert scaling.outputs_given(SMALL, tokens=16) == 16 * 5 * 4
 
 
 def test_a_rank_alone_sends_nothing_and_near_ones_have_the_fast_link():

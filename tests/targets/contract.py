@@ -198,6 +198,17 @@ def check_the_output_has_the_parts_shape(family: Family, part: PartFacts) -> Non
         expect(bool(y.isfinite().all()), family, "the output holds NaN or infinities")
 
 
+def check_silence_is_a_number(family: Family, part: PartFacts) -> None:
+    """Texts may begin with tokens of nothing, images be black: how large an input is may not be divided by."""
+    module = build(family, part).eval()
+    x = torch.zeros_like(inputs(part)).requires_grad_()
+    y = output(module, x)
+    y.square().sum().backward()
+    expect(bool(y.isfinite().all()), family, "of zeros the output holds NaN or infinities")
+    slopes = [p.grad for p in (x, *module.parameters()) if p.grad is not None]
+    expect(all(bool(slope.isfinite().all()) for slope in slopes), family, "at zeros a gradient is NaN or infinite")
+
+
 def check_the_meta_device_builds_the_same_shapes(family: Family, part: PartFacts) -> None:
     """A plan counts parameters and FLOPs of a module that has no values."""
     module = build(family, part)
@@ -507,6 +518,7 @@ CHECKS: tuple[Callable[[Family, PartFacts], None], ...] = (
     check_it_describes_itself,
     check_a_part_that_it_does_not_take_is_refused_by_path_and_target,
     check_the_output_has_the_parts_shape,
+    check_silence_is_a_number,
     check_the_meta_device_builds_the_same_shapes,
     check_a_module_is_rebuilt_from_its_json_config,
     check_steps_in_chunks_equal_all_steps_at_once,

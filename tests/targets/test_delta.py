@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.targets.build import build
-from thesean.errors import TargetMismatchError
+from tests.targets.contract import sequence
+from thesean.errors import ArtifactError, TargetMismatchError
+from thesean.targets import rebuild
 
 
 def test_the_features_are_the_recurrence_on_the_modules_own_projections(sequence_part):
@@ -72,6 +74,12 @@ def test_the_second_half_of_the_heads_reads_backwards(sequence_part, attention_f
     assert (change_TH[4:, :2] > 0).all()
     assert not change_TH[5:, 2].any()
     assert (change_TH[:5, 2] > 0).all()
+
+
+def test_one_head_can_not_read_both_ways():
+    config = build("delta", sequence("bidirectional"), heads=2).config()
+    with pytest.raises(ArtifactError, match="does not fit: a bidirectional delta rule needs 2 heads or more"):
+        rebuild("delta", {**config, "heads": 1})
 
 
 @pytest.mark.parametrize(("mixing", "heads"), [("causal", [1, 2, 2, 1]), ("bidirectional", [2, 2, 2, 3])])

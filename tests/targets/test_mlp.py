@@ -76,6 +76,31 @@ def test_a_token_wise_module_is_four_times_as_wide_and_blind_to_other_tokens():
     torch.testing.assert_close(module(x_BTD)[:, 3:4], module(x_BTD[:, 3:4]))
 
 
+@pytest.mark.parametrize(("activation", "act"), [("gelu", nn.GELU()), ("relu", nn.ReLU())])
+def test_the_hidden_layer_is_normed_where_the_part_is_flattened_and_asked_otherwise(activation, act):
+    for part, sizes, given, norm in (
+        (VECTOR, (20,), {}, nn.LayerNorm(32)),
+        (VECTOR, (20,), {"hidden_norm": "none"}, nn.Identity()),
+        (TOKENS, (11, 16), {}, nn.Identity()),
+        (TOKENS, (11, 16), {"hidden_norm": "layer"}, nn.LayerNorm(64)),
+    ):
+        x, module = torch.randn(3, *sizes), build("mlp", part, activation=activation, **given)
+        torch.testing.assert_close(module(x), module.last(act(norm(module.first[0](x)))))
+
+
+def test_a_whole_block_of_tokens_brings_stream_and_norm_and_nothing_else_does():
+    def brings(mixing, **options: Any) -> tuple[bool, bool]:
+        part = part_of(("batch", 9, 16), ("batch", 9, 16), mixing)
+        module = build("mlp", part, **options)
+        return module.skip(torch.zeros(2, 9, 16)) is not None, module.norm is not None
+
+    assert brings("bidirectional", tokens="each") == brings("causal", tokens="each") == (True, True)
+    assert brings("bidirectional", tokens="each", residual=False, norm=False) == (False, False)
+    assert brings("none", tokens="each") == brings("none") == brings("bidirectional") == (False, False)
+    assert brings("none", residual=True) == (True, False)
+    assert brings("none", norm=True) == (False, True)
+
+
 def test_rank_narrows_the_first_layer():
     def first_layer(module: Any) -> int:
         return sum(p.numel() for p in module.first.parameters() if p.ndim == 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -226,6 +227,31 @@ def test_another_mlp_than_the_modules_copies_nothing():
 def test_what_does_not_fit_is_refused_with_the_reason(facts, options, message):
     with pytest.raises(TargetMismatchError, match=message):
         build("narrow", part_of(facts), **options)
+
+
+def test_what_is_no_mlp_is_told_what_else_there_is():
+    pixels, whole = ("batch", 16, 4), ("batch", "time")
+    for part, advice in (
+        (part_of(None, pixels), "For fewer channels choose target 'bottleneck' or"),
+        (part_of(None, whole), r"Choose target 'mlp' for it alone by parts=\['layers\.0\.mlp'\], name the MLPs"),
+        (replace(part_of(None, whole), mixing="causal"), r"Choose target 'mlp' or 'rnn' for it, or keep it with keep="),
+    ):
+        with pytest.raises(TargetMismatchError, match=f"that is neither.*{advice}"):
+            build("narrow", part)
+
+
+def test_without_data_a_gate_counts_as_much_as_what_it_gates():
+    """Neuron 0 is closed, 1 is open: 10 * 10 * 0.01 < 2 * 2 * 2, and 0 would be first by all but the gate."""
+    facts = mlp_facts(neurons=2, gated=True)
+    assert facts.gate is not None
+    for affine, sizes, dim in ((facts.up, (10, 2), 1), (facts.gate, (0.01, 2), 1), (facts.down, (10, 2), 0)):
+        norms = affine.weight_OI.norm(dim=dim, keepdim=True)
+        affine.weight_OI.mul_(torch.tensor(sizes).view_as(norms) / norms)
+    module = build("narrow", part_of(facts), width=1)
+    module.copy_from(part_of(facts))
+    for linear, affine in ((module.up, facts.up), (module.gate, facts.gate)):
+        assert torch.equal(linear.weight, affine.weight_OI[1:])
+        assert torch.equal(linear.bias, affine.bias_O[1:])
 
 
 def test_an_unknown_activation_is_refused():

@@ -22,6 +22,11 @@ def test_units_are_four_times_the_width_in_blocks_of_at_most_64(sequence_part):
         (512, 8, (8, 64, 64)),
     ]
     assert build("reservoir", sequence_part(), width=10).width == 10
+    assert build("reservoir", sequence_part(), width=67).recurrent_GPP.shape == (
+        67,
+        1,
+        1,
+    )  # a prime has no other blocks
     assert build("reservoir", sequence_part(), expand=2, heads=4).recurrent_GPP.shape == (4, 8, 8)
     assert build("reservoir", sequence_part("bidirectional")).last.in_features == 2 * 64 + 16
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.targets.build import build
 from tests.targets.contract import CHECKS, expect, inputs, output, sequence
@@ -40,6 +41,28 @@ def test_a_token_hears_of_the_others_where_it_should(mixing, hears):
     assert bool((change_T[[0, 1, 2, 4, 11]] > 0).all()) == hears
 
 
+def test_an_activation_reads_the_token_and_what_it_hears_and_last_reads_the_token_too():
+    x_BTD = inputs(STATIC)
+    for activation, act in (("gelu", F.gelu), ("relu", F.relu)):
+        module = build("token-mlp", STATIC, mixing="mean", activation=activation, width=6)
+        hidden = act(module.own(x_BTD) + module.others(x_BTD.mean(1, keepdim=True)))
+        torch.testing.assert_close(module(x_BTD), module.last(torch.cat([x_BTD, hidden], -1)))
+
+
+def test_weights_begin_with_outputs_as_wide_as_inputs_and_twice_as_many():
+    module = build("token-mlp", sequence("bidirectional", width=256, time=128), mixing="mixer")
+    assert module.own.out_features == 512
+    for linear in (module.own, module.others, *module.over_time):
+        assert linear.weight.std().item() == pytest.approx(linear.in_features**-0.5, rel=0.03)
+
+
+def test_flops_are_two_for_each_weight_that_a_token_meets():
+    mean, mixer = (build("token-mlp", STATIC, mixing=mixing, width=20) for mixing in ("mean", "mixer"))
+    sizes, own = {"batch": 3, "time": 12}, 16 * 20 + (16 + 20) * 16
+    assert mean.flops(STATIC, sizes) == 2 * 3 * (12 * own + 16 * 20)  # the mean once a sequence
+    assert mixer.flops(STATIC, sizes) == 2 * 3 * 12 * (own + 16 * 20 + 2 * 12 * 16)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_the_mean_is_that_of_what_is_seen(count):
     module = build("token-mlp", sequence("bidirectional")).eval()
@@ -70,8 +93,13 @@ def test_a_causal_part_gets_tokens_one_by_one_and_nothing_that_hears_of_others()
     module = build("mlp", sequence("causal"), tokens="each")
     assert not module.stateful
     assert output(module, inputs(sequence("causal"))).shape == (3, 12, 16)
-    with pytest.raises(TargetMismatchError, match=r"found a causal part.*Choose Target\('mlp', tokens='each'\)"):
-        build("mlp", sequence("causal"), tokens="each", mixing="mean")
+    alone = r"Choose Target\('mlp', tokens='each'\), which sees each token alone"
+    for mixing, found in (
+        ("causal", rf"a causal part: no output sees a later token.*{alone}, or target 'rnn'\."),
+        ("none", rf"a token-wise part: no output sees another token.*{alone}\.$"),
+    ):
+        with pytest.raises(TargetMismatchError, match=f"found {found}"):
+            build("mlp", sequence(mixing), tokens="each", mixing="mean")
 
 
 @pytest.mark.parametrize(

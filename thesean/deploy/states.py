@@ -5,6 +5,7 @@ B batch, P steps that are remembered
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -21,7 +22,8 @@ from thesean.write_file import new_file
 
 Arrays = dict[str, np.ndarray]
 
-FILE_HASH = "thesean.file_sha256"  # in the metadata of a saved state
+# In the metadata of a saved state: of its file, and of its own numbers.
+FILE_HASH, OWN_HASH = "thesean.file_sha256", "thesean.state_sha256"
 
 
 class LoadedFile:
@@ -103,6 +105,8 @@ class StateTable:
         """The state, if it is one of this file and of so many rows. Raises StateError."""
         if isinstance(state, State) and state.is_as_given(self.file, batch):
             return state
+        if not isinstance(state, Mapping):
+            raise StateError(f"expected a state, arrays by name as `run` gives them, found a {type(state).__name__}.")
         if isinstance(state, State) and state.file is not self.file and state.file.hash != self.file.hash:
             raise StateError(f"the state is of another file, {state.file.path}; this one is {self.file.path}.")
         if state.keys() != self.shapes.keys():
@@ -137,7 +141,10 @@ class StateTable:
         return f"{name}: the state is of another file or batch: expected ({told}), found {found}."
 
     def take(self, state: Mapping[str, np.ndarray], rows: Sequence[int]) -> State:
-        """Some rows, without steps that none of them remembers."""
+        """Some rows, without steps that none of them remembers. Raises StateError for rows that there are not."""
+        count = next((len(value) for value in state.values()), 0)
+        if not isinstance(rows, Iterable) or not all(_is_row(row, count) for row in rows):
+            raise StateError(f"rows: expected whole numbers from 0 to {count - 1}, found {rows!r}.")
         return self._trimmed({name: value[list(rows)] for name, value in state.items()})
 
     def _trimmed(self, state: Arrays) -> State:
@@ -150,7 +157,11 @@ class StateTable:
         return State(state, self.file)
 
     def join(self, states: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-        """The rows of all, in order. Those with a shorter past get steps in front that hold no token."""
+        """The rows of all, in order. Those with a shorter past get steps in front that hold no token. Raises StateError
+        where there are none.
+        """
+        if not states:
+            raise StateError("expected the states of one row or more to join, found none.")
         if len(states) == 1:
             return states[0]
         joined = {}
@@ -170,11 +181,11 @@ class StateTable:
         arrays = {name: np.ascontiguousarray(value) for name, value in self.check(state).items()}
         path = named(path)
         with new_file(path, parents=True) as made:
-            made.write_bytes(save(arrays, {FILE_HASH: self.file.hash}))
+            made.write_bytes(save(arrays, {FILE_HASH: self.file.hash, OWN_HASH: _hash(arrays)}))
         return path
 
     def load(self, path: Any) -> State:
-        """Raises StateError for one of another file, and for what is none."""
+        """Raises StateError for one of another file, for one that was changed, and for what is none."""
         from safetensors import safe_open
 
         path = named(path, "read", DataError)
@@ -190,13 +201,27 @@ class StateTable:
             raise StateError(f"{path} is no saved state: it doesn't tell of which file.")
         if told[FILE_HASH] != self.file.hash:
             raise StateError(f"{path} is a state of another file than {self.file.path}.")
+        if told.get(OWN_HASH, found := _hash(arrays)) != found:  # those of earlier versions have none
+            raise StateError(f"{path} was changed since it was saved.")
         return State(self.check(arrays), self.file)
+
+
+def _hash(arrays: Arrays) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        found.update(f"{name} {value.dtype} {value.shape}".encode())
+        found.update(np.ascontiguousarray(value).data)
+    return found.hexdigest()
 
 
 def _filled(value: np.ndarray, dim: int, length: int) -> np.ndarray:
     """Zeros in front."""
     missing = length - value.shape[dim]
     return np.pad(value, [(missing if d == dim else 0, 0) for d in range(value.ndim)]) if missing else value
+
+
+def _is_row(row: Any, count: int) -> bool:
+    return isinstance(row, int | np.integer) and not isinstance(row, bool) and bool(0 <= row < count)
 
 
 def _kind(value: Any) -> str:

@@ -210,15 +210,14 @@ def _is_constant(values: Sequence[torch.Tensor]) -> bool:
     values = [v[:rows] for v in values]
     first = values[0].reshape(-1)
     pieces = [slice(at, at + _PIECE) for at in range(0, max(1, first.numel()), _PIECE)]
-    scale = max(_largest(first[at]) for at in pieces) or (0.0 if bool(first.isfinite().any()) else 1.0)
-    most = _STILL * max(scale, 1e-30)
+    most = _STILL * max(1e-30, *(_largest(first[at]) for at in pieces))
     others = [v.reshape(-1) for v in values[1:]]
     return all(bool(torch.nan_to_num(v[at].double() - first[at]).abs().max() <= most) for v in others for at in pieces)
 
 
 def _largest(value: torch.Tensor) -> float:
     """Of what is finite in it."""
-    return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0).abs().max().item() if value.numel() else 0.0
+    return torch.nan_to_num(value, posinf=0.0, neginf=0.0).abs().max().item() if value.numel() else 0.0
 
 
 def _describe(name: str, kind: OutputKind, value: torch.Tensor, why: str) -> str:
@@ -284,8 +283,8 @@ def _squared_distance(y: torch.Tensor, g: torch.Tensor, mask_BT: torch.Tensor | 
     if mask_BT is not None:
         seen = mask_BT.view(*mask_BT.shape, *(1,) * (g.ndim - 2))
         y, g = y.masked_fill(~seen, 0.0), g.masked_fill(~seen, 0.0)
-        mean = g.sum(0, keepdim=True) / seen.sum(0, keepdim=True).clamp_min(1)
+        mean = g.sum(0) / seen.sum(0).clamp_min(1)
         spread = (g - mean).masked_fill(~seen, 0.0).square().sum()
         return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())
-    spread = (g - g.mean(0, keepdim=True)).square().sum()
+    spread = (g - g.mean(0)).square().sum()
     return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())

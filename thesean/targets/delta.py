@@ -65,7 +65,7 @@ class Delta(SequenceTarget):
     ) -> None:
         super().__init__(**frame)
         if self.bidirectional and heads < 2:
-            raise ValueError("a self.bidirectional delta rule needs 2 heads or more")
+            raise ValueError("a bidirectional delta rule needs 2 heads or more")
         self.memory = span(memory)
         self.heads = heads
         self.ahead = (heads + 1) // 2 if self.bidirectional else heads

@@ -91,7 +91,8 @@ class GroupedQueries(SoftmaxHeads):
             group = self.heads // self.kv_heads
             mean = key.each(lambda rows_HC: rows_HC.unflatten(0, (-1, group)).mean(1))
             copy_norms(self.norms, (query, mean))
-        if self.added is not None and facts.bias is not None:
+        if facts.bias is not None:
+            assert self.added is not None  # built for this part
             self.added.copy_from(facts.bias.heads(merged.order_H))
 
 

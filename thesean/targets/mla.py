@@ -68,7 +68,8 @@ class LatentAttention(SoftmaxHeads):
         copy_affine(self.query, facts.query)
         copy_affine(self.last, facts.output)
         copy_norms(self.norms, facts.norms)
-        if self.added is not None and facts.bias is not None:
+        if facts.bias is not None:
+            assert self.added is not None  # built for this part
             self.added.copy_from(facts.bias)
         eye_DD = torch.eye(self.width_in, dtype=torch.float64, device=facts.query.bias_O.device)
         self._solve(facts, FeatureMoments(1, torch.zeros_like(eye_DD[0]), eye_DD))

@@ -108,7 +108,8 @@ class NarrowMLP(TargetModule):
 
     def _keep(self, facts: MLPFacts, kept_E: torch.Tensor) -> None:
         pairs = [(self.up, facts.up)]
-        if self.gate is not None and facts.gate is not None:
+        if self.gate is not None:
+            assert facts.gate is not None  # _fits
             pairs.append((self.gate, facts.gate))
         for linear, affine in pairs:
             linear.weight.copy_(affine.weight_OI[kept_E])

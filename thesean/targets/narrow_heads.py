@@ -70,7 +70,8 @@ class NarrowAttention(SoftmaxHeads):
         key_rows, value_rows = _features_of(kept_H, self.key_width), _features_of(kept_H, self.value_width)
         if facts.norms is not None:
             copy_norms(self.norms, tuple(norm.heads(kept_H) for norm in facts.norms))  # type: ignore[arg-type]
-        if self.added is not None and facts.bias is not None:
+        if facts.bias is not None:
+            assert self.added is not None  # built for this part
             self.added.copy_from(facts.bias.heads(kept_H))
         for linear, affine, rows in (
             (self.query, facts.query, key_rows),

@@ -133,7 +133,7 @@ def build(part: PartFacts, options: TokenMLPOptions) -> TokenMLP:
         length=int(part.input_shape[1]) if options.mixing == "mixer" else None,
         width_in=part.width_in,
         width_out=part.width_out,
-        bidirectional=part.mixing == "bidirectional",
+        bidirectional=True,  # check
         residual=options.residual,
         norm=options.norm,
     )

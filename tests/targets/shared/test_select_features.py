@@ -53,6 +53,7 @@ def test_features_that_add_nothing_fill_up_in_order_of_their_variance():
     covariance = matrix([9, 9, 0], [9, 9, 0], [0, 0, 0])
     assert select_features(covariance, matrix([1, 1, 1]), 2).tolist() == [0, 1]
     assert select_features(torch.zeros(3, 3), matrix([1, 1, 1]), 3).tolist() == [0, 1, 2]
+    assert select_features(torch.full((3, 3), 0.5), matrix([1, 1, 1]), 2).tolist() == [0, 1]
 
 
 @settings(deadline=None, max_examples=25)
@@ -114,9 +115,10 @@ def test_groups_are_chosen_alike_however_large_activations_are(scale):
     assert select_groups(covariance, torch.zeros(1, 6, dtype=DOUBLE), 2, 2).tolist() == [0, 1]
 
 
-def test_a_group_that_repeats_another_is_not_kept_beside_it():
+@pytest.mark.parametrize("scale", [1e-12, 1.0])
+def test_a_group_that_repeats_another_is_not_kept_beside_it(scale):
     small = matrix([3, 0], [0, 3])
-    covariance = torch.block_diag(torch.cat([torch.cat([small, small], 1)] * 2), torch.eye(2, dtype=DOUBLE))
+    covariance = scale * torch.block_diag(torch.cat([torch.cat([small, small], 1)] * 2), torch.eye(2, dtype=DOUBLE))
     kept = select_groups(covariance, torch.ones(1, 6, dtype=DOUBLE), 2, 2).tolist()
     assert kept in ([0, 2], [1, 2])
 
@@ -138,12 +140,12 @@ def test_with_one_example_a_feature_the_change_is_halved():
 
 
 def test_the_penalty_is_what_noise_and_examples_ask_for():
-    """dW = 2 c / (1 + l) with l = S s^2 / (N dW^2), s^2 = 4 - 4 c dW + dW^2: here c = 0.8, N = 1000."""
+    """dW = 3 c / (1 + l) with l = S s^2 / (N dW^2), s^2 = 9 - 6 c dW + dW^2: here c = 0.8, N = 1000."""
     known = FeatureMoments(1000, torch.zeros(2, dtype=DOUBLE), matrix([1, 0.8], [0.8, 1]))
-    weight, _ = fold(known, matrix([1, 2]), torch.tensor([0]))
+    weight, _ = fold(known, matrix([1, 3]), torch.tensor([0]))
     change = float(weight) - 1
-    penalty = (4 - 3.2 * change + change**2) / (1000 * change**2)
-    assert change == pytest.approx(1.6 / (1 + penalty), rel=1e-4)
+    penalty = (9 - 4.8 * change + change**2) / (1000 * change**2)
+    assert change == pytest.approx(2.4 / (1 + penalty), rel=1e-4)
     assert penalty == pytest.approx(0.36 / 0.64 / 1000, rel=1e-2)
 
 

@@ -43,6 +43,8 @@ def test_both_ways_they_reach_as_far_ahead_and_carry_nothing():
     tapped, past = taps(VALUE_BTV, ())
     assert rows(tapped) == [[2, 1, 0], [3, 2, 1], [4, 3, 2], [0, 4, 3]]
     assert past == ()
+    tapped, _ = Taps(count=3, both_ways=True)(VALUE_BTV, ())
+    assert rows(tapped)[1:3] == [[4, 3, 2, 1, 0], [0, 4, 3, 2, 1]]
 
 
 def test_one_tap_is_the_value_and_needs_no_past():

@@ -367,6 +367,16 @@ def test_preparation_chooses_the_gate_that_is_nearest_to_softmax_over_everything
     torch.testing.assert_close(module.window.gate_H.detach(), least_H)
 
 
+def test_heads_that_share_keys_are_balanced_like_heads_with_a_copy_each(sequence_part, grouped_facts):
+    part = sequence_part(attention=grouped_facts)
+    shared, apart = (copied(part, window=5, sinks=2, memory=(5.0, 5.0), kv_heads=n) for n in (2, 4))
+    x_BTD = torch.randn(2, 30, 16)
+    for module in (shared, apart):
+        module.prepare(part, [(x_BTD, x_BTD)])
+    assert torch.equal(shared.window.gate_H, apart.window.gate_H)
+    assert shared.window.gate_H.any()
+
+
 def test_a_head_that_older_tokens_bring_no_nearer_is_left_without_them(sequence_part, attention_facts):
     part = sequence_part(attention=attention_facts())
     module = copied(part, window=59, sinks=0)

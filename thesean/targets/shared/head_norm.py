@@ -96,8 +96,8 @@ class HeadsNorm(nn.Module):
             if rows is None:
                 parameter.zero_()
             else:
-                step = len(rows) // len(parameter) if rows.ndim == 2 else 1
-                parameter.copy_(rows[::step] if rows.ndim == 2 else rows)
+                rows_HC = rows if rows.ndim == 2 else rows.expand(len(parameter), -1)
+                parameter.copy_(rows_HC[:: len(rows_HC) // len(parameter)])
 
 
 def head_norms(width: int, heads: tuple[int, int], eps: list[float] | None, form: NormForm | None) -> nn.ModuleList:

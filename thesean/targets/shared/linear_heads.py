@@ -348,8 +348,9 @@ class LinearHeads(SequenceTarget):
         weights = sum(linear.weight.numel() for linear in linears)
         state = 2 * self.key_width * (self.value_width + 1)
         work = weights + (self.kv_heads + self.heads) * state  # k v^T into the state, q out of it
-        if self.window is not None:
+        if self.window is not None or len(self.norms):  # elsewhere folded into the projections
             work += self.map_query_HCC.numel() + self.map_key_GCC.numel()
+        if self.window is not None:
             near = self.window.size + (0 if self.window.sinks is None else self.window.sinks.size)
             work += self.heads * near * (self.key_width + self.value_width + 1)
         return 2 * part.rows(sizes) * work

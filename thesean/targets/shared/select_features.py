@@ -79,7 +79,7 @@ def select_features(covariance_EE: torch.Tensor, weight_OE: torch.Tensor, count:
         kept[chosen_S] = True
     if (missing := count - int(kept.sum())) > 0:
         # what is left adds nothing; the widest variances first, so that the choice is one and the same each time
-        kept[covariance_EE.diagonal().masked_fill(kept, -1).topk(missing).indices] = True
+        kept[covariance_EE.diagonal().masked_fill(kept, -torch.inf).topk(missing).indices] = True
     return kept.nonzero().flatten()
 
 
@@ -119,7 +119,7 @@ def _eliminate(rest_EE: torch.Tensor, effect_OE: torch.Tensor, chosen_S: torch.T
 @torch.no_grad()
 def select_groups(covariance_EE: torch.Tensor, weight_OE: torch.Tensor, size: int, count: int) -> torch.Tensor:
     """The `count` groups of `size` neighbouring features to keep, ascending: the same rule, a whole group a step."""
-    groups = len(covariance_EE) // size
+    groups = torch.arange(len(covariance_EE), device=covariance_EE.device).split(size)
     rest_EE = covariance_EE.double().clone()
     # a group may hold features that depend on one another: the factorisation needs a little on the diagonal
     rest_EE.diagonal().add_(1e-8 * rest_EE.diagonal().mean().clamp_min(1e-300))
@@ -127,18 +127,16 @@ def select_groups(covariance_EE: torch.Tensor, weight_OE: torch.Tensor, size: in
     kept: list[int] = []
     for _ in range(count):
         best, most = -1, -1.0
-        for group in range(groups):
+        for group, at_G in enumerate(groups):
             if group in kept:
                 continue
-            at = slice(group * size, (group + 1) * size)
-            factor_GG = torch.linalg.cholesky(rest_EE[at, at])
-            effect_GO = torch.linalg.solve_triangular(factor_GG, effect_OE[:, at].T, upper=False)
+            factor_GG = torch.linalg.cholesky(rest_EE[at_G][:, at_G])
+            effect_GO = torch.linalg.solve_triangular(factor_GG, effect_OE[:, at_G].T, upper=False)
             gain = float(effect_GO.square().sum())
             if gain > most:
                 best, most = group, gain
         kept.append(best)
-        chosen_G = torch.arange(best * size, (best + 1) * size, device=rest_EE.device)
-        _eliminate(rest_EE, effect_OE, chosen_G)
+        _eliminate(rest_EE, effect_OE, groups[best])
     return torch.tensor(sorted(kept), device=rest_EE.device)
 
 
