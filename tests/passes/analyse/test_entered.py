@@ -60,12 +60,14 @@ def test_a_size_that_is_no_inputs_length_comes_of_all_that_its_tensor_is_made_of
     def made(c: Call, text: Any, source: Any) -> tuple[Any, ...]:
         joined = c(aten.cat.default, [text, source], 1)
         kept = c(aten.slice.Tensor, source, 1, 2, 2**62)
-        return size(c, joined, 1), size(c, kept, 1), size(c, kept, 2), size(c, joined, 0)
+        scores = c(aten.matmul.default, text, c(aten.transpose.int, source, 1, 2))
+        return size(c, joined, 1), size(c, kept, 1), size(c, kept, 2), size(c, joined, 0), size(c, scores, 1)
 
-    entered, (joined, kept, width, rows) = read(made)
+    entered, (joined, kept, width, rows, steps) = read(made)
     assert entered.sizes[joined] == {"time", "source_time"}
     assert entered.sizes[kept] == entered.sizes[width] == {"source_time"}
     assert entered.sizes[rows] == frozenset()
+    assert entered.sizes[steps] == {"time"}  # whatever else its tensor is made of
     assert [entered.values[n] for n in (joined, kept, width, rows)] == [frozenset()] * 4
     one, other = entered.number(joined) or (0, 0)
     assert (one, other) == tuple(sum(entered.pairs[n][at] for n in ("time", "source_time")) for at in (0, 1))

@@ -393,7 +393,7 @@ def test_sizes_are_tried_outside_of_each_guard_and_what_is_too_far_is_left():
     one = around(12, LATE, EARLY)
     breaks = {g: one.breaks(g) for g in one.guards}
     assert sorted(one.to_try(breaks, None, 2048)) == [1, 2, 4, 13, 17, 18, 35]
-    assert one.untried == ()
+    assert list(one.untried) == []
     assert sorted(one.to_try(breaks, None, 20)) == [1, 2, 4, 13, 17, 18, 20]
     assert sorted(one.to_try(breaks, None, 16)) == [1, 2, 4, 13]
     assert one.untried == (LATE,)
