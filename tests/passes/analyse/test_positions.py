@@ -158,8 +158,8 @@ UNBOUND: dict[str, Made] = {
     "no more than what is made of the input": lambda c, x, t: c(
         aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.neg.default, x))
     ),
-    "no more than the sixth step, which short ones don't have": lambda c, x, t: c(
-        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.select.int, steps(c, x), 0, 5))
+    "no more than the tenth step, which short ones don't have": lambda c, x, t: c(
+        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.select.int, steps(c, x), 0, 9))
     ),
     "again from the first": lambda c, x, t: c(
         aten.embedding.default, t, c(aten.remainder.Scalar, steps(c, x), ROWS)
