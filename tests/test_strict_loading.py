@@ -26,6 +26,7 @@ from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
 from thesean import load_artifact
+from thesean.artifact import Artifact, full_is_an_oserror, write_files
 from thesean.errors import ArtifactError, PlanError
 from thesean.passes.graph import unchecked
 from thesean.passes.graph.record import record
@@ -254,6 +255,10 @@ def test_attention_looks_at_its_keys_and_values_at_load_and_at_every_call(tmp_pa
             run(tokens(2, models.LENGTH + 1))
 
 
+def said(key: str, value: Any) -> Change:
+    return lambda document: document.update({key: value})
+
+
 def checked(name: str, digest: str) -> Change:
     return lambda document: document["files_sha256"].update({name: digest})
 
@@ -413,3 +418,49 @@ def test_an_output_class_is_text_or_null(path, folder: Path):
 def test_bounds_of_sizes_that_are_ones_pass(folder: Path):
     rewrite(folder, bound_of(("time", 2, None), ("batch", 1, 8)))
     assert [b.describe() for b in thesean.load(folder).signature.bounds] == ["2 or more", "1 to 8"]
+
+
+def test_parameters_that_are_not_trained_are_not_trained_once_loaded(tmp_path: Path):
+    original = copy.deepcopy(converted())
+    frozen = {name for name, _ in original.module.named_parameters() if name.startswith("part_0.")}
+    assert frozen
+    for name, parameter in original.module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    loaded = thesean.load(original.save(tmp_path / "saved"))
+    assert {name for name, p in loaded.module.named_parameters() if not p.requires_grad} == frozen
+    others: list[Any] = [5, {"part_0.last.weight": True}, [[]]]
+    for names in others:
+        rewrite(tmp_path / "saved", said("frozen", names))
+        with pytest.raises(ArtifactError):
+            thesean.load(tmp_path / "saved")
+
+
+def test_a_hubs_weights_are_told_apart_by_the_names_of_the_buffers(tmp_path: Path):
+    made = converted()
+    found = Artifact(graph_module=made.module, signature=made.signature, plan=made.plan, report=made.report)
+    write_files(tmp_path, found, hub=True)
+    assert not (tmp_path / "weights.safetensors").exists()
+    loaded = load_artifact.load(tmp_path)
+    assert models.same_state(loaded.graph_module, made.module.state_dict())
+    kinds = [{name for name, _ in m.named_parameters()} for m in (loaded.graph_module, made.module)]
+    assert kinds[0] == kinds[1]
+    for names in (None, "part_0", {"part_0": 1}, [1]):
+        rewrite(tmp_path, said("buffers", names))
+        with pytest.raises(ArtifactError, match="expected the names of the buffers"):
+            load_artifact.load(tmp_path)
+
+
+def test_a_graph_that_an_operator_runs_is_told_by_the_operator(tmp_path: Path):
+    original = copy.deepcopy(converted())
+    original.module.branch = copy.deepcopy(original.module)
+    graph = original.module.graph
+    with graph.inserting_before(graph.output_node()):
+        branch = graph.get_attr("branch")
+        graph.call_function(torch.ops.higher_order.cond, (True, branch, branch, ()))
+    with pytest.raises(ArtifactError, match=r"^cond runs a graph of its own, which can't be saved"):
+        original.save(tmp_path / "saved")
+
+
+def test_what_a_disk_says_is_an_error_of_the_disk(tmp_path: Path):
+    with pytest.raises(OSError, match=r"^I/O error: No such file or directory"), full_is_an_oserror():
+        save_file({"x": torch.ones(2)}, tmp_path / "none" / "x.safetensors")

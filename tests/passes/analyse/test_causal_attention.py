@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
 from tests import captured
 from tests.causal_guides import WINDOW, attending, family
+from tests.models import VOCABULARY, seeded, tokens
 from thesean.errors import PassRefused
 from thesean.passes.analyse.attention_cores import CausalAttention
 from thesean.passes.analyse.causal_attention import causal_attentions
+from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 
 
@@ -113,3 +118,54 @@ def test_distances_of_tokens_are_told_from_those_of_steps():
 def test_a_bias_of_more_than_the_distance_is_refused_by_the_attentions_path():
     with pytest.raises(PassRefused, match=r"expected scores to which a mask is added, or a bias of the distance of"):
         found(attending("placed"))
+
+
+class Masked(nn.Module):
+    """ids_BT, mask_BT -> logits_BTV, one attention of one head that reads the mask as `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.words, self.head = how, nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x, step_T = self.words(ids), torch.arange(ids.shape[1])
+        seen_BTT = mask[:, :, None] if self.how == "of queries" else mask[:, None, :]
+        hidden_BTT = (step_T > step_T[:, None]) | (seen_BTT == 0)
+        scores_BTT = self.query(x) @ self.key(x).mT / 3
+        place_BT = {
+            "and places of tokens": mask.cumsum(1),
+            "and places of steps": step_T.expand_as(ids),
+            "and places that leap": step_T + 3 * (1 - mask).cumsum(1),
+        }.get(self.how)
+        if place_BT is not None:
+            scores_BTT = scores_BTT - 0.25 * (place_BT[:, :, None] - place_BT[:, None, :])
+        return self.head(scores_BTT.masked_fill(hidden_BTT, -math.inf).softmax(-1) @ self.value(x))
+
+
+def masked(how: str) -> Captured:
+    example = {"ids": tokens(3, 13), "mask": torch.ones(3, 13, dtype=torch.int64)}
+    return capture(seeded(Masked, how), example)
+
+
+@pytest.mark.parametrize(
+    ("how", "counted"), [("of keys", False), ("and places of steps", False), ("and places of tokens", True)]
+)
+def test_a_mask_of_padded_steps_is_read_and_whether_it_counts_distances(how, counted):
+    (core,) = found(masked(how))
+    assert core.padding is not None
+    assert core.padding.rule == "one"
+    assert core.counted is counted
+    assert (core.distance is None) == (how == "of keys")
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("of queries", "found one that depends on values of the inputs in another way"),
+        ("and places that leap", "found one that a mask of padded steps changes in another way"),
+    ],
+)
+def test_a_mask_that_does_something_else_is_refused(how, reason):
+    with pytest.raises(PassRefused, match=reason):
+        found(masked(how))

@@ -158,8 +158,8 @@ UNBOUND: dict[str, Made] = {
     "no more than what is made of the input": lambda c, x, t: c(
         aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.neg.default, x))
     ),
-    "no more than the sixth step, which short ones don't have": lambda c, x, t: c(
-        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.select.int, steps(c, x), 0, 5))
+    "no more than the tenth step, which short ones don't have": lambda c, x, t: c(
+        aten.embedding.default, t, c(aten.clamp.Tensor, steps(c, x), zero(c), c(aten.select.int, steps(c, x), 0, 9))
     ),
     "again from the first": lambda c, x, t: c(
         aten.embedding.default, t, c(aten.remainder.Scalar, steps(c, x), ROWS)
@@ -266,7 +266,8 @@ def test_a_running_sum_counts_what_a_mask_shows(name):
 
 def test_what_sizes_decide_is_known_at_any_length_and_what_is_held_is_as_long_at_each():
     graph_module = graph_of(lambda c, x, t: (steps(c, x), c(aten.sym_size.int, x, 0), c(aten.mul.Tensor, x, 2)))
-    counted, batch, made = graph_module.graph.output_node().args[0]
+    given: Any = graph_module.graph.output_node().args[0]
+    counted, batch, made = given
     for length in (1, 7):
         known = size_values(graph_module, length)
         assert known(counted).tolist() == list(range(length))

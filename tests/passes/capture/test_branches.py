@@ -346,3 +346,71 @@ def test_a_length_that_the_guide_takes_in_steps_alone_is_not_free():
         CaptureError, match=r"fixes dimension 1 of x \(time\) at 64.* does not run at \d+\. Leave it out"
     ):
         capture(guide, vectors(4, 64), {"x": {0: "batch", 1: "time"}})
+
+
+def guard(holds: Callable[[Any], bool], *names: str) -> branches.Guard:
+    return branches.Guard(frozenset(names or ["time"]), holds)
+
+
+def around(own: int, *guards: branches.Guard, name: str = "time", **others: int) -> branches._Around:
+    return branches._Around(name, {name: own, **others}, list(guards))
+
+
+LATE, EARLY = guard(lambda s: s["time"] <= 16), guard(lambda s: s["time"] >= 5)
+EVEN = guard(lambda s: s["time"] % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("guards", "interval"),
+    [
+        ((), (1, None)),
+        ((LATE,), (1, 16)),
+        ((EARLY,), (5, None)),
+        ((LATE, EARLY, guard(lambda s: s["time"] <= 20)), (5, 16)),
+        ((EVEN,), (12, 12)),
+        ((guard(lambda s: s["time"] % 4 in (0, 1)),), (12, 13)),
+        ((guard(lambda s: s["time"] == 12),), (12, 12)),
+        ((guard(lambda s: s["time"] != 300),), (1, 299)),
+    ],
+)
+def test_an_interval_is_where_all_guards_hold_around_the_example(guards, interval):
+    assert around(12, *guards).interval(guards) == interval
+
+
+def test_guilty_are_the_guards_that_are_broken_where_the_graph_is_wrong_and_hold_where_it_is_right():
+    far = guard(lambda s: s["time"] <= 30)
+    one = around(12, LATE, EARLY, far)
+    assert one.guilty({17: True, 4: False, 13: False}) == [LATE]
+    assert one.guilty({17: False, 4: True, 13: None}) == [EARLY]
+    assert one.guilty({17: True, 4: True, 31: True}) == [LATE, EARLY, far]
+    assert one.guilty({17: False, 31: True}) == [far]
+    assert one.guilty({17: False, 31: None}) == []
+    # none is broken at wrong sizes alone: then those that are broken at what is left
+    assert one.guilty({17: False, 20: True, 31: False}) == [LATE]
+
+
+def test_sizes_are_tried_outside_of_each_guard_and_what_is_too_far_is_left():
+    one = around(12, LATE, EARLY)
+    breaks = {g: one.breaks(g) for g in one.guards}
+    assert sorted(one.to_try(breaks, None, 2048)) == [1, 2, 4, 13, 17, 18, 35]
+    assert list(one.untried) == []
+    assert sorted(one.to_try(breaks, None, 20)) == [1, 2, 4, 13, 17, 18, 20]
+    assert sorted(one.to_try(breaks, None, 16)) == [1, 2, 4, 13]
+    assert one.untried == (LATE,)
+    table = around(12, LATE)
+    assert sorted(table.to_try({LATE: (None, 17)}, 16, 16)) == [1, 13]
+    assert table.untried == ()  # where a table of positions ends is no branch
+
+
+@pytest.mark.parametrize(("own", "beside"), [(1, 3), (2, 4), (4, 4), (5, 3)])
+def test_a_batch_of_another_parity_is_tried(own, beside):
+    assert around(own, name="batch").to_try({}, None, 2048) == [n for n in (1, beside) if n != own]
+
+
+def test_other_dimensions_are_as_small_as_the_guards_let_them_be():
+    both = guard(lambda s: s["batch"] * s["time"] >= 20, "batch", "time")
+    assert around(12, name="width", batch=7, time=30).at(5) == {"width": 5, "batch": 2, "time": 8}
+    assert around(12, both, name="width", batch=7, time=30).at(5) == {"width": 5, "batch": 2, "time": 30}
+    assert around(12, name="width", batch=1, time=3).at(5) == {"width": 5, "batch": 1, "time": 3}
+    assert around(30, both, batch=7).at(4) == {"time": 4, "batch": 2}
+    assert around(9, both, LATE, name="batch", time=12).guards == [both]

@@ -87,7 +87,7 @@ def _layout(name: str, shape: tuple[Pair, ...]) -> tuple[Move | None, Move | Non
         return swap, swap, tuple(shape[{0: dim, dim: 0}.get(at, at)] for at in range(len(shape)))
     one, other = shape[0] if shape else (0, 0)
     heads = one // ROWS[0]
-    if heads > 1 and (one, other) == (heads * ROWS[0], heads * ROWS[1]):
+    if heads and (one, other) == (heads * ROWS[0], heads * ROWS[1]):
         apart, together = Move(aten.unflatten.int, (0, [-1, heads])), Move(aten.flatten.using_ints, (0, 1))
         return apart, together, (ROWS, (heads, heads), *shape[1:])
     told = ", ".join(str(a) if a == b else "?" for a, b in shape)

@@ -50,7 +50,7 @@ class Entered:
     def number(self, node: fx.Node) -> Pair | None:
         """Of a size, in both runs; None for what is no whole number."""
         one, other = (run[node] for run in self.runs)
-        return (one, other) if isinstance(one, int) and isinstance(other, int) else None
+        return (one, other) if isinstance(one, int) else None
 
     def is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.runs[0][node], torch.Tensor)

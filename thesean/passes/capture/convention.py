@@ -138,9 +138,13 @@ def _told_apart(captured: Captured, inputs: dict[str, torch.Tensor], wanted: Thi
             return f"the captured graph gives {tuple(a.shape)} where the guide gives {tuple(shape)} in output {index}"
         a = thinned(a, most)
         if not _close(a, b):
-            error = (a - b).abs().max().item()
+            error = (_numbers(a) - _numbers(b)).abs().max().item()
             return f"the captured graph disagrees with the guide by {error:.1e} in output {index}"
     return ""
+
+
+def _numbers(value: torch.Tensor) -> torch.Tensor:
+    return value.double() if value.dtype == torch.bool else value  # which torch doesn't subtract
 
 
 def _shown(value: torch.Tensor, most: int) -> tuple[torch.Size, torch.Tensor]:
