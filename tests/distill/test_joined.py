@@ -33,8 +33,9 @@ def test_other_shapes_begin_anew_and_nothing_is_left_out():
     rows = [given(0, 4), given(1, 4, width=5), given(2, 1, width=5), given(3, 4)]
     assert numbers(rows) == [(0,), (1, 2), (3,)]
     assert numbers(rows, apart=True) == [(0,), (1,), (2,), (3,)]
-    odd = given(1, 4)._replace(residual=torch.zeros(4, 3, 7))
-    assert numbers([given(0, 4), odd]) == [(0,), (1,)]
+    for shape in ((4, 3, 7), (4, 5, 2)):
+        odd = given(1, 4)._replace(residual=torch.zeros(shape))
+        assert numbers([given(0, 4), odd]) == [(0,), (1,)]
 
 
 def test_what_hides_steps_is_read_by_itself():
