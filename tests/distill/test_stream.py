@@ -81,6 +81,7 @@ def test_each_pass_has_every_batch_once():
     passes = [read(stream, 6) for _ in range(3)]
     assert [sorted(p) for p in passes] == [list(range(6))] * 3
     assert passes[0] != passes[1]
+    assert read(Stream([(7, {"x": ROWS})]), 3) == [7, 7, 7]
 
 
 def test_data_in_another_order_than_before_is_refused():

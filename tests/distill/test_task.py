@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import vectors
 from tests.distill.tools import task
+from tests.models import vectors
 from thesean.distill.task import primary, task_loss
 from thesean.errors import DataError
 
