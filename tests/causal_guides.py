@@ -108,6 +108,14 @@ class Attending(nn.Module):
         shared = F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], is_causal=True, enable_gqa=True)
         return shared.transpose(1, 2).flatten(2)
 
+    def repeated(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Written out, one head of keys and values for both of queries."""
+        q, k, v = self.heads(q, k, v)
+        k, v = (x[:, :1].repeat_interleave(2, 1) for x in (k, v))
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        weights = (q @ k.transpose(2, 3) * 8**-0.5).masked_fill(hidden, -math.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
     def stored(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """A buffer of ones cut to length, as in nanoGPT."""
         q, k, v = self.heads(q, k, v)

@@ -13,6 +13,7 @@ from torch import nn
 import thesean
 from tests.models import token_batches
 from tests.short_runs import causal, compile_quietly
+from thesean.errors import UnknownNameError
 
 
 def exported(**asked: Any) -> None:
@@ -33,7 +34,9 @@ def traded(**asked: Any) -> None:
         (exported, "quantise", "quantize"),
         (guide_exported, "quantise", "quantize"),
         (guide_exported, "state_full", "stateful"),
-        (guide_exported, "into", "data"),
+        (guide_exported, "into", "data"),  # not a caller's
+        (guide_exported, "train_length", "data"),
+        (guide_exported, "dynamic_axes", "dynamic"),
         (traded, "metrics", "metric"),
         (traded, "length", "lengths"),
     ],
@@ -42,6 +45,6 @@ def test_a_name_that_is_not_known_is_an_error_that_says_which_are(
     call: Callable[..., None], wrong: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TypeError, match=f"unknown argument of .*{wrong!r}.*{near}"):
+    with pytest.raises(UnknownNameError, match=f"unknown argument of .*{wrong!r}.*{near}"):
         call(**{wrong: None})
     assert not list(tmp_path.iterdir())

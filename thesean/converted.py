@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from thesean import artifact, load_artifact
-from thesean.errors import ArtifactError, DataError
+from thesean.errors import ArtifactError, DataError, ExportError
 from thesean.keywords import check_keywords
 from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import usual_settings
@@ -120,10 +120,14 @@ class Converted:
           like the example), its latency and its bytes; errors may be 0.15, 0.2 and 0.5 of the output's scale there.
         - `runtime`: "onnxruntime"; "genai" makes `path` a folder that onnxruntime-genai loads, compared there too;
           "portable" keeps to operators of ONNX itself.
+        - `operators`: linear attention by onnxruntime's own operator, "fused", which is slow in long sequences on
+          processors without AVX-512, or as "products"; "auto" times both on this machine, and the report says which it
+          took.
         - `tokenizer`: a folder or what has `save_pretrained`, which goes into the folder of "genai".
 
         The file's metadata hold the plan, the report, the states and the parity that was seen: `thesean inspect` prints
-        them. Raises ExportError and WriteError, and then leaves no file; MissingExtraError.
+        them. Raises ExportError and WriteError, and then leaves no file; MissingExtraError, and UnknownNameError for an
+        argument that there is not.
         """
         from thesean.deploy.encoder_decoder import export_network
         from thesean.deploy.export_report import FileForm, Form
@@ -131,6 +135,8 @@ class Converted:
 
         check_keywords(Converted.export, FileForm, asked)
         form = Form(**asked)  # type: ignore[typeddict-item]  # more may be put in
+        if data is not None and form.get("quantize") is None:
+            raise ExportError("data: only a quantised file is judged on it. Leave it out, or give quantize= too.")
         with dumping(dump_graphs):
             if form.get("quantize") is not None:
                 form["samples"] = samples_of(data, self.signature, self._home)

@@ -28,6 +28,7 @@ def export_guide(
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     stateful: Literal["auto", "yes", "no"] | bool = "auto",
     opset: int | None = None,
+    tolerance: float | None = None,
     **asked: Unpack[FileForm],
 ) -> ExportReport:
     """Write `model` as it is to an ONNX file that onnxruntime was seen to run with torch's numbers.
@@ -35,9 +36,10 @@ def export_guide(
     A causal language model gets its keys and values as state, so that one file serves prefill, chunks and single steps:
     the fair rival of a conversion's. It is what `compile(...).frontier[0].export(path)` writes, without a conversion;
     positions past a table read its last row there. The arguments are those of `compile` and `Converted.export`,
-    `dtype`, `external_data`, `check` and `quantize` among them.
+    `dtype`, `external_data`, `check`, `quantize`, `runtime` and `operators` among them.
 
-    Raises CaptureError, DataError, ExportError (no file is left then) and MissingExtraError.
+    Raises CaptureError, DataError, ExportError (no file is left then), MissingExtraError, and UnknownNameError for an
+    argument that there is not.
     """
     from thesean.deploy.encoder_decoder import export_network
     from thesean.deploy.export_report import FileForm, Form
@@ -58,6 +60,7 @@ def export_guide(
         path,
         stateful=stateful,
         opset=opset,
+        tolerance=tolerance,
         **form,
         train_length=captured.signature.example_sizes.get("time"),
     )

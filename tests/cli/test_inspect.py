@@ -13,6 +13,8 @@ import thesean
 from tests import exported, models
 from tests.cli.test_app import error_of, run
 from thesean.deploy.onnx_file import GUIDE, metadata
+from thesean.deploy.session import Session
+from thesean.errors import ExportError
 
 
 def test_a_file_of_ours_tells_its_inputs_states_and_parity() -> None:
@@ -77,3 +79,18 @@ def test_what_is_no_model_is_one_line(content: bytes | None, tmp_path: Path) -> 
         (tmp_path / "m.onnx").write_bytes(content)
     told = error_of(run("inspect", tmp_path / "m.onnx"))
     assert ("is no ONNX model" if content else "can't read") in told
+
+
+@pytest.mark.parametrize("key", ["delay", "encoder", "decoder", "sizes", "guide", "states", "parity", "quantized"])
+def test_metadata_that_were_altered_are_one_line(key: str, tmp_path: Path) -> None:
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["n", 3]) for n in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    for text in ("{", "5", "null", "[1]", '[{"other": 1}]'):
+        model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+        model.metadata_props.add(key=f"thesean.{key}", value=text)
+        onnx.save(model, tmp_path / "m.onnx")
+        told = error_of(run("inspect", tmp_path / "m.onnx"))
+        assert f"the file's metadata were altered: thesean.{key} can't be read" in told
+        if key in ("delay", "encoder", "sizes"):  # what a session goes by
+            with pytest.raises(ExportError, match=f"altered: thesean.{key} can't be read"):
+                Session(tmp_path / "m.onnx")

@@ -360,6 +360,17 @@ def test_a_graph_of_torchs_is_one_file_and_says_where_two_are_to_be_had(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
 
 
+@pytest.mark.parametrize("stateful", ["auto", True])
+def test_onnxruntime_genai_is_asked_for_in_vain(tmp_path, stateful):
+    """It is told what that serves, not what stands in the way of two files."""
+    found, path = guide("t5"), tmp_path / "served"
+    with pytest.raises(
+        ExportError, match=r"^genai: onnxruntime-genai serves causal language models alone: .*input_ids"
+    ):
+        export_network(found.graph_module, found.signature, path, stateful=stateful, runtime="genai")
+    assert not any(tmp_path.iterdir())
+
+
 # conversions
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,18 @@ from thesean.passes.bound_positions import BoundPositions
 from thesean.passes.capture.capture import capture
 
 SIZES = [(2, 7), (2, 19), (5, 3), (1, 1)]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Past a thousand bytes a write fails, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -211,7 +225,7 @@ def test_the_opset_is_the_one_that_was_asked_for(gru, tmp_path, opset):
 @pytest.mark.thorough
 def test_an_opset_that_can_not_be_written_leaves_no_file(gru, tmp_path):
     module, guide = gru
-    with pytest.raises(ExportError, match="expected opset 99"):
+    with pytest.raises(ExportError, match=r"opset: expected a whole number from 18 to \d+, found 99"):
         export(module, guide.signature, tmp_path / "m.onnx", opset=99)
     assert leftovers(tmp_path) == []
 
@@ -272,6 +286,10 @@ def test_rounding_is_what_any_order_of_sums_may_lead_to():
     found, usual = (rounding(g.graph_module, g.signature, (2,)) for g in (guide, calm))
     assert found > 20 * usual > 0
     assert models.same_state(guide.graph_module, before)
+    wide = capture(Amplifies().double().eval(), {"x": torch.randn(4, 64).double()})
+    before = models.state_of(wide.graph_module)
+    rounding(wide.graph_module, wide.signature, (2,))
+    assert models.same_state(wide.graph_module, before)  # its weights needn't be cast, and are still not written into
 
 
 def held_to(error: float, own: float, asked: bool = False) -> tuple[float, str]:
@@ -366,6 +384,36 @@ def test_an_unknown_wish_for_state_is_refused(gru, tmp_path):
     module, guide = gru
     with pytest.raises(ExportError, match="stateful: expected 'auto', 'yes', 'no', True or False, found 'maybe'"):
         export(module, guide.signature, tmp_path / "m.onnx", stateful="maybe")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "told"),
+    [
+        ("m.onnx", {"opset": 17}, r"opset: expected a whole number from 18 to \d+, found 17"),
+        ("m.onnx", {"opset": "20"}, "found '20'"),
+        ("m.onnx", {"opset": True}, "found True"),
+        ("m.onnx", {"opset": 20.0}, r"found 20\.0"),
+        ("m.onnx", {"dtype": [torch.float16]}, "dtype: expected torch.float32 or torch.float16"),
+        ("m.onnx", {"stateful": ["yes"]}, r"stateful: expected 'auto', .*found \['yes'\]"),
+        ("m.onnx", {"external_data": "beside"}, "external_data: expected True, False or None, found 'beside'"),
+        ("m.pth", {}, r"expected a name that ends in \.onnx or \.pt2, found \.pth"),
+        ("m.SafeTensors", {}, r"found \.SafeTensors"),
+        ("m.PT2", {}, r"found \.PT2"),
+        ("m.onnx", {"runtime": "genai"}, r"m\.onnx: runtime='genai' makes a folder"),
+    ],
+)
+def test_what_means_nothing_is_told_before_anything_is_made(tmp_path, name, asked, told):
+    guide = captured.mlp()
+    with pytest.raises(ExportError, match=told):
+        export(guide.graph_module, guide.signature, tmp_path / name, **asked)
+    assert leftovers(tmp_path) == []
+
+
+def test_the_newest_opset_is_written(tmp_path):
+    latest = onnx.defs.onnx_opset_version()
+    report = thesean.export_guide(models.gpt2(1), tmp_path / "m.onnx", data=models.token_batches(), opset=latest)
+    assert report.opset == latest
+    assert dims(report.path)["input_ids"] == ["batch", "time"]
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_inputs_that_do_not_fit_are_told_quietly(files, capfd):
     _, session, _ = files
     with pytest.raises(DataError, match="missing input 'input_ids'"):
         session.run({"ids": np.zeros((1, 2))})
-    with pytest.raises(DataError, match="onnxruntime refuses these inputs"):
+    with pytest.raises(DataError, match=r"input_ids: expected the shape \(batch, time\), found \(1, 2, 2\)"):
         session.run({"input_ids": np.zeros((1, 2, 2))})
     assert capfd.readouterr().err == ""
 
@@ -131,6 +131,43 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no model")
     with pytest.raises(ExportError, match=r"m\.onnx is no ONNX model"):
         Session(tmp_path / "m.onnx")
+
+
+def test_what_would_be_ignored_or_changed_is_refused(files):
+    _, session, plain = files
+    ids_BT = np.array([[1, 2]])
+    for inputs, message in (
+        ({"input_ids": ids_BT, "attention_mask": ids_BT}, "doesn't take 'attention_mask', so that it would be ignored"),
+        ({"input_ids": ids_BT, **session.zero_state(1)}, "state_in_0 is a state, and no input: give it as state="),
+        ({"input_ids": [[1.5, 2]]}, r"input_ids: expected numbers of int64, found 1\.5"),
+        ({"input_ids": [[float("nan")]]}, "expected numbers of int64, found nan"),
+        ({"input_ids": np.array([[2**63 + 1]], np.uint64)}, f"found {2**63 + 1}"),
+        ({"input_ids": np.array([["2024-01-01"]], "M8[D]")}, r"an array of numbers, found one of datetime64\[D\]"),
+        (ids_BT, r"inputs: expected arrays by name, {'input_ids': \.\.\.}, found a ndarray"),
+    ):
+        with pytest.raises(DataError, match=message):
+            session.run(inputs)
+    for same in ([[1.0, 2.0]], torch.tensor([[1, 2]]), ids_BT.astype(np.uint8)):
+        np.testing.assert_array_equal(
+            plain.run({"input_ids": same})[0]["logits"], plain.run({"input_ids": ids_BT})[0]["logits"]
+        )
+
+
+def test_a_name_and_a_number_that_mean_nothing_are_told(files, tmp_path):
+    _, session, _ = files
+    for asked, kind, message in (
+        (lambda: Session(tmp_path), ExportError, r"is a folder; expected a file, such as .*model\.onnx"),
+        (lambda: Session(tmp_path / "no.onnx"), ExportError, r"can't read .*no\.onnx: there is no such file"),
+        (lambda: Session(None), ExportError, "expected a path, found NoneType"),  # type: ignore[arg-type]
+        (lambda: Session(session.path, "2"), DataError, "threads: expected a whole number"),  # type: ignore[arg-type]
+        (lambda: session.zero_state(0), DataError, "batch: expected a whole number of at least 1, found 0"),
+        (lambda: session.zero_state(1.0), DataError, r"found 1\.0"),
+        (lambda: session.shape("ids"), DataError, "the file has no 'ids'; it has: "),
+        (lambda: session.dtype("ids"), DataError, "the file has no 'ids'; it has: "),
+        (lambda: session.flush({"input_ids": [[1]]}, {}), DataError, "outputs are not late"),
+    ):
+        with pytest.raises(kind, match=message):
+            asked()
 
 
 @pytest.mark.parametrize("number", [-1, models.VOCABULARY])

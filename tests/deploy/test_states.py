@@ -102,6 +102,19 @@ def test_inputs_that_are_no_arrays_are_refused(kept):
             kept.run({"input_ids": value})
 
 
+def test_what_is_no_state_and_rows_that_there_are_not_are_refused(kept, tmp_path):
+    for nothing in ([1, 2], "state", 5):
+        for call in (lambda s: kept.run(ids(1, 1), s), lambda s: kept.save_state(tmp_path / "s", s), kept.check_state):
+            with pytest.raises(StateError, match="expected a state, arrays by name as `run` gives them, found a"):
+                call(nothing)
+    for rows in ([2], [-1], 1, "a", [True, False]):
+        with pytest.raises(StateError, match="rows: expected whole numbers from 0 to 1, found"):
+            kept.take_rows(kept.zero_state(2), rows)
+    with pytest.raises(StateError, match="expected the states of one row or more to join, found none"):
+        kept.join_rows([])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_state_of_another_batch_or_shape_or_dtype_is_refused(kept):
     state = kept.run(ids(2, 4))[1]
     with pytest.raises(StateError, match=r"state_in_\d: the state is of 2 rows, expected 3"):

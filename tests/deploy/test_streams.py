@@ -18,7 +18,7 @@ from tests.exported import gpt2_gru, gpt2_guide, hybrid
 from thesean.deploy.export import export
 from thesean.deploy.session import Session
 from thesean.deploy.streams import Streams, _Batch
-from thesean.errors import DataError, NumericalError, StateError
+from thesean.errors import DataError, NumericalError, StateError, UnknownNameError
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7], [9, 3], [2]]
 
@@ -168,13 +168,17 @@ def test_a_stream_that_waits_has_the_state_it_came_with(mixed):
     assert streams.state(streams.join([1], state=kept)) is kept
 
 
-def test_streams_that_fail_are_as_they_were_before(mixed):
+def test_streams_that_fail_are_as_they_were_before(mixed, monkeypatch):
     streams = mixed.streams()
     good = streams.join(PROMPTS[0])
     made = [streams.step()[good] for _ in range(2)]
-    bad = streams.join([models.VOCABULARY])
     with pytest.raises(DataError, match="input_ids holds 32; expected ids from 0 to 31"):
-        streams.step()
+        streams.join([models.VOCABULARY])  # and not when all are stepped
+    bad = streams.join([1, 2])
+    with monkeypatch.context() as broken:
+        broken.setattr(streams, "_read_together", lambda group: mixed.run({}))
+        with pytest.raises(DataError, match="missing input 'input_ids'"):
+            streams.step()
     streams.leave(bad)
     made += [streams.step()[good] for _ in range(3)]
     assert made == mixed.generate(PROMPTS[0], 5)
@@ -314,3 +318,23 @@ def test_nothing_comes_of_nothing(mixed):
         mixed.generate([[1], []], 3)
     with pytest.raises(DataError, match="the prompt is empty"):
         mixed.generate([], 3)
+    with pytest.raises(DataError, match="the prompt: expected a sequence of whole numbers"):
+        mixed.generate([3, [1]], 3)
+    for prompts in (None, 5, "words", {"input_ids": [1]}, iter([1])):
+        with pytest.raises(DataError, match="prompts: expected a list of token ids, or a list of such lists, found a"):
+            mixed.generate(prompts, 3)
+
+
+def test_words_of_another_library_and_stops_that_never_come_are_refused(mixed):
+    for stops in (0, None, "0", [1.5], [[1]]):
+        with pytest.raises(DataError, match="stop_ids: expected a list of token ids, found"):
+            mixed.generate([1], 3, stop_ids=stops)
+    with pytest.raises(UnknownNameError, match="unknown setting 'temprature'; did you mean 'temperature'"):
+        mixed.generate([1], 3, temprature=1.0)
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'do_sample'\. known: min_p, repetition_penalty"):
+        mixed.streams().join([1], do_sample=True)
+    with pytest.raises(DataError, match="seed: expected a whole number of at least 0, found 'a'"):
+        mixed.generate([1], 3, seed="a")
+    for kind in (np.array, torch.tensor):  # whose numbers are no keys of a set of Python's
+        last = mixed.generate([1], 3)[-1]
+        assert mixed.generate(kind([1]), np.int64(9), stop_ids=kind([last]))[-1] == last

@@ -18,11 +18,11 @@ import torch
 import thesean
 from tests import captured, exported, models
 from tests.causal_guides import family
-from tests.deploy.test_export import leftovers
+from tests.deploy.test_export import full_disk, leftovers
 from thesean.deploy.export import export
 from thesean.deploy.lowering.forms import torch_cell
 from thesean.deploy.lowering.lower import cells_in_torch
-from thesean.errors import ExportError
+from thesean.errors import ExportError, WriteError
 from thesean.passes.capture.captured import Captured
 
 ALONE = """
@@ -186,3 +186,12 @@ def test_what_is_said_of_onnx_alone_is_refused(asked: dict[str, Any], tmp_path: 
     with pytest.raises(ExportError, match=f"{next(iter(asked))} is for ONNX files alone"):
         export(guide.graph_module, guide.signature, tmp_path / "m.pt2", **asked)
     assert leftovers(tmp_path) == []
+
+
+def test_a_disk_that_fills_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    guide, path = captured.mlp(), tmp_path / "m.pt2"
+    path.write_bytes(b"earlier")
+    with full_disk(), pytest.raises(WriteError, match=r"can't write .*m\.pt2: File too large\. Free some space"):
+        export(guide.graph_module, guide.signature, path)
+    assert path.read_bytes() == b"earlier"
+    assert leftovers(tmp_path) == ["m.pt2"]

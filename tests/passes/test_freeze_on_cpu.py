@@ -39,6 +39,7 @@ def test_the_copy_is_in_eval_mode_without_gradients_and_the_original_stays_as_it
     assert guide.training
     assert all(p.requires_grad for p in guide.parameters())
     assert not {id(p) for p in frozen.parameters()} & {id(p) for p in guide.parameters()}
+    assert [p.data_ptr() for p in frozen.parameters()] == [p.data_ptr() for p in guide.parameters()]  # in memory once
 
 
 def example() -> Example:

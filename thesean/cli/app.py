@@ -33,6 +33,7 @@ from thesean.cli.options import (
     Keep,
     KeepBest,
     LabelsOf,
+    LinearForm,
     LossFunction,
     MaxDrop,
     Merge,
@@ -340,6 +341,9 @@ def export(
     runtime: Annotated[
         FileRuntime, typer.Option(help="genai: FILE is a folder; portable: operators of ONNX alone.")
     ] = FileRuntime.onnxruntime,
+    operators: Annotated[
+        LinearForm, typer.Option(help="Linear attention: onnxruntime's operator, products, or what is faster here.")
+    ] = LinearForm.auto,
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --runtime genai: its tokenizer is copied.")
     ] = None,
@@ -376,6 +380,7 @@ def export(
             check=check.value,
             quantize=None if quantize is None else quantize.value,
             runtime=runtime.value,
+            operators=operators.value,
             tokenizer=tokenizer,
             **loaded_arguments(data, None),
         )

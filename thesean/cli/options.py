@@ -55,6 +55,12 @@ class FileRuntime(enum.StrEnum):
     portable = "portable"
 
 
+class LinearForm(enum.StrEnum):
+    auto = "auto"
+    fused = "fused"
+    products = "products"
+
+
 class QuantizedForm(enum.StrEnum):
     int8 = "int8"
     int8_static = "int8-static"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from thesean.deploy.onnx_file import (
     BESIDE_ENCODER,
     DELAY,
     GUIDE,
+    OPERATORS,
     PARITY_SEEN,
     SIZES,
     STATES,
@@ -23,8 +23,8 @@ from thesean.deploy.onnx_file import (
 )
 from thesean.deploy.parity import Check, largest, untried
 from thesean.deploy.quantizing.quantized import QUANTIZED, Quantized
-from thesean.errors import ExportError
-from thesean.passes.graph.signature import Bound
+from thesean.deploy.told import Beside, Late, StateRow, parsed, told_as
+from thesean.passes.graph.signature import Bound, Origin
 
 _OPERATORS = 12  # the most frequent; the rest are counted together
 
@@ -38,42 +38,39 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
     opset = next((o.version for o in model.opset_import if o.domain == ""), 0)
     maker = " ".join(w for w in (model.producer_name, model.producer_version) if w) or "an unknown maker"
     sections = [f"{path}: {_size(path, told)}, opset {opset}, {len(model.graph.node)} nodes, made by {maker}"]
-    states = {row["name"]: row for row in _parsed(told.get(STATES, "[]"))}
+    states = {row.name: row.start for row in told_as(told, STATES, tuple[StateRow, ...], ())}
     weights = {i.name for i in model.graph.initializer}
     for title, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
         rows = [_row(v, states, onnx) for v in values if v.name not in weights]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         sections.append("\n".join([title, *(f"  {line}" for line in lines)]))
-    if DELAY in told:
-        late = _parsed(told[DELAY])
-        steps, seen = late["steps"], late["seen"]
-        sections.append(f"delay\n  outputs come {steps} steps late; after the last token {steps} more, {seen} False")
+    if late := told_as(told, DELAY, Late, Late()).steps:
+        seen = told_as(told, DELAY, Late, Late()).seen
+        sections.append(f"delay\n  outputs come {late} steps late; after the last token {late} more, {seen} False")
     if BESIDE_ENCODER in told:
-        row = _parsed(told[BESIDE_ENCODER])
+        encoder = _beside(told, BESIDE_ENCODER)
         lost = "" if encoder_of(path, told) is not None else ", which is missing"
-        sections.append(f"encoder\n  {row['file']}{lost}; it gives {', '.join(row['gives'])}, the same in every call")
+        gives = ", ".join(encoder.gives)
+        sections.append(f"encoder\n  {encoder.file}{lost}; it gives {gives}, the same in every call")
     if BESIDE_DECODER in told:
-        sections.append(f"decoder\n  {_parsed(told[BESIDE_DECODER])['file']}")
-    if SIZES in told:
-        bounds = [Bound(**row) for row in _parsed(told[SIZES])]
+        sections.append(f"decoder\n  {_beside(told, BESIDE_DECODER).file}")
+    if bounds := told_as(told, SIZES, tuple[Bound, ...], ()):
         sections.append("\n".join(["sizes", *(f"  {b.name}: {b.describe()}, no others" for b in bounds)]))
     if GUIDE in told:
-        row = _parsed(told[GUIDE])
-        known = [("weights", row.get("weights")), ("commit", row.get("commit"))]
+        origin = told_as(told, GUIDE, Origin, Origin())
+        known = [("weights", origin.weights), ("commit", origin.commit)]
         sections.append("\n".join(["guide", *(f"  {name} {value}" for name, value in known if value)]))
-    sections.append("operators\n  " + _operators(model))
+    written = f"\n  linear attention as {told[OPERATORS]}" if OPERATORS in told else ""
+    sections.append(f"operators\n  {_operators(model)}{written}")
     if PARITY_SEEN in told:
-        checks = [Check(c["label"], tuple(c["shape"]), c["max_abs_error"]) for c in _parsed(told[PARITY_SEEN])]
+        checks = told_as(told, PARITY_SEEN, tuple[Check, ...], ())
         unchecked = f"\n  not checked: {told[UNCHECKED]}" if UNCHECKED in told else ""
         if UNTRIED in told:
-            unchecked += f"\n  {untried(_parsed(told[UNTRIED]))}"
+            unchecked += f"\n  {untried(told_as(told, UNTRIED, tuple[int, ...], ()))}"
         sections.append(f"parity\n  {len(checks)} checks in onnxruntime; {largest(checks)}{unchecked}")
     if QUANTIZED in told:
-        row = _parsed(told[QUANTIZED])
-        for name in ("whole_ms", "step_ms"):
-            row[name] = row[name] and tuple(row[name])
-        sections.append(f"quantised\n{Quantized(**row)}")
+        sections.append(f"quantised\n{parsed(told, QUANTIZED, Quantized)}")
     return "\n\n".join(sections), told
 
 
@@ -81,7 +78,7 @@ def encoder_of(path: Path, told: dict[str, str]) -> Path | None:
     """The encoder's file beside a decoder's, where it is."""
     if BESIDE_ENCODER not in told:
         return None
-    beside = path.with_name(Path(_parsed(told[BESIDE_ENCODER])["file"]).name)
+    beside = path.with_name(Path(_beside(told, BESIDE_ENCODER).file).name)
     return beside if beside.is_file() else None
 
 
@@ -94,12 +91,12 @@ def _size(path: Path, told: dict[str, str]) -> str:
     return f"{inside} and {found} of weights in {beside.name}"
 
 
-def _row(value: Any, states: dict[str, Any], onnx: Any) -> tuple[str, str, str, str]:
+def _row(value: Any, states: dict[str, str], onnx: Any) -> tuple[str, str, str, str]:
     """Name, dtype, shape, what starts it."""
     tensor = value.type.tensor_type
     shape = ", ".join(str(d.dim_param or d.dim_value) for d in tensor.shape.dim)
     dtype = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-    start = f"state, starts as {states[value.name]['start']}" if value.name in states else value.doc_string
+    start = f"state, starts as {states[value.name]}" if value.name in states else value.doc_string
     return value.name, dtype, f"({shape})", start
 
 
@@ -110,8 +107,5 @@ def _operators(model: Any) -> str:
     return ", ".join([*named, *([f"{others} others"] if others else [])])
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ExportError(f"the file's metadata were altered: {error}.") from error
+def _beside(told: dict[str, str], key: str) -> Beside:
+    return told_as(told, key, Beside, Beside(file=""))

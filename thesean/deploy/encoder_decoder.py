@@ -20,8 +20,8 @@ from typing import Any, Unpack
 from torch import fx
 
 from thesean.deploy.encoder_parity import Both
-from thesean.deploy.export import PARITY, export, parse_dtype
-from thesean.deploy.export_report import ExportReport, Form, Stateful, parse_stateful
+from thesean.deploy.export import export
+from thesean.deploy.export_report import PARITY, ExportReport, Form, Stateful, parse_dtype, parse_stateful
 from thesean.deploy.loaded import require
 from thesean.deploy.lowering.to_onnx import output_names
 from thesean.deploy.onnx_file import BESIDE_DECODER, BESIDE_ENCODER, PARITY_SEEN, Draft, draft

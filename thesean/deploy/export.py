@@ -13,20 +13,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Unpack, get_args
+from typing import Unpack
 
 import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
-from thesean.deploy.export_report import Checking, ExportReport, Form, Stateful, check_runtime, parse_stateful
+from thesean.deploy.export_report import (
+    PARITY,
+    ExportReport,
+    Form,
+    Stateful,
+    check_runtime,
+    check_words,
+    parse_dtype,
+    parse_stateful,
+)
 from thesean.deploy.genai.folder import Served, write_genai
 from thesean.deploy.loaded import require
-from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, output_names, to_onnx
+from thesean.deploy.lowering.choose_operators import choose_operators
+from thesean.deploy.lowering.to_onnx import output_names, parse_opset, to_onnx
 from thesean.deploy.onnx_file import (
     DELAY,
     GUIDE,
     IDS,
+    OPERATORS,
     PARITY_SEEN,
     ROWS,
     SIZES,
@@ -34,6 +45,7 @@ from thesean.deploy.onnx_file import (
     TOGETHER,
     UNCHECKED,
     UNTRIED,
+    Draft,
     draft,
 )
 from thesean.deploy.parity import (
@@ -74,9 +86,6 @@ from thesean.passes.inline_modules import InlineModules
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_shape
 from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.scratch import named
-
-# Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
-PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
 
 _STATES = re.compile(r"^(cache attention|delay steps|thread state): ")  # how the refusals of a state begin
 
@@ -122,7 +131,7 @@ def export(
     Raises ExportError, WriteError (nothing is left behind and an earlier file stays) and MissingExtraError.
     """
     runtime, tokenizer = form.pop("runtime", "onnxruntime"), form.pop("tokenizer", None)
-    if check_runtime(runtime, tokenizer, named(path), form.get("quantize")) == "genai":
+    if check_runtime(runtime, tokenizer, named(path), form) == "genai":
         if parse_stateful(stateful) is False:
             raise ExportError("stateful: runtime='genai' decodes step by step; expected 'auto' or 'yes', found 'no'.")
         write = partial(
@@ -137,8 +146,7 @@ def export(
     require("onnx", "onnxruntime", "onnxscript")
     start = time.monotonic()
     wanted = parse_stateful(stateful)
-    if form.get("check", "all") not in get_args(Checking):
-        raise ExportError(f"check: expected one of {', '.join(get_args(Checking))}, found {form.get('check')!r}.")
+    check_words(form)
     if form.get("quantize") is not None:
         check_form(form.get("quantize"), form.get("dtype"))
     asked = _Asked(
@@ -146,7 +154,7 @@ def export(
         signature=signature,
         path=named(path),
         dtype=parse_dtype(form.get("dtype")),
-        opset=DEFAULT_OPSET if opset is None else opset,
+        opset=parse_opset(opset),
         portable=runtime == "portable",
         tolerance=tolerance,
         train_length=train_length,
@@ -174,7 +182,7 @@ def _export_torch(
 ) -> ExportReport:
     """Raises ExportError, for what is said of ONNX alone too."""
     given = {"opset": opset, **{k: v for k, v in form.items() if k not in ("about", "samples")}}
-    if meant := [k for k, v in given.items() if v is not None and v != "all"]:
+    if meant := [k for k, v in given.items() if v is not None and v not in ("all", "auto")]:
         raise ExportError(f"{path}: {', '.join(meant)} is for ONNX files alone. Leave it out, or write an .onnx file.")
     dtypes = dtypes_for(graph_module, signature, None)
     signature = cast_signature(signature, dtypes)
@@ -238,16 +246,19 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         try:
             example = _example(module, signature, stream, states, train_length)
             model = to_onnx(lowered, example, inputs, outputs, asked.opset, asked.portable)
+            written, told_of = choose_operators(model, asked.form.get("operators", "auto"))
+            told |= {OPERATORS: written} if written else {}
             describe_values(model, signature, delay)
             model.metadata_props.update(_about(states, {**told, **asked.form.get("about", {})}))
             drafted.write(model, asked.form.get("external_data"))
-            checks, skipped = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            checks, skipped = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
             unchecked = not_comparable(checks)
             if unchecked and asked.form.get("check", "all") != "skip":
                 raise ExportError(
                     f"{path}: {unchecked}. No file was written. Convert with data= or example_inputs= that the network "
                     "is finite on: checks are made of them. check='skip' writes it all the same, and says so."
                 )
+            skipped += [told_of] if told_of else []
             skipped += [untried(constants)] if constants else []
             skipped += [f"not checked, as check='skip' allows: {unchecked}"] if unchecked else []
             exact, is_asked = partial(rounding, module, signature), asked.tolerance is not None
@@ -264,7 +275,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
             assert samples is not None, "whoever asks for a quantised file says what it is judged on"
             made = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
             tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
-            found, _ = _compare(Session(drafted.path), module, threaded, signature, names, train_length, path)
+            found, _ = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
             checks = [c for c in found if c.label != IN_TORCH]
             allowed_error(checks, tolerance, path, lambda shape: 0.0, COARSE)
             drafted.tell({QUANTIZED: made.to_json(), PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
@@ -287,8 +298,14 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         delay=delay,
         dtype=str(file_dtype).removeprefix("torch."),
         weights=drafted.weights,
+        operators=written,
         quantized=made,
     )
+
+
+def _checked(drafted: Draft) -> Session:
+    """The file to compare; weights beside it, which may be larger than what is left of the memory, stay there."""
+    return Session(drafted.path, mapped=drafted.weights is not None)
 
 
 def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, str]:
@@ -346,18 +363,6 @@ def _compare(
         return compare_all(session, threaded, module, signature, names, train_length)
     except DataError as error:
         raise ExportError(f"{path}: the file does not run where the module does: {error}") from error
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """What a file's precision is asked for as. Raises ExportError for one that files don't have."""
-    if isinstance(dtype, str):  # "float16", as a report writes it
-        dtype = getattr(torch, dtype, None) if isinstance(getattr(torch, dtype, None), torch.dtype) else dtype
-    if dtype is not None and dtype not in PARITY:
-        raise ExportError(
-            f"dtype: expected torch.float32 or torch.float16, found {dtype}: onnxruntime has few kernels of others on "
-            "a CPU. Leave it out for a float32 file, whatever the network's own precision is."
-        )
-    return dtype
 
 
 def _lower(module: fx.GraphModule, passes: Sequence[Pass | Attempt]) -> tuple[fx.GraphModule, str]:

@@ -6,7 +6,6 @@ B batch, T time
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,11 @@ import numpy as np
 
 from thesean.deploy.onnx_file import BESIDE_ENCODER, DELAY, IDS, ROWS, SIZES, TOGETHER, check_weights, metadata
 from thesean.deploy.states import Arrays, LoadedFile, State, StateTable
+from thesean.deploy.told import Beside, Late, told_as
 from thesean.errors import DataError, ExportError, MissingExtraError, StateError, first_line
 from thesean.passes.graph.signature import Bound
 from thesean.passes.thread_state import STATE_IN, STATE_OUT
+from thesean.scratch import named
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -37,30 +38,63 @@ def require(*packages: str) -> None:
             raise MissingExtraError(package, "onnx")
 
 
+def exactly(name: str, value: Any, dtype: type[np.generic]) -> np.ndarray:
+    """An array of that dtype with the numbers that were given. Raises DataError where it can't hold them."""
+    try:
+        found = np.asarray(value)
+        if found.dtype == dtype:
+            return found
+        with np.errstate(invalid="ignore", over="ignore"):
+            made = found.astype(dtype)
+    except (TypeError, ValueError, OverflowError) as error:  # a ragged list, words
+        raise DataError(f"{name}: expected an array of numbers: {error}.") from error
+    if found.dtype.kind not in "biuf":
+        raise DataError(f"{name}: expected an array of numbers, found one of {found.dtype}.")
+    if not issubclass(dtype, np.floating) and (other := found[made != found]).size:
+        raise DataError(f"{name}: expected numbers of {np.dtype(dtype)}, found {other.flat[0]}.")
+    return made
+
+
+def _file(path: Any) -> Path:
+    """Raises ExportError for what is no file."""
+    path = named(path, "read", ExportError)
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; expected a file, such as {path / 'model.onnx'}.")
+    if not path.exists():
+        raise ExportError(f"can't read {path}: there is no such file.")
+    return path
+
+
 class Loaded:
     """A thin wrapper of onnxruntime on CPU; `metadata` is what the file says of itself. Raises ExportError for a file
     that onnxruntime can't load, and for weights beside it that are missing or were changed.
 
     `lean`: a run that starts a sequence gives its working memory back at its end, and has to ask for it again.
+    `mapped`: weights beside the file are read where they are, and take no memory of their own; products are slower.
     `delay`: how many steps late outputs come, where parts of the network look ahead; `flush` brings out the last ones.
     `held` are the inputs of a decoder that its encoder gives: the same in every call, of as many rows as the others.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1, lean: bool = False) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, lean: bool = False, mapped: bool = False) -> None:
         require("onnxruntime")
         import onnxruntime as ort
 
+        path = _file(path)
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+            raise DataError(f"threads: expected a whole number, 0 for as many as there are cores, found {threads!r}.")
         self.threads = threads
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # errors are raised, not printed
+        if mapped:  # else onnxruntime arranges each matrix anew, in memory
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             real = os.path.realpath(path)  # a link's target has its weights beside it, the link has not
             self._session = ort.InferenceSession(real, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes derive from Exception alone
-            if importlib.util.find_spec("onnx") is not None and Path(path).is_file():
-                check_weights(Path(real), metadata(Path(path)))
+            if importlib.util.find_spec("onnx") is not None:
+                check_weights(Path(real), metadata(path))
             raise ExportError(f"{path}: onnxruntime can't load it: {first_line(error)}") from error
         self._giving_back = None
         if lean:
@@ -73,11 +107,12 @@ class Loaded:
         self.states = tuple(n for n in self._declared if n.startswith(STATE_IN))
         self.inputs = tuple(n for n in self._declared if n not in self.states)
         self.outputs = tuple(n for n in self._given if not n.startswith(STATE_OUT))
-        self.held: tuple[str, ...] = tuple(json.loads(self.metadata.get(BESIDE_ENCODER, "{}")).get("gives", ()))
-        late = json.loads(self.metadata.get(DELAY, "{}"))
-        self.delay, self._seen = int(late.get("steps", 0)), str(late.get("seen", ""))
-        self._tables: dict[str, int] = json.loads(self.metadata.get(IDS, "{}"))
-        self._bounds = {b["name"]: Bound(**b) for b in json.loads(self.metadata.get(SIZES, "[]"))}
+        beside = told_as(self.metadata, BESIDE_ENCODER, Beside, Beside(file=""))
+        self.held: tuple[str, ...] = beside.gives
+        late = told_as(self.metadata, DELAY, Late, Late())
+        self.delay, self._seen = late.steps, late.seen
+        self._tables = told_as(self.metadata, IDS, dict[str, int], {})
+        self._bounds = {b.name: b for b in told_as(self.metadata, SIZES, tuple[Bound, ...], ())}
         self._names = [*self.outputs, *(STATE_OUT + n.removeprefix(STATE_IN) for n in self.states)]
         self._dtypes = {n: _DTYPES[self._declared[n].type] for n in self._declared}
         self._table = StateTable(
@@ -100,16 +135,24 @@ class Loaded:
         return self._table.has_rows and self.metadata.get(ROWS) != TOGETHER
 
     def shape(self, name: str) -> tuple[int | str, ...]:
-        """Of an input or output, as the file declares it: sizes that aren't fixed by name."""
-        return tuple((self._declared.get(name) or self._given[name]).shape)
+        """Of an input or output, as the file declares it: sizes that aren't fixed by name. Raises DataError."""
+        return tuple(self._known({**self._given, **self._declared}, name).shape)
 
     def dtype(self, name: str) -> type[np.generic]:
-        """Of an input or a state."""
-        return self._dtypes[name]
+        """Of an input or a state. Raises DataError."""
+        found: type[np.generic] = self._known(self._dtypes, name)
+        return found
+
+    def _known(self, table: Mapping[str, Any], name: str) -> Any:
+        if name not in table:
+            raise DataError(f"the file has no {name!r}; it has: {', '.join(table)}.")
+        return table[name]
 
     def zero_state(self, batch: int) -> State:
-        """The states that start `batch` sequences, in the shapes that the file declares."""
-        return self._table.zeros(batch)
+        """The states that start `batch` sequences, in the shapes that the file declares. Raises DataError."""
+        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
+            raise DataError(f"batch: expected a whole number of at least 1, found {batch!r}.")
+        return self._table.zeros(int(batch))
 
     def run(self, inputs: Arrays, state: Mapping[str, np.ndarray] | None = None) -> tuple[Arrays, State]:
         """(outputs, state after them); no state means a sequence's start. The state goes into the next call as it is.
@@ -118,6 +161,10 @@ class Loaded:
         DataError for inputs that the file doesn't take or that don't fit it, a chunk without a step among them, and
         StateError for a state of another file or batch.
         """
+        if not isinstance(inputs, Mapping):
+            raise DataError(
+                f"inputs: expected arrays by name, {{{self.inputs[0]!r}: ...}}, found a {type(inputs).__name__}."
+            )
         if self._seen and self._seen not in inputs:
             first = next((np.asarray(inputs[n]) for n in self.inputs if n in inputs), None)
             if first is not None and first.ndim > 1:
@@ -126,17 +173,14 @@ class Loaded:
         for name in self.inputs:
             if name not in inputs:
                 raise DataError(f"missing input {name!r}; the file takes: {', '.join(self.inputs)}.")
-            try:
-                given[name] = value = np.asarray(inputs[name], self._dtypes[name])
-            except (TypeError, ValueError) as error:  # a ragged list, words
-                raise DataError(f"{name}: expected an array of numbers: {error}.") from error
+            given[name] = value = exactly(name, inputs[name], self._dtypes[name])
             if not value.size:
                 raise DataError(f"{name}: expected at least one row and one step, found the shape {value.shape}.")
-            if name in self._tables and not (value.min() >= 0 and value.max() < self._tables[name]):
-                worst = value.min() if value.min() < 0 else value.max()
-                raise DataError(f"{name} holds {worst}; expected ids from 0 to {self._tables[name] - 1}.")
+            self.check_ids(name, value)
             if self._bounds:
                 self._check_bounds(name, value)
+        if len(inputs) > len(given):
+            raise DataError(self._not_taken(next(n for n in inputs if n not in given)))
         rows = None
         if self.states:
             rows = next(len(v) if v.ndim else 1 for v in given.values())
@@ -145,14 +189,46 @@ class Loaded:
                     f"{other}: expected a source of {rows} rows, as {self.inputs[0]} has, found the shape "
                     f"{given[other].shape}. Encode as many."
                 )
+            if len(given) > 1:
+                self._check_sizes(given)
             given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
+        elif len(given) > 1:
+            self._check_sizes(given)
         try:
             values = self._session.run(self._names, given, self._giving_back if state is None else None)
         except Exception as error:
+            self._check_sizes(given)
             raise DataError(f"onnxruntime refuses these inputs: {first_line(error)}") from error
         count = len(self.outputs)
         after = State(zip(self.states, values[count:], strict=True), self._table.file, rows)
         return dict(zip(self.outputs, values[:count], strict=True)), after
+
+    def check_ids(self, name: str, value: np.ndarray) -> None:
+        """Raises DataError for numbers that no table of the file holds, where one is read by them."""
+        if name in self._tables and not (value.min() >= 0 and value.max() < self._tables[name]):
+            worst = value.min() if value.min() < 0 else value.max()
+            raise DataError(f"{name} holds {worst}; expected ids from 0 to {self._tables[name] - 1}.")
+
+    def _not_taken(self, name: object) -> str:
+        taken = f"the file takes: {', '.join(self.inputs)}"
+        if name in self.states:
+            return f"{name} is a state, and no input: give it as state=, with the others; {taken}."
+        return f"the file doesn't take {name!r}, so that it would be ignored; {taken}."
+
+    def _check_sizes(self, given: Arrays) -> None:
+        """Raises DataError for inputs that are not of the declared shapes, or not as long as each other."""
+        sizes: dict[str, tuple[str, int]] = {}
+        for name in self.inputs:
+            shape, found = self._declared[name].shape, given[name].shape
+            told = f"{name}: expected the shape ({', '.join(map(str, shape))}), found {found}"
+            if len(shape) != len(found) or any(
+                isinstance(d, int) and d != n for d, n in zip(shape, found, strict=True)
+            ):
+                raise DataError(f"{told}.")
+            for dim, size in zip(shape, found, strict=True):
+                if isinstance(dim, str) and sizes.setdefault(dim, (name, size))[1] != size:
+                    first, other = sizes[dim]
+                    raise DataError(f"{told}: {dim!r} is {other} in {first}.")
 
     def _check_bounds(self, name: str, value: np.ndarray) -> None:
         for dim, size in zip(self._declared[name].shape, value.shape, strict=False):
@@ -165,8 +241,11 @@ class Loaded:
 
     def flush(self, inputs: Arrays, state: Mapping[str, np.ndarray]) -> tuple[Arrays, State]:
         """The last `delay` outputs of sequences that have ended, after a run that left `state`; `inputs` are any that
-        the file takes, such as those of that run: their last step is repeated, and read as no token.
+        the file takes, such as those of that run: their last step is repeated, and read as no token. Raises DataError
+        for a file whose outputs aren't late.
         """
+        if not self.delay:
+            raise DataError("the file's outputs are not late: there is nothing to flush.")
         timed = [n for n in self.inputs if n != self._seen and n not in self.held]
         last = {n: np.repeat(np.asarray(inputs[n])[:, -1:], self.delay, 1) for n in timed}
         held = {n: inputs[n] for n in self.held}

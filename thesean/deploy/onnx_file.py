@@ -6,7 +6,6 @@ moment the model of that name finds the weights that it was written with.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import re
@@ -19,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thesean.deploy.told import StateRow, told_as
 from thesean.errors import ExportError
 from thesean.scratch import file_sha256, followed, leftovers, named, remove, scratch, scratches, sync, telling
 from thesean.write_file import made_in, mode_kept
@@ -46,6 +46,7 @@ UNCHECKED = "thesean.unchecked"  # why not all could be compared, where the call
 UNTRIED = "thesean.untried"  # whole numbers that positions are compared with, too large to try steps past them
 GUIDE = "thesean.guide"  # the hash of its weights, and their commit where one is known
 DELAY = "thesean.delay"  # how many steps late outputs come, and the input that says where a token comes in
+OPERATORS = "thesean.operators"  # how linear attention is written: "fused" or "products"
 BESIDE_ENCODER = "thesean.encoder"  # of a decoder: its encoder's file, that file's SHA-256, and what it gives
 BESIDE_DECODER = "thesean.decoder"  # of an encoder: its decoder's file
 
@@ -172,7 +173,7 @@ def _mentions(path: Path, word: str) -> bool:
 
 def _shortened(name: str) -> str:
     """With room for what makes it the name of weights, in a file system's 255 bytes."""
-    return name.encode()[:200].decode(errors="ignore")
+    return name.encode(errors="ignore")[:200].decode(errors="ignore")  # protobuf has no bytes that are no letters
 
 
 def weights_bytes(model: ir.Model) -> int:
@@ -225,7 +226,7 @@ def declared(path: Path) -> tuple[Declared, Declared, tuple[str, ...]]:
     import onnx
 
     model = read(path)
-    states = [row["name"] for row in json.loads(told_by(model).get(STATES, "[]"))]
+    states = [row.name for row in told_as(told_by(model), STATES, tuple[StateRow, ...], ())]
     rows = {}
     for value in model.graph.input:
         kind = value.type.tensor_type

@@ -256,7 +256,7 @@ def rounding(module: fx.GraphModule, signature: Signature, shape: tuple[int, ...
             draw = torch.Generator().manual_seed(seed)
             for weight in double.parameters():
                 noise = torch.randn(weight.shape, generator=draw, dtype=torch.float32)
-                weight.mul_(1 + _LAST_PLACES * noise.to(weight.dtype))
+                weight.data = weight * (1 + _LAST_PLACES * noise.to(weight.dtype))  # not into the module's own
             outputs.append(leaf_values(double(**given)))
     except (RuntimeError, TheseanError) as error:
         logger.debug("the module does not run in float64: %s", error)

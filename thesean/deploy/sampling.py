@@ -6,13 +6,19 @@ V vocabulary, K tokens that are left to draw from
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TypedDict
+from itertools import accumulate
+from typing import Any, TypedDict
 
 import numpy as np
 
-from thesean.errors import DataError, NumericalError
+from thesean.errors import DataError, NumericalError, unknown_name
+
+_FEW = 64  # tokens
+_ROUNDING = 1e-9  # of a sum of probabilities
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -46,7 +52,7 @@ class Sampling:
         penalty = self.repetition_penalty
         for name, fits, expected in (
             ("temperature", _number(self.temperature) and self.temperature >= 0, "a number of at least 0"),
-            ("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "a whole number of at least 1"),
+            ("top_k", self.top_k is None or (is_whole(self.top_k) and self.top_k >= 1), "a whole number of at least 1"),
             ("top_p", _number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and up to 1"),
             ("min_p", _number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
             ("repetition_penalty", _number(penalty) and penalty > 0, "a number above 0"),
@@ -55,6 +61,15 @@ class Sampling:
                 raise DataError(f"{name}: expected {expected}, found {getattr(self, name)!r}.")
         if not self.temperature and (self.top_k is not None or self.top_p < 1 or self.min_p):
             raise DataError("top_k, top_p and min_p need a temperature: at 0 the likeliest token is taken.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sampling:
+        """Raises DataError, and UnknownNameError for an option that there is not."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise unknown_name("setting", name, known)
+        return cls(**options)
 
     @cached_property
     def heeds_repetition(self) -> bool:
@@ -68,8 +83,11 @@ class Sampling:
             if math.isnan(scores_V[token]):
                 raise NumericalError("the file's logits are NaN: no token can be chosen.")
             return token
-        token_K, probability_K = self._kept(logits_V, read_V)
-        sum_K = probability_K.cumsum()
+        token_K, weight_K = self._kept(logits_V, read_V)
+        if isinstance(weight_K, list):
+            sums = list(accumulate(weight_K))
+            return int(token_K[bisect(sums, random.random() * sums[-1])])
+        sum_K = weight_K.cumsum()
         return int(token_K[np.searchsorted(sum_K, random.random() * sum_K[-1], side="right")])
 
     def probabilities(self, logits_V: np.ndarray, read_V: np.ndarray | None = None) -> np.ndarray:
@@ -78,8 +96,8 @@ class Sampling:
         if not self.temperature:
             found_V[self._penalised(logits_V, read_V).argmax()] = 1
             return found_V
-        token_K, probability_K = self._kept(logits_V, read_V)
-        found_V[token_K] = probability_K / probability_K.sum()
+        token_K, weight_K = self._kept(logits_V, read_V)
+        found_V[token_K] = np.divide(weight_K, np.sum(weight_K))
         return found_V
 
     def _penalised(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> np.ndarray:
@@ -90,33 +108,72 @@ class Sampling:
         scores_V[read_V] = np.where(read > 0, read / self.repetition_penalty, read * self.repetition_penalty)
         return scores_V
 
-    def _kept(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and how likely each is, before they sum to 1 again."""
+    def _kept(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> tuple[Any, list[float] | np.ndarray]:
+        """Tokens, and how likely each is beside the others: lists where they are few, which is faster."""
         scores_V = self._penalised(logits_V, read_V)
-        token_K = np.arange(len(scores_V))
-        if self.top_k is not None and self.top_k < len(scores_V):
-            token_K = np.flatnonzero(scores_V >= np.partition(scores_V, -self.top_k)[-self.top_k])
-        score_K = scores_V[token_K].astype(np.float64)
-        largest = score_K.max(initial=-math.inf)
+        largest = float(scores_V.max(initial=-math.inf))
         if not math.isfinite(largest):
             raise NumericalError(f"the largest of the file's logits is {largest}: no token can be drawn.")
+        token_K: np.ndarray | None = None
+        if self.top_k is not None and self.top_k < len(scores_V):
+            token_K = likeliest(scores_V, self.top_k)
+            scores_V = scores_V[token_K]
+            if len(token_K) <= _FEW:
+                return self._few(token_K.tolist(), scores_V.tolist(), largest)
         with np.errstate(over="ignore"):  # next to 0 all but the likeliest are
-            probability_K = np.exp((score_K - largest) / self.temperature)
-        probability_K /= probability_K.sum()
+            weight_K = np.exp((scores_V.astype(np.float64) - largest) / self.temperature)
+        kept_K = nucleus(weight_K / weight_K.sum(), self.top_p) if self.top_p < 1 else None
+        if self.min_p:  # the likeliest weighs 1, and is always among them
+            enough_K = weight_K >= self.min_p
+            kept_K = np.flatnonzero(enough_K) if kept_K is None else kept_K[enough_K[kept_K]]
+        if kept_K is None:
+            return np.arange(len(weight_K)) if token_K is None else token_K, weight_K
+        return kept_K if token_K is None else token_K[kept_K], weight_K[kept_K]
+
+    def _few(self, tokens: list[int], scores: list[float], largest: float) -> tuple[list[int], list[float]]:
+        """The same of a handful, without arrays."""
+        weights = [math.exp((score - largest) / self.temperature) for score in scores]
+        kept = range(len(weights))
         if self.top_p < 1:
-            order_K = np.argsort(-probability_K, kind="stable")
-            likelier_K = np.empty_like(probability_K)  # the probability of all that are likelier
-            likelier_K[order_K] = np.cumsum(probability_K[order_K]) - probability_K[order_K]
-            token_K, probability_K = token_K[likelier_K < self.top_p], probability_K[likelier_K < self.top_p]
+            order = sorted(kept, key=weights.__getitem__, reverse=True)
+            total, likelier, count = sum(weights), 0.0, 0
+            while count < len(order) and likelier < self.top_p:
+                likelier += weights[order[count]] / total
+                count += 1
+            kept = sorted(order[:count])  # type: ignore[assignment]
         if self.min_p:
-            likely_K = probability_K >= self.min_p * probability_K.max()
-            token_K, probability_K = token_K[likely_K], probability_K[likely_K]
-        return token_K, probability_K
+            kept = [k for k in kept if weights[k] >= self.min_p]  # type: ignore[assignment]
+        return [tokens[k] for k in kept], [weights[k] for k in kept]
+
+
+def likeliest(x_V: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` largest are, and what is as large as the last of them, in the order of the tokens."""
+    token_K, pieces = None, 4 * count
+    if len(x_V) > 8 * pieces:  # no larger than the last one of all is the last one of the pieces' largest
+        width = len(x_V) // pieces
+        bound = np.partition(x_V[: pieces * width].reshape(pieces, width).max(1), -count)[-count]
+        token_K = np.flatnonzero(x_V >= bound)
+        x_V = x_V[token_K]
+    found_K = np.flatnonzero(x_V >= np.partition(x_V, -count)[-count])
+    return found_K if token_K is None else token_K[found_K]
+
+
+def nucleus(probability_V: np.ndarray, top_p: float) -> np.ndarray:
+    """The likeliest tokens, until they have that much probability, in the order of the tokens."""
+    count = _FEW if len(probability_V) > 8 * _FEW else len(probability_V)
+    while True:
+        token_K = likeliest(probability_V, count) if count < len(probability_V) else np.arange(len(probability_V))
+        token_K = token_K[np.argsort(-probability_V[token_K], kind="stable")]
+        sum_K = probability_V[token_K].cumsum()
+        if sum_K[-1] > top_p + _ROUNDING or count >= len(probability_V):
+            return np.sort(token_K[sum_K - probability_V[token_K] < top_p])
+        count *= 8
 
 
 def _number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Python's or numpy's, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

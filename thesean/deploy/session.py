@@ -5,19 +5,19 @@ B batch, T time, V vocabulary
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Unpack, overload
 
 import numpy as np
 
 from thesean.deploy.loaded import Loaded
 from thesean.deploy.onnx_file import BESIDE_ENCODER
-from thesean.deploy.sampling import SamplingOptions
+from thesean.deploy.sampling import SamplingOptions, is_whole
 from thesean.deploy.states import Arrays
-from thesean.deploy.streams import Stream, Streams, checked_source
+from thesean.deploy.streams import Stream, Streams, checked_source, prompts_of, stops_of
+from thesean.deploy.told import Beside, told_as
 from thesean.errors import DataError, ExportError
 from thesean.scratch import file_sha256
 
@@ -33,13 +33,13 @@ class Session(Loaded):
         """The encoder's file, of a decoder's. Raises DataError where there is none, ExportError where it is missing or
         of another conversion.
         """
-        told = json.loads(self.metadata.get(BESIDE_ENCODER, "{}"))
-        if not told:
+        told = told_as(self.metadata, BESIDE_ENCODER, Beside, Beside(file=""))
+        if not told.file:
             raise DataError(f"{self.path}: expected a decoder's file, found one that reads everything itself.")
-        beside = self.path.with_name(Path(told["file"]).name)
+        beside = self.path.with_name(Path(told.file).name)
         if not beside.is_file():
             raise ExportError(f"{self.path}: its encoder, {beside.name}, is not beside it. Move both files together.")
-        if file_sha256(beside) != told["sha256"]:
+        if file_sha256(beside) != told.sha256:
             raise ExportError(f"{self.path}: {beside.name} is of another conversion. Export both again.")
         return Session(beside, self.threads)
 
@@ -100,14 +100,14 @@ class Session(Loaded):
         with the first of `stop_ids`, or with as many tokens. Each row draws for itself: the same `seed` gives the same
         text, and none another one each time. `encoded`: of a decoder's file, what `encode` made of the sources, a row a
         prompt. The first integer input takes the tokens, every other input is a mask that shows them all; the first
-        output is taken as logits_BTV. Raises DataError for an empty prompt, settings that don't fit, or a file that
-        writes no text.
+        output is taken as logits_BTV. Raises DataError for an empty prompt, ids that the file has no row of, settings
+        that don't fit, or a file that writes no text; UnknownNameError for a setting that there is not.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise DataError(f"max_new_tokens: expected a whole number of at least 0, found {max_new_tokens!r}.")
-        single = not len(prompts) or not np.ndim(prompts[0])
-        rows: Sequence[Any] = [prompts] if single else prompts
-        streams, stops = self.streams(), frozenset(stop_ids)
+        for name, number in (("max_new_tokens", max_new_tokens), ("seed", 0 if seed is None else seed)):
+            if not is_whole(number) or number < 0:
+                raise DataError(f"{name}: expected a whole number of at least 0, found {number!r}.")
+        rows, single = prompts_of(prompts)
+        streams, stops = self.streams(), stops_of(stop_ids)
         sources = checked_source(self, encoded, len(rows))
         made: dict[int, list[int]] = {}
         for index, row in enumerate(rows):

@@ -103,6 +103,8 @@ class StateTable:
         """The state, if it is one of this file and of so many rows. Raises StateError."""
         if isinstance(state, State) and state.is_as_given(self.file, batch):
             return state
+        if not isinstance(state, Mapping):
+            raise StateError(f"expected a state, arrays by name as `run` gives them, found a {type(state).__name__}.")
         if isinstance(state, State) and state.file is not self.file and state.file.hash != self.file.hash:
             raise StateError(f"the state is of another file, {state.file.path}; this one is {self.file.path}.")
         if state.keys() != self.shapes.keys():
@@ -137,7 +139,10 @@ class StateTable:
         return f"{name}: the state is of another file or batch: expected ({told}), found {found}."
 
     def take(self, state: Mapping[str, np.ndarray], rows: Sequence[int]) -> State:
-        """Some rows, without steps that none of them remembers."""
+        """Some rows, without steps that none of them remembers. Raises StateError for rows that there are not."""
+        count = next((len(value) for value in state.values()), 0)
+        if not isinstance(rows, Iterable) or not all(_is_row(row, count) for row in rows):
+            raise StateError(f"rows: expected whole numbers from 0 to {count - 1}, found {rows!r}.")
         return self._trimmed({name: value[list(rows)] for name, value in state.items()})
 
     def _trimmed(self, state: Arrays) -> State:
@@ -150,7 +155,11 @@ class StateTable:
         return State(state, self.file)
 
     def join(self, states: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-        """The rows of all, in order. Those with a shorter past get steps in front that hold no token."""
+        """The rows of all, in order. Those with a shorter past get steps in front that hold no token. Raises StateError
+        where there are none.
+        """
+        if not states:
+            raise StateError("expected the states of one row or more to join, found none.")
         if len(states) == 1:
             return states[0]
         joined = {}
@@ -197,6 +206,10 @@ def _filled(value: np.ndarray, dim: int, length: int) -> np.ndarray:
     """Zeros in front."""
     missing = length - value.shape[dim]
     return np.pad(value, [(missing if d == dim else 0, 0) for d in range(value.ndim)]) if missing else value
+
+
+def _is_row(row: Any, count: int) -> bool:
+    return isinstance(row, int | np.integer) and not isinstance(row, bool) and bool(0 <= row < count)
 
 
 def _kind(value: Any) -> str:

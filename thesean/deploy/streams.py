@@ -177,9 +177,11 @@ class Streams:
     ) -> int:
         """A new stream, whose prompt is read by the next `step`. `state`, of one row, is what was read before;
         `encoded`, of one row, what `Session.encode` made of the source that a decoder's file reads. Raises StateError,
-        and DataError for an empty prompt, settings that don't fit, a source where none is read or the other way round.
+        and DataError for an empty prompt, ids that the file has no row of, settings that don't fit, a source where none
+        is read or the other way round; UnknownNameError for a setting that there is not.
         """
         tokens, source = tokens_of(prompt), checked_source(self.session, encoded, 1)
+        self.session.check_ids(self._takes_tokens, np.array(tokens))  # here, not when the others are stepped
         if state is not None:
             if not self.session.is_stateful:
                 raise DataError("the file carries no state, so that a stream can't go on from one.")
@@ -189,7 +191,7 @@ class Streams:
         except (TypeError, ValueError) as error:
             raise DataError(f"seed: expected a whole number of at least 0, found {seed!r}.") from error
         name = next(self._names)
-        self._rows[name] = _Row(tokens, Sampling(**sampling), random, state, source, past=list(tokens))
+        self._rows[name] = _Row(tokens, Sampling.of(sampling), random, state, source, past=list(tokens))
         self._waiting.append(name)
         return name
 
@@ -320,12 +322,32 @@ class Streams:
 
 def tokens_of(prompt: Sequence[int]) -> list[int]:
     """Raises DataError for an empty prompt, and for what are no tokens."""
-    found = np.asarray(prompt)
+    try:
+        found = np.asarray(prompt)
+    except ValueError:  # a prompt among tokens
+        found = np.array(None)
     if not found.size:
         raise DataError("the prompt is empty; expected at least one token.")
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or (found < 0).any():
         raise DataError("the prompt: expected a sequence of whole numbers, none below 0.")
     return [int(token) for token in found]
+
+
+def prompts_of(prompts: Any) -> tuple[Sequence[Any], bool]:
+    """Several prompts, or one, and whether it is one. Raises DataError for what is neither."""
+    if isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__getitem__") or not np.shape(prompts[:1]):
+        kind = type(prompts).__name__
+        raise DataError(f"prompts: expected a list of token ids, or a list of such lists, found a {kind}.")
+    single = not len(prompts) or not np.ndim(prompts[0])
+    return [prompts] if single else prompts, single
+
+
+def stops_of(stop_ids: Any) -> frozenset[int]:
+    """Raises DataError for what are no tokens."""
+    found = np.asarray(stop_ids)
+    if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+        raise DataError(f"stop_ids: expected a list of token ids, found {stop_ids!r}.")
+    return frozenset(found.tolist())
 
 
 def checked_source(session: Loaded, encoded: Carried | None, rows: int) -> Carried:

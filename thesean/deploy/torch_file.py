@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def write_torch(
     program = _traced(lowered, module, signature, stream, states)
     with new_file(path, parents=True) as made:
         with made.open("wb") as file, quiet():
-            torch.export.save(program, file)
+            _save(program, file)
         loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
         try:
             checks, skipped = compare_all(loaded, threaded, module, signature, names, train_length)
@@ -89,6 +89,30 @@ def write_torch(
         note="; ".join(n for n in (note, *skipped, amplifies) if n),
         delay=delay_of(lowered) if states else 0,
     )
+
+
+class _Written:
+    """A file that takes whatever comes and tells afterwards: torch's archive ends the process where a write fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.failed is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.failed = error
+        return len(data)
+
+
+def _save(program: torch.export.ExportedProgram, file: BinaryIO) -> None:
+    """Raises OSError, a full disk's for one."""
+    written = _Written(file)
+    torch.export.save(program, written)  # type: ignore[arg-type]
+    if written.failed is not None:
+        raise written.failed
 
 
 def _traced(

@@ -122,7 +122,7 @@ class BoundPositions(Pass):
             bounded = graph.call_function(aten.remainder.Scalar, (indices, table.rows))
         else:  # rows before the first are not positions (OPT keeps two for padding)
             steps = graph.call_function(aten.sub.Tensor, (indices, table.first))
-            wrapped = graph.call_function(aten.remainder.Scalar, (steps, table.limit))
+            wrapped = graph.call_function(aten.remainder.Scalar, (steps, table.rows - table.first))
             bounded = graph.call_function(aten.add.Tensor, (wrapped, table.first))
         bounded.meta = {k: v for k, v in indices.meta.items() if k in ("val", "nn_module_stack")}
         return bounded

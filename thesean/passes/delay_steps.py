@@ -67,7 +67,7 @@ class DelaySteps(Pass):
         new.meta.update(graph_module.meta)
         with evaluating(graph_module):
             runs = [self._shapes(graph_module, *sizes) for sizes in _SIZES]
-            shapes = {name: tuple(run[name] for run in runs) for name in runs[0].keys() & runs[1].keys()}
+            shapes = {name: tuple(run[name] for run in runs) for name in runs[0]}
             rewriting = _Rewriting(new, shapes, self.signature)
             new.meta[DELAY] = rewriting.run()
             new.meta[STREAM] = streamed(self.signature, str(rewriting.seen.target))

@@ -21,11 +21,11 @@ import torch
 import thesean
 from tests import captured, exported, models
 from tests.causal_guides import family
-from tests.deploy.test_export import leftovers
+from tests.deploy.test_export import full_disk, leftovers
 from thesean.deploy.export import export
 from thesean.deploy.genai import folder as genai_folder
 from thesean.deploy.genai.states import Caches, rename_states
-from thesean.errors import ExportError, MissingExtraError
+from thesean.errors import ExportError, MissingExtraError, WriteError
 
 MIXED: dict[str, str | thesean.Target] = {"*.0": thesean.Target("linear-attention", window=4), "*.1": "keep"}
 PAD = 31
@@ -194,6 +194,8 @@ def test_an_earlier_folder_stays_where_the_runtime_is_not_installed_or_disagrees
         export(guide.graph_module, guide.signature, folder, runtime="genai")
     with pytest.raises(ExportError, match=rf"^{re.escape(str(folder))}: .* at most 1e-12 of the output"):
         export(guide.graph_module, guide.signature, folder, runtime="genai", tolerance=1e-12)
+    with full_disk(), pytest.raises(WriteError, match=rf"^can't write {re.escape(str(folder))}: File too large"):
+        export(guide.graph_module, guide.signature, folder, runtime="genai")
     assert (folder / "genai_config.json").read_text(encoding="utf-8") == "earlier"
     assert [p.name for p in folder.iterdir()] == ["genai_config.json"]
     assert leftovers(tmp_path) == ["served"]

@@ -19,7 +19,7 @@ from thesean.deploy.lowering.forms.held import define
 from thesean.targets import Affine, AttentionFacts, PartFacts
 from thesean.targets.shared.rotation import Rotation
 
-pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 D = Dim.DYNAMIC
 SIZES = [(2, 7), (1, 1), (3, 1), (1, 63), (2, 64), (1, 65), (2, 200)]
@@ -39,7 +39,11 @@ def from_start(flat: Flat, batch: int, time: int) -> tuple[torch.Tensor, ...]:
     return x_BTD, *tensors(flat.module.initial_state(x_BTD))
 
 
-@pytest.fixture(params=[(5, 3), (1, 1), (40, 70)], ids=str, scope="module")
+@pytest.fixture(
+    params=[(5, 3), *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in ((1, 1), (40, 70)))],
+    ids=str,
+    scope="module",
+)
 def held(request) -> tuple[Flat, Any]:
     torch.manual_seed(0)
     window, kept = request.param

@@ -171,12 +171,11 @@ class Cells(nn.Module):
         return (y, *last) if isinstance(last, tuple) else (y, last)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("cell", "opset"),
     [
-        (nn.RNN(8, 6, nonlinearity="relu", batch_first=True), 18),
-        (nn.GRU(8, 6, num_layers=2, bidirectional=True, bias=False), 18),
+        pytest.param(nn.RNN(8, 6, nonlinearity="relu", batch_first=True), 18, marks=pytest.mark.thorough),
+        pytest.param(nn.GRU(8, 6, num_layers=2, bidirectional=True, bias=False), 18, marks=pytest.mark.thorough),
         (nn.LSTM(8, 6, num_layers=2, bidirectional=True, batch_first=True), 22),
     ],
     ids=["relu", "gru without bias, time first", "lstm"],

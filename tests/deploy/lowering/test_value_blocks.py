@@ -68,8 +68,7 @@ def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:
     return tuple(found)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("kind", [n if n == "diagonal" else pytest.param(n, marks=pytest.mark.thorough) for n in CORES])
 def test_padded_features_and_values_change_nothing(kind):
     """All widths in one file."""
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from thesean.targets.shared.core import Core
 from thesean.targets.shared.distance_bias import LearntReach
 from thesean.targets.shared.registry import rebuild
 
-pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 D = Dim.DYNAMIC
 WINDOW = 33
@@ -69,6 +69,7 @@ def windowed() -> tuple[Flat, Any]:
 SIZES = [(2, 7), (2, 19), (5, 3), (1, 1), (1, 32), (2, 33), (1, 34), (2, 66), (1, 300)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("batch", "time"), SIZES)
 def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_sequence(windowed, batch, time):
     flat, proto = windowed
@@ -76,6 +77,7 @@ def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_seq
     assert_same(proto, flat, some_state(flat, batch, time))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("window", [1, 5])
 def test_windows_narrower_than_a_block_equal_torch(window):
     flat = Flat(module(window)).eval()
@@ -84,22 +86,26 @@ def test_windows_narrower_than_a_block_equal_torch(window):
         assert_same(proto, flat, some_state(flat, batch, time))
 
 
-@pytest.mark.parametrize("window", [1, 5, WINDOW])
-def test_a_bias_of_distance_goes_along(window):
-    made = module(window)
+@pytest.mark.parametrize(
+    ("window", "kv_heads"),
+    [(5, 4), pytest.param(1, 2, marks=pytest.mark.thorough), pytest.param(WINDOW, 2, marks=pytest.mark.thorough)],
+)
+def test_a_bias_of_distance_goes_along(window, kv_heads):
+    made = module(window, kv_heads=kv_heads)
     made.window.bias = LearntReach(4, 3)
     with torch.no_grad():
         made.window.bias.table_HD.normal_()
         made.window.bias.slope_H.uniform_(-1, 0)
     flat = Flat(made).eval()
     proto = exported(flat, opset=20)
-    called = f"Window_H4_G2_C4_K4_W{window}_N4_biased"
+    called = f"Window_H4_G{kv_heads}_C4_K4_W{window}_N4_biased"
     assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [called]
     assert {f.name for f in proto.functions} == {called, BIASED}
     for batch, time in SIZES:
         assert_same(proto, flat, some_state(flat, batch, time))
 
 
+@pytest.mark.thorough
 def test_the_model_carries_the_function_that_it_calls(windowed):
     _, proto = windowed
     called = f"Window_H4_G2_C4_K4_W{WINDOW}_N4"
@@ -107,12 +113,14 @@ def test_the_model_carries_the_function_that_it_calls(windowed):
     assert [n.op_type for n in proto.graph.node if n.domain == DOMAIN] == [called]
 
 
+@pytest.mark.thorough
 def test_a_model_without_a_window_gets_no_function():
     model = ir.from_proto(export(torch.nn.Linear(4, 4).eval(), (torch.randn(2, 4),), ({0: D},)))
     define(model)
     assert not model.functions
 
 
+@pytest.mark.thorough
 def test_one_file_serves_a_long_prefill_chunks_and_single_steps(windowed):
     flat, proto = windowed
     x_BTD, *zeros = with_state(flat, 2, 400, size=0.0)
@@ -129,12 +137,13 @@ def test_one_file_serves_a_long_prefill_chunks_and_single_steps(windowed):
         np.testing.assert_allclose(state, full_state, rtol=1e-4, atol=1e-5)
 
 
-def turned(sinks: int) -> Any:
-    """Rotated queries in groups, and a window that many tokens leave."""
+def turned(sinks: int, heads: int = 4) -> Any:
+    """Rotated queries in groups, features beside each other turned in pairs, and a window that many tokens leave."""
     shape = ("batch", "time", 16)
     part = PartFacts(path="layers.0", input_shape=shape, output_shape=shape, mixing="causal", params=1)
-    made: Any = build_module(Target("linear-attention", heads=4, kv_heads=2, window=5, sinks=sinks), part)
-    rotation = [[0, 1, 1.0], [2, 3, 0.1]]
+    chosen = Target("linear-attention", heads=heads, kv_heads=heads // 2, window=5, sinks=sinks)
+    made: Any = build_module(chosen, part)
+    rotation = [[k, k + 1, 0.1 ** (k / 2)] for k in range(0, 16 // heads, 2)]
     made = rebuild("linear-attention", {**made.config(), "rotation": rotation})
     with torch.no_grad():
         made.last.weight.normal_()
@@ -144,10 +153,13 @@ def turned(sinks: int) -> Any:
     return made.eval()
 
 
-@pytest.mark.parametrize("sinks", [0, 1, 4])
-def test_steps_alone_equal_all_at_once_under_a_rotation_while_the_sinks_fill_and_after(sinks):
+@pytest.mark.parametrize(
+    ("sinks", "heads"),
+    [(4, 2), *(pytest.param(sinks, 4, marks=pytest.mark.thorough) for sinks in (0, 1, 4))],
+)
+def test_steps_alone_equal_all_at_once_under_a_rotation_while_the_sinks_fill_and_after(sinks, heads):
     torch.manual_seed(0)
-    flat = Flat(turned(sinks)).eval()
+    flat = Flat(turned(sinks, heads)).eval()
     proto = exported(flat, opset=20)
     x_BTD, *zeros = with_state(flat, 2, 20, size=0.0)
     expected = flat(x_BTD, *zeros)
@@ -163,6 +175,7 @@ def test_steps_alone_equal_all_at_once_under_a_rotation_while_the_sinks_fill_and
         assert_same(proto, flat, some_state(flat, batch, time))
 
 
+@pytest.mark.thorough
 def test_rows_of_a_batch_are_steps_apart():
     """One row's sinks are full, another's window is half full, a third has just begun."""
     flat = Flat(turned(4)).eval()
@@ -176,6 +189,7 @@ def test_rows_of_a_batch_are_steps_apart():
     assert_same(proto, flat, (x_BTD, *joined))
 
 
+@pytest.mark.thorough
 def test_a_score_far_below_nothing_still_counts():
     """Rows of the window that hold no token score 0 by themselves: they must not outweigh what is there."""
     made = turned(4)
@@ -187,6 +201,7 @@ def test_a_score_far_below_nothing_still_counts():
     assert_same(proto, flat, with_state(flat, 2, 1, size=0.0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_queries_that_share_a_state_equal_torch(kv_heads):
     flat = Flat(module(None, kv_heads=kv_heads)).eval()
@@ -204,6 +219,7 @@ def test_a_lowered_window_refuses_to_run_outside_an_export():
         lower_cells(target("linear-attention"))(torch.randn(2, 3, 16))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.llama])
 def test_a_converted_language_model_with_a_window_deploys_with_its_state(guide, tmp_path):
     module = hybrid(guide(layers=1), Target("linear-attention", window=4))

@@ -43,7 +43,6 @@ def causal() -> Plan:
     return measure_plan(make_plan(captured.tabled(), "gru", keep=["*.mix.0*"]), (16, 100), (1, 2))
 
 
-@pytest.mark.thorough
 def test_a_causal_guide_is_measured_at_every_place_for_whole_inputs_and_for_one_token(causal: Plan):
     places = [(v.context, v.batch, v.kind) for v in causal.latencies]
     assert places == [(16, 1, "prefill"), (16, 1, "token"), (16, 2, "prefill"), (16, 2, "token")]
@@ -52,7 +51,6 @@ def test_a_causal_guide_is_measured_at_every_place_for_whole_inputs_and_for_one_
         assert (v.cache_floor_ms is not None) == (v.kind == "token")
 
 
-@pytest.mark.thorough
 def test_a_token_of_a_guide_without_state_costs_its_whole_context(causal: Plan):
     prefill, token = causal.latencies[:2]
     assert token.guide_ms == prefill.guide_ms
@@ -60,7 +58,6 @@ def test_a_token_of_a_guide_without_state_costs_its_whole_context(causal: Plan):
     assert any("carries no state and reads everything again" in note for note in causal.notes)
 
 
-@pytest.mark.thorough
 def test_parts_have_latencies_of_their_own_and_kept_ones_no_second(causal: Plan):
     kept, replaced = causal.parts
     assert kept.latency_ms is not None
@@ -69,13 +66,11 @@ def test_parts_have_latencies_of_their_own_and_kept_ones_no_second(causal: Plan)
     assert replaced.new_latency_ms is not None
 
 
-@pytest.mark.thorough
 def test_a_context_past_the_guides_table_is_told_once_and_not_raised(causal: Plan):
     told = [n for n in causal.notes if "100 tokens" in n]
     assert told == ["the guide does not run at 100 tokens, past its table of 64 positions: nothing is measured there"]
 
 
-@pytest.mark.thorough
 def test_a_measured_plan_comes_back_from_yaml_and_keeps_its_figures_until_it_is_edited(causal: Plan):
     assert Plan.from_yaml(causal.to_yaml()) == causal
     assert bind_plan(captured.tabled(), causal).plan == causal
@@ -101,7 +96,6 @@ def test_a_guide_that_looks_ahead_has_no_tokens():
     assert [v.kind for v in plan.latencies] == ["prefill"]
 
 
-@pytest.mark.thorough
 def test_a_guide_without_time_has_one_figure_and_progress_is_logged(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.INFO, logger="thesean.deploy"):
         plan = thesean.plan(models.mlp(), "mlp", example_inputs=models.vectors(3, 8), context=128, batch=(2, 3))

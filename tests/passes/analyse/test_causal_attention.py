@@ -57,6 +57,14 @@ def test_keys_and_values_are_those_before_their_heads_were_repeated():
         assert core.query.meta["val"].shape[1] == 4
 
 
+@pytest.mark.parametrize(("spelling", "heads"), [("stored", 2), ("repeated", 1)])
+def test_keys_are_those_before_they_were_turned_for_the_product_too(spelling, heads):
+    (core,) = found(attending(spelling))
+    assert not core.turned
+    shapes = [tuple(n.meta["val"].shape) for n in (core.key, core.value)]
+    assert [(s[1], s[3]) for s in shapes] == [(heads, 8)] * 2
+
+
 @pytest.mark.parametrize("attention", captured.KERNELS)
 def test_the_guides_mask_of_padded_steps_is_found_beside_the_causal_one(attention):
     guide = family("gpt2", attention, masked=True)

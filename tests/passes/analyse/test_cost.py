@@ -116,7 +116,14 @@ def test_a_target_tells_its_own_flops():
 
 @pytest.mark.parametrize(
     ("written", "size"),
-    [("time", 9), ("batch*time", 18), ("time + 1", 10), ("(((time - 1)//2)) + 1", 5), ("Max(1, time - 20)", 1)],
+    [
+        ("time", 9),
+        ("batch*time", 18),
+        ("time + 1", 10),
+        ("(((time - 1)//2)) + 1", 5),
+        ("Max(1, time - 20)", 1),
+        ("-((-time)//2)", 5),
+    ],
 )
 def test_a_size_that_was_made_of_others_is_computed(written, size):
     assert SymbolicSizes({"batch": 2, "time": 9})[written] == size

@@ -164,6 +164,7 @@ def test_numbers_that_positions_sizes_and_counts_are_compared_with_are_told():
     assert told(lambda c, x: c(aten.lt.Scalar, steps(c, x), 50)) == (50,)
     assert told(lambda c, x: c(aten.ge.Scalar, steps(c, x), -8.5)) == (9,)
     assert told(lambda c, x: c(aten.clamp.default, steps(c, x), max=60)) == (60,)
+    assert told(lambda c, x: c(aten.clamp.default, steps(c, x), c(aten.sym_size.int, x, 2), 60)) == (60,)
     assert told(lambda c, x: c(aten.clamp.default, c(aten.clamp.default, steps(c, x), 2, 60), max=30)) == (2, 30, 60)
     assert told(lambda c, x: c(aten.gt.Scalar, c(aten.cumsum.default, x, 1), 3)) == (3,)
     assert told(lambda c, x: c(aten.lt.Scalar, steps(c, x), END)) == ()

@@ -74,6 +74,17 @@ def _loop(_: Sized, h: torch.Tensor) -> torch.Tensor:
     return torch.stack(steps, 1)
 
 
+def _unseen(at: int) -> Rule:
+    """A branch that the trace sees, and at one size on this side of it one that it doesn't."""
+
+    def rule(_: Sized, h: torch.Tensor) -> torch.Tensor:
+        if h.shape[1] > 30:
+            return h * 2
+        return h if torch.compiler.is_exporting() or h.shape[1] != at else -h
+
+    return rule
+
+
 FREE, FIXED = ("batch", "time", 8), ("batch", 12, 8)
 
 # what the guide's code asks of sizes, and what becomes of the dimensions at an example of (3, 12)
@@ -99,6 +110,8 @@ RULES: dict[str, tuple[Rule, tuple[int | str, ...], tuple[Bound, ...]]] = {
     "at most some": (lambda _, h: h - h[:, : min(h.shape[1], 10)].mean(1, keepdim=True), FREE, ()),
     "at least some": (lambda _, h: h * max(h.shape[1], 16), FREE, ()),
     "an assertion": (_asserted, FREE, ()),
+    "unseen beside the example": (_unseen(13), FIXED, ()),
+    "unseen at twice the example": (_unseen(25), FIXED, ()),
 }  # fmt: skip
 
 

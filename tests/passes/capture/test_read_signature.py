@@ -59,3 +59,20 @@ def test_the_smallest_table_that_an_input_indexes_bounds_it():
     inputs = {name: torch.ones(3, 5, dtype=torch.int64) for name in READ}
     signature = capture(models.seeded(ByName), inputs).signature
     assert {spec.name: spec.high for spec in signature.inputs} == READ
+
+
+class Apart(nn.Module):
+    """Two texts that never meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(models.VOCABULARY, 4)
+
+    def forward(self, text: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"text": self.words(text), "other": self.words(other).cumsum(1)}
+
+
+def test_lengths_that_are_as_long_in_the_example_alone_are_two_and_batches_are_one():
+    example = {"text": models.tokens(3, 5), "other": models.tokens(3, 5)}
+    captured = capture(models.seeded(Apart), example)
+    assert [spec.shape for spec in captured.signature.inputs] == [("batch", "time"), ("batch", "time_1")]

@@ -166,3 +166,11 @@ def test_a_png_shows_the_same_at_twice_the_size(tmp_path: Path):
     assert dark[140:164, 60:140].any()  # and both texts
     assert dark[170:195, 20:80].any()
     assert not dark[:, 340:].any()
+
+
+def test_a_png_has_names_with_dollars_as_they_are(tmp_path: Path):
+    """Between two of them matplotlib reads formulas, and an unknown word there is an error."""
+    image = pytest.importorskip("matplotlib.image")
+    words = (Text(x=50, y=50, words=r"a$\b$c"),)
+    picture = Picture(width=100, height=60, title="named", boxes=(), arrows=(), texts=words)
+    assert (image.imread(picture.write(tmp_path / "named.png")) < 0.7).any()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests import captured, models
 from tests.captured import flow_of
@@ -54,6 +55,33 @@ def quiet(*blocks: int) -> Captured:
 
 def leaving_out(guide: Captured) -> LeavingOut:
     return LeavingOut(guide.graph_module, guide.example)
+
+
+class Rows(nn.Module):
+    """x_ND -> y_NP, whose columns lie around means that are far apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.head = nn.Linear(4, 2)
+        with torch.no_grad():
+            self.head.bias.copy_(torch.tensor([-100.0, 100.0]))
+
+    def forward(self, x: torch.Tensor, without: int = -1) -> torch.Tensor:
+        for k, block in enumerate(self.blocks):
+            x = x if k == without else x + block(x).relu()
+        return self.head(x)
+
+
+def test_what_is_lost_is_counted_in_each_outputs_own_variance():
+    model, x = models.seeded(Rows), models.vectors(16, 4)
+    guide = capture(model, {"x": x})
+    found = [leaving_out(guide).lost([g.region]) for g in partition(flow_of(guide))]
+    y = model(x)
+    spread = (y - y.mean(0)).square().sum()
+    wanted = [(model(x, without=k) - y).square().sum() / spread for k in range(2)]
+    assert found == pytest.approx([w.item() for w in wanted], rel=1e-4)
+    assert min(found) > 0.01
 
 
 def test_a_block_that_does_nothing_is_merged_first_and_the_other_stays():

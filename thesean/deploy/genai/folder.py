@@ -9,7 +9,8 @@ import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +27,7 @@ from thesean.deploy.lowering.to_onnx import output_names
 from thesean.deploy.onnx_file import PARITY_SEEN, ROWS, STATES, draft
 from thesean.deploy.parity import Check, CheckSizes
 from thesean.deploy.relative_error import relative_error
-from thesean.errors import ExportError, MissingExtraError, first_line
+from thesean.errors import ExportError, MissingExtraError, WriteError, first_line
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.resample import is_mask
@@ -146,16 +147,15 @@ def write_genai(
         raise ExportError(f"{folder} is a file; runtime='genai' makes a folder. Give another name.")
     with telling(folder), replacing(folder, _ours(tokenizer is not None)) as made:
         special = copy_tokenizer(tokenizer, made)
-        try:
+        with _named_as(made / MODEL, folder):
             report = write(made / MODEL)
-        except ExportError as error:  # of a path that the caller never named
-            raise ExportError(str(error).replace(str(made / MODEL), str(folder))) from error
         if not report.stateful or report.delay:
             raise ExportError(
                 f"genai: expected a state in and out, {report.note or f'found outputs {report.delay} steps late'}: "
                 "onnxruntime-genai decodes step by step. Use runtime='onnxruntime'."
             )
-        config, inputs, outputs = _rewrite(made / MODEL, served, report, special)
+        with _named_as(made / MODEL, folder):
+            config, inputs, outputs = _rewrite(made / MODEL, served, report, special)
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         checks = _compare(made, served, folder, report.tolerance, config["model"]["pad_token_id"])
         told = [] if "eos_token_id" in special else [f"no tokenizer says what ends a text: {CONFIG} has token {_FIRST}"]
@@ -172,6 +172,15 @@ def write_genai(
         seconds=time.monotonic() - start,
         weights=None,
     )
+
+
+@contextmanager
+def _named_as(path: Path, folder: Path) -> Iterator[None]:
+    """Errors tell of the folder, not of a path that the caller never named."""
+    try:
+        yield
+    except (ExportError, WriteError) as error:
+        raise type(error)(str(error).replace(str(path), str(folder))) from error
 
 
 def is_of_a_tokenizer(name: str) -> bool:

@@ -158,8 +158,8 @@ class _Edit:
             )
         new_BGTK = node.inputs[list(node.inputs).index(value) - _BEHIND]
         batch, heads, _, width = _sizes(value)
-        whole_BGPK = ir.Value(name=f"{value.name}_whole", type=value.type, shape=ir.Shape([batch, heads, PAST, width]))
-        after_BGSK = ir.Value(name=f"{out.name}_whole", type=value.type, shape=ir.Shape([batch, heads, "total", width]))
+        whole_BGPK = ir.Value(type=value.type, shape=ir.Shape([batch, heads, PAST, width]))
+        after_BGSK = ir.Value(type=value.type, shape=ir.Shape([batch, heads, "total", width]))
         ir.convenience.replace_all_uses_with(value, self.last_of(whole_BGPK, 2, window))
         self.last.op("Concat", [whole_BGPK, new_BGTK], {"axis": 2}, output=after_BGSK)
         return whole_BGPK, after_BGSK
@@ -174,11 +174,8 @@ class _Edit:
                 f"{width}. Give the target an even one, or use runtime='onnxruntime'."
             )
         pairs = [
-            tuple(
-                ir.Value(name=f"{v.name}_{part}", type=value.type, shape=ir.Shape([batch, 1, length, half]))
-                for v, length in ((value, PAST), (out, "total"))
-            )
-            for part in ("key", "value")
+            [ir.Value(type=value.type, shape=ir.Shape([batch, 1, length, half])) for length in (PAST, "total")]
+            for _ in range(2)
         ]
         one = self.ints("genai_heads", 1)
         both_B1PR = self.first.op("Concat", [before for before, _ in pairs], {"axis": 3})

@@ -13,6 +13,7 @@ from typing import TypeVar
 from torch import nn
 
 from thesean.deploy.lowering.lowered import form_of, operation_of
+from thesean.passes.graph.surgery import frozen
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -27,11 +28,11 @@ def lower_inside(module: Module, *, opset: int, path: str) -> Module:
 
 
 def lower_cells(module: nn.Module, *, opset: int = 18, path: str = "") -> nn.Module:
-    """A frozen deep copy of `module` whose recurrent cells emit ONNX operators under `torch.onnx.export(dynamo=True)`.
+    """A frozen copy of `module` whose recurrent cells emit ONNX operators under `torch.onnx.export(dynamo=True)`.
 
-    nn.RNN, nn.GRU, nn.LSTM and each `Core` become what `forms/<operation>.py` says: `lower(module, path, opset)`. All
-    keep dynamic batch and length; example sizes must be 2 or more. `opset` is the one that the export will ask for.
-    Run outside an export, the copy raises ExportError.
+    Its weights are those of `module`, in memory once. nn.RNN, nn.GRU, nn.LSTM and each `Core` become what
+    `forms/<operation>.py` says: `lower(module, path, opset)`. All keep dynamic batch and length; example sizes must be
+    2 or more. `opset` is the one that the export will ask for. Run outside an export, the copy raises ExportError.
 
     A core without a form stays as it is, torch code: a kernel without a loop over time is often written as well by
     torch's exporter, and the comparison in onnxruntime decides. Where it isn't, `to_onnx` names the file to add.
@@ -52,7 +53,7 @@ def lower_portably(module: nn.Module, *, opset: int) -> nn.Module:
 
 
 def cells_in_torch(module: nn.Module) -> nn.Module:
-    """A frozen deep copy of `module` whose recurrent cells `torch.export` writes once for every length.
+    """A frozen copy of `module` whose recurrent cells `torch.export` writes once for every length.
 
     Each becomes what `forms/<operation>.py` says: `in_torch(module, path)`, torch code again; what has none stays as it
     is, its insides excepted.
@@ -84,4 +85,4 @@ def _replaced(
         return replaced[id(child)][1]
 
     # without gradients: torch 2.13's scan warns about .grad of inner tensors when it traces a trainable graph
-    return visit(copy.deepcopy(module).requires_grad_(False), path)
+    return visit(frozen(module), path)

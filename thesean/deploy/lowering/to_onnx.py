@@ -20,6 +20,7 @@ from torch.export import Dim
 
 from thesean.deploy.decomposing import decomposed_where_needed
 from thesean.deploy.lowering.lean.leaner import leaner
+from thesean.deploy.lowering.linear_products import linear_products
 from thesean.deploy.lowering.lower import lower_cells, lower_portably
 from thesean.deploy.lowering.lowered import file_of, form_of, operations
 from thesean.deploy.lowering.whole_spectra import whole_spectra
@@ -34,12 +35,26 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # What the operators of every target need at most; onnxruntime 1.32 runs it.
-DEFAULT_OPSET = 20
+FIRST_OPSET, DEFAULT_OPSET = 18, 20
 
 # Where the exporter says which modules a node is in, and what it says of one that a pass made.
 _SCOPES, _NO_MODULE = "pkg.torch.onnx.name_scopes", "_empty_nn_module_stack_from_metadata_hook"
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir")
+
+
+def parse_opset(opset: int | None) -> int:
+    """The default for None. Raises ExportError for none that can be written: torch's own table of forms begins at 18,
+    and the installed onnx knows no later one than its last.
+    """
+    from onnx.defs import onnx_opset_version
+
+    if opset is None:
+        return DEFAULT_OPSET
+    latest = onnx_opset_version()
+    if isinstance(opset, bool) or not isinstance(opset, int) or not FIRST_OPSET <= opset <= latest:
+        raise ExportError(f"opset: expected a whole number from {FIRST_OPSET} to {latest}, found {opset!r}.")
+    return opset
 
 
 def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
@@ -104,6 +119,7 @@ def to_onnx(
             form.define(model)
     _name_dims(model, inputs)
     if portable:
+        linear_products(model, portable=True)
         _inline(model)
     whole_spectra(model)
     leaner(model, portable)
@@ -168,12 +184,16 @@ def _name_dims(model: ir.Model, inputs: Sequence[InputSpec]) -> None:
     # what is left of a view that flattens batch and time and another that takes them apart
     quotient = re.compile(r"\(\((?:(\w+)\*(\w+))\)//(\w+)\)")
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
-    shapes = {id(v.shape): v.shape for v in _values(model) if v.shape is not None}  # two values may share one
-    for shape in shapes.values():
-        for index, dim in enumerate(shape):
-            if isinstance(dim, ir.SymbolicDim) and dim.value:
-                named = pattern.sub(lambda match: names[match.group()], dim.value)
-                shape[index] = quotient.sub(_divided, named)
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int) or not dim.value:
+            return dim
+        named = pattern.sub(lambda match: names[match.group()], dim.value)
+        return ir.SymbolicDim(quotient.sub(_divided, named))
+
+    for value in _values(model):
+        if value.shape is not None:  # a new one: those of some passes are frozen, and two values may share one
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:

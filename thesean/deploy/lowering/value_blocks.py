@@ -37,7 +37,7 @@ def linear_attention_operator(
         value, state = value_BTGK[..., block], state_BGFK[..., block]
         if missing or padded > width:
             value, state = F.pad(value, (0, padded - width)), F.pad(state, (0, padded - width, 0, missing))
-        out, state = _linear_attention(query_BTHF, key_BTGF, value, log_decay, beta_BTG, state)
+        out, state = linear_attention_node(query_BTHF, key_BTGF, value, log_decay, beta_BTG, state)
         outs.append(out[..., :width])
         states.append(state[:, :, :features, :width])
         start += width
@@ -55,7 +55,7 @@ def value_blocks(width: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def _linear_attention(
+def linear_attention_node(
     query_BTHF: torch.Tensor,
     key_BTGF: torch.Tensor,
     value_BTGK: torch.Tensor,
@@ -63,6 +63,7 @@ def _linear_attention(
     beta_BTG: torch.Tensor | None,
     state_BGFK: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator itself, whatever the widths."""
     B, T, H, features = query_BTHF.shape
     G, K = value_BTGK.shape[2:]
     inputs = [query_BTHF.flatten(2), key_BTGF.flatten(2), value_BTGK.flatten(2), state_BGFK]

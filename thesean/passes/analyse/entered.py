@@ -83,7 +83,7 @@ def what_enters(graph_module: fx.GraphModule, signature: Signature) -> Entered:
             continue
         behind = node.all_input_nodes
         if node.target is aten.sym_size.int:
-            (tensor,) = behind[:1]
+            (tensor,) = behind
             pair = found.number(node)
             length = None if pair is None else found.length_of(pair)
             values[node] = frozenset()

@@ -69,13 +69,11 @@ def find_padding(flow: DataFlow, values: dict[fx.Node, Any]) -> tuple[Padding, .
     found: dict[fx.Node, Padding] = {}
     tried: set[Any] = set()
     for node in order:
-        if node in flow.side or node not in flow.dag or node is flow.sink:
-            continue
         for side in node.all_input_nodes:
             if side not in flow.side or side not in valued:
                 continue
             for mask in _candidates(side, valued, values):
-                stream = _stream(node, flow, values, values[mask].shape)
+                stream = _stream(node, flow, values, values[mask].shape)  # none behind what is a side itself
                 if mask in found:
                     break
                 # with other states once more: a mask may turn queries first, where it places tokens too

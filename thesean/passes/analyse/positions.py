@@ -48,19 +48,17 @@ _UNKNOWN = _Unknown()
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of which step t reads row `first + t`, without bound: lengths past `limit` read out of range.
+    """A table of which each further step reads a further row, without bound: lengths past `limit` read out of range.
 
-    `argument` is the position of the indices among `reader`'s arguments; None when a slice 0:T reads the table.
+    `first` is the lowest row that is read. `argument` is the position of the indices among `reader`'s arguments; None
+    when a slice 0:T reads the table.
     """
 
     reader: fx.Node
     argument: int | None
     rows: int
     first: int
-
-    @property
-    def limit(self) -> int:
-        return self.rows - self.first
+    limit: int
 
     @property
     def indices(self) -> fx.Node:
@@ -155,7 +153,8 @@ def tables(graph_module: fx.GraphModule) -> list[Table]:
     for node in graph_module.graph.nodes:
         if node.target is aten.slice.Tensor and _is_prefix(node, short, long):
             value = short(node.args[0])
-            found.append(Table(reader=node, argument=None, rows=value.shape[_dim(node, value)], first=0))
+            rows = value.shape[_dim(node, value)]
+            found.append(Table(reader=node, argument=None, rows=rows, first=0, limit=rows))
         elif node.target in _READERS:
             table, index = _READERS[node.target]
             given = leaf_nodes(node.args[index])
@@ -170,8 +169,9 @@ def tables(graph_module: fx.GraphModule) -> list[Table]:
                 continue
             dim = _indexed_dim(node, value)
             rows, first = int(value.shape[dim]), int(before.min())
-            if not _is_bounded(graph_module, indices, rows, first, masks):
-                found.append(Table(reader=node, argument=index, rows=rows, first=first))
+            limit = _SHORT + rows - 1 - int(before.max())  # a token of the network's own takes a row, too
+            if not _is_bounded(graph_module, indices, rows, limit, masks):
+                found.append(Table(reader=node, argument=index, rows=rows, first=first, limit=limit))
     return found
 
 
@@ -192,7 +192,7 @@ def counters(graph_module: fx.GraphModule) -> list[Counter]:
             continue
         if after.shape[-1] != _LONG or before.shape[-1] != _SHORT or after.is_complex():
             continue  # not over time, which the last dimension of a count is
-        steps = after.double().diff(dim=-1)
+        steps = after.double().diff()
         slope = steps.flatten()[0]
         if bool((steps == slope).all()) and slope != 0 and torch.equal(after[..., :_SHORT], before):
             found.append(Counter(node=node, slope=slope.item()))
@@ -221,16 +221,17 @@ def _is_integer(value: Any) -> bool:
 
 def _indexed_dim(node: fx.Node, value: torch.Tensor) -> int:
     """The dimension of the table that the indices go along."""
+    given: Any = node.args[1]
     if node.target is aten.embedding.default:
         return 0
     if node.target is aten.index.Tensor:
-        return next(d for d, i in enumerate(argument(node, 1, "indices")) if i is not None)
-    return int(argument(node, 1, "dim")) % value.ndim
+        return next(d for d, i in enumerate(given) if i is not None)
+    return int(given) % value.ndim
 
 
-def _is_bounded(graph_module: fx.GraphModule, indices: Any, rows: int, first: int, masks: frozenset[fx.Node]) -> bool:
+def _is_bounded(graph_module: fx.GraphModule, indices: Any, rows: int, limit: int, masks: frozenset[fx.Node]) -> bool:
     """One step past the table, does the index still fall inside?"""
-    beyond = size_values(graph_module, rows - first + 1, masks)(indices)
+    beyond = size_values(graph_module, limit + 1, masks)(indices)
     return beyond is not None and bool(beyond.max() < rows)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
 
 from thesean.passes.graph.nodes import attribute, is_write
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def erase_dead(graph: fx.Graph) -> int:
@@ -42,6 +44,17 @@ def clone(graph_module: fx.GraphModule, share: bool = False) -> fx.GraphModule:
     memo = {id(t): t for t in _tensors(graph_module)} if share else {}
     new = copy.deepcopy(graph_module, memo)
     _renew_values(new)
+    return new
+
+
+def frozen(module: Module) -> Module:
+    """A copy on the CPU whose parameters require no gradients. Where the others are there already they have the same
+    memory: nothing may write into them. Buffers, which a forward may write into, are the copy's own.
+    """
+    memo = {id(p): nn.Parameter(p.detach().cpu(), requires_grad=False) for p in module.parameters()}
+    new = copy.deepcopy(module, memo).cpu()
+    if isinstance(new, fx.GraphModule):
+        _renew_values(new)
     return new
 
 

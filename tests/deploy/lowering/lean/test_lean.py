@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from thesean.deploy.lowering.lean.divide_rows import divide_rows
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
 from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
@@ -277,6 +278,41 @@ FOLD = f"""g ({X}, float[4, 8] W, float[8, 8] M) => (float[batch, time, 4] y)
 }}"""
 
 
+def divided(below: str) -> str:
+    return f"""g ({X}, float[batch, time, 2] n, float[1] C) => (float[batch, time, 8] y)
+    <float[batch, time, 2, 4] x4, float[batch, time, 2, 1] n4, float[batch, time, 2, 1] n5,
+     float[batch, time, 2, 4] d>
+    {{
+        s4 = Constant <value_ints = [0, 0, 2, 4]> ()
+        s1 = Constant <value_ints = [0, 0, 2, 1]> ()
+        s3 = Constant <value_ints = [0, 0, 8]> ()
+        x4 = Reshape (x, s4)
+        n4 = Reshape (n, s1)
+        {below}
+        d = Div (x4, n5)
+        y = Reshape (d, s3)
+    }}"""
+
+
+@pytest.mark.parametrize("below", ["n5 = Add (n4, C)", "n5 = Add (C, n4)"])
+def test_heads_are_divided_as_one_row(below):
+    assert after(divided(below), divide_rows) == ["Constant"] * 3 + ["Add", "MatMul", "Div"]
+
+
+def test_without_a_sum_too():
+    text = divided("n5 = Identity (n4)").replace("n5 = Identity (n4)", "").replace("Div (x4, n5)", "Div (x4, n4)")
+    model = built(text)
+    assert divide_rows(model) == 1
+    (ones,) = (v for name, v in model.graph.initializers.items() if name.startswith("ones"))
+    assert ones.const_value.numpy().tolist() == [[[1] * 4 + [0] * 4, [0] * 4 + [1] * 4]]
+    assert [n.op_type for n in model.graph if n.op_type != "Constant"] == ["MatMul", "Div"]
+
+
+@pytest.mark.parametrize("below", ["n5 = Add (n4, n4)", "n5 = Mul (n4, C)"])
+def test_numbers_that_come_otherwise_stay(below):
+    assert after(divided(below), divide_rows, 0).count("MatMul") == 0
+
+
 def test_what_is_computed_from_weights_is_a_weight_and_the_weights_go():
     model = built(FOLD)
     assert fold_weights(model) == 2
@@ -436,6 +472,17 @@ NORM = f"""g ({X}, float[8] W) => (float[batch, time, 8] y)
 def test_a_norm_by_the_root_of_the_mean_square_is_one_node(axis):
     text = NORM.replace("AXIS", axis).replace("OTHER", "x")
     assert after(text, inferred(lifted(fuse_rms_norm))) == ["SimplifiedLayerNormalization"]
+
+
+@pytest.mark.parametrize("kind", ["ReduceMean", "ReduceSum"])
+def test_one_without_weights_is_too_and_so_is_a_row_of_length_one(kind):
+    text = NORM.replace("AXIS", "-1").replace("    n = Mul (OTHER, r)\n    y = Mul (W, n)", "    y = Mul (x, r)")
+    assert after(text.replace("ReduceMean", kind), inferred(lifted(fuse_rms_norm))) == ["SimplifiedLayerNormalization"]
+
+
+def test_a_sum_of_squares_with_a_weight_is_not_taken_for_a_mean():
+    text = NORM.replace("AXIS", "-1").replace("OTHER", "x").replace("ReduceMean", "ReduceSum")
+    assert after(text, inferred(lifted(fuse_rms_norm))) == ["SimplifiedLayerNormalization", "Mul"]
 
 
 @pytest.mark.parametrize(("axis", "x"), [("1", "x"), ("-1", "p")])

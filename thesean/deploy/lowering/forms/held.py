@@ -150,7 +150,7 @@ def one_step(s: Shape) -> list[str]:
     t.reshape("query_BGRC", "query_BTHC", 0, G, H // G, C)
     t("query_BGRX", "Pad", "query_BGRC", t.ints(0, 0, 0, 0, 0, 0, 0, X - C))
     t("scores", "com.microsoft.FusedMatMul", "query_BGRX", all_rows, transB=1, alpha=Reference("@scale"))
-    t.cut("window_BGW1", all_rows, (J, N + 1, 2), (X - 1, X, 3))
+    t.cut("window_BGW1", all_rows, (J, END, 2), (X - 1, X, 3))
     t("counts_BGS1", "Concat", "faded_BGJ1", "window_BGW1", axis=2)
     t.reshape("counts_BG1S", "counts_BGS1", 0, G, 1, N + 1)
     t("seen_BG1S", "Log", "counts_BG1S")

@@ -40,6 +40,7 @@ class LoweredCell(nn.Module):
         self.layers = cell.num_layers
         self.directions = 2 if cell.bidirectional else 1
         self.units = cell.hidden_size
+        self.states = 2 if self.kind == "LSTM" else 1
         self.attributes: dict[str, Any] = {
             "hidden_size": cell.hidden_size,
             "direction": "bidirectional" if cell.bidirectional else "forward",
@@ -70,13 +71,12 @@ class LoweredCell(nn.Module):
         require_exporting(self.path)
         if input.ndim != 3:
             raise ExportError(f"{self.path}: expected a batch of sequences (3 dimensions), found {input.ndim}.")
-        is_lstm = self.kind == "LSTM"
-        states = (hx if is_lstm else (hx,)) if hx is not None else ()
+        states = () if hx is None else (hx,) if self.states == 1 else hx
         # onnxruntime 1.32 has these operators in float32 alone, and dies of a MatMul in float16 behind what turns them
         states = tuple(state.float() for state in states)
         x_TBD = (input.transpose(0, 1) if self.batch_first else input).float()
         lengths_B = None if lengths_B is None else lengths_B.to(torch.int32)
-        lasts: list[list[torch.Tensor]] = [[] for _ in range(2 if is_lstm else 1)]
+        lasts: list[list[torch.Tensor]] = [[] for _ in range(self.states)]
         for layer in range(self.layers):
             rows = slice(layer * self.directions, (layer + 1) * self.directions)
             x_TBD, *last = self._layer(layer, x_TBD, [state[rows] for state in states], lengths_B)
@@ -84,7 +84,7 @@ class LoweredCell(nn.Module):
                 collected.append(state)
         final = tuple((torch.cat(each) if len(each) > 1 else each[0]).to(input.dtype) for each in lasts)
         output = (x_TBD.transpose(0, 1) if self.batch_first else x_TBD).to(input.dtype)
-        return output, final if is_lstm else final[0]
+        return output, final[0] if self.states == 1 else final
 
     def _layer(
         self, layer: int, x_TBD: torch.Tensor, states: list[torch.Tensor], lengths_B: torch.Tensor | None
@@ -93,7 +93,7 @@ class LoweredCell(nn.Module):
         weights = [getattr(self, f"{name}_{layer}") for name in ("input", "recurrent", "bias")]
         weights = [None if weight is None else weight.float() for weight in weights]
         state_shape = [self.directions, B, self.units]
-        shapes = [[T, *state_shape], *([state_shape] * len(_state_names(self.kind)))]
+        shapes = [[T, *state_shape], *([state_shape] * self.states)]
         y_TNBE, *last = torch.onnx.ops.symbolic_multi_out(
             self.kind,
             (x_TBD, *weights, lengths_B, *states),
@@ -104,10 +104,6 @@ class LoweredCell(nn.Module):
         )
         y = y_TNBE.squeeze(1) if self.directions == 1 else y_TNBE.transpose(1, 2).flatten(2)
         return [y, *last]
-
-
-def _state_names(kind: str) -> tuple[str, ...]:
-    return ("h", "c") if kind == "LSTM" else ("h",)
 
 
 def lower(cell: nn.RNNBase, path: str, opset: int) -> LoweredCell:

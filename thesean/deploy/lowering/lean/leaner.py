@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from thesean.deploy.lowering.lean.divide_rows import divide_rows
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
 from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
@@ -32,6 +33,7 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     join_products,
     split_rows,
     split_later,
+    divide_rows,
     fuse_gelu,
     fuse_rms_norm,
     sum_residuals,
