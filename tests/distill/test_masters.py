@@ -78,6 +78,15 @@ def test_gradients_of_several_losses_add_up_in_single_for_masters_and_all_other_
             torch.testing.assert_close(parameter.grad, torch.full((3,), 1.5 + 3e-4), rtol=1e-3, atol=0)
 
 
+def test_gradients_of_double_weights_keep_their_digits():
+    weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    masters = Masters([nn.Parameter(torch.ones(1, dtype=torch.bfloat16)), weight])
+    masters.backward((weight * (1 / 3)).sum())
+    assert masters.finish()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1 / 3] * 3
+
+
 def test_weights_become_what_their_masters_round_to():
     weights, masters = mixed(torch.bfloat16)
     for parameter in masters.parameters:
@@ -113,6 +122,13 @@ def test_a_float16_loss_is_scaled_by_half_after_an_overflow_and_by_twice_after_a
             scale_of(masters)
             assert masters.finish()
         assert scale_of(masters) == scale
+    _, fresh = mixed(torch.float16)
+    for _ in range(99):
+        scale_of(fresh)
+        assert fresh.finish()
+    assert scale_of(fresh) == first
+    assert fresh.finish()
+    assert scale_of(fresh) == 2 * first
     while overflows(masters):
         assert scale_of(masters) >= 1
     assert scale_of(masters) == 0.5  # a gradient that overflows unscaled is the network's own, and is told
