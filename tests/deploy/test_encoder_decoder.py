@@ -306,6 +306,10 @@ def test_a_source_of_another_batch_is_told(made):
         session.run({"decoder_input_ids": np.zeros((2, 1), np.int64)})
     with pytest.raises(DataError, match=r"encoded: expected encoded_0, .* found no encoded_1"):
         session.generate([[0]] * 2, 2, encoded={n: v for n, v in encoded.items() if n != "encoded_1"})
+    with pytest.raises(DataError, match=r"encoded: expected what encode\(\) gives, arrays by name, found a list"):
+        session.generate([0], 2, encoded=[1])
+    with pytest.raises(DataError, match="doesn't take 'decoder_input_ids', so that it would be ignored"):
+        session.encode({**SOURCE, "decoder_input_ids": np.zeros((2, 1), np.int64)})
 
 
 def test_a_file_without_an_encoder_says_so(made):

@@ -177,9 +177,17 @@ def test_what_is_no_saved_state_is_refused(kept, tmp_path):
     with pytest.raises(StateError, match="doesn't tell of which file"):
         kept.load_state(path)
     kept.save_state(path, state)
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
     with pytest.raises(StateError, match="is no saved state"):
         kept.load_state(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StateError, match="was changed since it was saved"):
+        kept.load_state(path)
+    save_file(state, path, {"thesean.file_sha256": hash_of(kept)})  # as earlier versions wrote it
+    assert kept.load_state(path).keys() == state.keys()
+    nothing = kept.zero_state(1)
+    assert kept.load_state(kept.save_state(path, nothing)).keys() == nothing.keys()
     save_file({n: v for n, v in state.items() if n != "state_in_2"}, path, {"thesean.file_sha256": hash_of(kept)})
     with pytest.raises(StateError, match="the state is of another file"):
         kept.load_state(path)

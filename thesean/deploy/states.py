@@ -5,6 +5,7 @@ B batch, P steps that are remembered
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -21,7 +22,8 @@ from thesean.write_file import new_file
 
 Arrays = dict[str, np.ndarray]
 
-FILE_HASH = "thesean.file_sha256"  # in the metadata of a saved state
+# In the metadata of a saved state: of its file, and of its own numbers.
+FILE_HASH, OWN_HASH = "thesean.file_sha256", "thesean.state_sha256"
 
 
 class LoadedFile:
@@ -179,11 +181,11 @@ class StateTable:
         arrays = {name: np.ascontiguousarray(value) for name, value in self.check(state).items()}
         path = named(path)
         with new_file(path, parents=True) as made:
-            made.write_bytes(save(arrays, {FILE_HASH: self.file.hash}))
+            made.write_bytes(save(arrays, {FILE_HASH: self.file.hash, OWN_HASH: _hash(arrays)}))
         return path
 
     def load(self, path: Any) -> State:
-        """Raises StateError for one of another file, and for what is none."""
+        """Raises StateError for one of another file, for one that was changed, and for what is none."""
         from safetensors import safe_open
 
         path = named(path, "read", DataError)
@@ -199,7 +201,17 @@ class StateTable:
             raise StateError(f"{path} is no saved state: it doesn't tell of which file.")
         if told[FILE_HASH] != self.file.hash:
             raise StateError(f"{path} is a state of another file than {self.file.path}.")
+        if told.get(OWN_HASH, found := _hash(arrays)) != found:  # those of earlier versions have none
+            raise StateError(f"{path} was changed since it was saved.")
         return State(self.check(arrays), self.file)
+
+
+def _hash(arrays: Arrays) -> str:
+    found = hashlib.sha256()
+    for name, value in sorted(arrays.items()):
+        found.update(f"{name} {value.dtype} {value.shape}".encode())
+        found.update(np.ascontiguousarray(value).data)
+    return found.hexdigest()
 
 
 def _filled(value: np.ndarray, dim: int, length: int) -> np.ndarray:

@@ -358,6 +358,8 @@ def checked_source(session: Loaded, encoded: Carried | None, rows: int) -> Carri
         return {}
     if encoded is None:
         raise DataError("the file is a decoder's: expected encoded=session.encode({...}), its source, found none.")
+    if not isinstance(encoded, Mapping):
+        raise DataError(f"encoded: expected what encode() gives, arrays by name, found a {type(encoded).__name__}.")
     if missing := [n for n in session.held if n not in encoded]:
         raise DataError(f"encoded: expected {', '.join(session.held)}, found no {missing[0]}: encode() gives them.")
     found = {name: np.asarray(encoded[name]) for name in session.held}

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.export import for_export
+from thesean.deploy.lowering.choose_operators import choose_operators
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, to_onnx
 from thesean.deploy.onnx_file import Draft
 from thesean.deploy.parity import CheckSizes
@@ -149,6 +150,7 @@ def _call(cut: Extract, guide: Signature, sizes: CheckSizes, path: Path) -> Call
     passes = for_export(signature, (example,), stateful=False, trusted=trusted)
     module, _ = run_passes(cut.graph_module, FreezeOnCpu(), CastFloats(dtypes), *passes)
     model = to_onnx(module, example, signature.inputs, ("output",), DEFAULT_OPSET)
+    choose_operators(model, "auto")  # as a file would be written
     Draft(path, path).write(model)
     session = Session(path, threads=1)
     feeds = {name: value.numpy() for name, value in inputs(sizes).items()}
