@@ -71,7 +71,7 @@ def test_gradients_of_several_losses_add_up_in_single_for_masters_and_all_other_
     for _ in range(2):  # and a second step begins anew
         masters.clear()
         for factor in (0.5, 1e-4):
-            masters.backward(sum((factor * w.float() ** 2).sum() for w in weights))
+            masters.backward(torch.stack([(factor * w.float() ** 2).sum() for w in weights]).sum())
         assert masters.finish()
         assert weights[0].grad is None
         for parameter in masters.parameters:
