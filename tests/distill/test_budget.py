@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ import pytest
 import thesean
 from tests import models
 from tests.distill.test_gate import Cells, windows
-from thesean.distill.budget import Trial
+from thesean.distill.budget import Shares, Trial
 from thesean.errors import DataError
 from thesean.journal import Journal
 from thesean.request import spending
@@ -67,7 +69,13 @@ def test_a_time_is_kept_and_the_report_says_why_each_phase_ended():
     solved = convert("12s", "fast")
     (shares,) = [n for n in converted.report.notes if n.startswith("budget 12 s:")]
     (ended,) = [n for n in converted.report.notes if n.startswith("alignment ended after")]
-    assert "by a trial's gain a second" in shares
+    said = re.search(r"of the rest (\d+)% for alignment .* by a trial's gain a second, (\S+) and (\S+)$", shares)
+    assert said is not None
+    share, aligned, tuned = map(float, said.groups())
+    assert share == pytest.approx(100 * min(0.5, aligned / (aligned + tuned)), abs=0.6)
+    # ten steps of a tenth of a second each gain no more than there was to gain
+    assert 0 <= aligned < solved.report.converted["divergence"]
+    assert 0 < tuned < solved.report.converted["divergence"]
     assert "fine-tuning after" in ended
     assert 11 < took < 14  # longer by a step, an evaluation and the report; whatever else runs here
     assert converted.report.steps > 20
@@ -82,12 +90,32 @@ def test_a_time_that_the_closed_form_needs_leaves_none():
     assert len(converted.plan.replaced) == 3
 
 
-@pytest.mark.parametrize("schedule", ["progressive", "none"])
-def test_other_schedules_share_as_the_recipe_does(schedule):
+@pytest.mark.parametrize(
+    ("alignment", "tuning", "shared"),
+    [
+        (
+            {"schedule": "progressive", "share": 0.3},
+            0.4,
+            "30% for alignment and 70% for fine-tuning, as the recipe shares",
+        ),
+        ({"schedule": "none", "share": 0.3}, 0.4, "0% for alignment and 100% for fine-tuning, all that the recipe has"),
+        ({"share": 0.0}, 0.4, "0% for alignment and 100% for fine-tuning, all that the recipe has"),
+        ({"share": 0.3}, 0.0, "100% for alignment and 0% for fine-tuning, all that the recipe has"),
+    ],
+)
+def test_other_recipes_share_as_they_say(alignment, tuning, shared):
+    recipe = {**FEW, "alignment": {**alignment, "check_every": 5}, "fine_tuning": {"share": tuning}}
     with slow_steps():
-        converted = convert("8s", {**FEW, "alignment": {"schedule": schedule, "share": 0.3, "check_every": 5}})
-    assert any("for fine-tuning, a" in n for n in converted.report.notes)
+        converted = convert("8s", recipe)
+    (told,) = [n for n in converted.report.notes if n.startswith("budget 8")]
+    assert told.endswith(f"of the rest {shared}")
     assert converted.report.steps > 0
+
+
+def test_shares_are_kept_as_they_are():
+    for tuning in (None, Trial(gain=0.5, seconds=2.0, steps=10)):
+        shares = Shares(align=3, tuning=tuning, told="so")
+        assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
 
 
 def test_a_trial_tells_how_many_steps_fit():

@@ -100,6 +100,27 @@ def test_what_the_callers_code_raises_names_argument_and_line():
         read(None)
 
 
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ({"ids": 1, "mask": 2}, "a dict of 'ids', 'mask'"),
+        ({}, "a dict of nothing"),
+        ((1, "a"), r"a tuple of 2 \(int, str\)"),
+        ([0.5] * 9, rf"a list of 9 \({', '.join(['float'] * 8)}\)"),
+        (OUTPUT, r"a tensor of shape \(2, 3\)"),
+        (3, "int"),
+    ],
+)
+def test_a_reader_that_fails_is_told_with_what_it_was_given(batch, told):
+    read = checked_reader("inputs", failing)
+    assert read is not None
+    with pytest.raises(DataError, match=rf"^inputs\(batch\), given {told}, raised KeyError"):
+        read(batch)
+    fine = checked_reader("inputs", lambda batch: batch)
+    assert fine is not None
+    assert fine(batch) is batch
+
+
 @pytest.mark.parametrize("error", [NumericalError("ours"), MemoryError(), KeyboardInterrupt()])
 def test_our_own_errors_and_those_of_the_machine_pass(error):
     def raising(*_: Any) -> Any:

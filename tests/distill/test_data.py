@@ -304,7 +304,7 @@ def test_a_guide_is_traced_with_what_is_given_else_with_data_else_with_its_own_i
 def test_of_a_batchs_columns_those_are_read_that_forward_has_a_place_for():
     def forward_of(function) -> nn.Module:
         model = nn.Linear(3, 2)
-        model.forward = function
+        model.forward = function  # type: ignore[method-assign]
         return model
 
     x, y = vectors(2, 3), torch.tensor([0, 1])

@@ -5,6 +5,7 @@ B batch, T time, V classes
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -119,15 +120,19 @@ def test_labels_that_are_the_inputs_are_asked_as_the_guide_answers_them():
             "one step ahead",
         ),
     ):
-        loss, metric, told = as_the_guide(cross_entropy, accuracy, lambda given=logits_BTV: given, batch)
+        loss, metric, told = as_the_guide(cross_entropy, accuracy, partial(torch.clone, logits_BTV), batch)
+        assert loss is not None
+        assert metric is not None
+        assert told is not None
         torch.testing.assert_close(loss(logits_BTV, batch), own)
         assert metric(logits_BTV, batch) == 1
         assert (loss is cross_entropy) == (metric is accuracy) == ahead
         assert told.startswith(f"labels are the inputs, asked {places} (the guide's loss is {own:.2f} nats so, ")
         other = "where they stand" if ahead else "one step ahead"
         assert told.endswith(f"{other})")
+    given: tuple[Any, Any]
     for given in ((cross_entropy, None), (None, accuracy)):  # the other one is the user's, or there is none
-        found = as_the_guide(*given, lambda: copying, batch)
+        found = as_the_guide(given[0], given[1], lambda: copying, batch)
         assert [f is None for f in found] == [given[0] is None, given[1] is None, False]
         assert found[:2] != given
 

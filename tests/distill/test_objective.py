@@ -16,8 +16,8 @@ from tests.distill.test_gate import Cells, windows
 from tests.distill.tools import batches_of, drafted, recipe, task, training
 from tests.models import vectors
 from thesean.distill.align import Aligner, Stage, stages
-from thesean.distill.objective import Objective
-from thesean.errors import UnknownNameError
+from thesean.distill.objective import Objective, told_of_batches
+from thesean.errors import DataError, UnknownNameError
 from thesean.recipe import Recipe, RecipeError
 from thesean.similarity import get_measure
 
@@ -70,6 +70,37 @@ def test_companions_are_the_outputs_divergence_and_the_users_loss():
     assert own.item() == pytest.approx(3.5)
     assert both.name == "nmse + 0.25 output reverse-kl + 0.5 loss"
     assert not objective(what).whole
+    assert objective(what, task=0.5).whole
+    assert objective(what, output="kl").whole
+
+
+def test_a_guide_that_hardly_varies_asks_for_nothing_and_it_is_told(caplog):
+    own_NP = OWN_NP.clone().requires_grad_()
+    for size, asked in ((1e-9, False), (1e-7, True)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            loss = objective(measure="nmse").at_exit(1, own_NP, size * GUIDE_NP)
+        (slope_NP,) = torch.autograd.grad(loss, own_NP)
+        assert bool(slope_NP.any()) == bool(loss) == asked
+        told = [] if asked else ["2..3: the guide's activations hardly vary there, nothing is aligned"]
+        assert [record.getMessage() for record in caplog.records] == told
+
+
+def test_what_can_not_be_compared_is_told_of_its_part():
+    with pytest.raises(DataError, match=r"^4\.\.5: nmse: y is constant"):
+        objective(measure="nmse").at_exit(2, OWN_NP, torch.ones(9, 4))
+
+
+def test_measures_that_are_no_means_are_told_of_where_several_batches_make_a_step():
+    def told(count: int, schedule: str = "joint", **measures: float) -> list[str]:
+        made = settings(schedule, measure=measures)
+        return told_of_batches(made.model_copy(update={"gradient_accumulation": count}))
+
+    assert told(4, mse=1.0, cka=0.5) == [
+        "cka: of each batch by itself, not of all examples of the 4 batches that make a step"
+    ]
+    assert told(2, cka=1.0, rsa=1.0)[0].startswith("cka, rsa: of each batch by itself, not of all examples of the 2 ")
+    assert told(1, cka=1.0) == told(4, mse=1.0) == told(4, "stochastic", cka=1.0) == []
 
 
 def test_a_stochastic_stage_has_the_users_loss_or_the_divergence_unless_told_otherwise():

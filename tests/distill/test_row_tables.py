@@ -73,7 +73,13 @@ def test_rows_that_only_come_in_an_order_are_batches_too():
         (Table({"input_ids": [[1, 2], [3, 4]]}), r"'input_ids' holds lists.*set_format\('torch'\)"),
         (Table({"input_ids": [torch.ones(2), torch.ones(3)]}), r"rows of 'input_ids' are of shapes \(2,\), \(3,\)"),
         ({"input_ids": torch.ones(2, 3)}, r"data is one batch.*data=\[batch\]"),
-        ({"train": Table(columns(3))}, "data is a dict of 'train'.*Pass one of its entries"),
+        (Table({"input_ids": [[1, 2]]}), "'input_ids' holds lists"),
+        (Table({"input_ids": [1.5]}), "'input_ids' holds lists"),
+        (Table({"input_ids": [torch.ones(k) for k in (5, 3, 2, 3)]}), r"are of shapes \(2,\), \(3,\): pad them"),
+        (Table({"input_ids": [torch.ones(2)]}), r"are of shapes \(2,\): pad them"),
+        ({"train": Table(columns(3))}, "data is a dict of 'train';.*Pass one of its entries"),
+        ({"train": Table(columns(3)), "test": Table(columns(3))}, "data is a dict of 'train', 'test';"),
+        ({}, "data is a dict of nothing;"),
     ],
 )
 def test_what_is_no_iterable_of_batches_is_told_with_the_next_step(data, told):
@@ -81,9 +87,21 @@ def test_what_is_no_iterable_of_batches_is_told_with_the_next_step(data, told):
         list(as_batches(data))
 
 
+class Sized(Rows):
+    """As many rows as it says, one after another."""
+
+    def __len__(self) -> int:
+        return ROWS + 3
+
+
+def test_rows_that_can_be_counted_and_not_indexed_come_in_their_order():
+    assert [len(batch["idx"]) for batch in as_batches(Sized(columns(ROWS + 3)))] == [ROWS, 3]
+
+
 def test_any_other_iterable_is_left_as_it_is():
     data: Any
-    for data in ([torch.ones(2)], DataLoader([1, 2]), None):  # type: ignore[arg-type]
+    named = type("Named", (), {"column_names": ["x"], "iter": None})()
+    for data in ([torch.ones(2)], DataLoader([1, 2]), None, named):  # type: ignore[arg-type]
         assert as_batches(data) is data
 
 

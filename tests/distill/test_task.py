@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.distill.tools import task
 from tests.models import vectors
-from thesean.distill.task import primary
+from thesean.distill.task import primary, task_loss
 from thesean.errors import DataError
 
 
@@ -19,3 +20,26 @@ def test_the_primary_output_is_logits_or_the_first_floating_tensor():
 def test_an_output_with_nothing_to_match_is_refused(output):
     with pytest.raises(DataError, match="no floating-point tensor"):
         primary(output)
+
+
+def test_a_loss_is_one_number_that_a_gradient_flows_from():
+    y = vectors(2, 3).requires_grad_()
+    for loss in (lambda output, batch: (output * batch).sum(), lambda output, batch: (output * batch).sum().reshape(1)):
+        found = task_loss(task(loss, output="mse"), y, 2.0)
+        (slope,) = torch.autograd.grad(found, y)
+        assert torch.equal(slope, torch.full((2, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (lambda y: y, r"a tensor of shape \(2, 3\)"),
+        (lambda y: y.detach().sum(), r"a tensor of shape \(\)"),
+        (lambda y: y.sum().item(), "float"),
+        (lambda y: None, "NoneType"),
+    ],
+)
+def test_what_nothing_can_be_trained_on_is_told(given, found):
+    what = task(lambda output, batch: given(output), output="mse")
+    with pytest.raises(DataError, match=rf"returned {found}; expected a scalar tensor computed from output"):
+        task_loss(what, vectors(2, 3).requires_grad_(), None)

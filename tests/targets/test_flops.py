@@ -64,7 +64,7 @@ def test_neurons_beside_linear_heads_count_their_maps(sequence_part):
 @pytest.mark.parametrize("normed", [False, True])
 def test_one_token_more_costs_linear_heads_what_torch_counts(normed, sequence_part):
     """Both ways, where no chunk is padded. Norms stand between projections and feature maps, which can't be folded."""
-    norms = tuple(HeadNorm(torch.ones(5), 1e-6) for _ in range(2)) if normed else None
+    norms = (HeadNorm(torch.ones(5), 1e-6),) * 2 if normed else None
     part: PartFacts = sequence_part("bidirectional", attention=replace(narrow_values(), norms=norms))
     module = build("linear-attention", part).eval()
     counted = []

@@ -78,12 +78,13 @@ def test_a_token_wise_module_is_four_times_as_wide_and_blind_to_other_tokens():
 
 @pytest.mark.parametrize(("activation", "act"), [("gelu", nn.GELU()), ("relu", nn.ReLU())])
 def test_the_hidden_layer_is_normed_where_the_part_is_flattened_and_asked_otherwise(activation, act):
-    for part, sizes, given, norm in (
+    cases: list[tuple[PartFacts, tuple[int, ...], dict[str, Any], nn.Module]] = [
         (VECTOR, (20,), {}, nn.LayerNorm(32)),
         (VECTOR, (20,), {"hidden_norm": "none"}, nn.Identity()),
         (TOKENS, (11, 16), {}, nn.Identity()),
         (TOKENS, (11, 16), {"hidden_norm": "layer"}, nn.LayerNorm(64)),
-    ):
+    ]
+    for part, sizes, given, norm in cases:
         x, module = torch.randn(3, *sizes), build("mlp", part, activation=activation, **given)
         torch.testing.assert_close(module(x), module.last(act(norm(module.first[0](x)))))
 

@@ -248,3 +248,19 @@ def test_linear_attention_has_taps_too(mixing):
     first, second = (m(x_BTD)[0] if m.stateful else m(x_BTD) for m in (plain, tapped))
     torch.testing.assert_close(first, second)  # until they are solved, taps say nothing
     assert tapped.last.in_features - plain.last.in_features == 16 * (3 if mixing == "causal" else 5)
+
+
+def test_its_norm_is_of_the_kind_and_eps_of_the_guides_first_or_after_its_sums_of_the_second():
+    facts = block()
+    assert facts.attention_norm is not None
+    assert facts.mlp_norm is not None
+    first, second = facts.attention_norm._replace(eps=1e-3, centred=False), facts.mlp_norm._replace(eps=1e-2)
+    for attention_norm, mlp_norm, kind, eps in (
+        (first, second, "rms", 1e-3),
+        (None, second, "layer", 1e-2),
+        (None, first, "rms", 1e-3),
+        (None, None, "layer", 1e-5),
+    ):
+        part = part_of(replace(facts, attention_norm=attention_norm, mlp_norm=mlp_norm))
+        config = build("parallel-block", part).config()
+        assert (config["norm_kind"], config["stream_eps"]) == (kind, eps)

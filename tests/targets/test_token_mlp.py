@@ -12,6 +12,7 @@ from tests.targets.build import build
 from tests.targets.contract import CHECKS, expect, inputs, output, sequence
 from thesean.errors import TargetMismatchError
 from thesean.targets import PartFacts, get_family
+from thesean.targets.shared.facts import Mixing
 from thesean.targets.shared.family import parse_options
 
 STATIC = sequence("bidirectional", time=12)
@@ -94,10 +95,11 @@ def test_a_causal_part_gets_tokens_one_by_one_and_nothing_that_hears_of_others()
     assert not module.stateful
     assert output(module, inputs(sequence("causal"))).shape == (3, 12, 16)
     alone = r"Choose Target\('mlp', tokens='each'\), which sees each token alone"
-    for mixing, found in (
+    cases: list[tuple[Mixing, str]] = [
         ("causal", rf"a causal part: no output sees a later token.*{alone}, or target 'rnn'\."),
         ("none", rf"a token-wise part: no output sees another token.*{alone}\.$"),
-    ):
+    ]
+    for mixing, found in cases:
         with pytest.raises(TargetMismatchError, match=f"found {found}"):
             build("mlp", sequence(mixing), tokens="each", mixing="mean")
 

@@ -12,6 +12,8 @@ from tests.targets.build import build
 from thesean.errors import ArtifactError, TargetMismatchError, UnknownNameError
 from thesean.targets import Target, TargetModule, build_module, get_family, rebuild, register, resolve, targets
 from thesean.targets.shared import registry
+from thesean.targets.shared.family import Place
+from thesean.targets.shared.registry import decided
 
 
 def test_every_family_has_a_one_line_summary():
@@ -33,6 +35,39 @@ def test_an_unknown_option_names_the_known_ones():
 def test_something_that_is_no_target_is_refused():
     with pytest.raises(TargetMismatchError, match="expected a target's name or a Target, found int"):
         resolve(3)  # type: ignore[arg-type]
+
+
+def test_a_scope_is_one_that_all_have_or_the_familys_own():
+    for scope in ("mixing", "token-wise", "part"):
+        assert resolve(Target("gru", scope=scope)).scope == scope
+    assert resolve(Target("copy", scope="members")).scope == "members"
+    for target in (
+        Target("gru", scope="members"),
+        Target("mine", scope="members", build=lambda part: nn.Linear(1, 1)),
+    ):
+        with pytest.raises(TargetMismatchError, match=r"expected scope='mixing', .* or 'part', found 'members'"):
+            resolve(target)
+
+
+def test_what_a_target_leaves_open_is_decided_by_its_family_where_there_are_places(monkeypatch, sequence_part):
+    asked = []
+
+    def decide(places, options):
+        asked.append((places, options))
+        return {"width": 7} if options.width is None else {}
+
+    monkeypatch.setattr(registry, "_families", dict(registry._families))
+    register(dataclasses.replace(get_family("gru"), name="mine", decide=decide))
+    places = [Place(facts=sequence_part(), look=lambda: (torch.ones(1), None))]
+    given = Target("mine", scope="part", residual=False)
+    chosen = decided(given, places)
+    assert (chosen.name, chosen.scope, chosen.options) == ("mine", "part", {"residual": False, "width": 7})
+    assert asked[0][0] is places
+    assert asked[0][1].norm  # as `scope` has it
+    wide = Target("mine", width=9)
+    own = Target("own", build=lambda part: nn.Linear(1, 1))
+    for target, where in ((wide, places), (given, []), (Target("gru"), places), (own, places)):
+        assert decided(target, where) is target
 
 
 def test_a_builder_of_your_own_needs_no_registration(sequence_part):
