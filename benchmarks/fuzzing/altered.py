@@ -119,7 +119,7 @@ class Altered:
         match self.random.randrange(5):
             case 0 if references:  # reads another node
                 holder, key = self.random.choice(references)
-                holder[key] = other["name"]
+                holder[key] = copy.deepcopy(other["name"])  # a tree, whatever an earlier change made of a name
             case 1:
                 self.random.shuffle(node["args"])
             case 2:
@@ -127,7 +127,7 @@ class Altered:
             case 3:
                 nodes.remove(node)
             case _:
-                node["target"] = other["target"]
+                node["target"] = copy.deepcopy(other["target"])
 
     def _alter_operator(self, nodes: list[dict[str, Any]]) -> None:
         calls = [n for n in nodes if n["op"] == "call_function"]
@@ -145,7 +145,8 @@ class Altered:
             len(before),
             {"name": f"new_{len(nodes)}", "op": "call_function", "target": name, "args": copy.deepcopy(args)},
         )
-        nodes[-1]["value"] = {"tuple": [nodes[-1]["value"], {"node": nodes[len(before)]["name"]}]}
+        new = f"new_{len(nodes) - 1}"
+        nodes[-1]["value"] = {"tuple": [nodes[-1]["value"], {"node": new}]}
 
     def _alter_signature(self, document: dict[str, Any]) -> None:
         self._alter_value(document["signature"])

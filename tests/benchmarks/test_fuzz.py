@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,12 @@ def test_a_chain_is_the_same_folder_each_time_and_each_of_its_numbers_alters_it(
 
     assert written((3,), "a") == written((3,), "b") != written((3, 4), "c")
     assert Altered((3, 4)).source == Altered((3,)).source
+
+
+def test_what_is_altered_stays_a_tree(tmp_path: Path):
+    """A name that an earlier number made a list was put into itself."""
+    Altered((814, 1824, 2641, 110026, 112400)).write(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "graph.json").read_text("utf-8"))["nodes"]
 
 
 def test_what_is_new_is_kept_and_altered_further():
