@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.session import Session
-from thesean.deploy.states import Arrays
+from thesean.deploy.states import Arrays, arrays_of
 from thesean.distill.callbacks import checked_loss, checked_metric
 from thesean.distill.data import Batches, Reading, labels_in
 from thesean.distill.evaluate import Evaluation, Judge
@@ -86,8 +86,7 @@ class Judged:
 
 def run_as(shape: Any, session: Session, inputs: Mapping[str, torch.Tensor]) -> Any:
     """What a file makes of whole sequences, nested as an output of the network is."""
-    given = {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
-    return _filled(shape, "", {n: torch.from_numpy(v) for n, v in _whole(session, given).items()})
+    return _filled(shape, "", {n: torch.from_numpy(v) for n, v in _whole(session, arrays_of(inputs)).items()})
 
 
 def _usual(batch: Any, output: Any, labels: list[torch.Tensor], decodes: bool) -> tuple[Loss | None, Metric | None]:

@@ -45,9 +45,11 @@ def describe_file(path: Path) -> tuple[str, dict[str, str]]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         sections.append("\n".join([title, *(f"  {line}" for line in lines)]))
-    if late := told_as(told, DELAY, Late, Late()).steps:
-        seen = told_as(told, DELAY, Late, Late()).seen
-        sections.append(f"delay\n  outputs come {late} steps late; after the last token {late} more, {seen} False")
+    late = told_as(told, DELAY, Late, Late())
+    if steps := late.steps:
+        sections.append(
+            f"delay\n  outputs come {steps} steps late; after the last token {steps} more, {late.seen} False"
+        )
     if BESIDE_ENCODER in told:
         encoder = _beside(told, BESIDE_ENCODER)
         lost = "" if encoder_of(path, told) is not None else ", which is missing"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from thesean.deploy.onnx_file import BESIDE_ENCODER, DELAY, IDS, ROWS, SIZES, TOGETHER, check_weights, metadata
+from thesean.deploy.sampling import is_whole
 from thesean.deploy.states import Arrays, LoadedFile, State, StateTable
 from thesean.deploy.told import Beside, Late, told_as
 from thesean.errors import DataError, ExportError, MissingExtraError, StateError, first_line
@@ -150,7 +151,7 @@ class Loaded:
 
     def zero_state(self, batch: int) -> State:
         """The states that start `batch` sequences, in the shapes that the file declares. Raises DataError."""
-        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or batch < 1:
+        if not is_whole(batch) or batch < 1:
             raise DataError(f"batch: expected a whole number of at least 1, found {batch!r}.")
         return self._table.zeros(int(batch))
 
@@ -189,11 +190,10 @@ class Loaded:
                     f"{other}: expected a source of {rows} rows, as {self.inputs[0]} has, found the shape "
                     f"{given[other].shape}. Encode as many."
                 )
-            if len(given) > 1:
-                self._check_sizes(given)
-            given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
-        elif len(given) > 1:
+        if len(given) > 1:
             self._check_sizes(given)
+        if rows is not None:
+            given |= self._table.zeros(rows) if state is None else self._table.check(state, rows)
         try:
             values = self._session.run(self._names, given, self._giving_back if state is None else None)
         except Exception as error:

@@ -15,7 +15,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from thesean.errors import DataError, NumericalError, unknown_name
+from thesean.errors import DataError, NumericalError
+from thesean.keywords import check_names
 
 _FEW = 64  # tokens
 _ROUNDING = 1e-9  # of a sum of probabilities
@@ -65,10 +66,7 @@ class Sampling:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sampling:
         """Raises DataError, and UnknownNameError for an option that there is not."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise unknown_name("setting", name, known)
+        check_names("setting", [field.name for field in fields(cls)], options)
         return cls(**options)
 
     @cached_property

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from thesean.deploy.sampling import is_whole
 from thesean.errors import DataError, StateError
 from thesean.passes.thread_state import PAST, state_shape
 from thesean.scratch import file_sha256, named
@@ -24,6 +26,11 @@ Arrays = dict[str, np.ndarray]
 
 # In the metadata of a saved state: of its file, and of its own numbers.
 FILE_HASH, OWN_HASH = "thesean.file_sha256", "thesean.state_sha256"
+
+
+def arrays_of(inputs: Mapping[str, torch.Tensor]) -> Arrays:
+    """numpy knows no bfloat16; a session takes what its file declares."""
+    return {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
 
 
 class LoadedFile:
@@ -221,7 +228,7 @@ def _filled(value: np.ndarray, dim: int, length: int) -> np.ndarray:
 
 
 def _is_row(row: Any, count: int) -> bool:
-    return isinstance(row, int | np.integer) and not isinstance(row, bool) and bool(0 <= row < count)
+    return is_whole(row) and bool(0 <= row < count)
 
 
 def _kind(value: Any) -> str:

@@ -136,18 +136,23 @@ def carried(of: ort.InferenceSession, before: str, after: str, batch: int, given
     return found
 
 
+def with_caches(own: Any, masked: bool, heads: int) -> tuple[Any, dict[str, Any]]:
+    """A network of one cache of width 3 under genai's names, and the shapes by name; caches are seen to be right."""
+    assert rename_states(own, "input_ids", MASK if masked else None, PAD) == Caches(layers=1, heads=heads, width=3)
+    renamed = session(own)
+    there = {v.name: v.shape for v in (*renamed.get_inputs(), *renamed.get_outputs())}
+    for kind in ("key", "value"):
+        assert there[f"past_key_values.0.{kind}"] == ["batch", heads, "past", 3]
+        assert there[f"present.0.{kind}"] == ["batch", heads, "total", 3]
+    return renamed, there
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("masked", MASKS)
 def test_states_of_every_kind_are_carried_in_two_rows_beside_the_caches(masked, batch):
     own = network(masked)
     wanted_session = session(own)
-    caches = rename_states(own, "input_ids", MASK if masked else None, PAD)
-    assert caches == Caches(layers=1, heads=1, width=3)
-    renamed = session(own)
-    there = {v.name: v.shape for v in (*renamed.get_inputs(), *renamed.get_outputs())}
-    for kind in ("key", "value"):
-        assert there[f"past_key_values.0.{kind}"] == ["batch", 1, "past", 3]
-        assert there[f"present.0.{kind}"] == ["batch", 1, "total", 3]
+    renamed, there = with_caches(own, masked, heads=1)
     for when in ("past_key_values", "present"):
         assert there[f"{when}.0.conv_state"] == ["batch", 2 + bool(masked)]  # a step, a count and how many are padding
         assert there[f"{when}.0.recurrent_state"] == ["batch", 3 + 2 + 4 + 2]
@@ -227,13 +232,7 @@ def test_of_a_window_the_cache_of_all_steps_is_carried_and_its_end_read(masked, 
     text = WINDOW.replace("past_of_W", f"past_of_{window}").replace("BEGIN", str(begin))
     own = network(masked, text)
     wanted = session(own)
-    caches = rename_states(own, "input_ids", MASK if masked else None, PAD)
-    assert caches == Caches(layers=1, heads=2, width=3)
-    renamed = session(own)
-    there = {v.name: v.shape for v in (*renamed.get_inputs(), *renamed.get_outputs())}
-    for kind in ("key", "value"):
-        assert there[f"past_key_values.0.{kind}"] == ["batch", 2, "past", 3]
-        assert there[f"present.0.{kind}"] == ["batch", 2, "total", 3]
+    renamed, _ = with_caches(own, masked, heads=2)
     assert_carried(wanted, renamed, 3)
 
 

@@ -18,7 +18,7 @@ from thesean.deploy.onnx_file import PARITY_SEEN, WEIGHTS, WEIGHTS_HASH, Draft, 
 from thesean.deploy.quantizing.samples import Judge, Samples
 from thesean.deploy.quantizing.tools import Quantize, quantize_file
 from thesean.deploy.session import Session
-from thesean.deploy.states import Arrays
+from thesean.deploy.states import arrays_of
 from thesean.deploy.timing.turns import measure
 from thesean.errors import DataError, ExportError
 from thesean.passes.analyse.chunks import split_inputs
@@ -105,7 +105,7 @@ def quantized(drafted: Draft, form: Quantize, samples: Samples, signature: Signa
     exact = Session(exact_path)
     made = drafted.path.with_name("quantized.onnx")
     try:
-        feeds = [{**_arrays(x), **start_of(exact, x)} for x in samples.calibration] if form == "int8-static" else []
+        feeds = [{**arrays_of(x), **start_of(exact, x)} for x in samples.calibration] if form == "int8-static" else []
         found = quantize_file(exact_path, made, form, feeds)
         model = ir.load(made)
         model.metadata_props.clear()
@@ -135,11 +135,6 @@ def quantized(drafted: Draft, form: Quantize, samples: Samples, signature: Signa
     )
 
 
-def _arrays(inputs: Mapping[str, torch.Tensor]) -> Arrays:
-    """numpy knows no bfloat16; a session takes what its file declares."""
-    return {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
-
-
 def start_of(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a file takes beside a sequence: the states, and of a late one that every step holds a token. `inputs` are
     tensors or arrays.
@@ -153,7 +148,7 @@ def start_of(session: Session, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _outputs(session: Session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n: torch.from_numpy(v) for n, v in session.run(_arrays(inputs))[0].items()}
+    return {n: torch.from_numpy(v) for n, v in session.run(arrays_of(inputs))[0].items()}
 
 
 def _observed(
@@ -185,7 +180,7 @@ def _apart(session: Session, signature: Signature, inputs: dict[str, torch.Tenso
         return None
     state, pieces = None, []
     for piece in split_inputs(signature, inputs, (*_CHUNKS, length - sum(_CHUNKS))):
-        found, state = session.run(_arrays(piece), state)
+        found, state = session.run(arrays_of(piece), state)
         pieces.append(found)
     whole = _outputs(session, inputs)
     joined = {n: torch.from_numpy(np.concatenate([p[n] for p in pieces], 1)) for n in whole if whole[n].ndim > 1}
@@ -195,14 +190,14 @@ def _apart(session: Session, signature: Signature, inputs: dict[str, torch.Tenso
 def _timed(
     exact: Session, made: Session, row: dict[str, torch.Tensor], signature: Signature
 ) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    feeds = _arrays(row)
+    feeds = arrays_of(row)
     sessions = {"exact": exact, "made": made}
     taken = measure({n: lambda s=s: s.run(feeds) for n, s in sessions.items()}, seconds=2.0)  # type: ignore[misc]
     whole = (taken["exact"].median_ms, taken["made"].median_ms)
     if not exact.is_stateful:
         return whole, None
     length = next(n for s, n in signature.check(row).items() if not s.startswith("batch"))
-    one = _arrays(split_inputs(signature, row, (1, *((length - 1,) if length > 1 else ())))[0])
+    one = arrays_of(split_inputs(signature, row, (1, *((length - 1,) if length > 1 else ())))[0])
     states = {n: s.run(feeds)[1] for n, s in sessions.items()}
     taken = measure({n: lambda s=s, x=states[n]: s.run(one, x) for n, s in sessions.items()}, seconds=2.0)  # type: ignore[misc]
     return whole, (taken["exact"].median_ms, taken["made"].median_ms)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from thesean.deploy.export import export
 from thesean.deploy.session import Session
-from thesean.deploy.states import Arrays
+from thesean.deploy.states import Arrays, arrays_of
 from thesean.deploy.timing.turns import Timing, measure
 from thesean.errors import DataError, ExportError
 from thesean.passes.graph.signature import Signature
@@ -128,9 +127,7 @@ def benchmark(
 def random_feeds(signature: Signature, batch: int, length: int | None) -> Arrays:
     """Arrays of these sizes for a network with this signature."""
     sizes = {s: batch if s.startswith("batch") else length or 1 for s in signature.symbols}
-    values = signature.random_inputs(sizes)
-    # numpy knows no bfloat16; a session takes what its file declares
-    return {name: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for name, v in values.items()}
+    return arrays_of(signature.random_inputs(sizes))
 
 
 def state_after(session: Session, feeds: Arrays) -> Arrays | None:
