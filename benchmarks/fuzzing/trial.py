@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ class Watch:
     def __init__(self) -> None:
         self.place = ""
         self.found: list[str] = []
-        self.packages = _packages() | sys.stdlib_module_names
+        self.modules = set(sys.modules)
+        self.packages = _packages(self.modules) | sys.stdlib_module_names
         sys.addaudithook(self._told)
 
     def executed(self) -> list[str]:
         """What may not be, the packages last that were not there before: not every way to import tells of itself."""
-        return [*self.found, *(f"import {name}" for name in sorted(_packages() - self.packages))]
+        new = _packages(sys.modules.keys() - self.modules) - self.packages
+        return [*self.found, *(f"import {name}" for name in sorted(new))]
 
     def _told(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.place:
@@ -64,8 +66,8 @@ class Watch:
         )
 
 
-def _packages() -> set[str]:
-    return {name.partition(".")[0] for name in list(sys.modules)}
+def _packages(modules: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
 
 
 def _importing() -> bool:
