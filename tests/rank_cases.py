@@ -171,14 +171,18 @@ def keep_every_step() -> None:
     thesean.journal._AT_LEAST_S, thesean.journal._SHARE = 0.0, 1e9
 
 
+# Of the losses below, and no settings of theirs: the run that goes on is given the same loss.
+steps = [0]
+ends_at = [0]
+
+
 def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
     """A loss in which a rank kills itself in the so many-th step; how often networks are judged doesn't count."""
-    steps = 0
+    steps[:], ends_at[:] = [0], [at]
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
-        nonlocal steps
-        steps += output.requires_grad
-        if steps == at > 0 and os.environ["RANK"] == str(rank):
+        steps[0] += output.requires_grad
+        if steps[0] == ends_at[0] > 0 and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGKILL)
         return cross_entropy(output, batch)
 
@@ -187,12 +191,11 @@ def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
 
 def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
     """A loss that fails in every process in the so many-th step."""
-    steps = 0
+    steps[:], ends_at[:] = [0], [at]
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
-        nonlocal steps
-        steps += output.requires_grad
-        if steps == at > 0:
+        steps[0] += output.requires_grad
+        if steps[0] == ends_at[0] > 0:
             raise ArithmeticError("stop here")
         return cross_entropy(output, batch)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from thesean.observer import Observer
 from thesean.passes.capture.captured import Captured, repeats
 from thesean.passes.graph.signature import output_wrapper
 from thesean.request import Request
-from thesean.run_facts import run_facts
+from thesean.run_facts import MADE_WITH, run_facts
 from thesean.warn import warn
 
 
@@ -54,8 +55,10 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         journal=journal,
         begun=request.begun,
     )
-    ranks.same(lambda: run_facts(captured, request, feed))
-    journal.open(lambda: run_facts(captured, request, feed), request.resume)
+    facts = cache(lambda: run_facts(captured, request, feed))
+    # a rank's own number, or device, may be among what a loss is made with
+    ranks.same(lambda: {name: value for name, value in facts().items() if name != MADE_WITH})
+    journal.open(facts, request.resume)
     if ranks.count() == 1:  # else it judges some of these rows
         training.judge.learn(0, first)
     return training

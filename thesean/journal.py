@@ -7,6 +7,7 @@ run ends with the same bits as one that was never interrupted.
 
     FOLDER/../steps.jsonl        every step that was taken: see report/lines.py
     FOLDER/run.json              what the run is of: another guide, recipe, plan, target code or data is another run
+    FOLDER/lock                  who is at work there
     FOLDER/align.safetensors     a piece; those inside of it go when it is whole
     FOLDER/tune.3@120.safetensors    a piece under way, the last two checkpoints of it
 """
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from thesean import ranks
+from thesean.at_work import LOCK, occupy
 from thesean.errors import ResumeError, TheseanError, WriteError
 from thesean.scratch import named, telling
 from thesean.warn import warn
@@ -75,9 +77,12 @@ class Journal:
         self._names: list[str] = []
         self._written, self._cost = clock(), 0.0
         self._failed, self._began = False, False
+        self._leave: Callable[[], None] = lambda: None
 
     def open(self, facts: Callable[[], Mapping[str, str]], resume: Resume) -> None:
-        """`facts` say what the run is of. Raises ResumeError where it `must` be continued and can't be; WriteError."""
+        """`facts` say what the run is of. Raises ResumeError where it `must` be continued and can't be, and where
+        another process is at it; WriteError.
+        """
         if self.folder is None:
             if resume == "must":
                 raise ResumeError("there is no run to continue: resume='must' needs the workdir= that it was begun in.")
@@ -89,6 +94,7 @@ class Journal:
         with telling(self.folder.parent, "workdir="):
             self._began = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._leave = occupy(self.folder)
         why = self._another(found) if resume != "never" else "it was to begin anew"
         if why is None:
             return
@@ -119,8 +125,13 @@ class Journal:
         if self.folder is None or not self._began or any(self.folder.glob("*.safetensors")):
             return
         with suppress(OSError):
-            (self.folder / "run.json").unlink(missing_ok=True)
+            for name in ("run.json", LOCK):
+                (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
+
+    def close(self) -> None:
+        """Others may be at work in the folder from now on."""
+        self._leave()
 
     def piece(self, name: str, compute: Callable[[], Value], *parts: Stateful) -> Value:
         """What `compute` returns (numbers, texts, lists, dicts), or returned when it was computed; `parts` are left as
@@ -248,7 +259,9 @@ class Journal:
         path = self.folder / "run.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            earlier = found["facts"] if found["format"] == _FORMAT else {}
+            if found["format"] != _FORMAT:
+                return f"{path.name} is of another version of Thesean"
+            earlier = dict(found["facts"])
         except FileNotFoundError:
             return "nothing was begun there"
         except (OSError, ValueError, KeyError, TypeError):
@@ -308,6 +321,8 @@ def _abandoned_if_refused(journal: Journal) -> Iterator[None]:
     except TheseanError:
         journal.abandon()
         raise
+    finally:
+        journal.close()
 
 
 class _Packed:

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sequence, Sized
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from thesean.distill.data import Feed
-from thesean.distill.stream import hash_of
+from thesean.distill.stream import generators_of, hash_of
+from thesean.fact_texts import made_with, text_of, text_of_values
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.modes import seeded
 from thesean.request import Request
-from thesean.targets import Target, get_family, targets
+from thesean.targets import get_family, targets
 
-_SAMPLED = 2  # batches of the data, beside those held out
+# Of data: so many batches of a list, or rows of a dataset, from all over it; of what only comes in an order the first
+# batches, beside those held out.
+_LOOKED_AT, _SAMPLED = 64, 2
+
+MADE_WITH = "what the loss or metric is made with"
 
 
 def run_facts(captured: Captured, request: Request, feed: Feed) -> dict[str, str]:
     """Name of what may have changed -> what tells it."""
-    chosen = _chosen(request)
+    chosen, guide = _chosen(request), captured.graph_module
+    frozen = [name for name, p in guide.named_parameters() if not p.requires_grad]
     return {
-        "the guide": _hashed([captured.graph_module.code, hash_of(captured.graph_module.state_dict().values())]),
+        "the guide": _hashed([guide.code, hash_of(guide.state_dict().values()), str(frozen)]),
         "the recipe": request.settings.to_yaml(),
         "the plan": chosen,
         "the seed": str(request.seed),
         "the data": _data(request, feed),
-        "the loss or metric": _text([request.loss, request.metric, request.outputs]),
+        "the loss or metric": text_of([request.loss, request.metric, request.outputs]),
+        MADE_WITH: text_of(
+            [made_with(function) for function in (request.loss, request.metric) if function is not None]
+        ),
         "the code of targets": _targets(chosen),
         "Thesean or torch": f"{_sources()} {torch.__version__}",
     }
@@ -43,21 +51,37 @@ def _chosen(request: Request) -> str:
     if request.edited is not None:
         return request.edited.to_yaml()
     names = ("target", "constraints", "parts", "keep", "granularity", "merge", "target_parts", "candidates")
-    return _text({name: getattr(request, name) for name in names})
+    return text_of({name: getattr(request, name) for name in names})
 
 
 def _data(request: Request, feed: Feed) -> str:
-    """Of what is held out, and of the first batches; of a DataLoader, which may shuffle, of its dataset's ends."""
-    data, found = request.data, [batch for batch, _ in feed.held_out]
+    """Of what is held out, as it came and as it is read, and of some of the rest; of a DataLoader, which may shuffle,
+    of rows of its dataset, and of how it makes batches of them.
+    """
+    data = request.data
+    with seeded(request.seed):
+        return _hashed([text_of_values(feed.held_out), text_of_values(_looked_at(data, feed)), _ways(data)])
+
+
+def _looked_at(data: Any, feed: Feed) -> list[Any]:
     rows = data.dataset if isinstance(data, DataLoader) else data
     count = len(rows) if isinstance(rows, Sized) else None
-    with seeded(request.seed):
-        if isinstance(data, DataLoader):
-            found += [] if count is None else [data.dataset[0], data.dataset[count - 1]]
-        elif data is not None:
-            found += [batch for batch, _ in feed.take(_SAMPLED)]
-    tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-    return _hashed([hash_of(tensors), str(count)])
+    if count is None or not (isinstance(rows, Sequence) or (rows is not data and hasattr(rows, "__getitem__"))):
+        by_rows = isinstance(data, DataLoader) or data is None
+        return [count, *([] if by_rows else feed.take(_SAMPLED))]
+    some = min(count, _LOOKED_AT)
+    return [count, *(rows[k * (count - 1) // max(1, some - 1)] for k in range(some))]
+
+
+def _ways(data: Any) -> str:
+    """How a DataLoader makes batches; a generator by the seed that it was given, for it has drawn since, if this is not
+    its first run.
+    """
+    if not isinstance(data, DataLoader):
+        return ""
+    samplers = [type(sampler).__qualname__ for sampler in (data.sampler, data.batch_sampler)]
+    seeds = [generator.initial_seed() for generator in generators_of(data)]
+    return f"{samplers} {data.batch_size} {data.drop_last} {seeds} {text_of(data.collate_fn)}"
 
 
 def _targets(asked: str) -> str:
@@ -86,22 +110,6 @@ def _file(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return path
-
-
-def _text(value: Any) -> str:
-    """The same for equal values in another process: functions by their source, not by where they lie."""
-    if isinstance(value, Target):
-        return f"Target({', '.join(f'{k}={_text(v)}' for k, v in vars(value).items())})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_text, value)) + "]"
-    if callable(value):
-        try:
-            return _hashed([inspect.getsource(inspect.unwrap(value))])
-        except (OSError, TypeError):
-            return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return repr(value)
 
 
 def _hashed(texts: Iterable[str]) -> str:

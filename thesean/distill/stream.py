@@ -69,8 +69,8 @@ class Stream(Iterator[Batch]):
         random = RandomState()
         now = random.state_dict()
         random.load_state_dict(self._begun["random"])
-        if self._begun["own"] is not None:
-            self._generator.set_state(self._begun["own"])
+        for generator, own in zip(self._generators, self._begun["own"], strict=False):
+            generator.set_state(own)
         self._items = iter(self.batches)
         self._held = None
         for _ in range(self._place):
@@ -83,13 +83,18 @@ class Stream(Iterator[Batch]):
         random.load_state_dict(now)
 
     @property
-    def _generator(self) -> Any:
-        """The one that a DataLoader was given to shuffle by."""
-        data = getattr(self.batches, "data", self.batches)
-        return getattr(data, "generator", None)
+    def _generators(self) -> list[torch.Generator]:
+        return generators_of(getattr(self.batches, "data", self.batches))
 
-    def _own(self) -> torch.Tensor | None:
-        return self._generator.get_state() if isinstance(self._generator, torch.Generator) else None
+    def _own(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """Those that a DataLoader, or what it samples by, was given to draw from."""
+    sampler, batches = getattr(data, "sampler", None), getattr(data, "batch_sampler", None)
+    found = [getattr(own, "generator", None) for own in (data, sampler, batches, getattr(batches, "sampler", None))]
+    return list({id(own): own for own in found if isinstance(own, torch.Generator)}.values())
 
 
 def check_same(batch: Batch) -> None:
