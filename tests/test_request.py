@@ -46,6 +46,11 @@ def test_a_plan_is_read_from_its_file(tmp_path):
         ({"plan": 3}, PlanError, "plan: expected a Plan"),
         ({"plan": Plan(parts=()), "merge": 2, "target": "gru"}, PlanError, "leave merge, target out"),
         ({"recipe": {"stepz": 3}}, RecipeError, "stepz"),
+        (
+            {"target": "auto", "constraints": {"params": 3}, "recipe": {"keep_best": 2}},
+            RecipeError,
+            "keep_best: target 'auto' finds out itself which parts stay, found 2",
+        ),
     ],
 )
 def test_what_no_plan_can_be_made_of_is_refused_without_a_model(arguments, error, told):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,71 @@ def test_a_second_signal_stops_at_once(tmp_path: Path):
 
 def other_loss(output: Any, batch: Any) -> torch.Tensor:
     return F.cross_entropy(output, batch[1]) + 0.0
+
+
+def weighed(output: Any, batch: Any, by: float) -> torch.Tensor:
+    return by * F.cross_entropy(output, batch[1])
+
+
+def another(at: int, held_out: bool = False) -> dict[str, Any]:
+    """A list of batches, one of which is another one; None of them where `at` is -1."""
+    data = [(x + (k == at), x[:, :5].argmax(1)) for k, x in enumerate(torch.eye(8).repeat(8, 1).split(4))]
+    return {"data": data, "eval_data": data[:1]}
+
+
+def loaded(**ways: Any) -> dict[str, Any]:
+    return {"data": DataLoader(batches().dataset, **{"batch_size": 8, **ways}), "eval_data": another(-1)["eval_data"]}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "named"),
+    [
+        (
+            {"loss": partial(weighed, by=1.0)},
+            {"loss": partial(weighed, by=2.0)},
+            "what the loss or metric is made with",
+        ),
+        (another(-1), another(9), "the data"),
+        (loaded(), loaded(batch_size=4), "the data"),
+        (loaded(), loaded(shuffle=True), "the data"),
+        ({**another(-1), "inputs": lambda b: b[0]}, {**another(-1), "inputs": lambda b: 2 * b[0]}, "the data"),
+    ],
+    ids=["a loss's weight", "a batch in the middle", "the batch size", "the order", "inputs="],
+)
+def test_what_hides_in_a_loss_or_in_data_has_changed_too(tmp_path: Path, first, then, named):
+    fast: dict[str, Any] = {"recipe": "fast"}
+    run(tmp_path, **fast, **first)
+    run(tmp_path, **fast, **first, resume="must")
+    with pytest.raises(ResumeError, match=f"has changed: {named}"):
+        run(tmp_path, **fast, **then, resume="must")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_at_work(tmp_path: Path):
+    def nested(output: Any, batch: Any) -> torch.Tensor:
+        if output.requires_grad:
+            run(tmp_path, recipe="fast", resume="never")
+        return loss(output, batch)
+
+    with pytest.raises(ResumeError, match="this process is at work there"):
+        run(tmp_path, loss=nested)
+    assert run(tmp_path, resume="never").report.steps == 30
+
+
+@pytest.mark.parametrize("text", ["[]", '{"format": 1, "facts": []}', '{"format": 0, "facts": {}}'])
+def test_a_run_of_another_version_begins_anew(tmp_path: Path, text):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "run.json").write_text(text)
+    with pytest.raises(ResumeError, match="there is no run to continue"):
+        run(tmp_path, recipe="fast", resume="must")
+    assert run(tmp_path, recipe="fast").report.steps == 0
+
+
+def test_a_signal_between_steps_stops_at_once_and_says_how_to_go_on(tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as told:
+        run(tmp_path, {4: signal.SIGTERM})  # while the guide is judged
+    assert told.value.code == 143
+    assert "stopped between steps. Nothing was kept: the same call begins anew." in capsys.readouterr().err
+    assert run(tmp_path).report.steps == 30
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from thesean.origin import with_origin
 from thesean.passes.plan.bind import BoundPlan, added_params
 from thesean.passes.plan.hybrid import bound_positions
 from thesean.passes.plan.plan import Plan
+from thesean.passes.plan.without import STALE
 from thesean.recipe import Recipe
 from thesean.report.conversion import ConversionReport, StageRow
 from thesean.warn import warn
@@ -42,7 +43,7 @@ def finish(training: Training, conversion: Conversion, start: float) -> Converte
         training.task.outputs.told,
         *conversion.notes,
         *training.journal.told,
-        *(note for note in bound_plan.plan.notes if note.startswith(UNMET)),
+        *(note for note in bound_plan.plan.notes if note.startswith((UNMET, STALE))),
     ]
     new = tuple(f"{replacement.name}." for replacement in hybrid.replacements)
     frozen = [name for name, p in hybrid.graph_module.named_parameters() if not p.requires_grad]
@@ -115,7 +116,7 @@ def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -
                 part=conversion.hybrid.parts[snapshot.parts[-1]],
                 replaced=snapshot.count,
                 of=len(conversion.hybrid.parts),
-                measure=result.measure if result else "closed form",
+                measure=result.measure if result else ("closed form" if recipe.closed_form.enabled else "none"),
                 before=result.before if result else None,
                 after=result.after if result else divergence,
                 loss=snapshot.evaluation.loss,
@@ -123,7 +124,7 @@ def _stage_rows(bound_plan: BoundPlan, conversion: Conversion, recipe: Recipe) -
                 divergence=divergence,
                 steps=result.steps if result else 0,
                 seconds=snapshot.seconds - seconds,
-                stopped_by=result.stopped_by if result else "solved",
+                stopped_by=result.stopped_by if result else ("solved" if recipe.closed_form.enabled else "not solved"),
                 params=bound_plan.plan.params + sum(added_params(replaced[k]) for k in snapshot.parts),
                 flops=_flops_with(bound_plan.plan, snapshot.parts),
             )

@@ -120,6 +120,13 @@ class Journal:
                 if self.log is not None:
                     self.log.unlink(missing_ok=True)
 
+    @property
+    def going_on(self) -> str:
+        """What to tell whoever stopped the run."""
+        if self.folder is None or not any(self.folder.glob("*.safetensors")):
+            return "Nothing was kept: the same call begins anew."
+        return "The same call goes on from what was kept."
+
     def abandon(self) -> None:
         """Remove the folder that this run made, where it failed before there was anything to keep."""
         if self.folder is None or not self._began or any(self.folder.glob("*.safetensors")):
@@ -291,9 +298,11 @@ def stoppable(journal: Journal) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
-        if journal.stopping or not journal.running:
+        if journal.stopping:
             raise KeyboardInterrupt
         journal.stopping = number
+        if not journal.running:  # no step that could end
+            raise Interrupted(f"stopped between steps. {journal.going_on}")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,6 +197,12 @@ class Recipe(_Settings):
         """Whether any step may be taken."""
         return self.steps > 0 or (self.max_drop is not None and self.second.steps > 0)
 
+    @property
+    def trains_by_loss(self) -> bool:
+        """Whether any step would go down a user's loss."""
+        aligns = self.alignment.share > 0 and (self.alignment.task > 0 or self.alignment.schedule == "stochastic")
+        return self.steps > 0 and (aligns or self.fine_tuning.share > 0)
+
     @staticmethod
     def named(name: str) -> Recipe:
         """Raises UnknownNameError with the nearest name."""
@@ -243,8 +249,20 @@ def _validated(settings: Any, where: str) -> Recipe:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        known = ", ".join(Recipe.model_fields)
-        raise RecipeError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}. known: {known}.") from error
+        place = [str(word) for word in first["loc"]]
+        if first["type"] == "extra_forbidden":
+            raise RecipeError(f"{where}: {'.'.join(place)}: {_unknown(place)}") from error
+        found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
+        raise RecipeError(f"{where}: {'.'.join(place)}: {first['msg']}{found}.") from error
+
+
+def _unknown(place: Sequence[str]) -> str:
+    """Of a setting that there is not: the near name, and those that there are."""
+    inner: dict[str, type[BaseModel]] = {
+        "closed_form": ClosedForm, "alignment": Alignment, "fine_tuning": FineTuning
+    }  # fmt: skip
+    settings = next((inner[name] for name in reversed(place[:-1]) if name in inner), Recipe)
+    return str(unknown_name("setting", place[-1], settings.model_fields))
 
 
 RECIPES: dict[str, Recipe] = {

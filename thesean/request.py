@@ -78,6 +78,11 @@ class Request:
             self._check_alone()
         elif self.is_auto:
             self._resolve("constraints", self._budgets())
+            if self.settings.keep_best:
+                raise RecipeError(
+                    f"keep_best: target 'auto' finds out itself which parts stay, found {self.settings.keep_best}. "
+                    "Leave it out, or say keep=."
+                )
         else:
             check_target(self.target)
             if self.constraints is not None or self.candidates is not None:

@@ -38,6 +38,8 @@ def named(path: Any, verb: str = "write", kind: type[TheseanError] = WriteError)
     if not isinstance(path, (str, os.PathLike)):
         raise kind(f"can't {verb} {path!r}: expected a path, found {type(path).__name__}.")
     try:
+        if not os.fspath(path):
+            raise kind(f"can't {verb} '': the name is empty. Name a file or a folder; the one we are in is '.'.")
         found = Path(path)
         encoded = os.fsencode(found)
     except (TypeError, ValueError) as error:  # bytes; letters that no file system takes

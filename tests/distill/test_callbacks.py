@@ -165,3 +165,15 @@ def test_the_callers_code_has_the_callers_default_dtype():
         torch.set_default_dtype(torch.float32)
     checked(OUTPUT, None)
     assert seen == [torch.float64, torch.float32]
+
+
+def test_a_function_that_writes_into_the_output_is_told_and_leaves_no_figure_of_it():
+    output = {"logits": torch.ones(2, 3)}
+    for name, check in (("loss", checked_loss), ("metric", checked_metric)):
+        function = check(lambda output, batch: output["logits"].mul_(2).mean())
+        assert function is not None
+        with pytest.raises(DataError, match=rf"{name}\(output, batch\) changes output in place"):
+            function(output, None)
+    own = checked_loss(lambda output, batch: output["logits"].clone().mul_(2).mean())
+    assert own is not None
+    assert own({"logits": torch.ones(2, 3)}, None) == 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 import thesean
-from tests import models
-from tests.distill.tools import stopped_at
+from tests import captured, models
+from tests.distill.tools import drafted, stopped_at
 from tests.models import vectors
 from thesean.errors import LostError
 from thesean.journal import Interrupted
+from thesean.passes.plan.without import STALE, without
 from thesean.recipe import Recipe
 
 UNTRAINED = {"steps": 0, "closed_form": {"enabled": False}, "alignment": {"schedule": "none"}}
@@ -199,3 +201,25 @@ def test_settings_round_trip(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     recipe.to_yaml(path)
     assert Recipe.from_yaml(path) == recipe
+
+
+def test_bounds_that_a_plan_was_chosen_for_are_told_to_be_in_doubt_once_a_part_is_kept():
+    bound_plan, _ = drafted(captured.mlp())
+    path = bound_plan.plan.parts[0].path
+    assert STALE not in without(bound_plan, path, "told").plan.notes
+    chosen = replace(bound_plan, plan=replace(bound_plan.plan, candidates=bound_plan.plan.parts))  # type: ignore[arg-type]
+    kept = without(chosen, path, "told")
+    assert kept.plan.notes[-2:] == (f"{path}: told", STALE)
+    assert without(kept, bound_plan.plan.parts[1].path, "told").plan.notes.count(STALE) == 1
+
+
+def test_a_row_of_what_was_neither_solved_nor_trained_says_so():
+    rows = convert("mingru", recipe={**UNTRAINED, "max_drop": None}).report.stages
+    assert {(row.measure, row.stopped_by) for row in rows} == {("none", "not solved")}
+
+
+def test_alignment_that_took_no_step_is_not_said_to_have_failed():
+    recipe = {"steps": 2, "max_drop": None, "alignment": {"share": 0.5, "ceiling": 1e9}, "fine_tuning": {"share": 0.0}}
+    converted = convert("mingru", recipe=recipe)
+    assert {row.stopped_by for row in converted.report.stages} == {"ceiling"}
+    assert not any("did not help" in note for note in converted.report.notes)

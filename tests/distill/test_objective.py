@@ -86,6 +86,34 @@ def test_a_guide_that_hardly_varies_asks_for_nothing_and_it_is_told(caplog):
         assert [record.getMessage() for record in caplog.records] == told
 
 
+def test_a_batch_with_too_few_examples_counts_for_nothing_once_another_had_enough():
+    by_cka = objective(measure="cka")
+    few = OWN_NP[:3].clone().requires_grad_()
+    with pytest.raises(DataError, match="expected at least 4 examples, found 3"):
+        by_cka.at_exit(0, few, GUIDE_NP[:3])
+    by_cka.at_exit(0, OWN_NP, GUIDE_NP)
+    assert not by_cka.skipped
+    nothing = by_cka.at_exit(0, few, GUIDE_NP[:3])
+    assert (nothing.item(), by_cka.skipped) == (0.0, True)
+    nothing.backward()
+    assert few.grad is not None
+    assert not few.grad.any()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_what_a_loader_has_left_at_the_end_ends_no_run(share):
+    """A last batch of one row, to train on and held out: of vectors, each of which is an example."""
+    rows = [vectors(8, 8, seed=k) for k in range(3)]
+    data, held_out = [*rows, rows[0][:1]], [rows[1][:1], rows[2]]
+    recipe = {"steps": 12, "alignment": {"share": share, "check_every": 3, "ceiling": 0}}
+    converted = thesean.compile(
+        models.mlp(), "mlp", data=data, eval_data=held_out, recipe=recipe, progress=False
+    )  # fmt: skip
+    assert converted.report.steps == 12
+    told = "3 parts: batches of fewer than 2 examples were not compared"
+    assert (told in converted.report.notes) == (share > 0)
+
+
 def test_what_can_not_be_compared_is_told_of_its_part():
     with pytest.raises(DataError, match=r"^4\.\.5: nmse: y is constant"):
         objective(measure="nmse").at_exit(2, OWN_NP, torch.ones(9, 4))

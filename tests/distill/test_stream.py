@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from thesean.distill.stream import Stream, hash_of
 from thesean.errors import DataError, ResumeError
@@ -41,8 +41,11 @@ class Loaded:
         return ((int(x), {"x": x}) for (x,) in self.data)
 
 
-def loader(seed: int) -> Loaded:
+def loader(seed: int, sampled: bool = False) -> Loaded:
     generator = torch.Generator().manual_seed(seed)
+    if sampled:
+        sampler = RandomSampler(ROWS[:6], generator=generator)
+        return Loaded(DataLoader(TensorDataset(ROWS[:6]), batch_size=1, sampler=sampler))
     return Loaded(DataLoader(TensorDataset(ROWS[:6]), batch_size=1, shuffle=True, generator=generator))
 
 
@@ -57,10 +60,10 @@ def seeded(seed: int) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
-@pytest.mark.parametrize("by", ["torch", "python", "numpy", "nobody", "a generator of its own"])
+@pytest.mark.parametrize("by", ["torch", "python", "numpy", "nobody", "a generator", "its sampler"])
 def test_a_stream_goes_on_where_it_was_though_its_order_is_drawn(by, count):
     def batches(seed: int) -> Any:
-        return loader(seed) if by.startswith("a generator") else Drawn(by)
+        return loader(seed, by == "its sampler") if by in ("a generator", "its sampler") else Drawn(by)
 
     seeded(0)
     stream = Stream(batches(0))

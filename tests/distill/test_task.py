@@ -5,7 +5,7 @@ import torch
 
 from tests.distill.tools import task
 from tests.models import vectors
-from thesean.distill.task import primary, task_loss
+from thesean.distill.task import primary, task_loss, try_loss
 from thesean.errors import DataError
 
 
@@ -43,3 +43,22 @@ def test_what_nothing_can_be_trained_on_is_told(given, found):
     what = task(lambda output, batch: given(output), output="mse")
     with pytest.raises(DataError, match=rf"returned {found}; expected a scalar tensor computed from output"):
         task_loss(what, vectors(2, 3).requires_grad_(), None)
+
+
+def test_a_loss_is_tried_on_the_guides_output_before_anything_is_solved():
+    y, mean = vectors(2, 3), task(lambda output, batch: output.mean(), output="mse")
+    assert try_loss(mean, y, None, trains=True) is None
+    assert not y.requires_grad
+    plain = task(lambda output, batch: torch.tensor(output.mean().item()), output="mse")
+    assert try_loss(plain, y, None, trains=False) is None  # it is only judged by
+    with pytest.raises(DataError, match="expected a scalar tensor computed from output"):
+        try_loss(plain, y, None, trains=True)
+
+
+def test_a_loss_that_is_drawn_is_told_and_draws_nothing_from_the_caller():
+    drawn = task(lambda output, batch: output.mean() + torch.rand(()), output="mse")
+    before = torch.get_rng_state()
+    told = try_loss(drawn, vectors(2, 3), None, trains=True)
+    assert told is not None
+    assert "for the same output" in told
+    assert torch.equal(torch.get_rng_state(), before)

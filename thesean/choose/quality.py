@@ -203,7 +203,10 @@ class Prober:
         parameters = [p for p in module.parameters() if p.requires_grad]
         if not parameters or not self.effort.part_steps:
             return
-        examples = self._activations.examples(part, replacement)
+        least, found = get_measure("nmse").min_examples, self._activations.examples(part, replacement)
+        examples = [pair for pair in found if rows_of(pair[1]).shape[0] >= least]
+        if not examples:
+            return
         ridge, where = self.recipe.closed_form.ridge, replacement.facts.path
         before, solved = _mean_loss(module, examples), deepcopy(module.state_dict())
         module.train()

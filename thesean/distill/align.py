@@ -103,7 +103,9 @@ class Aligner:
     def __init__(self, hybrid: Hybrid, training: Training, solving: Sequence[dict[str, torch.Tensor]]) -> None:
         self.hybrid, self.training, self.solving = hybrid, training, solving
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
-        self.held_out = [training.judge.batches[number] for number in training.judge.sample]
+        # those of most rows first: of a batch that is too small for a measure, others tell that they aren't
+        found = [training.judge.batches[number] for number in training.judge.sample]
+        self.held_out = sorted(found, key=lambda batch: -training.gathered.rows(batch[1]))
         self.seen = Seen(self.guide)
         self.objective = Objective(training, hybrid.parts)
         self.recomputing = Recomputing(self.recipe)
@@ -142,6 +144,8 @@ class Aligner:
         if self.normed(stage) and steps:
             done = f"recalibrated over {len(self.solving)} batches" if best.step else "as they were did best: kept"
             notes.append(f"{where}: batch norms {done}")
+        if self.objective.skipped:
+            notes.append(f"{where}: batches of fewer than {self.objective.least} examples were not compared")
         if self.recomputing.told:
             notes.append(f"{where}: {self.recomputing.told}")
         result = StageResult(

@@ -206,9 +206,9 @@ class Aligning:
     def _train_all(self, stage: Stage) -> None:
         solved = Best([self.hybrid.module(r) for r in self.hybrid.replacements])
         solved.offer(self.value())
-        self._trained(stage, self.hybrid)
+        result = self._trained(stage, self.hybrid)
         if math.isfinite(solved.value):
-            if not solved.offer(self.value()):
+            if not solved.offer(self.value()) and result.steps:
                 self.notes.append("alignment did not help: kept what the closed form gave")
             solved.restore()
 

@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from thesean.distill.task import Loss, Metric
 from thesean.errors import DataError, TheseanError
@@ -28,6 +29,19 @@ def telling(what: str) -> Iterator[None]:
         raise DataError(f"{what} raised {short(error)}{where_of(error)}.") from error
 
 
+@contextmanager
+def unwritten(what: str, output: Any) -> Iterator[None]:
+    """Raises DataError where the caller's function writes into the output: other figures are made of it too."""
+    tensors = [v for v in pytree.tree_leaves(output) if isinstance(v, torch.Tensor) and not v.is_inference()]
+    before = [v._version for v in tensors]
+    yield
+    if before != [v._version for v in tensors]:
+        raise DataError(
+            f"{what} changes output in place, and guide and converted network are compared by it. Let it make a tensor "
+            "of its own: output * 2 in place of output.mul_(2), or output.clone() first."
+        )
+
+
 def checked_loss(loss: Loss | None) -> Loss | None:
     """Raises DataError for what no loss can be. A plain number will do where nothing is trained on it."""
     if loss is None:
@@ -35,7 +49,7 @@ def checked_loss(loss: Loss | None) -> Loss | None:
 
     @wraps(loss)
     def checked(output: Any, batch: Any) -> Any:
-        with telling("loss(output, batch)"):
+        with telling("loss(output, batch)"), unwritten("loss(output, batch)", output):
             value = loss(output, batch)
         if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
             kind = "complex numbers" if value.is_complex() else f"a tensor of shape {tuple(value.shape)}"
@@ -54,7 +68,7 @@ def checked_metric(metric: Metric | None) -> Metric | None:
 
     @wraps(metric)
     def checked(output: Any, batch: Any) -> float:
-        with telling("metric(output, batch)"):
+        with telling("metric(output, batch)"), unwritten("metric(output, batch)", output):
             value = metric(output, batch)
         is_scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
         if not is_scalar and not isinstance(value, numbers.Real):

@@ -228,7 +228,7 @@ def _loss_of(
                 for y, g in zip(own_names, guide_names, strict=True):
                     mask_BT = seen.of(g, wanted)
                     guide_NP = examples(rows(wanted[g], mask_BT))
-                    if not faint(guide_NP):
+                    if guide_NP.shape[0] >= nmse.min_examples and not faint(guide_NP):
                         terms.append(hidden * nmse.loss(examples(rows(got[y], mask_BT)), guide_NP))
         return torch.stack([t.reshape(()) for t in terms]).sum()
 

@@ -43,6 +43,8 @@ class Objective:
             self.output = "kl" if self.task.loss is None else None
         self.measures = [(weight, get_measure(name)) for name, weight in settings.measures.items()]
         self.weights = [_weight(part, settings.weights) for part in parts]
+        self.least = max((measure.min_examples for _, measure in self.measures), default=1)
+        self.compared = self.skipped = False
 
     @property
     def whole(self) -> bool:
@@ -58,8 +60,13 @@ class Objective:
         return " + ".join(name if weight == 1 else f"{weight:g} {name}" for weight, name in terms)
 
     def at_exit(self, part: int, y: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        """0 where the guide's activations are `faint`; what is wrong with them is told of the part that they are of."""
+        """0 where the guide's activations are `faint`, and of a batch with too few examples, such as what a DataLoader
+        has left at the end, once another one had enough; what is wrong with them is told of the part that they are of.
+        """
         theirs = examples(guide)
+        if theirs.shape[0] < self.least and self.compared:
+            self.skipped = True
+            return 0.0 * y.sum()
         if faint(theirs):
             logger.warning("%s: the guide's activations hardly vary there, nothing is aligned", self.parts[part])
             return 0.0 * y.sum()
@@ -68,6 +75,7 @@ class Objective:
             losses = [(weight * self.weights[part], measure.loss(own, theirs)) for weight, measure in self.measures]
         except (DataError, NumericalError) as error:
             raise type(error)(f"{self.parts[part]}: {error}") from error
+        self.compared = True
         return _summed([loss if weight == 1 else weight * loss for weight, loss in losses])
 
     def at_output(self, output: Any, guide: Any, masks: Mapping[str, torch.Tensor], batch: Any) -> list[torch.Tensor]:
@@ -110,4 +118,4 @@ def faint(guide_NP: torch.Tensor) -> bool:
 
     Deep guides with random weights are like that, each layer 1e-3 of the one before.
     """
-    return 0 < float(guide_NP.std(0).amax()) < _FAINT
+    return guide_NP.shape[0] > 1 and 0 < float(guide_NP.std(0).amax()) < _FAINT

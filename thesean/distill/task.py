@@ -42,6 +42,32 @@ def primary(output: Any) -> torch.Tensor:
     raise DataError("the guide's output holds no floating-point tensor; there is nothing to match.")
 
 
+_ALIKE = 1e-4  # of itself: sums in another order differ by less
+
+
+def try_loss(task: Task, output: Any, batch: Any, trains: bool) -> str | None:
+    """Before anything is solved: raises DataError for what is no loss, or where it `trains` has no gradient; and says
+    what to tell of one that isn't the same each time.
+    """
+
+    def leaf(value: torch.Tensor) -> torch.Tensor:
+        return value.detach().requires_grad_() if value.is_floating_point() else value
+
+    assert task.loss is not None
+    with torch.random.fork_rng(devices=[]):
+        with torch.no_grad():
+            first, second = (float(task.loss(task.wrap(output), batch)) for _ in range(2))
+        if trains:
+            with torch.enable_grad():
+                task_loss(task, pytree.tree_map_only(torch.Tensor, leaf, output), batch)
+    if not abs(first - second) > _ALIKE * abs(first):
+        return None
+    return (
+        f"loss(output, batch) gave {first:.4g} and {second:.4g} for the same output: what is kept is what it is lowest "
+        "for, and so is by chance. Draw nothing in it, or the same each time."
+    )
+
+
 def task_loss(task: Task, output: Any, batch: Any) -> torch.Tensor:
     """The user's loss of a graph's output; raises DataError unless it is a scalar that a gradient can flow from."""
     assert task.loss is not None

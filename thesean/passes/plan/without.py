@@ -10,9 +10,13 @@ from thesean.passes.plan.bind import BoundPart, BoundPlan
 from thesean.passes.plan.rows import KEEP
 from thesean.passes.plan.sites import ends_of
 
+STALE = "warning: the bounds that this plan was chosen for may not be met since a part of it was kept"
+
 
 def without(bound_plan: BoundPlan, path: str, why: str) -> BoundPlan:
-    """The part at `path` is kept, and the plan's notes say `why`. What is known of the others isn't measured anew."""
+    """The part at `path` is kept, and the plan's notes say `why`. What is known of the others isn't measured anew, and
+    neither is the whole, whose latency target "auto" may have chosen it for.
+    """
     went = next(p for p in bound_plan.parts if p.planned.path == path)
     row = replace(
         went.planned,
@@ -43,6 +47,6 @@ def without(bound_plan: BoundPlan, path: str, why: str) -> BoundPlan:
         new_params=plan.new_params + left(parts) - left(bound_plan.parts) - (went.planned.new_params - stays),
         new_flops=plan.new_flops + went.planned.flops - went.planned.new_flops,
         latencies=(),
-        notes=(*plan.notes, f"{path}: {why}"),
+        notes=(*plan.notes, f"{path}: {why}", *([STALE] if plan.candidates and STALE not in plan.notes else [])),
     )
     return BoundPlan(plan=plan, captured=bound_plan.captured, parts=parts)
