@@ -178,7 +178,7 @@ ends_at = [0]
 
 def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
     """A loss in which a rank kills itself in the so many-th step; how often networks are judged doesn't count."""
-    steps[:], ends_at[:] = [0], [at]
+    steps[:], ends_at[:] = [-1], [at]  # it is tried once before anything is solved
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
         steps[0] += output.requires_grad
@@ -191,7 +191,7 @@ def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
 
 def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
     """A loss that fails in every process in the so many-th step."""
-    steps[:], ends_at[:] = [0], [at]
+    steps[:], ends_at[:] = [-1], [at]  # it is tried once before anything is solved
 
     def loss(output: Any, batch: Any) -> torch.Tensor:
         steps[0] += output.requires_grad

@@ -55,7 +55,7 @@ def test_settings_left_out_have_their_defaults(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("stpes: 7", "stpes: Extra inputs are not permitted"),
+        ("stpes: 7", "stpes: unknown setting .stpes.; did you mean .steps."),
         ("alignment: {shedule: joint}", "alignment.shedule"),
         ("alignment: {schedule: sideways}", "alignment.schedule"),
         ("alignment: {order: sideways}", "alignment.order"),
@@ -117,7 +117,7 @@ def test_sums_and_weights_come_back_from_yaml(tmp_path: Path):
 
 def test_settings_may_be_given_as_a_dict():
     assert Recipe.resolve({"steps": 7}) == Recipe(steps=7)
-    with pytest.raises(RecipeError, match=r"recipe: step: .*known: name, steps"):
+    with pytest.raises(RecipeError, match=r"recipe: step: .*did you mean .steps.\? known: .*, steps, warmup"):
         Recipe.resolve({"step": 7})
 
 

@@ -15,7 +15,7 @@ from thesean.distill.data import make_feed
 from thesean.distill.gathered import Gathered
 from thesean.distill.losses import as_the_guide, warn_of_chance
 from thesean.distill.outputs import read_outputs
-from thesean.distill.task import Task, try_loss
+from thesean.distill.task import Task
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING, Journal
 from thesean.observer import Observer
@@ -45,10 +45,6 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     warn(feed.warnings)
     outputs = read_outputs(observed, feed.example_labels, request.outputs)
     task = Task(loss=checked_loss(loss), metric=checked_metric(metric), outputs=outputs, wrap=wrap)
-    by_chance = None if loss is None else try_loss(task, first, batch, request.settings.trains_by_loss)
-    if by_chance is not None:
-        warn([by_chance])
-        feed = replace(feed, notes=(*feed.notes, by_chance))
     training = Training(
         guide=captured.graph_module,
         task=task,

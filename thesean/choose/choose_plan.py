@@ -30,5 +30,6 @@ def choose_plans(
     if any(one.measures for one in constraints):
         require("onnx", "onnxruntime", "onnxscript")
     found = find_candidates(division, candidates)
+    training.try_loss()
     with not_dumping():  # trials, hundreds of them
         return choose(found, Prober(found, training), constraints)

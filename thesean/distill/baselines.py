@@ -44,6 +44,7 @@ def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind
     for module in hybrid.graph_module.modules():
         if isinstance(module, SmallLinear):
             module.reset_parameters()
+    training.try_loss()
     guide = training.judge_guide()  # first: a guide that returns NaN should not cost a training
     tuned = fine_tune(hybrid, training, training.recipe.steps, phase=kind)
     final = training.judge(hybrid.graph_module)

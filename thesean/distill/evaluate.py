@@ -185,6 +185,11 @@ class Judge:
     def _mask_nodes(self) -> fx.GraphModule:
         return intermediates(self.guide, self._seen.names, with_output=False)
 
+    @torch.no_grad()
+    def guide_output(self, number: int) -> Any:
+        """On a batch, this rank's rows."""
+        return self._guide_output(number, self.batches[number][1])
+
     def learn(self, number: int, output: Any) -> None:
         """The guide's output on a batch, this rank's rows, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]

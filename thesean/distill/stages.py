@@ -58,7 +58,7 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
     journal = training.journal
     journal.always = (RandomState(), training.feed.stream)
     journal.around = whole
-    guide = training.judge_guide()
+    tried, guide = training.try_loss(), training.judge_guide()
     gated = training.recipe.max_drop is not None
     aligning = Gated(bound_plan, hybrid, training) if gated else Aligning(bound_plan, hybrid, training)
     journal.piece("align", aligning.run, aligning)
@@ -72,7 +72,7 @@ def align(bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> Aligned:
         steps=sum(result.steps for result in results),
         curves=tuple(result.curve for result in results),
         judged_on_some=bool(aligning.judged_on),
-        notes=(*aligning.notes, *([aligning.judged_on] if aligning.judged_on else [])),
+        notes=(*tried, *aligning.notes, *([aligning.judged_on] if aligning.judged_on else [])),
     )
 
 

@@ -51,7 +51,8 @@ def try_loss(task: Task, output: Any, batch: Any, trains: bool) -> str | None:
     """
 
     def leaf(value: torch.Tensor) -> torch.Tensor:
-        return value.detach().requires_grad_() if value.is_floating_point() else value
+        value = value.clone() if value.is_inference() else value.detach()
+        return value.requires_grad_() if value.is_floating_point() else value
 
     assert task.loss is not None
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from thesean import ranks
 from thesean.distill.data import Feed
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.gathered import Gathered
-from thesean.distill.task import Batch, Task
+from thesean.distill.task import Batch, Task, try_loss
 from thesean.distill.train import Trainer
 from thesean.journal import Journal
 from thesean.observer import Observer
@@ -83,6 +83,16 @@ class Training:
             accumulate=recipe.gradient_accumulation,
             rows=lambda batch: self.gathered.rows(batch[1]),
         )
+
+    def try_loss(self) -> tuple[str, ...]:
+        """What to tell of the user's loss, which is tried on the guide's output: see `task.try_loss`. Warns of it."""
+        if self.task.loss is None:
+            return ()
+        batch, output = self.judge.batches[0][0], self.judge.guide_output(0)
+        told = try_loss(self.task, self.gathered.given(self.task.loss, output), batch, self.recipe.trains_by_loss)
+        found = () if told is None else (told,)
+        warn(found)
+        return found
 
     def judge_guide(self) -> Evaluation:
         """Before anything is trained: raises NumericalError for a guide that returns NaN or whose loss is, and warns of
