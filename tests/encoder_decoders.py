@@ -16,7 +16,7 @@ from tests.models import VOCABULARY, seeded, spread, tokens
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 
-WIDTH, HEADS = 16, 2
+WIDTH, HEADS = 16, 4
 
 
 def t5(layers: int = 1) -> nn.Module:
@@ -24,7 +24,7 @@ def t5(layers: int = 1) -> nn.Module:
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=layers, num_heads=HEADS,
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=24, num_layers=layers, num_heads=HEADS,
         relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
