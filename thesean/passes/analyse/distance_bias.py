@@ -128,7 +128,7 @@ def at_length(
         for node in (n for n in values if n in behind or n in zeroed):  # in the graph's order
             value = node.meta.get("val")
             if node in zeroed:
-                known[node] = values[node].new_zeros(_shape(value, sizes))
+                known[node] = values[node].new_zeros(_shape(node.meta["val"], sizes))
             elif node.op == "get_attr":
                 known[node] = values[node]
             elif isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):
