@@ -84,16 +84,16 @@ class Translator(nn.Module):
 class Plain(nn.Module):
     """source_BS, target_BT -> logits_BTV: one layer of each by hand, batch and heads in one dimension, time first."""
 
-    def __init__(self, bound: bool = False, causal: bool = True) -> None:
+    def __init__(self, bound: bool = False, causal: bool = True, heads: int = HEADS) -> None:
         super().__init__()
-        self.bound, self.causal = bound, causal
+        self.bound, self.causal, self.count = bound, causal, heads
         self.words = nn.Embedding(VOCABULARY, WIDTH)
         self.own, self.across = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
         self.query, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY)
 
     def heads(self, x_TBD: torch.Tensor) -> torch.Tensor:
         steps, batch = x_TBD.shape[:2]
-        return x_TBD.reshape(steps, batch * HEADS, WIDTH // HEADS).transpose(0, 1)
+        return x_TBD.reshape(steps, batch * self.count, WIDTH // self.count).transpose(0, 1)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         scores = q @ k.mT / 8**0.5

@@ -128,6 +128,13 @@ def test_keys_and_values_of_each_layer_cross_by_head_and_masks_where_there_are_a
     assert halves.decoder.symbols == ("batch", "time")
 
 
+def test_heads_that_share_a_dimension_with_the_batch_cross_apart_however_many():
+    guide = models.seeded(encoder_decoders.Plain, False, True, 4)
+    found = capture(guide, {"source": tokens(2, 6), "target": tokens(2, 4)})
+    *_, halves = halves_of(DivideEncoder(found.signature)(found.graph_module).graph_module)
+    assert [s.shape for s in halves.decoder.inputs if s.held] == [("batch", 4, "source", 4), ("batch", 4, 4, "source")]
+
+
 @pytest.mark.parametrize("name", GUIDES)
 @torch.no_grad()
 def test_the_decoder_takes_a_state_and_chunks(name):

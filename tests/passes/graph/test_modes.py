@@ -10,6 +10,9 @@ from thesean.passes.graph.modes import callers_settings, evaluating, usual_setti
 class Counting(nn.Module):
     """One buffer is written in place, one is assigned anew."""
 
+    assigned: torch.Tensor
+    written: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("written", torch.zeros(2))
