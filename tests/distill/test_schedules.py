@@ -231,3 +231,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, number, at)
     assert models.same_state(again.module, whole.module.state_dict())
     assert rows(again) == rows(whole)
     assert [r.after for r in again.report.stages] == [r.after for r in whole.report.stages]
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "sequential"])
+def test_a_stage_that_leaves_the_hybrid_worse_than_it_was_solved_keeps_what_was_solved(schedule):
+    settings = {"schedule": schedule, "ceiling": 0.0, "refit": False, "fine_tuning": {"share": 0.0}}
+    solved = convert({**settings, "share": 0.0}).report.converted["divergence"]
+    # exits come nearer by a measure that is blind to their size
+    trained = convert({**settings, "share": 1.0, "measure": "cka", "learning_rate": 0.05})
+    assert any("alignment did not help: kept what the closed form gave" in note for note in trained.report.notes)
+    assert solved is not None
+    assert trained.report.converted["divergence"] is not None
+    assert trained.report.converted["divergence"] <= solved

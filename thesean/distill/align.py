@@ -104,8 +104,8 @@ class Aligner:
         self.hybrid, self.training, self.solving = hybrid, training, solving
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         # those of most rows first: of a batch that is too small for a measure, others tell that they aren't
-        found = [training.judge.batches[number] for number in training.judge.sample]
-        self.held_out = sorted(found, key=lambda batch: -training.gathered.rows(batch[1]))
+        numbers = sorted(training.judge.sample, key=lambda number: -training.judge.rows[number])
+        self.held_out = [training.judge.batches[number] for number in numbers]
         self.seen = Seen(self.guide)
         self.objective = Objective(training, hybrid.parts)
         self.recomputing = Recomputing(self.recipe)

@@ -191,7 +191,22 @@ class Aligning:
     def _one_part(self, stage: Stage, taken: list[int]) -> None:
         standing = self.standing(taken)
         self.solve(standing, taken[-1:])
-        self.snapshot(taken, self._trained(moved(stage, taken), standing))
+        solved = Best([self.hybrid.module(r) for r in self.hybrid.replacements])
+        if stage.steps and self.training.recipe.closed_form.enabled:
+            solved.offer(self._value(taken))
+        result = self._trained(moved(stage, taken), standing)
+        if result.steps and math.isfinite(solved.value) and self._value(taken) > solved.value:
+            solved.restore()
+            self.partials.forget()
+            result = replace(result, after=result.before, curve=replace(result.curve, kept=0))
+            self.results[-1] = result
+            self.notes.append(f"{self.hybrid.parts[taken[-1]]}: alignment did not help: kept what the closed form gave")
+        self.snapshot(taken, result)
+
+    def _value(self, parts: Sequence[int]) -> float:
+        """As stages are judged, of the hybrid in which these parts stand as they are now, lower is better."""
+        modules = {r.name: self.hybrid.module(r).state_dict() for r in self.hybrid.replacements if r.part in parts}
+        return self._evaluate(parts, modules).value
 
     def _all_at_once(self, stage: Stage) -> None:
         self.inner("first", partial(self._train_all, stage))

@@ -62,7 +62,8 @@ class Judge:
     def __init__(self, guide: fx.GraphModule, task: Task, batches: Sequence[Batch]) -> None:
         self.guide, self.task, self.gathered = guide, task, Gathered(guide)
         self.batches = [(whole, self.gathered.own(inputs)) for whole, inputs in batches]
-        self._rows = [next(iter(inputs.values())).shape[0] for _, inputs in batches]
+        # of whole batches: the same for all ranks
+        self.rows = [next(iter(inputs.values())).shape[0] for _, inputs in batches]
         self._kept: dict[int, Any] = {}
         self._bytes = 0
         self._room = max(_KEPT_BYTES, sum(p.numel() * p.element_size() for p in guide.parameters()) // 2)
@@ -122,7 +123,7 @@ class Judge:
         rows = 0
         for number in self.everything if numbers is None else numbers:
             batch, inputs = self.batches[number]
-            size = self._rows[number]
+            size = self.rows[number]
             wanted = self._guide_output(number, inputs)
             output = wanted if output_of is None else output_of(number)
             if output_of is not None:
@@ -161,8 +162,8 @@ class Judge:
 
     def _mean(self, of: Callable[[int], float], numbers: Sequence[int]) -> float:
         """Batches weigh by their rows."""
-        total = sum(of(number) * self._rows[number] for number in numbers)
-        return ranks.agreed(total / sum(self._rows[number] for number in numbers))[0]
+        total = sum(of(number) * self.rows[number] for number in numbers)
+        return ranks.agreed(total / sum(self.rows[number] for number in numbers))[0]
 
     def _distance(self, number: int, output: Any, wanted: Any) -> float:
         masks = self._masks(number, self.batches[number][1])
