@@ -296,6 +296,8 @@ def test_what_fails_leaves_the_earlier_page(converted, tmp_path):
         converted.report.html(tmp_path / "none" / "report.html")
     with pytest.raises(DataError, match=r"answers: expected what thesean\.compare_answers gave, found \['a'\]"):
         converted.report.html(path, answers=["a"])
+    with pytest.raises(DataError, match="decode: expected a function of tokens that gives text, found 3"):
+        converted.report.html(path, decode=3)
 
 
 def test_a_report_by_itself_has_no_network_to_show(converted):
