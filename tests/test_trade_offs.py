@@ -14,6 +14,7 @@ from torch import nn
 
 import thesean
 from tests.docs import my_models
+from tests.models import VOCABULARY, gpt2
 from tests.report.points import FOUND
 from thesean.deploy.session import Session
 from thesean.deploy.timing import costs
@@ -101,7 +102,7 @@ def test_outputs_are_compared_as_is_asked(converted):
     guide, half = converted.frontier[0], converted.frontier[1]
     ways: list[Any] = [None, {"output": "mse"}]
     judged = [Judged(guide.module, guide.signature, rows(2), Reading(None, None), Asked(outputs=w)) for w in ways]
-    assert [j.unit for j in judged] == ["nats", "of the variance"]
+    assert [j.unit for j in judged] == ["nats", "shares of the variance"]
     one, other = (j.module(half.module).divergence for j in judged)
     assert one != other
 
@@ -115,6 +116,16 @@ def test_a_language_model_that_decodes_is_asked_for_the_next_token_and_another_f
         assert judged.unit == "nats"
         loss = judged.module(captured.graph_module).loss
         assert loss == expected if expected is None else loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_data_made_by_the_seed_that_is_drawn_by_is_not_taken_for_outputs_that_never_vary():
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))}
+    batch["input_ids"][0, :2] = torch.tensor([0, VOCABULARY - 1])
+    captured = capture(gpt2(1), batch)
+    batch = captured.signature.random_inputs(captured.signature.check(batch))
+    judged = Judged(captured.graph_module, captured.signature, [batch], Reading(None, None), Asked())
+    assert judged.unit == "nats"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from thesean.distill.seen import Seen, rows
 from thesean.errors import DataError, NumericalError
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.signature import Signature
@@ -23,6 +24,7 @@ _ROWS = 512  # enough for two digits, and a Gram that costs nothing
 _PARTS = 24  # more are not read on a page
 
 Inputs = Mapping[str, torch.Tensor]
+Masks = Sequence[Sequence[torch.Tensor | None]]
 
 
 class Conversion(Protocol):
@@ -47,8 +49,9 @@ def alike(guide: fx.GraphModule, converted: Conversion, batches: Sequence[Inputs
     pairs = pairs[:_PARTS]
     if not pairs:
         return None, "No replaced part's exit could be found in both graphs."
-    x = _rows_at(guide, [there for _, there, _ in pairs], batches)
-    y = _rows_at(converted.module, [here for _, _, here in pairs], batches)
+    masks = _masks(guide, [there for _, there, _ in pairs], batches)
+    x = _rows_at(guide, [there for _, there, _ in pairs], batches, masks)
+    y = _rows_at(converted.module, [here for _, _, here in pairs], batches, masks)
     if any(len(value) != len(x[0]) for value in (*x, *y)):
         return None, "Parts end in other numbers of rows: there is no one similarity to tell."
     measure = get_measure("cka-debiased")
@@ -100,16 +103,29 @@ def _exit(graph: fx.Graph, name: str, in_guide: Mapping[str, fx.Node]) -> tuple[
     return None
 
 
-def _rows_at(module: fx.GraphModule, names: Sequence[str], batches: Sequence[Inputs]) -> list[torch.Tensor]:
-    """(N, P) of each node: positions of sequences are rows, whole examples of maps."""
+def _masks(guide: fx.GraphModule, names: Sequence[str], batches: Sequence[Inputs]) -> Masks:
+    """Which steps of each of the guide's nodes are tokens, batch by batch."""
+    seen = Seen(guide)
+    if not seen.masks:
+        return [[None] * len(names)] * len(batches)
+    masks = intermediates(guide, seen.names, with_output=False)
+    return [[seen.of(name, values) for name in names] for values in (masks(**inputs) for inputs in batches)]
+
+
+def _rows_at(
+    module: fx.GraphModule, names: Sequence[str], batches: Sequence[Inputs], masks: Masks
+) -> list[torch.Tensor]:
+    """(N, P) of each node: positions of sequences that hold a token are rows, whole examples of maps."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     here = {node.name for node in module.graph.nodes}
     exits = intermediates(module, [name for name in names if name in here], with_output=False)
-    for inputs in batches:
+    for inputs, shown in zip(batches, masks, strict=True):
+        mask_of = dict(zip(names, shown, strict=True))
         for name, value in exits(**inputs).items():
             if not isinstance(value, torch.Tensor):
                 continue
-            rows_NP = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)
+            kept = rows(value, mask_of[name])
+            rows_NP = value.flatten(0, 1) if kept is value and value.ndim == 3 else kept.flatten(1)
             share = max(1, _ROWS // len(batches))
             step = -(-len(rows_NP) // share)
             found[name].append(rows_NP[::step].double().cpu())

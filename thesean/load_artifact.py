@@ -47,6 +47,7 @@ from thesean.targets import TargetModule, rebuild
 
 # What a folder may take where `max_bytes` doesn't say, and how many bytes of Python's a byte of JSON becomes
 _LEAST_BYTES, _PARSED = 2 * 2**30, 16
+_SHARDS = "model-*-of-*.safetensors"
 _LARGEST = 2**20  # of a target's settings: constructors count to some of them
 
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
@@ -117,9 +118,11 @@ def refusing(where: Path | str) -> Iterator[None]:
 
 def _load(folder: Path, max_bytes: int | None) -> Artifact:
     weights = MODEL if (folder / MODEL).is_file() and not (folder / WEIGHTS).is_file() else WEIGHTS
+    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)):
+        raise ArtifactError(f"max_bytes: expected a whole number of bytes, found {max_bytes!r}.")
     for name in (GRAPH, weights, PLAN, REPORT):
         if not (folder / name).is_file():
-            raise ArtifactError(f"{folder}: {name} is missing; this is not a complete conversion.")
+            raise ArtifactError(f"{folder}: {_missing(folder, name)}; this is not a complete conversion.")
     names = [n for n in (GRAPH, weights, PLAN, REPORT, EXAMPLE) if (folder / n).exists()]
     if odd := next((n for n in names if not (folder / n).is_file()), None):  # a pipe would be waited for
         raise ArtifactError(f"{folder / odd} is no file; the folder was altered.")
@@ -262,6 +265,13 @@ def _texts(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise ValueError("expected texts by their names")
     return value
+
+
+def _missing(folder: Path, name: str) -> str:
+    if name == WEIGHTS and next(folder.glob(_SHARDS), None) is not None:
+        return f"its weights lie in several files ({_SHARDS}), which aren't read: save it anew, as one {MODEL}"
+    of_hub = name == WEIGHTS and (folder / "config.json").is_file()
+    return f"{MODEL if of_hub else name} is missing"
 
 
 def read_plan_and_report(folder: str | Path) -> tuple[Plan, ConversionReport]:

@@ -43,6 +43,10 @@ def write_page(
 ) -> Path:
     """Raises DataError, ExportError for a file that is no model, WriteError; then an earlier page stays."""
     path = named(path)
+    if answers is not None and not isinstance(answers, Answers):
+        raise DataError(f"answers: expected what thesean.compare_answers gave, found {answers!r:.100}.")
+    if decode is not None and not callable(decode):
+        raise DataError(f"decode: expected a function of tokens that gives text, found {decode!r:.100}.")
     measured = _measured(trade_offs, converted)
     served = _served(converted.signature, onnx)
     why = _NO_DATA if data is None else _NO_GUIDE if not len(converted.frontier) else ""

@@ -264,7 +264,7 @@ def test_what_is_no_conversion_is_refused(tmp_path: Path):
         hf.save_pretrained(gpt2(), tmp_path / "x")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="can't be made of a configuration alone"):
         AutoModelForCausalLM.from_config(hf.from_converted(counted()).config)
-    with pytest.raises(DataError, match=r"input_ids: expected ids of shape \(batch, time\)"):
+    with pytest.raises(DataError, match=r"input_ids: expected whole numbers of shape \(batch, time\)"):
         hf.from_converted(counted())(ids(1, 3, 0)[0])
 
 

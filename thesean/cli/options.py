@@ -300,7 +300,8 @@ def check_writable(option: str, path: Path | None) -> None:
     if is_folder and path.exists() and not path.is_dir():
         raise ArgumentError(f"{option} {path}: expected a folder, found a file. Choose another name.")
     if not is_folder and path.is_dir():
-        raise ArgumentError(f"{option} {path}: expected a file name, found a folder. Add a name: {path / 'model.onnx'}")
+        suffix = {"--html": "report.html", "--json": "found.json", "--yaml": "plan.yaml"}.get(option, "model.onnx")
+        raise ArgumentError(f"{option} {path}: expected a file name, found a folder. Add a name: {path / suffix}")
     nearest = path if path.is_dir() else path.parent
     while not nearest.exists():
         nearest = nearest.parent

@@ -32,6 +32,7 @@ class TheseanConfig(PreTrainedConfig):
     roles: dict[str, str | None] | None = None
     licence: str | None = None
     trained_further: bool = False
+    use_cache: bool = True
 
 
 def config_of(signature: Signature, network: Any, roles: Roles | None, dtype: Any) -> TheseanConfig:

@@ -26,7 +26,7 @@ from thesean.artifact import (
     write_files,
 )
 from thesean.converted import Converted
-from thesean.deploy.genai.folder import copy_tokenizer, is_of_a_tokenizer
+from thesean.deploy.tokenizer import copy_tokenizer, is_of_a_tokenizer
 from thesean.errors import ArtifactError
 from thesean.hf.card import WRITTEN, Card, card_text
 from thesean.hf.config import TYPE, TheseanConfig, config_of
@@ -65,6 +65,7 @@ def save_pretrained(
         raise ArtifactError(
             f"save_pretrained: expected what thesean.compile or thesean.load gives, found {type(converted).__name__}."
         )
+    check_licence(licence)
     config, generation = configured(converted)
     config.licence = licence
     artifact = Artifact(
@@ -102,7 +103,7 @@ def write_folder(written: Written, folder: Path) -> Path:
     if writes_card(folder):
         ours.add(README)
     with telling(folder), full_is_an_oserror(), replacing(folder, _Names(ours, written.tokenizer)) as made:
-        special = copy_tokenizer(written.tokenizer, made)
+        special = copy_tokenizer(written.tokenizer, made, getattr(written.config, "vocab_size", None))
         write_files(made, written.artifact, hub=True)
         _complete(written, special)
         (made / CONFIG).write_text(written.config.to_json_string(use_diff=True), encoding="utf-8")
@@ -111,6 +112,12 @@ def write_folder(written: Written, folder: Path) -> Path:
         if README in ours:
             (made / README).write_text(_card(written), encoding="utf-8")
     return folder
+
+
+def check_licence(licence: Any) -> None:
+    """Raises ArtifactError."""
+    if licence is not None and not isinstance(licence, str):
+        raise ArtifactError(f"licence: expected a name such as 'apache-2.0', or None, found {licence!r}.")
 
 
 def writes_card(folder: Path) -> bool:
@@ -124,14 +131,22 @@ def writes_card(folder: Path) -> bool:
 
 
 def check_name(folder: Path, type_: str = TYPE) -> None:
-    """Raises ArtifactError for a file, and for a folder with another model in it: what would be half overwritten."""
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; expected a folder's name.")
-    if (folder / GRAPH).exists() and not is_conversion(folder):
+    """Raises ArtifactError for a file, and for a folder with another model in it: what would be half overwritten.
+    WriteError for what can't be a name.
+    """
+    with telling(folder):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{folder} is a file; expected a folder's name.")
+        has_graph, has_config, has_weights = ((folder / name).exists() for name in (GRAPH, CONFIG, MODEL))
+    ours = has_graph and is_conversion(folder)
+    if has_graph and not ours:
         raise ArtifactError(f"{folder} holds a {GRAPH} of another program; choose another folder.")
-    found = read_json(folder / CONFIG)
-    if found is not None and found.get("model_type", type_) != type_:
-        raise ArtifactError(f"{folder} holds a model of type {found['model_type']!r}; choose another folder.")
+    found = (read_json(folder / CONFIG) or {}).get("model_type")
+    if has_config and found != type_ and not (ours and found is None):
+        told = f"a model of type {found!r}" if found else f"a {CONFIG} of another program"
+        raise ArtifactError(f"{folder} holds {told}; choose another folder.")
+    if has_weights and not has_config and not ours:
+        raise ArtifactError(f"{folder} holds a {MODEL} without a {CONFIG}, which isn't ours; choose another folder.")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

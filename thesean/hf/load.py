@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from thesean.converted import Converted
 from thesean.errors import DataError
@@ -19,7 +27,13 @@ from thesean.passes.graph.surgery import clone
 AutoConfig.register(TYPE, TheseanConfig, exist_ok=True)
 AutoModel.register(TheseanConfig, TheseanModel, exist_ok=True)
 AutoModelForCausalLM.register(TheseanConfig, TheseanForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(TheseanConfig, TheseanForSequenceClassification, exist_ok=True)
+for _auto in (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+):
+    _auto.register(TheseanConfig, TheseanForSequenceClassification, exist_ok=True)
 
 
 def from_pretrained(

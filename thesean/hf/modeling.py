@@ -16,13 +16,16 @@ import torch
 from torch import fx
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from thesean.artifact import NETWORK, Artifact
 from thesean.deploy.lowering.to_onnx import output_names
 from thesean.errors import DataError
+from thesean.hf.called import cast, check_mask, checked_ids, outputs_asked
 from thesean.hf.config import TheseanConfig
 from thesean.hf.follow import Following, constants_as_buffers
-from thesean.hf.reading import Read, read
+from thesean.hf.labels import check_steps, loss_of, telling
+from thesean.hf.reading import Read, check_attention, read
 from thesean.hf.roles import Roles
 from thesean.hf.save import push_model, save_model
 from thesean.hf.states import CarriedStates, carried
@@ -80,7 +83,6 @@ class TheseanModel(PreTrainedModel):
         names = [name for name, _ in self.network.named_parameters(remove_duplicate=False)]
         kept = {name for name, _ in self.network.named_parameters()}
         self._keys_to_ignore_on_save = {NETWORK + name for name in names if name not in kept}  # tied: saved once
-        self._wrap = output_wrapper(signature)
         if type(self).forward is TheseanModel.forward:
             self.forward = NamedForward(self)  # type: ignore[method-assign]
 
@@ -92,22 +94,38 @@ class TheseanModel(PreTrainedModel):
         return self.signature.random_inputs(self.signature.within(sizes), device=str(self.device))
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **inputs: Any) -> Any:
-        """The guide's output; with `labels` of rows its `loss` too: cross entropy of whole numbers, else the mean
-        squared error. Raises DataError.
+        """The guide's output; with `labels` of rows its `loss` too, first: cross entropy of whole numbers, of floats
+        what transformers' classifiers take, or the mean squared error. Raises DataError.
         """
-        inputs |= dict(zip([s.name for s in self.signature.inputs], args, strict=False))
+        names = [*(spec.name for spec in self.signature.inputs), "labels"]
+        if len(args) > len(names):
+            raise DataError(f"expected at most {len(names)} inputs ({', '.join(names)}), found {len(args)}.")
+        inputs |= dict(zip(names, args, strict=False))
+        labels = inputs.pop("labels", labels)
+        as_tuple = self._returns_tuples(inputs)
         given = self._given(inputs)
         with self._telling(given):
-            output = self._wrap(self.network(**given))
+            output = output_wrapper(self.signature)(self.network(**given))
         if labels is not None:
-            output["loss"] = _loss_of(output.get("logits") if isinstance(output, dict) else None, labels)
-        return output
+            logits = output.get("logits") if isinstance(output, dict) else None
+            output = type(output)(**{"loss": self._loss(logits, labels), **output})  # the loss comes first
+        return output.to_tuple() if as_tuple and isinstance(output, ModelOutput) else output
+
+    def _returns_tuples(self, inputs: dict[str, Any]) -> bool:
+        """Takes `return_dict` out of the arguments; its default is the configuration's."""
+        asked = inputs.pop("return_dict", None)
+        return not (self.config.return_dict if asked is None else asked)
+
+    def _loss(self, logits: torch.Tensor | None, labels: Any) -> torch.Tensor:
+        """transformers' own classifiers take floats for several classes at once."""
+        floats = "regression" if self.signature.guide is None else "multi_label_classification"
+        return loss_of(logits, labels, self.config.problem_type, floats)
 
     def _given(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What the network takes of what it is called with. A mask that isn't given hides nothing."""
         given: dict[str, torch.Tensor] = {}
         left = {name: value for name, value in inputs.items() if value is not None}
-        for name in ("return_dict", "use_cache", "num_items_in_batch", *_outputs_asked(left)):
+        for name in ("use_cache", "num_items_in_batch", *outputs_asked(left)):
             left.pop(name, None)
         shape = next((v.shape[:2] for v in left.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None)
         for spec in self.signature.inputs:
@@ -118,8 +136,7 @@ class TheseanModel(PreTrainedModel):
                 value = torch.zeros(shape, dtype=spec.dtype, device=self.device)
             if value is None:
                 raise DataError(f"missing input {spec.name!r}; expected: {spec.describe()}.")
-            masks = spec.name == "attention_mask" or spec.dtype.is_floating_point
-            given[spec.name] = value.to(spec.dtype) if masks and isinstance(value, torch.Tensor) else value
+            given[spec.name] = cast(value, spec)
         for name, value in left.items():
             if not (name == TYPES and isinstance(value, torch.Tensor) and not bool(value.any())):
                 known = ", ".join(s.name for s in self.signature.inputs)
@@ -152,7 +169,26 @@ class TheseanModel(PreTrainedModel):
         return super().train(mode)
 
     def get_input_embeddings(self) -> Any:
-        raise NotImplementedError("a graph has tables, and no layer of its own for them: they can't be resized.")
+        raise NotImplementedError("a graph has tables, and no layer of its own for them.")  # as transformers asks for
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises DataError; a TheseanForCausalLM writes."""
+        raise DataError(
+            "generate: this conversion is no causal language model: ids, and maybe a mask, to logits of the next one. "
+            "Of an encoder-decoder converted.export(path) writes files, and thesean.deploy.session.Session generates."
+        )
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises DataError."""
+        raise DataError(
+            "resize_token_embeddings: a graph has tables, and no layer of its own for them. Resize the guide's, and "
+            "convert it then."
+        )
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> str:
+        """Any that computes the same; transformers asks each model which ones it has."""
+        check_attention(attn_implementation)
+        return "eager"
 
     @property
     def artifact(self) -> Artifact:
@@ -196,10 +232,12 @@ class TheseanModel(PreTrainedModel):
 
 
 class TheseanForSequenceClassification(TheseanModel):
-    """A converted classifier: the same, known to transformers as one."""
+    """A converted classifier, of rows, tokens or images: the same, known to transformers as one."""
 
     @classmethod
     def of(cls, found: Read) -> Any:
+        if found.config.roles is not None:
+            raise DataError("this conversion is a causal language model: load it with AutoModelForCausalLM.")
         if "logits" not in output_names(found.converted.module):
             raise DataError("this conversion has no output 'logits': load it with thesean.hf.from_pretrained.")
         return super().of(found)
@@ -211,6 +249,7 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
     """
 
     _is_stateful = True  # what was read can't be taken back
+    generate = GenerationMixin.generate
 
     def __init__(self, config: TheseanConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -241,36 +280,41 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **rest: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """ids_BT, mask_BT or mask_BS with S = P + T -> logits_BTV.
 
         With `past_key_values` or use_cache=True the network reads on from its states, each row as it would be alone,
         wherever its padding is; without, all is read at once, as in training. `labels`, -100 where nothing is asked,
         are shifted by one here. Raises DataError.
         """
-        if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
-            found = "none" if input_ids is None else str(tuple(getattr(input_ids, "shape", ())))
-            raise DataError(f"input_ids: expected ids of shape (batch, time), found {found}.")
+        input_ids, as_tuple = checked_ids(input_ids), self._returns_tuples(rest)
         if rest.pop("inputs_embeds", None) is not None:
             raise DataError("inputs_embeds: a graph begins with its tables. Give input_ids.")
         options = {k: rest.pop(k) for k in ("num_items_in_batch", "shift_labels") if k in rest}
-        for name in ("cache_position", *_outputs_asked(rest)):
+        for name in ("cache_position", *outputs_asked(rest)):
             rest.pop(name, None)
         past = None
         if (past_key_values is not None or use_cache) and (stream := self.stream) is not None:
             past = carried(past_key_values, stream.rows)
             time = input_ids.shape[1]
+            check_mask(attention_mask, input_ids, past.steps)
             # of one token more, one is read: to look whether it is hidden would wait for the device
             told = None if attention_mask is None or (time == 1 and past.steps) else attention_mask[:, -time:]
             with self._telling({self.roles.tokens: input_ids}):
                 logits_BTV = stream.read(input_ids, told, past)
         else:
+            check_mask(attention_mask, input_ids, 0)
             logits_BTV = self._whole(input_ids, attention_mask, rest)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.roles.words, **options)
+            labels_BT, words = check_steps(labels, logits_BTV), logits_BTV.shape[-1]
+            with telling(labels_BT, words):
+                loss = self.loss_function(logits=logits_BTV, labels=labels_BT, vocab_size=words, **options)
+        if not isinstance(logits_to_keep, (int, torch.Tensor)):
+            raise DataError(f"logits_to_keep: expected a whole number or places, found {logits_to_keep!r}.")
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV[:, kept], past_key_values=past)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV[:, kept], past_key_values=past)
+        return output.to_tuple() if as_tuple else output
 
     def _whole(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, rest: dict[str, Any]) -> torch.Tensor:
         roles, steps = self.roles, None
@@ -326,19 +370,3 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
         past = carried(model_kwargs.get("past_key_values"), stream.rows)
         past._is_user_defined = model_kwargs.get("past_key_values") is not None
         model_kwargs["past_key_values"] = past
-
-
-def _outputs_asked(given: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the arguments that ask for more outputs. Raises DataError where one does."""
-    names = ("output_attentions", "output_hidden_states")
-    if asked := next((name for name in names if given.get(name)), None):
-        raise DataError(f"{asked}: a graph has the outputs that the guide was captured with, and no others.")
-    return names
-
-
-def _loss_of(logits: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    if logits is None:
-        raise DataError("labels: the network has no output 'logits' to compare them with. Compute the loss outside.")
-    if labels.is_floating_point():
-        return torch.nn.functional.mse_loss(logits.float().reshape(labels.shape), labels.float())
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten())

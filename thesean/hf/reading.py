@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from thesean.artifact import GRAPH
 from thesean.converted import Converted, load
@@ -25,6 +25,10 @@ _IDLE = (
     "max_memory", "tp_plan", "_from_auto", "_from_pipeline", "_commit_hash", "weights_only", "ignore_mismatched_sizes",
     "key_mapping", "variant",
 )  # fmt: skip
+
+
+# Of a configuration, which transformers' loaders take beside their own settings.
+_TOLD = ("use_cache", "problem_type", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +51,18 @@ def read(folder: Any, **kwargs: Any) -> Read:
     device = _device(kwargs.pop("device_map", None))
     generation = kwargs.pop("generation_config", None)
     info, max_bytes = kwargs.pop("output_loading_info", False), kwargs.pop("max_bytes", None)
-    attention = kwargs.pop("attn_implementation", None)
-    if attention not in (None, "eager", "sdpa"):
-        raise DataError(f"attn_implementation: a graph has its own attentions; leave {attention!r} out.")
+    check_attention(kwargs.pop("attn_implementation", None))
+    if generation is not None and not isinstance(generation, GenerationConfig):
+        raise DataError(f"generation_config: expected a GenerationConfig, found {generation!r}.")
+    if config is not None and not isinstance(config, (PreTrainedConfig, str, os.PathLike)):
+        raise DataError(f"config: expected a configuration or a folder that has one, found {config!r}.")
     subfolder = kwargs.pop("subfolder", "")
+    if not isinstance(subfolder, (str, os.PathLike)):
+        raise DataError(f"subfolder: expected a name, found {subfolder!r}.")
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     for key in _IDLE:
         kwargs.pop(key, None)
+    told = {key: kwargs.pop(key) for key in tuple(kwargs) if key in _TOLD}
     if unknown := next((key for key, value in kwargs.items() if value is not None), None):
         raise DataError(f"from_pretrained: a converted network has no {unknown!r}. Leave it out.")
     place = _placed(folder, hub) / (subfolder or "")
@@ -64,6 +73,8 @@ def read(folder: Any, **kwargs: Any) -> Read:
             config = TheseanConfig.from_pretrained(place)
         if generation is None and (place / GENERATION).is_file():
             generation = GenerationConfig.from_pretrained(place)
+        for key, value in told.items():
+            setattr(config, key, value)
     except Exception as error:  # of transformers: what a file may say has no end
         raise ArtifactError(f"{place}: {CONFIG} or {GENERATION} can't be read: {first_line(error)}") from error
     return Read(
@@ -75,6 +86,12 @@ def read(folder: Any, **kwargs: Any) -> Read:
         name=str(folder),
         wants_info=bool(info),
     )
+
+
+def check_attention(name: Any) -> None:
+    """Raises DataError for a way to compute attentions that isn't the graph's own."""
+    if name not in (None, "eager", "sdpa"):
+        raise DataError(f"attn_implementation: a graph has its own attentions; leave {name!r} out.")
 
 
 def _placed(folder: Any, hub: dict[str, Any]) -> Path:

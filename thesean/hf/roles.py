@@ -47,7 +47,13 @@ class Roles:
         inputs = {s.name for s in signature.inputs}
         named = {key: told.get(key) for key in ("tokens", "mask", "positions")}
         wrong = [n for n in named.values() if n is not None and not (isinstance(n, str) and n in inputs)]
-        if wrong or named["tokens"] is None or told.get("logits") not in list(output_names(network)):
+        given = [n for n in named.values() if n is not None]
+        if (
+            wrong
+            or len(set(given)) < len(given)
+            or named["tokens"] is None
+            or told.get("logits") not in list(output_names(network))
+        ):
             raise ArtifactError(f"config.json: roles: expected names of inputs and of an output, found {dict(told)}.")
         return Roles(
             tokens=str(named["tokens"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def save_model(model: PreTrainedModel, artifact: Artifact, folder: Any, **kwargs
         kwargs.pop(key, None)
     if unknown := next((k for k, v in kwargs.items() if v is not None), None):
         raise DataError(f"save_pretrained: expected no {unknown!r}: one folder is written, in one file of weights.")
+    if state is not None and not isinstance(state, Mapping):
+        raise DataError(f"state_dict: expected tensors by their names, found {type(state).__name__}.")
     if state is not None and any(state.get(k) is not v for k, v in model.state_dict().items()):
         artifact = _with(artifact, state)
     model.config.dtype = Place.of(model).dtype
@@ -67,11 +70,16 @@ def push_folder(folder: Path, repo_id: str, **kwargs: Any) -> Any:
     )
 
 
-def _with(artifact: Artifact, state: dict[str, Any]) -> Artifact:
+def _of_names(error: RuntimeError) -> str:
+    """Of torch's list of what is missing and what is too much, on one line."""
+    return " ".join(str(error).partition(":\n")[2].split())[:300]
+
+
+def _with(artifact: Artifact, state: Mapping[str, Any]) -> Artifact:
     """The network with these weights. Raises DataError for those of another network."""
     network = clone(artifact.graph_module)
     try:
         network.load_state_dict({key.removeprefix(NETWORK): value for key, value in state.items()})
     except RuntimeError as error:
-        raise DataError(f"state_dict: these are not this network's weights: {str(error)[:300]}") from error
+        raise DataError(f"state_dict: these are not this network's weights: {_of_names(error)}") from error
     return replace(artifact, graph_module=network)

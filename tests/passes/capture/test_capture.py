@@ -360,6 +360,8 @@ def test_inputs_of_another_width_name_the_place_and_leave_the_reason():
         ({"pixels": vectors(2, 8)}, "takes no input 'pixels'"),
         ((vectors(2, 8), vectors(2, 8)), "takes 1 inputs by position, the example has 2"),
         (([1.0, 2.0],), "expected a tensor, found list"),
+        (([[1, 2], [3, 4]],), "expected a tensor, found list. Make it one: .* return_tensors='pt'"),
+        ((vectors(2, 8).numpy(),), "found ndarray. Make it one: torch.as_tensor"),
         ({"input": None}, "expected a tensor, found NoneType"),
         ("text", "expected a tensor, a tuple or a dict, found str"),
         (3, "found int"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
+
+import pytest
 
 from thesean.report.page.charts import HEIGHT, WIDTH, Axes, Line, plotted
 from thesean.report.page.shapes import Spot, Words
@@ -31,6 +34,23 @@ def test_labels_never_cover_each_other_nor_leave_the_chart():
         left, top, right, bottom = label.box
         assert 0 <= left < right <= WIDTH
         assert 0 <= top < bottom <= HEIGHT
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([4.2154060, 4.2154100, 4.2154082], "4.215408"),
+        ([0.0, 1e-6, 5e-7], "1.0e-6"),
+        ([2.5e15, 1e15], "2.0e15"),
+        ([1.0, math.nextafter(1.0, 2)], ""),
+        ([1.0, 2.0, 1e200, -math.inf, math.nan], "1.5"),
+    ],
+)
+def test_whatever_the_size_of_values_their_labels_stay_within_the_chart(values, told):
+    shapes = plotted(Axes(x="step", y="loss"), [Line(name="all", points=list(enumerate(values)))])
+    levels = [s for s in shapes if isinstance(s, Words) and s.anchor == "end"]
+    assert all(level.box[0] >= 0 for level in levels)
+    assert not told or told in {level.text for level in levels}
 
 
 def test_the_first_that_is_named_takes_the_room():

@@ -18,6 +18,7 @@ from torch import nn
 
 import thesean
 from tests import captured
+from tests.hf.converted import bounded, padded
 from tests.report.points import FOUND
 from thesean.curve import Curve
 from thesean.errors import DataError, WriteError
@@ -230,6 +231,21 @@ def test_a_conversion_is_compared_with_its_guide_on_the_data_given(converted, tm
     assert len(pixels) > 100
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_padding_is_neither_shown_nor_compared(right, tmp_path, monkeypatch):
+    monkeypatch.setattr("thesean.write_page.environment", dict)  # has the time in it
+    converted, batch = bounded(), padded(5, 9, 7)
+    if right:
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 1, batch["input_ids"])}
+    pages = []
+    for one in (batch, other):
+        path = converted.report.html(tmp_path / "report.html", data=[one], decode=lambda tokens: str(tokens))
+        pages.append(Reader(path.read_text()).words)
+    assert pages[0] == pages[1]
+    assert "over 21 rows" in "".join(pages[0])
+
+
 def test_a_loaded_one_says_what_it_cannot_tell(tmp_path):
     loaded = thesean.load(SAVED)
     told = loaded.report.html(tmp_path / "report.html", data=[torch.randn(2, 6, 8)]).read_text()
@@ -278,6 +294,10 @@ def test_what_fails_leaves_the_earlier_page(converted, tmp_path):
     assert re.search(r"&lt;[a-e]&gt;", path.read_text())
     with pytest.raises(WriteError):
         converted.report.html(tmp_path / "none" / "report.html")
+    with pytest.raises(DataError, match=r"answers: expected what thesean\.compare_answers gave, found \['a'\]"):
+        converted.report.html(path, answers=["a"])
+    with pytest.raises(DataError, match="decode: expected a function of tokens that gives text, found 3"):
+        converted.report.html(path, decode=3)
 
 
 def test_a_report_by_itself_has_no_network_to_show(converted):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from thesean.deploy.lowering.to_onnx import output_names
 from thesean.deploy.onnx_file import PARITY_SEEN, ROWS, STATES, draft
 from thesean.deploy.parity import Check, CheckSizes
 from thesean.deploy.relative_error import relative_error
+from thesean.deploy.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from thesean.errors import ExportError, MissingExtraError, WriteError, first_line
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.graph.nodes import leaf_values
@@ -42,19 +42,6 @@ _ENDLESS = 2**17
 
 # genai wants a token that ends a text, and takes this one where none is told.
 _FIRST = 0
-
-# What a tokenizer is saved as. Weights that may stand beside it are not copied.
-_TOKENIZER = (
-    "tokenizer*",
-    "*.model",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
-_TOLD = ("tokenizer_config.json", "config.json", "generation_config.json")  # the last word has the last one
-_SPECIAL = ("bos", "eos", "pad")
 
 _UNMASKED = (
     "the guide was captured without a mask of tokens: the prompts of a batch have to be equally long, or give one "
@@ -146,7 +133,7 @@ def write_genai(
     if folder.is_file():
         raise ExportError(f"{folder} is a file; runtime='genai' makes a folder. Give another name.")
     with telling(folder), replacing(folder, _ours(tokenizer is not None)) as made:
-        special = copy_tokenizer(tokenizer, made)
+        special = copy_tokenizer(tokenizer, made, served.words)
         with _named_as(made / MODEL, folder):
             report = write(made / MODEL)
         if not report.stateful or report.delay:
@@ -183,11 +170,6 @@ def _named_as(path: Path, folder: Path) -> Iterator[None]:
         raise type(error)(str(error).replace(str(path), str(folder))) from error
 
 
-def is_of_a_tokenizer(name: str) -> bool:
-    """Whether a file of this name is one that a tokenizer is saved as."""
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
-
-
 class _Patterns(frozenset[str]):
     """The names that any of its patterns fits."""
 
@@ -197,7 +179,7 @@ class _Patterns(frozenset[str]):
 
 def _ours(tokenizer: bool) -> _Patterns:
     """What an export replaces of an earlier folder; what else people keep there stays."""
-    return _Patterns((MODEL, CONFIG, f"{MODEL}.*.weights", *(_TOKENIZER if tokenizer else ())))
+    return _Patterns((MODEL, CONFIG, f"{MODEL}.*.weights", *(TOKENIZER_FILES if tokenizer else ())))
 
 
 def _rewrite(
@@ -259,37 +241,6 @@ def _pad(special: Mapping[str, Any]) -> int:
     """The token that pads, by default the first of those that end a text."""
     ids = special.get("pad_token_id", special.get("eos_token_id", _FIRST))
     return int(ids[0] if isinstance(ids, list) else ids)
-
-
-def copy_tokenizer(tokenizer: Any, made: Path) -> dict[str, Any]:
-    """Its files, and the numbers of its special tokens. `tokenizer`: a folder, what has `save_pretrained`, or None."""
-    if tokenizer is None:
-        return {}
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(made)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
-        return {name: number for name, number in ids.items() if number is not None}
-    source = named(tokenizer, "read", ExportError)
-    files = {path for pattern in _TOKENIZER for path in source.glob(pattern) if path.is_file()}
-    if not files:
-        raise ExportError(f"tokenizer: expected a folder with tokenizer files, such as tokenizer.json, found {source}.")
-    for path in sorted(files):
-        shutil.copyfile(path, made / path.name)
-    special: dict[str, Any] = {}
-    for name in _TOLD:
-        told = _read(source / name)
-        special |= {f"{k}_token_id": told[f"{k}_token_id"] for k in _SPECIAL if told.get(f"{k}_token_id") is not None}
-    return special
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"tokenizer: {path} is no JSON: {first_line(error)}") from error
-    return told if isinstance(told, dict) else {}
 
 
 def _compare(made: Path, served: Served, folder: Path, tolerance: float, pad: int) -> list[Check]:

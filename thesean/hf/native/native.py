@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from thesean.artifact import full_is_an_oserror
 from thesean.converted import Converted
-from thesean.deploy.genai.folder import copy_tokenizer
+from thesean.deploy.tokenizer import copy_tokenizer
 from thesean.errors import NativeError
 from thesean.hf.card import Card, card_text
-from thesean.hf.folder import README, check_name, writes_card
+from thesean.hf.folder import README, check_licence, check_name, writes_card
 from thesean.hf.native.assign import Misfit
 from thesean.hf.native.configure import NOTHING, Search, variants
 from thesean.hf.native.judge import Judge
@@ -69,13 +69,14 @@ def save_native(
     ArtifactError for a folder that holds another model, and WriteError.
     """
     folder = named(folder)
+    check_licence(licence)
     guide = converted.signature.guide if isinstance(converted, Converted) else None
     check_name(folder, str((guide.config if guide else {}).get("model_type", "")))
     model = to_native(converted)
     names = _Written((README,) if writes_card(folder) else ())
     with telling(folder), full_is_an_oserror(), replacing(folder, names) as made:
         model.save_pretrained(made)
-        copy_tokenizer(tokenizer, made)
+        copy_tokenizer(tokenizer, made, getattr(model.config, "vocab_size", None))
         card = Card(
             plan=converted.plan,
             report=converted.report,

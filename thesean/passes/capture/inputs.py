@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -135,13 +136,19 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
     given = {name: value for name, value in named.items() if value is not None}
     named = given or named
     for name, value in named.items():
+        if isinstance(value, np.ndarray) or _is_of_whole_numbers(value):
+            raise DataError(
+                f"example input {name!r}: expected a tensor, found {type(value).__name__}. Make it one: "
+                "torch.as_tensor, or a tokenizer with return_tensors='pt'."
+            )
         if not isinstance(value, torch.Tensor):
             raise DataError(
                 f"example input {name!r}: expected a tensor, found {type(value).__name__}. Wrap the guide in a module "
                 "whose forward takes each tensor by a name of its own, and hands them on."
             )
     if not named:
-        raise DataError("the example inputs are empty.")
+        takes = ", ".join(str(p) for p in accepted.values()) or "nothing"
+        raise DataError(f"the example inputs are empty: of what the guide's forward takes ({takes}) there is nothing.")
     device = next((p.device for p in model.parameters()), None)
     for name, value in named.items():
         if device is not None and value.device != device:
@@ -149,3 +156,10 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
         if not value.numel():
             raise DataError(f"input {name!r} is empty, of shape {tuple(value.shape)}: nothing can be traced with it.")
     return named
+
+
+def _is_of_whole_numbers(value: Any) -> bool:
+    """Whether it is what a tokenizer gives that isn't asked for tensors: lists of ids."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, int)

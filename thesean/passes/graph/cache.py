@@ -48,8 +48,9 @@ class SeenKeys(nn.Module):
         seen_TS = key_S <= query_T1
         if self.window is not None:
             seen_TS = seen_TS & (key_S > query_T1 - self.window)
-        # half of the smallest number: added to a score it doesn't overflow, and a row that sees nothing stays finite
-        nothing = torch.finfo(self.dtype).min / 2
+        # half of the smallest number: added to a score it doesn't overflow, and a row that sees nothing stays finite;
+        # at most float32's, which is what `where` makes of two numbers
+        nothing = max(torch.finfo(self.dtype).min, torch.finfo(torch.float32).min) / 2
         seen_BTS = seen_TS & token_BS.unsqueeze(1)
         after = latest(token_BS, 1, self.window)
         if self.table_HD is None or self.slope_H is None:

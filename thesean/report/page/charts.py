@@ -16,6 +16,7 @@ from thesean.report.page.shapes import Point, Shape, Spot, Stroke, Words, px
 WIDTH, HEIGHT = 340.0, 210.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 14.0, 40.0
 
+_MOST = 1e30  # a loss beyond has run away, and would hide all others
 _WIDE = 8.0  # times: an axis of logarithms begins to tell more there
 
 Points = Sequence[Point]
@@ -50,7 +51,7 @@ class Axes:
 
 
 def chart(names: Names, title: str, told: str, axes: Axes, lines: Sequence[Line]) -> str:
-    """Lines or points over two axes. Values that are not finite are left out."""
+    """Lines or points over two axes. Values that are not finite, or beyond all sense, are left out."""
     drawn = [shape.svg() for shape in plotted(axes, lines)]
     return _svg(names, title, told, WIDTH, axes.height, drawn) if drawn else ""
 
@@ -58,7 +59,7 @@ def chart(names: Names, title: str, told: str, axes: Axes, lines: Sequence[Line]
 def plotted(axes: Axes, lines: Sequence[Line]) -> list[Shape]:
     """A chart's shapes, on a plane of WIDTH and the axes' height; none where no value is finite."""
     bottom = axes.height - _BOTTOM
-    points = [p for line in lines for p in line.points if all(map(math.isfinite, p))]
+    points = [p for line in lines for p in line.points if _can_be_drawn(p)]
     if not points:
         return []
     xs = [x for x, _ in points]
@@ -66,23 +67,25 @@ def plotted(axes: Axes, lines: Sequence[Line]) -> list[Shape]:
     along = math.log10 if bent else float
     x_low, x_high = _range([along(x) for x in xs], axes.whole)
     y_low, y_high = _range([y for _, y in points], False)
+    levels = _labelled(_ticks(y_low, y_high))
+    left = max(_LEFT, 12 + max((Words(x=0, y=0, text=label).box[2] for _, label in levels), default=0.0))
 
     def at(point: Point) -> Point:
-        x = _LEFT + (along(point[0]) - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
+        x = left + (along(point[0]) - x_low) / (x_high - x_low) * (WIDTH - left - _RIGHT)
         return x, bottom - (point[1] - y_low) / (y_high - y_low) * (bottom - _TOP)
 
     drawn: list[Shape] = []
-    for value, label in _labelled(_ticks(y_low, y_high)):
+    for value, label in levels:
         y = bottom - (value - y_low) / (y_high - y_low) * (bottom - _TOP)
-        drawn.append(Stroke(points=((_LEFT, y), (WIDTH - _RIGHT, y)), kind="grid"))
-        drawn.append(Words(x=_LEFT - 6, y=y + 4, text=label, anchor="end"))
+        drawn.append(Stroke(points=((left, y), (WIDTH - _RIGHT, y)), kind="grid"))
+        drawn.append(Words(x=left - 6, y=y + 4, text=label, anchor="end"))
     ticks = _ratio_ticks(x_low, x_high) if bent else _labelled(_ticks(x_low, x_high, whole=axes.whole))
     for value, label in ticks:
         x = at((value, y_low))[0]
         drawn.append(Words(x=x, y=bottom + 16, text=label, anchor="middle"))
-    drawn.append(Stroke(points=((_LEFT, bottom), (WIDTH - _RIGHT, bottom)), kind="axis"))
-    drawn.append(Words(x=(_LEFT + WIDTH - _RIGHT) / 2, y=axes.height - 6, text=axes.x, anchor="middle"))
-    return [*drawn, *_series(lines, at, bottom)]
+    drawn.append(Stroke(points=((left, bottom), (WIDTH - _RIGHT, bottom)), kind="axis"))
+    drawn.append(Words(x=(left + WIDTH - _RIGHT) / 2, y=axes.height - 6, text=axes.x, anchor="middle"))
+    return [*drawn, *_series(lines, at, (left, bottom))]
 
 
 def heatmap(names: Names, title: str, told: str, matrix: Sequence[Sequence[float]]) -> str:
@@ -116,12 +119,12 @@ def heatmap(names: Names, title: str, told: str, matrix: Sequence[Sequence[float
     return _svg(names, title, told, max(200.0, 34 + columns * side), 28 + rows * side, drawn)
 
 
-def _series(lines: Sequence[Line], at: Callable[[Point], Point], bottom: float) -> Iterator[Shape]:
+def _series(lines: Sequence[Line], at: Callable[[Point], Point], corner: Point) -> Iterator[Shape]:
     """Strokes below spots, and labels above all, so that each can be read."""
     spots: list[Spot] = []
     wanted: list[tuple[Spot, str, bool]] = []
     for line in lines:
-        places = [(i, *at(p)) for i, p in enumerate(line.points) if all(map(math.isfinite, p))]
+        places = [(i, *at(p)) for i, p in enumerate(line.points) if _can_be_drawn(p)]
         if line.joined and len(places) > 1:
             yield Stroke(points=tuple((x, y) for _, x, y in places), kind=line.kind)
         of_line = {}
@@ -136,7 +139,7 @@ def _series(lines: Sequence[Line], at: Callable[[Point], Point], bottom: float) 
     placed: list[Words] = []
     for spot, text, shy in wanted:
         others = [other for other in spots if other is not spot]
-        free = [w for w in _beside(spot, text, bottom) if not any(_overlap(w.box, p.box) for p in placed)]
+        free = [w for w in _beside(spot, text, corner) if not any(_overlap(w.box, p.box) for p in placed)]
         covered = {n: sum(_overlap(w.box, _box(s)) for s in others) for n, w in enumerate(free)}
         best = min(covered, key=lambda n: covered[n], default=None)
         if best is not None and not (shy and covered[best]):
@@ -144,15 +147,16 @@ def _series(lines: Sequence[Line], at: Callable[[Point], Point], bottom: float) 
     yield from placed
 
 
-def _beside(spot: Spot, text: str, bottom: float) -> list[Words]:
-    """Where a label may stand within the chart, the likeliest first."""
+def _beside(spot: Spot, text: str, corner: Point) -> list[Words]:
+    """Where a label may stand within the chart, the likeliest first. `corner`: where its axes meet."""
     side, other = (("end", -1), ("start", 1)) if spot.x > WIDTH / 2 else (("start", 1), ("end", -1))
     moves = [(10, 4, side), (10, 4, other), *((6, dy, way) for dy in (-9, 16) for way in (side, other))]
     found = [
         Words(x=spot.x + dx * sign, y=spot.y + dy, text=text, anchor=anchor, kind="label")
         for dx, dy, (anchor, sign) in moves
     ]
-    return [w for w in found if w.box[0] >= _LEFT and w.box[2] <= WIDTH - 2 and w.box[1] >= 0 and w.box[3] <= bottom]
+    left, bottom = corner
+    return [w for w in found if w.box[0] >= left and w.box[2] <= WIDTH - 2 and w.box[1] >= 0 and w.box[3] <= bottom]
 
 
 def _box(spot: Spot) -> tuple[float, float, float, float]:
@@ -174,6 +178,10 @@ def _svg(names: Names, title: str, told: str, width: float, height: float, drawn
     )  # fmt: skip
 
 
+def _can_be_drawn(point: Point) -> bool:
+    return all(math.isfinite(value) and abs(value) < _MOST for value in point)
+
+
 def _range(values: Sequence[float], whole: bool) -> tuple[float, float]:
     """From the least to the largest, with room around, and never empty."""
     low, high = min(values), max(values)
@@ -193,12 +201,18 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
 
 
 def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
-    """With as many places as tell neighbours apart, and one prefix for all."""
+    """With as many places as tell neighbours apart, and one prefix or power of ten for all."""
     largest = max(map(abs, values), default=0.0)
+    if 0 < largest < 1e-3 or largest >= 1e13:
+        power = math.floor(math.log10(largest))
+        return [
+            (v, f"{text}e{power}" if v else "0")
+            for v, (_, text) in zip(values, _labelled([v / 10.0**power for v in values]), strict=True)
+        ]
     size, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e4, "k")) if largest >= s), (1.0, ""))
     size = 1e3 if prefix == "k" else size
     step = min((b - a for a, b in pairwise(values)), default=largest or 1.0) / size
-    places = max(0, -math.floor(math.log10(step) + 1e-9))
+    places = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 0
     return [(value, f"{value / size:.{places}f}{prefix if value else ''}") for value in values]
 
 
