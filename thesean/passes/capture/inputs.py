@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from thesean.errors import CaptureError, DataError
+from thesean.passes.thread_state import STATE_IN, STATE_OUT
 
 # Where a guess at a batch may be what went wrong
 SAY_INPUTS = "Of batches, inputs=lambda batch: {...} says what is which."
@@ -135,6 +137,10 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
     given = {name: value for name, value in named.items() if value is not None}
     named = given or named
     for name, value in named.items():
+        if isinstance(value, np.ndarray):
+            raise DataError(f"example input {name!r}: expected a tensor, found an ndarray: torch.from_numpy(x).")
+        if name.startswith((STATE_IN, STATE_OUT)):
+            raise DataError(f"input {name!r}: an exported file's own states are called so. Rename it in forward.")
         if not isinstance(value, torch.Tensor):
             raise DataError(
                 f"example input {name!r}: expected a tensor, found {type(value).__name__}. Wrap the guide in a module "
