@@ -391,3 +391,20 @@ def example() -> Example:
     """Without states given, a threaded graph can't be called: chunks are compared above."""
     stateless, signature = converted(captured.gpt2())
     return Example(ThreadState(signature), stateless, tuple(ids().values()), same_outputs=False)
+
+
+class Beside(nn.Module):
+    """Maps each step, and takes a mask of pairs that it doesn't read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.map(x)
+
+
+def test_a_mask_of_pairs_comes_in_no_chunks():
+    found = capture(Beside().eval(), (torch.randn(3, 5, 4), torch.ones(3, 1, 5, 5).tril()))
+    with pytest.raises(PassRefused, match="input 'mask' is of pairs of steps, so it can't come in chunks"):
+        ThreadState(found.signature)(found.graph_module)
