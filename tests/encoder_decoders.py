@@ -16,7 +16,7 @@ from tests.models import VOCABULARY, seeded, spread, tokens
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 
-WIDTH, HEADS = 16, 2
+WIDTH, HEADS = 16, 4
 
 
 def t5(layers: int = 1) -> nn.Module:
@@ -24,7 +24,7 @@ def t5(layers: int = 1) -> nn.Module:
 
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=24, num_layers=layers, num_heads=HEADS,
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS, d_ff=24, num_layers=layers, num_heads=HEADS,
         relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
@@ -84,16 +84,16 @@ class Translator(nn.Module):
 class Plain(nn.Module):
     """source_BS, target_BT -> logits_BTV: one layer of each by hand, batch and heads in one dimension, time first."""
 
-    def __init__(self, bound: bool = False, causal: bool = True) -> None:
+    def __init__(self, bound: bool = False, causal: bool = True, heads: int = HEADS) -> None:
         super().__init__()
-        self.bound, self.causal = bound, causal
+        self.bound, self.causal, self.count = bound, causal, heads
         self.words = nn.Embedding(VOCABULARY, WIDTH)
         self.own, self.across = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
         self.query, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY)
 
     def heads(self, x_TBD: torch.Tensor) -> torch.Tensor:
         steps, batch = x_TBD.shape[:2]
-        return x_TBD.reshape(steps, batch * HEADS, WIDTH // HEADS).transpose(0, 1)
+        return x_TBD.reshape(steps, batch * self.count, WIDTH // self.count).transpose(0, 1)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
         scores = q @ k.mT / 8**0.5

@@ -416,8 +416,8 @@ def test_an_output_class_is_text_or_null(path, folder: Path):
 
 
 def test_bounds_of_sizes_that_are_ones_pass(folder: Path):
-    rewrite(folder, bound_of(("time", 2, None), ("batch", 1, 8)))
-    assert [b.describe() for b in thesean.load(folder).signature.bounds] == ["2 or more", "1 to 8"]
+    rewrite(folder, bound_of(("time", 2, None), ("batch", 2, 2)))
+    assert [b.describe() for b in thesean.load(folder).signature.bounds] == ["2 or more", "2 alone"]
 
 
 def test_parameters_that_are_not_trained_are_not_trained_once_loaded(tmp_path: Path):

@@ -13,7 +13,7 @@ import signal
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -50,7 +50,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     known = come_by(items, files, kept, lambda tests: _trace([items[t] for t in tests], files, kept))
     every = [m for file in files for m in mutants(ROOT / file, file)]
     sample = random.Random(asked["seed"]).sample(every, min(asked["count"], len(every)))
-    tried = _Tried(items, known, asked["seconds"])
+    tried = _Tried(items, known, asked["looks"])
     with os.fdopen(asked["pipe"], "w", buffering=1) as told:
         for mutant in sample:
             if mutant.name in asked["held"]:
@@ -100,23 +100,28 @@ def _passes(item: pytest.Item, following: pytest.Item | None, seen: Seen | None 
 class _Tried:
     """Tries one fault after another; tests that have found one in a function come first for the next one there."""
 
-    def __init__(self, items: dict[str, pytest.Item], known: ComeBy, most: float) -> None:
-        self.items, self.known, self.most = items, known, most
+    def __init__(self, items: dict[str, pytest.Item], known: ComeBy, looks: Sequence[float]) -> None:
+        self.items, self.known, self.looks = items, known, looks
         self.live = Live()
         self.found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self.sound: dict[str, bool] = {}
 
     def __call__(self, mutant: Mutant) -> dict[str, object]:
-        start = cpu_seconds()
-        while True:
-            tests = self._tests(mutant)
-            seconds = sum(self.known.seconds[t] for t in tests)
-            outcome, by = self._of(mutant, tests, 30 + 5 * seconds) if tests else ("not run", "")
-            if not by or self._is_sound(by):
+        start, outcome, by = cpu_seconds(), "not run", ""
+        run: list[str] = []
+        for most in self.looks:
+            while tests := self._tests(mutant, most, run):
+                seconds = sum(self.known.seconds[t] for t in tests)
+                outcome, by = self._of(mutant, tests, 30 + 5 * seconds)
+                if not by or self._is_sound(by):
+                    run += tests
+                    break
+                outcome, by = _TOLD[_SURVIVED] if run else "not run", ""
+            if outcome != _TOLD[_SURVIVED]:
                 break
         if by:
             self.found[mutant.file, mutant.function[0]][by] += 1
-        return {"outcome": outcome, "by": by, "tests": len(tests), "seconds": round(cpu_seconds() - start, 2)}
+        return {"outcome": outcome, "by": by, "tests": len(run), "seconds": round(cpu_seconds() - start, 2)}
 
     def _is_sound(self, test: str) -> bool:
         """Whether a test passes without a fault; one that doesn't is never run again."""
@@ -128,14 +133,15 @@ class _Tried:
             del self.known.lines[test]
         return self.sound[test]
 
-    def _tests(self, mutant: Mutant) -> list[str]:
-        """Those that come by the line, as far as time allows: those that found another fault of the function, those of
-        the file's own name, then one of each file in turn, those of the folder's own first, the fastest of each first.
+    def _tests(self, mutant: Mutant, most: float, run: Collection[str]) -> list[str]:
+        """Those that come by the line and weren't run before, as many as take `most` seconds: those that found another
+        fault of the function, those of the file's own name, then one of each file in turn, those of the folder's own
+        first, the fastest of each first.
         """
         place = range(mutant.line, mutant.last_line + 1)
         files: dict[str, list[str]] = defaultdict(list)
         for test, seen in self.known.lines.items():
-            if any(n in place for n in seen.get(mutant.file, ())):
+            if test not in run and any(n in place for n in seen.get(mutant.file, ())):
                 files[test.partition("::")[0]].append(test)
         source = Path(mutant.file)
         folder = "/".join(("tests", *source.parts[1:-1]))
@@ -148,7 +154,7 @@ class _Tried:
         chosen: list[str] = []
         taken = 0.0
         for *_, cost, test in sorted(turns):
-            if chosen and taken + cost > self.most:
+            if chosen and taken + cost > most:
                 continue
             taken += cost
             chosen.append(test)

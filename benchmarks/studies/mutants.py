@@ -3,8 +3,8 @@
 A fault (`mutation/changes.py`) is "killed" where a test fails, "no end" where the tests take five times as long, "died"
 where the process does; it "survived" where all pass, and is "not run" where none comes by. The score counts the first
 three among all that could be taken up. Tests are those of `make test` that aren't slow: for each fault those of the
-file's own name first, then the fastest, as many as take `seconds`. `python -m benchmarks mutants --seeds 1` draws other
-faults.
+file's own name first, then the fastest, as many as take the seconds of `looks`, the second ones where nothing was
+noticed. Tests have been written for what the faults of seed 0 left; `--seeds 2` draws others.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ CASE = Case(
     minutes=120,
     unit="faults",
     run=bench,
-    seeds=(0,),
-    settings={"files": FILES, "tests": ["tests"], "left_out": LEFT_OUT, "count": 600, "seconds": 12},
+    seeds=(1,),
+    settings={"files": FILES, "tests": ["tests"], "left_out": LEFT_OUT, "count": 600, "looks": [12, 60]},
     quick={
         "files": ["thesean/passes/graph/text.py"],
         "tests": ["tests/passes/graph/test_text.py"],

@@ -125,6 +125,7 @@ def test_a_state_of_another_batch_or_shape_or_dtype_is_refused(kept):
         ("state_in_1", state["state_in_1"][..., 1:], r"expected \(2, 2, past, 8\), found \(2, 2, 4, 7\)"),
         ("state_in_1", state["state_in_1"][:, :, 1:], "of another file or batch"),
         ("state_in_1", state["state_in_1"][0], "of another file or batch"),
+        ("state_in_1", state["state_in_1"][0, 0], "of another file or batch"),
         ("state_in_1", state["state_in_1"].astype(np.float64), "expected an array of float32, found float64"),
         ("state_in_0", state["state_in_0"].tolist(), "expected an array of bool, found list"),
     ):

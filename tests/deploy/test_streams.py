@@ -227,6 +227,10 @@ def test_rows_that_count_their_steps_together_are_read_one_by_one(tmp_path):
     assert not session.has_rows
     # the last token and as many steps as were read
     assert session.generate([[1, 2], [3]], 3) == [[4, 7, 11], [4, 6, 9]]
+    streams = session.streams()
+    names = [streams.join([1, 2]), streams.join([3])]
+    streams.step()
+    assert [int(streams.state(name)["state_in_0"][0]) for name in names] == [2, 1]
     with pytest.raises(StateError, match="count their steps together in this file"):
         session.take_rows(session.zero_state(2), [0])
 

@@ -49,6 +49,12 @@ def test_logits_are_told_by_their_name_their_labels_or_by_what_they_rule_out():
     assert kind(x) == "mse"
 
 
+def test_a_uniform_guess_is_among_the_most_classes_of_any_logits():
+    two = {"logits": vectors(2, 3), "other_logits": vectors(2, 5), "values": vectors(2, 9)}
+    assert read_outputs([two]).classes == 5
+    assert read_outputs([vectors(2, 9)]).classes == 0
+
+
 @pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
 def test_a_number_that_stands_for_minus_infinity_rules_out_as_well(low):
     x = vectors(4, 3)

@@ -46,12 +46,14 @@ class Recorder:
     def __init__(self) -> None:
         self.phases: list[tuple[str, str | None, int, int, int]] = []
         self.losses: list[float] = []
+        self.steps: list[int] = []
 
     def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None:
         self.phases.append((phase, part, stage, stages, steps))
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self.losses.append(values["loss"])
+        self.steps.append(step)
 
     def end(self, values: Mapping[str, float]) -> None: ...
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests import captured, encoder_decoders, models
-from tests.encoder_decoders import GUIDES, guide
+from tests.encoder_decoders import GUIDES, HEADS, WIDTH, guide
 from tests.models import tokens, vectors
 from tests.passes.contract import Example
 from thesean.errors import PassBroken, PassRefused
@@ -119,13 +119,20 @@ def test_keys_and_values_of_each_layer_cross_by_head_and_masks_where_there_are_a
     found = guide(name)
     *_, halves = halves_of(DivideEncoder(found.signature)(found.graph_module).graph_module)
     held = [s for s in halves.decoder.inputs if s.held]
-    key, turned = ("batch", 2, "source", 8), ("batch", 2, 8, "source")
+    key, turned = ("batch", HEADS, "source", WIDTH // HEADS), ("batch", HEADS, WIDTH // HEADS, "source")
     wanted = {"plain": [key, turned], "translator": [key] * 4}.get(name, [key] * 2)  # as the products read them
-    assert [s.shape for s in held if s.shape[1] == 2] == wanted
-    masks = [s for s in held if s.shape[1] != 2]
+    assert [s.shape for s in held if s.shape[1] == HEADS] == wanted
+    masks = [s for s in held if s.shape[1] != HEADS]
     assert len(masks) == (name in ("bart", "translator"))  # one for all layers and heads
     assert all(s.shape == ("batch", 1, 1, "source") for s in masks)
     assert halves.decoder.symbols == ("batch", "time")
+
+
+def test_heads_that_share_a_dimension_with_the_batch_cross_apart_however_many():
+    guide = models.seeded(encoder_decoders.Plain, False, True, 4)
+    found = capture(guide, {"source": tokens(2, 6), "target": tokens(2, 4)})
+    *_, halves = halves_of(DivideEncoder(found.signature)(found.graph_module).graph_module)
+    assert [s.shape for s in halves.decoder.inputs if s.held] == [("batch", 4, "source", 4), ("batch", 4, 4, "source")]
 
 
 @pytest.mark.parametrize("name", GUIDES)

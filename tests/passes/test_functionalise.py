@@ -50,6 +50,22 @@ def test_an_operator_that_writes_becomes_one_that_returns_and_later_readers_read
     assert torch.equal(result.graph_module(x), expected)
 
 
+class Widening(nn.Module):
+    """x_BD in half precision keeps its dtype, and would not where a wider one is added to it."""
+
+    def forward(self, x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        y += wide
+        return y
+
+
+def test_a_sum_in_place_keeps_its_dtype_where_a_wider_tensor_is_added():
+    x, wide = vectors(2, 3).half(), vectors(2, 3, seed=1)
+    found = capture(Widening(), {"x": x, "wide": wide}).graph_module(x=x, wide=wide)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, Widening()(x, wide))
+
+
 class WritingToAView(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x * 2

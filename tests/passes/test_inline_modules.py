@@ -5,6 +5,8 @@ B batch, T time
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from torch import fx, nn
@@ -66,6 +68,23 @@ def test_the_graph_before_and_after():
         "exp_default = aten.exp.default(mul)",
         "return exp_default",
     ]
+
+
+class Both(Sums):
+    """x_BTD -> (y_BTD, x_BTD)."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+def test_a_module_of_several_outputs_stays_one():
+    before, signature = graph_of(Both())
+    (call,) = before.graph.find_nodes(op="call_module")
+    with before.graph.inserting_after(call):
+        first = before.graph.call_function(operator.getitem, (call, 0))
+    call.replace_all_uses_with(first, delete_user_cb=lambda user: user is not first)
+    before.recompile()
+    assert not InlineModules(signature)(before).modified
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -15,6 +15,7 @@ from thesean.errors import PassRefused
 from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.surgery import clone
 from thesean.passes.graph.text import text
 from thesean.passes.plan.ceiling import without_parts
@@ -92,6 +93,18 @@ def test_replacing_one_part_leaves_the_others_bit_identical():
     ids = tokens(3, 7)
     expected, actual = (intermediates(g, upstream, with_output=False)(ids) for g in (guide, hybrid))
     assert all(torch.equal(actual[n], expected[n]) for n in upstream)
+
+
+@pytest.mark.parametrize("part", [nn.Identity(), Stateful(32)])
+def test_what_stands_for_a_part_belongs_to_the_module_that_it_stood_in(part):
+    graph_module = clone(captured.gpt2().graph_module)
+    region = region_of(graph_module, "transformer.h.0.attn", "sublayer")
+    within, (reader, *_) = owner(region.exit), region.exit.users
+    assert within
+    Substitute("transformer.h.0.attn", region, "part_0", part)(graph_module)
+    (call,) = graph_module.graph.find_nodes(op="call_module", target="part_0")
+    (made,) = (n for n in reader.all_input_nodes if n is call or call in n.all_input_nodes)
+    assert (owner(call), owner(made)) == (within, within)
 
 
 def test_replacing_a_part_by_zero_leaves_what_is_beside_it():

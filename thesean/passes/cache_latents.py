@@ -63,7 +63,6 @@ class CacheLatents(Pass):
             _replace(new, module, call, biases[alike], next(names))
         erase_dead(graph)
         new.recompile()
-        new.train(graph_module.training)
         return PassResult(graph_module=new, modified=True)
 
     def _bias(self, graph_module: fx.GraphModule, module: SoftmaxHeads, call: fx.Node, name: str) -> fx.Node:

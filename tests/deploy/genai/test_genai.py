@@ -26,6 +26,7 @@ from thesean.deploy.export import export
 from thesean.deploy.genai import folder as genai_folder
 from thesean.deploy.genai.states import Caches, rename_states
 from thesean.errors import ExportError, MissingExtraError, WriteError
+from thesean.passes.capture.capture import capture
 
 MIXED: dict[str, str | thesean.Target] = {"*.0": thesean.Target("linear-attention", window=4), "*.1": "keep"}
 PAD = 31
@@ -157,6 +158,20 @@ def test_onnxruntime_genai_loads_the_folder_and_writes_on(tmp_path):
     while wanted.shape[1] < 12 and wanted[0, -1] not in (30, 31):
         wanted = torch.cat([wanted, converted(wanted)["logits"][:, -1:].argmax(-1)], 1)
     assert generator.get_sequence(0).tolist()[: wanted.shape[1]] == wanted[0].tolist()
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not installed, reason="onnxruntime-genai is not installed")
+def test_a_guide_that_is_told_the_positions_is_told_those_of_a_padded_prompt(tmp_path):
+    example = {"input_ids": models.tokens(3, 11)}
+    example |= {"attention_mask": torch.ones_like(example["input_ids"])}
+    example |= {"position_ids": torch.arange(11).expand(3, 11).contiguous()}
+    guide = capture(models.gpt2(layers=1), example)
+    report = export(guide.graph_module, guide.signature, tmp_path / "served", runtime="genai")
+    assert "position_ids" in report.inputs
+    in_genai = [c for c in report.checks if c.label == "onnxruntime-genai vs torch"]
+    assert {c.shape[0] for c in in_genai} == {1, 2}
+    assert max(c.max_abs_error for c in in_genai) < 1e-5
 
 
 @pytest.fixture

@@ -54,6 +54,7 @@ def held(request) -> tuple[Flat, Any]:
     module.copy_from(part)
     with torch.no_grad():
         module.score.weight.zero_()[:, :2].normal_(std=0.5)  # signs of two features: few scores
+        module.lasting.fill_(0.5)  # some are worth so much that they stay
     flat = Flat(module.eval()).eval()
     model = ir.from_proto(export(flat, from_start(flat, 2, 7), ({0: D, 1: D}, ({0: D},) * flat.count), 20))
     define(model)

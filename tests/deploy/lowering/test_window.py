@@ -21,6 +21,7 @@ from thesean.deploy.export import export as export_hybrid
 from thesean.deploy.lowering.forms.window import define
 from thesean.deploy.lowering.forms.window_attention import BIASED, DOMAIN, NAME
 from thesean.deploy.lowering.lower import lower_cells
+from thesean.deploy.lowering.window_function.shape import runs_of
 from thesean.deploy.session import Session
 from thesean.errors import ExportError
 from thesean.targets import PartFacts, Target, build_module
@@ -34,9 +35,9 @@ D = Dim.DYNAMIC
 WINDOW = 33
 
 
-def module(window: int | None, heads: int = 4, kv_heads: int = 2) -> Any:
+def module(window: int | None, heads: int = 4, kv_heads: int = 2, width: int = 16) -> Any:
     torch.manual_seed(0)
-    shape = ("batch", "time", 16)
+    shape = ("batch", "time", width)
     part = PartFacts(path="layers.0", input_shape=shape, output_shape=shape, mixing="causal", params=1)
     chosen = Target("linear-attention", heads=heads, kv_heads=kv_heads, window=window)
     made: Any = build_module(chosen, part)
@@ -53,11 +54,11 @@ def exported(flat: Flat, opset: int = 18) -> Any:
     return ir.to_proto(model)
 
 
-def some_state(flat: Flat, batch: int, time: int) -> tuple[torch.Tensor, ...]:
+def some_state(flat: Flat, batch: int, time: int, width: int = 16) -> tuple[torch.Tensor, ...]:
     """x_BTD and the state after 50 tokens of another sequence."""
     with torch.no_grad():
-        x_BTD = torch.randn(batch, time, 16)
-        return x_BTD, *tensors(flat.module(torch.randn(batch, 50, 16))[1])
+        x_BTD = torch.randn(batch, time, width)
+        return x_BTD, *tensors(flat.module(torch.randn(batch, 50, width))[1])
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,15 @@ def test_windows_narrower_than_a_block_equal_torch(window):
     proto = exported(flat, opset=20)
     for batch, time in SIZES:
         assert_same(proto, flat, some_state(flat, batch, time))
+
+
+def test_values_that_take_several_blocks_equal_torch():
+    flat = Flat(module(5, heads=2, kv_heads=1, width=64)).eval()  # of width 32, and the weight beside them
+    given = some_state(flat, 2, 9, width=64)
+    model = ir.from_proto(export(flat, given, ({0: D, 1: D}, ({0: D},) * flat.count), 20))
+    define(model)
+    for time in (1, 9, 40):
+        assert_same(ir.to_proto(model), flat, some_state(flat, 3, time, width=64))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +186,14 @@ def test_steps_alone_equal_all_at_once_under_a_rotation_while_the_sinks_fill_and
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("partner", "runs"),
+    [([2, 3, 0, 1], ((2, 4), (0, 2))), ([2, 3, 0, 1, 4, 5], ((2, 4), (0, 2), (4, 6))), ([1, 0] * 8, ())],
+)
+def test_halves_that_change_places_are_cut_and_joined_and_pairs_are_gathered(partner, runs):
+    assert runs_of(partner) == runs
+
+
 def test_rows_of_a_batch_are_steps_apart():
     """One row's sinks are full, another's window is half full, a third has just begun."""
     flat = Flat(turned(4)).eval()

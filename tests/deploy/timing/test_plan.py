@@ -51,6 +51,15 @@ def test_a_causal_guide_is_measured_at_every_place_for_whole_inputs_and_for_one_
         assert (v.cache_floor_ms is not None) == (v.kind == "token")
 
 
+def test_a_plan_is_measured_at_the_examples_length_where_none_is_asked_for():
+    guide = captured.tabled()
+    plan = make_plan(guide, "gru").plan
+    notes: list[str] = []
+    assert payoff._sizes(plan, guide, (), (1, 2, 1), notes) == ([plan.sizes["time"]], [1, 2])
+    assert payoff._sizes(plan, guide, (8, 16, 8), (1,), notes) == ([8, 16], [1])
+    assert notes == []
+
+
 def test_a_token_of_a_guide_without_state_costs_its_whole_context(causal: Plan):
     prefill, token = causal.latencies[:2]
     assert token.guide_ms == prefill.guide_ms

@@ -13,7 +13,7 @@ from benchmarks import zoo
 from tests import models
 from thesean.passes.analyse.attention import find_attention
 from thesean.passes.analyse.dataflow import data_flow
-from thesean.passes.analyse.distance_bias import find_distance_bias
+from thesean.passes.analyse.distance_bias import find_distance_bias, has_lengths
 from thesean.passes.analyse.padding import find_padding
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.probe import recorded_probe
@@ -41,6 +41,12 @@ def behind(facts: AttentionFacts, count: int) -> torch.Tensor:
     """(H, D) of the first distances."""
     assert facts.bias is not None
     return facts.bias.behind.of(torch.arange(count))
+
+
+@pytest.mark.parametrize(("dynamic", "has"), [(None, True), ({"input": {0: "batch"}}, False)])
+def test_a_guide_has_lengths_where_another_dimension_than_the_batch_is_free(dynamic, has):
+    guide = capture(nn.LayerNorm(4), {"input": models.vectors(2, 6, 4)}, dynamic=dynamic)
+    assert has_lengths(guide.graph_module.graph.output_node()) is has
 
 
 SLOPES_H1 = torch.tensor([[2.0**-2], [2.0**-4], [2.0**-6], [2.0**-8]])

@@ -14,7 +14,7 @@ from torch import nn
 from tests.models import vectors
 from thesean.errors import DataError
 from thesean.passes.capture.capture import capture
-from thesean.passes.capture.probe import recorded_probe
+from thesean.passes.capture.probe import decodes, recorded_probe
 
 
 class Root(nn.Module):
@@ -32,6 +32,22 @@ class Endless(nn.Module):
 
 
 TWOS = torch.full((3, 4), 2.0)  # of which only the sign is known
+
+
+class Shifted(nn.Module):
+    """x_BTD -> y_BTD: each step is of those so many before it."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, 0, self.by, 0))[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize(("by", "can"), [(0, True), (1, False), (-1, False)])
+def test_a_token_is_decoded_by_itself_where_it_alone_moves_its_output(by, can):
+    assert decodes(capture(Shifted(by), vectors(2, 6, 3))) is can
 
 
 def test_what_a_guide_gives_on_the_probe_is_recorded():

@@ -65,6 +65,16 @@ def test_every_kind_of_argument_comes_back():
     assert fx.map_arg(again, lambda n: n.name) == expected
 
 
+def test_every_kind_of_node_keeps_its_name():
+    graph = fx.Graph()
+    x = graph.create_node("placeholder", "x", name="x")
+    made = graph.create_node("call_module", "part", (x,), name="named_otherwise")
+    weight = graph.create_node("get_attr", "part.weight", name="of_its_own")
+    graph.output(graph.create_node("call_function", torch.ops.aten.add.Tensor, (made, weight), name="total"))
+    names = [n.name for n in load(dump(graph)).nodes]
+    assert names == [n.name for n in graph.nodes]
+
+
 def test_not_a_number_comes_back():
     graph = fx.Graph()
     graph.output((graph.placeholder("x"), math.nan))

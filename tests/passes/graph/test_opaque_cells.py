@@ -13,6 +13,7 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.plan.make_plan import make_plan
+from thesean.targets import Target
 
 CASES = [
     (nn.LSTM, {}), (nn.LSTM, dict(num_layers=2, bidirectional=True)), (nn.LSTM, dict(num_layers=3, bias=False)),
@@ -55,6 +56,28 @@ def test_layers_are_named_like_their_weights_and_those_that_hand_on_their_states
     assert [owner(n) for n in cells_of(captured)] == ["cell.l0", "cell.l1"]
     with pytest.raises(PlanError, match=r"found no part: cell\.l0, cell\.l1 return a last state that is read beside"):
         make_plan(captured, "gru")
+
+
+class Told(nn.Module):
+    """x_BTD -> y_BTD and the last state of a cell behind two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2))
+        self.cell = nn.GRU(4, 4, num_layers=5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        for block in self.blocks:
+            x = x + block(x)
+        y, last = self.cell(x)
+        return x + y, last
+
+
+def test_a_cell_that_is_left_out_for_its_state_is_told_with_what_to_do():
+    plan = make_plan(capture(seeded(Told), vectors(2, 5, 4)), Target("mlp", tokens="each")).plan
+    (note,) = (n for n in plan.notes if "cell" in n)
+    assert note.startswith("cell.l0, cell.l1, cell.l2 and 2 more are left to the guide: ")
+    assert "a last state that is read beside it. Return the output alone" in note
 
 
 def test_a_cell_trains_inside_the_graph():

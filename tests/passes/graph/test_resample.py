@@ -99,7 +99,7 @@ def test_lengths_shrink_with_what_they_count():
 @pytest.mark.parametrize("visible", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_mask_hides_nothing_however_much_was_padded(visible, side):
-    lengths = torch.tensor([2, 9, 3])
+    lengths = torch.tensor([2, 9, 3, 2])
     steps = torch.arange(9) if side == "right" else torch.arange(9).flip(0)
     mask_BT = (steps < lengths[:, None]) == visible
     assert torch.equal(made(mask_BT, ("batch", "time"), batch=2, time=5), torch.full((2, 5), visible))

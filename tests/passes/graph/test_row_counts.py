@@ -113,3 +113,9 @@ def test_where_a_reader_relates_steps_it_takes_no_rows():
 )
 def test_a_table_of_rows_is_read_along_its_rows(shape, dim, expected):
     assert is_row_table(shape, dim) == expected
+
+
+@pytest.mark.parametrize(("rows", "takes"), [(1, True), (BATCH, True), (TIME, False)])
+def test_counts_that_have_rows_are_those_of_a_batch_or_of_all_of_it(rows, takes):
+    node = fx.Graph().placeholder("count")
+    assert takes_rows(node, {node.name: (rows, TIME)}, BATCH) is takes

@@ -47,6 +47,7 @@ FITTING: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.stack.default, ([t(2, 3), t(2, 3), t(2, 3, dtype=F64)], -1), NONE),
     (aten.stack.default, ([t(2, 3)], 1), NONE),
     (aten.native_group_norm.default, (t(2, 6, 5), t(6), None, 2, 6, 5, 3, 1e-5), NONE),
+    (aten.native_group_norm.default, (t(2, 6, 5), None, None, 2, 6, 5, 1, 1e-5), NONE),
     (aten.cumsum.default, (t(2, 3, dtype=torch.bool), 1), NONE),
     (aten.cumsum.default, (torch.tensor(2.0), 0), {"dtype": F64}),
     (aten.cumsum.default, (t(2, 3), -2), NONE),

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_named(args: tuple[Any, ...], named: dict[str, Any]
 def test_sizes_out_of_bounds_are_told_and_brought_within():
     bounds = (Bound(name="time", least=2, most=4), Bound(name="batch", least=3), Bound(name="other", most=1))
     signature = Signature(inputs=(IDS,), bounds=bounds)
-    assert [b.describe() for b in bounds] == ["2 to 4", "3 or more", "1 to 1"]
+    assert [b.describe() for b in bounds] == ["2 to 4", "3 or more", "1 alone"]
     assert [bounds[0].holds(n) for n in (1, 2, 4, 5)] == [False, True, True, False]
     assert bounds[1].holds(10**9)
     assert signature.check({"ids": ids_BT(3, 4)}) == {"batch": 3, "time": 4}

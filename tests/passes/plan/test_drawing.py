@@ -63,6 +63,9 @@ def test_boxes_stand_apart_and_words_stay_inside_them(plan: Plan):
     assert not any(overlap(a, b) for a, b in itertools.combinations(picture.boxes, 2))
     assert all(inside(picture, box) for box in picture.boxes)
     for text in picture.texts:
+        if not text.centred:
+            words = Box(x=text.x, y=text.y - text.size, width=text.width, height=text.size, fill="", edge="")
+            assert not any(overlap(words, box) for box in picture.boxes), text
         left = text.x - text.width / 2 if text.centred else text.x
         assert left >= 0
         assert left + text.width <= picture.width

@@ -136,6 +136,8 @@ def test_editing_to_keep_takes_a_part_out_of_the_totals():
     plan = gpt2_plan()
     edited = plan.edit("*", "keep")
     assert (edited.new_params, edited.new_flops) == (plan.params, plan.flops)
+    again = edited.edit("*", "keep")
+    assert (again.new_params, again.new_flops) == (plan.params, plan.flops)
     assert "replaces" not in str(edited)
     assert not edited.notes
     assert "edited: what the new targets cost is counted" in str(plan.edit("*.0", "mingru"))

@@ -16,7 +16,7 @@ from tests.targets.build import build
 from tests.targets.spatial_parts import map_part
 from thesean.errors import TargetMismatchError
 from thesean.targets import rebuild
-from thesean.targets.shared.feature_map import BatchNorm, Windows, standardise
+from thesean.targets.shared.feature_map import BatchNorm, Windows, make_norm, standardise
 
 FAMILIES = ["conv", "conv-2d", "resnet-block", "linear"]
 EVERY = pytest.mark.parametrize("name", FAMILIES)
@@ -131,6 +131,12 @@ def test_hidden_channels_start_with_mean_zero_and_variance_one_on_the_guides_act
     y = conv(module.places.place(x))
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(y.shape[1]), rtol=0, atol=1e-4)
     torch.testing.assert_close(y.var((0, 2, 3)), torch.ones(y.shape[1]), rtol=1e-3, atol=0)
+
+
+def test_a_group_is_each_image_by_itself_and_all_of_its_channels():
+    x = torch.tensor([0.0, 2.0, 5.0, 9.0]).view(1, 4, 1, 1) + torch.randn(3, 4, 6, 6)
+    y = make_norm("group", 4)(x)
+    torch.testing.assert_close(y, (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), correction=0, keepdim=True))
 
 
 def test_a_channel_that_never_varies_is_no_division_by_zero():

@@ -125,12 +125,10 @@ def at_length(
     behind = above([scores], zeroed)
     known: dict[fx.Node, Any] = {}
     try:
-        for node in values:  # in the graph's order
+        for node in (n for n in values if n in behind or n in zeroed):  # in the graph's order
             value = node.meta.get("val")
             if node in zeroed:
                 known[node] = values[node].new_zeros(_shape(node.meta["val"], sizes))
-            elif node not in behind:
-                continue
             elif node.op == "get_attr":
                 known[node] = values[node]
             elif isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat)):

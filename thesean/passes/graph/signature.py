@@ -45,7 +45,9 @@ class Bound:
     most: int | None = None
 
     def describe(self) -> str:
-        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+        if self.most is None:
+            return f"{self.least} or more"
+        return f"{self.least} to {self.most}" if self.least < self.most else f"{self.least} alone"
 
     def holds(self, size: int) -> bool:
         return self.least <= size and (self.most is None or size <= self.most)

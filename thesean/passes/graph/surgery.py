@@ -13,18 +13,15 @@ from thesean.passes.graph.nodes import attribute, is_write
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def erase_dead(graph: fx.Graph) -> int:
-    """Erase every node without users, in reverse order, and return how many. What writes into an input has uses.
+def erase_dead(graph: fx.Graph) -> None:
+    """Erase every node without users, in reverse order. What writes into an input has uses.
 
     Not `eliminate_dead_code`: that keeps dropout and attention, which count as impure because they may draw random
     numbers.
     """
-    erased = 0
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output") and not is_write(node):
             graph.erase_node(node)
-            erased += 1
-    return erased
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
