@@ -393,18 +393,18 @@ def example() -> Example:
     return Example(ThreadState(signature), stateless, tuple(ids().values()), same_outputs=False)
 
 
-class Beside(nn.Module):
-    """Maps each step, and takes a mask of pairs that it doesn't read."""
+class Meeting(nn.Module):
+    """Sums the steps that a mask of pairs lets each step see."""
 
     def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self.map(x)
+        return x + self.map(mask[:, 0] @ x)
 
 
 def test_a_mask_of_pairs_comes_in_no_chunks():
-    found = capture(Beside().eval(), (torch.randn(3, 5, 4), torch.ones(3, 1, 5, 5).tril()))
+    found = capture(Meeting().eval(), (torch.randn(3, 5, 4), torch.ones(3, 1, 5, 5).tril()))
     with pytest.raises(PassRefused, match="input 'mask' is of pairs of steps, so it can't come in chunks"):
         ThreadState(found.signature)(found.graph_module)
