@@ -16,6 +16,7 @@ from torch import nn
 import thesean
 from tests import models
 from tests.models import tokens, vectors
+from thesean.deploy.session import Session
 from thesean.errors import ArtifactError, CaptureError, DataError, LostError, PlanError, TargetMismatchError
 
 pytestmark = pytest.mark.thorough  # each idea has a test of its own beside its module
@@ -660,3 +661,24 @@ class Stateful(nn.Module):
 def test_a_guide_all_of_whose_states_are_returned_is_told_so():
     with pytest.raises(PlanError, match=r"cells\.0, cells\.1, cells\.2 return a last state.*Return the output alone"):
         thesean.plan(models.seeded(Stateful), "mingru", data=windows())
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = pixels.to(torch.float32) / 100
+        for layer in self.maps:
+            x = x + layer(x).relu()
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16])
+def test_inputs_of_a_byte_or_two_are_exported_and_read_as_they_are(dtype, tmp_path):
+    pixels = torch.randint(0, 100, (4, 8), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    guide = models.seeded(Pixels).eval()
+    report = thesean.export_guide(guide, tmp_path / "m.onnx", example_inputs=pixels)
+    found, _ = Session(report.path).run({"pixels": pixels.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found["output"]), guide(pixels))

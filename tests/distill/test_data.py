@@ -77,6 +77,8 @@ def test_tensors_pairs_and_dicts_hold_the_same_input(batch):
     ("data", "reason"),
     [
         ([], "data is empty"),
+        (torch.utils.data.TensorDataset(vectors(2, 8)), r"Give it in batches: torch\.utils\.data\.DataLoader\(data"),
+        (lambda: [vectors(2, 8)], r"data is a function.*Call it first: data="),
         (iter([vectors(2, 8)]), "iterator, which can be read only once"),
         ((x for x in [vectors(2, 8)]), "iterator"),
         (vectors(2, 8), "one tensor"),
@@ -140,6 +142,9 @@ def test_an_example_has_what_the_guide_has_a_place_for():
     assert example_of((x, lengths, y), takes=2) == (x, lengths)
     assert example_of((x, lengths, y), takes=1) == (x,)
     assert example_of((x, y), takes=2) == (x,)
+    assert example_of((x, y), takes=2, needs=2) == (x, y)  # a pair that forward doesn't do without
+    assert example_of((x, lengths, y), takes=3, needs=3) == (x, lengths, y)
+    assert example_of((x,), takes=2, needs=2) == (x,)
     assert example_of((x,), takes=2) == (x,)
     assert example_of(((x, lengths), y), takes=2) == (x, lengths)
     assert example_of(((x, lengths), y), takes=1) == (x, lengths)

@@ -391,3 +391,20 @@ def example() -> Example:
     """Without states given, a threaded graph can't be called: chunks are compared above."""
     stateless, signature = converted(captured.gpt2())
     return Example(ThreadState(signature), stateless, tuple(ids().values()), same_outputs=False)
+
+
+class Meeting(nn.Module):
+    """Sums the steps that a mask of pairs lets each step see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + self.map(mask[:, 0] @ x)
+
+
+def test_a_mask_of_pairs_comes_in_no_chunks():
+    found = capture(Meeting().eval(), (torch.randn(3, 5, 4), torch.ones(3, 1, 5, 5).tril()))
+    with pytest.raises(PassRefused, match="input 'mask' is of pairs of steps, so it can't come in chunks"):
+        ThreadState(found.signature)(found.graph_module)

@@ -55,7 +55,9 @@ def checked_loss(loss: Loss | None) -> Loss | None:
             kind = "complex numbers" if value.is_complex() else f"a tensor of shape {tuple(value.shape)}"
             raise DataError(f"loss(output, batch) returned {kind}; expected a real scalar, such as a mean.")
         if not isinstance(value, (torch.Tensor, numbers.Real)):
-            raise DataError(f"loss(output, batch) returned {type(value).__name__}; expected a scalar tensor.")
+            own = " No guide is given labels: compute it from both, as thesean.cross_entropy does."
+            told = f"loss(output, batch) returned {type(value).__name__}; expected a scalar tensor."
+            raise DataError(told + own * (value is None))
         return value
 
     return checked

@@ -86,7 +86,12 @@ def check_readable(data: Any, name: str = "data") -> None:
     if isinstance(data, torch.Tensor):
         raise DataError(f"{name} is one tensor; expected an iterable of batches. Wrap it: {name}=[x].")
     if not isinstance(data, Iterable):
-        raise DataError(f"{name} is a {type(data).__name__}; expected an iterable of batches.")
+        mend = (
+            f"Call it first: {name}={getattr(data, '__name__', name)}()."
+            if callable(data)
+            else f"Give it in batches: torch.utils.data.DataLoader({name}, batch_size=8)."
+        )
+        raise DataError(f"{name} is a {type(data).__name__}; expected an iterable of batches. {mend}")
     if next(each_of(data, name), None) is None:
         raise DataError(f"{name} is empty: expected at least one batch.")
 
@@ -133,9 +138,10 @@ def by_field(batch: Any, names: Sequence[str]) -> Any:
     return batch
 
 
-def example_of(batch: Any, takes: int = 1) -> Any:
+def example_of(batch: Any, takes: int = 1, needs: int = 1) -> Any:
     """Example inputs in a first batch: a dict without its labels; of ((a, b), y) both; of (x, y) the first; of
-    (x, lengths, y) all but the last, as far as the guide's forward, which `takes` so many, has a place for them.
+    (x, lengths, y) all but the last, as far as the guide's forward, which `takes` so many, has a place for them, and
+    the last too where it `needs` that one.
     """
     if isinstance(batch, Mapping):
         return {k: v for k, v in batch.items() if k not in LABELS and not _is_text(v)}
@@ -144,7 +150,7 @@ def example_of(batch: Any, takes: int = 1) -> Any:
             return example_of(batch[0])
         if isinstance(batch[0], (tuple, list)):
             return tuple(batch[0])
-        return tuple(batch[: max(1, min(takes, len(batch) - 1))])
+        return tuple(batch[: max(1, min(needs, len(batch)), min(takes, len(batch) - 1))])
     return batch
 
 
@@ -231,7 +237,7 @@ def example_inputs_of(
         needed = [
             n for n, p in places.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        found = example_of(by_field(next(each_of(data, "data")), needed), takes)
+        found = example_of(by_field(next(each_of(data, "data")), needed), takes, len(needed))
         return _taken(found, places, needed) if isinstance(found, Mapping) else found
     return getattr(model, "dummy_inputs", None)
 
@@ -309,6 +315,7 @@ def _told(first: Any, read: Sequence[str]) -> list[str]:
         return [*told, f"of each batch no input: {', '.join(others)}"] if others else told
     if isinstance(first, (tuple, list)) and len(first) > 1:
         which = "the last" if len(first) == 2 else f"the last that fits, of {len(first)}"
+        which = "none" if len(read) == len(first) else which
         return [f"inputs: {', '.join(read)}; labels: {which}. inputs= and labels= say otherwise"]
     return []
 

@@ -31,6 +31,7 @@ from thesean.passes.graph.clock import find_clock
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import leaf_nodes, leaf_values
 from thesean.passes.graph.record import record
+from thesean.passes.graph.resample import is_of_pairs
 from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, select_steps, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
@@ -92,6 +93,8 @@ class ThreadState(Pass):
         timeless = [s.name for s in self.signature.inputs if times[0] not in s.shape and s.name in read and not s.held]
         if timeless:
             raise PassRefused(f"thread state: input {timeless[0]!r} has no time dimension, so it can't come in chunks.")
+        if pairs := [s.name for s in self.signature.inputs if is_of_pairs(s.shape)]:
+            raise PassRefused(f"thread state: input {pairs[0]!r} is of pairs of steps, so it can't come in chunks.")
         if not _stateful_calls(graph_module):
             raise PassRefused(
                 "thread state: no part carries a state: expected causal recurrences, or plain causal attentions; what "

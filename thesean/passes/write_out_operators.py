@@ -5,7 +5,7 @@ can be saved, given a state and exported.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from thesean.kernels.grouped_product import grouped_product
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.nodes import is_write, leaf_nodes
+from thesean.passes.graph.nodes import argument, is_write, leaf_nodes
 from thesean.passes.graph.operators import names
 from thesean.passes.graph.surgery import erase_dead
 
@@ -54,6 +54,23 @@ def _grouped_mm(
     return y if out_dtype is None else y.to(out_dtype)
 
 
+def _cosine_similarity(x: torch.Tensor, y: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> torch.Tensor:
+    lengths = [v.square().sum(dim).sqrt().clamp_min(eps) for v in (x, y)]
+    return (x * y).sum(dim) / (lengths[0] * lengths[1])
+
+
+def _cdist(x: torch.Tensor, y: torch.Tensor, p: float = 2.0, compute_mode: int | None = None) -> torch.Tensor:
+    return torch.linalg.vector_norm(x.unsqueeze(-2) - y.unsqueeze(-3), p, -1)
+
+
+def _largest(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
+    return x.amax(tuple(range(x.ndim)), keepdim)
+
+
+def _least(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> torch.Tensor:
+    return x.amin(tuple(range(x.ndim)), keepdim)
+
+
 # What torch can't trace, because a size in it hangs on a value; and memory as it was found, which may hold zeros.
 _FORMS: dict[str, Callable[..., Any]] = {
     "aten::histc": _histc,
@@ -62,8 +79,14 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "aten::empty": lambda *args, memory_format=None, **kwargs: torch.zeros(*args, **kwargs),
     "aten::empty_like": torch.zeros_like,
     "aten::new_empty": torch.Tensor.new_zeros,
+    "aten::vdot": lambda x, y: (x.conj() * y if x.is_complex() else x * y).sum(),
+    "aten::cosine_similarity": _cosine_similarity,
+    "aten::cdist": _cdist,
+    "aten::trace": lambda x: x.diagonal().sum(),
     "aten::copy": lambda x, source, non_blocking=False: source.to(x.dtype).expand(x.shape),
 }
+# Over all dimensions, which torch's exporter wants to be told.
+_WHOLE: dict[Any, Callable[..., Any]] = {torch.ops.aten.amax.default: _largest, torch.ops.aten.amin.default: _least}
 # What a file may hold, and has no derivative in torch.
 _UNTRAINABLE = {torch.ops.aten.copy.default}
 
@@ -72,8 +95,9 @@ _UNTRAINABLE = {torch.ops.aten.copy.default}
 class WriteOutOperators(Pass):
     """y = op(x)  =>  y = the operators that op is made of, where a file may hold those and not op itself.
 
-    For torch.library.custom_op these are what its own function calls, on sizes alone. One stays that writes into its
-    inputs, has a gradient of its own or goes another way at another value: saving says so.
+    For torch.library.custom_op these are what its own function calls, on sizes alone; for torch's what torch makes of
+    it. One stays that writes into its inputs, has a gradient of its own or goes another way at another value: saving
+    says so.
     """
 
     in_place = True
@@ -96,6 +120,8 @@ class WriteOutOperators(Pass):
 def _form(node: fx.Node) -> Callable[..., Any] | None:
     """A function that does the same by other operators."""
     target = node.target
+    if target in _WHOLE and not argument(node, 1, "dim", ()):
+        return _WHOLE[target]
     if (
         not isinstance(target, torch._ops.OpOverload)
         or (target in names() and target not in _UNTRAINABLE)
@@ -104,7 +130,14 @@ def _form(node: fx.Node) -> Callable[..., Any] | None:
         return None
     name = target._schema.name
     own = OPDEFS.get(name)
-    return _FORMS.get(name) or (own._init_fn if own is not None and own._backward_fn is None else None)
+    return _FORMS.get(name) or (own._init_fn if own is not None and own._backward_fn is None else _torchs_own(target))
+
+
+def _torchs_own(target: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """Itself, where torch makes it of other operators below its autograd."""
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    known = composite or target in torch._decomp.decomposition_table
+    return target if target.namespace == "aten" and known else None
 
 
 def _traced(node: fx.Node, form: Callable[..., Any]) -> fx.GraphModule | None:
@@ -120,7 +153,9 @@ def _traced(node: fx.Node, form: Callable[..., Any]) -> fx.GraphModule | None:
 
     try:
         with mode, torch.enable_grad():
-            made = make_fx(of_inputs, pre_dispatch=True)(*given)
+            own = form is node.target
+            table: Any = {k: v for k, v in torch._decomp.decomposition_table.items() if k is form} if own else None
+            made = make_fx(of_inputs, table, pre_dispatch=not own)(*given)
     except Exception as error:  # the tracer raises whatever it meets
         logger.debug("%s is not written out: %s", node.target, error)
         return None

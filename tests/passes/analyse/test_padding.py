@@ -178,3 +178,25 @@ def test_a_mask_is_read_by_its_rule(rule, value, seen):
     mask = Padding(node="mask", rule=rule)
     assert mask.seen(value)[0].tolist() == seen
     assert mask.seen(mask.all_seen(value)).all()
+
+
+class LowOrSeen(nn.Module):
+    """Scores of which each layer hides some by what it makes of a mask of ones, (B, T) like it."""
+
+    def __init__(self, low: str) -> None:
+        super().__init__()
+        self.low, self.qkv, self.out = low, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv(x).chunk(3, -1)
+        added = ((1 - mask)[:, None] * -10000.0) if self.low == "numbers" else torch.log(mask + 1e-9)[:, None]
+        return x + self.out((query @ key.mT / 4 + added).softmax(-1) @ value)
+
+
+@pytest.mark.parametrize("low", ["numbers", "logarithms"])
+def test_what_is_made_of_a_mask_is_read_the_right_way_round(low):
+    """Where one step alone is seen, it hardly moves what sees it, as a hidden one would not; and log(1e-9) is -21."""
+    mask_BT = torch.ones(3, 7)
+    mask_BT[1, 4:] = 0
+    (found,) = masks_of(models.seeded(LowOrSeen, low), vectors(3, 7, WIDTH), mask_BT)
+    assert (found.node, found.rule) in [("mask", "one"), ("rsub", "zero")]

@@ -37,6 +37,12 @@ GUESSED: dict[str, tuple[dict[str, torch.Tensor], dict[str, dict[int, str]]]] = 
     "bags of words": ({"words": ids(9), "offsets": ids(3)}, {"words": BATCH, "offsets": BATCH}),
     "two, whose second is not the batch": ({"x": ids(3, 5), "y": floats(7, 3)}, {"x": BOTH, "y": BATCH}),
     "a number before a text": ({"scale": floats(), "x": ids(3, 5)}, {"scale": {}, "x": BOTH}),
+    "pairs of steps": ({"x": ids(3, 5), "mask": floats(5, 5)}, {"x": BOTH, "mask": {0: "time", 1: "time"}}),
+    "pairs of steps, and one row of them": (
+        {"x": floats(3, 5, 8), "pairs": floats(3, 1, 5, 5), "keys": floats(3, 1, 1, 5)},
+        {"x": BOTH, "pairs": BATCH | {2: "time", 3: "time"}, "keys": BATCH | {3: "time"}},
+    ),
+    "numbers of pairs, which may be features": ({"x": ids(3, 5), "y": floats(5, 5) + 2}, {"x": BOTH, "y": BATCH}),
 }  # fmt: skip
 
 

@@ -117,3 +117,15 @@ def offloaded() -> nn.Module:
 def test_what_can_not_be_traced_is_refused_with_what_to_give(make, error: type[TheseanError], told: str):
     with pytest.raises(error, match=told):
         capture(make().eval(), vectors(3, 6))
+
+
+class StateIn(nn.Module):
+    def forward(self, state_in_0: torch.Tensor) -> torch.Tensor:
+        return state_in_0 * 2
+
+
+def test_an_input_is_a_tensor_that_is_not_called_as_a_files_states_are():
+    with pytest.raises(DataError, match=r"found an ndarray: torch\.from_numpy\(x\)"):
+        capture(Pair().eval(), {"x": vectors(3, 6).numpy()})
+    with pytest.raises(DataError, match="an exported file's own states are called so"):
+        capture(StateIn().eval(), vectors(3, 6))

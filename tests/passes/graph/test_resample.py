@@ -111,3 +111,15 @@ def test_a_state_whose_batch_is_the_second_dimension_keeps_its_layers():
     found = made(h_LBD, (2, "batch", 3), batch=7)
     assert found.shape == (2, 7, 3)
     assert found[0].max() < 1 < found[1].min()
+
+
+@pytest.mark.parametrize("time", [1, 4, 6, 11])
+@pytest.mark.parametrize("shape", [("time", "time"), ("batch", 1, "time", "time")])
+def test_a_mask_of_pairs_looks_back_at_any_length_as_the_example_does(shape, time):
+    def causal(steps: int, rows: int) -> torch.Tensor:
+        mask_TT = torch.full((steps, steps), -torch.inf).triu(1)
+        return mask_TT if len(shape) == 2 else mask_TT.expand(rows, 1, steps, steps)
+
+    spec = InputSpec(name="x", dtype=torch.float32, shape=shape, mask=True, example=causal(6, 4))
+    found = Signature(inputs=(spec,)).random_inputs({"batch": 3, "time": time})["x"]
+    assert torch.equal(found, causal(time, 3))

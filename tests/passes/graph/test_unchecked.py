@@ -42,6 +42,19 @@ def test_a_cells_own_weights_and_states_fit(target):
         target(*args)  # and torch agrees
 
 
+def test_an_lstms_output_may_be_projected_and_its_states_are_of_two_widths():
+    for layers, bias, both, first in itertools.product((1, 2), (True, False), (True, False), (True, False)):
+        module = nn.LSTM(8, 16, layers, bias=bias, bidirectional=both, batch_first=first, proj_size=4)
+        states = [torch.zeros(layers * (2 if both else 1), 3, width) for width in (4, 16)]
+        x = torch.zeros(3, 5, 8) if first else torch.zeros(5, 3, 8)
+        args = [x, states, list(module._flat_weights), bias, layers, 0.0, False, both, first]
+        check(aten.lstm.input, args, {})
+        aten.lstm.input(*args)  # and torch agrees
+        for wrong in ([states[1], states[0]], [states[0], states[0]]):
+            with pytest.raises(ArtifactError):
+                check(aten.lstm.input, [x, wrong, *args[2:]], {})
+
+
 @pytest.mark.parametrize("target", CELLS, ids=str)
 def test_weights_and_states_of_other_sizes_do_not(target):
     args = given(target, 2, True, True, False)

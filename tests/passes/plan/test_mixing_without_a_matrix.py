@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.models import vectors
-from thesean.errors import TargetMismatchError
+from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
@@ -54,6 +54,18 @@ def roll(x: torch.Tensor) -> torch.Tensor:
     return torch.roll(x, 1, 1)
 
 
+def pad(x: torch.Tensor) -> torch.Tensor:
+    return F.pad(x, (0, 0, 1, -1))
+
+
+def pool(x: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool1d(x.mT, 3, 1, 1).mT - x
+
+
+def order(x: torch.Tensor) -> torch.Tensor:
+    return x.sort(1)[0]
+
+
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize(
     ("mix", "expected"),
@@ -63,6 +75,9 @@ def roll(x: torch.Tensor) -> torch.Tensor:
         (running_mean, "causal"),
         (shift, "causal"),
         (roll, "bidirectional"),
+        (pad, "causal"),
+        (pool, "bidirectional"),
+        (order, "bidirectional"),
     ],
 )
 def test_mixing_without_a_matrix_is_replaced_and_the_mlp_beside_it_stays(mix, expected, residual):
@@ -72,6 +87,18 @@ def test_mixing_without_a_matrix_is_replaced_and_the_mlp_beside_it_stays(mix, ex
     left = {str(n.target) for n in build_hybrid(bound).graph_module.graph.nodes}
     assert "aten.gelu.default" in left
     assert not {"aten.fft_fft.default", "aten.fft_rfft.default", "aten.cumsum.default", "aten.roll.default"} & left
+    assert not {"aten.pad.default", "aten.avg_pool1d.default", "aten.sort.default"} & left
+
+
+def test_what_mixes_beside_a_part_that_does_not_is_told_with_the_name_that_takes_both():
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return x.mean(1, keepdim=True).expand_as(x)
+
+    guide = capture(nn.Sequential(*(Block(mean, True) for _ in range(2))).eval(), vectors(3, 9, 8))
+    with pytest.raises(PlanError, match=r"beside them has no weights\. parts=\['0'\] takes the whole of it"):
+        make_plan(guide, Target("rnn"))
+    found = make_plan(guide, Target("rnn"), parts=["[01]"]).plan
+    assert [(p.path, p.mixing) for p in found] == [("0", "bidirectional"), ("1", "bidirectional")]
 
 
 def test_a_part_that_mixes_where_nothing_can_be_cut_out_is_not_called_token_wise():

@@ -30,6 +30,7 @@ from thesean.deploy.torchlib import table_kept
 from thesean.errors import ExportError, TheseanError, first_line
 from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.signature import InputSpec
+from thesean.passes.thread_state import STATE_OUT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -61,6 +62,7 @@ def output_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
     """The guide's own output keys, nested ones joined by "."; "output" or "output_0", "output_1"... without keys."""
     names = list(_names(graph_module.graph.output_node().args[0], ""))
     taken = {str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")}
+    names = [f"output.{n}" if n.startswith(STATE_OUT) else n for n in names]  # a file's states are called so
     return tuple(f"{n}_out" if n in taken else n for n in names)  # ONNX has one space of names
 
 

@@ -42,7 +42,7 @@ def _meets_states_alone(placeholder: fx.Node) -> bool:
     made, front, meets = {placeholder}, [placeholder], False
     while front:
         for user in front.pop().users:
-            if user in made or user.op != "call_function":
+            if user in made or not isinstance(user.meta.get("val"), torch.Tensor):  # sizes carry no values
                 continue
             others = [i for i in user.all_input_nodes if i not in made]
             if any(_is_table(i) for i in others):

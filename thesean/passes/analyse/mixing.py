@@ -14,6 +14,7 @@ from thesean.errors import PlanError
 from thesean.passes.analyse.fingerprint import exact_fingerprint
 from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.regions import Region
+from thesean.passes.graph.nodes import owner
 from thesean.passes.graph.record import Recorded, evaluate
 from thesean.targets.shared.facts import Mixing
 
@@ -78,8 +79,9 @@ def _moves_the_other(region: Region, values: dict[fx.Node, Any]) -> bool:
 
 
 def _mixes_examples(region: Region) -> PlanError:
+    place = region.path() or f"what ends in {owner(region.exit) or region.exit.name}"
     return PlanError(
-        f"{region.path() or 'a part'}: one example of a batch changes the output of another; expected the batch in the "
-        "first dimension, found (batch, time, width) in another order or a part that mixes examples (statistics over "
-        "the batch). Set batch_first=True in the guide, or keep the part with keep=[...]."
+        f"{place}: one example of a batch changes the output of another; expected the batch in the first dimension, "
+        "found (batch, time, width) in another order or a part that mixes examples (statistics over the batch). Set "
+        "batch_first=True in the guide, or keep the part with keep=[...]."
     )

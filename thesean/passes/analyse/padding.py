@@ -72,18 +72,25 @@ def find_padding(flow: DataFlow, values: dict[fx.Node, Any]) -> tuple[Padding, .
         for side in node.all_input_nodes:
             if side not in flow.side or side not in valued:
                 continue
+            added: fx.Node | None = None
             for mask in _candidates(side, valued, values):
                 stream = _stream(node, flow, values, values[mask].shape)  # none behind what is a side itself
                 if mask in found:
+                    added = None
                     break
                 # with other states once more: a mask may turn queries first, where it places tokens too
                 if (mask, *stream) in tried or not stream:
                     continue
                 tried.add((mask, *stream))
                 rule = _rule(mask, node, stream, flow, values)
-                if rule is not None:
+                if rule == "additive":
+                    added = added or mask
+                elif rule is not None and (added is None or not _reaches(rule, mask, added, flow, values)):
                     found[mask] = Padding(node=mask.name, rule=rule)
+                    added = None
                     break
+            if added is not None:
+                found[added] = Padding(node=added.name, rule="additive")
     return tuple(found[n] for n in order if n in found)
 
 
@@ -167,6 +174,14 @@ def _rule(
     return next((r for r in rules if _hides(r, mask, stream, end, run, values)), None)
 
 
+@torch.no_grad()
+def _reaches(rule: Rule, mask: fx.Node, added: fx.Node, flow: DataFlow, values: dict[fx.Node, Any]) -> bool:
+    """Whether what is made of a mask to be added is low where the mask hides, as the logarithm of 1e-9 is not."""
+    covered_BT = torch.full_like(values[mask], _VALUES[rule][1])
+    made = evaluate_all(_between([mask], added, flow.order), values, {mask: covered_BT}, last=added)[added]
+    return bool((made <= LOW).all())
+
+
 def _next_state(node: fx.Node, flow: DataFlow, values: dict[fx.Node, Any], shape: torch.Size) -> fx.Node | None:
     after = {node}
     for below in flow.order:
@@ -209,35 +224,49 @@ def _hides(
     run: list[fx.Node],
     values: dict[fx.Node, Any],
 ) -> bool:
-    """Step s of the first row, moved, moves others where the mask shows it, and no other where it hides it."""
+    """Step s of the first row, moved, moves others where the mask shows it, and no other where it hides it: then the
+    step before is still seen. Where the reading is the wrong way round s alone is seen, and hardly moves what it is.
+    """
     shown, hidden = _VALUES[rule]
     step = values[mask].shape[1] // 2
-    generator = torch.Generator().manual_seed(3)
-    moved = {}
-    for node in stream:
-        moved[node] = values[node].clone()
-        noise = torch.randn(values[node].shape[-1], generator=generator).to(values[node])
-        moved[node][0, step] += noise * values[node].std().clamp_min(1e-3)
     seen_BT = torch.full_like(values[mask], shown)
     covered_BT = seen_BT.clone()
     covered_BT[0, step] = hidden
-    changes = []
-    for given_BT in (seen_BT, covered_BT):
+
+    def changes(at: int, given_BT: torch.Tensor) -> torch.Tensor:
+        """How much each step of `end` changes with that step of the stream."""
+        moved = _moved(stream, values, at)
         pair = [
             evaluate_all(run, values, {mask: given_BT, **states}, last=end)[end]
             for states in ({n: values[n] for n in stream}, moved)
         ]
-        changes.append((pair[0] - pair[1]).abs().amax(2))
-    open_BT, closed_BT = changes
+        return (pair[0] - pair[1]).abs().amax(2)
+
+    open_BT, closed_BT = changes(step, seen_BT), changes(step, covered_BT)
     if not (open_BT.isfinite().all() and closed_BT.isfinite().all()):
         return False
     bound = _MOVED * open_BT.max()
     others_T = torch.arange(open_BT.shape[1]) != step
     mixes = bool((open_BT[0, others_T] > bound).any())
     spills = bool((closed_BT[0, others_T] > bound).any())
+    if mixes and not spills:
+        before_T = torch.arange(open_BT.shape[1]) != step - 1
+        both = [changes(step - 1, given_BT)[0, before_T] for given_BT in (seen_BT, covered_BT)]
+        return bool((both[1] > bound).any()) or not bool((both[0] > bound).any())
     if mixes:
-        return not spills
+        return False
     # token-wise: a step that is hidden is multiplied by zero, or overwritten; so is the first by the sine of its place
     if rule != "additive" and bool(((values[mask] != shown) & (values[mask] != hidden)).any()):
         return False
     return bool(open_BT[0, step] > bound) and not spills and not bool(closed_BT[0, step] > bound)
+
+
+def _moved(stream: list[fx.Node], values: dict[fx.Node, Any], step: int) -> dict[fx.Node, torch.Tensor]:
+    """The hidden states with one step of the first row elsewhere."""
+    generator = torch.Generator().manual_seed(3)
+    moved = {}
+    for node in stream:
+        moved[node] = values[node].clone()
+        noise = torch.randn(values[node].shape[-1], generator=generator).to(values[node])
+        moved[node][0, step] += noise * values[node].std().clamp_min(1e-3)
+    return moved

@@ -10,6 +10,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -110,11 +111,14 @@ def is_work(node: fx.Node) -> bool:
     return is_linear_map(node) or _mixes_alone(node)
 
 
-_RUNNING = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip"}
+_RUNNING = {"cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip", "sort"}
+_POOLS = {"avg_pool1d", "max_pool1d", "max_pool1d_with_indices"}
 
 
 def _mixes_alone(node: fx.Node) -> bool:
-    """A Fourier transform, or a running sum or a shift along the second dimension of (batch, time, width)."""
+    """A Fourier transform, a pool of neighbours, or a running sum, an order or a shift along the second dimension of
+    (batch, time, width).
+    """
     value = node.meta.get("val")
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(node.target, torch._ops.OpOverload) or getattr(value, "ndim", 0) != 3:
@@ -123,6 +127,10 @@ def _mixes_alone(node: fx.Node) -> bool:
     if name == "slice":
         return any(_mixes_alone(user) for user in node.users)
     if name.startswith("fft_") and "shift" not in name:
+        return True
+    if name in _POOLS:
+        return any(same_shape(node, i) for i in node.all_input_nodes)  # strided ones choose steps, and are no mixing
+    if name in ("pad", "constant_pad_nd") and _is_shift(argument(node, 1, "pad")):
         return True
     if name in _RUNNING:
         dims = argument(node, 2 if name == "roll" else 1, "dims" if name in ("roll", "flip") else "dim")
@@ -133,6 +141,12 @@ def _mixes_alone(node: fx.Node) -> bool:
     else:
         return False
     return any(isinstance(d, int) and d % 3 == 1 for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+
+def _is_shift(pad: Any) -> bool:
+    """Whether as many steps of (batch, time, width) are cut off at one end as are put on at the other."""
+    steps = list(pad)[2:] if isinstance(pad, (list, tuple)) else []
+    return len(steps) == 2 and all(isinstance(n, int) for n in steps) and steps[0] == -steps[1] != 0
 
 
 def is_single_entry_single_exit(flow: DataFlow, region: Region) -> bool:

@@ -6,8 +6,6 @@ module is called as the guide is. Parameters are shared with the guide; copy bef
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Sequence
@@ -29,10 +27,11 @@ from thesean.passes.capture.fixed import fixed_lengths
 from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
 from thesean.passes.capture.hints import masks_not_looked_at
-from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, own_parameters, unwrapped
+from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, unwrapped
 from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
+from thesean.passes.capture.stand_in import as_in_the_guide, stand_in
 from thesean.passes.functionalise import Functionalise, writes
 from thesean.passes.graph.dump import dump
 from thesean.passes.graph.give_back import give_back
@@ -139,7 +138,7 @@ def _captured(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, free: D
 
 
 def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: list[Dynamic]) -> Captured:
-    exported, free = _export(guide, inputs, tries)
+    exported, free = _export(guide, inputs, eager, tries)
     guards = _guards_of(exported)
     graph_module = _plain_graph(exported, list(inputs), eager)
     if writes(graph_module) or _maps(graph_module):
@@ -181,7 +180,7 @@ def _runs_elsewhere(captured: Captured) -> bool:
 
 
 def _export(
-    guide: Guide, inputs: dict[str, torch.Tensor], tries: list[Dynamic]
+    guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: list[Dynamic]
 ) -> tuple[torch.export.ExportedProgram, Dynamic]:
     """With the first of `tries` that the model allows, and that one. Of several lengths that were guessed the model may
     fix one, as a spectrogram's bands, and leave the others free: what it was seen to fix goes before all of them do.
@@ -189,7 +188,7 @@ def _export(
     failure: Exception | None = None
     waiting = list(tries)
     model, constants = guide.model, guide.constants
-    traced = _with_named_inputs(model, [*inputs, *constants])
+    traced = stand_in(model, [*inputs, *constants], eager)
     while waiting:
         free = waiting.pop(0)
         # Dim.AUTO would specialise silently; DYNAMIC fails loudly and we retry with less
@@ -224,30 +223,13 @@ def _lengths_left(free: Dynamic, fixed: Sequence[tuple[str, int]]) -> Dynamic | 
     return {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in free.items()}
 
 
-def _with_named_inputs(model: nn.Module, names: list[str]) -> nn.Module:
-    """The model, or where it takes some inputs through **kwargs a stand-in that names them and shares all the rest.
-
-    Until torch.export takes dynamic shapes for **kwargs: 2.13 compares them with the wrong structure.
-    """
-    if set(names) <= set(own_parameters(model)):
-        return model
-    stand_in = copy.copy(model)
-
-    def forward(**inputs: Any) -> Any:
-        return model.forward(**inputs)
-
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
-    forward.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
-    stand_in.forward = forward
-    return stand_in
-
-
 def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
     with warnings.catch_warnings():  # a plain tensor that is trained: `keep_training` makes a parameter of it
         warnings.filterwarnings("ignore", message="A model attribute .* requires gradient")
         graph_module = exported.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     # no pass yet: it ends the tracing, and takes the hooks of torch.export's own module off
+    as_in_the_guide(graph_module.graph)
     graph_module = plain_calling_convention(graph_module, names, eager)
     dump("capture", graph_module, "as torch.export traced it")
     return run_passes(graph_module, *CANONICAL)[0]

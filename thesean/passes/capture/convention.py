@@ -74,7 +74,8 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
     if is_dataclass(value):
         return {f.name: _nest(getattr(value, f.name), leaves) for f in fields(value)}
     raise CaptureError(
-        f"the guide returns a {type(value).__name__}; expected tensors in tuples, lists, dicts or dataclasses."
+        f"the guide returns a {type(value).__name__}; expected tensors in tuples, lists, dicts or dataclasses. "
+        "Leave it out there, or wrap the guide in a module that returns the tensors alone."
     )
 
 

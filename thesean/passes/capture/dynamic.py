@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
 from thesean.errors import DataError
+from thesean.passes.analyse.distance_bias import LOW
+from thesean.passes.graph.resample import is_mask
 
 Dynamic = Mapping[str, Mapping[int, str]]
 
@@ -14,16 +16,35 @@ Dynamic = Mapping[str, Mapping[int, str]]
 def guess_dynamic(inputs: Mapping[str, torch.Tensor], sequence: bool) -> dict[str, dict[int, str]]:
     """The batch is the first dimension, or the second of an input whose first one is another size, as a state of shape
     (layers, batch, width) has it. The second dimension of (B, T) integers and (B, T, D) floats may be a `sequence`, and
-    that of floats of just such a (B, T), which are a mask.
+    that of floats of just such a (B, T), which are a mask. One of pairs of steps, (..., T, T) or (..., 1, T), ends in
+    such sequences.
     """
     sizes = [v.shape[0] for v in inputs.values() if v.ndim]
-    steps = {v.shape[:2] for v in inputs.values() if _looks_like_sequence(v)}
-    return {
-        name: _guess(
-            value, sizes[0] if sizes else 0, sequence and (_looks_like_sequence(value) or value.shape in steps)
-        )
-        for name, value in inputs.items()
-    }
+    batch = sizes[0] if sizes else 0
+    steps = {v.shape[:2] for v in inputs.values() if _looks_like_sequence(v) and v.shape[0] == batch}
+    lengths = {length for _, length in steps}
+    free = {}
+    for name, value in inputs.items():
+        if value.shape not in steps and _is_of_pairs(value, lengths):
+            free[name] = _pairs(value, batch, sequence)
+        else:
+            free[name] = _guess(value, batch, sequence and (_looks_like_sequence(value) or value.shape in steps))
+    return free
+
+
+def _is_of_pairs(value: torch.Tensor, lengths: Collection[int]) -> bool:
+    """A mask that says which steps may meet: ones and zeros, or zeros and what hides."""
+    if value.ndim < 2 or value.shape[-1] not in lengths or value.shape[-2] not in (value.shape[-1], 1):
+        return False
+    if value.shape[-2] == 1 and value.ndim != 4:
+        return False
+    return is_mask(value) or bool(((value == 0) | (value < LOW)).all())
+
+
+def _pairs(value: torch.Tensor, batch: int, sequence: bool) -> dict[int, str]:
+    free = {0: "batch"} if value.ndim > 2 and value.shape[0] == batch else {}
+    steps = [at for at in (value.ndim - 2, value.ndim - 1) if value.shape[at] != 1]
+    return free | dict.fromkeys(steps if sequence else [], "time")
 
 
 def _looks_like_sequence(value: torch.Tensor) -> bool:

@@ -18,6 +18,13 @@ from thesean.passes.capture.dynamic import Dynamic
 
 # torch.export's own words for a size that it was to leave free, and the code fixes
 _FIXED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+# what stands in the error or the line, and what to do about it
+_MENDS = (
+    ("functions with out=", "A graph writes into nothing that is given: take what the function returns, without out=."),
+    (".numpy() is not supported", "numpy computes outside of the graph: write that line with torch's own operators."),
+    (": assert ", "A check of values can't become a graph: leave it out, or make it one of shapes."),
+    ("specialized integer", "A length that hangs on values can't become a graph: keep the full one, with a mask."),
+)
 _PACKS = {"pack_padded_sequence", "pad_packed_sequence"}
 # and for what is returned beside tensors
 _RETURNED = re.compile(r"Found <class '[\w.]*?(\w+)'> in output")
@@ -34,11 +41,8 @@ def explained(
     fixed = [place for place in fixed_sizes(error) if place[0] in inputs]
     if fixed:
         return CaptureError(_fixed_size(fixed, model, inputs, constants, dynamic))
-    if returned := _RETURNED.search(str(error)):
-        return CaptureError(
-            f"the guide returns a {returned[1]}, and a graph gives tensors alone. Have it return no more than those: "
-            "use_cache=False where forward calls a model that keeps a cache, or a wrapper that returns what it needs."
-        )
+    if found := _RETURNED.search(str(error)):
+        return CaptureError(returned(found[1]))
     if _packs(error):
         return CaptureError(
             f"the guide can't be captured{where_of(error)}: packed sequences take lengths as plain numbers. Give the "
@@ -50,7 +54,9 @@ def explained(
             "the guide can't be captured: its forward reads a weight's .data, or makes a tensor that the trace loses. "
             "Write weight.detach() where no gradient is wanted, and the weight itself where one is."
         )
-    told = f"the guide can't be captured{where_of(error)}: {short(error)}."
+    line, told = where_of(error), f"the guide can't be captured{where_of(error)}: {short(error)}."
+    if mend := next((mend for sign, mend in _MENDS if sign in str(error) or sign in line), ""):
+        return CaptureError(f"{told} {mend}")
     if isinstance(error, NotImplementedError):
         return CaptureError(
             f"{told} torch has no such form of {_called(error) or 'an operator'}: have forward use another one there, "
@@ -58,9 +64,18 @@ def explained(
         )
     if isinstance(error, TypeError):  # torch is used wrongly
         return CaptureError(f"{told} Convert a submodule instead, or write that line with other operators.")
+    numbers = "" if isinstance(error, NameError) else " Nor can a value as a plain number: leave out float(), .item()."
     return CaptureError(
         f"{told} Control flow that depends on values can't become a graph: convert a submodule instead, or replace the "
-        "branch by torch.where."
+        f"branch by torch.where.{numbers}"
+    )
+
+
+def returned(name: str) -> str:
+    """What to say where a guide returns an object of a class of that name."""
+    return (
+        f"the guide returns a {name}, and a graph gives tensors alone. Have it return no more than those: "
+        "use_cache=False where forward calls a model that keeps a cache, or a wrapper that returns what it needs."
     )
 
 

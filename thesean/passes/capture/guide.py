@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from thesean.errors import CaptureError, DataError
-from thesean.passes.capture.convention import same_outputs, void
+from thesean.passes.capture.convention import same_outputs, tensors, void
 from thesean.passes.capture.dynamic import Dynamic, at_least_two, guess_dynamic
-from thesean.passes.capture.explain import short, where_of
+from thesean.passes.capture.explain import returned, short, where_of
 from thesean.passes.capture.inputs import SAY_INPUTS, forward_parameters
+from thesean.passes.capture.stand_in import foreign
 from thesean.passes.graph.attributes import KeptAttributes
 from thesean.passes.graph.modes import KeptBuffers, configured, evaluating
 
@@ -81,6 +82,10 @@ class Guide:
                     "the guide's outputs on the example inputs hold no finite number: nothing can be compared with "
                     "them. Check the weights, and give data= or example_inputs= that the guide was trained for."
                 )
+            if not tensors(eager):
+                raise DataError(f"the guide returns {_kind(eager)}: no tensor is in it. Have it return one.")
+            if name := foreign(eager):
+                raise CaptureError(returned(name))
             if self.buffers.changed() or self.attributes.changed():
                 self._run_again(inputs, eager)
         return eager
@@ -111,6 +116,10 @@ class Guide:
                 "the guide's next call would."
             )
             self.notes = (note,)
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _listed(names: list[str]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from thesean.errors import CaptureError, DataError
+from thesean.passes.thread_state import STATE_IN, STATE_OUT
 
 # Where a guess at a batch may be what went wrong
 SAY_INPUTS = "Of batches, inputs=lambda batch: {...} says what is which."
@@ -141,6 +142,8 @@ def named_inputs(model: nn.Module, example: Any) -> dict[str, torch.Tensor]:
                 f"example input {name!r}: expected a tensor, found {type(value).__name__}. Make it one: "
                 "torch.as_tensor, or a tokenizer with return_tensors='pt'."
             )
+        if name.startswith((STATE_IN, STATE_OUT)):
+            raise DataError(f"input {name!r}: an exported file's own states are called so. Rename it in forward.")
         if not isinstance(value, torch.Tensor):
             raise DataError(
                 f"example input {name!r}: expected a tensor, found {type(value).__name__}. Wrap the guide in a module "

@@ -42,7 +42,11 @@ def target_name(target: Any) -> str:
     """`aten.addmm.default`, `operator.getitem`. Raises ArtifactError for what could not be loaded again."""
     found = names().get(target)
     if found is None:
-        raise ArtifactError(f"operator {target} can't be saved: expected one of passes/graph/operators.py.")
+        called = getattr(target, "__name__", target) if not isinstance(target, torch._ops.OpOverload) else target
+        raise ArtifactError(
+            f"operator {called} can't be saved: expected one of passes/graph/operators.py. Write it by others in "
+            "the guide's forward, or convert a submodule without it."
+        )
     return found
 
 

@@ -72,6 +72,23 @@ def in_a_row(example: torch.Tensor, shape: Sequence[Dim], sizes: Mapping[str, in
     return flat_N[picks_MS].permute([order.index(at) for at in range(example.ndim)]).contiguous()
 
 
+def is_of_pairs(shape: Sequence[Dim]) -> bool:
+    """Whether an input says something of each pair of steps, as a mask of which of them may meet."""
+    return len(shape) > 1 and isinstance(shape[-1], str) and shape[-1] == shape[-2]
+
+
+def along_diagonals(example: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """(..., T, T) at another T: its first steps, and past the last one what stood as far apart from it: what looks back
+    alone still does.
+    """
+    for at, size in enumerate(wanted[:-2]):
+        example = example.index_select(at, torch.arange(size) % example.shape[at])
+    last, step_T = example.shape[-1] - 1, torch.arange(wanted[-1])
+    over_TT = (torch.maximum(step_T.unsqueeze(1), step_T) - last).clamp_min(0)
+    row_TT, column_TT = ((place - over_TT).clamp_min(0) for place in (step_T.unsqueeze(1), step_T))
+    return example[..., row_TT, column_TT]
+
+
 def is_mask(example: torch.Tensor) -> bool:
     """Booleans, or integers that are 0 and 1."""
     return example.dtype == torch.bool or bool(((example == 0) | (example == 1)).all())

@@ -12,7 +12,7 @@ import torch
 
 from thesean.errors import DataError
 from thesean.passes.graph.guide_class import GuideClass
-from thesean.passes.graph.resample import Dim, all_shown, in_a_row, resampled, sizes_of
+from thesean.passes.graph.resample import Dim, all_shown, along_diagonals, in_a_row, is_of_pairs, resampled, sizes_of
 
 # How long what is held is made where nobody says it: as long as nothing else that is tried
 _HELD_LENGTH = 13
@@ -195,14 +195,17 @@ class Signature:
         before = self.example_sizes
         made = {}
         for spec in self.inputs:
-            if spec.mask and spec.example is not None:
-                value = all_shown(spec.example, [sizes[d] if isinstance(d, str) else d for d in spec.shape])
+            wanted = [sizes[d] if isinstance(d, str) else d for d in spec.shape]
+            if spec.example is not None and spec.example.numel() and is_of_pairs(spec.shape):
+                value = along_diagonals(spec.example, wanted)
+            elif spec.mask and spec.example is not None:
+                value = all_shown(spec.example, wanted)
             elif spec.example is not None:
                 own = in_a_row(spec.example, spec.shape, sizes) if in_order else None
                 made_up = resampled(spec.example, spec.shape, sizes, before, generator, spec.high, fresh)
                 value = made_up if own is None else own
             else:
-                value = _without_example(spec, [sizes[d] if isinstance(d, str) else d for d in spec.shape], generator)
+                value = _without_example(spec, wanted, generator)
             made[spec.name] = value.to(device)
         return made
 

@@ -39,15 +39,18 @@ def _cell(
     states = [state] if isinstance(state, torch.Tensor) else list(state)
     if x.ndim != 3 or not states or states[0].ndim != 3 or num_layers < 1:
         return False
-    width, batch = states[0].shape[-1], x.shape[0 if batch_first else 1]
+    batch = x.shape[0 if batch_first else 1]
+    given, width = states[0].shape[-1], states[-1].shape[-1]  # what comes out of an LSTM may be projected
+    projects = [(given, width)] * (given != width)
     expected: list[tuple[int, ...]] = []
     for layer in range(num_layers):
-        read = x.shape[-1] if layer == 0 else ways * width
+        read = x.shape[-1] if layer == 0 else ways * given
         biases = [(gates * width,)] * (2 * has_biases)
-        expected += ways * [(gates * width, read), (gates * width, width), *biases]
+        expected += ways * [(gates * width, read), (gates * width, given), *biases, *projects]
+    sizes = [given] if gates != 4 else [given, width]
     return (
         [tuple(w.shape) for w in weights] == expected
-        and all(tuple(s.shape) == (num_layers * ways, batch, width) for s in states)
+        and [tuple(s.shape) for s in states] == [(num_layers * ways, batch, size) for size in sizes]
         and all(t.dtype == x.dtype for t in (*weights, *states))
     )
 

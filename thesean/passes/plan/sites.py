@@ -21,7 +21,7 @@ from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import recurrent_units
-from thesean.passes.analyse.regions import Region, is_branch, same_shape
+from thesean.passes.analyse.regions import Region, is_branch, module_regions, same_shape
 from thesean.passes.analyse.turned import turned_unread
 from thesean.passes.graph.nodes import above, named_dim
 from thesean.passes.plan.merge import Group
@@ -118,7 +118,13 @@ class SiteFinder:
             return "nothing token-wise in it"
         mixing = probe_mixing(named.region, self.values)
         if mixing == "none":
-            return "token-wise"
+            whole = module_regions(self.flow).get(named.path)
+            if whole is None or whole.nodes == named.region.nodes or probe_mixing(whole, self.values) == "none":
+                return "token-wise"
+            return (
+                "its linear maps work step by step, and what mixes over time beside them has no weights. "
+                f"parts=[{named.path!r}] takes the whole of it"
+            )
         return (
             f"it mixes over time ({mixing}), but in no branch that can be cut out. "
             f"Target({target.name!r}, scope='part') replaces the whole part"
