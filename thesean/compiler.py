@@ -147,10 +147,10 @@ def compile(
                     run = ranks.first(lambda: Workdir.prepare(workdir, bound_plan.plan, request.settings))
                 with seeded(seed):
                     hybrid = build_hybrid(bound_plan, share=True)
-                    training = rehearsed(bound_plan, hybrid, training, run)
+                    notes = rehearsed(bound_plan, hybrid, run)
                     aligned = align(bound_plan, hybrid, training)
                     conversion = tune(training, aligned)
-            converted = finish(training, conversion, start)
+            converted = finish(training, conversion, start, notes)
         if run is not None:
             warn(filter(None, [ranks.first(partial(run.keep, converted))]))
     return converted
@@ -379,9 +379,9 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
         raise CaptureError(captured.untrainable)
 
 
-def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, training: Training, run: Workdir | None) -> Training:
-    """Whether the untrained hybrid could be saved and loaded. Raises ArtifactError where it must be; else the report
-    tells. That it can't be exported is a warning: not everyone does.
+def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, run: Workdir | None) -> list[str]:
+    """Why the untrained hybrid can't be saved, exported or streamed, for the report. Raises ArtifactError where it must
+    be saved. That it can't be exported is a warning too: not everyone does.
     """
     notes: list[str] = []
     signature = bound_plan.captured.signature
@@ -396,4 +396,4 @@ def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, training: Training, run: Wo
     for told in filter(None, (unwritable(hybrid.graph_module), unstreamable(hybrid.graph_module, signature))):
         warn([told])
         notes.append(told)
-    return training.noted(notes)
+    return notes

@@ -24,9 +24,10 @@ from thesean.report.conversion import ConversionReport, StageRow
 from thesean.warn import warn
 
 
-def finish(training: Training, conversion: Conversion, start: float) -> Converted:
-    """The converted network with its report; `start` is when the run began, on the monotonic clock. Raises
-    NumericalError for one whose outputs are NaN; warns of a loss or a metric that is.
+def finish(training: Training, conversion: Conversion, start: float, rehearsed: Sequence[str] = ()) -> Converted:
+    """The converted network with its report; `start` is when the run began, on the monotonic clock, `rehearsed` what
+    was found out before it was trained. Raises NumericalError for one whose outputs are NaN; warns of a loss or a
+    metric that is.
     """
     bound_plan = conversion.bound_plan
     hybrid, recipe, feed = conversion.hybrid, training.recipe, training.feed
@@ -39,6 +40,7 @@ def finish(training: Training, conversion: Conversion, start: float) -> Converte
         )
     notes = [
         *feed.notes,
+        *rehearsed,
         training.task.outputs.told,
         *conversion.notes,
         *training.journal.told,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import thesean
-from benchmarks.hostility.trial import check
+from benchmarks.hostility.trial import Call, check, only_typed
 
 WIDTH, WORDS, POSITIONS = 8, 20, 12
 QUICK = {"steps": 4}
@@ -87,3 +87,12 @@ def sound(converted: thesean.Converted) -> thesean.Converted:
     divergence = converted.report.converted["divergence"]
     check(divergence is None or 0 <= divergence < float("inf"), f"a divergence of {divergence}")
     return converted
+
+
+def said(target: Any = "narrow", **arguments: Any) -> Call:
+    """`compile` with these arguments: an error, or a result that is right all the same."""
+    return lambda folder: compiled(None, target, **arguments)
+
+
+def refused(target: Any = "narrow", **arguments: Any) -> Call:
+    return only_typed(said(target, **arguments))

@@ -216,7 +216,7 @@ def test_calls_that_take_turns_run_as_often_as_one_another_and_each_turn_in_the_
 def test_every_benchmark_is_found_by_its_file_name():
     found = suite.find_cases()
     files = {p.stem for folder in ("", "studies") for p in (suite.ROOT / "benchmarks" / folder).glob("[!_]*.py")}
-    assert set(found) == files - {"suite", "tables", "language", "positions", "zoo"}
+    assert set(found) == files - {"suite", "tables", "language", "positions"}
     assert set(suite.find_cases(["benchmarks"])) == {
         n for n in found if not (suite.ROOT / f"benchmarks/studies/{n}.py").exists()
     }

@@ -17,6 +17,8 @@ from tests.models import vectors
 from thesean.choose.latency import PlanTimer
 from thesean.deploy.session import Session
 from thesean.deploy.timing.latency import Timing
+from thesean.errors import ExportError
+from thesean.passes.plan.bind import BoundPlan
 
 EXACT = Timing(median_ms=10.0, p20_ms=9.5, p80_ms=11.0, repeats=9)
 HELD_OUT = [vectors(16, 8, seed=99)]
@@ -75,3 +77,23 @@ def test_a_guide_that_multiplies_by_no_matrix_is_chosen_for_without(monkeypatch)
 
 def test_a_plan_without_a_bound_of_latency_says_nothing_of_it():
     assert not any("int8" in note for note in chosen({"params": 10}).notes)
+
+
+def test_it_is_tried_once_though_a_plan_that_cannot_be_exported_has_all_timed_anew(monkeypatch, caplog):
+    tries = []
+
+    def exported(self: PlanTimer, bound_plan: BoundPlan) -> None:
+        if [part.path for part in bound_plan.plan.replaced] == ["1"]:
+            raise ExportError("not that one")
+
+    def quantised(self: PlanTimer) -> Path:
+        tries.append(self)
+        raise ExportError("nothing to quantise")
+
+    monkeypatch.setattr(PlanTimer, "export", exported)
+    monkeypatch.setattr(PlanTimer, "guide_in_int8", quantised)
+    with caplog.at_level("WARNING"):
+        plan = chosen({"speedup": 1.25})
+    assert caplog.text.count("a plan is left out: not that one") == 2  # once a round
+    assert len(tries) == 1
+    assert not any("int8" in note for note in plan.notes)

@@ -126,6 +126,33 @@ def test_a_module_of_your_own_without_a_last_layer_is_left_alone():
     assert solve_parts(guide.graph_module, hybrid, [0, 1, 2], inputs_of(guide), ridge=1e-3) == []
 
 
+class Unbiased(TargetModule):
+    """A layer of someone's own whose last one adds nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 8, bias=False)
+
+    def features(self, x: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, None]:
+        return torch.sigmoid(x), None
+
+
+@torch.no_grad()
+def test_a_last_layer_without_a_bias_is_solved_without_an_intercept():
+    guide, data = captured.mlp(), inputs_of(captured.mlp())
+    _, hybrid = drafted(guide, Target("mine", build=lambda part: Unbiased()), keep=["2*", "4*"])
+    (r,) = hybrid.replacements
+    solve_parts(guide.graph_module, hybrid, [0], data, ridge=1e-9)
+    x_ND = torch.cat([x["input"] for x in data])
+    theirs = intermediates(guide.graph_module, [r.guide_exit], with_output=False)
+    wanted_NO = torch.cat([theirs(**x)[r.guide_exit] for x in data])
+    weight_EO = torch.linalg.lstsq(torch.sigmoid(x_ND), wanted_NO).solution
+    module = hybrid.module(r)
+    assert isinstance(module, Unbiased)
+    assert wanted_NO.mean(0).abs().max() > 0.1  # what an intercept would take
+    torch.testing.assert_close(module.last.weight, weight_EO.T, rtol=1e-3, atol=1e-4)
+
+
 def test_training_flags_come_back():
     guide = captured.mlp()
     _, hybrid = drafted(guide)

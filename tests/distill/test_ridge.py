@@ -17,9 +17,13 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def solved(
-    features_NE: torch.Tensor, wanted_NO: torch.Tensor, apart_N: torch.Tensor = NONE, ridge: float = 1e-9
+    features_NE: torch.Tensor,
+    wanted_NO: torch.Tensor,
+    apart_N: torch.Tensor = NONE,
+    ridge: float = 1e-9,
+    bias: bool = True,
 ) -> nn.Linear:
-    last = nn.Linear(features_NE.shape[1], wanted_NO.shape[1])
+    last = nn.Linear(features_NE.shape[1], wanted_NO.shape[1], bias)
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     regression = Ridge(last)
@@ -50,6 +54,14 @@ def test_what_is_fitted_is_the_least_squares_solution_however_small_features_are
     rows_NE = torch.cat([features_NE / scale, torch.ones(64, 1)], 1)
     fitted_NO = rows_NE @ torch.linalg.lstsq(rows_NE, wanted_NO).solution
     torch.testing.assert_close(solved(features_NE, wanted_NO)(features_NE), fitted_NO, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("apart_N", [NONE, torch.arange(64) % 4 == 1])
+def test_a_layer_without_a_bias_is_fitted_without_an_intercept(apart_N):
+    features_NE, wanted_NO = drawn(64, 3) + 2, drawn(64, 2, seed=1) + 5
+    weight_EO = torch.linalg.lstsq(features_NE, wanted_NO).solution
+    found = solved(features_NE, wanted_NO, apart_N, bias=False)
+    torch.testing.assert_close(found.weight, weight_EO.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("centre", [0.0, 2.0])

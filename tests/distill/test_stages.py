@@ -272,14 +272,6 @@ def test_what_is_chosen_by_a_loss_needs_no_output_of_the_guide(loss):
         assert plain.value(guide.graph_module) == plain(guide.graph_module).value
 
 
-def test_a_note_leaves_the_judge_what_it_knows():
-    guide = captured.mlp()
-    told = training(guide, task(output="softmax"), recipe(0, "none"))
-    noted = told.noted(["one", "two"])
-    assert noted.feed.notes == (*told.feed.notes, "one", "two")
-    assert noted.judge is told.judge
-
-
 def test_some_rows_of_an_output_are_told_where_each_row_has_its_own():
     by_rows = capture(nn.Linear(4, 3), models.vectors(4, 4)).graph_module
     x = models.vectors(6, 4)

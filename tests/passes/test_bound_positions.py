@@ -127,6 +127,31 @@ def test_the_table_tells_how_long_a_sequence_may_be(form, rows):
     assert table_rows(module) is None
 
 
+class Summed(nn.Module):
+    """A token of the network's own stands before the others, and takes the first row of the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.words = nn.Parameter(torch.randn(1, 1, 2)), nn.Embedding(models.VOCABULARY, 2)
+        self.table = nn.Parameter(torch.randn(ROWS, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = torch.cat([self.own.expand(x.shape[0], -1, -1), self.words(x)], 1)
+        return tokens + self.table[: x.shape[1] + 1]
+
+
+def test_a_slice_of_one_row_more_than_tokens_is_bounded_a_token_earlier():
+    guide = models.seeded(Summed)
+    module = capture(guide, {"x": models.tokens(2, 3)}).graph_module
+    assert table_rows(module) == ROWS - 1
+    fits, long = models.tokens(2, ROWS - 1), models.tokens(2, ROWS + 1)
+    whole = module(x=fits)
+    BoundPositions("clamp")(module)
+    assert torch.equal(module(x=fits), whole)
+    rows = guide.table.detach()[[*range(ROWS), ROWS - 1, ROWS - 1]]
+    torch.testing.assert_close(module(x=long)[0, 1:], (guide.words(long[0]) + rows[1:]).detach())
+
+
 @pytest.mark.parametrize("guide", [captured.gpt2, captured.bert])
 @pytest.mark.parametrize("mode", ["clamp", "wrap", "drop"])
 def test_lengths_inside_the_table_give_the_same_numbers_bit_for_bit(guide, mode):

@@ -42,8 +42,8 @@ def choose(candidates: Candidates, prober: Prober, constraints: Sequence[Constra
             model = fit_latency(timer, candidates, apart) if measures else None
             timed = Timed(timer, candidates, model.guide_ms) if model is not None else None
             losses = _probe(candidates, prober, model, constraints)
-            if timed is not None and whole is None:
-                whole = guide_in_int8(timer, prober.judge, timed.guide_ms)
+            if timed is not None and apart:  # once, for it has no parts
+                whole = guide_in_int8(timer, prober.judge)
             plans = []
             for one in constraints:
                 search = Search(candidates, one, model if one.measures else None, losses)
@@ -69,7 +69,8 @@ def _chosen(search: Search, prober: Prober, timed: Timed | None, whole: GuideInI
     if timed is not None:
         notes += _told_times(search, timed, best)
         if whole is not None and search.bound_ms is not None:
-            notes.append(whole.told(search.bound_ms, scores[best].divergence if best in scores else None))
+            divergence = scores[best].divergence if best in scores else None
+            notes.append(whole.told(timed.guide_ms, search.bound_ms, divergence))
     if len(finalists) > 1:
         tuned = scores if len(scores) > 1 else {}
         told = f"{len(tuned)} of {len(finalists)} finalists were tuned for a few steps"

@@ -16,24 +16,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GuideInInt8:
-    """Milliseconds are in the clock of the run in which the exact guide took `guide_ms`."""
+    """`share`: of the exact guide's time in the same turns."""
 
-    ms: float
-    guide_ms: float
+    share: float
     divergence: float
 
-    def told(self, bound_ms: float, plans: float | None) -> str:
-        """Beside the bound of latency, and the plan's divergence where that is known."""
-        figures = f"{self.ms:.3g} ms, {self.guide_ms / self.ms:.2f} times as fast as the guide"
+    def told(self, guide_ms: float, bound_ms: float, plans: float | None) -> str:
+        """In the clock in which the exact guide takes `guide_ms`; beside the plan's divergence where that is known."""
+        ms = self.share * guide_ms
+        figures = f"{ms:.3g} ms, {1 / self.share:.2f} times as fast as the guide"
         found = f"the guide itself in int8, nothing replaced: {figures}, divergence {self.divergence:.3g}"
-        if self.ms > bound_ms:
+        if ms > bound_ms:
             return f"{found}, not within that bound"
         nearer = plans is not None and self.divergence < plans
         where = "within that bound, and nearer than this plan" if nearer else "within that bound"
         return f"{found}, {where}: thesean.export_guide(model, path, quantize='int8')"
 
 
-def guide_in_int8(timer: PlanTimer, judge: Judge, guide_ms: float) -> GuideInInt8 | None:
+def guide_in_int8(timer: PlanTimer, judge: Judge) -> GuideInInt8 | None:
     """Timed beside the exact one, and judged as it runs, on all that is held out. None, with a log line, where there is
     nothing to quantise.
     """
@@ -49,4 +49,4 @@ def guide_in_int8(timer: PlanTimer, judge: Judge, guide_ms: float) -> GuideInInt
         return None
     if taken is None:
         return None
-    return GuideInInt8(ms=taken.median_ms * guide_ms / exact.median_ms, guide_ms=guide_ms, divergence=divergence)
+    return GuideInInt8(share=taken.median_ms / exact.median_ms, divergence=divergence)

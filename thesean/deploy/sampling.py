@@ -6,11 +6,9 @@ V vocabulary, K tokens that are left to draw from
 from __future__ import annotations
 
 import math
-from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from thesean.errors import DataError, NumericalError
 from thesean.keywords import check_names
 
-_FEW = 64  # tokens
+_FIRST = 64  # of the likeliest tokens, which mostly suffice
 _ROUNDING = 1e-9  # of a sum of probabilities
 
 
@@ -82,9 +80,6 @@ class Sampling:
                 raise NumericalError("the file's logits are NaN: no token can be chosen.")
             return token
         token_K, weight_K = self._kept(logits_V, read_V)
-        if isinstance(weight_K, list):
-            sums = list(accumulate(weight_K))
-            return int(token_K[bisect(sums, random.random() * sums[-1])])
         sum_K = weight_K.cumsum()
         return int(token_K[np.searchsorted(sum_K, random.random() * sum_K[-1], side="right")])
 
@@ -95,7 +90,7 @@ class Sampling:
             found_V[self._penalised(logits_V, read_V).argmax()] = 1
             return found_V
         token_K, weight_K = self._kept(logits_V, read_V)
-        found_V[token_K] = np.divide(weight_K, np.sum(weight_K))
+        found_V[token_K] = weight_K / weight_K.sum()
         return found_V
 
     def _penalised(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> np.ndarray:
@@ -106,46 +101,34 @@ class Sampling:
         scores_V[read_V] = np.where(read > 0, read / self.repetition_penalty, read * self.repetition_penalty)
         return scores_V
 
-    def _kept(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> tuple[Any, list[float] | np.ndarray]:
-        """Tokens, and how likely each is beside the others: lists where they are few, which is faster."""
-        scores_V = self._penalised(logits_V, read_V)
-        largest = float(scores_V.max(initial=-math.inf))
+    def _kept(self, logits_V: np.ndarray, read_V: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens to draw from, in their order, and how likely each is beside the likeliest."""
+        scores_K = self._penalised(logits_V, read_V)
+        largest = float(scores_K.max(initial=-math.inf))
         if not math.isfinite(largest):
             raise NumericalError(f"the largest of the file's logits is {largest}: no token can be drawn.")
-        token_K: np.ndarray | None = None
-        if self.top_k is not None and self.top_k < len(scores_V):
-            token_K = likeliest(scores_V, self.top_k)
-            scores_V = scores_V[token_K]
-            if len(token_K) <= _FEW:
-                return self._few(token_K.tolist(), scores_V.tolist(), largest)
+        if self.top_k is None:
+            token_K = np.arange(len(scores_K))
+        else:
+            token_K = likeliest(scores_K, self.top_k)
+            scores_K = scores_K[token_K]
         with np.errstate(over="ignore"):  # next to 0 all but the likeliest are
-            weight_K = np.exp((scores_V.astype(np.float64) - largest) / self.temperature)
-        kept_K = nucleus(weight_K / weight_K.sum(), self.top_p) if self.top_p < 1 else None
-        if self.min_p:  # the likeliest weighs 1, and is always among them
-            enough_K = weight_K >= self.min_p
-            kept_K = np.flatnonzero(enough_K) if kept_K is None else kept_K[enough_K[kept_K]]
-        if kept_K is None:
-            return np.arange(len(weight_K)) if token_K is None else token_K, weight_K
-        return kept_K if token_K is None else token_K[kept_K], weight_K[kept_K]
-
-    def _few(self, tokens: list[int], scores: list[float], largest: float) -> tuple[list[int], list[float]]:
-        """The same of a handful, without arrays."""
-        weights = [math.exp((score - largest) / self.temperature) for score in scores]
-        kept = range(len(weights))
+            weight_K = np.exp((scores_K.astype(np.float64) - largest) / self.temperature)
         if self.top_p < 1:
-            order = sorted(kept, key=weights.__getitem__, reverse=True)
-            total, likelier, count = sum(weights), 0.0, 0
-            while count < len(order) and likelier < self.top_p:
-                likelier += weights[order[count]] / total
-                count += 1
-            kept = sorted(order[:count])  # type: ignore[assignment]
-        if self.min_p:
-            kept = [k for k in kept if weights[k] >= self.min_p]  # type: ignore[assignment]
-        return [tokens[k] for k in kept], [weights[k] for k in kept]
+            kept = nucleus(weight_K / weight_K.sum(), self.top_p)
+            token_K, weight_K = token_K[kept], weight_K[kept]
+        if self.min_p:  # the likeliest weighs 1, and is always among them
+            kept = np.flatnonzero(weight_K >= self.min_p)
+            token_K, weight_K = token_K[kept], weight_K[kept]
+        return token_K, weight_K
 
 
 def likeliest(x_V: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` largest are, and what is as large as the last of them, in the order of the tokens."""
+    """Where the `count` largest are, and what is as large as the last of them, in the order of the tokens; all where
+    there are no more.
+    """
+    if count >= len(x_V):
+        return np.arange(len(x_V))
     token_K, pieces = None, 4 * count
     if len(x_V) > 8 * pieces:  # no larger than the last one of all is the last one of the pieces' largest
         width = len(x_V) // pieces
@@ -158,9 +141,9 @@ def likeliest(x_V: np.ndarray, count: int) -> np.ndarray:
 
 def nucleus(probability_V: np.ndarray, top_p: float) -> np.ndarray:
     """The likeliest tokens, until they have that much probability, in the order of the tokens."""
-    count = _FEW if len(probability_V) > 8 * _FEW else len(probability_V)
+    count = _FIRST
     while True:
-        token_K = likeliest(probability_V, count) if count < len(probability_V) else np.arange(len(probability_V))
+        token_K = likeliest(probability_V, count)
         token_K = token_K[np.argsort(-probability_V[token_K], kind="stable")]
         sum_K = probability_V[token_K].cumsum()
         if sum_K[-1] > top_p + _ROUNDING or count >= len(probability_V):

@@ -2,8 +2,9 @@
 
 For features f and residual r = guide's stream after the part - hybrid's stream before it (or simply the guide's output
 of the part where it isn't added to a stream), minimise |W f + b - r|^2 + lambda |W - W0|^2 over W and b, with centred
-statistics: dW = R_f' (C + lambda I)^-1. Solving for the stream instead of the part's own output corrects what earlier
-parts left over. W0 is what the layer holds: zero influence for fresh layers, the guide's weights for copied ones.
+statistics: dW = R_f' (C + lambda I)^-1; over W alone, with those about zero, where the layer has no bias. Solving for
+the stream instead of the part's own output corrects what earlier parts left over. W0 is what the layer holds: zero
+influence for fresh layers, the guide's weights for copied ones.
 
 Lambda is chosen on examples that are held out (`ridge.py`). Rows far larger than others count by their relative error:
 pretrained language models have first tokens whose stream is a thousand times as large as any other (Sun et al. 2024,

@@ -112,8 +112,7 @@ class _Sums:
         penalised_EE = covariance_EE.clone()
         penalised_EE.diagonal().add_(ridge * covariance_EE.diagonal().mean().clamp_min(1e-12))
         delta_EO = _solved(penalised_EE, cross_EO)
-        bias_O = mean_O - mean_E @ delta_EO if self._bias is not None else torch.zeros_like(mean_O)
-        return _Solution(delta_EO, bias_O)
+        return _Solution(delta_EO, mean_O - mean_E @ delta_EO)
 
     def _centred(self, where: str) -> _Centred:
         finite = (self.covariance_EE, self.cross_EO)
@@ -122,6 +121,8 @@ class _Sums:
                 f"{where}: activations are not finite, so its last layer can't be solved. Look for NaN in the data."
             )
         mean_E, mean_O = self.features_E / self.count, self.errors_O / self.count
+        if self.last.bias is None:  # nothing would add the means again: fitted about zero
+            mean_E, mean_O = torch.zeros_like(mean_E), torch.zeros_like(mean_O)
         covariance_EE = (self.covariance_EE / self.count).addr_(mean_E, mean_E, alpha=-1)
         cross_EO = (self.cross_EO / self.count).addr_(mean_E, mean_O, alpha=-1)
         return _Centred(mean_E, mean_O, covariance_EE, cross_EO)
@@ -136,7 +137,9 @@ class _Sums:
 
 
 class _Centred(NamedTuple):
-    """Means of features and errors, the covariance of the features and theirs with the errors."""
+    """Means of features and errors, the covariance of the features and theirs with the errors; all about zero, means of
+    zero, for a layer without a bias.
+    """
 
     mean_E: torch.Tensor
     mean_O: torch.Tensor

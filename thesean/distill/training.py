@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -45,12 +45,6 @@ class Training:
     def left(self) -> float:
         """Seconds of the budget."""
         return ranks.agreed(self.begun + self.seconds - time.monotonic())[0]
-
-    def noted(self, notes: Sequence[str]) -> Training:
-        """With these to be told, and the judge with what it has learnt of the guide."""
-        told = replace(self, feed=replace(self.feed, notes=(*self.feed.notes, *notes)))
-        told.__dict__["judge"] = self.judge  # where a cached property is kept
-        return told
 
     def own(self, batch: Batch) -> Batch:
         """The batch as it came, and this rank's rows of the guide's inputs."""

@@ -43,7 +43,7 @@ def check(part: PartFacts, options: ConvOptions) -> None:
             "conv",
             found=f"{describe(part.input_shape)} -> {describe(part.output_shape)}",
             expected="a sequence (batch, time, width) or a feature map (batch, channels, height, width)",
-            advice=f"Choose target 'mlp' for it, or keep it with keep=[{part.path!r}].",
+            advice=f"Choose target 'mlp' for it, or keep it with {part.keep}.",
         )
     family, family_options = picked(part, options)
     family.check(part, family_options)

@@ -35,7 +35,7 @@ def check(part: PartFacts, options: Options) -> None:
             "identity",
             found=f"{part.input_shape} -> {part.output_shape}",
             expected="a part that keeps the shape",
-            advice=f"Choose target 'linear', or keep it with keep=[{part.path!r}].",
+            advice=f"Choose target 'linear', or keep it with {part.keep}.",
         )
 
 

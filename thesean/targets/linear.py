@@ -96,7 +96,7 @@ def check(part: PartFacts, options: LinearOptions) -> None:
             "linear",
             found=f"{describe(part.input_shape)} -> {describe(part.output_shape)}",
             expected="a batch and at least one more dimension, all static after the batch",
-            advice=f"Trace the guide with fixed sizes, or keep it with keep=[{part.path!r}].",
+            advice=f"Trace the guide with fixed sizes, or keep it with {part.keep}.",
         )
 
 

@@ -92,7 +92,7 @@ def check(part: PartFacts, options: LowRankHeadOptions) -> None:
             "low-rank-head",
             found="one that mixes steps",
             expected="a token-wise map, such as a language model's head",
-            advice=f"Keep it with keep=[{part.path!r}].",
+            advice=f"Keep it with {part.keep}.",
         )
     most = min(part.width_in, part.width_out)
     if options.rank is not None and options.rank > most:

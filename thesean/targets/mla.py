@@ -110,7 +110,7 @@ class LatentAttention(SoftmaxHeads):
 def check(part: PartFacts, options: LatentOptions) -> None:
     """Raises TargetMismatchError unless the part is a plain attention with keys and values of such a rank."""
     check_sequence("mla", part)
-    facts, keep = part.attention, f"Keep it with keep=[{part.path!r}]."
+    facts, keep = part.attention, f"Keep it with {part.keep}."
     if facts is None:
         found, expected = "a part without attention", "one attention whose keys and values are remembered"
         raise part.mismatch("mla", found=found, expected=expected, advice=keep)

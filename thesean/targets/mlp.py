@@ -200,14 +200,14 @@ def check(part: PartFacts, options: MLPOptions) -> None:
             "mlp",
             found=shapes,
             expected="as many tokens out as in",
-            advice=f"Keep it with keep=[{part.path!r}] and convert the parts around it.",
+            advice=f"Keep it with {part.keep} and convert the parts around it.",
         )
     if len(part.input_shape) < 2 or len(part.output_shape) < 2:
         raise part.mismatch(
             "mlp",
             found=shapes,
             expected="a batch and at least one more dimension",
-            advice=f"Keep it with keep=[{part.path!r}].",
+            advice=f"Keep it with {part.keep}.",
         )
     if not shared and options.hidden_norm == "batch":
         raise part.mismatch(

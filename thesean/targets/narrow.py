@@ -133,7 +133,7 @@ def _instead(part: PartFacts) -> str:
     """What a part that is no MLP can have."""
     if part.attention is not None:
         return "Set heads or ratio for an attention."
-    keep = f"or keep it with keep=[{part.path!r}]."
+    keep = f"or keep it with {part.keep}."
     if len(part.input_shape) == 4:
         return f"For fewer channels choose target 'bottleneck' or 'resnet-block' with width=, {keep}"
     if part.mixing == "none":  # experts behind a router, say

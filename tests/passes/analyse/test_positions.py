@@ -107,17 +107,36 @@ def test_a_table_that_steps_read_is_found_with_its_rows(read):
     assert (table_dim(found, graph_module), dims_behind(found, graph_module)) == (dim, behind)
 
 
-# steps that are not as many as rows: a token of the network's own before them, the last one left out, the last alone
-MORE: dict[str, Made] = {
-    "one more": lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, c(operator.add, time(c, x), 1))),
-    "one less": lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, c(operator.sub, time(c, x), 1))),
-    "the last": lambda c, x, t: c(aten.embedding.default, t, c(aten.full.default, [1], c(operator.sub, time(c, x), 1))),
-}
+# steps that are not as many as rows: a token of the network's own before them, the last one left out, the last alone;
+# and how long a sequence may be
+MORE: dict[str, tuple[Made, int]] = {
+    "one more": (
+        lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, c(operator.add, time(c, x), 1))), ROWS - 1
+    ),
+    "one less": (
+        lambda c, x, t: c(aten.embedding.default, t, c(aten.arange.default, c(operator.sub, time(c, x), 1))), ROWS + 1
+    ),
+    "the last": (
+        lambda c, x, t: c(aten.embedding.default, t, c(aten.full.default, [1], c(operator.sub, time(c, x), 1))), ROWS
+    ),
+    "a slice of one more": (
+        lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(operator.add, time(c, x), 1)), ROWS - 1
+    ),
+    "a slice to before the end": (
+        lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(operator.sub, time(c, x), 1)), ROWS + 1
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("read", MORE)
+def test_a_step_more_or_less_than_rows_makes_the_longest_sequence_shorter_or_longer(read):
+    made, longest = MORE[read]
+    assert table_rows(graph_of(made)) == longest
 
 
 @pytest.mark.parametrize("read", [*READ, *MORE])
 def test_a_table_is_read_inside_as_far_as_its_limit_and_no_further(read):
-    graph_module = graph_of({**MORE, **{name: made for name, (made, _) in READ.items()}}[read])
+    graph_module = graph_of({**READ, **MORE}[read][0])
     limit = table_rows(graph_module)
     assert limit is not None
     fits = shape_at(graph_module, limit)
@@ -142,7 +161,6 @@ UNBOUND: dict[str, Made] = {
     "a slice as long as the batch": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(aten.sym_size.int, x, 0)),
     "a slice of what grows": lambda c, x, t: c(aten.slice.Tensor, steps(c, x), 0, 0, time(c, x)),
     "a slice of the input": lambda c, x, t: c(aten.slice.Tensor, x, 1, 0, time(c, x)),
-    "a slice to before the end": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(operator.sub, time(c, x), 1)),
     "a slice of two, as many as short ones have": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, alike(c, x, 2)),
     "a slice of three, as many as long ones have": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, alike(c, x, 3)),
     "a slice of more": lambda c, x, t: c(aten.slice.Tensor, t, 0, 0, c(operator.mul, time(c, x), 2)),

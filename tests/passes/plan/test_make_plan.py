@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +110,13 @@ def test_an_mlp_for_an_unbounded_sequence_is_refused():
 def test_a_recurrence_for_feature_maps_is_refused_naming_the_part():
     with pytest.raises(TargetMismatchError, match=r"blocks\.0.*expected a sequence .*Choose target 'mlp'"):
         make_plan(captured.resnet(), "rnn")
+
+
+@pytest.mark.parametrize(("division", "kept"), [({}, "transformer.h.0"), ({"merge": 2}, "transformer.h.0..1")])
+def test_a_place_that_does_not_fit_is_refused_with_the_part_around_it_to_keep(division, kept):
+    told = rf"transformer\.h\.0\.mlp: target 'narrow-heads' .*Keep it with keep=\['{re.escape(kept)}'\]"
+    with pytest.raises(TargetMismatchError, match=told):
+        make_plan(captured.gpt2(), Target("narrow-heads", scope="token-wise"), **division)
 
 
 def test_a_mixing_target_asked_for_a_token_wise_part_by_name_is_refused():

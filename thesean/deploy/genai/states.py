@@ -243,6 +243,7 @@ class _Edit:
 
         for value, window in self.unseen:
             batch = self.first.op("Shape", [self.tokens], {"start": 0, "end": 1})
+            # any cache tells P: genai has one length for all, and a window's is one of all steps by now
             past = self.first.op("Shape", [caches[0][0]], {"start": 2, "end": 3})
             shape = self.first.op("Concat", [batch, past], {"axis": 0})
             yes = self.ir.tensor(np.array([True]))

@@ -51,7 +51,7 @@ class Table:
     """A table of which each further step reads a further row, without bound: lengths past `limit` read out of range.
 
     `first` is the lowest row that is read. `argument` is the position of the indices among `reader`'s arguments; None
-    when a slice 0:T reads the table.
+    when a slice from the first row on reads the table.
     """
 
     reader: fx.Node
@@ -154,7 +154,8 @@ def tables(graph_module: fx.GraphModule) -> list[Table]:
         if node.target is aten.slice.Tensor and _is_prefix(node, short, long):
             value = short(node.args[0])
             rows = value.shape[_dim(node, value)]
-            found.append(Table(reader=node, argument=None, rows=rows, first=0, limit=rows))
+            limit = _SHORT + rows - short(argument(node, 3, "end"))
+            found.append(Table(reader=node, argument=None, rows=rows, first=0, limit=limit))
         elif node.target in _READERS:
             table, index = _READERS[node.target]
             given = leaf_nodes(node.args[index])
@@ -200,7 +201,7 @@ def counters(graph_module: fx.GraphModule) -> list[Counter]:
 
 
 def _is_prefix(node: fx.Node, short: Callable[[fx.Node], Any], long: Callable[[fx.Node], Any]) -> bool:
-    """table[:T], of a table that no size enters."""
+    """table[:T], or a fixed number of rows more or less, of a table that no size enters."""
     source, start, end = node.args[0], argument(node, 2, "start"), argument(node, 3, "end")
     step = argument(node, 4, "step", 1)
     if not isinstance(end, fx.Node) or start not in (None, 0) or step != 1 or not isinstance(source, fx.Node):
@@ -208,7 +209,8 @@ def _is_prefix(node: fx.Node, short: Callable[[fx.Node], Any], long: Callable[[f
     value, again = short(source), long(source)
     if not isinstance(value, torch.Tensor) or not isinstance(again, torch.Tensor) or value.shape != again.shape:
         return False
-    return short(end) == _SHORT and long(end) == _LONG
+    before, after = short(end), long(end)
+    return isinstance(before, int) and isinstance(after, int) and after - before == _LONG - _SHORT
 
 
 def _dim(node: fx.Node, value: torch.Tensor) -> int:

@@ -1,7 +1,7 @@
 """The operators that a saved graph may hold, and the values that their arguments may have: whatever is not here is
 refused, saving and loading alike.
 
-They are what captures of the guides in benchmarks/zoo.py and tests/guides.py hold (benchmarks/captures.py shows it),
+They are what captures of the guides in benchmarks/zoo/ and tests/guides.py hold (benchmarks/captures.py shows it),
 and their nearest kin. Each returns the same for the same arguments, writes to none of them, reads nothing but them,
 looks at sizes and indices before it reads by them (or `unchecked.py` does), and changes nothing of the process: no
 strides, offsets or storage, no random numbers, no memory left as it was found, no sizes that depend on values.

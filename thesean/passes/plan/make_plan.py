@@ -5,7 +5,6 @@ The plan is what people read and edit; bound to the graph it is what the compile
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -134,9 +133,9 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
             target = binder.whole(group, target) if division.whole and target is not None else target
             parts.append(binder.part(group, target, member, strict))
         except TargetMismatchError as error:
-            misfits[group.path] = _keeping(error, group.path)
             if strict:
-                raise misfits[group.path] from error
+                raise
+            misfits[group.path] = error
             parts.append(binder.part(group, None, member))
     if not any(p.target for p in parts):
         if misfits:
@@ -147,11 +146,6 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
     told = (*_left_to_the_guide(misfits), *streams, *_told(parts), *_state(parts), *_slower(parts))
     notes = tuple(dict.fromkeys((*division.settings.notes, *told)))  # a plan that was handed in has told some already
     return binder.bind(parts, replace(division.settings, notes=notes))
-
-
-def _keeping(misfit: TargetMismatchError, path: str) -> TargetMismatchError:
-    """The same, with the part to keep: a target may fit all of it but a place inside."""
-    return TargetMismatchError(re.sub(r"keep=\[(['\"]).*?\1\]", lambda _: f"keep=[{path!r}]", str(misfit)))
 
 
 def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:

@@ -68,13 +68,13 @@ class SiteFinder:
         scope = scope_of(target)
         if scope == "part":
             return (self._whole(group, target),), ""
-        dropped = tuple(self._site(m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
+        dropped = tuple(self._site(group, m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
         if scope == "members":
             return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
         if not inner:
             return (), self._nothing(keeps, target, scope)
-        found = [*dropped, *(self._site(path, region, target) for path, region in inner)]
+        found = [*dropped, *(self._site(group, path, region, target) for path, region in inner)]
         return tuple(sorted(found, key=lambda s: self.flow.order[s.region.exit])), ""
 
     def block(self, group: Group) -> FoundBlock | None:
@@ -89,8 +89,8 @@ class SiteFinder:
         wanted = target.build is None and get_family(target.name).block
         found = self.block(group) if wanted else None
         if found is None:
-            return self._site(group.path, group.region, target)
-        site = self._site(group.path, found.region, target)
+            return self._site(group, group.path, group.region, target)
+        site = self._site(group, group.path, found.region, target)
         return replace(site, facts=replace(site.facts, block=found.facts))
 
     def _branches(self, named: NamedRegion, scope: Scope, explicit: bool) -> list[tuple[str, Region]]:
@@ -124,7 +124,7 @@ class SiteFinder:
             f"Target({target.name!r}, scope='part') replaces the whole part"
         )
 
-    def _site(self, path: str, region: Region, target: Target) -> Site:
+    def _site(self, group: Group, path: str, region: Region, target: Target) -> Site:
         removes = target.build is None and get_family(target.name).removes
         into, out = region.entry, region.exit
         if removes:
@@ -132,19 +132,21 @@ class SiteFinder:
             if found is None:
                 raise TargetMismatchError(
                     f"{path}: target {target.name!r} expected a part that keeps the shape, found "
-                    f"{self.shape(into)} -> {self.shape(out)}. Choose target 'linear', or keep it with keep=[{path!r}]."
+                    f"{self.shape(into)} -> {self.shape(out)}. Choose target 'linear', or keep it with "
+                    f"keep=[{group.path!r}]."
                 )
             out, into = found
         if any(map(self._counted_by_values, (into, out))):
             raise TargetMismatchError(
                 f"{path}: target {target.name!r} expected a part that reads a sequence as it stands, found one that is "
                 "sent as many tokens as a router decides, other ones in a hybrid than in the guide. Name what is "
-                f"around it as a part, or keep it with keep=[{path!r}]."
+                f"around it as a part, or keep it with keep=[{group.path!r}]."
             )
         token_wise = scope_of(target) == "token-wise"
         attention = None if removes else find_attention(region, self.values)
         facts = PartFacts(
             path=path,
+            whole=group.path,
             input_shape=self.shape(into),
             output_shape=self.shape(out),
             mixing=probe_mixing(region, self.values),

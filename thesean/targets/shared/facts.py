@@ -252,6 +252,7 @@ class PartFacts:
     """All that a target may know of the part that it replaces: shapes and measured facts, never a class name."""
 
     path: str
+    whole: str | None = None  # path of the part of the plan where this is a place inside of it
     input_shape: tuple[Dim, ...]  # a str is a dynamic dimension, "batch" first
     output_shape: tuple[Dim, ...]
     mixing: Mixing  # what the probe saw along the second dimension; "none" is token-wise
@@ -297,6 +298,11 @@ class PartFacts:
         """
         leading = self.input_shape[: (-1 if self.is_sequence else 1) if dims is None else dims]
         return math.prod(sizes[dim] if isinstance(dim, str) else dim for dim in leading)
+
+    @property
+    def keep(self) -> str:
+        """What leaves it to the guide: all of the part, since a plan keeps no place inside of one."""
+        return f"keep=[{self.whole or self.path!r}]"
 
     def mismatch(self, target: str, found: str, expected: str, advice: str) -> TargetMismatchError:
         return TargetMismatchError(f"{self.path}: target {target!r} expected {expected}, found {found}. {advice}")

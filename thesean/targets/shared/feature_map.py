@@ -228,7 +228,7 @@ def standardise(conv: nn.Conv2d, maps: Sequence[torch.Tensor]) -> None:
 def check_feature_map(target: str, part: PartFacts) -> None:
     """Raises TargetMismatchError unless the part maps (batch, C, H, W) to a map that is no larger, sizes static."""
     shapes = f"{describe(part.input_shape)} -> {describe(part.output_shape)}"
-    keep = f"keep it with keep=[{part.path!r}]"
+    keep = f"keep it with {part.keep}"
     if not len(part.input_shape) == len(part.output_shape) == 4:
         raise part.mismatch(
             target,

@@ -20,7 +20,7 @@ def check_heads(target: str, part: PartFacts, options: NarrowHeadsOptions) -> No
     """Raises TargetMismatchError unless the part is a plain attention with heads enough."""
     check_sequence(target, part)
     facts = part.attention
-    keep = f"Keep it with keep=[{part.path!r}]"
+    keep = f"Keep it with {part.keep}"
     if facts is None:
         raise part.mismatch(
             target, found="a part without attention", expected="one attention to take heads from", advice=f"{keep}."

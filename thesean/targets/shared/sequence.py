@@ -193,7 +193,7 @@ def check_sequence(target: str, part: PartFacts) -> None:
             target,
             found=f"{shapes}{', channels first' if part.channels_first else ''}",
             expected="a sequence (batch, time, width) in and out",
-            advice=f"Choose target 'mlp' for it, or keep it with keep=[{part.path!r}].",
+            advice=f"Choose target 'mlp' for it, or keep it with {part.keep}.",
         )
     if isinstance(part.input_shape[2], str) or isinstance(part.output_shape[2], str):
         raise part.mismatch(
@@ -207,7 +207,7 @@ def check_sequence(target: str, part: PartFacts) -> None:
             target,
             found=shapes,
             expected="as many steps out as in",
-            advice=f"Keep it with keep=[{part.path!r}] and convert the parts around it.",
+            advice=f"Keep it with {part.keep} and convert the parts around it.",
         )
 
 
