@@ -7,6 +7,7 @@ converted.export("model.onnx")
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from thesean.activations import save_activations
 from thesean.answers import compare_answers
 from thesean.choose.plans import Plans
 from thesean.compare import compare
@@ -61,6 +62,7 @@ __all__ = [
     "next_token",
     "plan",
     "register",
+    "save_activations",
     "similarity",
     "targets",
     "trade_offs",

@@ -11,10 +11,12 @@ import torch
 
 from thesean import ranks
 from thesean.distill.callbacks import checked_loss, checked_metric, telling
-from thesean.distill.data import make_feed
+from thesean.distill.data import Feed, make_feed
 from thesean.distill.gathered import Gathered
+from thesean.distill.guide_cache import GuideCache
 from thesean.distill.losses import as_the_guide, warn_of_chance
 from thesean.distill.outputs import read_outputs
+from thesean.distill.saved_activations import SavedActivations
 from thesean.distill.task import Task
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING, Journal
@@ -54,6 +56,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
         seed=request.seed,
         journal=journal,
         begun=request.begun,
+        cache=_cache(captured, request, feed),
     )
     facts = cache(lambda: run_facts(captured, request, feed))
     # a rank's own number, or device, may be among what a loss is made with
@@ -62,6 +65,14 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     if ranks.count() == 1:  # else it judges some of these rows
         training.judge.learn(0, first)
     return training
+
+
+def _cache(captured: Captured, request: Request, feed: Feed) -> GuideCache | None:
+    """Of a list all batches come again."""
+    if request.cache == "off":
+        return None
+    saved = None if request.cache == "auto" else SavedActivations(request.cache, captured.graph_module)
+    return GuideCache(isinstance(getattr(feed.batches, "data", None), (list, tuple)), saved)
 
 
 def _observed(

@@ -18,7 +18,6 @@ from thesean.choose.choose_plan import choose_plans
 from thesean.choose.constraints import Budgets, Constraints
 from thesean.choose.plans import Plans
 from thesean.converted import Converted
-from thesean.deploy.rehearse import unstreamable, unwritable
 from thesean.deploy.timing.plan import measure_plan
 from thesean.distill.baselines import BaselineKind, baseline_recipe, train_baseline
 from thesean.distill.keep_best import keep_best
@@ -27,7 +26,7 @@ from thesean.distill.outputs import OutputKind
 from thesean.distill.stages import align, tune
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.distill.training import Training
-from thesean.errors import ArtifactError, CaptureError, PlanError
+from thesean.errors import CaptureError, PlanError
 from thesean.frontier import finish
 from thesean.journal import KEEPS_NOTHING, Journal, Resume, journal_in, stoppable
 from thesean.observer import Observer
@@ -38,12 +37,12 @@ from thesean.passes.graph.dump import dumping
 from thesean.passes.graph.modes import callers_settings, seeded, usual_settings
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.divide import divide
-from thesean.passes.plan.hybrid import Hybrid, build_hybrid
+from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import TargetSpec, bind_plan, globs_of, plan_division
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe
-from thesean.rehearse_artifact import check_loadable
+from thesean.rehearsed import rehearsed
 from thesean.report import Watching, watched
 from thesean.request import Request, sizes_of
 from thesean.targets import Target
@@ -79,6 +78,7 @@ def compile(
     dump_graphs: str | Path | None = None,
     resume: Resume = "auto",
     budget: int | str | None = None,
+    cache: str | Path = "auto",
 ) -> Converted:
     """Convert a trained network to another architecture.
 
@@ -102,6 +102,8 @@ def compile(
     for checkpoints: after an interruption the same call goes on. resume: "auto" begins anew, and says so, where guide,
     data, recipe or code are others by now; "must" raises ResumeError there; "never" begins anew.
     budget: "60s", "10min", "2h", or steps, in place of the recipe's: shared by what a trial of each phase gains.
+    cache: "auto" keeps what the guide makes of batches that come again, up to 1 GiB, so that a step need not run it;
+    "off" keeps nothing; a folder that `thesean activations` wrote is read, and "auto" beside. The bits are the same.
     progress: False is silent; "tensorboard", "trackio" or an observer of your own (`thesean.observer`) is told
     besides of every step, several as a list: [False, "tensorboard"].
     plan: an edited plan, or its YAML file; it takes the place of target, parts, keep and granularity.
@@ -134,6 +136,7 @@ def compile(
         seed=seed,
         resume=resume,
         budget=budget,
+        cache=cache,
     )
     journal = journal_in(workdir)
     with ranks.joined(model):
@@ -377,23 +380,3 @@ def check_trainable(captured: Captured, recipe: Recipe) -> None:
     """Raises CaptureError where steps of gradients would not train what they would in the guide."""
     if captured.untrainable and recipe.gradients:
         raise CaptureError(captured.untrainable)
-
-
-def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, run: Workdir | None) -> list[str]:
-    """Why the untrained hybrid can't be saved, exported or streamed, for the report. Raises ArtifactError where it must
-    be saved. That it can't be exported is a warning too: not everyone does.
-    """
-    notes: list[str] = []
-    signature = bound_plan.captured.signature
-    try:
-        check_loadable(hybrid.graph_module, signature, bound_plan.plan)
-    except ArtifactError as error:
-        if run is not None:
-            raise
-        notes.append(f"can't be saved: {error}")
-    if run is not None:
-        ranks.first(partial(run.check_room, hybrid.graph_module))
-    for told in filter(None, (unwritable(hybrid.graph_module), unstreamable(hybrid.graph_module, signature))):
-        warn([told])
-        notes.append(told)
-    return notes

@@ -62,6 +62,7 @@ class Request:
     budget: int | str | None = None  # the recipe's by now
     begun: float = field(default_factory=time.monotonic)
     resume: Resume = "auto"
+    cache: str | Path = "auto"  # "off", or a folder of activations
     several: bool = False  # whether one plan a budget may be made
 
     def __post_init__(self) -> None:
@@ -179,6 +180,8 @@ class Request:
             raise DataError(f"seed: expected a whole number of at most {_LARGEST_SEED}, found {self.seed!r}.")
         if self.resume not in RESUMES:
             raise unknown_name("way to resume", str(self.resume), RESUMES)
+        if not isinstance(self.cache, (str, Path)) or not str(self.cache):
+            raise DataError(f'cache: expected "auto", "off" or a folder of activations, found {self.cache!r}.')
         for name in ("merge", "target_parts"):
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int)):

@@ -100,7 +100,7 @@ def test_help_names_the_commands_and_shows_a_whole_voyage() -> None:
     assert "    thesean plan models.gpt:make --target rnn\n" in result.output
 
 
-@pytest.mark.parametrize("command", ["convert", "plan", "export", "compare", "targets"])
+@pytest.mark.parametrize("command", ["activations", "convert", "plan", "export", "compare", "targets"])
 def test_every_command_teaches_by_an_example_that_keeps_its_line(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -521,3 +521,30 @@ def test_plan_measures_draws_and_tells_its_steps_on_stderr(guides: Path, monkeyp
     assert "wrote plan.svg" in result.stdout
     assert "exported the guide" in result.stderr
     assert "mix.1" in (guides / "plan.svg").read_text()
+
+
+def test_activations_are_written_once_and_read_by_a_conversion(guides: Path) -> None:
+    words = "activations guides_for_cli:mixer -t gru --data guides_for_cli:sequences --out kept"
+    told = run(*words.split())
+    assert told.exit_code == 0, told.output
+    assert told.output.startswith("wrote kept: 4 batches, 4 of them new, ")
+    assert run(*words.split()).output.startswith("wrote kept: 4 batches, 0 of them new, ")
+    words = "convert guides_for_cli:mixer -t gru --data guides_for_cli:sequences --out made --quiet --budget 8 --cache"
+    assert run(*words.split(), "kept").exit_code == 0
+    report = json.loads((guides / "made" / "report.json").read_text(encoding="utf-8"))
+    assert any(note.endswith("steps: its activations were saved") for note in report["notes"])
+    assert "expected a folder of activations" in error_of(run(*words.split(), "nowhere"))
+    assert "--target auto has no parts before it has chosen" in error_of(
+        run(
+            *[
+                "activations",
+                "guides_for_cli:mixer",
+                "-t",
+                "auto",
+                "--data",
+                "guides_for_cli:sequences",
+                "--out",
+                "other",
+            ]
+        )
+    )

@@ -11,11 +11,13 @@ import typer
 import thesean
 from thesean import ranks
 from thesean.artifact import check_free
+from thesean.cli.activations import activations
 from thesean.cli.bench import bench
 from thesean.cli.look import compare, inspect, measures, report, targets
 from thesean.cli.options import (
     Accumulate,
     Budget,
+    Cache,
     Check,
     Checked,
     Choices,
@@ -122,6 +124,7 @@ def convert(
     gradient_accumulation: Accumulate = None,
     sharded: Sharded = None,
     budget: TimeOrSteps = None,
+    cache: Cache = "auto",
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Run this plan, made by `thesean plan --yaml` and edited.")
     ] = None,
@@ -220,6 +223,7 @@ def convert(
         model = load_guide(guide)
         chosen |= loaded_arguments(data, example_inputs, loss, eval_data, inputs, labels)
         chosen |= {"workdir": workdir, "resume": resume}
+        chosen["cache"] = cache
         chosen["budget"] = int(budget) if budget is not None and budget.isdecimal() else budget
         converted = thesean.compile(model, **chosen, dump_graphs=dump_graphs)
         if not ranks.leads():
@@ -387,7 +391,7 @@ def export(
         typer.echo(str(made))
 
 
-# the commands of look.py and bench.py are the same program's
-for command in (report, inspect, compare, targets, measures):
+# the commands of other files are the same program's
+for command in (activations, report, inspect, compare, targets, measures):
     app.command()(command)
 app.command(cls=NetworkOrSuite)(bench)

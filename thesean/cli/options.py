@@ -210,6 +210,13 @@ TimeOrSteps = Annotated[
     str | None,
     typer.Option("--budget", metavar="60s|10min|2h|STEPS", help="Time for the whole run, or steps in all."),
 ]
+Cache = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|DIR",
+        help="Keep what the guide makes of batches that come again, or read it from DIR (`thesean activations`).",
+    ),
+]
 Observers = Annotated[
     list[str] | None,
     typer.Option("--observe", metavar="tensorboard|trackio", help="Tell it every step of the run. Repeatable."),

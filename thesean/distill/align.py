@@ -30,7 +30,7 @@ from thesean.distill.swapping import Swapping, frozen, probability
 from thesean.distill.task import Batch
 from thesean.distill.training import Training
 from thesean.journal import Stateful
-from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.intermediates import intermediates, names_of
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.plan.hybrid import Hybrid, Replacement
 
@@ -226,6 +226,7 @@ class Aligner:
         ends = self.hybrid.boundaries
         run_own = self.recomputing.graph(own, [name for name, _ in ends]) if runs else own
         run_theirs = self.recomputing.frozen(theirs, [name for _, name in ends])
+        run_theirs = self.training.guided(run_theirs, names_of(theirs))
 
         def loss(step: int, batch: Batch) -> torch.Tensor:
             with torch.no_grad():
@@ -243,7 +244,8 @@ class Aligner:
         """The objective at the output of a network in which some of the parts stand, others each step."""
         settings, swapping = self.recipe.alignment, Swapping(self.guide, self.hybrid, self.recomputing)
         names = [] if self.objective.output is None else self.seen.names
-        theirs = intermediates(self.guide, names, with_output=self.objective.output is not None)
+        made = intermediates(self.guide, names, with_output=self.objective.output is not None)
+        theirs = self.training.guided(made, names_of(made))
 
         def loss(step: int, batch: Batch) -> torch.Tensor:
             with torch.no_grad():

@@ -55,6 +55,6 @@ def train_baseline(bound_plan: BoundPlan, training: Training, kind: BaselineKind
         guide=guide,
         final=final,
         steps=tuned.steps,
-        notes=tuned.notes,
+        notes=(*tuned.notes, *training.spared),
         curves=tuned.curves,
     )

@@ -29,7 +29,7 @@ from thesean.distill.sharded import sharding, whole
 from thesean.distill.task import Batch, task_loss
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
-from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.intermediates import intermediates, names_of
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.recipe import RATES
 from thesean.similarity import get_measure
@@ -205,7 +205,7 @@ def _loss_of(
     seen, gathered = Seen(training.guide), Gathered(training.guide)
     own = recomputing.graph(intermediates(hybrid.graph_module, own_names if use_hidden else []), own_names)
     guide = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
-    theirs = recomputing.frozen(guide, guide_names)
+    theirs = training.guided(recomputing.frozen(guide, guide_names), names_of(guide))
 
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch

@@ -100,7 +100,7 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
         guide=aligned.guide,
         final=final,
         steps=aligned.steps + tuned.steps,
-        notes=(*aligned.notes, *tuned.notes, *_ended(training, aligned, steps, tuned)),
+        notes=(*aligned.notes, *tuned.notes, *_ended(training, aligned, steps, tuned), *training.spared),
         curves=(*aligned.curves, *tuned.curves),
         lost=lost,
     )

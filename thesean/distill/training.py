@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from thesean import ranks
 from thesean.distill.data import Feed
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.gathered import Gathered
+from thesean.distill.guide_cache import GuideCache, Run
 from thesean.distill.task import Batch, Task, try_loss
 from thesean.distill.train import Trainer
 from thesean.journal import Journal
@@ -35,6 +36,7 @@ class Training:
     seed: int = 0
     journal: Journal = field(default_factory=Journal)
     begun: float = field(default_factory=time.monotonic)
+    cache: GuideCache | None = None
 
     @property
     def seconds(self) -> float:
@@ -53,6 +55,15 @@ class Training:
     def inputs(self, batches: Iterable[Batch]) -> list[dict[str, torch.Tensor]]:
         """This rank's rows."""
         return [self.own(batch)[1] for batch in batches]
+
+    def guided(self, run: Run, names: Sequence[str]) -> Run:
+        """Values of the guide's nodes by name, from the cache where they are there; `run` computes them."""
+        return run if self.cache is None or self.recipe.sharded else self.cache.runner(run, names)
+
+    @property
+    def spared(self) -> list[str]:
+        """What the cache saved, as a note."""
+        return [self.cache.told] if self.cache is not None and self.cache.told else []
 
     @cached_property
     def gathered(self) -> Gathered:

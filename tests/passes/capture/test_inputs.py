@@ -125,7 +125,7 @@ class StateIn(nn.Module):
 
 
 def test_an_input_is_a_tensor_that_is_not_called_as_a_files_states_are():
-    with pytest.raises(DataError, match=r"found an ndarray: torch\.from_numpy\(x\)"):
+    with pytest.raises(DataError, match=r"found ndarray\. Make it one: torch\.as_tensor"):
         capture(Pair().eval(), {"x": vectors(3, 6).numpy()})
     with pytest.raises(DataError, match="an exported file's own states are called so"):
         capture(StateIn().eval(), vectors(3, 6))

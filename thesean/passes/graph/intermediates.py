@@ -22,3 +22,8 @@ def intermediates(graph_module: fx.GraphModule, names: Iterable[str], with_outpu
     graph.output({"output": output, **result} if with_output else result)
     erase_dead(graph)
     return fx.GraphModule(graph_module, graph)
+
+
+def names_of(made: fx.GraphModule) -> tuple[str, ...]:
+    """What a module that `intermediates` made gives."""
+    return tuple(made.graph.output_node().args[0])  # type: ignore[arg-type]
