@@ -129,7 +129,7 @@ def test_a_loader_that_shuffles_rows_repeats_nothing_and_holds_nothing(monkeypat
 
     monkeypatch.setattr(guide_cache.GuideCache, "__init__", noted)
     rows = [{"input_ids": ids_T} for batch in models.token_batches() for ids_T in batch["input_ids"]]
-    loader = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows, 2, shuffle=True, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     conversion(data=loader)
     (own,) = made
     assert own.runs
