@@ -289,6 +289,16 @@ def test_a_seed_gives_the_same_text_and_each_row_draws_for_itself(mixed):
     assert mixed.generate(PROMPTS, 10, **settings) != mixed.generate(PROMPTS, 10, **settings)
 
 
+def test_streams_that_draw_and_one_that_does_not_are_stepped_together(mixed):
+    drawing: Any = dict(temperature=3.0, seed=3)
+    wanted = [mixed.generate(PROMPTS[0], 8), mixed.generate(PROMPTS[1], 8, **drawing)]
+    streams = mixed.streams()
+    names = [streams.join(PROMPTS[0]), streams.join(PROMPTS[1], **drawing)]
+    made = [streams.step() for _ in range(8)]
+    assert [[step[name] for step in made] for name in names] == wanted
+    assert wanted[1] != mixed.generate(PROMPTS[1], 8)
+
+
 def test_the_penalty_knows_the_prompt_and_what_was_written(mixed):
     prompt, penalty = [7, 8, 9], 1.4
     ids = list(prompt)

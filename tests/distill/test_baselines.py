@@ -32,6 +32,12 @@ def test_distillation_keeps_the_recipes_weight_and_has_one_where_the_recipe_has_
     assert baseline_recipe("distillation", mild).fine_tuning.distillation == 0.4
 
 
+@pytest.mark.parametrize("wrong", [0, -0.1, float("inf"), float("nan"), "fast"])
+def test_a_learning_rate_that_is_none_is_refused(wrong):
+    with pytest.raises(DataError, match="learning_rate: expected a number above 0, found"):
+        baseline_recipe("scratch", recipe(), wrong)
+
+
 def test_the_learning_rate_is_the_recipes_unless_given():
     assert baseline_recipe("scratch", recipe(learning_rate=0.5)).fine_tuning.learning_rate == 0.5
     assert baseline_recipe("scratch", recipe(learning_rate=0.5), 0.1).fine_tuning.learning_rate == 0.1

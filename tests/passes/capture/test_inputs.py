@@ -16,6 +16,7 @@ from torch import nn
 from tests.models import vectors
 from thesean.errors import CaptureError, DataError, TheseanError
 from thesean.passes.capture.capture import capture
+from thesean.passes.capture.inputs import forward_parameters
 
 
 class Pair(nn.Module):
@@ -66,6 +67,22 @@ def test_a_wrapper_takes_what_the_module_inside_takes_by_position_too(wrap: Call
     captured = capture(wrap(guide).eval(), (x, y))
     assert [s.name for s in captured.signature.inputs] == ["x", "y"]
     assert torch.allclose(captured.graph_module(x=x, y=y), guide(x, y), atol=1e-6)
+
+
+class Reads(nn.Module):
+    """Has a name of its own for what it reads, and hands the rest on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(4, 4)
+
+    def forward(self, batch: torch.Tensor, **rest: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inside(batch, **rest)
+        return y
+
+
+def test_a_wrapper_that_names_what_it_reads_is_asked_for_that():
+    assert list(forward_parameters(Reads())) == ["batch", "rest"]
 
 
 def test_torchs_own_wrappers_leave_no_trace_in_the_names():

@@ -165,6 +165,13 @@ def test_windows_stand_where_a_padded_convolution_has_them():
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_windows_of_a_map_that_is_no_square_are_each_sides_own():
+    x = torch.arange(64.0).view(1, 1, 8, 8)
+    windows = Windows((8, 8), (8, 6), 1)  # a side is as a convolution has it, of the other both ends are left over
+    found = F.conv2d(windows.place(x), torch.ones(1, 1, 1, 1), stride=windows.stride, padding=windows.padding)
+    assert torch.equal(found, x[..., 1:-1])
+
+
 def test_windows_crop_what_they_leave_over_at_both_ends():
     x = torch.arange(8.0).expand(1, 1, 8, 8)
     windows = Windows((8, 8), (4, 4), 1)
