@@ -16,7 +16,7 @@ from tests.models import VOCABULARY, seeded, spread, tokens
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 
-WIDTH, HEADS = 16, 4
+WIDTH, HEADS = 16, 2
 
 
 def t5(layers: int = 1) -> nn.Module:
