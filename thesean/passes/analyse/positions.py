@@ -20,8 +20,9 @@ from thesean.passes.graph.nodes import argument, attribute, compute, leaf_nodes
 
 aten = torch.ops.aten
 
-# Two lengths tell a value that grows with T from one that doesn't; every table has three rows.
-_SHORT, _LONG = 2, 3
+# Two lengths tell a value that grows with T from one that doesn't, and, so far apart, from one that grows by half of it
+# behind a stride.
+_SHORT, _LONG = 2, 7
 _BATCH = 5
 _HELD = 4  # of what is held, whatever the length
 
