@@ -26,10 +26,11 @@ from tests import models
 from tests.models import tokens, vectors
 from tests.test_artifact import converted
 from thesean import load_artifact
-from thesean.artifact import Artifact, full_is_an_oserror, write_files
+from thesean.artifact import Artifact, write_files
 from thesean.errors import ArtifactError, PlanError
 from thesean.passes.graph import unchecked
 from thesean.passes.graph.record import record
+from thesean.write_file import full_is_an_oserror
 
 aten = torch.ops.aten
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import fx
 
@@ -25,7 +24,7 @@ from thesean.replace_folder import replacing
 from thesean.report.conversion import ConversionReport
 from thesean.scratch import file_sha256, followed, named, telling
 from thesean.targets import TargetModule
-from thesean.write_file import new_file
+from thesean.write_file import full_is_an_oserror, new_file
 
 FORMAT = 1
 GRAPH, WEIGHTS, PLAN, REPORT = "graph.json", "weights.safetensors", "plan.yaml", "report.json"
@@ -110,15 +109,6 @@ def save_weights(graph_module: fx.GraphModule, path: Path) -> Path:
     with new_file(path) as made, full_is_an_oserror():
         save_file({k.partition(":")[2]: v for k, v in named_tensors(graph_module)[0].items()}, made)
     return path
-
-
-@contextmanager
-def full_is_an_oserror() -> Iterator[None]:
-    """safetensors writes in Rust and has an error of its own for all that a disk says."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(str(error).removeprefix("Error while serializing: ")) from error
 
 
 @contextmanager

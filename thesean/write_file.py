@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from thesean.errors import WriteError
 from thesean.scratch import followed, leftovers, named, remove, scratch, sync, telling
 
@@ -52,6 +54,15 @@ def new_file(path: Any, parents: bool = False) -> Iterator[Path]:
                 made.chmod(mode)
             sync(made)
             made.replace(target)
+
+
+@contextmanager
+def full_is_an_oserror() -> Iterator[None]:
+    """safetensors writes in Rust and has an error of its own for all that a disk says."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error).removeprefix("Error while serializing: ")) from error
 
 
 def made_in(folder: Path, target: Path) -> Path:

@@ -5,16 +5,18 @@ B batch, T time, D width
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
 import thesean
 from tests import captured, models
-from thesean.distill import guide_cache
+from thesean.distill import guide_cache, saved_activations
 from thesean.distill.guide_cache import GuideCache, key_of
 from thesean.distill.saved_activations import SavedActivations
 from thesean.errors import ArtifactError, UnknownNameError, WriteError
@@ -192,6 +194,33 @@ def test_activations_of_another_guide_and_what_are_none_are_refused(tmp_path):
         conversion(folder, data)
     with pytest.raises(UnknownNameError, match="granularity"):
         thesean.save_activations(models.gpt2(), folder, data=data, granularty="block")  # type: ignore[call-arg]
+
+
+def test_what_was_cut_short_goes_on(tmp_path):
+    class Cut:
+        def __iter__(self) -> Iterator[Any]:
+            yield models.token_batches()[0]
+            raise KeyboardInterrupt
+
+    example = models.token_batches()[0]
+    with pytest.raises(KeyboardInterrupt):
+        thesean.save_activations(models.gpt2(), tmp_path / "saved", data=Cut(), example_inputs=example)
+    written = thesean.save_activations(models.gpt2(), tmp_path / "saved", data=models.token_batches())
+    assert (written.batches, written.new) == (4, 3)
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
+    folder, data = tmp_path / "saved", models.token_batches(2)
+    thesean.save_activations(models.gpt2(), folder, data=data[:1])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(saved_activations, "save_file", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        thesean.save_activations(models.gpt2(), folder, data=data)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "", True])

@@ -24,7 +24,7 @@ from thesean.errors import ArtifactError, WriteError
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.text import text
 from thesean.scratch import named
-from thesean.write_file import new_file, write_text
+from thesean.write_file import full_is_an_oserror, new_file, write_text
 
 MANIFEST, _VERSION = "activations.json", 1
 
@@ -63,22 +63,23 @@ def write_activations(
         raise WriteError(f"{path}: these are another guide's activations. Choose another folder.")
     if before is not None and not set(wanted) <= set(before["nodes"]):
         raise WriteError(f"{path}: these are of other parts. Choose another folder.")
-    run = intermediates(guide, wanted, with_output=False)
+    held = wanted if before is None else before["nodes"]  # every file holds the same
+    if before is None:  # first of all, so that what is cut short can go on
+        told = {"version": _VERSION, "guide": own, "nodes": held}
+        write_text(path / MANIFEST, json.dumps(told, indent=1), parents=True)
+    run = intermediates(guide, held, with_output=False)
     new = 0
     for inputs in batches:
         file = path / f"{key_of(dict(inputs))}.safetensors"
         if file.exists():
             continue
         values = {name: value.contiguous().cpu() for name, value in run(**inputs).items()}
-        with new_file(file, parents=True) as made:
+        with new_file(file, parents=True) as made, full_is_an_oserror():
             save_file({name: value.clone() for name, value in values.items()}, made)
         new += 1
-    write_text(
-        path / MANIFEST, json.dumps({"version": _VERSION, "guide": own, "nodes": wanted}, indent=1), parents=True
-    )
     files = list(path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    return Written(path=path, batches=len(files), new=new, nodes=len(wanted), bytes=size)
+    return Written(path=path, batches=len(files), new=new, nodes=len(held), bytes=size)
 
 
 class SavedActivations:

@@ -21,7 +21,6 @@ from thesean.artifact import (
     WEIGHTS,
     Artifact,
     check_nameable,
-    full_is_an_oserror,
     is_conversion,
     write_files,
 )
@@ -36,6 +35,7 @@ from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.signature import Signature
 from thesean.replace_folder import replacing
 from thesean.scratch import named, telling
+from thesean.write_file import full_is_an_oserror
 
 CONFIG, GENERATION, README = "config.json", "generation_config.json", "README.md"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

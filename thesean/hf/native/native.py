@@ -14,7 +14,6 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from thesean.artifact import full_is_an_oserror
 from thesean.converted import Converted
 from thesean.deploy.tokenizer import copy_tokenizer
 from thesean.errors import NativeError
@@ -29,6 +28,7 @@ from thesean.passes.graph.guide_class import GuideClass
 from thesean.passes.graph.modes import usual_settings
 from thesean.replace_folder import replacing
 from thesean.scratch import named, telling
+from thesean.write_file import full_is_an_oserror
 
 # Modules of transformers that define models. A file may name one of these to be imported, and no other code.
 _MODELS = re.compile(r"transformers\.models\.[a-z0-9_]+\.modeling_[a-z0-9_]+")
