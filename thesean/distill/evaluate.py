@@ -122,9 +122,9 @@ class Judge:
         total = {"loss": 0.0, "metric": 0.0, "divergence": 0.0}
         rows = 0
         for number in self.everything if numbers is None else numbers:
-            batch, inputs = self.batches[number]
+            batch = self.batches[number][0]
             size = self.rows[number]
-            wanted = self._guide_output(number, inputs)
+            wanted = self.guide_output(number)
             output = wanted if output_of is None else output_of(number)
             if output_of is not None:
                 total["divergence"] += self._distance(number, output, wanted) * size
@@ -155,7 +155,7 @@ class Judge:
         """The mean of `of` alone, without the user's loss and metric; the guide's output is told as well."""
 
         def distance_on(number: int) -> float:
-            wanted = self._guide_output(number, self.batches[number][1])
+            wanted = self.guide_output(number)
             return self._distance(number, output_of(number, wanted), wanted)
 
         return self._mean(distance_on, numbers)
@@ -186,11 +186,6 @@ class Judge:
     def _mask_nodes(self) -> fx.GraphModule:
         return intermediates(self.guide, self._seen.names, with_output=False)
 
-    @torch.no_grad()
-    def guide_output(self, number: int) -> Any:
-        """On a batch, this rank's rows."""
-        return self._guide_output(number, self.batches[number][1])
-
     def learn(self, number: int, output: Any) -> None:
         """The guide's output on a batch, this rank's rows, where someone has it."""
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
@@ -210,10 +205,12 @@ class Judge:
         """Let go of the guide's outputs: nothing more is judged for now."""
         self._kept, self._bytes = {}, 0
 
-    def _guide_output(self, number: int, inputs: dict[str, torch.Tensor]) -> Any:
+    @torch.no_grad()
+    def guide_output(self, number: int) -> Any:
+        """On a batch, this rank's rows. Raises NumericalError for NaN and infinities."""
         output = self._kept.get(number)
         if output is None:
-            output = self.guide(**inputs)
+            output = self.guide(**self.batches[number][1])
             self.learn(number, output)
         if number not in self._checked:
             ranks.everywhere(partial(self.task.outputs.check_finite, output, f"held-out batch {number}"))
