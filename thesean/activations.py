@@ -8,7 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
-from thesean.compiler import traced
+from thesean.compiler import divided, traced
 from thesean.distill.data import Batches
 from thesean.distill.saved_activations import Written, write_activations
 from thesean.distill.seen import Seen
@@ -16,9 +16,8 @@ from thesean.distill.task import InputsOf
 from thesean.errors import DataError
 from thesean.keywords import check_keywords
 from thesean.passes.graph.modes import usual_settings
-from thesean.passes.plan.divide import divide
 from thesean.passes.plan.hybrid import build_hybrid
-from thesean.passes.plan.make_plan import TargetSpec, globs_of, plan_division
+from thesean.passes.plan.make_plan import TargetSpec
 from thesean.passes.plan.partition import Granularity
 from thesean.request import Request
 
@@ -57,8 +56,7 @@ def save_activations(
     with usual_settings():
         captured = traced(model, request)
         guide = captured.graph_module
-        bound_plan = plan_division(divide(captured, globs_of(request.target), **request.division), request.target)
-        hybrid = build_hybrid(bound_plan, share=True)
+        hybrid = build_hybrid(divided(captured, request), share=True)
         ends = {name for r in hybrid.replacements for name in (r.guide_entry, r.guide_exit)}
         ends |= {theirs for _, theirs in hybrid.boundaries} | set(Seen(guide).names)
         device = next(iter(captured.example.values())).device

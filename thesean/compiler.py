@@ -324,7 +324,7 @@ def plan(  # type: ignore[misc]  # the first takes the others' arguments by `res
             return measure_plan(bound_plan, contexts, batches or (1,), seed=seed)
 
         if not request.is_auto:
-            return told(plan_division(divide(captured, globs_of(target), **request.division), target))
+            return told(divided(captured, request))
         with watched(progress) as observer, naming_misfits(captured, request.sources, request.reading):
             found, _ = chosen_plans(captured, request, observer)
         timing = bool(contexts or batches)
@@ -337,6 +337,11 @@ def traced(model: nn.Module, request: Request) -> Captured:
     with callers_settings():
         captured = capture(model, request.example(model), request.dynamic)
     return without_unread(captured, model) if request.guesses_inputs else captured
+
+
+def divided(captured: Captured, request: Request) -> BoundPlan:
+    """The plan that a target, or one by glob, makes of the guide's parts."""
+    return plan_division(divide(captured, globs_of(request.target), **request.division), request.target)
 
 
 def planned(
@@ -354,7 +359,7 @@ def planned(
     if request.edited is not None:
         bound_plan = bind_plan(captured, request.edited)
     else:
-        bound_plan = plan_division(divide(captured, globs_of(request.target), **request.division), request.target)
+        bound_plan = divided(captured, request)
     training = bind_data(captured, request, observer, journal)
     return keep_best(bound_plan, training), training
 
