@@ -35,10 +35,7 @@ def text_of(value: Any) -> str:
 
 def text_of_values(values: Any) -> str:
     """Of nested batches or rows: tensors, arrays and images by their bytes."""
-    found = hashlib.blake2b(digest_size=16)
-    for leaf in pytree.tree_leaves(values):
-        found.update(_leaf(leaf) + b"\0")
-    return found.hexdigest()
+    return hashed(map(_leaf, pytree.tree_leaves(values)))
 
 
 def _leaf(leaf: Any) -> bytes:
@@ -106,11 +103,15 @@ def _source(value: Any) -> str:
         return f"partial of {_source(inspect.unwrap(value.func))}"
     for what in (value, type(value)):
         with suppress(OSError, TypeError):
-            return _hashed(inspect.getsource(what).encode("utf-8", "surrogatepass"))
+            return hashed([inspect.getsource(what)])
     code = getattr(getattr(value, "__code__", None), "co_code", b"")
     named = getattr(value, "__qualname__", type(value).__qualname__)
-    return f"{getattr(value, '__module__', '')}.{named}{_hashed(code) if code else ''}"
+    return f"{getattr(value, '__module__', '')}.{named}{hashed([code]) if code else ''}"
 
 
-def _hashed(text: bytes) -> str:
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+def hashed(pieces: Iterable[str | bytes]) -> str:
+    """Of all, each told from the next one."""
+    found = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        found.update((piece if isinstance(piece, bytes) else piece.encode("utf-8", "surrogatepass")) + b"\0")
+    return found.hexdigest()

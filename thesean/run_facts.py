@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from thesean.distill.data import Feed
-from thesean.distill.stream import generators_of, hash_of
-from thesean.fact_texts import made_with, text_of, text_of_values
+from thesean.distill.saved_activations import guide_hash
+from thesean.distill.stream import generators_of
+from thesean.fact_texts import hashed, made_with, text_of, text_of_values
 from thesean.passes.capture.captured import Captured
 from thesean.passes.graph.modes import seeded
 from thesean.request import Request
@@ -32,7 +32,7 @@ def run_facts(captured: Captured, request: Request, feed: Feed) -> dict[str, str
     chosen, guide = _chosen(request), captured.graph_module
     frozen = [name for name, p in guide.named_parameters() if not p.requires_grad]
     return {
-        "the guide": _hashed([guide.code, hash_of(guide.state_dict().values()), str(frozen)]),
+        "the guide": hashed([guide_hash(guide), str(frozen)]),
         "the recipe": request.settings.to_yaml(),
         "the plan": chosen,
         "the seed": str(request.seed),
@@ -60,7 +60,7 @@ def _data(request: Request, feed: Feed) -> str:
     """
     data = request.data
     with seeded(request.seed):
-        return _hashed([text_of_values(feed.held_out), text_of_values(_looked_at(data, feed)), _ways(data)])
+        return hashed([text_of_values(feed.held_out), text_of_values(_looked_at(data, feed)), _ways(data)])
 
 
 def _looked_at(data: Any, feed: Feed) -> list[Any]:
@@ -88,7 +88,7 @@ def _targets(asked: str) -> str:
     """Of the families that aren't ours and that are asked for by name."""
     home = Path(__file__).parent
     found = {_source_of(get_family(name).module) for name in targets() if name in asked}
-    return _hashed(_file(path) for path in sorted(found) if not path.startswith(str(home)))
+    return hashed(_file(path) for path in sorted(found) if not path.startswith(str(home)))
 
 
 def _source_of(cls: type) -> str:
@@ -102,7 +102,7 @@ def _source_of(cls: type) -> str:
 @cache
 def _sources() -> str:
     home = Path(__file__).parent
-    return _hashed(_file(str(path)) for path in sorted(home.rglob("*.py")))
+    return hashed(_file(str(path)) for path in sorted(home.rglob("*.py")))
 
 
 def _file(path: str) -> str:
@@ -110,10 +110,3 @@ def _file(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError:
         return path
-
-
-def _hashed(texts: Iterable[str]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        found.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return found.hexdigest()

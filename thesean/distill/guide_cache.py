@@ -7,7 +7,7 @@ for something newer, for in a cycle that is always what comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class GuideCache:
             self._values[key] = {**held, **new}
 
 
-def key_of(inputs: dict[str, torch.Tensor]) -> str:
+def key_of(inputs: Mapping[str, torch.Tensor]) -> str:
     """Of a batch, and of what it is computed in."""
     found = hash_of(inputs[name] for name in sorted(inputs))
     device = next((value.device.type for value in inputs.values()), "cpu")

@@ -22,7 +22,6 @@ from thesean.distill.guide_cache import key_of
 from thesean.distill.stream import hash_of
 from thesean.errors import ArtifactError, WriteError
 from thesean.passes.graph.intermediates import intermediates
-from thesean.passes.graph.text import text
 from thesean.scratch import named
 from thesean.write_file import full_is_an_oserror, new_file, write_text
 
@@ -42,7 +41,7 @@ class Written:
 
 def guide_hash(guide: fx.GraphModule) -> str:
     """Of its operators and weights."""
-    found = hashlib.blake2b("\n".join(text(guide.graph)).encode(), digest_size=16)
+    found = hashlib.blake2b(guide.code.encode(), digest_size=16)
     found.update(hash_of(guide.state_dict().values()).encode())
     return found.hexdigest()
 
@@ -70,12 +69,13 @@ def write_activations(
     run = intermediates(guide, held, with_output=False)
     new = 0
     for inputs in batches:
-        file = path / f"{key_of(dict(inputs))}.safetensors"
+        file = path / f"{key_of(inputs)}.safetensors"
         if file.exists():
             continue
-        values = {name: value.contiguous().cpu() for name, value in run(**inputs).items()}
+        # each by itself: a file holds no two that share memory
+        values = {n: v.cpu().clone(memory_format=torch.contiguous_format) for n, v in run(**inputs).items()}
         with new_file(file, parents=True) as made, full_is_an_oserror():
-            save_file({name: value.clone() for name, value in values.items()}, made)
+            save_file(values, made)
         new += 1
     files = list(path.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
