@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from thesean.passes.capture.inputs import own_parameters
 # A graph's own attributes, which no module or weight of the guide can be called.
 _TAKEN = (set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))) | {"meta"}
 _HELD = "guide"
+_LEAVES = (torch.Tensor, type(None), bool, int, float, str)
 
 
 def stand_in(model: nn.Module, names: Sequence[str], eager: Any) -> nn.Module:
@@ -70,10 +71,10 @@ def _in_guide(path: str) -> str:
     return "" if path == _HELD else path.removeprefix(f"{_HELD}.")
 
 
-def foreign(value: Any, allowed: Collection[type] = (torch.Tensor, type(None), bool, int, float, str)) -> str:
+def foreign(value: Any) -> str:
     """The name of the first class in a guide's output that is neither a tensor nor a record of such; "" for none."""
     if _is_record(value):
         inner = value.values() if isinstance(value, Mapping) else plain(value)
         inner = inner.values() if isinstance(inner, Mapping) else inner
         return next((name for name in map(foreign, inner) if name), "")
-    return "" if isinstance(value, tuple(allowed)) else type(value).__name__
+    return "" if isinstance(value, _LEAVES) else type(value).__name__
