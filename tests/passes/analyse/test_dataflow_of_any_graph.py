@@ -5,6 +5,7 @@ B batch, T time, D width
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable
 from typing import Any
@@ -29,19 +30,19 @@ aten = torch.ops.aten
 
 
 def drawn(seed: int, outputs: int) -> fx.Graph:
-    """Sums and functions of any earlier nodes, some of which lead nowhere and some of which no input enters."""
+    """Sums and functions of one or two inputs and any earlier nodes, some of which lead nowhere."""
     generator = random.Random(seed)
 
-    def made(call: Callable[..., Any], x: Any, w: Any) -> list[Any]:
-        nodes = [x]
+    def made(call: Callable[..., Any], *inputs: Any, w: Any) -> list[Any]:
+        nodes = list(inputs)
         for _ in range(generator.randint(3, 14)):
             near = nodes[-generator.randint(1, 4) :]
             given = [generator.choice(near), generator.choice([*nodes, *near, w])]
             kind = generator.choice([aten.tanh.default, aten.add.Tensor, aten.mul.Tensor])
             nodes.append(call(kind, *given[: 1 if kind is aten.tanh.default else 2]))
-        return generator.sample(nodes[1:], min(outputs, len(nodes) - 1))
+        return generator.sample(nodes[len(inputs) :], min(outputs, len(nodes) - len(inputs)))
 
-    return written(made, torch.ones(2, 3), w=nn.Parameter(torch.ones(3))).graph
+    return written(made, *[torch.ones(2, 3)] * (1 + seed % 2), w=nn.Parameter(torch.ones(3))).graph
 
 
 def by_definition(flow: DataFlow) -> dict[fx.Node, fx.Node]:
@@ -77,12 +78,13 @@ def test_links_are_what_every_path_passes(seed):
 def test_the_flow_holds_what_an_input_reaches_and_what_reaches_an_output(seed):
     graph = drawn(seed, outputs=2)
     flow, sink = data_flow(graph), graph.output_node()
-    (x,) = graph.find_nodes(op="placeholder")
+    inputs = set(graph.find_nodes(op="placeholder"))
     reads = nx.DiGraph((i, n) for n in graph.nodes for i in n.all_input_nodes)
-    main = {x, *nx.descendants(reads, x)} & {sink, *nx.ancestors(reads, sink)}
+    reached = inputs.union(*(nx.descendants(reads, x) for x in inputs if x in reads))
+    main = reached & {sink, *nx.ancestors(reads, sink)}
     assert set(flow.dag) - {SOURCE} == main
     assert {(a, b) for a, b in flow.dag.edges if a != SOURCE} == {(a, b) for a, b in reads.edges if {a, b} <= main}
-    assert [b for a, b in flow.dag.edges if a == SOURCE] == [x]
+    assert {b for a, b in flow.dag.edges if a == SOURCE} == inputs & main
     assert set(graph.find_nodes(op="get_attr")) <= flow.side
     assert [flow.order[n] for n in graph.nodes] == list(range(len(graph.nodes)))
 
@@ -112,6 +114,18 @@ def test_what_flows_within_some_nodes_is_read_as_if_nothing_else_read_them():
 
 TOKENS, X = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, 4)
 Made = Callable[..., Any]
+
+
+def test_a_module_and_what_it_gives_are_of_the_flow():
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.get_attr("w")
+    x.meta["val"], w.meta["val"] = X, nn.Parameter(torch.ones(4))
+    called = graph.call_module("part", (x, w))
+    first = graph.call_function(operator.getitem, (called, 0))
+    first.meta["val"] = X
+    graph.output(first)
+    assert side_slice(graph) == {w}
+    assert set(data_flow(graph).dag) == {SOURCE, x, called, first, graph.output_node()}
 
 
 def size(c: Any, x: Any) -> Any:

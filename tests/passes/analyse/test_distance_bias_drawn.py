@@ -100,7 +100,7 @@ def test_the_longest_length_is_asked_for_that_so_many_different_heads_allow(head
 def test_heads_that_are_alike_count_once():
     found: list[int] = []
     age_TT = (torch.arange(TIME).unsqueeze(1) - torch.arange(TIME)).abs().float()
-    find_distance_bias(-age_TT.expand(400, -1, -1), found.append)  # type: ignore[arg-type]
+    find_distance_bias(-age_TT.expand(400, -1, -1), found.append)
     assert found[0] == 512
 
 

@@ -25,10 +25,12 @@ from thesean.passes.analyse.regions import (
     is_single_entry_single_exit,
     is_work,
     join,
+    module_regions,
     past_norm,
     same_shape,
     shared_path,
     span,
+    sum_of,
 )
 
 aten = torch.ops.aten
@@ -118,6 +120,10 @@ def X(graph_module: fx.GraphModule) -> fx.Node:
 def test_a_slice_belongs_to_the_shift_that_it_is_made_for():
     graph_module = written(lambda c, x: c(aten.pad.default, cut(c, x, 0, -1), [0, 0, 1, 0]), X_BTD)
     assert [n.target for n in graph_module.graph.nodes if is_work(n)] == [aten.slice.Tensor, aten.pad.default]
+    graph_module = written(
+        lambda c, x: (c(aten.exp.default, s := cut(c, x, 0, -1)), c(aten.pad.default, s, [0, 0, 1, 0])), X_BTD
+    )
+    assert [n.target for n in graph_module.graph.nodes if is_work(n)] == [aten.slice.Tensor, aten.pad.default]
     graph_module = written(lambda c, x: c(aten.exp.default, cut(c, x, 0, -1)), X_BTD)
     assert not any(is_work(n) for n in graph_module.graph.nodes)
 
@@ -171,6 +177,10 @@ NORMED: dict[str, tuple[Made, Made | None]] = {
     "as it is": (lambda c, x, m, v: c(aten.linear.default, x, m), None),
     "a norm": (lambda c, x, m, v: c(aten.linear.default, x, m), lambda c, y, v: c(aten.layer_norm.default, y, [4], v)),
     "one that is written out": (lambda c, x, m, v: c(aten.linear.default, x, m), rms),
+    "a norm by a weight that is computed": (
+        lambda c, x, m, v: c(aten.linear.default, x, m),
+        lambda c, y, v: c(aten.layer_norm.default, y, [4], c(aten.add.Scalar, v, 1.0)),
+    ),
     "a function": (lambda c, x, m, v: c(aten.linear.default, x, m), lambda c, y, v: c(aten.tanh.default, y)),
 }
 
@@ -190,7 +200,7 @@ def test_a_branch_ends_before_the_norm_that_alone_reads_it(name, read_twice):
     _, end, given, *_ = ends(graph_module)
     graph_module.graph.output_node().args = (ends(graph_module)[:1] + ends(graph_module)[3:],)
     region = Region(entry=X(graph_module), exit=end, nodes=(end,))
-    is_norm = name in ("a norm", "one that is written out")
+    is_norm = name not in ("as it is", "a function")
     assert past_norm(end) is (given if is_norm and not read_twice else end)
     assert is_branch(region) == (not read_twice and name != "a function")
 
@@ -272,6 +282,93 @@ def test_neighbours_are_joined_in_order():
         check_region(graph_module, Region(entry=x, exit=exp, nodes=(neg, exp)), flow, "here")
     with pytest.raises(PassRefused, match="here: the region belongs to another graph"):
         check_region(drawn(0), rows[1], flow, "here")
+
+
+def test_a_fork_has_several_values_and_a_residual_adds_work_to_its_entry():
+    def made(c: Any, x: Any, m: Any) -> Any:
+        inner = c(aten.linear.default, x, m)
+        return [
+            inner,
+            c(aten.add.Tensor, x, inner),
+            c(aten.mul.Tensor, x, inner),
+            c(aten.add.Tensor, x, c(aten.exp.default, x)),
+        ]
+
+    graph_module = written(made, X_BTD, m=nn.Parameter(torch.rand(4, 4)))
+    x, (inner, total, product, light) = X(graph_module), ends(graph_module)
+    rows = [(inner,), (inner, total), (inner, product), (light.all_input_nodes[1], light)]
+    regions = [Region(entry=x, exit=row[-1], nodes=row) for row in rows]
+    assert [r.is_fork() for r in regions] == [False, True, True, True]
+    assert [r.is_residual() for r in regions] == [False, True, False, False]
+    assert [r.is_heavy() for r in regions] == [True, True, True, False]
+    assert not Region(entry=inner, exit=light, nodes=rows[3]).is_residual()
+    by_name = {n.name: n for n in copied(graph_module).graph.nodes}
+    there = Region(entry=x, exit=total, nodes=rows[1], name="said").translate(by_name)
+    assert there == Region(
+        entry=by_name[x.name], exit=by_name[total.name], nodes=tuple(by_name[n.name] for n in rows[1])
+    )
+    assert there.name == "said"
+
+
+def copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return fx.GraphModule(graph_module, graph)
+
+
+def test_a_module_is_a_region_where_one_value_enters_and_one_leaves_and_each_call_is_one():
+    # the modules around each node, and what it reads: a number is that node, "x" the input
+    nodes: list[tuple[list[str], list[int | str]]] = [
+        (["one", "one.a"], ["x"]),  # 0
+        (["one", "one.b"], [0]),  # 1
+        (["two"], [1]),  # 2
+        (["two"], [1, 2]),  # 3
+        (["two@1"], [3]),  # 4
+        (["two@1"], [3, 4]),  # 5
+        (["both"], [5, 3]),  # 6: two enter
+        (["leaves"], [6]),  # 7
+        (["leaves"], [7]),  # 8: two leave
+        ([], [7, 8]),
+    ]
+
+    def made(c: Any, x: Any) -> Any:
+        found: list[Any] = []
+        for around, reads in nodes:
+            given = [x if r == "x" else found[int(r)] for r in reads]
+            found.append(c(aten.add.Tensor if len(given) == 2 else aten.tanh.default, *given))
+            found[-1].meta["nn_module_stack"] = {name: (name.partition("@")[0], nn.Module) for name in around}
+        return found[-1]
+
+    graph_module = written(made, X_BTD)
+    flow = data_flow(graph_module.graph)
+    row = [n for n in graph_module.graph.nodes if n.op == "call_function"]
+    want = {"one": (X(graph_module), [0, 1]), "one.a": (X(graph_module), [0]), "one.b": (row[0], [1])}
+    want |= {"two": (row[1], [2, 3]), "two#2": (row[3], [4, 5])}
+    assert module_regions(flow) == {
+        path: Region(entry=entry, exit=row[own[-1]], nodes=tuple(row[k] for k in own))
+        for path, (entry, own) in want.items()
+    }
+    row[0].meta["val"] = (X_BTD, X_BTD)  # several values are no place to cut
+    assert set(module_regions(flow)) == {"one", "two", "two#2"}
+
+
+def test_views_have_no_say_in_what_a_region_is_called():
+    graph_module = written(lambda c, x: c(aten.tanh.default, c(aten.view.default, x, [2, 24])), X_BTD)
+    x, view, tanh, _ = graph_module.graph.nodes
+    view.meta["nn_module_stack"] = {"a": ("a", nn.Module)}
+    tanh.meta["nn_module_stack"] = {"a": ("a", nn.Module), "a.b": ("a.b", nn.Module)}
+    assert Region(entry=x, exit=tanh, nodes=(view, tanh)).path() == "a.b"
+    assert Region(entry=x, exit=view, nodes=(view,)).path() == "a"
+
+
+@pytest.mark.parametrize("name", ["add", "add_"])
+def test_a_sum_is_one_in_place_too(name):
+    target = {"add": aten.add.Tensor, "add_": aten.add_.Tensor}[name]
+    graph_module = written(lambda c, x: c(target, c(aten.exp.default, x), c(aten.tanh.default, x)), X_BTD)
+    _, exp, tanh, total, _ = graph_module.graph.nodes
+    assert sum_of(tanh) == (total, exp)
+    assert sum_of(exp) == (total, tanh)
+    assert is_branch(Region(entry=exp, exit=tanh, nodes=(tanh,)))
 
 
 # of a node each: the modules around it, from the outside, and the path that they share

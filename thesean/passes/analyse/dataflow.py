@@ -162,10 +162,6 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "output":
             continue
-        if node.op == "get_attr":
-            side.add(node)
-            constant.add(node)
-            continue
         value = node.meta.get("val")
         several = value if isinstance(value, (tuple, list)) else (value,)  # an embedding bag returns four tensors
         is_float = any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in several)
