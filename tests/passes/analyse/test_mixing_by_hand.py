@@ -160,6 +160,74 @@ def test_what_a_convolution_reads_is_channels_first_however_it_was_turned(name):
     assert is_channels_first(region) == channels_first
 
 
+def middle(c: Any, entry: Any) -> tuple[Any, Any]:
+    """A region that says nothing itself."""
+    return entry, c(aten.exp.default, entry)
+
+
+def before(c: Any, entry: Any, k: Any) -> tuple[Any, Any]:
+    return middle(c, c(aten.tanh.default, entry))
+
+
+def behind(c: Any, x: Any, then: Callable[[Any], Any]) -> tuple[Any, ...]:
+    entry, end = middle(c, c(aten.tanh.default, x))
+    return entry, end, then(c(aten.neg.default, end))
+
+
+def cell(c: Any, x: Any, w: Any) -> Any:
+    start = c(aten.zeros.default, [1, 6, 6])
+    return c(aten.rnn_tanh.input, x, start, [w, w], False, 1, 0.0, False, False, True)
+
+
+# of a region's entry, its exit and what else is made of x_BCT, and whether the region's entry is channels first
+ALONG: dict[str, tuple[Made, bool]] = {
+    "a convolution before": (lambda c, x, k, w: before(c, convolution(c, x, k), k), True),
+    "a convolution before, turned behind it": (
+        lambda c, x, k, w: before(c, other_way(c, convolution(c, x, k)), k), False
+    ),
+    "a convolution that makes it": (lambda c, x, k, w: middle(c, convolution(c, x, k)), True),
+    "a convolution behind": (lambda c, x, k, w: behind(c, x, lambda y: convolution(c, y, k)), True),
+    "a convolution behind, turned before it": (
+        lambda c, x, k, w: behind(c, x, lambda y: convolution(c, other_way(c, y), k)), False
+    ),
+    "a convolution behind, turned twice": (
+        lambda c, x, k, w: behind(c, x, lambda y: convolution(c, other_way(c, other_way(c, y)), k)),
+        True,
+    ),
+    "a recurrence behind": (
+        lambda c, x, k, w: (*behind(c, x, lambda y: cell(c, y, w)), convolution(c, other_way(c, x), k)), False
+    ),
+    "a recurrence behind, turned before it": (
+        lambda c, x, k, w: (*behind(c, x, lambda y: cell(c, other_way(c, y), w)), convolution(c, x, k)), True
+    ),
+    "a sum with what a convolution makes": (
+        lambda c, x, k, w: behind(c, x, lambda y: c(aten.add.Tensor, y, convolution(c, x, k))), True
+    ),
+    "a sum with what a convolution makes of another layout": (
+        lambda c, x, k, w: behind(
+            c, x, lambda y: c(aten.add.Tensor, y, other_way(c, convolution(c, other_way(c, x), k)))
+        ),
+        False,
+    ),
+    "a matrix between": (
+        lambda c, x, k, w: behind(c, x, lambda y: convolution(c, c(aten.linear.default, y, w), k)), False
+    ),
+    "a view between": (
+        lambda c, x, k, w: behind(c, x, lambda y: convolution(c, c(aten.view.default, y, [6, 6, 6]), k)), False
+    ),
+    "rows turned between": (
+        lambda c, x, k, w: behind(c, x, lambda y: convolution(c, c(aten.transpose.int, y, 0, 1), k)), False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_where_a_region_says_nothing_the_nearest_of_what_it_is_cut_from_does(name):
+    graph_module = written(lambda c, x, k, w: [*ALONG[name][0](c, x, k, w)], vectors(6, 6, 6), k=KERNEL, w=OTHER)
+    entry, end, *_ = ends(graph_module)
+    assert is_channels_first(Region(entry=entry, exit=end, nodes=(end,))) == ALONG[name][1]
+
+
 def running_sum(dim: int) -> Made:
     return lambda c, x, w: c(aten.cumsum.default, x, dim)
 
@@ -182,6 +250,11 @@ NUMBERS: dict[str, tuple[Made, bool]] = {
     "all channels and neighbours": (
         lambda c, x, w: c(aten.matmul.default, w, c(aten.add.Tensor, x, shifted(c, x, 1, -1, 2))), True
     ),
+    "all behind, and one before": (
+        lambda c, x, w: c(aten.add.Tensor, c(aten.cumsum.default, x, 2), shifted(c, x, -1, 1, 2)), True
+    ),
+    "two apart": (lambda c, x, w: c(aten.add.Tensor, shifted(c, x, 1, -1, 2), shifted(c, x, -1, 1, 2)), False),
+    "a flip of all before": (lambda c, x, w: c(aten.flip.default, c(aten.cumsum.default, x, 2), [2]), False),
     "backwards": (lambda c, x, w: c(aten.flip.default, x, [2]), False),
     "every second one": (lambda c, x, w: c(aten.add.Tensor, x, shifted(c, x, 2, -2, 2)), False),
     "fewer": (lambda c, x, w: c(aten.slice.Tensor, c(aten.cumsum.default, x, 2), 2, 1, END), False),
