@@ -128,3 +128,14 @@ def test_a_slope_is_that_of_the_whole_line():
     assert found is not None
     assert found.behind.slope_H.item() == pytest.approx(-0.1, rel=1e-5)
     assert found.sizes == [1, 1]
+
+
+def test_a_line_that_bends_by_less_than_a_step_shows_is_no_line():
+    def scores(length: int) -> torch.Tensor:
+        age_TT = torch.arange(length).unsqueeze(1) - torch.arange(length)
+        return (-0.1 * age_TT - 2e-7 * age_TT * age_TT.abs()).float()[None]
+
+    found = find_distance_bias(scores(TIME), lambda length: scores(length) if length <= 512 else None)
+    assert found is not None
+    assert found.behind.table_HD.shape[1] > 1
+    torch.testing.assert_close(found.matrix(512, torch.zeros(1)), scores(512), rtol=0, atol=1e-3)
