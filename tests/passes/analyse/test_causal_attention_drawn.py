@@ -33,7 +33,7 @@ class Spec:
     scaled: str = "behind"  # "before", "divided", "number", "alpha"
     cap: float | None = None
     window: int | None = None
-    hidden: str = "filled"  # "where", "added"
+    hidden: str = "filled"  # "where", "added", "lent": of the scores' kind
     low: float = -1e9
     mask: str | None = None  # "true", "one", "additive"
     slope: float = 0.0
@@ -54,7 +54,7 @@ def drawn(seed: int) -> Spec:
         scaled=r.choice(["behind", "before", "divided", "number"]),
         cap=None if fused else r.choice([None, None, 2.0]),
         window=window,
-        hidden=r.choice(["filled", "where", "added"]),
+        hidden=r.choice(["filled", "where", "added", "lent"]),
         low=r.choice([-1e9, float("-inf"), torch.finfo(torch.float32).min]),
         mask=r.choice([None, "true", "one"]),
         slope=0.0 if window is not None else r.choice([0.0, 0.0, 0.25]),
@@ -102,6 +102,8 @@ def masked(c: Any, scores: Any, hidden: Any, spec: Spec) -> Any:
         return c(aten.masked_fill.Scalar, scores, hidden, spec.low)
     if spec.hidden == "where":
         return c(aten.where.self, hidden, c(aten.full.default, [], spec.low), scores)
+    if spec.hidden == "lent":
+        return c(aten.add.Tensor, scores, c(aten.mul.Tensor, c(aten.type_as.default, hidden, scores), -1e9))
     return c(aten.add.Tensor, scores, c(aten.mul.Tensor, c(aten.to.dtype, hidden, torch.float32), -1e9))
 
 

@@ -54,11 +54,15 @@ class Sides:
         found: set[fx.Node] = set()
         for node in self.order:
             starts = node.op == "call_module" or node.target in _MIXES_FEATURES
-            if isinstance(self.values[node], (torch.Tensor, tuple, list)) and (
-                starts or not found.isdisjoint(node.all_input_nodes)
-            ):
+            if starts or not found.isdisjoint(self._flowing(node)):
                 found.add(node)
         return found
+
+    def _flowing(self, node: fx.Node) -> list[fx.Node]:
+        """Those of its inputs whose values flow into a node."""
+        if self._sizes_only(node):
+            return []
+        return node.all_input_nodes[: 1 if node.target in _AS else None]
 
     def _sizes_only(self, node: fx.Node) -> bool:
         """No values flow into it. Told by what was recorded: a graph from a file has no metadata."""
@@ -76,9 +80,9 @@ class Sides:
             node = front.pop()
             if node in env or node.target is aten.sym_size.int:
                 continue
+            if node in self.mains:
+                return None
             for read in node.all_input_nodes:
-                if read in self.mains and not (self._sizes_only(node) or node.target in _AS):
-                    return None
                 if read not in needed:
                     needed.add(read)
                     if read not in self.mains:
@@ -92,7 +96,7 @@ class Sides:
                 env[node] = attribute(self.graph_module, str(node.target))
             elif node in self.mains:  # of which no more than size and kind is read
                 value = self.values[node]
-                env[node] = torch.zeros(self.resized(value.shape, batch, time), dtype=value.dtype)
+                env[node] = value.new_zeros(self.resized(value.shape, batch, time))
             elif node.target is aten.sym_size.int:
                 env[node] = self.size(node, batch, time)
             else:
