@@ -141,6 +141,14 @@ SIDE: dict[str, tuple[Made, bool]] = {
     "a table of places": (lambda c, ids, x, w, b: c(aten.embedding.default, w, c(aten.arange.default, 5)), True),
     "a mask": (lambda c, ids, x, w, b: c(aten.ne.Scalar, ids, 0), True),
     "a mask to be added": (lambda c, ids, x, w, b: c(aten.to.dtype, c(aten.ne.Scalar, ids, 0), torch.float32), True),
+    "a mask of a state's kind": (lambda c, ids, x, w, b: c(aten.type_as.default, ids, x), True),
+    "a mask as wide as a state": (
+        lambda c, ids, x, w, b: c(aten.expand_as.default, c(aten.unsqueeze.default, ids, 2), x), True
+    ),
+    "a state of a mask's kind": (lambda c, ids, x, w, b: c(aten.type_as.default, x, ids), False),
+    "places of a state's kind": (
+        lambda c, ids, x, w, b: c(aten.mul.Tensor, c(aten.type_as.default, c(aten.arange.default, 4), x), w), True
+    ),
     "a size": (lambda c, ids, x, w, b: size(c, x), True),
     "zeros as many as states": (lambda c, ids, x, w, b: c(aten.zeros_like.default, x), True),
     "places as many as states": (lambda c, ids, x, w, b: c(aten.arange.default, size(c, x)), True),

@@ -142,6 +142,18 @@ LAYOUTS: dict[str, tuple[Made, bool]] = {
     ),
     "one from the back": (lambda c, x, k, w: convolution(c, c(aten.transpose.int, x, -1, -2), k), False),
     "turned twice": (lambda c, x, k, w: convolution(c, other_way(c, other_way(c, x)), k), True),
+    "turned twice, from the back": (
+        lambda c, x, k, w: convolution(c, c(aten.transpose.int, c(aten.transpose.int, x, -1, -2), -2, -1), k), True
+    ),
+    "turned twice, by permutations": (
+        lambda c, x, k, w: convolution(
+            c, c(aten.permute.default, c(aten.permute.default, x, [0, 2, 1]), [-3, -1, -2]), k
+        ),
+        True,
+    ),
+    "rows turned with channels, and back": (
+        lambda c, x, k, w: convolution(c, c(aten.transpose.int, c(aten.transpose.int, x, 0, 1), 0, 1), k), False
+    ),
     "a function before": (lambda c, x, k, w: convolution(c, c(aten.tanh.default, x), k), True),
     "a function before, of the other way": (
         lambda c, x, k, w: convolution(c, c(aten.tanh.default, other_way(c, x)), k), False

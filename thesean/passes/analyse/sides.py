@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.analyse.dataflow import SIZE_ONLY
+from thesean.passes.analyse.dataflow import SIZE_ONLY, valued_inputs
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.graph.nodes import attribute, compute
 from thesean.passes.graph.record import record
@@ -26,8 +26,6 @@ _MIXES_FEATURES = (
     aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default, aten.addmm.default,
     aten.mm.default, aten.scaled_dot_product_attention.default,
 )  # fmt: skip
-# read no more of their second argument than what kind of tensor it is
-_AS = {aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.to.other}
 
 
 class Sides:
@@ -54,15 +52,9 @@ class Sides:
         found: set[fx.Node] = set()
         for node in self.order:
             starts = node.op == "call_module" or node.target in _MIXES_FEATURES
-            if starts or not found.isdisjoint(self._flowing(node)):
+            if starts or (not self._sizes_only(node) and not found.isdisjoint(valued_inputs(node))):
                 found.add(node)
         return found
-
-    def _flowing(self, node: fx.Node) -> list[fx.Node]:
-        """Those of its inputs whose values flow into a node."""
-        if self._sizes_only(node):
-            return []
-        return node.all_input_nodes[: 1 if node.target in _AS else None]
 
     def _sizes_only(self, node: fx.Node) -> bool:
         """No values flow into it. Told by what was recorded: a graph from a file has no metadata."""
