@@ -153,7 +153,8 @@ def attention(c: Any, x: Any, mask: Any, spec: Spec, q: Any, k: Any, v: Any) -> 
 
 
 def network(spec: Spec) -> tuple[fx.GraphModule, Signature]:
-    mask = spec.mask and torch.ones(2, 5, dtype={"true": torch.bool, "one": torch.int64}[spec.mask])
+    kinds = {"true": torch.bool, "one": torch.int64}
+    mask = None if spec.mask is None else torch.ones(2, 5, dtype=kinds[spec.mask])
     width = HEADS * C
 
     def made(c: Any, x: Any, *given: Any, q: Any, k: Any, v: Any, o: Any) -> Any:

@@ -113,7 +113,8 @@ def test_where_a_size_hangs_on_values_the_numbers_are_run():
     graph_module = written(made, vectors(50, 4), vectors(4, 3))
     for node in graph_module.graph.nodes:
         node.meta.pop("val", None)
-    specs = (InputSpec(name=f"x_{n}", dtype=torch.float32, shape=s) for n, s in enumerate([("batch", 4), (4, 3)]))
+    shapes: list[tuple[int | str, ...]] = [("batch", 4), (4, 3)]
+    specs = (InputSpec(name=f"x_{at}", dtype=torch.float32, shape=shape) for at, shape in enumerate(shapes))
     flops = flops_by_node(graph_module, Signature(inputs=tuple(specs)), {"batch": 50})[ends(graph_module)]
     assert 0 < flops < 2 * 50 * 4 * 3
     assert flops % (2 * 4 * 3) == 0

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from tests.models import vectors
-from tests.written import written
+from tests.written import ends, written
 from thesean.passes.analyse.describe import describe_operators
 from thesean.passes.analyse.regions import Region
-from thesean.passes.analyse.speed import G_PER_S, time_of_nodes
+from thesean.passes.analyse.speed import G_PER_S, Kind, time_of_nodes
 
 aten = torch.ops.aten
 
@@ -120,7 +120,7 @@ def test_what_is_outside_of_a_region_is_not_told():
 
 
 # of x_BTD (2, 4, 4), a matrix, kernels (4, 4, 3), (4, 1, 2) of each channel and (4, 2, 2) of two: what kind of work
-KINDS: dict[str, tuple[Made, str | None]] = {
+KINDS: dict[str, tuple[Made, Kind | None]] = {
     "a map": (lambda c, x, w, k, d, g: linear(c, x, w), "dense"),
     "a convolution": (lambda c, x, w, k, d, g: c(aten.conv1d.default, x, k), "dense"),
     "one of each channel": (lambda c, x, w, k, d, g: channelwise(c, x, d), "depthwise"),
@@ -142,9 +142,9 @@ def test_time_is_work_by_the_rate_of_its_kind(name):
     made, kind = KINDS[name]
     held = {"w": vectors(4, 4), "k": vectors(4, 4, 3), "d": vectors(4, 1, 2), "g": vectors(4, 2, 2)}
     graph_module = written(made, vectors(2, 4, 4), **{n: nn.Parameter(v) for n, v in held.items()})
-    node = graph_module.graph.output_node().args[0]
+    node = ends(graph_module)
     flops = {node: 600} if kind in ("dense", "depthwise", "grouped") else {}
     found = time_of_nodes([node], flops, lambda n: 500)
     amount = 600 if flops else 500
-    assert found == (0 if kind is None else pytest.approx(amount / G_PER_S[kind] * 1e-9))  # type: ignore[index]
+    assert found == (0 if kind is None else pytest.approx(amount / G_PER_S[kind] * 1e-9))
     assert time_of_nodes([node, node], flops, lambda n: 500) == pytest.approx(2 * found)

@@ -52,7 +52,7 @@ def test_parts_are_those_that_are_asked_for_as_fine_as_targets_need_them(
     assert [g.path for g in found.groups] == paths
     assert (found.settings.granularity, found.settings.part_globs, found.whole) == (granularity, parts, whole)
     assert found.kept == frozenset()
-    assert found.settings.parts == found.settings.notes == ()
+    assert (found.settings.parts, found.settings.notes) == ((), ())
 
 
 @pytest.mark.parametrize(
