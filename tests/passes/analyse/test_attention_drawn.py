@@ -43,6 +43,7 @@ class Spec:
     shift: float = 0.0  # of all scores alike, which is nothing
     cap: float | None = None
     gate: bool = False
+    bent: str = ""  # queries, keys or both, by a function
 
 
 def drawn(seed: int) -> Spec:
@@ -97,6 +98,7 @@ def attention(c: Any, x: Any, spec: Spec, w: dict[str, Any]) -> Any:
             heads[n] = c(aten.mul.Tensor, normed, w[n + "n"])
         if spec.rotated:
             heads[n] = turned(c, heads[n], w["cos"], w["sin"])
+    heads |= {n: c(aten.tanh.default, heads[n]) for n in spec.bent}
     if spec.groups < HEADS:
         heads |= {n: c(aten.repeat_interleave.self_int, heads[n], HEADS // spec.groups, 1) for n in "kv"}
     q, k, v = (heads[n] for n in "qkv")
@@ -192,3 +194,22 @@ def test_what_is_more_than_that_is_told(more, differs):
             assert math.isclose(float(facts.output.weight_OI.norm() / weights(Spec())["o"].norm()), 0.5, rel_tol=1e-3)
     else:
         assert (facts.plain, facts.differs) == (False, differs)
+
+
+@pytest.mark.parametrize("bent", ["q", "k", "qk"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_of_queries_that_are_changed_otherwise_the_projection_is_known(bent, packed):
+    spec = Spec(bent=bent, packed=packed)
+    facts, w = facts_of(spec), weights(spec)
+    assert facts is not None
+    assert (facts.plain, facts.differs) == (False, "queries and keys that are changed before they meet")
+    for found, name in ((facts.query, "q"), (facts.key, "k"), (facts.value, "v")):
+        torch.testing.assert_close(found.weight_OI, w[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.bias_O, w[name + "b"], rtol=1e-4, atol=1e-4)
+
+
+def test_of_values_that_are_changed_it_is_told():
+    facts = facts_of(Spec(bent="v"))
+    assert facts is not None
+    assert (facts.plain, facts.differs) == (False, "more than was read off")
+    torch.testing.assert_close(facts.value.weight_OI, weights(Spec())["v"], rtol=1e-4, atol=1e-4)

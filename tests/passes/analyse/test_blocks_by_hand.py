@@ -140,18 +140,17 @@ def test_blocks_are_the_modules_that_repeat_and_halves_what_is_added_in_them(how
         assert halves_or_whole(flow, block) == (found or [block])
 
 
-def test_pieces_are_branches_and_what_is_between_and_make_up_a_block():
-    for how in HALVES:
+def test_pieces_are_branches_and_what_is_between():
+    for how, names in HALVES.items():
         _, flow = net(how)
-        for block in find_blocks(flow):
+        between = ["mix", "norms.0", "mlp", "norms.1"] if how == "norms behind" else names or [""]
+        for number, block in enumerate(find_blocks(flow)):
             found = pieces(flow, block)
-            assert set(outer_halves(flow, block)) <= set(found)
+            assert paths(found) == [f"blocks.{number}.{name}".rstrip(".") for name in between]
             nodes = [n for piece in found for n in piece.nodes]
             assert len(nodes) == len(set(nodes))
             assert set(nodes) <= set(block.nodes)
-    _, flow = net("no sum")
-    block = find_blocks(flow)[0]
-    assert pieces(flow, block) == [block]
+            assert names or found == [block]
 
 
 def test_the_smallest_parts_of_a_row_are_its_maps_each_with_what_follows():
