@@ -20,10 +20,10 @@ from thesean import ranks
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.objective import Objective
+from thesean.distill.objective import Objective, measures_of_stage
 from thesean.distill.recalibrate import batch_norms, recalibrate
 from thesean.distill.recompute import Recomputing
-from thesean.distill.seen import Seen, rows
+from thesean.distill.seen import Seen
 from thesean.distill.sharded import sharding, whole
 from thesean.distill.stopping import Plateau
 from thesean.distill.swapping import Swapping, frozen, probability
@@ -113,8 +113,10 @@ class Aligner:
 
     def run(self, stage: Stage) -> StageResult:
         """Train a stage, and leave the hybrid in the best settled state that was seen."""
-        settings = self.recipe.alignment
-        where = self.hybrid.parts[stage.compared[-1]] if stage.count > 1 else f"{len(stage.trained)} parts"
+        settings, newest = self.recipe.alignment, self.hybrid.parts[stage.compared[-1]]
+        measures = measures_of_stage(settings, newest, stage.number + 1)
+        self.objective = Objective(self.training, self.hybrid.parts, measures)
+        where = newest if stage.count > 1 else f"{len(stage.trained)} parts"
         self.observer.begin("align", where, stage.number + 1, stage.count, stage.steps)
         graph_module = self.hybrid.graph_module
         parameters = self.hybrid.parameters_of(stage.trained)
@@ -234,6 +236,7 @@ class Aligner:
             got = run_own(**batch[1]) if runs else {}
             terms = [self._at_exit(k, got, wanted) for k in exits]
             terms += [self._alone(r, module, wanted) for r, module in alone]
+            terms = self.objective.over_parts(terms, len(stage.compared))
             if reads == "mixed":
                 terms = [term / 2 for term in terms]
             return torch.stack([*terms, *self._at_output(got, wanted, batch[0])]).sum()
@@ -259,7 +262,7 @@ class Aligner:
     def _at_exit(self, part: int, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> torch.Tensor:
         own, guide = self.hybrid.boundaries[part]
         mask_BT = self.seen.of(guide, wanted)
-        return self.objective.at_exit(part, rows(got[own], mask_BT), rows(wanted[guide], mask_BT))
+        return self.objective.at_exit(part, got[own], wanted[guide], mask_BT)
 
     def _at_output(self, got: Mapping[str, Any], wanted: Mapping[str, Any], batch: Any) -> list[torch.Tensor]:
         if not self.objective.whole:
@@ -272,7 +275,7 @@ class Aligner:
         read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
         y = module(values[r.guide_entry], **({} if read is None else {"mask": read}))
         y = y[0] if isinstance(y, tuple) else y
-        return self.objective.at_exit(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT))
+        return self.objective.at_exit(r.part, y, values[r.guide_exit], mask_BT)
 
 
 class _Watch:
