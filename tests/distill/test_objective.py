@@ -278,9 +278,28 @@ def test_too_few_whole_examples_are_refused_before_anything_is_solved():
     by_example: dict[str, Any] = {"samples": "examples", "measure": {"nmse": 1.0, "cka": 1.0}}
     check(4, **by_example)
     check(1, measure="cka")
+    check(1, schedule="stochastic", **by_example)
     for rows in ((3, 4), (4, 3)):
         with pytest.raises(DataError, match=r"alignment.samples: 'cka' compares at least 4 examples, and .* has 3\."):
             check(*rows, **by_example)
+
+
+class Flat(nn.Module):
+    """x_BTD -> y_BTD by a map of all tokens of a batch at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.map(x.flatten(0, 1)).relu().unflatten(0, (x.shape[0], x.shape[1])))
+
+
+def test_activations_without_a_row_for_each_example_are_refused():
+    recipe = {"steps": 4, "alignment": {"share": 1.0, "samples": "examples"}}
+    told = r"^map: alignment.samples: expected activations with a row for each example, found \(\w+\*\w+, 8\)"
+    with pytest.raises(DataError, match=told):
+        thesean.compile(Flat(), "mlp", parts=["map"], data=[vectors(4, 5, 8)], recipe=recipe, progress=False)
 
 
 def test_rows_of_one_number_are_not_normalised():

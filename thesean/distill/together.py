@@ -21,7 +21,7 @@ class _Norms(TorchFunctionMode):
     """Batch normalisation in training by mean and variance over the rows of all ranks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
+        if func is F.batch_norm and ranks.count() > 1:  # not where one of them is apart from the others
             return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

@@ -79,6 +79,7 @@ class Trainer:
     own: Callable[[Any], Any] = _whole  # of a batch, what this rank computes
     accumulate: int = 1  # batches that make a step
     rows: Callable[[Any], int] = _alike  # of a batch: what it weighs among them
+    masters: Callable[[Sequence[nn.Parameter]], Masters] = masters_of  # what is moved, of the weights that are trained
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -97,7 +98,7 @@ class Trainer:
         those before an interruption too. Raises NumericalError with `where` and the step; Interrupted.
         """
         weights = [p for p in parameters if p.requires_grad]
-        with closing(masters_of(weights)) as masters:
+        with closing(self.masters(weights)) as masters:
             pairs = list(zip(masters.parameters, weights, strict=True))
             matrices = [own for own, weight in pairs if weight.ndim >= 2]
             others = [own for own, weight in pairs if weight.ndim < 2]
