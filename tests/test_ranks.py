@@ -15,7 +15,7 @@ import yaml
 
 import thesean
 from tests.launched import ROOT, ended, environment, launch
-from tests.rank_cases import CASES, INTERRUPTED, LOST, SHARDED, SPREAD, batches, deadly, guide, result
+from tests.rank_cases import CASES, INTERRUPTED, LOST, SHARDED, SPREAD, batches, deadly, guide, result, stopped
 from thesean import ranks
 from thesean.distill import scaling
 from thesean.errors import MissingExtraError, RankError
@@ -119,23 +119,22 @@ def test_ranks_that_have_parts_of_their_own_send_no_gradients(found: list[dict[s
 def test_a_run_of_two_processes_goes_on_in_one(two: tuple[Path, list[tuple[int, str]]], name: str) -> None:
     folder, _ = two
     resumed = result(name, workdir=folder / name, resume="must")
-    assert any("went on at step 3 of align stage 1 first" in note for note in resumed["notes"])
+    assert any("went on at step 3 of align stage 1" in note for note in resumed["notes"])
     check_alike(resumed, result(name))
 
 
 @accelerated
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4)])
-def test_a_run_goes_on_in_more_processes(tmp_path: Path, before: int, after: int) -> None:
-    names = [SPREAD, INTERRUPTED]
-    for count, way in ((before, "stopped"), (after, "resumed")):
-        ends = ended(launch(count, ["-m", "tests.rank_cases", str(tmp_path), way, *names]))
+def test_a_run_of_one_process_goes_on_in_two_and_then_in_four(tmp_path: Path) -> None:
+    stopped(tmp_path, [SPREAD])  # of three parts: spread in two, on rows in four
+    for count, way in ((2, "stopped"), (4, "resumed")):
+        ends = ended(launch(count, ["-m", "tests.rank_cases", str(tmp_path), way, SPREAD]))
         assert [code for code, _ in ends] == [0] * count, ends
-    for rank in range(after):
-        found = torch.load(tmp_path / f"found.{rank}")
-        for name in names:
-            assert any("went on at step" in note for note in found[name]["notes"])
-            check_alike(found[name], result(name))
+    expected = result(SPREAD)
+    for rank in range(4):
+        found = torch.load(tmp_path / f"found.{rank}")[SPREAD]
+        assert any("went on at step 6 of align stage 1" in note for note in found["notes"])
+        check_alike(found, expected)
 
 
 @accelerated

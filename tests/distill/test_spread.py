@@ -78,7 +78,7 @@ def test_parts_that_share_a_weight_are_trained_on_rows():
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("parts", [4, 5, 12])
 def test_owners_are_those_whose_share_a_part_is_in(monkeypatch: pytest.MonkeyPatch, count: int, parts: int):
-    owners = []
+    owners: list[int] = []
     for rank in range(count):
         monkeypatch.setattr(ranks, "_world", ranks._World(count, rank, torch.device("cpu")))
         own = range(parts)[ranks.own_rows(parts)]
