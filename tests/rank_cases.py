@@ -136,9 +136,15 @@ def padded() -> Case:
 def whole_examples() -> Case:
     """The same, by what the paper leaves open."""
     model, target, given = padded()
-    alignment = {"schedule": "progressive", "measure": "cka", "samples": "examples", "normalize_rows": True}
-    recipe = {"optimizer": "adam", "learning_rate_schedule": "constant", "closed_form": {"enabled": False}}
-    recipe["alignment"] = {"share": 0.5, "reduction": "mean", "stage_measures": {2: {"cka": 1.0, "nmse": 1.0}}, **alignment}
+    alignment: dict[str, Any] = {
+        "schedule": "progressive",
+        "measure": "cka",
+        "samples": "examples",
+        "normalize_rows": True,
+    }
+    alignment |= {"share": 0.5, "reduction": "mean", "stage_measures": {2: {"cka": 1.0, "nmse": 1.0}}}
+    recipe: dict[str, Any] = {"optimizer": "adam", "learning_rate_schedule": "constant", "alignment": alignment}
+    recipe["closed_form"] = {"enabled": False}
     return model, target, {**given, "recipe": {**given["recipe"], **recipe}}
 
 
