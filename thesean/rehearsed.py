@@ -16,7 +16,7 @@ from thesean.workdir import Workdir
 
 def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, run: Workdir | None) -> list[str]:
     """Why the untrained hybrid can't be saved, exported or streamed, for the report. Raises ArtifactError where it must
-    be saved. That it can't be exported is a warning too: not everyone does.
+    be saved. Else that is a warning, as what can't be exported is: not everyone does either.
     """
     notes: list[str] = []
     signature = bound_plan.captured.signature
@@ -26,6 +26,7 @@ def rehearsed(bound_plan: BoundPlan, hybrid: Hybrid, run: Workdir | None) -> lis
         if run is not None:
             raise
         notes.append(f"can't be saved: {error}")
+        warn(notes)
     if run is not None:
         ranks.first(partial(run.check_room, hybrid.graph_module))
     for told in filter(None, (unwritable(hybrid.graph_module), unstreamable(hybrid.graph_module, signature))):

@@ -44,13 +44,14 @@ from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
 from thesean.passes.write_out_operators import WriteOutOperators
+from thesean.passes.write_out_sizes import WriteOutSizes
 
 logger = logging.getLogger(__name__)
 
 _VMAP = "torch._functorch.predispatch"
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), Simplify())
+CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), WriteOutSizes(), Simplify())
 
 
 def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:
