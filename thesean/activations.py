@@ -13,7 +13,7 @@ from thesean.distill.data import Batches
 from thesean.distill.saved_activations import Written, write_activations
 from thesean.distill.seen import Seen
 from thesean.distill.task import InputsOf
-from thesean.errors import DataError
+from thesean.errors import DataError, PlanError
 from thesean.keywords import check_keywords
 from thesean.passes.graph.modes import usual_settings
 from thesean.passes.plan.hybrid import build_hybrid
@@ -52,6 +52,8 @@ def save_activations(
     check_keywords(save_activations, Division, division)
     if data is None:
         raise DataError("data: expected batches to run the guide on, found none.")
+    if isinstance(target, str) and target == "auto":
+        raise PlanError("target 'auto' has no parts before it has chosen: name the target, or leave it out.")
     request = Request(target=target, data=data, **division)
     with usual_settings():
         captured = traced(model, request)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from thesean import ranks
-from thesean.distill.callbacks import checked_loss, checked_metric, telling
+from thesean.distill.callbacks import checked_loss, checked_metric, length_of, telling
 from thesean.distill.data import Feed, make_feed
 from thesean.distill.gathered import Gathered
 from thesean.distill.guide_cache import GuideCache
@@ -72,7 +72,8 @@ def _cache(captured: Captured, request: Request, feed: Feed) -> GuideCache | Non
     if request.cache == "off":
         return None
     saved = None if request.cache == "auto" else SavedActivations(request.cache, captured.graph_module)
-    return GuideCache(isinstance(getattr(feed.batches, "data", None), (list, tuple)), saved)
+    repeats = isinstance(getattr(feed.batches, "data", None), (list, tuple))
+    return GuideCache(repeats, saved, length=length_of(request.data))
 
 
 def _observed(

@@ -6,14 +6,14 @@ L layers of model a, M of model b, N examples of a batch, P width
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from thesean.converted import Converted
-from thesean.distill.callbacks import each_of
+from thesean.distill.callbacks import each_of, length_of
 from thesean.errors import DataError, NumericalError
 from thesean.module_outputs import module_outputs, select_modules
 from thesean.passes.capture.explain import short, where_of
@@ -75,7 +75,7 @@ def compare(
     count = skipped = 0
     with evaluating(model_a), evaluating(model_b):
         for number, batch in enumerate(each_of(data, "data")):
-            if number == _MOST and not isinstance(data, Sized):
+            if number == _MOST and length_of(data) is None:
                 warn([f"data tells no length and may have no end: compared on its first {_MOST} batches."])
                 break
             mask = batch.get("attention_mask") if flatten == "token" and isinstance(batch, Mapping) else None

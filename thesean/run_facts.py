@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from thesean.distill.callbacks import length_of
 from thesean.distill.data import Feed
 from thesean.distill.saved_activations import guide_hash
 from thesean.distill.stream import generators_of
@@ -65,7 +66,7 @@ def _data(request: Request, feed: Feed) -> str:
 
 def _looked_at(data: Any, feed: Feed) -> list[Any]:
     rows = data.dataset if isinstance(data, DataLoader) else data
-    count = len(rows) if isinstance(rows, Sized) else None
+    count = length_of(rows)
     if count is None or not (isinstance(rows, Sequence) or (rows is not data and hasattr(rows, "__getitem__"))):
         by_rows = isinstance(data, DataLoader) or data is None
         return [count, *([] if by_rows else feed.take(_SAMPLED))]

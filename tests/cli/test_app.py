@@ -534,7 +534,7 @@ def test_activations_are_written_once_and_read_by_a_conversion(guides: Path) -> 
     report = json.loads((guides / "made" / "report.json").read_text(encoding="utf-8"))
     assert any(note.endswith("steps: its activations were saved") for note in report["notes"])
     assert "expected a folder of activations" in error_of(run(*words.split(), "nowhere"))
-    assert "--target auto has no parts before it has chosen" in error_of(
+    assert "target 'auto' has no parts before it has chosen" in error_of(
         run(
             *[
                 "activations",

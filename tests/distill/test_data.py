@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests import captured
 from tests.models import tokens, vectors
+from thesean.distill.callbacks import length_of
 from thesean.distill.data import (
     _GUESSED,
     Batches,
@@ -293,6 +295,30 @@ def test_evaluation_data_without_a_length_is_read_as_far_as_fits(monkeypatch):
     monkeypatch.setattr("thesean.distill.data._MOST_HELD", 1024)
     monkeypatch.setattr("thesean.distill.data._MOST_HELD_BYTES", 2 * 8 * 4)
     assert len(fed(captured.mlp(), [vectors(2, 8)], Unsized()).held_out) == 2
+
+
+class Streaming(IterableDataset[torch.Tensor]):
+    """Rows without an end; a loader of it has a len(), which raises."""
+
+    def __iter__(self):
+        return itertools.repeat(torch.ones(8))
+
+
+class Declining(Streaming):
+    def __len__(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("rows", [Streaming(), Declining()], ids=["no len", "a len that is not implemented"])
+def test_a_loader_that_only_streams_tells_no_length(monkeypatch, rows):
+    monkeypatch.setattr("thesean.distill.data._MOST_HELD", 2)
+    loader: Any = DataLoader(rows, batch_size=2)
+    assert length_of(loader) is None
+    assert length_of(DataLoader([torch.ones(8)] * 6, batch_size=2)) == 3  # type: ignore[arg-type]
+    feed = fed(captured.mlp(), [vectors(2, 8)], loader)
+    assert feed.warnings == ("eval_data has no len() and did not end: measured on its first 2 batches",)
+    trained = fed(captured.mlp(), loader)
+    assert "held out" in trained.notes[0]
 
 
 def test_a_guide_is_traced_with_what_is_given_else_with_data_else_with_its_own_inputs():

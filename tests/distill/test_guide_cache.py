@@ -90,6 +90,36 @@ def test_what_does_not_fit_is_run_each_time_and_what_was_kept_stays():
     assert own.spared == 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("length", "looked_at"), [(4, 9), (None, 20)])
+def test_batches_are_no_longer_looked_at_once_two_passes_went_by_and_none_came_again(monkeypatch, length, looked_at):
+    asked: list[Any] = []
+
+    def counted(inputs: Any) -> str:
+        asked.append(inputs)
+        return key_of(inputs)
+
+    monkeypatch.setattr(guide_cache, "key_of", counted)
+    run = Counted("linear_1")
+    own = cache(repeats=False, length=length)
+    known = own.runner(run, run.names)
+    for seed in range(20):
+        x_BD = models.vectors(3, 8, seed=100 + seed)
+        assert torch.equal(known(input=x_BD)["linear_1"], run.module(input=x_BD)["linear_1"])
+    assert (run.count, len(asked)) == (20, looked_at)
+    assert own.in_vain is (length is not None)
+
+
+@torch.no_grad()
+def test_batches_that_come_in_one_order_are_looked_at_for_ever():
+    run, own = Counted("linear_1"), cache(repeats=False, length=4)
+    known = own.runner(run, run.names)
+    for _ in range(9):
+        for x_BD in X_BD:
+            known(input=x_BD)
+    assert (run.count, own.in_vain) == (8, False)
+
+
 def test_batches_are_told_apart_by_values_shapes_names_and_precision():
     x_BD = X_BD[0]
     keys = [key_of({"x": x}) for x in (x_BD, x_BD + 1, x_BD.view(8, 3), x_BD.double())]
@@ -227,3 +257,8 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, monkeypatch):
 def test_what_is_no_cache_is_refused(wrong):
     with pytest.raises(thesean.TheseanError, match='cache: expected "auto", "off" or a folder of activations, found'):
         conversion(wrong)
+
+
+def test_a_target_that_is_chosen_by_measurement_has_no_ends_to_write(tmp_path):
+    with pytest.raises(thesean.TheseanError, match="target 'auto' has no parts before it has chosen: name the target"):
+        thesean.save_activations(models.gpt2(), tmp_path / "activations", "auto", data=models.token_batches())

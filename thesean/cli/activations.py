@@ -26,7 +26,7 @@ from thesean.cli.options import (
     reading,
 )
 from thesean.cli.telling import one_line_errors
-from thesean.cli.words import ArgumentError, load_guide
+from thesean.cli.words import load_guide
 from thesean.units import quantity
 
 
@@ -59,8 +59,6 @@ def activations(
         check_writable("--out", out)
         chosen = planning_arguments(target, parts, keep, granularity, merge, target_parts, None, None)
         wanted = chosen.pop("target")
-        if wanted == "auto":
-            raise ArgumentError("--target auto has no parts before it has chosen: name the target, or leave it out.")
         chosen = {k: v for k, v in chosen.items() if k not in ("constraints", "candidates")}
         chosen |= reading(None, dynamic)
         model = load_guide(guide)

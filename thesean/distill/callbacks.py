@@ -106,6 +106,16 @@ def _described(batch: Any) -> str:
     return f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else type(batch).__name__
 
 
+def length_of(data: Any) -> int | None:
+    """How many items the caller's iterable has, where it tells: a DataLoader of what only streams has a len(), which
+    raises.
+    """
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def each_of(data: Any, name: str) -> Iterator[Any]:
     """The items of the caller's iterable."""
     with telling(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from thesean.distill.callbacks import each_of
+from thesean.distill.callbacks import each_of, length_of
 from thesean.distill.hold_out import hold_out
 from thesean.distill.stream import Stream, check_same
 from thesean.distill.task import Batch, InputsOf, LabelsOf
@@ -286,7 +286,7 @@ def make_feed(
         held_out = batches.first(_STAGE_BATCHES)
     else:
         name = "data" if eval_data is None else "eval_data"
-        start = len(data) if eval_data is None and isinstance(data, Sized) else 0
+        start = length_of(data) or 0 if eval_data is None else 0
         held_out, more = _all_of(Batches(held_source, signature, device, reading, name, start))
         if more:
             warnings.append(f"eval_data has no len() and did not end: measured on its first {len(held_out)} batches")
@@ -325,7 +325,7 @@ _MOST_HELD, _MOST_HELD_BYTES = 1024, 2**31
 
 def _all_of(batches: Batches) -> tuple[list[Batch], bool]:
     """The batches, and whether there are more: of what tells no length, which may have no end, as many as fit."""
-    if isinstance(batches.data, Sized):
+    if length_of(batches.data) is not None:
         return list(batches), False
     found: list[Batch] = []
     size = 0

@@ -1,8 +1,9 @@
 """What the guide makes of batches that come again, kept: a step need not run it then.
 
 A batch is known by its bytes. Whether batches come again is known of a list; of anything else it shows in the second
-pass, so that a stream that never repeats holds nothing. What doesn't fit is computed each time: nothing is let go of
-for something newer, for in a cycle that is always what comes next.
+pass, so that a stream that never repeats holds nothing, and where that pass is known to have ended without any its
+batches are no longer looked at: on a GPU that waits for what is under way. What doesn't fit is computed each time:
+nothing is let go of for something newer, for in a cycle that is always what comes next.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ ROOM = 2**30  # bytes
 
 
 class GuideCache:
-    """Values of the guide's nodes by batch. `repeats`: all batches come again. `saved` has those of an earlier run. A
-    guide that draws random numbers is no guide: its capture is refused.
+    """Values of the guide's nodes by batch. `repeats`: all batches come again; else `length` is how many a pass has,
+    where that is known. `saved` has those of an earlier run. A guide that draws random numbers is no guide: its capture
+    is refused.
     """
 
-    def __init__(self, repeats: bool, saved: Saved | None = None, room: int = ROOM) -> None:
-        self.repeats, self.saved, self.room = repeats, saved, room
+    def __init__(self, repeats: bool, saved: Saved | None = None, room: int = ROOM, length: int | None = None) -> None:
+        self.repeats, self.saved, self.room, self.length = repeats, saved, room, length
         self.runs = self.spared = 0
         self._values: dict[str, dict[str, Any]] = {}
         self._bytes = 0
@@ -47,6 +49,8 @@ class GuideCache:
         """Calls `run`, which gives values by these names, where they aren't known."""
 
         def known_or_run(**inputs: torch.Tensor) -> Any:
+            if self.in_vain:
+                return run(**inputs)
             key = key_of(inputs)
             found = self._known(key, names)
             if found is not None:
@@ -60,6 +64,11 @@ class GuideCache:
             return made
 
         return known_or_run
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether two passes went by, and no batch came again."""
+        return not (self.repeats or self.spared or self.length is None) and self.runs > 2 * self.length
 
     def _known(self, key: str, names: Sequence[str]) -> dict[str, Any] | None:
         held = self._values.get(key, {})

@@ -26,6 +26,7 @@ from thesean.passes.plan.rows import PlannedPart, ProbedCandidate
 from thesean.report.conversion import ConversionReport, StageRow
 from thesean.report.page.findings import Alike, Findings, Lost, Served
 from thesean.report.page.page import page
+from thesean.report.page.picture import plan_picture
 from thesean.report.page.serve import program
 from thesean.report.page.style import STYLE
 from thesean.write_page import _served
@@ -152,6 +153,27 @@ def test_headings_descend_and_no_two_ids_are_alike(made):
     assert len(ids) == len(set(ids)) > 10
     labels = [a["aria-labelledby"] for _, a, _ in reader.found if "aria-labelledby" in a]
     assert {name for label in labels for name in label.split()} <= set(ids)
+
+
+def test_a_row_of_parts_of_which_the_same_is_told_is_one_stop_of_the_picture():
+    def parts(*targets: str) -> thesean.Plan:
+        some = [PlannedPart(path=f"h.{i}", target=t, params=10, new_params=20) for i, t in enumerate(targets)]
+        return thesean.Plan(parts=tuple(some), flops=40)
+
+    def stops(plan: thesean.Plan) -> list[str]:
+        found = re.findall(r'class="path">(.*?)</.*?class="became">(.*?)<', plan_picture(plan, REPORT))
+        return [f"{path} {became}" for path, became in found]
+
+    assert stops(parts("gru", "gru", "gru", "keep", "rnn", "rnn", "gru", "gru", "gru")) == [
+        "h.0 to h.2 3 parts, each became gru",
+        "h.3 kept",
+        "h.4 became rnn",  # two are told by themselves
+        "h.5 became rnn",
+        "h.6 to h.8 3 parts, each became gru",
+    ]
+    report = replace(REPORT, copied={"h.1": ["query"]})
+    told = plan_picture(parts("gru", "gru", "gru"), report)
+    assert told.count('class="path"') == 3  # they don't all come from the same
 
 
 def test_pictures_are_named_and_tables_have_captions_and_scopes(made):

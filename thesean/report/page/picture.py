@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import PlannedPart
 from thesean.passes.plan.table import replaced_inside, target_of
@@ -9,29 +12,47 @@ from thesean.report.conversion import ConversionReport
 from thesean.report.page.markup import element, paragraph, words
 from thesean.units import quantity
 
+# Parts that say the same one after the other are one stop from so many on: two are read faster than what they share.
+_FOLDED = 3
+
 
 def plan_picture(plan: Plan, report: ConversionReport) -> str:
     """From input to output; a square is a replacement, a ring the guide's own part."""
-    stops = "".join(_stop(part, report) for part in plan)
+    stops = ""
+    for (became, told), alike in groupby(plan, lambda part: (_became(part), _told(part, report))):
+        paths = [part.path for part in alike]
+        runs = [paths] if len(paths) >= _FOLDED else [[path] for path in paths]
+        stops += "".join(_stop(run, became, told) for run in runs)
     legend = "From input to output. A filled square was replaced, a ring stays the guide's."
     return paragraph(legend, "quiet") + element("ol", stops, class_="plan")
 
 
-def _stop(part: PlannedPart, report: ConversionReport) -> str:
-    became = "kept" if part.kept else "became " + target_of(part)
+def _became(part: PlannedPart) -> str:
+    if part.kept:
+        return "kept"
     inside = replaced_inside(part)
+    return f"became {target_of(part)}" + (f", {inside}" if inside else "")
+
+
+def _told(part: PlannedPart, report: ConversionReport) -> str:
+    """What it costs, and where its weights came from."""
     cost = quantity(part.params) if part.kept else f"{quantity(part.params)} \u2192 {quantity(part.new_params)}"
-    told = became + (f", {inside}" if inside else "")
-    row = element("span", words(part.path), class_="path") + element("span", words(told), class_="became")
-    chips = element("li", words(f"{cost} parameters"), class_="cost")
-    chips += "".join(
+    return element("li", words(f"{cost} parameters"), class_="cost") + "".join(
         element("li", element("b", words(kind)) + words(f" {what}"), class_="chip")
         for kind, what in weights_of(part, report)
     )
+
+
+def _stop(paths: Sequence[str], became: str, told: str) -> str:
+    """One part, or a row of parts of which the same is told."""
+    several = len(paths) > 1
+    name = f"{paths[0]} to {paths[-1]}" if several else paths[0]
+    what = f"{len(paths)} parts, each {became}" if several else became
+    row = element("span", words(name), class_="path") + element("span", words(what), class_="became")
     drawn = element("div", row, class_="row") + element(
-        "ul", chips, class_="from", aria_label="what it costs, and where its weights came from"
+        "ul", told, class_="from", aria_label="what it costs, and where its weights came from"
     )
-    return element("li", drawn, class_="kept" if part.kept else "new")
+    return element("li", drawn, class_="kept" if became == "kept" else "new")
 
 
 def weights_of(part: PlannedPart, report: ConversionReport) -> list[tuple[str, str]]:
