@@ -33,7 +33,7 @@ def taken_apart(node: fx.Node, has_form: Callable[[Any], bool]) -> set[Any]:
         args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(inputs, values, strict=True)).__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    table = {op: form for op, form in torch._decomp.decomposition_table.items() if not has_form(op)}
+    table: Any = {op: form for op, form in torch._decomp.decomposition_table.items() if not has_form(op)}
     try:
         with mode, torch.no_grad():
             made = make_fx(of_inputs, table)(*given)
