@@ -39,7 +39,7 @@ _MEETS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class WriteOutSizes(Pass):
-    """n ** 2  =>  n * n;  ceil(n / m)  =>  -(-n // m);  x * n ** e  =>  x * pow(tensor(n), e), on sizes n, m."""
+    """n ** 2  =>  n * n;  ceil(n / 2)  =>  (n + 1) // 2;  x * n ** e  =>  x * pow(tensor(n), e), on a size n."""
 
     in_place = True
 
@@ -107,9 +107,11 @@ def _rounded(upwards: bool) -> Callable[..., fx.Node | None]:
         if quotient.target is not operator.truediv or not all(map(_is_whole, quotient.args)):
             return None
         n, m = quotient.args
-        if not upwards:
-            return call(operator.floordiv, n, m)
-        return call(operator.neg, call(operator.floordiv, call(operator.neg, n), m))
+        if upwards:  # not -(-n // m): ONNX divides towards zero
+            if type(m) is not int or m < 1:
+                return None
+            n = call(operator.add, n, m - 1)
+        return call(operator.floordiv, n, m)
 
     return form
 
