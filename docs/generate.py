@@ -152,18 +152,28 @@ def scaling_page() -> str:
             *_opening("Scaling", "thesean/distill/scaling.py"),
             *_prose(
                 """**These are estimates. Nothing on this page was measured on a GPU.** They come from formulas. What an
-                optimizer holds and what a rank sends (gradients, exits, outputs, statistics) is compared with small
-                runs on a CPU, to the byte: tests/distill/test_scaling.py and tests/test_ranks.py; to a tenth, what a
-                transformer's backward keeps of its activations, with and without checkpointing; to a fifth, what is
-                sent of weights in slices. Hours, and the memory of whole weights' copies, are compared with
+                optimizer holds and what a rank sends (gradients, exits, ends and weights of parts, outputs, statistics)
+                is compared with small runs on a CPU, to the byte: tests/distill/test_scaling.py and
+                tests/test_ranks.py; to a tenth, what a transformer's backward keeps of its activations, with and
+                without checkpointing; to a fifth, what is sent of weights in slices. Hours, and the memory of whole
+                weights' copies, are compared with
                 nothing."""
             ),
             "## What is spread, and what isn't",
             "",
             *_prose(
                 """A run [in several processes](guide.md#in-several-processes) is data parallel: each rank computes its
-                own rows of a batch. Similarities are computed on examples of all ranks, by each of them. Parts that are
-                aligned independently are trained as all others are, on rows: none is a rank's own."""
+                own rows of a batch. Similarities are computed on examples of all ranks, by each of them."""
+            ),
+            *_prose(
+                """Parts that are aligned independently are spread over the ranks, where there are no fewer of them than
+                ranks, no companion looks at the output, and nothing lies in slices. Each rank runs the guide on its own
+                rows, and sends what it makes at a part's ends to the rank that has the part, which trains it on all
+                rows, with an optimizer for its own parts alone. No gradient is exchanged: of a step the loss and the
+                gradient's norm, which are numbers. Weights are handed to all where the parts are judged together, each
+                `check_every` steps, and for a checkpoint. More is received than on rows where parts have few weights
+                beside a batch's activations (1B below), less where they have many. Closed form, judging and fine-tuning
+                are on rows. What a part draws, such as dropout, it draws otherwise than in one process."""
             ),
             *_prose(
                 """By default weights, gradients and the optimizer's states are whole on each rank. Where it is the
@@ -204,6 +214,9 @@ def scaling_page() -> str:
                 "Every attention is replaced by as many weights; its last layer reads as many features as the width.",
                 "1B: 16 blocks of 2,048, a vocabulary of 128,256. 7B: 32 of 4,096, 32,000. 70B: 80 of 8,192, 32,000.",
                 "Exits are compared in alignment and all of fine-tuning; the loss is `thesean.next_token`, or none.",
+                """Parts are aligned independently, the default: of the hybrid they alone are run. They are spread over
+                8 GPUs, and those of 70B over 64, of which some have two parts and most one; elsewhere, and in slices,
+                they are trained on rows.""",
                 f"""80 GB of memory; {HARDWARE.flops / 1e12:.0f} TFLOP/s (40% of 989); {HARDWARE.within / 1e9:.0f} GB/s
                 each way among up to 8, {HARDWARE.between / 1e9:.0f} GB/s among more (70% of 450 and 50). Sums and
                 gathers go around a ring, and nothing overlaps.""",

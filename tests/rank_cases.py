@@ -1,4 +1,5 @@
-"""Small conversions that one process and several do alike: `python -m tests.rank_cases FOLDER whole|killed NAME...`.
+"""Small conversions that one process and several do alike: `python -m tests.rank_cases FOLDER WAY NAME...`, where the
+way is whole, killed, stopped or resumed.
 
 In double: Adam divides a gradient by its size, so that in single precision a bias whose gradient is 0 but for rounding
 (one before a batch norm) would go different ways.
@@ -23,13 +24,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import thesean
 import thesean.journal
 from tests import models
+from tests.distill.tools import stopped_at
 from thesean import ranks
 from thesean.distill.sharded import Sharding
-from thesean.errors import DataError, RankError, TheseanError
+from thesean.errors import RankError, TheseanError
+from thesean.journal import Interrupted
 
 LOST = 3  # the exit code of a rank that was told of another's end
 INTERRUPTED = "mse, progressive, uneven"
 SHARDED = "sharded"
+SPREAD = "parts spread"  # in two processes one part and two
 
 Case = tuple[nn.Module, Any, dict[str, Any]]
 
@@ -129,6 +133,21 @@ def padded() -> Case:
     return Sentences().double(), "linear-attention", {"data": data, "recipe": recipe}
 
 
+def whole_examples() -> Case:
+    """The same, by what the paper leaves open."""
+    model, target, given = padded()
+    alignment: dict[str, Any] = {
+        "schedule": "progressive",
+        "measure": "cka",
+        "samples": "examples",
+        "normalize_rows": True,
+    }
+    alignment |= {"share": 0.5, "reduction": "mean", "stage_measures": {2: {"cka": 1.0, "nmse": 1.0}}}
+    recipe: dict[str, Any] = {"optimizer": "adam", "learning_rate_schedule": "constant", "alignment": alignment}
+    recipe["closed_form"] = {"enabled": False}
+    return model, target, {**given, "recipe": {**given["recipe"], **recipe}}
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "closed form": lambda: (guide(), "mlp", {"data": batches(), "loss": cross_entropy, "recipe": "fast"}),
     "cka, joint": lambda: vectors("cka"),
@@ -136,15 +155,22 @@ CASES: dict[str, Callable[[], Case]] = {
     "our own loss": labelled,
     "batch norms": lambda: vectors(options={"hidden_norm": "batch"}, steps=24, recalibrate=True),
     "padded": padded,
+    "whole examples": whole_examples,
     # two batches a step, whose activations are computed anew, batch norms among them
     "accumulated": lambda: spread(
         vectors(rows=13, steps=8, options={"hidden_norm": "batch"}),
         activation_checkpointing=True,
         gradient_accumulation=2,
     ),
+    SPREAD: lambda: spread(
+        vectors("nmse", "independent", rows=13, loss=cross_entropy, options={"hidden_norm": "batch"}, reduction="mean"),
+        activation_checkpointing=True,
+        gradient_accumulation=2,
+    ),
     SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
     "nmse, sequential": lambda: vectors("nmse", "sequential", steps=18, order="easiest-first"),
+    "cka, independent": lambda: vectors({"cka": 1.0, "nmse": 0.5}, "independent", rows=13),
     "cka and output, independent": lambda: vectors({"cka": 1.0, "nmse": 0.5}, "independent", output="kl"),
     "stochastic": lambda: vectors(schedule="stochastic", loss=cross_entropy),
 }
@@ -189,26 +215,17 @@ def deadly(rank: int, at: int) -> Callable[[Any, Any], torch.Tensor]:
     return loss
 
 
-def stopping(at: int) -> Callable[[Any, Any], torch.Tensor]:
-    """A loss that fails in every process in the so many-th step."""
-    steps[:], ends_at[:] = [-1], [at]  # it is tried once before anything is solved
-
-    def loss(output: Any, batch: Any) -> torch.Tensor:
-        steps[0] += output.requires_grad
-        if steps[0] == ends_at[0] > 0:
-            raise ArithmeticError("stop here")
-        return cross_entropy(output, batch)
-
-    return loss
+def stopped(folder: Path, names: list[str]) -> None:
+    """Runs that end in their midst: three steps of their first stage are taken."""
+    for name in names:
+        with suppress(Interrupted), stopped_at(3):
+            result(name, workdir=folder / name)
 
 
-def stopped(folder: Path) -> None:
-    """A run whose weights lie in slices, and that ends in its midst."""
-    kept = thesean.journal._AT_LEAST_S, thesean.journal._SHARE
-    keep_every_step()
-    with suppress(DataError):
-        result(SHARDED, loss=stopping(4), workdir=folder / "sharded")
-    thesean.journal._AT_LEAST_S, thesean.journal._SHARE = kept
+def resumed(folder: Path, names: list[str]) -> None:
+    """And go on."""
+    found = {name: result(name, workdir=folder / name, resume="must") for name in names}
+    torch.save(found, folder / f"found.{os.environ['RANK']}")
 
 
 def held() -> tuple[int, int]:
@@ -257,7 +274,7 @@ def compared(folder: Path, names: list[str]) -> None:
     found["held"] = held()
     found["half"] = [half(sharded) for sharded in (False, True)]
     torch.save(found, folder / f"found.{rank}")
-    stopped(folder)
+    stopped(folder, [SHARDED, SPREAD])
 
 
 def killed(folder: Path) -> None:
@@ -272,6 +289,7 @@ def killed(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    compared(Path(sys.argv[1]), sys.argv[3:])
+    ways = {"stopped": stopped, "resumed": resumed, "killed": compared, "whole": compared}
+    ways[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])
     if sys.argv[2] == "killed":
         killed(Path(sys.argv[1]))

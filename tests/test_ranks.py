@@ -15,7 +15,7 @@ import yaml
 
 import thesean
 from tests.launched import ROOT, ended, environment, launch
-from tests.rank_cases import CASES, INTERRUPTED, LOST, SHARDED, batches, deadly, guide, result, stopping
+from tests.rank_cases import CASES, INTERRUPTED, LOST, SHARDED, SPREAD, batches, deadly, guide, result, stopped
 from thesean import ranks
 from thesean.distill import scaling
 from thesean.errors import MissingExtraError, RankError
@@ -102,6 +102,42 @@ def test_what_a_rank_sends_is_what_the_formulas_say(found: list[dict[str, Any]])
 
 
 @accelerated
+def test_ranks_that_have_parts_of_their_own_send_no_gradients(found: list[dict[str, Any]]) -> None:
+    sizes = scaling.Sizes(
+        guide=0, parts=3, replaced=72, replacement=122, features=6, outputs=8, width=8, vocabulary=5, itemsize=8
+    )
+    for rank, own in enumerate(found):
+        rows, parts, ends = (6, 1, 3) if rank == 0 else (7, 2, 2)  # ends: of two parts, of which one begins as one ends
+        sent = own["cka, independent"]["sent"]
+        assert sent["gradients"] == 6 * scaling.gradients_given(sizes, 3 * 122 + 45)  # fine-tuning's
+        assert sent["ends"] == 6 * scaling.ends_given(sizes, rows, 1) * ends / 2
+        assert sent["results"] == 3 * scaling.results_given(sizes, parts)  # judged after steps 2, 4 and 6
+
+
+@accelerated
+@pytest.mark.parametrize("name", [SHARDED, SPREAD])
+def test_a_run_of_two_processes_goes_on_in_one(two: tuple[Path, list[tuple[int, str]]], name: str) -> None:
+    folder, _ = two
+    resumed = result(name, workdir=folder / name, resume="must")
+    assert any("went on at step 3 of align stage 1" in note for note in resumed["notes"])
+    check_alike(resumed, result(name))
+
+
+@accelerated
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_in_two_and_then_in_four(tmp_path: Path) -> None:
+    stopped(tmp_path, [SPREAD])  # of three parts: spread in two, on rows in four
+    for count, way in ((2, "stopped"), (4, "resumed")):
+        ends = ended(launch(count, ["-m", "tests.rank_cases", str(tmp_path), way, SPREAD]))
+        assert [code for code, _ in ends] == [0] * count, ends
+    expected = result(SPREAD)
+    for rank in range(4):
+        found = torch.load(tmp_path / f"found.{rank}")[SPREAD]
+        assert any("went on at step 6 of align stage 1" in note for note in found["notes"])
+        check_alike(found, expected)
+
+
+@accelerated
 def test_weights_in_slices_are_held_a_part_at_a_time(found: list[dict[str, Any]]) -> None:
     for own in found:
         most, total = own["held"]
@@ -118,14 +154,6 @@ def test_half_precision_in_slices_is_the_same_to_the_last_bit(found: list[dict[s
     for own in found:
         whole, sliced = own["half"]
         assert all(torch.equal(sliced[name], value) for name, value in whole.items())
-
-
-@accelerated
-def test_a_run_in_slices_goes_on_in_one_process(two: tuple[Path, list[tuple[int, str]]]) -> None:
-    folder, _ = two
-    resumed = result(SHARDED, loss=stopping(0), workdir=folder / "sharded", resume="must")
-    assert any("went on at step" in note for note in resumed["notes"])
-    check_alike(resumed, result(SHARDED, loss=stopping(0)))
 
 
 def test_without_accelerate_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ Every rank runs the same program on the same batches and takes its own rows thro
 function of a whole batch (a similarity, the user's loss, the statistics of a ridge solve) is computed on the rows of
 all, so that it is what one process would have computed, and the same on each rank. That decides how gradients add up:
 each rank has the whole loss, `gather` hands back the gradient of its own rows alone, and the sum over ranks is the
-gradient of one process. A mean of losses of each rank's own rows would be another objective.
+gradient of one process. A mean of losses of each rank's own rows would be another objective. Parts that are aligned
+each by itself are a rank's own instead, on all rows: distill/spread.py.
 
 In a process by itself nothing here does anything, and neither Accelerate nor torch.distributed is imported.
 """
@@ -88,7 +89,7 @@ def _opened(cpu: bool) -> _World:
             "recipe: sharded: true, or --sharded."
         )
     own = not torch.distributed.is_initialized()
-    with _reaching():
+    with reaching():
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=_TIMEOUT_S))
     if own:
         atexit.register(_leave)
@@ -132,12 +133,23 @@ def sent() -> dict[str, int]:
     return dict(_sent)
 
 
-def gather(x: torch.Tensor, dim: int = 0, kind: str = "rows") -> torch.Tensor:
-    """The rows of all ranks, in their order, along a dimension in which they may have different numbers of them.
+def number() -> int:
+    """This rank's, from 0."""
+    return 0 if _world is None else _world.number
+
+
+def owner_of(number: int, count: int) -> int:
+    """The rank whose share, as `own_rows` has it, holds this one of so many."""
+    return 0 if _world is None else ((number + 1) * _world.count - 1) // count
+
+
+def gather(x: torch.Tensor, dim: int = 0, kind: str = "rows", to: int | None = None) -> torch.Tensor:
+    """The rows of all ranks, in their order, along a dimension in which they may have different numbers of them; `to`
+    one rank alone, and the others have their own.
 
     Only for what every rank then computes the same of: a rank's rows of the gradient are taken as they are.
     """
-    return x if _world is None else _Gather.apply(x, dim, kind, _world)
+    return x if _world is None else _Gather.apply(x, dim, kind, _world, to)
 
 
 def place(rows: int) -> tuple[int, int]:
@@ -179,8 +191,8 @@ def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for some in by_dtype.values():
         flat = torch.cat([t.detach().reshape(-1) for t in some])
-        _count(kind, flat)
-        with _reaching():
+        count_sent(kind, flat)
+        with reaching():
             torch.distributed.all_reduce(flat)
         for tensor, total in zip(some, flat.split([t.numel() for t in some]), strict=True):
             tensor.copy_(total.view_as(tensor))
@@ -202,8 +214,8 @@ def gather_shares(own: torch.Tensor, into: torch.Tensor, kind: str = "weights") 
         return
     held = own.detach().view(torch.uint8)  # as bytes: not every backend knows every dtype
     found = held.new_empty(_world.count, held.numel())
-    _count(kind, held)
-    with _reaching():
+    count_sent(kind, held)
+    with reaching():
         torch.distributed.all_gather(list(found), held)
     into.copy_(found.view(-1).view(own.dtype)[: into.numel()])
 
@@ -215,8 +227,8 @@ def sum_shares(flat: torch.Tensor, kind: str = "gradients") -> torch.Tensor:
     each = -(-flat.numel() // _world.count)
     padded = torch.cat([flat.detach(), flat.new_zeros(each * _world.count - flat.numel())])
     own = flat.new_empty(each)
-    _count(kind, flat)
-    with _reaching():
+    count_sent(kind, flat)
+    with reaching():
         torch.distributed.reduce_scatter_tensor(own, padded)
     return own
 
@@ -233,7 +245,7 @@ def agreed(*values: float) -> tuple[float, ...]:
     if _world is None:
         return values
     told = torch.tensor(values, dtype=torch.float64, device=_world.device)
-    with _reaching():
+    with reaching():
         torch.distributed.broadcast(told, 0)
     return tuple(told.tolist())
 
@@ -243,7 +255,7 @@ def any_of(flag: bool) -> bool:
     if _world is None:
         return flag
     told = torch.tensor([float(flag)], device=_world.device)
-    with _reaching():
+    with reaching():
         torch.distributed.all_reduce(told)
     return bool(told.item() > 0)
 
@@ -293,9 +305,30 @@ def tells(error: Exception) -> bool:
     return True
 
 
+def count_sent(kind: str, tensor: torch.Tensor) -> None:
+    """For `sent`: this rank gives that to others."""
+    _sent[kind] = _sent.get(kind, 0) + tensor.nbytes
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """Raises RankError where another rank can't be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[
+            0
+        ]  # without gloo's own source line
+        raise RankError(
+            f"another process of this run is gone, or hasn't answered for {_TIMEOUT_S // 60} minutes: what it said "
+            "itself, if anything, tells why. Launch the job again, with as many processes as you like: in a workdir it "
+            f"goes on from its last checkpoint. ({why})"
+        ) from error
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, kind: str, world: _World) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dim: int, kind: str, world: _World, to: int | None) -> torch.Tensor:
         sizes = _sizes(x.shape[dim], world)
         ctx.dim, ctx.start, ctx.length = dim, sum(sizes[: world.number]), x.shape[dim]
         own = x.detach().movedim(dim, 0).contiguous()
@@ -305,10 +338,16 @@ class _Gather(torch.autograd.Function):
         padded = own.new_zeros(most, dtype=torch.uint8)
         held = own.reshape(-1).view(torch.uint8)
         padded[: held.numel()] = held
-        theirs = [torch.empty_like(padded) for _ in range(world.count)]
-        _count(kind, held)
-        with _reaching():
-            torch.distributed.all_gather(theirs, padded)
+        theirs = [torch.empty_like(padded) for _ in range(world.count if to in (None, world.number) else 0)]
+        if to != world.number:
+            count_sent(kind, held)
+        with reaching():
+            if to is None:
+                torch.distributed.all_gather(theirs, padded)
+            else:
+                torch.distributed.gather(padded, theirs or None, to)
+        if not theirs:
+            return x
         pieces = [
             piece[: n * width * own.element_size()].view(own.dtype).view(n, *own.shape[1:])
             for piece, n in zip(theirs, sizes, strict=True)
@@ -317,7 +356,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].narrow(ctx.dim, ctx.start, ctx.length), None, None, None
+        return grads[0].narrow(ctx.dim, ctx.start, ctx.length), None, None, None, None
 
 
 class _Total(torch.autograd.Function):
@@ -334,24 +373,20 @@ def _sizes(rows: int, world: _World) -> list[int]:
     """Of all ranks."""
     own = torch.tensor([rows], device=world.device)
     found = [torch.empty_like(own) for _ in range(world.count)]
-    with _reaching():
+    with reaching():
         torch.distributed.all_gather(found, own)
     return [int(n) for n in found]
 
 
-def _count(kind: str, tensor: torch.Tensor) -> None:
-    _sent[kind] = _sent.get(kind, 0) + tensor.nbytes
-
-
 def _everyones(own: Any, world: _World) -> list[Any]:
     found: list[Any] = [None] * world.count
-    with _reaching():
+    with reaching():
         torch.distributed.all_gather_object(found, own)
     return found
 
 
 def _broadcast(world: _World, objects: list[Any]) -> None:
-    with _reaching():
+    with reaching():
         torch.distributed.broadcast_object_list(objects, 0, device=world.device)
 
 
@@ -360,19 +395,3 @@ def _travels(error: Exception) -> bool:
     with suppress(Exception):
         return type(pickle.loads(pickle.dumps(error))) is type(error)
     return False
-
-
-@contextmanager
-def _reaching() -> Iterator[None]:
-    """Raises RankError where another rank can't be reached."""
-    try:
-        yield
-    except RuntimeError as error:
-        why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0]).partition(". ")[
-            0
-        ]  # without gloo's own source line
-        raise RankError(
-            f"another process of this run is gone, or hasn't answered for {_TIMEOUT_S // 60} minutes: what it said "
-            "itself, if anything, tells why. Launch the job again, with as many processes as you like: in a workdir it "
-            f"goes on from its last checkpoint. ({why})"
-        ) from error

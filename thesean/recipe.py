@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,10 @@ Positions = Literal["clamp", "wrap", "drop", "refuse"]
 Precision = Literal["as-is", "bfloat16"]
 Divergence = Literal["kl", "reverse-kl", "js"]
 PartInputs = Literal["guide", "hybrid", "mixed"]
+Samples = Literal["tokens", "examples"]
+Reduction = Literal["sum", "mean"]
+Optimizer = Literal["adamw", "adam"]
+RateSchedule = Literal["cosine", "constant"]
 Weight = Annotated[float, Field(gt=0)]
 Measures = Annotated[
     Annotated[str, Tag("name")] | Annotated[dict[str, Weight], Field(min_length=1), Tag("sum")],
@@ -36,6 +41,11 @@ class RecipeError(TheseanError, ValueError):
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def weights_of(measures: str | Mapping[str, float]) -> dict[str, float]:
+    """Of measures, by their names."""
+    return {measures: 1.0} if isinstance(measures, str) else dict(measures)
 
 
 class ClosedForm(_Settings):
@@ -61,7 +71,15 @@ class Alignment(_Settings):
     inputs: PartInputs | None = None
     # At parts' exits: a measure, or several with their weights
     measure: Measures = "nmse"
+    # What a row is of the matrices that a measure compares, where activations are of sequences: each of their tokens,
+    # or each sequence with its tokens side by side. Of images and vectors a row is an example either way.
+    samples: Samples = "tokens"
+    normalize_rows: bool = Field(default=False, description="to length 1, of both sides, before they are compared")
     weights: dict[str, Weight] = Field(default={}, description="of parts, by globs; the last one that fits")
+    reduction: Reduction = Field(default="sum", description="over the parts that a stage compares")
+    # Of single stages of progressive and sequential: by globs over the part that is new in them, or by their place,
+    # from 1; the last one that fits. All parts that such a stage compares are compared by it.
+    stage_measures: dict[Annotated[int, Field(ge=1, strict=True)] | str, Measures] = {}
     # Companions of the measure, of the network in which the parts so far are replaced
     output: Divergence | None = Field(default=None, description="divergence of the outputs, hybrid from guide")
     output_weight: Weight = 1.0
@@ -88,6 +106,11 @@ class Alignment(_Settings):
                 f"order {self.order!r} is one of stages: it needs the schedule 'progressive' or 'sequential', found "
                 f"{self.schedule!r}"
             )
+        if self.stage_measures and self.schedule not in ("progressive", "sequential"):
+            raise ValueError(
+                "stage_measures are of one stage each: they need the schedule 'progressive' or 'sequential', found "
+                f"{self.schedule!r}"
+            )
         if self.inputs is not None and self.schedule in ("stochastic", "none"):
             raise ValueError(f"inputs {self.inputs!r} has no meaning with the schedule {self.schedule!r}: leave it out")
         return self
@@ -95,7 +118,14 @@ class Alignment(_Settings):
     @property
     def measures(self) -> dict[str, float]:
         """Weights by name."""
-        return {self.measure: 1.0} if isinstance(self.measure, str) else dict(self.measure)
+        return weights_of(self.measure)
+
+    @property
+    def all_measures(self) -> list[str]:
+        """Names, those of single stages too."""
+        return list(
+            dict.fromkeys(name for some in (self.measure, *self.stage_measures.values()) for name in weights_of(some))
+        )
 
     @property
     def reads(self) -> PartInputs:
@@ -132,6 +162,9 @@ class Recipe(_Settings):
     seconds: float | None = Field(default=None, gt=0)
     alignment: Alignment = Alignment()
     fine_tuning: FineTuning = FineTuning()
+    # AdamW decays weights apart from the gradient, Adam adds the decay to it: alignment, without decay, is the same
+    optimizer: Optimizer = "adamw"
+    learning_rate_schedule: RateSchedule = Field(default="cosine", description="after the warm-up")
     warmup: int = Field(default=20, ge=0)
     clip: float = Field(default=1.0, gt=0, description="gradient norm")
     # Positions past the guide's table (a recurrence knows no end): "clamp" reads the last row, "wrap" begins again with
@@ -184,6 +217,8 @@ class Recipe(_Settings):
             steps=min(_RETRY_STEPS, self.steps),
             closed_form=self.closed_form.model_copy(update={"enabled": True, "ridge": 100 * self.closed_form.ridge}),
             alignment=Alignment(schedule="sequential", learning_rate=1e-3, share=1.0),
+            optimizer=self.optimizer,
+            learning_rate_schedule=self.learning_rate_schedule,
             warmup=self.warmup,
             clip=self.clip,
             precision=self.precision,
@@ -265,22 +300,14 @@ def _unknown(place: Sequence[str]) -> str:
     return str(unknown_name("setting", place[-1], settings.model_fields))
 
 
-RECIPES: dict[str, Recipe] = {
-    "default": Recipe(name="default"),
-    "fast": Recipe(
-        name="fast",
-        steps=0,
-        alignment=Alignment(schedule="none", share=0),
-        fine_tuning=FineTuning(share=0),
-    ),
-    # five times the steps, and four times the data of the closed form, for those who have the time:
-    # benchmarks/results/best.json
-    "best": Recipe(name="best", steps=2000, closed_form=ClosedForm(batches=64), warmup=100),
-    # progressive CKA, then fine-tuning on the task alone, as in the paper
-    "paper": Recipe(
-        name="paper",
-        closed_form=ClosedForm(enabled=False),
-        alignment=Alignment(schedule="progressive", measure="cka", share=0.5, learning_rate=2e-3),
-        fine_tuning=FineTuning(share=0.5, learning_rate=2e-3, distillation=0.0, hidden=0.0),
-    ),
-}
+def _shipped() -> dict[str, Recipe]:
+    """The YAML files of `thesean/recipes`, whose comments say what was measured, by their names."""
+    texts = {file.name: file.read_text("utf-8") for file in (files("thesean") / "recipes").iterdir()}
+    return {
+        name.removesuffix(".yaml"): _validated(plain_yaml.read(text), name)
+        for name, text in sorted(texts.items())
+        if name.endswith(".yaml")
+    }
+
+
+RECIPES: dict[str, Recipe] = _shipped()

@@ -190,7 +190,7 @@ class Request:
     def _check_objective(self) -> None:
         """What no recipe can know of itself."""
         for recipe in filter(None, (self.settings, self.settings.retry)):
-            for name in recipe.alignment.measures:
+            for name in recipe.alignment.all_measures:
                 if not get_measure(name).differentiable:
                     raise RecipeError(
                         f"alignment.measure: {name!r} has no gradient to train on; it can be reported by "

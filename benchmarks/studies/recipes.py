@@ -31,8 +31,9 @@ def experiments(steps: int) -> dict[str, dict[str, Any]]:
     plain = thesean.Target("linear-attention", memory=(90.0, 1100.0), sharpness=1.0)
     for base in ("default", "fast"):
         runs[f"{base} linear-attention, long memories, W = 1"] = {"target": plain, "recipe": recipe(base)}
-    runs["paper"] = {"recipe": recipe("paper")}
-    runs["paper, distilled"] = {"recipe": recipe("paper", fine_tuning__distillation=0.9)}
+    paper = partial(recipe, "paper", alignment__samples="tokens")  # batches are of 4 rows
+    runs["paper"] = {"recipe": paper()}
+    runs["paper, distilled"] = {"recipe": paper(fine_tuning__distillation=0.9)}
     runs["no alignment"] = {"recipe": recipe(alignment__share=0.0, alignment__schedule="none")}
     for schedule in ("joint", "progressive", "sequential"):
         runs[f"schedule {schedule}"] = {"recipe": recipe(alignment__schedule=schedule)}

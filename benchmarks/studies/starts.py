@@ -25,14 +25,14 @@ WAYS = ("closed form", *RATES)
 
 
 class DigitsTransformer(nn.Module):
-    """pixels_B1HW -> logits_BC: rows of the image as tokens, two blocks."""
+    """pixels_B1HW -> logits_BC: rows of the image as tokens."""
 
-    def __init__(self, side: int = 8, width: int = 48) -> None:
+    def __init__(self, side: int = 8, width: int = 48, blocks: int = 2) -> None:
         super().__init__()
         self.embed, self.places = nn.Linear(side, width), nn.Parameter(0.1 * torch.randn(side, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-            for _ in range(2)
+            for _ in range(blocks)
         )
         self.head = nn.Linear(width, 10)
 

@@ -11,7 +11,8 @@ from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, tra
 from tests.models import vectors
 from thesean.distill.align import Aligner, Stage, stages
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.objective import examples, faint
+from thesean.distill.objective import faint
+from thesean.distill.seen import examples
 from thesean.errors import DataError, NumericalError
 from thesean.targets import Target
 

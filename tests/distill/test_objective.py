@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import thesean
 from tests import captured, models
@@ -16,9 +17,10 @@ from tests.distill.test_gate import Cells, windows
 from tests.distill.tools import batches_of, drafted, recipe, task, training
 from tests.models import vectors
 from thesean.distill.align import Aligner, Stage, stages
-from thesean.distill.objective import Objective, told_of_batches
+from thesean.distill.check_alignment import check_samples
+from thesean.distill.objective import Objective, measures_of_stage, told_of_batches
 from thesean.errors import DataError, UnknownNameError
-from thesean.recipe import Recipe, RecipeError
+from thesean.recipe import Alignment, Recipe, RecipeError
 from thesean.similarity import get_measure
 
 OWN_NP, GUIDE_NP = vectors(9, 4, seed=1), vectors(9, 4, seed=2)
@@ -49,6 +51,38 @@ def test_several_measures_are_summed_by_their_weights():
     expected = loss_of("nmse") + 0.5 * loss_of("cka")
     assert both.at_exit(0, OWN_NP, GUIDE_NP).item() == pytest.approx(expected, rel=1e-6)
     assert both.name == "nmse + 0.5 cka"
+
+
+def test_samples_are_tokens_or_whole_examples():
+    own_BTD, guide_BTD = vectors(6, 5, 4, seed=1), vectors(6, 5, 4, seed=2)
+    for samples, flat in (("tokens", (0, 1)), ("examples", (1, 2))):
+        found = objective(measure="cka", samples=samples).at_exit(0, own_BTD, guide_BTD).item()
+        expected = get_measure("cka").loss(own_BTD.flatten(*flat), guide_BTD.flatten(*flat)).item()
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_hidden_tokens_are_0_in_whole_examples():
+    own_BTD, guide_BTD = vectors(6, 5, 4, seed=1), vectors(6, 5, 4, seed=2)
+    mask_BT = torch.arange(5) < torch.tensor([5, 3, 4, 1, 5, 2])[:, None]
+    hidden_BTD = ~mask_BT[..., None].expand_as(own_BTD)
+    noisy_BTD = own_BTD.masked_fill(hidden_BTD, torch.nan).requires_grad_()
+    by_example = objective(measure="cka", samples="examples")
+    found = by_example.at_exit(0, noisy_BTD, guide_BTD.masked_fill(hidden_BTD, torch.nan), mask_BT)
+    assert found.item() == by_example.at_exit(0, own_BTD * mask_BT[..., None], guide_BTD * mask_BT[..., None]).item()
+    (slope_BTD,) = torch.autograd.grad(found, noisy_BTD)
+    assert not slope_BTD[hidden_BTD].any()
+    assert slope_BTD[~hidden_BTD].abs().min() > 0
+
+
+def test_normalised_rows_are_compared_whatever_their_length():
+    lengths_N1 = torch.linspace(0.1, 9, 9)[:, None]
+    for measure in ("cka", "nmse"):
+        as_they_are, normalised = (objective(measure=measure, normalize_rows=by) for by in (False, True))
+        found = [by.at_exit(0, lengths_N1 * OWN_NP, GUIDE_NP).item() for by in (as_they_are, normalised)]
+        expected = [by.at_exit(0, OWN_NP, GUIDE_NP / 7).item() for by in (as_they_are, normalised)]
+        assert found[1] == pytest.approx(expected[1], rel=1e-5)
+        assert found[0] != pytest.approx(expected[0], rel=1e-2)
+    assert loss_of("cka") != pytest.approx(found[1], rel=1e-2)
 
 
 def test_the_last_glob_that_fits_weighs_a_part():
@@ -166,6 +200,19 @@ def test_a_companion_is_added_whatever_parts_read(reads):
     assert divergence > 1e-5 * exits.item()
 
 
+@pytest.mark.parametrize("reads", ["guide", "hybrid", "mixed"])
+def test_the_mean_over_parts_leaves_companions_as_they_are(reads):
+    (stage,) = stages("joint", 3, 4)
+    batch = batches_of(captured.mlp(), 1, seed=3)[0]
+
+    def of(**alignment: Any) -> float:
+        return aligner(inputs=reads, **alignment)._loss(stage)(0, batch).item()
+
+    summed, mean = of(), of(reduction="mean")
+    assert summed == pytest.approx(3 * mean, rel=1e-6)
+    assert of(output="kl", reduction="mean") - mean == pytest.approx(of(output="kl") - summed, rel=1e-3)
+
+
 def test_a_stage_compares_what_it_is_told_to_whatever_parts_read():
     batch = batches_of(captured.mlp(), 1, seed=3)[0]
 
@@ -198,9 +245,78 @@ def test_a_companion_brings_the_output_nearer_than_parts_exits_alone():
     assert found[1] < found[0]
 
 
+def test_a_stage_may_have_a_loss_of_its_own_by_its_part_or_place():
+    settings = Alignment(
+        schedule="progressive",
+        measure="mse",
+        stage_measures={"cells": "cka", 2: {"nmse": 1.0, "cka": 0.5}, "*.2": "nmse"},
+    )
+    found = [measures_of_stage(settings, f"cells.{k}", k + 1) for k in range(3)]
+    assert found == [{"cka": 1.0}, {"nmse": 1.0, "cka": 0.5}, {"nmse": 1.0}]
+    assert measures_of_stage(settings, "head", 1) == {"mse": 1.0}
+    assert settings.all_measures == ["mse", "cka", "nmse"]
+
+
+def test_stages_are_aligned_and_reported_by_their_own_losses():
+    of_stages = {1: "cka", "cells.0": {"cka": 2.0}}
+    converted = convert(schedule="progressive", order="back-to-front", stage_measures=of_stages)
+    told = {"cells.2": "cka", "cells.1": "nmse", "cells.0": "2 cka"}  # in the order in which they come
+    assert {row.part: row.measure for row in converted.report.stages} == told
+    last = converted.report.stages[-1]
+    assert 0 < last.after <= last.before <= 2  # twice 1 - CKA
+
+
+def test_too_few_whole_examples_are_refused_before_anything_is_solved():
+    guide = captured.encoder()
+    _, hybrid = drafted(guide, "rnn")
+
+    def check(rows: int, held_out: int = 4, **alignment: Any) -> None:
+        batches, held = batches_of(guide, 2, batch=rows), batches_of(guide, 2, batch=held_out)
+        told = training(guide, task(output="mse"), settings(**alignment), batches=batches, held_out=held)
+        check_samples(told, hybrid, batches)
+
+    by_example: dict[str, Any] = {"samples": "examples", "measure": {"nmse": 1.0, "cka": 1.0}}
+    check(4, **by_example)
+    check(1, measure="cka")
+    check(1, schedule="stochastic", **by_example)
+    for rows in ((3, 4), (4, 3)):
+        with pytest.raises(DataError, match=r"alignment.samples: 'cka' compares at least 4 examples, and .* has 3\."):
+            check(*rows, **by_example)
+
+
+class Flat(nn.Module):
+    """x_BTD -> y_BTD by a map of all tokens of a batch at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.map(x.flatten(0, 1)).relu().unflatten(0, (x.shape[0], x.shape[1])))
+
+
+def test_activations_without_a_row_for_each_example_are_refused():
+    recipe = {"steps": 4, "alignment": {"share": 1.0, "samples": "examples"}}
+    told = r"^map: alignment.samples: expected activations with a row for each example, found \(\w+\*\w+, 8\)"
+    with pytest.raises(DataError, match=told):
+        thesean.compile(Flat(), "mlp", parts=["map"], data=[vectors(4, 5, 8)], recipe=recipe, progress=False)
+
+
+def test_rows_of_one_number_are_not_normalised():
+    guide = nn.Sequential(nn.Linear(8, 1), nn.ReLU(), nn.Linear(1, 4))
+    recipe = {"steps": 4, "alignment": {"share": 1.0, "normalize_rows": True}}
+    with pytest.raises(DataError, match=r"^0: alignment.normalize_rows: its activations are single numbers"):
+        thesean.compile(guide, "mlp", parts=["0"], data=[vectors(8, 8)], recipe=recipe, progress=False)
+
+
 @pytest.mark.parametrize(
     ("alignment", "error", "told"),
     [
+        ({"schedule": "progressive", "stage_measures": {"cell.1": "cka"}}, RecipeError,
+         "^alignment.stage_measures: no part matches 'cell.1'; did you mean"),
+        ({"schedule": "progressive", "stage_measures": {4: "cka"}}, RecipeError,
+         "^alignment.stage_measures: expected stages 1 to 3, for the plan replaces 3 parts, found 4"),
+        ({"schedule": "progressive", "stage_measures": {1: "svcca"}}, RecipeError, "'svcca' has no gradient"),
         ({"task": 0.5}, RecipeError, r"^alignment.task: it is the weight of loss=, and none was given"),
         ({"measure": "nmsee"}, UnknownNameError, "unknown measure 'nmsee'; did you mean 'nmse'"),
         ({"measure": {"nmse": 1, "svcca": 1}}, RecipeError, r"^alignment.measure: 'svcca' has no gradient to train on"),

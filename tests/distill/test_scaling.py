@@ -119,11 +119,25 @@ def test_memory_traffic_and_time_of_each_stage_are_worked_by_hand():
     )
     held = 7600 + 2 * 16 * 16 * 8 * 4 + 4 * 2048  # weights, activations of 16 tokens, all ranks' exits
     sent = 400 * 1.5 + 3 * 2048
-    seconds = 64 * (6 * 900 + 2 * 1000) / 4e3
+    seconds = 64 * (6 * 100 + 2 * 1000) / 4e3  # of the hybrid the parts alone
     assert alignment == pytest.approx(("alignment", 1200 + 1200 + held, 10 * sent, 10 * (seconds + sent / 1e3)))
-    sent = 3600 * 1.5 + 3 * 2048
+    sent, seconds = 3600 * 1.5 + 3 * 2048, 64 * (6 * 900 + 2 * 1000) / 4e3
     held += 4 * 16 * 5 * 4  # outputs
     assert tuning == pytest.approx(("fine-tuning", 7200 + 10800 + held, 10 * sent, 10 * (seconds + sent / 1e3)))
+
+
+def test_parts_that_are_spread_are_worked_by_hand():
+    """Over two ranks, a part each, of 50 weights."""
+    alignment = scaling.stages_of(SMALL, job(), SLOW, ranks=2)[1]
+    ends = 2 * 64 * 8 * 4  # of all tokens, half of which are the other rank's
+    held = 1200 + 3 * 200 + 7600 + 2 * 16 * 32 * 8 * 4 + ends  # the best states, an optimizer's, weights, activations
+    sent = ends / 2 + 200 / 20  # and the other part's weights, each twenty steps
+    seconds = 32 * 2 * 1000 / 1e3 + 64 * 6 * 50 / 1e3 + sent / 1e4
+    assert alignment == pytest.approx(("alignment", held, 10 * sent, 10 * seconds))
+    # of three parts a rank has two
+    more = scaling.stages_of(replace(SMALL, parts=3, guide=1100), job(), SLOW, ranks=2)[1]
+    assert more.traffic == pytest.approx(10 * (2 * ends / 2 + 200 / 20))
+    assert scaling.stages_of(SMALL, job(sharded=True), SLOW, ranks=2)[1].traffic > 10 * 3 * 2048 / 2
 
 
 def test_slices_and_activations_computed_anew_are_worked_by_hand():
@@ -154,5 +168,5 @@ def test_a_rank_alone_sends_nothing_and_near_ones_have_the_fast_link():
     alone = scaling.stages_of(SMALL, job(), SLOW, ranks=1)
     assert [stage.traffic for stage in alone] == [0, 0, 0]
     assert alone[1].memory == 1200 + 1200 + 7600 + 4 * 16 * 2 * 16 * 8 * 4  # no exits
-    assert alone[1].seconds == pytest.approx(10 * 64 * 7400 / 1e3)
+    assert alone[1].seconds == pytest.approx(10 * 64 * 2600 / 1e3)
     assert [SLOW.link(n) for n in (1, 2, 3)] == [1e4, 1e4, 1e3]

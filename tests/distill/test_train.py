@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.distill.tools import Recorder
-from thesean.distill.train import Trainer, cosine
+from thesean.distill.train import Trainer, constant, cosine
 from thesean.errors import NumericalError
 from thesean.report import NullObserver
 
@@ -78,6 +78,30 @@ def test_the_learning_rate_rises_then_falls_to_a_floor():
 
 def test_a_single_step_has_a_learning_rate():
     assert 0 < cosine(0, 1, 20) <= 1
+
+
+def test_a_constant_rate_rises_and_stays():
+    factors = [constant(step, 100, 10) for step in range(100)]
+    assert factors == pytest.approx([*(k / 10 for k in range(1, 11)), *([1.0] * 90)])
+    assert constant(0, 100, 0) == 1
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(("schedule", "factor"), [("cosine", cosine), ("constant", constant)])
+def test_steps_are_those_of_torchs_optimizer_at_the_schedules_rate(name, kind, schedule, factor):
+    own, reference = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    trainer = Trainer(observer=NullObserver(), optimizer=name, schedule=schedule, warmup=2, clip=1e6)
+    wanted_NP = torch.tensor([[3.0, -1.0], [0.0, 2.0]])
+    trainer.train(
+        [own], quadratic(own), itertools.repeat(wanted_NP), steps=9, learning_rate=0.1, weight_decay=0.5, where="here"
+    )
+    optimizer = kind([reference], weight_decay=0.5)
+    for step in range(9):
+        optimizer.param_groups[0]["lr"] = 0.1 * factor(step, 9, 2)
+        optimizer.zero_grad()
+        quadratic(reference)(step, wanted_NP).backward()
+        optimizer.step()
+    assert torch.equal(own, reference)
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.25])

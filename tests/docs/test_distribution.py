@@ -53,6 +53,13 @@ def test_the_distribution_has_one_name_and_one_version():
     assert PROJECT["project"]["scripts"] == {"thesean": "thesean.cli:app"}
 
 
+def test_what_a_package_reads_is_in_the_wheel():
+    globs = PROJECT["tool"]["setuptools"]["package-data"]["thesean"]
+    packed = {path for glob in globs for path in (ROOT / "thesean").glob(glob)}
+    files = {path for path in (ROOT / "thesean").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in files if path.suffix != ".py"} == packed
+
+
 def test_extras_that_name_other_extras_name_our_own():
     for extra in EXTRAS:
         for requirement in EXTRAS[extra]:

@@ -16,7 +16,7 @@ from thesean.choose.candidates import Candidates, Choice
 from thesean.distill.closed_form import prepares, solve_alone, solve_parts
 from thesean.distill.evaluate import Evaluation
 from thesean.distill.fine_tune import fine_tune
-from thesean.distill.objective import examples as rows_of
+from thesean.distill.seen import examples as rows_of
 from thesean.distill.training import Training
 from thesean.journal import KEEPS_NOTHING
 from thesean.passes.analyse.cost import SymbolicSizes

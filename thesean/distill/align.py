@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from thesean import ranks
 from thesean.curve import Curve, Tracing
 from thesean.distill.best import Best
 from thesean.distill.closed_form import solve_parts
-from thesean.distill.objective import Objective
+from thesean.distill.objective import Objective, measures_of_stage
 from thesean.distill.recalibrate import batch_norms, recalibrate
 from thesean.distill.recompute import Recomputing
-from thesean.distill.seen import Seen, rows
+from thesean.distill.seen import Seen
 from thesean.distill.sharded import sharding, whole
+from thesean.distill.spread import Spread, spread
 from thesean.distill.stopping import Plateau
 from thesean.distill.swapping import Swapping, frozen, probability
 from thesean.distill.task import Batch
@@ -109,12 +110,15 @@ class Aligner:
         self.seen = Seen(self.guide)
         self.objective = Objective(training, hybrid.parts)
         self.recomputing = Recomputing(self.recipe)
+        self.spread = spread(hybrid, training)
         self.refits = self.recipe.alignment.refit and self.objective.exits
 
     def run(self, stage: Stage) -> StageResult:
         """Train a stage, and leave the hybrid in the best settled state that was seen."""
-        settings = self.recipe.alignment
-        where = self.hybrid.parts[stage.compared[-1]] if stage.count > 1 else f"{len(stage.trained)} parts"
+        settings, newest = self.recipe.alignment, self.hybrid.parts[stage.compared[-1]]
+        measures = measures_of_stage(settings, newest, stage.number + 1)
+        self.objective = Objective(self.training, self.hybrid.parts, measures)
+        where = newest if stage.count > 1 else f"{len(stage.trained)} parts"
         self.observer.begin("align", where, stage.number + 1, stage.count, stage.steps)
         graph_module = self.hybrid.graph_module
         parameters = self.hybrid.parameters_of(stage.trained)
@@ -127,8 +131,11 @@ class Aligner:
             steps = 0
             if stage.steps and not watch.plateau.done and parameters:
                 graph_module.train()
+                trainer = self.training.trainer
+                if self.spread is not None:
+                    trainer = replace(trainer, masters=self.spread.masters)
                 with sharding([self.guide, graph_module], self.recipe.sharded):
-                    steps = self.training.trainer.train(
+                    steps = trainer.train(
                         parameters,
                         self._loss(stage),
                         self.training.feed.stream,
@@ -144,7 +151,7 @@ class Aligner:
         if self.normed(stage) and steps:
             done = f"recalibrated over {len(self.solving)} batches" if best.step else "as they were did best: kept"
             notes.append(f"{where}: batch norms {done}")
-        if self.objective.skipped:
+        if ranks.any_of(self.objective.skipped):
             notes.append(f"{where}: batches of fewer than {self.objective.least} examples were not compared")
         if self.recomputing.told:
             notes.append(f"{where}: {self.recomputing.told}")
@@ -214,13 +221,11 @@ class Aligner:
         """
         if not self.objective.exits:
             return self._swapping_loss(stage)
+        if self.spread is not None:
+            return self._spread_loss(stage, self.spread)
         reads = self.recipe.alignment.reads
         exits = stage.compared if reads != "guide" else ()
-        alone = [
-            (r, self.recomputing.module(self.hybrid.module(r)))
-            for r in self.hybrid.replacements
-            if reads != "hybrid" and r.part in stage.compared and self.hybrid.has_weights(r)
-        ]
+        alone = self._by_themselves(stage) if reads != "hybrid" else []
         runs = bool(exits) or self.objective.whole
         own, theirs = self._ends(exits, [name for r, _ in alone for name in (r.guide_entry, r.guide_exit)])
         ends = self.hybrid.boundaries
@@ -234,9 +239,34 @@ class Aligner:
             got = run_own(**batch[1]) if runs else {}
             terms = [self._at_exit(k, got, wanted) for k in exits]
             terms += [self._alone(r, module, wanted) for r, module in alone]
+            terms = self.objective.over_parts(terms, len(stage.compared))
             if reads == "mixed":
                 terms = [term / 2 for term in terms]
             return torch.stack([*terms, *self._at_output(got, wanted, batch[0])]).sum()
+
+        return loss
+
+    def _by_themselves(self, stage: Stage) -> list[tuple[Replacement, Callable[..., Any]]]:
+        """Modules that can be run on the guide's activations, one by one."""
+        compared = [r for r in self.hybrid.replacements if r.part in stage.compared and self.hybrid.has_weights(r)]
+        return [(r, self.recomputing.module(self.hybrid.module(r))) for r in compared]
+
+    def _spread_loss(self, stage: Stage, spread: Spread) -> LossOf:
+        """The objective at the outputs of all ranks' parts, each fed the guide's activations of all rows."""
+        alone = self._by_themselves(stage)
+        replacements = [r for r, _ in alone]
+        _, made = self._ends((), [name for r in replacements for name in (r.guide_entry, r.guide_exit)])
+        theirs = self.training.guided(made, names_of(made))
+
+        def loss(step: int, batch: Batch) -> torch.Tensor:
+            with torch.no_grad():
+                wanted = spread.received(theirs(**batch[1]), replacements, self.seen.names)
+
+            def terms() -> list[torch.Tensor]:
+                own = [self._alone(r, module, wanted) for r, module in alone if spread.has(r.part)]
+                return self.objective.over_parts(own, len(stage.compared))
+
+            return spread.total(step, terms)
 
         return loss
 
@@ -259,7 +289,7 @@ class Aligner:
     def _at_exit(self, part: int, got: Mapping[str, Any], wanted: Mapping[str, Any]) -> torch.Tensor:
         own, guide = self.hybrid.boundaries[part]
         mask_BT = self.seen.of(guide, wanted)
-        return self.objective.at_exit(part, rows(got[own], mask_BT), rows(wanted[guide], mask_BT))
+        return self.objective.at_exit(part, got[own], wanted[guide], mask_BT)
 
     def _at_output(self, got: Mapping[str, Any], wanted: Mapping[str, Any], batch: Any) -> list[torch.Tensor]:
         if not self.objective.whole:
@@ -272,7 +302,7 @@ class Aligner:
         read, mask_BT = self.seen.read_by(r, values), self.seen.of(r.guide_exit, values)
         y = module(values[r.guide_entry], **({} if read is None else {"mask": read}))
         y = y[0] if isinstance(y, tuple) else y
-        return self.objective.at_exit(r.part, rows(y, mask_BT), rows(values[r.guide_exit], mask_BT))
+        return self.objective.at_exit(r.part, y, values[r.guide_exit], mask_BT)
 
 
 class _Watch:
@@ -295,6 +325,8 @@ class _Watch:
         if step % self.settings.check_every and step != self.stage.steps:
             return False
         with whole():
+            if self.aligner.spread is not None:
+                self.aligner.spread.hand_out()
             training = [deepcopy(m.state_dict()) for m in self.modules]
             self.aligner.settle(self.stage)
             value = self.aligner.value(self.stage)

@@ -17,6 +17,7 @@ from thesean import ranks
 from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
 from thesean.distill.budget import Shares, shared
+from thesean.distill.check_alignment import check_names, check_places, check_samples
 from thesean.distill.closed_form import Solver, solve_parts, solver_by
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.objective import Objective, told_of_batches
@@ -29,8 +30,6 @@ from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import unshare
 from thesean.passes.plan.bind import BoundPlan
 from thesean.passes.plan.hybrid import Hybrid, Replacement, view_of
-from thesean.passes.plan.partition import matches, no_match
-from thesean.recipe import Alignment, RecipeError
 
 # Stages are judged on so many held-out batches, or on more where that costs no more than solving does. To judge each of
 # n stages runs what is left of the guide, n / 2 forwards a batch: past so many stages fewer batches are taken, or some
@@ -50,11 +49,14 @@ class Aligning:
         self.results: list[StageResult] = []  # of all that was trained, kept or not
         self.notes: list[str] = []
         self._start = time.monotonic()
-        check_weights(training.recipe.alignment, [p.planned.path for p in bound_plan.parts])
+        check_names(training.recipe.alignment, [p.planned.path for p in bound_plan.parts])
         self.order = list(range(len(hybrid.parts)))  # in which parts come
         if training.recipe.alignment.order == "back-to-front":
             self.order.reverse()
         self.take(bound_plan, hybrid)
+        if self.staged:
+            check_places(training.recipe.alignment, len(hybrid.parts))
+            check_samples(training, hybrid, taken)
         self.shares: Shares | None = None
         self.unshared = False  # whether the hybrid may be trained
         held_out = training.judge.batches
@@ -352,13 +354,6 @@ class Aligning:
         """As stages are judged."""
         with evaluating(hybrid.graph_module):
             return self.judge.of(lambda number: hybrid.graph_module(**self._judged[number]), self.judged)
-
-
-def check_weights(settings: Alignment, paths: Sequence[str]) -> None:
-    """Raises RecipeError for a weight of no part, replaced or kept."""
-    for glob in settings.weights:
-        if not any(matches(path, glob) for path in paths):
-            raise RecipeError(f"alignment.weights: {no_match(glob, paths)}")
 
 
 def moved(stage: Stage, taken: Sequence[int]) -> Stage:

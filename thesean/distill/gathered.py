@@ -81,6 +81,11 @@ class Gathered:
             return values
         return {name: self._of(self._named[name], value, "examples") for name, value in values.items()}
 
+    def at(self, name: str, value: Any, rank: int) -> Any:
+        """The value of one of the guide's nodes on all rows, at this rank; others have their own rows."""
+        dim = self._dim(self._named[name])
+        return value if dim is None else ranks.gather(value, dim, "ends", to=rank)
+
     def output(self, output: Any) -> Any:
         """The guide's output or one like it, whole."""
         return self._output(output, ())

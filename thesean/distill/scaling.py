@@ -1,6 +1,7 @@
 """What a run on several ranks costs each of them: bytes held, bytes given to the others, floating-point operations.
 
-Every rank has its share of a batch, and the whole of guide and hybrid, or slices of them while it takes steps. The
+Every rank has its share of a batch, and the whole of guide and hybrid, or slices of them while it takes steps. Parts
+that are aligned independently are spread over ranks, where there are enough of them and nothing lies in slices. The
 formulas count what thesean/ranks.py sends and what a step of thesean/distill/train.py holds; tests hold them against
 runs: tests/distill/test_scaling.py, tests/test_ranks.py. docs/scaling.md is made of them.
 
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from thesean.distill.seen import MAX_EXAMPLES
 from thesean.passes.graph.walk import HELD_BYTES
+from thesean.recipe import Alignment
 
 _DOUBLE, _SINGLE = 8, 4
 
@@ -66,6 +68,18 @@ def exits_given(sizes: Sizes, tokens: int, ranks: int = 1) -> int:
     """
     every = -(-tokens * ranks // MAX_EXAMPLES)
     return 2 * sizes.parts * -(-tokens // every) * sizes.width * sizes.itemsize
+
+
+def ends_given(sizes: Sizes, tokens: int, parts: int) -> int:
+    """Bytes a step, of so many tokens: the guide's activations where these parts begin and end, which go to the ranks
+    that have them (spread.py); less where one part ends as the next begins.
+    """
+    return 2 * parts * tokens * sizes.width * sizes.itemsize
+
+
+def results_given(sizes: Sizes, parts: int) -> int:
+    """Bytes each time that spread parts are judged together, of a rank's own parts, without buffers."""
+    return parts * sizes.replacement * sizes.itemsize
 
 
 def outputs_given(sizes: Sizes, tokens: int) -> int:
@@ -123,11 +137,16 @@ def solution_flops(sizes: Sizes) -> float:
     return sizes.parts * 4 * (2 / 3 * e**3 + 2.0 * e * e * o)
 
 
-def step_flops(sizes: Sizes, tokens: int, recomputed: bool = False) -> float:
-    """Of a step over all ranks' tokens: forward and backward of the hybrid, and the guide's forward (2 and 4 a weight
-    and token, Kaplan et al. 2020, arXiv 2001.08361); with activation checkpointing the hybrid's forward once more.
+def step_flops(trained: int, tokens: int, recomputed: bool = False) -> float:
+    """Of a step over so many tokens: forward and backward of what is trained (2 and 4 a weight and token, Kaplan et al.
+    2020, arXiv 2001.08361), with activation checkpointing its forward once more. The guide's forward is `guide_flops`.
     """
-    return tokens * ((8.0 if recomputed else 6.0) * sizes.hybrid + 2.0 * sizes.guide)
+    return tokens * (8.0 if recomputed else 6.0) * trained
+
+
+def guide_flops(sizes: Sizes, tokens: int) -> float:
+    """Of its forward."""
+    return tokens * 2.0 * sizes.guide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +187,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(sizes: Sizes, job: Job, hardware: Hardware, ranks: int) -> list[Stage]:
-    """Closed form, alignment of all parts at once, and fine-tuning with a loss of Thesean's or none."""
+    """Closed form, alignment of all parts independently, and fine-tuning with a loss of Thesean's or none."""
     own, others = job.tokens // ranks, ranks - 1
     guide, hybrid, new = (sizes.itemsize * n for n in (sizes.guide, sizes.hybrid, sizes.new))
 
@@ -185,16 +204,36 @@ def stages_of(sizes: Sizes, job: Job, hardware: Hardware, ranks: int) -> list[St
         ("alignment", sizes.new, 3 * new),  # the best state, one to go back to, the snapshots
         ("fine-tuning", sizes.hybrid, 2 * hybrid),  # the best state by a sample, and by all
     ):
+        step = _spread if name == "alignment" and not job.sharded and 1 < ranks <= sizes.parts else _on_rows
         outputs = own * sizes.vocabulary * sizes.itemsize if name == "fine-tuning" else 0
-        exits = exits_given(sizes, own, ranks)
-        states = states_held(sizes, trained) // (ranks if job.sharded else 1)
-        held = weights_held(sizes, ranks, job.sharded) + activations_held(sizes, own, job.recomputed)
+        states, kept, sent, flops = step(sizes, job, trained, ranks)
+        held = weights_held(sizes, ranks, job.sharded) + kept
         held += 4 * outputs  # the hybrid's and the guide's, their logarithms or gradients
-        held += ranks * exits if others else 0
         held = copies + states + max(held, guide + hybrid)  # which are whole where a state is judged
-        sent = reduced(gradients_given(sizes, trained)) + others * exits
-        if job.sharded:  # gradients arrive once, summed
-            sent = reduced(gradients_given(sizes, trained)) / 2 + others * (exits + weights_given(sizes, ranks))
-        seconds = step_flops(sizes, job.tokens, job.recomputed) / ranks / hardware.flops + sent / hardware.link(ranks)
+        seconds = (guide_flops(sizes, own) + flops) / hardware.flops + sent / hardware.link(ranks)
         found.append(Stage(name, held, job.steps * sent, job.steps * seconds))
     return found
+
+
+def _on_rows(sizes: Sizes, job: Job, trained: int, ranks: int) -> tuple[float, float, float, float]:
+    """Of a step: bytes of an optimizer, of activations, received ones too, of all that is received, and operations; all
+    of what is trained, on a rank's own rows.
+    """
+    own, others = job.tokens // ranks, ranks - 1
+    exits = exits_given(sizes, own, ranks)
+    states = states_held(sizes, trained) // (ranks if job.sharded else 1)
+    summed = gradients_given(sizes, trained) * others / ranks
+    sent = others * exits + (2 * summed if not job.sharded else summed + others * weights_given(sizes, ranks))
+    kept = activations_held(sizes, own, job.recomputed) + (ranks * exits if others else 0)
+    return states, kept, sent, step_flops(trained, own, job.recomputed)
+
+
+def _spread(sizes: Sizes, job: Job, trained: int, ranks: int) -> tuple[float, float, float, float]:
+    """The same of the rank with most parts, on all rows."""
+    parts, own = -(-sizes.parts // ranks), job.tokens // ranks
+    weights = trained * parts // sizes.parts
+    results = results_given(sizes, sizes.parts - parts) / Alignment().check_every
+    sent = ends_given(sizes, job.tokens - own, parts) + results
+    kept = activations_held(sizes, job.tokens * parts // sizes.parts, job.recomputed)
+    kept += ends_given(sizes, job.tokens, parts)
+    return states_held(sizes, weights), kept, sent, step_flops(weights, job.tokens, job.recomputed)

@@ -17,6 +17,7 @@ from thesean.distill.outputs import named_leaves
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.graph.nodes import named_dim
 from thesean.passes.plan.hybrid import Replacement
+from thesean.recipe import Samples
 
 Values = Mapping[str, Any]
 
@@ -103,9 +104,24 @@ def rows(value: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
     return value if mask_BT is None else value[mask_BT]
 
 
+def sampled(value: torch.Tensor, mask_BT: torch.Tensor | None, samples: Samples = "tokens") -> torch.Tensor:
+    """(N, P): every token of a sequence is a sample, or every sequence with its tokens side by side, where those that
+    are hidden are 0; every image or vector of a batch otherwise.
+    """
+    if samples == "tokens":
+        return examples(rows(value, mask_BT))
+    if mask_BT is not None:
+        value = value.masked_fill(~mask_BT.view(*mask_BT.shape, *[1] * (value.ndim - 2)), 0)
+    return _some(value.flatten(1))
+
+
 def examples(value: torch.Tensor) -> torch.Tensor:
     """(N, P): every token of a sequence is an example, every image or vector of a batch otherwise."""
-    flat = value.flatten(0, 1) if value.ndim == 3 else value.flatten(1)  # tokens that were picked are (N, P) already
+    return _some(value.flatten(0, 1) if value.ndim == 3 else value.flatten(1))  # picked tokens are (N, P) already
+
+
+def _some(flat: torch.Tensor) -> torch.Tensor:
+    """So many of all ranks' rows as a similarity is computed on."""
     if ranks.count() > 1:
         return _of_all(flat)
     if flat.shape[0] > MAX_EXAMPLES:

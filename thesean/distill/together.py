@@ -18,10 +18,16 @@ def together() -> Any:
 
 
 class _Norms(TorchFunctionMode):
-    """Batch normalisation in training by mean and variance over the rows of all ranks."""
+    """Batch normalisation in training by mean and variance over the rows of all ranks; of a rank that is apart from the
+    others for a while, torch's own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = ranks.count()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
+        if func is F.batch_norm and ranks.count() == self._count:
             return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

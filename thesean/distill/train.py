@@ -1,4 +1,4 @@
-"""One optimizer loop for every phase: AdamW, warm-up and cosine, clipping, and a stop at the first NaN."""
+"""One optimizer loop for every phase: Adam, a warm-up and what follows it, clipping, and a stop at the first NaN."""
 
 from __future__ import annotations
 
@@ -20,16 +20,26 @@ from thesean.distill.together import together
 from thesean.errors import NumericalError
 from thesean.journal import Journal
 from thesean.observer import Observer
-from thesean.recipe import Precision
+from thesean.recipe import Optimizer, Precision, RateSchedule
 
-# of the peak learning rate: the schedule's last step
+# of the peak learning rate: the cosine's last step
 _FLOOR = 0.03
+
+_OPTIMIZERS: dict[Optimizer, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
     """Learning-rate factor of `step` in 0..steps-1."""
-    rise = min(1.0, (step + 1) / max(1, min(warmup, steps // 4)))
-    return rise * (_FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps))))
+    fall = _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+    return constant(step, steps, warmup) * fall
+
+
+def constant(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor of `step` in 0..steps-1: 1 after the warm-up, which takes a quarter of the steps at most."""
+    return min(1.0, (step + 1) / max(1, min(warmup, steps // 4)))
+
+
+_SCHEDULES: dict[RateSchedule, Callable[[int, int, int], float]] = {"cosine": cosine, "constant": constant}
 
 
 def _whole(batch: Any) -> Any:
@@ -54,9 +64,13 @@ class Watch(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What all phases of a run train alike: warm-up steps, the gradient's norm, the precision, and who is told."""
+    """What all phases of a run train alike: optimizer, learning rate's course, the gradient's norm, the precision, and
+    who is told.
+    """
 
     observer: Observer
+    optimizer: Optimizer = "adamw"
+    schedule: RateSchedule = "cosine"
     warmup: int = 20
     clip: float = 1.0
     precision: Precision = "as-is"
@@ -65,6 +79,7 @@ class Trainer:
     own: Callable[[Any], Any] = _whole  # of a batch, what this rank computes
     accumulate: int = 1  # batches that make a step
     rows: Callable[[Any], int] = _alike  # of a batch: what it weighs among them
+    masters: Callable[[Sequence[nn.Parameter]], Masters] = masters_of  # what is moved, of the weights that are trained
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -83,17 +98,16 @@ class Trainer:
         those before an interruption too. Raises NumericalError with `where` and the step; Interrupted.
         """
         weights = [p for p in parameters if p.requires_grad]
-        with closing(masters_of(weights)) as masters:
+        with closing(self.masters(weights)) as masters:
             pairs = list(zip(masters.parameters, weights, strict=True))
             matrices = [own for own, weight in pairs if weight.ndim >= 2]
             others = [own for own, weight in pairs if weight.ndim < 2]
-            optimizer = torch.optim.AdamW(
-                [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-            )
+            groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            optimizer = _OPTIMIZERS[self.optimizer](groups)  # type: ignore[call-arg]  # the base class asks for defaults
             kept = (masters, masters.kept(optimizer), *([after] if after is not None else []))
             for step in range(self.journal.resumed(*kept), steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * cosine(step, steps, self.warmup)
+                    group["lr"] = learning_rate * _SCHEDULES[self.schedule](step, steps, self.warmup)
                 value = self._gradients(masters, partial(loss_of, step), batches)
                 if not math.isfinite(value):
                     raise NumericalError(

@@ -79,6 +79,8 @@ class Training:
         recipe = self.recipe
         return Trainer(
             observer=self.observer,
+            optimizer=recipe.optimizer,
+            schedule=recipe.learning_rate_schedule,
             warmup=recipe.warmup,
             clip=recipe.clip,
             precision=recipe.precision,
