@@ -307,7 +307,10 @@ def test_what_can_not_be_saved_is_found_before_anything_trains(tmp_path):
     with pytest.raises(CaptureError, match=r"no backward pass .*thesean_tests\.twice\.default"):
         convert(WithAnOperatorOfItsOwn().eval(), loss=loss, recipe=FEW)
     assert calls == []
-    with pytest.warns(UserWarning, match=r"no ONNX form is known of thesean_tests\.twice\.default"):
+    with (
+        pytest.warns(UserWarning, match=r"no ONNX form is known of thesean_tests\.twice\.default"),
+        pytest.warns(UserWarning, match=r"can't be saved: operator thesean_tests\.twice\.default"),
+    ):
         converted = convert(WithAnOperatorOfItsOwn().eval(), loss=loss)
     assert any(note.startswith("can't be saved: operator thesean_tests.twice") for note in converted.report.notes)
 
@@ -635,6 +638,7 @@ class Branching(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, of its own tracing
 @pytest.mark.filterwarnings("ignore:no ONNX form is known of cond:UserWarning")
+@pytest.mark.filterwarnings("ignore:can't be saved:UserWarning")
 def test_an_operator_of_higher_order_is_told_before_and_refused_by_save(tmp_path):
     converted = convert(models.seeded(Branching))
     assert any(note.startswith("can't be saved: ") for note in converted.report.notes)

@@ -5,6 +5,8 @@ B batch, T time, D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,70 @@ def test_an_operator_with_a_form_for_real_numbers_alone_is_named_where_it_is_giv
     told = unwritable(capture(Spectral().eval(), models.vectors(3, 6, 6)).graph_module)
     assert missing in told
     assert bool(told) == bool(missing)
+
+
+class Calling(nn.Module):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(6, 6, proj_size=4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cell(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [
+        (lambda x: torch.hypot(x, x + 1), "aten.hypot.default"),
+        (lambda x: torch.fmax(x, -x), "aten.fmax.default"),
+        (lambda x: torch.copysign(x, x + 1), "aten.copysign.Tensor"),
+        (lambda x: x.cumprod(1), "aten.cumprod.default"),
+        (lambda x: torch.special.i0(x), "special_i0.default"),
+        (lambda x: torch.gcd(x.long(), x.long() + 4), "aten.gcd.default"),
+        (lambda x: torch.linalg.inv(x.mT @ x + torch.eye(6)), "aten.linalg_inv.default"),
+        (lambda x: torch.linalg.eigh(x.mT @ x)[0], "eigh"),
+        (lambda x: torch.linalg.eigvals(x.mT @ x).abs(), "eig"),
+        (lambda x: x.mode(1)[0], "aten.mode.default"),
+    ],
+)
+def test_what_torch_takes_apart_to_what_has_no_form_is_named(function, named):
+    assert named in unwritable(capture(Calling(function), models.vectors(3, 5, 6)).graph_module)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's own
+def test_a_cell_with_projections_is_named():
+    found = capture(models.seeded(Projected), models.vectors(3, 5, 6))
+    assert unwritable(found.graph_module).startswith("no ONNX form is known of aten.lstm.input in cell")
+
+
+def every_other_kind(x: torch.Tensor) -> torch.Tensor:
+    """What torch takes apart to operators with a form, some of them by writing into memory."""
+    parts = [
+        x.quantile(0.3, -1), x.nanmean(-1), torch.std_mean(x, -1)[0], x.aminmax(dim=-1)[0], x.logcumsumexp(-1)[..., 0],
+        torch.special.erfcx(x.sigmoid())[..., 0], torch.float_power(x.abs(), 2.0)[..., 0].float(), x.diff(n=2)[..., 0],
+        torch.nn.functional.softmin(x, -1)[..., 0], torch.linalg.matrix_norm(x)[:, None], torch.trapezoid(x),
+        torch.lstm_cell(x[:, 0], [x[:, 1], x[:, 2]], x.new_ones(24, 6), x.new_ones(24, 6))[0][:, :1],
+    ]  # fmt: skip
+    return torch.stack([part.expand(x.shape[:2]) for part in parts]).sum(0)
+
+
+def test_what_torch_takes_apart_to_what_has_a_form_is_not_warned_of():
+    assert unwritable(capture(Calling(every_other_kind), models.vectors(3, 5, 6)).graph_module) == ""
+
+
+@pytest.mark.slow
+def test_what_torch_takes_apart_to_what_has_a_form_is_exported(tmp_path):
+    found = capture(Calling(every_other_kind), models.vectors(3, 5, 6))
+    assert export(found.graph_module, found.signature, tmp_path / "m.onnx").checks
 
 
 class Shifted(nn.Module):

@@ -38,6 +38,18 @@ def test_cross_entropy_is_asked_for_the_labels_that_count(gradients):
         torch.testing.assert_close(a_step, F.cross_entropy(LOGITS_BTV.flatten(0, 1), IDS_BT.flatten()))
 
 
+def test_classes_may_stand_where_torch_has_them():
+    torch.testing.assert_close(
+        cross_entropy(LOGITS_BTV.mT, (vectors(2, 4), IDS_BT)), cross_entropy(LOGITS_BTV, (vectors(2, 4), IDS_BT))
+    )
+    images, classes = vectors(2, 3, 4, 6), torch.zeros(2, 4, 6, dtype=torch.long)
+    torch.testing.assert_close(cross_entropy(images, (vectors(2, 4), classes)), F.cross_entropy(images, classes))
+    assert accuracy(F.one_hot(IDS_BT, 5).mT.float(), (vectors(2, 4), IDS_BT)) == 1
+    square_BTV = vectors(2, 4, 4)  # either could be meant: the last
+    wanted = F.cross_entropy(square_BTV.flatten(0, 1), IDS_BT.clamp(max=3).flatten())
+    torch.testing.assert_close(cross_entropy(square_BTV, (vectors(2, 4), IDS_BT.clamp(max=3))), wanted)
+
+
 def test_half_precision_is_summed_in_single():
     logits_BV, y_B = vectors(3, 5).half(), torch.tensor([4, 1, 0])
     found = cross_entropy(logits_BV, (vectors(3, 2), y_B))

@@ -58,6 +58,7 @@ def converted(name: str, target: str, merge: int | None = None, keep: str = "") 
             {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_bias": True},
             marks=SLOW,
         ),
+        ("four", "gqa", None, {"num_key_value_heads": 1, "attention_bias": True}),
         ("four", "copy", 2, {"num_hidden_layers": 2, "num_attention_heads": 4}),
         ("gpt2", "narrow", None, {"n_inner": 32}),  # None in the guide's: four times the width
         pytest.param("gpt2", "copy", 2, {"n_layer": 1, "n_head": 2}, marks=SLOW),  # as many heads as layers

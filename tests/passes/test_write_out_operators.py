@@ -110,13 +110,22 @@ def made_of_others(x: torch.Tensor) -> torch.Tensor:
     return weighed * (distances.mean() + torch.vdot(x[0], x[0]) + torch.trace(x[:3].T @ x[:3]) + x.amax() + x.amin())
 
 
-@pytest.mark.parametrize("function", [both, uninitialised, counted, made_of_others])
+def cells(x: torch.Tensor) -> torch.Tensor:
+    """What nn.LSTMCell, nn.GRUCell and nn.RNNCell call, one after another."""
+    given = [torch.linspace(-1, 1, rows * 3).view(rows, 3) for rows in (12, 9, 3)]
+    hidden, memory = torch.lstm_cell(x, [x.sin(), x.cos()], given[0], given[0].roll(1, 0), given[0][:, 0])
+    hidden = torch.gru_cell(hidden, memory, given[1], given[1].roll(1, 0), given[1][:, 0], given[1][:, 1])
+    plain = torch.rnn_relu_cell(x, hidden, given[2], given[2].mT, given[2][0], given[2][1])
+    return torch.rnn_tanh_cell(hidden, plain, given[2], given[2].mT)
+
+
+@pytest.mark.parametrize("function", [both, uninitialised, counted, made_of_others, cells])
 def test_what_is_written_out_can_be_saved_and_holds_at_other_sizes(function):
     found = capture(Calling(function), vectors(4, 3))
     graph = load(dump(found.graph_module.graph))
     for batch in (1, 7):
         x = vectors(batch, 3, seed=batch)
-        close = 1e-5 if function is made_of_others else 0  # sums in another order
+        close = 1e-5 if function in (made_of_others, cells) else 0  # sums in another order
         torch.testing.assert_close(found.graph_module(x), function(x), rtol=close, atol=close)
     assert len(graph.nodes) == len(found.graph_module.graph.nodes)
 

@@ -5,6 +5,7 @@ milliseconds; and for a network that looks ahead the stream that it is meant to 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from thesean.deploy.decomposing import stays
 from thesean.deploy.export import for_export
 from thesean.deploy.lowering.to_onnx import quiet
+from thesean.deploy.taken_apart import taken_apart
 from thesean.deploy.torchlib import is_registered, is_registered_for_complex
 from thesean.errors import PassRefused
 from thesean.passes.base import run_passes
@@ -28,17 +30,22 @@ def unwritable(graph_module: fx.GraphModule) -> str:
     take apart, with the parts that they are in. "" without the extra, whose table says so.
     """
     nodes = [n for n in graph_module.graph.nodes if n.op == "call_function"]
-    calls = [n for n in nodes if not _surely_written(n.target)]
-    looked_up = [n for n in calls if isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "aten"]
-    complex_ones = [n for n in nodes if n not in calls and any(map(is_complex, n.all_input_nodes))]
+    sure: dict[str, bool] = {}
+    calls = [n for n in nodes if not _is_sure(n, sure)]
+    looked_up = [n for n in calls if _is_torchs(n.target)]
+    complex_ones = [n for n in nodes if _is_torchs(n.target) and any(map(is_complex, n.all_input_nodes))]
     if looked_up or complex_ones:  # only now: to read the table takes two seconds
         if importlib.util.find_spec("onnxscript") is None:
             return ""
         with quiet():
-            calls = [n for n in calls if n not in looked_up or not is_registered(n.target)]
+            made = {n: taken_apart(n, is_registered) for n in looked_up}
+            written = {n for n, ops in made.items() if all(not _is_operator(op) or is_registered(op) for op in ops)}
+            calls = [n for n in calls if n not in written]
             # one that has a form is not taken apart, be that of real numbers alone
             calls += [
-                n for n in complex_ones if stays(n.target, is_registered) and not is_registered_for_complex(n.target)
+                n
+                for n in complex_ones
+                if n not in calls and stays(n.target, is_registered) and not is_registered_for_complex(n.target)
             ]
     calls += [n for n in nodes if _fails(n)]
     found: dict[str, str] = {}
@@ -72,19 +79,37 @@ def _fails(node: fx.Node) -> bool:
     if node.target in (aten.fft_fftshift.default, aten.fft_ifftshift.default):
         shape = node.meta["val"].shape  # rolled by half of each
         return not all(isinstance(shape[d], int) for d in argument(node, 1, "dim") or range(len(shape)))
+    if node.target is aten.lstm.input:
+        hidden, cell = (n.meta["val"].shape[-1] for n in node.args[1])  # type: ignore[union-attr]
+        return hidden != cell  # a projection, which ONNX's has not
     if node.target is aten.roll.default:
         return any(isinstance(shift, fx.Node) for shift in pytree.tree_leaves(node.args[1]))
     return node.target is aten.istft.default  # scatters by int32, which no file may
 
 
-def _surely_written(target: object) -> bool:
-    """One of torch's core operators, one that it takes apart to these, a cell, or arithmetic on sizes."""
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
-    if not isinstance(target, torch._ops.OpOverload) or target in CELLS:
+def _is_operator(target: object) -> bool:
+    return isinstance(target, torch._ops.OperatorBase)
+
+
+def _is_torchs(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten" and target not in CELLS
+
+
+def _is_sure(node: fx.Node, known: dict[str, bool]) -> bool:
+    """One of torch's core operators, one that it takes apart to these, a cell, or arithmetic on sizes. `known`: of
+    operators with such arguments.
+    """
+    target = node.target
+    if not _is_torchs(target):
+        return not _is_operator(target) or target in CELLS
+    if _is_core(target) or target is aten.scaled_dot_product_attention.default:  # whose form is our own
         return True
-    if target.namespace != "aten":
-        return False
-    if torch.Tag.core in target.tags or target in torch._decomp.decomposition_table:
-        return True
-    return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+    given = fx.map_arg((node.args, node.kwargs), lambda n: str(getattr(n.meta.get("val"), "dtype", n.name)))
+    call = f"{target}{given}"
+    if call not in known:
+        known[call] = all(not _is_operator(t) or _is_core(t) for t in taken_apart(node, _is_core))
+    return known[call]
+
+
+def _is_core(target: Any) -> bool:
+    return torch.Tag.core in getattr(target, "tags", ())

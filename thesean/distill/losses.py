@@ -37,7 +37,8 @@ def by_rows(function: Of) -> Of:
 
 @by_rows
 def cross_entropy(output: Any, batch: Any) -> torch.Tensor:
-    """Mean cross-entropy of logits (..., V) against the batch's integer labels: y of (x, y), or `labels` of a dict.
+    """Mean cross-entropy of logits (..., V), or (B, V, ...) as torch has them, against the batch's integer labels: y of
+    (x, y), or `labels` of a dict.
 
     Labels of -100 are ignored. Those that are the batch's own ids follow Hugging Face's convention for causal language
     models: position t is asked for label t + 1; `thesean.compile` looks which of the two the guide was trained for.
@@ -61,6 +62,9 @@ def _entropy(output: Any, batch: Any, ahead: bool) -> torch.Tensor:
 
 def _asked(logits: torch.Tensor, batch: Any, ahead: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and what they are asked for, `ahead`: one step later."""
+    if logits.ndim > 2 and not any(y.shape == logits.shape[:-1] for y in labels_in(batch)):
+        moved = logits.movedim(1, -1)  # where the classes stand for torch's own
+        logits = moved if any(y.shape == moved.shape[:-1] for y in labels_in(batch)) else logits
     labels = _labels(batch, logits.shape[:-1])
     return (logits[:, :-1], labels[:, 1:]) if ahead else (logits, labels)
 

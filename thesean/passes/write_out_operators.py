@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from thesean.kernels.grouped_product import grouped_product
@@ -71,7 +72,32 @@ def _least(x: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> t
     return x.amin(tuple(range(x.ndim)), keepdim)
 
 
-# What torch can't trace, because a size in it hangs on a value; and memory as it was found, which may hold zeros.
+def _lstm_cell(
+    x_BD: torch.Tensor, state: Sequence[torch.Tensor], w_in: Any, w_own: Any, b_in: Any = None, b_own: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden_BE, cell_BE = state
+    i, f, g, o = (linear(x_BD, w_in, b_in) + linear(hidden_BE, w_own, b_own)).chunk(4, 1)
+    cell_BE = f.sigmoid() * cell_BE + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell_BE.tanh(), cell_BE
+
+
+def _gru_cell(
+    x_BD: torch.Tensor, hidden_BE: torch.Tensor, w_in: Any, w_own: Any, b_in: Any = None, b_own: Any = None
+) -> torch.Tensor:
+    given, own = linear(x_BD, w_in, b_in).chunk(3, 1), linear(hidden_BE, w_own, b_own).chunk(3, 1)
+    reset, keep = ((a + b).sigmoid() for a, b in zip(given[:2], own[:2], strict=True))
+    new_BE = (given[2] + reset * own[2]).tanh()
+    return new_BE + keep * (hidden_BE - new_BE)
+
+
+def _rnn_cell(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x, hidden, w_in, w_own, b_in=None, b_own=None: activation(
+        linear(x, w_in, b_in) + linear(hidden, w_own, b_own)
+    )
+
+
+# What torch can't trace, because a size in it hangs on a value, or makes of what writes into memory; and memory as it
+# was found, which may hold zeros.
 _FORMS: dict[str, Callable[..., Any]] = {
     "aten::histc": _histc,
     "aten::_grouped_mm": _grouped_mm,
@@ -79,6 +105,10 @@ _FORMS: dict[str, Callable[..., Any]] = {
     "aten::empty": lambda *args, memory_format=None, **kwargs: torch.zeros(*args, **kwargs),
     "aten::empty_like": torch.zeros_like,
     "aten::new_empty": torch.Tensor.new_zeros,
+    "aten::lstm_cell": _lstm_cell,
+    "aten::gru_cell": _gru_cell,
+    "aten::rnn_tanh_cell": _rnn_cell(torch.tanh),
+    "aten::rnn_relu_cell": _rnn_cell(torch.relu),
     "aten::vdot": lambda x, y: (x.conj() * y if x.is_complex() else x * y).sum(),
     "aten::cosine_similarity": _cosine_similarity,
     "aten::cdist": _cdist,

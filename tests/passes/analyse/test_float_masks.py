@@ -65,6 +65,7 @@ MASKS: dict[str, tuple[torch.Tensor, Made]] = {
     "flags with a width of one": (FLAGS_BT.unsqueeze(-1), times_as_it_is),
     "flags that become a bias": (FLAGS_BT, turned),
     "a bias": (HIDES_BT, added),
+    "a bias of a hundred": (HIDES_BT / 100, added),
     "a bias of pairs": (
         HIDES_BT.unsqueeze(1).expand(2, 5, 5), lambda c, x, m, w: added(c, x, c(aten.select.int, m, 1, 0), w)
     ),

@@ -55,12 +55,12 @@ def masks_of(guide: nn.Module, *inputs: torch.Tensor) -> tuple[Padding, ...]:
     return find_padding(flow_of(found), recorded(found))
 
 
-def masked(hide: str, dtype: torch.dtype = torch.int64) -> tuple[Padding, ...]:
+def masked(hide: str, dtype: torch.dtype = torch.int64, low: float = -1e4) -> tuple[Padding, ...]:
     mask = torch.full((3,), 7) if hide == "lengths" else torch.ones(3, 7, dtype=dtype)
     if hide in ("added", "ones are hidden", "hidden is one"):
         mask = torch.zeros_like(mask)
     if hide == "added":
-        mask[0, 5:] = -1e4
+        mask[0, 5:] = low
     return masks_of(models.seeded(Masked, hide), vectors(3, 7, WIDTH), mask)
 
 
@@ -171,6 +171,7 @@ def test_a_mask_that_places_tokens_before_it_hides_them_is_found():
         ("one", torch.tensor([[1, 0]]), [True, False]),
         ("zero", torch.tensor([[0, 1]]), [True, False]),
         ("additive", torch.tensor([[0.0, -10000.0]]), [True, False]),
+        ("additive", torch.tensor([[0.0, -100.0]]), [True, False]),
         ("additive", torch.tensor([[0.0, -torch.inf]]), [True, False]),
     ],
 )

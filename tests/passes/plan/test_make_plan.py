@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import captured
+from tests import captured, models
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.plan.make_plan import bind_plan, make_plan
@@ -122,6 +122,14 @@ def test_a_place_that_does_not_fit_is_refused_with_the_part_around_it_to_keep(di
 def test_a_mixing_target_asked_for_a_token_wise_part_by_name_is_refused():
     with pytest.raises(TargetMismatchError, match=r"transformer\.h\.0\.mlp: target 'gru' has nothing to replace here"):
         make_plan(captured.gpt2(), {"*.mlp": "gru"})
+
+
+def test_an_attention_whose_weights_are_an_output_is_refused_by_that_reason():
+    guide = models.gpt2(1, attention="eager")
+    guide.config.output_attentions = True
+    told = r"transformer\.h\.0\.attn can't be cut out: .* output of the guide.*output_attentions=False"
+    with pytest.raises(PlanError, match=told):
+        make_plan(captured.capture(guide, models.tokens()), "gru")
 
 
 def test_a_mixing_target_leaves_token_wise_sublayers_alone():

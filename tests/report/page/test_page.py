@@ -143,6 +143,13 @@ def test_it_needs_nothing_from_elsewhere_and_runs_nothing(made):
     assert not [word for word in ("url(", "@import", "http") if word in without]
 
 
+def test_what_no_stage_was_judged_by_is_not_drawn():
+    stages = (replace(STAGE, metric=None),) * 2
+    heard = Reader(page(PLAN, replace(REPORT, stages=stages), FINDINGS, {})).words
+    assert "Loss" in heard
+    assert "Metric" not in heard
+
+
 def test_headings_descend_and_no_two_ids_are_alike(made):
     reader = Reader(made)
     levels = [int(tag[1]) for tag, _, _ in reader.found if re.fullmatch("h[1-6]", tag)]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.quantizing.samples import Judge, Outputs, Samples
-from thesean.passes.analyse.distance_bias import LOW
+from thesean.passes.analyse.float_masks import hides_by_adding
 from thesean.passes.base import run_passes
 from thesean.passes.cast_floats import CastFloats, dtypes_for
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
@@ -40,16 +40,11 @@ def samples_of_halves(samples: Samples, encoder: fx.GraphModule, halves: Halves)
         return {**target, **{name: found[name] for name in halves.crossing}}
 
     def judged(observed: Sequence[Outputs]) -> Judge:
-        masks = {n for outputs in observed for n, v in outputs.items() if n in halves.crossing and _is_added(v)}
+        masks = {n for outputs in observed for n, v in outputs.items() if n in halves.crossing and hides_by_adding(v)}
         judge = samples.judged([{n: v for n, v in outputs.items() if n not in masks} for outputs in observed])
         return replace(judge, classes=tuple(n for n in judge.classes if n not in halves.crossing))
 
     return replace(_each(samples, of_source), judged=judged), _each(samples, of_target)
-
-
-def _is_added(value: torch.Tensor) -> bool:
-    """Whether it is a mask that is added to scores."""
-    return value.is_floating_point() and bool(((value == 0) | (value < LOW)).all())
 
 
 @dataclass(frozen=True)

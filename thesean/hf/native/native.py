@@ -36,7 +36,7 @@ _MODELS = re.compile(r"transformers\.models\.[a-z0-9_]+\.modeling_[a-z0-9_]+")
 
 def to_native(converted: Converted) -> PreTrainedModel:
     """The conversion as a model of its guide's own class, with other numbers in its configuration: fewer neurons where
-    all MLPs were narrowed alike, fewer heads, fewer layers where some were copied.
+    all MLPs were narrowed alike, fewer heads, of queries or of keys and values, fewer layers where some were copied.
 
     Its outputs were seen to be the conversion's, to 1e-5 of their scale. Raises NativeError that says which part fits
     no network of that class, or how far apart the outputs are.

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from thesean.errors import NativeError
 from thesean.passes.plan.plan import Plan
+from thesean.targets.gqa import GroupedQueries
 from thesean.targets.narrow import NarrowMLP
 from thesean.targets.narrow_heads import NarrowAttention
 
@@ -75,9 +76,10 @@ def _smaller(path: str, target: str, module: nn.Module) -> Smaller:
     if isinstance(module, NarrowMLP):
         maps = (module.up, *((module.gate,) if module.gate is not None else ()), module.last)
         return Smaller(path, "mlp", module.width, maps)
-    if isinstance(module, NarrowAttention) and not len(module.norms):
-        return Smaller(path, "attention", module.heads, (module.query, module.key, module.value, module.last))
+    if isinstance(module, (NarrowAttention, GroupedQueries)) and not len(module.norms):
+        number = module.kv_heads if isinstance(module, GroupedQueries) else module.heads
+        return Smaller(path, "attention", number, (module.query, module.key, module.value, module.last))
     raise NativeError(
         f"{path}: {target} fits no network of the guide's class: expected the same with fewer neurons or heads "
-        "(narrow, narrow-heads), or fewer layers (copy). Use thesean.hf.save_pretrained."
+        "(narrow, narrow-heads, gqa), or fewer layers (copy). Use thesean.hf.save_pretrained."
     )

@@ -9,15 +9,19 @@ B batch, T time
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from thesean.passes.analyse.dataflow import is_size_only
-from thesean.passes.analyse.distance_bias import LOW
 
 aten = torch.ops.aten
+
+# Below, exp is no normal number in float32, in which softmax is computed: -100 hides, as -1e4 does. A bias that guides
+# compute themselves may be as low, where steps are far apart: of that `distance_bias.LOW` is asked.
+HIDES = math.log(torch.finfo(torch.float32).tiny)
 
 # what joins a mask with hidden states and leaves both what they are
 _JOINS = {
@@ -33,8 +37,13 @@ def is_mask_of_floats(placeholder: fx.Node, example: torch.Tensor) -> bool:
         return False
     flat = example.ndim == 2 or (example.ndim == 3 and example.shape[2] == 1)
     flags = flat and bool(((example == 0) | (example == 1)).all())
-    adds = bool(((example == 0) | (example < LOW)).all()) and bool((example < LOW).any())
+    adds = hides_by_adding(example) and bool(example.any())
     return (flags or adds) and _meets_states_alone(placeholder)
+
+
+def hides_by_adding(value: torch.Tensor) -> bool:
+    """Whether floats are zeros, and numbers that hide where they are added to scores."""
+    return value.is_floating_point() and bool(((value == 0) | (value < HIDES)).all())
 
 
 def _meets_states_alone(placeholder: fx.Node) -> bool:

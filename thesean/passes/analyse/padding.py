@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.dataflow import DataFlow, is_size_only, valued_inputs
-from thesean.passes.analyse.distance_bias import LOW
+from thesean.passes.analyse.float_masks import HIDES
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.nodes import above
 from thesean.passes.graph.record import evaluate_all
@@ -54,7 +54,7 @@ READERS: dict[Rule, tuple[Any, tuple[float, ...]] | None] = {
     "false": (aten.logical_not.default, ()),
     "one": (aten.ne.Scalar, (0,)),
     "zero": (aten.eq.Scalar, (0,)),
-    "additive": (aten.gt.Scalar, (LOW,)),
+    "additive": (aten.gt.Scalar, (HIDES,)),
 }
 # rule -> (a token, what is hidden)
 _VALUES: dict[Rule, tuple[float, float]] = {
@@ -179,7 +179,7 @@ def _reaches(rule: Rule, mask: fx.Node, added: fx.Node, flow: DataFlow, values: 
     """Whether what is made of a mask to be added is low where the mask hides, as the logarithm of 1e-9 is not."""
     covered_BT = torch.full_like(values[mask], _VALUES[rule][1])
     made = evaluate_all(_between([mask], added, flow.order), values, {mask: covered_BT}, last=added)[added]
-    return bool((made <= LOW).all())
+    return bool((made <= HIDES).all())
 
 
 def _next_state(node: fx.Node, flow: DataFlow, values: dict[fx.Node, Any], shape: torch.Size) -> fx.Node | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
 from thesean.passes.capture.hints import masks_not_looked_at
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, unwrapped
+from thesean.passes.capture.longer_tables import length_guards, steady_up_to, tables_kept
 from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
@@ -44,13 +46,14 @@ from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
 from thesean.passes.write_out_operators import WriteOutOperators
+from thesean.passes.write_out_sizes import WriteOutSizes
 
 logger = logging.getLogger(__name__)
 
 _VMAP = "torch._functorch.predispatch"
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), Simplify())
+CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), WriteOutSizes(), Simplify())
 
 
 def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:
@@ -138,7 +141,9 @@ def _captured(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, free: D
 
 
 def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: list[Dynamic]) -> Captured:
-    exported, free = _export(guide, inputs, eager, tries)
+    steady = steady_up_to(guide.model, inputs)
+    with nullcontext() if steady is None else tables_kept(guide.model):
+        exported, free = _export(guide, inputs, eager, tries)
     guards = _guards_of(exported)
     graph_module = _plain_graph(exported, list(inputs), eager)
     if writes(graph_module) or _maps(graph_module):
@@ -149,6 +154,8 @@ def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: li
         graph_module = _plain_graph(exported, list(inputs), eager)
     mark_constants(graph_module.graph)
     signature = read_signature(graph_module, inputs, eager, free)
+    if steady is not None:
+        guards += length_guards(graph_module, steady)
     return Captured(graph_module=graph_module, signature=signature, example=inputs, guards=guards)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from thesean.errors import DataError
-from thesean.passes.analyse.distance_bias import LOW
+from thesean.passes.analyse.float_masks import hides_by_adding
 from thesean.passes.graph.resample import is_mask
 
 Dynamic = Mapping[str, Mapping[int, str]]
@@ -38,7 +38,7 @@ def _is_of_pairs(value: torch.Tensor, lengths: Collection[int]) -> bool:
         return False
     if value.shape[-2] == 1 and value.ndim != 4:
         return False
-    return is_mask(value) or bool(((value == 0) | (value < LOW)).all())
+    return is_mask(value) or hides_by_adding(value)
 
 
 def _pairs(value: torch.Tensor, batch: int, sequence: bool) -> dict[int, str]:

@@ -23,7 +23,7 @@ from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import recurrent_units
 from thesean.passes.analyse.regions import Region, is_branch, module_regions, same_shape
 from thesean.passes.analyse.turned import turned_unread
-from thesean.passes.graph.nodes import above, named_dim
+from thesean.passes.graph.nodes import above, named_dim, owner
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
@@ -118,6 +118,11 @@ class SiteFinder:
             return "nothing token-wise in it"
         mixing = probe_mixing(named.region, self.values)
         if mixing == "none":
+            if shown := self._shown(named):
+                return (
+                    f"token-wise, for {shown} can't be cut out: what it computes inside is an output of the guide, as "
+                    "attention weights are. Have forward return less (output_attentions=False)"
+                )
             whole = module_regions(self.flow).get(named.path)
             if whole is None or whole.nodes == named.region.nodes or probe_mixing(whole, self.values) == "none":
                 return "token-wise"
@@ -129,6 +134,12 @@ class SiteFinder:
             f"it mixes over time ({mixing}), but in no branch that can be cut out. "
             f"Target({target.name!r}, scope='part') replaces the whole part"
         )
+
+    def _shown(self, named: NamedRegion) -> str | None:
+        """A module within a part's that isn't in its region, for the guide returns a value of its inside."""
+        returned = self.graph_module.graph.output_node().all_input_nodes
+        owners = [owner(n) for n in returned if n not in named.region.nodes]
+        return next((path for path in owners if path and path.startswith(f"{named.path}.")), None)
 
     def _site(self, group: Group, path: str, region: Region, target: Target) -> Site:
         removes = target.build is None and get_family(target.name).removes

@@ -105,6 +105,8 @@ def _training(names: Names, report: ConversionReport) -> str:
     if len(report.stages) > 1:
         for title, key in (("Distance from the guide", "divergence"), ("Loss", "loss"), ("Metric", "metric")):
             points = [(row.replaced, v) for row in report.stages if (v := getattr(row, key)) is not None]
+            if not points:
+                continue
             if (start := report.guide.get(key)) is not None:
                 points.insert(0, (0, start))
             told = "after each stage, before the whole is tuned"
