@@ -186,7 +186,8 @@ def _of(node: ast.AST, parent: ast.AST, field: str) -> Iterator[Change]:
             yield f"{text!r:.20} -> another", setting(node, "value", text + "_")
         case ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test):
             yield "condition negated", setting(node, "test", ast.UnaryOp(op=ast.Not(), operand=test))
-        case ast.Return(value=ast.expr() as given) if not (isinstance(given, ast.Constant) and given.value is None):
+        # a constant has a change of its own, and None for False or "" is the same to a condition
+        case ast.Return(value=ast.expr() as given) if not isinstance(given, ast.Constant):
             yield "returns None", setting(node, "value", ast.Constant(value=None))
         case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Delete():
             yield f"no {type(node).__name__}", put(ast.Pass())

@@ -45,6 +45,9 @@ class Holder:
     def all_of(self, values: list) -> bool:
         inner = lambda v: v == 1
         return all(inner(v) for v in values if v)
+
+    def any_of(self) -> bool:
+        return False
 '''
 
 
@@ -80,6 +83,7 @@ def test_faults_are_of_what_runs_in_functions_and_not_of_what_is_said(module):
         ("Holder.all_of", 33, "returns None"),
         ("Holder.all_of", 33, "all -> any"),
         ("Holder.all_of", 33, "no filter"),
+        ("Holder.any_of", 36, "False -> True"),  # and not None, which is as false
     ]
     assert {m.last_line for m in mutants(path, "held.py") if m.line == 14} == {14}
     assert len({m.name for m in mutants(path, "held.py")}) == len(found)

@@ -249,6 +249,9 @@ NO_COUNTERS: dict[str, Made] = {
         aten.cumsum.default, c(aten.ones.default, [time(c, x)], dtype=torch.complex64), 0
     ),
     "what is made of a count": lambda c, x, t: after(c, x, 2),
+    "as many as steps, where there are enough": lambda c, x, t: c(
+        aten.arange.start, 3, c(operator.floordiv, c(operator.mul, time(c, x), 10), 7)
+    ),
     "what short ones don't have": lambda c, x, t: c(aten.arange.start, 9, c(operator.mul, time(c, x), 4)),
 }  # fmt: skip
 

@@ -5,6 +5,8 @@ B batch, T time, D width
 
 from __future__ import annotations
 
+import operator
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+from thesean.passes.analyse.chunks import RELATES
 from thesean.passes.analyse.steps_apart import constants_of_time, first_mixed
 from thesean.passes.graph.record import record
 
@@ -22,12 +25,23 @@ Call = Callable[..., Any]
 Made = Callable[[Call, Any], Any]
 
 
-def runs(made: Made) -> tuple[fx.Graph, dict[Any, Any], dict[Any, Any]]:
-    """The graph of what is made of x_BTD, and its values at 7 and at 5 steps."""
-    graph = fx.Graph()
+def written(made: Made) -> fx.GraphModule:
+    """What is made of x_BTD."""
+    root, graph = nn.Module(), fx.Graph()
+    root.running_sum = RunningSum()
     x = graph.placeholder("x")
     graph.output(made(lambda target, *args, **kwargs: graph.call_function(target, args, kwargs), x))
-    graph_module = fx.GraphModule(nn.Module(), graph)
+    return fx.GraphModule(root, graph)
+
+
+class RunningSum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1)
+
+
+def runs(made: Made) -> tuple[fx.Graph, dict[Any, Any], dict[Any, Any]]:
+    """The graph of what is made of x_BTD, and its values at 7 and at 5 steps."""
+    graph_module = written(made)
     long, short = (record(graph_module, {"x": torch.ones(2, n, 4)}) for n in (7, 5))
     return graph_module.graph, dict(long), dict(short)
 
@@ -46,6 +60,24 @@ def other_way(call: Call, x: Any) -> Any:
 
 def places(call: Call) -> Any:
     return call(aten.zeros.default, [3], dtype=torch.int64)
+
+
+def marked(node: Any) -> Any:
+    node.meta[RELATES] = True
+    return node
+
+
+def pairs(call: Call, x: Any) -> Any:
+    """(B, T, T, D), the same for each of the first T."""
+    return call(aten.expand.default, call(aten.unsqueeze.default, x, 1), [2, time(call, x), time(call, x), 4])
+
+
+def square(call: Call) -> Any:
+    return call(aten.sin.default, call(aten.view.default, call(aten.arange.start, 1, 17), [4, 4]))
+
+
+def column(call: Call, x: Any) -> Any:
+    return call(aten.select.int, call(aten.select.int, x, 2, 0), 0, 0)
 
 
 def last(call: Call, x: Any) -> Any:
@@ -90,6 +122,23 @@ MIXING: dict[str, tuple[Made, str]] = {
     "norm, by names": (
         lambda c, x: c(aten.layer_norm.default, x, normalized_shape=[time(c, x), 4]), "it is normalised over time"
     ),
+    "pieces": (lambda c, x: c(aten.split.Tensor, x, 2, 1), "it works along time"),
+    "norm of all of many": (
+        lambda c, x: c(aten.layer_norm.default, pairs(c, x), [time(c, x), 4]), "it is normalised over time"
+    ),
+    "x times weights": (
+        lambda c, x: c(aten.matmul.default, other_way(c, x), weight(c, time(c, x), 3)), "it sums over steps"
+    ),
+    "weights times a column": (
+        lambda c, x: c(aten.matmul.default, weight(c, 3, time(c, x)), column(c, x)), "it sums over steps"
+    ),
+    "slice to as many as long ones have": (
+        lambda c, x: c(aten.slice.Tensor, x, 1, 0, c(aten.sym_size.int, weight(c, 7), 0)), "it cuts the sequence"
+    ),
+    "slice to as many as short ones have": (
+        lambda c, x: c(aten.slice.Tensor, x, 1, 0, c(aten.sym_size.int, weight(c, 5), 0)), "it cuts the sequence"
+    ),
+    "from the last to the third": (lambda c, x: c(aten.slice.Tensor, x, 1, -1, 3), "it cuts the sequence"),
     "the last but one": (lambda c, x: c(aten.select.int, x, 1, -2), "it works along time"),
     "from the last but one": (lambda c, x: c(aten.slice.Tensor, x, 1, -2, END), "it cuts the sequence"),
     "the last beside others": (lambda c, x: c(aten.add.Tensor, x, last(c, x)), "the last step meets the others"),
@@ -143,6 +192,10 @@ APART: dict[str, Made] = {
     "pad, by names": lambda c, x: c(aten.pad.default, x, pad=[1, 1]),
     "rows, by names": lambda c, x: c(aten.index.Tensor, x, indices=[places(c)]),
     "a table by values": lambda c, x: c(aten.embedding.default, weight(c, 9, 4), c(aten.argmax.default, x, 2)),
+    "pieces of the width": lambda c, x: c(operator.getitem, c(aten.split.Tensor, x, 2, 2), 1),
+    "norm of each of many": lambda c, x: c(aten.layer_norm.default, pairs(c, x), [4]),
+    "zeros of its kind": lambda c, x: c(aten.new_zeros.default, x, [3]),
+    "what relates steps and is known to": lambda c, x: marked(c(aten.cumsum.default, x, 1)),
     "the last": lambda c, x: last(c, x),
     "the last, selected": lambda c, x: c(aten.mul.Tensor, c(aten.select.int, x, 1, -1), 2.0),
 }  # fmt: skip
@@ -151,6 +204,65 @@ APART: dict[str, Made] = {
 @pytest.mark.parametrize("name", APART)
 def test_what_leaves_steps_apart_passes(name):
     assert first_mixed(*runs(APART[name])) is None
+
+
+def test_modules_are_not_looked_into():
+    def made(c: Call, x: Any) -> Any:
+        return x.graph.call_module("running_sum", (x,))
+
+    assert first_mixed(*runs(made)) is None
+
+
+# what keeps (B, T, D), and whether a step of it is that step's alone
+KEEPS: list[tuple[Made, bool]] = [
+    (lambda c, x: c(aten.tanh.default, x), True),
+    (lambda c, x: c(aten.add.Tensor, x, x), True),
+    (lambda c, x: c(aten.softmax.int, x, 2), True),
+    (lambda c, x: c(aten.flip.default, x, [-1]), True),
+    (lambda c, x: c(aten.layer_norm.default, x, [4]), True),
+    (lambda c, x: c(aten.linear.default, x, square(c)), True),
+    (lambda c, x: c(aten.mul.Tensor, x, c(aten.sum.dim_IntList, x, [-1], True)), True),
+    (lambda c, x: c(aten.pad.default, c(aten.slice.Tensor, x, 2, 1, END), [1, 0]), True),
+    (lambda c, x: c(aten.slice.Tensor, x, 1, 0, time(c, x)), True),
+    (lambda c, x: other_way(c, c(aten.matmul.default, square(c), other_way(c, x))), True),
+    (lambda c, x: c(aten.transpose.int, c(aten.softmax.int, c(aten.transpose.int, x, 0, 1), 2), 0, 1), True),
+    (lambda c, x: c(aten.cumsum.default, x, 1), False),
+    (lambda c, x: c(aten.softmax.int, x, -2), False),
+    (lambda c, x: c(aten.flip.default, x, [1]), False),
+    (lambda c, x: c(aten.roll.default, x, [1], [1]), False),
+    (lambda c, x: c(aten.add.Tensor, x, c(aten.select.int, c(aten.unsqueeze.default, x, 1), 2, -1)), False),
+    (lambda c, x: other_way(c, c(aten.softmax.int, other_way(c, x), 2)), False),
+    (lambda c, x: c(aten.matmul.default, c(aten.matmul.default, x, other_way(c, x)), x), False),
+    (lambda c, x: c(aten.pad.default, c(aten.slice.Tensor, x, 1, 0, -1), [0, 0, 1, 0]), False),
+    (lambda c, x: c(aten.sub.Tensor, x, c(aten.mean.dim, x, [1], True)), False),
+    (lambda c, x: c(aten.mul.Tensor, x, time(c, x)), False),
+]  # fmt: skip
+
+
+def are_alone(made: Made) -> bool:
+    """Whether steps give the same without those before and behind them."""
+    network, x_BTD = written(made), torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0))
+    y_BTD, shorter_BTD = network(x_BTD), network(x_BTD[:, 1:5])
+    return bool((y_BTD[:, 1:5] - shorter_BTD).abs().max() < 1e-5 * y_BTD.abs().max())
+
+
+@pytest.mark.parametrize(("link", "apart"), KEEPS)
+def test_an_operator_mixes_steps_where_the_numbers_say_so(link, apart):
+    assert (first_mixed(*runs(link)) is None) == are_alone(link) == apart
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_chain_mixes_steps_where_a_link_does(seed):
+    generator = random.Random(seed)
+    chain = generator.choices(KEEPS, weights=[1 + 3 * apart for _, apart in KEEPS], k=4)
+
+    def made(c: Call, x: Any) -> Any:
+        for link, _ in chain:
+            x = link(c, x)
+        return x
+
+    assert (first_mixed(*runs(made)) is None) == all(apart for _, apart in chain)
+    assert are_alone(made) or not all(apart for _, apart in chain)
 
 
 def steps(call: Call, x: Any) -> Any:
@@ -169,6 +281,9 @@ def test_numbers_that_positions_sizes_and_counts_are_compared_with_are_told():
     assert told(lambda c, x: c(aten.gt.Scalar, c(aten.cumsum.default, x, 1), 3)) == (3,)
     assert told(lambda c, x: c(aten.lt.Scalar, steps(c, x), END)) == ()
     assert told(lambda c, x: c(aten.lt.Scalar, x, 50)) == ()  # the caller's values
+    assert told(lambda c, x: c(aten.lt.Scalar, c(aten.neg.default, x), 50)) == ()
+    assert told(lambda c, x: c(aten.clamp.default, weight(c, 4), 3, time(c, x))) == (3,)
+    assert told(lambda c, x: c(aten.clamp.default, weight(c, 4), 3, c(aten.sym_size.int, x, 2))) == ()
     assert told(lambda c, x: c(aten.lt.Scalar, x, 50), "x") == (50,)  # which a state's are not
     assert told(lambda c, x: c(aten.add.Scalar, steps(c, x), 50)) == ()
     assert told(lambda c, x: c(aten.lt.Scalar, weight(c, 4), 50)) == ()  # and which is no matter of time

@@ -14,6 +14,7 @@ from thesean.errors import PlanError
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import is_single_entry_single_exit
 from thesean.passes.capture.capture import capture
+from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.plan.partition import partition
 
@@ -143,3 +144,28 @@ def test_parts_are_disjoint_and_have_one_entry_and_one_exit(guide, granularity):
     assert len(nodes) == len(set(nodes))
     assert all(is_single_entry_single_exit(flow, part.region) for part in found)
     assert len({part.path for part in found}) == len(found)
+
+
+class Gated(nn.Module):
+    """Blocks that share a mask, which has its kind of the states before them."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        seen = mask.unsqueeze(-1).type_as(x)
+        for block in self.blocks:
+            x = x + seen * block(x)
+        return self.head(x)
+
+
+def test_what_takes_no_more_than_its_kind_of_a_stream_does_not_tie_blocks_together():
+    inputs = {"x": vectors(3, 5, 8), "mask": torch.ones(3, 5, dtype=torch.int64)}
+    guide = capture(models.seeded(Gated), inputs)
+    assert paths(guide) == [f"blocks.{k}" for k in range(3)]
+    planned = make_plan(guide, "linear")
+    hybrid = build_hybrid(planned)
+    assert hybrid.graph_module(**inputs).shape == (3, 5, 3)

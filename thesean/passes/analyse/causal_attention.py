@@ -125,12 +125,12 @@ class _Reader:
         raise AssertionError
 
     def _window(self, core: CausalAttention, scores: Scores, seen: torch.Tensor) -> int | None:
-        """Steps that a query sees at most, its own included; None for all. A window longer than the recording is looked
-        for past the largest number that stands in the making of the mask.
+        """Steps that a query sees at most, its own included; None for all. A window that is no shorter than the
+        recording is looked for past the largest number that stands in the making of the mask.
         """
         numbers = self._numbers(scores.sides)
         longest = max(numbers, default=0)
-        if longest > self.time:
+        if longest >= self.time:
             for time in (longest + 2, longest):
                 if longest * longest > _MOST_SCORES:
                     break

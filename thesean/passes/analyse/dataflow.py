@@ -34,6 +34,9 @@ SIZE_ONLY = {
     aten.rand_like.default, aten.randn_like.default,
 }  # fmt: skip
 
+# read no more of their second argument than what kind of tensor it is
+_AS = {aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.to.other}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataFlow:
@@ -155,16 +158,17 @@ def is_size_only(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)) or node.target in SIZE_ONLY
 
 
+def valued_inputs(node: fx.Node) -> list[fx.Node]:
+    """What a node reads more of than its size and kind, of an operator that reads any values."""
+    return node.all_input_nodes[: 1 if node.target in _AS else None]
+
+
 def side_slice(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value no hidden state flows through; see the head of this file."""
     side: set[fx.Node] = set()
     constant: set[fx.Node] = set()  # no input's values flow in at all, at most their sizes
     for node in graph.nodes:
         if node.op == "output":
-            continue
-        if node.op == "get_attr":
-            side.add(node)
-            constant.add(node)
             continue
         value = node.meta.get("val")
         several = value if isinstance(value, (tuple, list)) else (value,)  # an embedding bag returns four tensors
@@ -175,7 +179,7 @@ def side_slice(graph: fx.Graph) -> set[fx.Node]:
             continue
         if node.op == "call_module":  # a replaced part: one that carries a state has no single value of its own
             continue
-        inputs = node.all_input_nodes
+        inputs = valued_inputs(node)
         if is_size_only(node) or all(i in constant for i in inputs):
             side.add(node)
             constant.add(node)

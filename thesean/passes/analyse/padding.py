@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from thesean.passes.analyse.dataflow import DataFlow, is_size_only
+from thesean.passes.analyse.dataflow import DataFlow, is_size_only, valued_inputs
 from thesean.passes.analyse.float_masks import HIDES
 from thesean.passes.analyse.regions import Region
 from thesean.passes.graph.nodes import above
@@ -110,8 +110,8 @@ def values_read(region: Region, stops: Container[str] = ()) -> list[fx.Node]:
         if node in found or node in inside:
             continue
         found[node] = None
-        if node.name not in stops and isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
-            front.extend(node.all_input_nodes)  # sizes carry no values
+        if node.name not in stops and not is_size_only(node):
+            front.extend(valued_inputs(node))
     return list(found)
 
 

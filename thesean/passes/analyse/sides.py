@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.analyse.dataflow import SIZE_ONLY
+from thesean.passes.analyse.dataflow import SIZE_ONLY, valued_inputs
 from thesean.passes.analyse.positions import table_rows
 from thesean.passes.graph.nodes import attribute, compute
 from thesean.passes.graph.record import record
@@ -26,8 +26,6 @@ _MIXES_FEATURES = (
     aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default, aten.addmm.default,
     aten.mm.default, aten.scaled_dot_product_attention.default,
 )  # fmt: skip
-# read no more of their second argument than what kind of tensor it is
-_AS = {aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.to.other}
 
 
 class Sides:
@@ -54,9 +52,7 @@ class Sides:
         found: set[fx.Node] = set()
         for node in self.order:
             starts = node.op == "call_module" or node.target in _MIXES_FEATURES
-            if isinstance(self.values[node], (torch.Tensor, tuple, list)) and (
-                starts or not found.isdisjoint(node.all_input_nodes)
-            ):
+            if starts or (not self._sizes_only(node) and not found.isdisjoint(valued_inputs(node))):
                 found.add(node)
         return found
 
@@ -76,9 +72,9 @@ class Sides:
             node = front.pop()
             if node in env or node.target is aten.sym_size.int:
                 continue
+            if node in self.mains:
+                return None
             for read in node.all_input_nodes:
-                if read in self.mains and not (self._sizes_only(node) or node.target in _AS):
-                    return None
                 if read not in needed:
                     needed.add(read)
                     if read not in self.mains:
@@ -92,7 +88,7 @@ class Sides:
                 env[node] = attribute(self.graph_module, str(node.target))
             elif node in self.mains:  # of which no more than size and kind is read
                 value = self.values[node]
-                env[node] = torch.zeros(self.resized(value.shape, batch, time), dtype=value.dtype)
+                env[node] = value.new_zeros(self.resized(value.shape, batch, time))
             elif node.target is aten.sym_size.int:
                 env[node] = self.size(node, batch, time)
             else:

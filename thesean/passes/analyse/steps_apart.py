@@ -64,7 +64,7 @@ def first_mixed(graph: fx.Graph, long: Mapping[fx.Node, Any], short: Mapping[fx.
     """
     steps = _Steps(long, short)
     for node in graph.nodes:
-        if node.op != "output" and (what := steps.meet(node)):
+        if what := steps.meet(node):
             return Mixed(node=node, what=what)
     return None
 
@@ -86,17 +86,17 @@ class _Steps:
             return ()
         return tuple(d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n)
 
-    def meet(self, node: fx.Node) -> str:
-        """How this node mixes steps, "" where it isn't known to."""
+    def meet(self, node: fx.Node) -> str | None:
+        """How this node mixes steps, None where it isn't known to."""
         if node.op == "placeholder":
             self.entered.add(node)
-            return ""
+            return None
         carries = isinstance(self.long.get(node), (torch.Tensor, tuple, list))
         if not carries or self.entered.isdisjoint(node.all_input_nodes):
-            return ""
+            return None
         self.entered.add(node)
         if node.op != "call_function" or RELATES in node.meta or node.target in SIZE_ONLY:
-            return ""
+            return None
         given = [i for i in node.all_input_nodes if i in self.entered]
         with_steps = [i for i in given if self.times(i)]
         if any(i in self.last for i in given):
@@ -104,10 +104,10 @@ class _Steps:
                 return "the last step meets the others"
             self.last.add(node)
         if not with_steps or not isinstance(node.target, torch._ops.OpOverload):
-            return ""
+            return None
         if self._is_last(node):
             self.last.add(node)
-            return ""
+            return None
         return self._mixes(node, with_steps[0])
 
     def _is_last(self, node: fx.Node) -> bool:
@@ -122,41 +122,42 @@ class _Steps:
             return bool(argument(node, 2, "start") == -1 and self._open(argument(node, 3, "end"), source, along[0]))
         return False
 
-    def _mixes(self, node: fx.Node, first: fx.Node) -> str:
+    def _mixes(self, node: fx.Node, first: fx.Node) -> str | None:
         target: Any = node.target
         if torch.Tag.pointwise in target.tags:
-            return "it reads how long the sequence is" if self._reads_length(node) else ""
+            return "it reads how long the sequence is" if self._reads_length(node) else None
         if target in _PRODUCTS:
             return self._contracts(*(node.args[at] for at in _PRODUCTS[target]))
         if target in _TABLES:
             return self._looks_up(node)
         if target in _NORMS:
             rank, over = self.long[first].ndim, len(argument(node, 1, "normalized_shape"))
-            return "it is normalised over time" if any(d >= rank - over for d in self.times(first)) else ""
+            return "it is normalised over time" if any(d >= rank - over for d in self.times(first)) else None
         if target in (aten.pad.default, aten.constant_pad_nd.default):
             return self._pads(node, first)
         if target is aten.linear.default:
-            return "it weighs steps" if self.long[first].ndim - 1 in self.times(first) else ""
+            return "it weighs steps" if self.long[first].ndim - 1 in self.times(first) else None
         along = [d for d in self._named(node) if d in self.times(first)]
         if target is aten.slice.Tensor:
-            return "" if not along or self._is_whole(node, first, along[0]) else "it cuts the sequence"
+            return None if not along or self._is_whole(node, first, along[0]) else "it cuts the sequence"
         if along and target not in _MOVES:
             return "it works along time"
         if not along and target not in _MOVES and self._forgets(node, first):
             return "it sums up the steps"
-        return ""
+        return None
 
     def _named(self, node: fx.Node) -> tuple[int, ...]:
         """The dimensions of its first tensor that a node names, from the front."""
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return ()
+        target: Any = node.target
         found: list[int] = []
         rank = next((v.ndim for i in node.all_input_nodes if isinstance(v := self.long.get(i), torch.Tensor)), 0)
-        for position, schema in enumerate(node.target._schema.arguments):
+        for position, schema in enumerate(target._schema.arguments):
             if schema.name not in _DIMS:
                 continue
             value = argument(node, position, schema.name, schema.default_value)
-            found += [d % max(rank, 1) for d in (value if isinstance(value, (list, tuple)) else [value]) if _is_int(d)]
+            found += [
+                d % max(rank, 1) for d in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(d, int)
+            ]
         return tuple(found)
 
     def _forgets(self, node: fx.Node, first: fx.Node) -> bool:
@@ -168,30 +169,28 @@ class _Steps:
         sizes = [i for i in node.all_input_nodes if isinstance(self.long.get(i), (int, float))]
         return any(self.long[i] != self.short[i] for i in sizes)
 
-    def _contracts(self, a: Any, b: Any) -> str:
+    def _contracts(self, a: Any, b: Any) -> str | None:
         x, y = self.long[a], self.long[b]
         summed = {a: x.ndim - 1, b: max(y.ndim - 2, 0)}
         if any(summed[n] in self.times(n) for n in (a, b)):
             return "it sums over steps"
         outer = [d - x.ndim for d in self.times(a)], [d - y.ndim for d in self.times(b)]
-        return "it relates steps with each other" if -2 in outer[0] and -1 in outer[1] else ""
+        return "it relates steps with each other" if -2 in outer[0] and -1 in outer[1] else None
 
-    def _looks_up(self, node: fx.Node) -> str:
-        table = node.args[0]
-        if not (isinstance(table, fx.Node) and self.times(table)):
-            return ""
+    def _looks_up(self, node: fx.Node) -> str | None:
+        steps = self.times(node.args[0])
         if node.target is aten.index.Tensor:
             indexed = [d for d, index in enumerate(argument(node, 1, "indices")) if index is not None]
         elif node.target is aten.embedding.default:
             indexed = [0]
         else:
-            indexed = list(self._named(node)) or list(self.times(table))
-        return "it picks steps" if set(indexed) & set(self.times(table)) else ""
+            indexed = list(self._named(node)) or list(steps)
+        return "it picks steps" if set(indexed) & set(steps) else None
 
-    def _pads(self, node: fx.Node, first: fx.Node) -> str:
+    def _pads(self, node: fx.Node, first: fx.Node) -> str | None:
         amounts, rank = list(argument(node, 1, "pad")), self.long[first].ndim
         padded = {rank - 1 - at // 2 for at, amount in enumerate(amounts) if amount != 0}
-        return "it moves steps" if padded & set(self.times(first)) else ""
+        return "it moves steps" if padded & set(self.times(first)) else None
 
     def _is_whole(self, node: fx.Node, source: fx.Node, dim: int) -> bool:
         start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
@@ -202,11 +201,7 @@ class _Steps:
         if isinstance(end, fx.Node):
             is_size = end.target is aten.sym_size.int
             return is_size and all(v[end] == v[source].shape[dim] for v in (self.long, self.short))
-        return end is None or (_is_int(end) and end > _WHOLE)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        return end is None or (isinstance(end, int) and end > _WHOLE)
 
 
 def constants_of_time(
@@ -219,9 +214,8 @@ def constants_of_time(
     held: set[fx.Node] = set()  # what the caller's values enter, beside counts of them
     found: set[int] = set()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            held |= set() if str(node.target) in states else {node}
-            continue
+        if node.op == "placeholder" and str(node.target) not in states:
+            held.add(node)
         counts = node.target is aten.cumsum.default or _is_number(long.get(node))  # sizes carry no values
         if not counts and not held.isdisjoint(node.all_input_nodes):
             held.add(node)
