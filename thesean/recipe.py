@@ -288,7 +288,8 @@ def _validated(settings: Any, where: str) -> Recipe:
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: {'.'.join(place)}: {_unknown(place)}") from error
         found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-        raise RecipeError(f"{where}: {'.'.join(place)}: {first['msg']}{found}.") from error
+        told = ": ".join(filter(None, (where, ".".join(place), first["msg"].removeprefix("Value error, "))))
+        raise RecipeError(f"{told}{found}.") from error
 
 
 def _unknown(place: Sequence[str]) -> str:
