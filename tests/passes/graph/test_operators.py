@@ -147,3 +147,17 @@ def test_what_is_computed_may_not_choose_a_mode():
     graph.output(graph.call_function(aten.gelu.default, (x,), {"approximate": x}))
     with pytest.raises(ArtifactError, match="approximate"):
         load(dump(graph))
+
+
+@pytest.mark.parametrize("name", sorted(OVERLOADS))
+def test_no_whole_number_stands_for_a_dtype_a_layout_a_memory_format_or_a_device(name):
+    """torch takes one, and of 64 reads what lies behind its table of dtypes: a process died of it in a million runs."""
+    graph, right = fx.Graph(), {"dtype": torch.float32, "device": torch.device("cpu")}
+    schema = OVERLOADS[name]._schema.arguments
+    needed = {a.name: right.get(a.name, graph.placeholder(a.name)) for a in schema if not a.has_default_value()}
+    for argument in schema:
+        if not any(kind in str(argument.real_type) for kind in ("ScalarType", "Layout", "MemoryFormat", "Device")):
+            continue
+        for wrong in (64, -1, 5, True, graph.placeholder("size")):
+            with pytest.raises(ArtifactError, match=f"expected a .* as {argument.name}, found"):
+                check_values(name, (), needed | {argument.name: wrong})

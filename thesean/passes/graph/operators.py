@@ -134,6 +134,11 @@ _TOGETHER: dict[str, Callable[[dict[str, Any]], bool]] = {
     ),
 }
 
+# What torch takes a whole number for too, and looks up where numbers past the last one are other memory.
+_TYPES: dict[str, type] = {
+    "ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format, "Device": torch.device
+}  # fmt: skip
+
 
 @cache
 def operators() -> dict[str, Callable[..., Any]]:
@@ -173,6 +178,12 @@ def check_values(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         rule = _OWN_VALUES.get((name, argument.name)) or _VALUES.get(argument.name)
         if argument.name not in given and not argument.has_default_value():
             raise ArtifactError(f"graph.json: {name} lacks its {argument.name}; the file was altered.")
+        expected = _TYPES.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
+        if expected and not isinstance(given.get(argument.name), (expected, type(None))):
+            raise ArtifactError(
+                f"graph.json: {name}: expected a {expected.__name__} as {argument.name}, found "
+                f"{given[argument.name]!r:.80}; the file was altered."
+            )
         value = given.setdefault(argument.name, argument.default_value)
         text = isinstance(value, str)
         if (rule is None and text) or (rule is not None and not rule(value)) or not _finite_size(value):
