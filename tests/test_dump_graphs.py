@@ -49,7 +49,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
     converted = convert(tmp_path)
     told = story(tmp_path)
     asserted = "_assert_tensor_metadata"
-    last = told["007-remove-second.txt"][1:]
+    last = told["008-remove-second.txt"][1:]
     assert told == {
         "000-capture.txt": [
             "# capture: as torch.export traced it",
@@ -78,7 +78,11 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "# write-out-operators: unchanged: no operator is to be written out",
             *told["003-functionalise.txt"][1:],
         ],
-        "005-simplify.txt": [
+        "005-write-out-sizes.txt": [
+            "# write-out-sizes: unchanged: all that is done with sizes can be saved",
+            *told["003-functionalise.txt"][1:],
+        ],
+        "006-simplify.txt": [
             "# simplify: modified",
             "x = placeholder x",
             "linear = aten.linear.default(x, first_weight, first_bias)",
@@ -87,7 +91,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "006-substitute-first.txt": [
+        "007-substitute-first.txt": [
             "# substitute first: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -96,7 +100,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "007-remove-second.txt": [
+        "008-remove-second.txt": [
             "# remove second: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -105,7 +109,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "008-bound-positions.txt": [
+        "009-bound-positions.txt": [
             "# bound-positions: unchanged: no table is indexed by a growing position",
             *last,
         ],
@@ -129,7 +133,7 @@ def test_a_plan_writes_what_capture_made_of_the_guide_and_nothing_that_it_times(
     )
     assert plan.latencies
     told = story(tmp_path / "converted")
-    assert story(tmp_path / "planned") == {name: told[name] for name in sorted(told)[:6]}
+    assert story(tmp_path / "planned") == {name: told[name] for name in sorted(told)[:7]}
 
 
 def test_the_result_is_the_same_with_and_without(tmp_path):
@@ -147,24 +151,24 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
     converted.export(tmp_path / "m.onnx", dump_graphs=tmp_path)
     told = story(tmp_path)
     assert {k: v for k, v in told.items() if k in before} == before
-    graph = before["008-bound-positions.txt"][1:]
+    graph = before["009-bound-positions.txt"][1:]
     assert {k: v for k, v in told.items() if k not in before} == {
-        "009-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
-        "010-cast-floats.txt": ["# cast-floats: unchanged: nothing in it is another precision", *graph],
-        "011-cache-latents.txt": ["# cache-latents: unchanged: there is no single dimension of time", *graph],
-        "012-inline-modules.txt": [
+        "010-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
+        "011-cast-floats.txt": ["# cast-floats: unchanged: nothing in it is another precision", *graph],
+        "012-cache-latents.txt": ["# cache-latents: unchanged: there is no single dimension of time", *graph],
+        "013-inline-modules.txt": [
             "# inline-modules: unchanged: no module without a state reads earlier steps",
             *graph,
         ],
-        "013-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
-        "014-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
-        "015-thread-state.txt": [
+        "014-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
+        "015-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
+        "016-thread-state.txt": [
             "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
             *graph,
         ],
-        "016-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "017-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "018-cells-as-modules.txt": [
+        "017-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "018-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "019-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",
@@ -213,4 +217,4 @@ def test_the_command_line_takes_the_folder(tmp_path):
     assert result.exit_code == 0, result.output
     names = sorted(p.name for p in graphs.iterdir())
     assert names[0] == "000-capture.txt"
-    assert names[6:] == ["006-substitute-first.txt", "007-substitute-second.txt", "008-bound-positions.txt"]
+    assert names[7:] == ["007-substitute-first.txt", "008-substitute-second.txt", "009-bound-positions.txt"]

@@ -353,7 +353,8 @@ class Texts(nn.Module):
 
 def test_texts_in_one_row_with_their_offsets_are_converted():
     data = [{"text": torch.randint(0, 50, (24 + k,)), "offsets": torch.arange(0, 24, 3)} for k in range(9)]
-    converted = convert(models.seeded(Texts), "narrow", data)
+    with pytest.warns(UserWarning, match="can't be saved: operator aten.embedding_bag"):
+        converted = convert(models.seeded(Texts), "narrow", data)
     assert [p.path for p in converted.plan.replaced] == ["blocks.0", "blocks.1"]
     assert converted(data[-1]["text"], data[-1]["offsets"]).shape == (8, 4)
     assert thesean.plan(models.seeded(Texts), "narrow", example_inputs=data[0]).replaced

@@ -99,11 +99,14 @@ def _is_sure(node: fx.Node, known: dict[str, bool]) -> bool:
     """One of torch's core operators, one that it takes apart to these, a cell, or arithmetic on sizes. `known`: of
     operators with such arguments.
     """
-    target = node.target
+    target: Any = node.target
     if not _is_torchs(target):
         return not _is_operator(target) or target in CELLS
     if _is_core(target) or target is aten.scaled_dot_product_attention.default:  # whose form is our own
         return True
+    if any(i.meta.get("val") is None for i in node.all_input_nodes):  # what a replacement gives: only looked up
+        composed = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        return bool(composed or target in torch._decomp.decomposition_table)
     given = fx.map_arg((node.args, node.kwargs), lambda n: str(getattr(n.meta.get("val"), "dtype", n.name)))
     call = f"{target}{given}"
     if call not in known:
