@@ -6,6 +6,7 @@ B batch, T time, D width, C channels
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -84,6 +85,17 @@ def spread(model: nn.Module) -> nn.Module:
     for p in model.parameters():
         p.add_(torch.randn(p.shape, generator=generator) * (0.2 if p.ndim >= 2 else 0.1))
     return model
+
+
+class Calling(nn.Module):
+    """A function of one tensor as a module."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 class EncoderClassifier(nn.Module):

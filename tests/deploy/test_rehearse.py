@@ -5,8 +5,6 @@ B batch, T time, D width
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
@@ -63,15 +61,6 @@ def test_an_operator_with_a_form_for_real_numbers_alone_is_named_where_it_is_giv
     assert bool(told) == bool(missing)
 
 
-class Calling(nn.Module):
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
-
-
 class Projected(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +86,7 @@ class Projected(nn.Module):
     ],
 )
 def test_what_torch_takes_apart_to_what_has_no_form_is_named(function, named):
-    assert named in unwritable(capture(Calling(function), models.vectors(3, 5, 6)).graph_module)
+    assert named in unwritable(capture(models.Calling(function), models.vectors(3, 5, 6)).graph_module)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's own
@@ -118,12 +107,12 @@ def every_other_kind(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_torch_takes_apart_to_what_has_a_form_is_not_warned_of():
-    assert unwritable(capture(Calling(every_other_kind), models.vectors(3, 5, 6)).graph_module) == ""
+    assert unwritable(capture(models.Calling(every_other_kind), models.vectors(3, 5, 6)).graph_module) == ""
 
 
 @pytest.mark.slow
 def test_what_torch_takes_apart_to_what_has_a_form_is_exported(tmp_path):
-    found = capture(Calling(every_other_kind), models.vectors(3, 5, 6))
+    found = capture(models.Calling(every_other_kind), models.vectors(3, 5, 6))
     assert export(found.graph_module, found.signature, tmp_path / "m.onnx").checks
 
 

@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import nn
 
 from tests.captured import traced
-from tests.models import vectors
+from tests.models import Calling, vectors
 from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.graph_json import dump, load
@@ -46,15 +43,6 @@ def up_to_the_first(x: torch.Tensor) -> torch.Tensor:
 @up_to_the_first.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-class Calling(nn.Module):
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
 
 
 def both(x: torch.Tensor) -> torch.Tensor:

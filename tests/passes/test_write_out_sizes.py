@@ -6,24 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
-from tests.models import vectors
+from tests.models import Calling, vectors
 from tests.passes.contract import Example
 from thesean.deploy.encoder_decoder import export_network
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.graph_json import dump, load
 from thesean.passes.graph.text import text
 from thesean.passes.write_out_sizes import WriteOutSizes
-
-
-class Calling(nn.Module):
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
 
 
 def of_sizes(function: Callable[..., torch.Tensor]) -> fx.GraphModule:

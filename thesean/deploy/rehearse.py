@@ -21,6 +21,7 @@ from thesean.passes.base import run_passes
 from thesean.passes.graph.nodes import argument, is_complex, owner
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.trace_call import is_composed
 
 aten = torch.ops.aten
 
@@ -105,8 +106,7 @@ def _is_sure(node: fx.Node, known: dict[str, bool]) -> bool:
     if _is_core(target) or target is aten.scaled_dot_product_attention.default:  # whose form is our own
         return True
     if any(i.meta.get("val") is None for i in node.all_input_nodes):  # what a replacement gives: only looked up
-        composed = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-        return bool(composed or target in torch._decomp.decomposition_table)
+        return is_composed(target)
     given = fx.map_arg((node.args, node.kwargs), lambda n: str(getattr(n.meta.get("val"), "dtype", n.name)))
     call = f"{target}{given}"
     if call not in known:

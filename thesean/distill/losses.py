@@ -62,9 +62,10 @@ def _entropy(output: Any, batch: Any, ahead: bool) -> torch.Tensor:
 
 def _asked(logits: torch.Tensor, batch: Any, ahead: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and what they are asked for, `ahead`: one step later."""
-    if logits.ndim > 2 and not any(y.shape == logits.shape[:-1] for y in labels_in(batch)):
-        moved = logits.movedim(1, -1)  # where the classes stand for torch's own
-        logits = moved if any(y.shape == moved.shape[:-1] for y in labels_in(batch)) else logits
+    if logits.ndim > 2:
+        moved, shapes = logits.movedim(1, -1), [y.shape for y in labels_in(batch)]
+        if logits.shape[:-1] not in shapes and moved.shape[:-1] in shapes:  # where the classes stand for torch's own
+            logits = moved
     labels = _labels(batch, logits.shape[:-1])
     return (logits[:, :-1], labels[:, 1:]) if ahead else (logits, labels)
 

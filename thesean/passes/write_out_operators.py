@@ -4,17 +4,13 @@ can be saved, given a state and exported.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
@@ -23,8 +19,7 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.nodes import argument, is_write, leaf_nodes
 from thesean.passes.graph.operators import names
 from thesean.passes.graph.surgery import erase_dead
-
-logger = logging.getLogger(__name__)
+from thesean.passes.graph.trace_call import is_composed, trace_call
 
 
 def histogram(x: torch.Tensor, bins: int, least: float, most: float) -> torch.Tensor:
@@ -165,29 +160,16 @@ def _form(node: fx.Node) -> Callable[..., Any] | None:
 
 def _torchs_own(target: torch._ops.OpOverload) -> Callable[..., Any] | None:
     """Itself, where torch makes it of other operators below its autograd."""
-    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    known = composite or target in torch._decomp.decomposition_table
-    return target if target.namespace == "aten" and known else None
+    return target if target.namespace == "aten" and is_composed(target) else None
 
 
 def _traced(node: fx.Node, form: Callable[..., Any]) -> fx.GraphModule | None:
     """Its graph on the sizes of the node's inputs; its placeholders are those inputs, in order."""
-    inputs = node.all_input_nodes
-    values = [i.meta.get("val") for i in inputs]
-    mode = detect_fake_mode(values) or FakeTensorMode()
-    given = [v if isinstance(v, FakeTensor) or not isinstance(v, torch.Tensor) else mode.from_tensor(v) for v in values]
-
-    def of_inputs(*values: Any) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), dict(zip(inputs, values, strict=True)).__getitem__)
-        return form(*args, **kwargs)
-
-    try:
-        with mode, torch.enable_grad():
-            own = form is node.target
-            table: Any = {k: v for k, v in torch._decomp.decomposition_table.items() if k is form} if own else None
-            made = make_fx(of_inputs, table, pre_dispatch=not own)(*given)
-    except Exception as error:  # the tracer raises whatever it meets
-        logger.debug("%s is not written out: %s", node.target, error)
+    own = form is node.target
+    table = {k: v for k, v in torch._decomp.decomposition_table.items() if k is form} if own else None
+    with torch.enable_grad():
+        made = trace_call(node, form, table, pre_dispatch=not own)
+    if made is None:
         return None
     inner = [n for n in made.graph.nodes if n.op not in ("placeholder", "output")]
     plain = all(n.op == "call_function" and n.target in names() for n in inner)

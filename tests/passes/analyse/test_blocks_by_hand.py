@@ -25,7 +25,7 @@ from thesean.passes.analyse.dataflow import DataFlow, data_flow
 from thesean.passes.analyse.fingerprint import exact_fingerprint, fingerprint, operator_kinds
 from thesean.passes.analyse.regions import Region, module_regions
 from thesean.passes.analyse.smallest_regions import smallest_regions
-from thesean.passes.graph.nodes import attribute, mark_constants
+from thesean.passes.graph.nodes import above, attribute, mark_constants
 
 aten = torch.ops.aten
 D = 4
@@ -189,20 +189,10 @@ def test_what_is_taken_out_leaves_the_stream(how):
                 continue
             assert total.target is aten.add.Tensor
             assert other in total.all_input_nodes
-            assert half.exit in removed_from(total, other)
+            assert half.exit in above([i for i in total.all_input_nodes if i is not other], known={other})
         if how in ("norms before", "norms around"):
             norm = 2 * D  # weight and bias of the norm before, and of the one behind
             assert [freed_params(graph_module, h) for h in found] == [norm * (1 + (how == "norms around"))] * 2
-
-
-def removed_from(total: fx.Node, other: fx.Node) -> set[fx.Node]:
-    found, front = set(), [i for i in total.all_input_nodes if i is not other]
-    while front:
-        node = front.pop()
-        if node not in found and node is not other:
-            found.add(node)
-            front.extend(node.all_input_nodes)
-    return found
 
 
 def test_in_the_place_of_what_is_not_added_stands_what_it_reads_where_it_is_as_wide():
