@@ -30,6 +30,7 @@ TARGETS: dict[str, Any] = {
     "linear-attention": thesean.Target("linear-attention", window=0),
     "linear-attention, window and sinks": thesean.Target("linear-attention", window=64, sinks=4),
     "linear-attention, window": thesean.Target("linear-attention", window=64, sinks=0),
+    "bounded-attention, 64 tokens": thesean.Target("bounded-attention", window=32, kept=32),
     "gru": "gru",
     "mingru": "mingru",
     "delta": "delta",

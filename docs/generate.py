@@ -265,7 +265,8 @@ def state_of(family: Family) -> str:
             return "none"
         state = module.initial_state(torch.zeros(1, 1, WIDTH))
         tensors = state if isinstance(state, tuple) else (state,)
-        return " and ".join(" x ".join(map(str, tensor.shape[1:])) for tensor in tensors)
+        told = [" x ".join(map(str, tensor.shape[1:])) or "a count" for tensor in tensors]
+        return " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
     return "none"
 
 

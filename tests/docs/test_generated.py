@@ -63,6 +63,8 @@ def test_a_state_is_that_of_the_module_that_is_built():
     assert generate.state_of(get_family("linear-attention")) == "4 x 128 x 65"
     assert generate.state_of(get_family("lstm")) == "512"
     assert generate.state_of(get_family("mixer")) == "none"
+    # keys, values, and when each came and what it scores, of 64 tokens, 4 first ones and one place that counts nothing
+    assert generate.state_of(get_family("sliding")) == "4 x 69 x 64, 4 x 69 x 64, 4 x 2 x 69 and a count"
 
 
 def test_checking_writes_nothing_and_tells_what_is_stale(tmp_path, monkeypatch, capsys):

@@ -29,10 +29,6 @@ def copied(part: PartFacts, **options: Any) -> Any:
     return module
 
 
-def leaves(state: Any) -> tuple[torch.Tensor, ...]:
-    return (state,) if isinstance(state, torch.Tensor) else state
-
-
 def turned(facts: AttentionFacts) -> AttentionFacts:
     return dataclasses.replace(facts, rotation=Rotation((0, 1), (2, 3), (1.0, 0.1)))
 
@@ -101,6 +97,20 @@ def test_which_of_near_tokens_is_kept_is_a_matter_of_degree(part):
     assert errors[2] < 0.02 * errors[1]
 
 
+def test_a_state_says_when_each_token_came_and_what_it_scores(part):
+    module, x_BTD = copied(part, window=3, kept=2), torch.randn(1, 9, 16)
+    torch.nn.init.normal_(module.score.weight)
+    state = module.initial_state(x_BTD)
+    key_BGNC, value_BGNK, marks_BG2N = module(x_BTD[:, :2], state)[1][:3]
+    assert marks_BG2N[0, 0, 0].tolist() == [0, 0, 0, 0, 3, 4]  # 2 + 1 places, one that fades, then the window
+    assert not key_BGNC[..., :4, :].any()
+    assert not value_BGNK[..., :4, :].any()
+    key_BGNC, value_BGNK, marks_BG2N = module(x_BTD, state)[1][:3]
+    assert marks_BG2N[0, 0, 0].tolist() == [1, 1, 1, 2, 3, 4]
+    torch.testing.assert_close(value_BGNK[0, :, 3:].transpose(0, 1).flatten(1), module.value(x_BTD)[0, -3:])
+    torch.testing.assert_close(marks_BG2N[0, :, 1, 3:].mT, module.score(x_BTD)[0, -3:])
+
+
 def test_a_padded_row_is_what_it_is_alone(part):
     module, x_BTD = copied(part, window=4, kept=5), torch.randn(2, 30, 16)
     torch.nn.init.normal_(module.score.weight)
@@ -110,7 +120,7 @@ def test_a_padded_row_is_what_it_is_alone(part):
     alone = module(x_BTD[:1, mask[0]])
     padded, state = module(x_BTD, mask=mask)
     torch.testing.assert_close(padded[0, mask[0]], alone[0][0], rtol=1e-4, atol=1e-5)
-    for found, expected in zip(leaves(state), leaves(alone[1]), strict=True):
+    for found, expected in zip(state, alone[1], strict=True):
         torch.testing.assert_close(found[:1], expected)
 
 
@@ -150,11 +160,11 @@ def test_what_was_foretold_to_last_outlives_all_that_came_later(part):
         module.lasting.fill_(5.0)
     x_BTD = 0.1 * torch.randn(1, 300, 16)
     x_BTD[0, 0, 0], x_BTD[0, 1, 0] = 6.0, 4.0
-    (held_BGNX, *_) = leaves(module(x_BTD)[1])
+    key_BGNC = module(x_BTD)[1][0]
     key_TC = module.key(x_BTD)[0, :, :4]
     if module.rotate is not None:
         key_TC = module.rotate(module.key(x_BTD).unflatten(-1, (4, 4)))[0, :, 0]
-    found = [int((key_TC - row_C).norm(dim=1).argmin()) for row_C in held_BGNX[0, 0, :, :4]]
+    found = [int((key_TC - row_C).norm(dim=1).argmin()) for row_C in key_BGNC[0, 0]]
     assert found[0] == 0
     assert min(found[1:]) > 280
 
@@ -178,9 +188,10 @@ def test_in_half_precision_what_is_left_of_a_score_is_counted_in_float32(part):
     state = module.initial_state(x_BTD)
     for chunk in x_BTD.split([1] * 100 + [400], 1):
         y, state = module(chunk, state)
-    assert (whole.dtype, leaves(state)[0].dtype) == (torch.bfloat16, torch.float32)
+    assert [held.dtype for held in state[:3]] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert whole.dtype == torch.bfloat16
     torch.testing.assert_close(y, whole[:, 100:], rtol=0.05, atol=0.05)
-    torch.testing.assert_close(leaves(state)[0][..., 4], leaves(last)[0][..., 4], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(state[2], last[2], rtol=1e-5, atol=1e-4)
 
 
 def test_what_was_saved_before_scores_fell_is_read_as_it_was(part):
@@ -190,8 +201,8 @@ def test_what_was_saved_before_scores_fell_is_read_as_it_was(part):
     assert before.load_state_dict(module.state_dict(), strict=False).unexpected_keys == ["lasting"]
     x_BTD = torch.randn(1, 40, 16)
     scored = before.score(x_BTD)[0, :36, 0]
-    (held_BGNX, *_) = leaves(before(x_BTD)[1])
-    assert set(held_BGNX[0, 0, :6, 4].tolist()) == set(scored.topk(6).values.tolist())
+    marks_BG2N = before(x_BTD)[1][2]
+    assert set(marks_BG2N[0, 0, 1, :6].tolist()) == set(scored.topk(6).values.tolist())
 
 
 def test_what_can_not_be_held_so_is_refused(sequence_part, attention_facts):

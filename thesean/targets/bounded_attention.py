@@ -10,8 +10,8 @@ tokens, 64 tokens chosen so beside the last 64 leave 1/4 of the error that the l
 and 0.7 of what they leave when their worth is taken to stay.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
-C width of a head's query and key, K width of a value, k = K + 1, X = C + 1 + k, W tokens in the window, M tokens that
-are kept, and one more that has faded, N = M + 1 + W
+C width of a head's query and key, K width of a value, W tokens in the window, M tokens that are kept, and one more that
+has faded, N = M + 1 + W
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ class BoundedAttention(HeldAttention):
 
     Scores are of each head of keys, a linear map of x that `prepare` solves; by 1 less with every `fade` tokens that
     come, but for those above the head's `lasting` (0: they never change). Kept tokens fade as others come near to take
-    their place, see kernels/kept_attention.py. A held token is a row of its key, score, value and a 1.
-    x_BTD, (held_BGNX, and with a rotation the count of steps_B) -> (y_BTD, the same).
-    Keys are turned by their step, counted from each row's first token.
+    their place, see kernels/kept_attention.py. x_BTD, (key_BGNC, value_BGNK, marks_BG2N, and with a rotation the count
+    of steps_B) -> (y_BTD, the same). Keys are turned by their step, counted from each row's first token.
     """
 
     family = "bounded-attention"

@@ -4,7 +4,8 @@ Trained attentions put much of their weight on the first tokens, whatever these 
 its softmax was divided by (Xiao et al. 2024, StreamingLLM). Here both stand at their true distance, so that all is the
 guide's as long as nothing has left the window.
 
-B batch, T time, D width of the part, G heads of keys and values, W tokens in the window, S sinks
+B batch, T time, D width of the part, G heads of keys and values, C width of a head's key, K width of a value, W tokens
+in the window, S sinks, N = S + 1 + W
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Sliding(HeldAttention):
     """y_t = last(softmax_s(scale q_t.k_s) v_s), s over the last W tokens, t's own included, and over the first S;
     queries and keys normed and turned as the guide does. With W tokens or fewer it is the guide's attention.
 
-    x_BTD, (held_BGNX, steps_B) -> (y_BTD, the same). What is held: S + 1 rows for the first tokens, the last of which
-    counts for nothing, and W for the last ones, each the token's key, score, value and a 1. A token's score is minus
-    its step, so that of those that leave the window the first stay.
+    x_BTD, (key_BGNC, value_BGNK, marks_BG2N, steps_B) -> (y_BTD, the same). What is held: S + 1 places for the first
+    tokens, the last of which counts for nothing, and W for the last ones. A token's score is minus its step, so that of
+    those that leave the window the first stay.
     """
 
     family = "sliding"

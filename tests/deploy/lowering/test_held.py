@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from torch.export import Dim
 
-from tests.deploy.lowering.test_lower import Flat, assert_same, export
+from tests.deploy.lowering.test_lower import Flat, export, run
 from tests.targets.build import build, tensors
 from thesean.deploy.lowering.forms.held import define
 from thesean.targets import Affine, AttentionFacts, PartFacts
@@ -61,6 +62,23 @@ def held(request) -> tuple[Flat, Any]:
     return flat, ir.to_proto(model)
 
 
+def in_order(state: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """By when tokens came, those that were kept by their score: a step of the file moves none."""
+    keys_BGNC, values_BGNK, marks_BG2N, *rest = state
+    order_BGN = np.lexsort((marks_BG2N[:, :, 1], marks_BG2N[:, :, 0]))
+    rows = (np.take_along_axis(x, order_BGN[..., None], 2) for x in (keys_BGNC, values_BGNK))
+    return *rows, np.take_along_axis(marks_BG2N, order_BGN[:, :, None], 3), *rest
+
+
+def assert_same(proto: Any, flat: Flat, inputs: tuple[torch.Tensor, ...]) -> None:
+    with torch.no_grad():
+        y_BTD, *expected = (tensor.numpy() for tensor in flat(*inputs))
+    found_BTD, *found = run(proto, inputs)
+    np.testing.assert_allclose(found_BTD, y_BTD, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(in_order(tuple(found)), in_order(tuple(expected)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("batch", "time"), SIZES)
 def test_it_equals_torch_from_the_start_and_within_a_sequence(held, batch, time):
     flat, proto = held
@@ -70,11 +88,68 @@ def test_it_equals_torch_from_the_start_and_within_a_sequence(held, batch, time)
     assert_same(proto, flat, (torch.randn(batch, time, 16), *after))
 
 
-def test_of_equal_scores_the_earlier_one_stays(held):
-    """Also where a step follows a step: places are in the order in which their tokens came."""
+def streamed(proto: Any, flat: Flat, x_BTD: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Chunk after chunk, each from the state that the file left."""
+    state, outputs = from_start(flat, *x_BTD.shape[:2])[1:], []
+    for chunk_BTD in x_BTD.split(chunks, 1):
+        y_BTD, *left = map(torch.from_numpy, run(proto, (chunk_BTD, *state)))
+        state = tuple(left)
+        outputs.append(y_BTD)
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 130, [20, *[1] * 90, 20], [*[1] * 50, 30, *[1] * 49, 1]], ids=len)
+@pytest.mark.parametrize("equals", [False, True], ids=["all scores differ", "few scores"])
+def test_steps_and_chunks_equal_the_whole(held, chunks, equals):
+    """Whoever of equals stays: a step writes where another token stood, and chunks put all in order."""
     flat, proto = held
-    x_BTD = torch.randn(1, 90, 16).sign()
+    x_BTD = torch.randn(3, 130, 16)
+    if equals:
+        x_BTD[..., :2] = x_BTD[..., :2].sign()
     with torch.no_grad():
-        after = tensors(flat.module(x_BTD)[1])
-    assert_same(proto, flat, (x_BTD, *from_start(flat, 1, 90)[1:]))
-    assert_same(proto, flat, (x_BTD[:, :1], *after))
+        whole_BTD = flat(x_BTD, *from_start(flat, 3, 130)[1:])[0]
+    torch.testing.assert_close(streamed(proto, flat, x_BTD, chunks), whole_BTD, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_batch_begin_anew_alone(held):
+    flat, proto = held
+    x_BTD = torch.randn(2, 60, 16)
+    _, *state = map(torch.from_numpy, run(proto, (x_BTD, *from_start(flat, 2, 60)[1:])))
+    for tensor in state:
+        tensor[1] = 0
+    y_BTD, *_ = map(torch.from_numpy, run(proto, (x_BTD[:, :1], *state)))
+    alone_BTD = streamed(proto, flat, x_BTD[1:, :1], [1])
+    torch.testing.assert_close(y_BTD[1:], alone_BTD, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_are_alike_choose_together():
+    """And those whose state is not there yet by themselves."""
+    model = ir.from_onnx_text(_TWO_LAYERS)
+    define(model)
+    names = [node.op_type for node in model.graph]
+    assert [name for name in names if name.startswith("WhoStays")] == [
+        "WhoStays_G2_C4_K4_W5_M4_F8_L2",
+        "WhoStays_G2_C4_K4_W5_M4_F8_L1",
+    ]
+    calls = [node for node in model.graph if node.op_type.startswith("Held_")]
+    assert [len(call.inputs) for call in calls] == [12, 12, 12]
+    first, second, third = ([value.producer() for value in call.inputs[7:11]] for call in calls)
+    assert {*first} == {*second}
+    assert {*third} != {*first}
+    assert calls[1].inputs[7].name.endswith("slot_1")
+
+
+_CALL = "thesean.Held_H4_G2_C4_K4_W5_M4_F8 <scale = 0.5>"
+_TWO_LAYERS = f"""
+<ir_version: 9, opset_import: ["" : 20, "thesean" : 1]>
+held (float[B, T, 4, 4] query, float[B, T, 2, 4] key, float[B, T, 2] score, float[B, 2, 9, 4] keys_0,
+      float[B, 2, 9, 4] keys_1, float[B, 2, 2, 9] marks_0, float[B, 2, 2, 9] marks_1)
+    => (float[B, T, 16] y)
+{{
+    mean_0, k0, v0, m0 = {_CALL} (query, key, key, score, keys_0, keys_0, marks_0)
+    mean_1, k1, v1, m1 = {_CALL} (query, key, key, score, keys_1, keys_1, marks_1)
+    mean_2, k2, v2, m2 = {_CALL} (query, key, key, score, k1, v1, m1)
+    sum_01 = Add (mean_0, mean_1)
+    y = Add (sum_01, mean_2)
+}}
+"""

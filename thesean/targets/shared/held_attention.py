@@ -2,8 +2,8 @@
 those that hold the last tokens and some older ones.
 
 B batch, T time, D width of the part, H heads of queries, G heads of keys and values (H / G queries in a row share one),
-C width of a head's query and key, K width of a value, k = K + 1, X = C + 1 + k, W tokens in the window, M tokens that
-are kept, and one more that has faded, N = M + 1 + W
+C width of a head's query and key, K width of a value, W tokens in the window, M tokens that are kept, and one more that
+has faded, N = M + 1 + W
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from thesean.kernels.shared.precision import HALF
+from thesean.kernels.shared.precision import wide
 from thesean.targets.shared.copying import copy_affine
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.head_norm import NormForm, copy_norms, head_norms
-from thesean.targets.shared.held import Held
+from thesean.targets.shared.held import Held, HeldTokens
 from thesean.targets.shared.module import State
 from thesean.targets.shared.rotation import Rotate, Rotation
 from thesean.targets.shared.sequence import (
@@ -43,8 +42,8 @@ class HeldAttention(SequenceTarget):
     """y_t = last(softmax_s(scale q_t.k_s) v_s), s over the last W tokens, t's own included, and over the M that score
     highest of all before these; queries and keys normed and turned as the guide does.
 
-    A subclass says what a token scores. x_BTD, (held_BGNX, and where it `counts` the steps_B so far) -> (y_BTD, the
-    same). Keys are turned by their step, counted from each row's first token.
+    A subclass says what a token scores. x_BTD, (key_BGNC, value_BGNK, marks_BG2N, and where it `counts` the steps_B so
+    far) -> (y_BTD, the same): see shared/held.py. Keys are turned by their step, counted from each row's first token.
     """
 
     reads_mask = True
@@ -82,11 +81,6 @@ class HeldAttention(SequenceTarget):
         self.last = SmallLinear(heads * value_width, self.width_out)
 
     @property
-    def row(self) -> int:
-        """Columns of a held token."""
-        return self.key_width + 1 + self.value_width + 1
-
-    @property
     def counts(self) -> bool:
         """Whether it has to know how many steps there were."""
         return self.always_counts or self.rotate is not None
@@ -96,20 +90,21 @@ class HeldAttention(SequenceTarget):
         raise NotImplementedError(f"{type(self).__name__}.scores")
 
     def core_state(self, x: torch.Tensor) -> State:
+        places = x.shape[0], self.kv_heads, self.held.places + self.window
+        key_BGNC, value_BGNK = (x.new_zeros(*places, width) for width in (self.key_width, self.value_width))
         # half precision can't count down what is left of a score
-        dtype = torch.float32 if self.fade and x.dtype in HALF else x.dtype
-        held_BGNX = x.new_zeros(x.shape[0], self.kv_heads, self.held.places + self.window, self.row, dtype=dtype)
-        return (held_BGNX, x.new_zeros(x.shape[0], dtype=torch.int64)) if self.counts else held_BGNX
+        marks_BG2N = wide(x.new_zeros(*places[:2], 2, places[2]))
+        count = (x.new_zeros(x.shape[0], dtype=torch.int64),) if self.counts else ()
+        return key_BGNC, value_BGNK, marks_BG2N, *count
 
     def mix(self, x_BTD: torch.Tensor, state: Any, steps: Steps | None = None) -> tuple[torch.Tensor, State | None]:
-        held_BGNX, count_B = state if self.counts else (state, None)
-        query_BTHC, row_BTGX = self._rows(x_BTD, count_B)
-        mean_BTHK, held_BGNX = self.held(query_BTHC, row_BTGX, held_BGNX, steps)
+        held, count_B = HeldTokens(*state[:3]), state[3] if self.counts else None
+        mean_BTHK, held = self.held(*self._tokens(x_BTD, count_B), held, steps)
         came = x_BTD.shape[1] if steps is None else steps.count_B
-        return mean_BTHK.flatten(-2).to(x_BTD.dtype), held_BGNX if count_B is None else (held_BGNX, count_B + came)
+        return mean_BTHK.flatten(-2).to(x_BTD.dtype), (*held, *(() if count_B is None else (count_B + came,)))
 
-    def _rows(self, x_BTD: torch.Tensor, count_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries, and what is held of each step."""
+    def _tokens(self, x_BTD: torch.Tensor, count_B: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Queries, keys, values and scores of each step."""
         query_BTHC, key_BTGC = (f(x_BTD).unflatten(-1, (-1, self.key_width)) for f in (self.query, self.key))
         if len(self.norms):
             query_BTHC, key_BTGC = self.norms[0](query_BTHC), self.norms[1](key_BTGC)
@@ -119,9 +114,8 @@ class HeldAttention(SequenceTarget):
         if self.rotate is not None and step_BT is not None:
             tables = self.rotate.tables_at(step_BT, x_BTD)
             query_BTHC, key_BTGC = (self.rotate.turn_by(z, *tables) for z in (query_BTHC, key_BTGC))
-        score_BTG1 = self.scores(x_BTD, step_BT).unsqueeze(-1)
-        value_BTGk = F.pad(self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width)), (0, 1), value=1.0)
-        return query_BTHC, torch.cat([key_BTGC, score_BTG1, value_BTGk], -1)
+        value_BTGK = self.value(x_BTD).unflatten(-1, (self.kv_heads, self.value_width))
+        return query_BTHC, key_BTGC, value_BTGK, wide(self.scores(x_BTD, step_BT))
 
     @torch.no_grad()
     def copy_from(self, part: PartFacts) -> tuple[str, ...]:

@@ -1,12 +1,11 @@
 """The last tokens and those that were kept as one function of the ONNX model, with a branch of its own for one step.
 
-A step drops the least of what was kept and of what leaves the window, adds its own row at the end, and attends over
-what is left: one softmax, nothing sorted, no older state. Who is dropped hangs on what was held before alone: it is
-found out for all layers at once, where the first of them begins. See forms/window.py for why a step is not written as a
-chunk.
+A step takes the place of the least of what was kept and of what leaves the window, and attends over all places: one
+softmax, nothing sorted, nothing moved. Who is dropped hangs on what was held before alone: it is found out for all
+layers at once, where the first of them begins. See forms/window.py for why a step is not written as a chunk.
 
-B batch, T time, W window, M kept, N = M + W, H heads, G heads of keys and values, C width of queries and keys, K width
-of values, X = C + K + 2
+B batch, T time, W window, M places before it, N = M + W, H heads, G heads of keys and values, C width of queries and
+keys, K width of values
 """
 
 from __future__ import annotations
@@ -19,14 +18,18 @@ from torch import nn
 from thesean.deploy.lowering.forms import kept_attention, window_attention
 from thesean.deploy.lowering.held_function.any_steps import any_steps
 from thesean.deploy.lowering.held_function.one_step import one_step
-from thesean.deploy.lowering.held_function.shape import Shape
-from thesean.deploy.lowering.held_function.who_stays import told, who_stays
+from thesean.deploy.lowering.held_function.shape import CHOSEN, Shape
+from thesean.deploy.lowering.held_function.who_stays import who_stays
 from thesean.deploy.lowering.lowered import Lowered, add_function
 from thesean.deploy.lowering.text import branches, tell_steps
-from thesean.targets.shared.held import Held
+from thesean.targets.shared.held import Held, HeldTokens
 from thesean.targets.shared.steps import Steps
 
 DOMAIN = window_attention.DOMAIN
+
+_GIVEN = ("query_BTHC", "key_BTGC", "value_BTGK", "score_BTG", "keys", "values", "marks_before")
+_MADE = ("float[B, T, E] mean", "float[B, G, N, C] keys", "float[B, G, N, K] values", "float[B, G, two, N] marks")
+_MARKS = _GIVEN.index("marks_before")
 
 
 class LoweredHeld(nn.Module):
@@ -45,30 +48,32 @@ class LoweredHeld(nn.Module):
     def forward(
         self,
         query_BTHC: torch.Tensor,
-        row_BTGX: torch.Tensor,
-        held_BGNX: torch.Tensor,
+        key_BTGC: torch.Tensor,
+        value_BTGK: torch.Tensor,
+        score_BTG: torch.Tensor,
+        held: HeldTokens,
         steps: Steps | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, HeldTokens]:
         if steps is not None:
-            mean_BTHK, held_BGNX = self.inner(query_BTHC, row_BTGX, held_BGNX, steps)
-            return mean_BTHK, held_BGNX
-        mean_BTE, held = self.emitted(query_BTHC, row_BTGX, held_BGNX)
-        return mean_BTE.unflatten(-1, (query_BTHC.shape[2], -1)), held.to(held_BGNX.dtype)
+            made: tuple[torch.Tensor, HeldTokens] = self.inner(query_BTHC, key_BTGC, value_BTGK, score_BTG, held, steps)
+            return made
+        mean_BTE, *after = self.emitted(query_BTHC, key_BTGC, value_BTGK, score_BTG, *held)
+        mean_BTHK = mean_BTE.unflatten(-1, (query_BTHC.shape[2], -1))
+        return mean_BTHK, HeldTokens(*(now.to(then.dtype) for now, then in zip(after, held, strict=True)))
 
-    def _emit(
-        self, query_BTHC: torch.Tensor, row_BTGX: torch.Tensor, held_BGNX: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def _emit(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query_BTHC, _, value_BTGK, _, *held = tensors
         batch, time, heads, key = query_BTHC.shape
-        value = held_BGNX.shape[3] - key - 2
-        mean_BTE, held = torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{Shape(heads, held_BGNX.shape[1], key, value, *self.sizes).name}",
-            (query_BTHC, row_BTGX, held_BGNX),
+        groups, value = value_BTGK.shape[2:]
+        made = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{Shape(heads, groups, key, value, *self.sizes).name}",
+            tensors,
             {"scale": self.scale},
-            dtypes=[query_BTHC.dtype] * 2,
-            shapes=[[batch, time, heads * value], held_BGNX.shape],
+            dtypes=[query_BTHC.dtype] * 4,
+            shapes=[[batch, time, heads * value], *(before.shape for before in held)],
             version=1,
         )
-        return mean_BTE, held
+        return tuple(made)
 
 
 def lower(held: Held, path: str, opset: int) -> LoweredHeld:
@@ -86,9 +91,7 @@ def define(model: Any) -> None:
     tell_steps(model, calls)
     opsets = f'"" : {model.opset_imports[""]}, "com.microsoft" : 1, "{DOMAIN}" : 1'
     for shape in shapes:
-        given = ["query_BTHC", "row_BTGX", "before", *shape.choosing]
-        outputs = ["float[B, T, E] mean", "float[B, G, N, X] held"]
-        text = branches(shape.name, given, outputs, (one_step(shape), any_steps(shape)), "<scale> ")
+        text = branches(shape.name, [*_GIVEN, *CHOSEN], _MADE, (one_step(shape), any_steps(shape)), "<scale> ")
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
     for shape, layers in _tell_who_stays(model, calls):
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{who_stays(shape, layers)}')
@@ -99,8 +102,8 @@ def define(model: Any) -> None:
 
 
 def _tell_who_stays(model: Any, calls: list[Any]) -> set[tuple[Shape, int]]:
-    """Give each call what its step is told, found out for all that are alike where the first of them stands; what was
-    written for. Calls end with `is_step`.
+    """Give each call what its step is told, found out for all that are alike where the first of them stands; what that
+    was written for. Calls end with `is_step`.
     """
     import onnx_ir as ir
 
@@ -108,17 +111,16 @@ def _tell_who_stays(model: Any, calls: list[Any]) -> set[tuple[Shape, int]]:
     for layers in _alike(model, calls):
         shape = Shape.of(layers[0].op_type)
         assert shape is not None  # they are calls of it
-        given = [*(layer.inputs[2] for layer in layers), layers[0].inputs[-1]]
-        count = told(shape, len(layers), 0)[-1] + (1 if shape.fade else len(layers))
-        choice = ir.Node(DOMAIN, shape.who_stays(len(layers)), given, num_outputs=count)
-        for at, value in enumerate(choice.outputs):
-            value.name = f"{layers[0].outputs[0].name}_stays_{at}"
-        model.graph.insert_before(layers[0], choice)
+        given = [*(layer.inputs[_MARKS] for layer in layers), layers[0].inputs[-1]]
+        chosen = ir.Node(DOMAIN, shape.who_stays(len(layers)), given, num_outputs=len(CHOSEN) * len(layers))
+        for at, value in enumerate(chosen.outputs):
+            value.name = f"{layers[0].outputs[0].name}_{CHOSEN[at // len(layers)]}_{at % len(layers)}"
+        model.graph.insert_before(layers[0], chosen)
         for index, layer in enumerate(layers):
-            own = [choice.outputs[at] for at in told(shape, len(layers), index)]
-            inputs, is_step = list(layer.inputs[:-1]), layer.inputs[-1]
-            layer.resize_inputs(len(inputs) + len(own) + 1)
-            for at, value in enumerate([*own, is_step], len(inputs)):
+            last = len(layer.inputs) - 1
+            own = [*chosen.outputs[index :: len(layers)], layer.inputs[last]]
+            layer.resize_inputs(last + len(own))
+            for at, value in enumerate(own, last):
                 layer.replace_input_with(at, value)
         written.add((shape, len(layers)))
     return written
@@ -130,7 +132,7 @@ def _alike(model: Any, calls: list[Any]) -> list[list[Any]]:
     found: dict[tuple[Any, ...], list[Any]] = {}
     for call in calls:
         first = found.setdefault((call.op_type, call.inputs[-1]), [call])[0]
-        maker = call.inputs[2].producer()
+        maker = call.inputs[_MARKS].producer()
         if call is first:
             continue
         if maker is None or place[maker] < place[first]:

@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 _LETTERS = "HGCKWMF"
 
+# What a layer's step is told by `who_stays`: the place that its token takes, the logarithm of how much each place then
+# counts, the marks, and where among these the token's own score goes.
+CHOSEN = ("slot", "seen", "marks", "own")
+
 
 class Shape(NamedTuple):
     """Of one layer's function: `fade` 0 where scores don't fall."""
@@ -32,16 +36,8 @@ class Shape(NamedTuple):
         return None if found is None else cls(*map(int, found.groups()))
 
     @property
-    def columns(self) -> int:
-        """Of a held token: its key, its score, its value and a 1."""
-        return self.key + self.value + 2
-
-    @property
-    def choosing(self) -> tuple[str, ...]:
-        """What a layer's step is told by `who_stays`: which rows go on, the logarithm of how much each then counts,
-        and where scores fall, what those that were kept score now, and in which column that stands.
-        """
-        return ("from", "seen", "score", "at") if self.fade else ("from", "seen")
+    def all_places(self) -> int:
+        return self.window + self.places
 
     def who_stays(self, layers: int) -> str:
         """The name of the function that chooses for so many layers at once."""
