@@ -286,6 +286,8 @@ def test_rounding_is_what_any_order_of_sums_may_lead_to():
     found, usual = (rounding(g.graph_module, g.signature, (2,)) for g in (guide, calm))
     assert found > 20 * usual > 0
     assert models.same_state(guide.graph_module, before)
+    by_itself = rounding(guide.graph_module, guide.signature, (2,), enough=0.0)  # no weights are drawn
+    assert 0 < by_itself <= rounding(guide.graph_module, guide.signature, (2,), enough=1.01 * by_itself) <= found
     wide = capture(Amplifies().double().eval(), {"x": torch.randn(4, 64).double()})
     before = models.state_of(wide.graph_module)
     rounding(wide.graph_module, wide.signature, (2,))
@@ -294,7 +296,7 @@ def test_rounding_is_what_any_order_of_sums_may_lead_to():
 
 def held_to(error: float, own: float, asked: bool = False) -> tuple[float, str]:
     checks = [Check("onnxruntime vs torch", (1, 7), e) for e in (error / 2, error, float("nan"))]
-    return allowed_error(checks, 1e-4, Path("m.onnx"), lambda shape: own * (shape == (1, 7)), asked=asked)
+    return allowed_error(checks, 1e-4, Path("m.onnx"), lambda shape, _: own * (shape == (1, 7)), asked=asked)
 
 
 def test_a_file_is_as_far_from_torch_as_torch_from_float64_where_rounding_is_amplified():
