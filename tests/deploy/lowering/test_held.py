@@ -63,8 +63,11 @@ def held(request) -> tuple[Flat, Any]:
 
 
 def in_order(state: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """By when tokens came, those that were kept by their score: a step of the file moves none."""
+    """By when tokens came, those that were kept by their score: a step of the file moves none. What a place without one
+    scores means nothing.
+    """
     keys_BGNC, values_BGNK, marks_BG2N, *rest = state
+    marks_BG2N = np.where(marks_BG2N[:, :, :1] > 0, marks_BG2N, 0)
     order_BGN = np.lexsort((marks_BG2N[:, :, 1], marks_BG2N[:, :, 0]))
     rows = (np.take_along_axis(x, order_BGN[..., None], 2) for x in (keys_BGNC, values_BGNK))
     return *rows, np.take_along_axis(marks_BG2N, order_BGN[:, :, None], 3), *rest

@@ -32,8 +32,8 @@ def who_stays(s: Shape, layers: int) -> str:
 
 
 def _step(s: Shape, layers: int) -> list[str]:
-    """Of equals the last goes, which makes no difference: the others count for nothing then. Where places are free, one
-    of these is taken.
+    """Of equals any goes, which makes no difference: the others count for nothing then. Where places are free, one of
+    these is taken.
     """
     t = Text("s")
     G, N = s.groups, s.all_places
@@ -44,19 +44,18 @@ def _step(s: Shape, layers: int) -> list[str]:
     t("gone_BZ1N", "Sub", "time_BZ1N", t.number(1.0))
     t("now_BZ1N", "Max", "gone_BZ1N", "token_BZ1N")  # what was kept stays at 1, and what is none at 0
     score = "came_BZ1N"
-    if s.fade:  # those that were kept score less by 1 / fade
-        t("kept_BZ1N", "Equal", "time_BZ1N", t.number(1.0))
-        t("by_BZ1N", "Where", "kept_BZ1N", t.number(1 / s.fade), t.number(0.0))
+    if s.fade:  # those that were kept score less by 1 / fade; what a free place scores is read by none
+        t("by_BZ1N", "HardSigmoid", "gone_BZ1N", alpha=-1 / s.fade, beta=1 / s.fade)  # 0 in the window
         t("falls_BZ1N", "HardSigmoid", "came_BZ1N", alpha=-1.0, beta=LASTING)  # 1 below LASTING, 0 from there on
         t("less_BZ1N", "Mul", "falls_BZ1N", "by_BZ1N")
         score = t("score_BZ1N", "Sub", "came_BZ1N", "less_BZ1N")
-    t("window_BZ1N", "Greater", "now_BZ1N", t.number(1.0))
-    t("raised_BZ1N", "Where", "window_BZ1N", t.number(_FAR), score)
-    t("holds_BZ1N", "Cast", "token_BZ1N", to=9)
-    t("rank_BZ1N", "Where", "holds_BZ1N", "raised_BZ1N", t.number(-_FAR))
-    t("least_BZ11", "ArgMin", "rank_BZ1N", axis=3, keepdims=1, select_last_index=1)
+    # far below what is kept where a place is free, and far above in the window
+    t("class_BZ1N", "Sub", "now_BZ1N", t.number(1.0))
+    t("apart_BZ1N", "Mul", "class_BZ1N", t.number(_FAR))
+    t("rank_BZ1N", "Add", "apart_BZ1N", score)
+    t("two_BZ12, at_BZ12", "TopK", "rank_BZ1N", t.ints(2), axis=3, largest=0)
+    t.slice("least_BZ11", "at_BZ12", 0, 1, 3)
     # where more than one place is free, all that hold a token count whole
-    t("two_BZ12, _", "TopK", "rank_BZ1N", t.ints(2), axis=3, largest=0)
     t.slice("second_BZ11", "two_BZ12", 1, 2, 3)
     t("above_BZ1N", "Sub", "rank_BZ1N", "second_BZ11")
     t("faded_BZ1N", "Clip", "above_BZ1N", t.number(0.0), t.number(1.0))
