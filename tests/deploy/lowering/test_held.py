@@ -41,7 +41,7 @@ def from_start(flat: Flat, batch: int, time: int) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.fixture(
-    params=[(5, 3), *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in ((1, 1), (40, 70)))],
+    params=[(5, 3), *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in ((1, 1), (40, 70), (70, 4)))],
     ids=str,
     scope="module",
 )

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean.deploy.lowering.forms import kept_attention, window_attention
 from thesean.deploy.lowering.held_function.any_steps import any_steps
 from thesean.deploy.lowering.held_function.one_step import one_step
 from thesean.deploy.lowering.held_function.shape import CHOSEN, Shape
@@ -25,7 +24,7 @@ from thesean.deploy.lowering.text import branches, tell_steps
 from thesean.targets.shared.held import Held, HeldTokens
 from thesean.targets.shared.steps import Steps
 
-DOMAIN = window_attention.DOMAIN
+DOMAIN = "thesean"
 
 _GIVEN = ("query_BTHC", "key_BTGC", "value_BTGK", "score_BTG", "keys", "values", "marks_before")
 _MADE = ("float[B, T, E] mean", "float[B, G, N, C] keys", "float[B, G, N, K] values", "float[B, G, two, N] marks")
@@ -95,10 +94,6 @@ def define(model: Any) -> None:
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
     for shape, layers in _tell_who_stays(model, calls):
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{who_stays(shape, layers)}')
-    for fade in sorted({shape.fade for shape in shapes}):
-        kept_attention.add(model, fade)
-    if shapes:
-        window_attention.add(model, window_attention.NAME)
 
 
 def _tell_who_stays(model: Any, calls: list[Any]) -> set[tuple[Shape, int]]:

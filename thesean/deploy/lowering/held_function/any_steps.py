@@ -1,41 +1,71 @@
-"""Held tokens at any number of steps: what `Held.forward` computes, its two cores as they are written elsewhere.
+"""Held tokens at any number of steps, a block of them after the other: what `Held.forward` computes, in one softmax
+over what was kept and the window.
 
-B batch, T time, S = W + T, W window, M places before it, N = M + W, H heads, G heads of keys and values, C width of
-queries and keys, K width of values, k = K + 1, X = C + 1 + k
+Who is kept hangs on scores alone, so that it is known for all steps of a block at once; see block.py.
+
+B batch, T time, S = W + T, W window, M places before it, N = M + W, Q blocks of L steps, H heads, G heads of keys and
+values, R = H / G, C width of queries and keys, K width of values, X = C + K + 2: a token's key, score, value and a 1
 """
 
 from __future__ import annotations
 
-from thesean.deploy.lowering.forms import kept_attention, window_attention
+from thesean.deploy.lowering.held_function.block import around, block
 from thesean.deploy.lowering.held_function.shape import Shape
 from thesean.deploy.lowering.text import END, Reference, Text
+from thesean.kernels.kept_attention import BLOCK
 
 
 def any_steps(s: Shape) -> list[str]:
-    """Any T: `Held.forward` line by line, of places in order; what it is told of who stays is of one step alone."""
+    """Any T. What it is told of who stays is of one step alone, and not read."""
     t = Text("c")
-    H, G, C, K, W, M, F = s
-    N = s.all_places
-    t("time", "Shape", "query_BTHC", start=1, end=2)
-    t("scale", "Constant", value_float=Reference("@scale"))
-    t("scaled_BTHC", "Mul", "query_BTHC", "scale")
+    G, W, M, L = s.groups, s.window, s.places, BLOCK
+    H, R, C, K, N = s.heads, s.heads // s.groups, s.key, s.value, s.all_places
+    t("times", "Shape", "query_BTHC", start=1, end=2)
+    t("short", "Neg", "times")
+    t("missing", "Mod", "short", t.ints(L))
+    t("pads", "Concat", t.ints(0), "missing", axis=0)
     _in_order(t, s)
-    t("before_BNGX", "Transpose", "before_BGNX", perm=[0, 2, 1, 3])
-    t.split(("kept_BMGX", "past_BWGX"), "before_BNGX", (M, W), 1)
+    t.split(("kept_BGMX", "past_BGWX"), "before_BGNX", (M, W), 2)
     t("score_BTG1", "Unsqueeze", "score_BTG", t.ints(3))
     t("value_BTGk", "Pad", "value_BTGK", t.ints(0, 0, 0, 0, 0, 0, 0, 1), t.number(1.0))
     t("row_BTGX", "Concat", "key_BTGC", "score_BTG1", "value_BTGk", axis=3)
-    t("all_BSGX", "Concat", "past_BWGX", "row_BTGX", axis=1)
-    t("left_BTGX", "Slice", "all_BSGX", t.ints(0), "time", t.ints(1))
-    kept = f"{kept_attention.DOMAIN}.{kept_attention.name_of(F)}"
-    t("sums_BTHk, top_BTH, stay_BMGX", kept, "scaled_BTHC", "left_BTGX", "kept_BMGX")
-    t.split(("key_BSGC", "score_BSG1", "value_BSGk"), "all_BSGX", (C, 1, K + 1), 3)
-    window = f"{window_attention.DOMAIN}.{window_attention.NAME}"
-    t("mean_BTHK", window, "scaled_BTHC", "key_BSGC", "value_BSGk", "sums_BTHk", "top_BTH")
-    t.reshape("mean_chunk", "mean_BTHK", 0, 0, H * K)
-    t.slice("last_BWGX", "all_BSGX", -W, END, 1)
-    t("held_BNGX", "Concat", "stay_BMGX", "last_BWGX", axis=1)
-    t("held_BGNX", "Transpose", "held_BNGX", perm=[0, 2, 1, 3])
+    t("row_BGTX", "Transpose", "row_BTGX", perm=[0, 2, 1, 3])
+    t("all_BGSX", "Concat", "past_BGWX", "row_BGTX", axis=2)
+    # rows that fill the last block up hold no token
+    t("filled_BGsX", "Pad", "all_BGSX", "pads", t.number(0.0), t.ints(2))
+    t.slice("left_BGtX", "filled_BGsX", 0, -W, 2)
+    t.reshape("left_BGQLX", "left_BGtX", 0, G, -1, L, s.columns)
+    t("left_QBGLX", "Transpose", "left_BGQLX", perm=[2, 0, 1, 3, 4])
+    t("filled", "Shape", "left_BGtX", start=2, end=3)
+    t("end", "Squeeze", "filled")
+    t("begin_Q", "Range", t.constant("value_int = 0"), "end", t.constant(f"value_int = {L}"))
+    t.reshape("begin_Q1", "begin_Q", -1, 1)
+    t("ahead_QW", "Add", "begin_Q1", t.ints(*range(L, L + W)))
+    t("ahead_BGQWX", "Gather", "filled_BGsX", "ahead_QW", axis=2)
+    t("ahead_QBGWX", "Transpose", "ahead_BGQWX", perm=[2, 0, 1, 3, 4])
+    t("to_come_Q1", "Sub", "times", "begin_Q1")
+    t("steps_Q1", "Min", "to_come_Q1", t.ints(L))
+    t("last_Q1", "Sub", "steps_Q1", t.ints(1))
+    t("scale", "Constant", value_float=Reference("@scale"))
+    t("scaled_BTHC", "Mul", "query_BTHC", "scale")
+    t("filled_BtHC", "Pad", "scaled_BTHC", "pads", t.number(0.0), t.ints(1))
+    t.reshape("query_BQLGRC", "filled_BtHC", 0, -1, L, G, R, C)
+    t("query_QBGRLC", "Transpose", "query_BQLGRC", perm=[1, 0, 3, 4, 2, 5])
+    t.reshape("query_QBGxC", "query_QBGRLC", 0, 0, G, R * L, C)
+    t.lines.extend(around(s, L))
+    t.lines.append(f"""held_BGMX, mean_QBGxK = Scan <num_scan_inputs = 4, body = block (
+        float[B, G, M, X] kept, float[B, G, x, C] query, float[B, G, L, X] left, float[B, G, W, X] ahead,
+        int64[one] last)
+        => (float[B, G, M, X] held, float[B, G, x, K] mean)
+        {{
+            {chr(10).join(block(s, L))}
+        }}> (kept_BGMX, query_QBGxC, left_QBGLX, ahead_QBGWX, last_Q1)""")
+    t.reshape("mean_QBGRLK", "mean_QBGxK", 0, 0, G, R, L, K)
+    t("mean_BQLGRK", "Transpose", "mean_QBGRLK", perm=[1, 0, 4, 2, 3, 5])
+    t.reshape("mean_BtE", "mean_BQLGRK", 0, -1, H * K)
+    t("mean_chunk", "Slice", "mean_BtE", t.ints(0), "times", t.ints(1))
+    t.slice("last_BGWX", "all_BGSX", -W, END, 2)
+    t("held_BGNX", "Concat", "held_BGMX", "last_BGWX", axis=2)
     t.split(("keys_chunk", "told_BGN1", "values_chunk", "holds_BGN1"), "held_BGNX", (C, 1, K, 1), 3)
     for name in ("told", "holds"):
         t.reshape(f"{name}_BG1N", f"{name}_BGN1", 0, G, 1, N)

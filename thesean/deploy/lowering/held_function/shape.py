@@ -39,6 +39,11 @@ class Shape(NamedTuple):
     def all_places(self) -> int:
         return self.window + self.places
 
+    @property
+    def columns(self) -> int:
+        """Of a token as a row: its key, its score, its value and a 1."""
+        return self.key + self.value + 2
+
     def who_stays(self, layers: int) -> str:
         """The name of the function that chooses for so many layers at once."""
         sizes = zip("GCKWMFL", (*self[1:], layers), strict=True)

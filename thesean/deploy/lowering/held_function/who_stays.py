@@ -9,12 +9,10 @@ B batch, L layers, G heads of keys and values, Z = L G, W window, M places befor
 
 from __future__ import annotations
 
+from thesean.deploy.lowering.held_function.block import FAR
 from thesean.deploy.lowering.held_function.shape import CHOSEN, Shape
 from thesean.deploy.lowering.text import Text, branches
 from thesean.kernels.kept_attention import LASTING
-
-# what no score comes near to
-_FAR = 1e30
 
 _KINDS = {
     "slot": "int64[B, G, three]",
@@ -51,7 +49,7 @@ def _step(s: Shape, layers: int) -> list[str]:
         score = t("score_BZ1N", "Sub", "came_BZ1N", "less_BZ1N")
     # far below what is kept where a place is free, and far above in the window
     t("class_BZ1N", "Sub", "now_BZ1N", t.number(1.0))
-    t("apart_BZ1N", "Mul", "class_BZ1N", t.number(_FAR))
+    t("apart_BZ1N", "Mul", "class_BZ1N", t.number(FAR))
     t("rank_BZ1N", "Add", "apart_BZ1N", score)
     t("two_BZ12, at_BZ12", "TopK", "rank_BZ1N", t.ints(2), axis=3, largest=0)
     t.slice("least_BZ11", "at_BZ12", 0, 1, 3)
