@@ -210,7 +210,9 @@ def test_the_mean_over_parts_leaves_companions_as_they_are(reads):
 
     summed, mean = of(), of(reduction="mean")
     assert summed == pytest.approx(3 * mean, rel=1e-6)
-    assert of(output="kl", reduction="mean") - mean == pytest.approx(of(output="kl") - summed, rel=1e-3)
+    rounded = 4 * torch.finfo(torch.float32).eps * summed  # what the differences may be off
+    assert of(output="kl", reduction="mean") - mean == pytest.approx(of(output="kl") - summed, rel=1e-3, abs=rounded)
+    assert of(output="kl") - summed > 100 * rounded
 
 
 def test_a_stage_compares_what_it_is_told_to_whatever_parts_read():
