@@ -92,7 +92,7 @@ def define(model: Any) -> None:
     for shape in shapes:
         text = branches(shape.name, [*_GIVEN, *CHOSEN], _MADE, (one_step(shape), any_steps(shape)), "<scale> ")
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
-    for shape, layers in _tell_who_stays(model, calls):
+    for shape, layers in sorted(_tell_who_stays(model, calls)):
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{who_stays(shape, layers)}')
 
 
