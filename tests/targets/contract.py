@@ -286,9 +286,9 @@ def check_a_row_with_hidden_steps_is_what_it_is_alone(family: Family, part: Part
             for one, other in zip(tensors(state), tensors(after), strict=True):
                 same(family, one[row], other[0], f"the state after row {row} of a padded batch and that row's alone")
     if module.stateful:
-        start = tensors(module(inputs(part, batch=len(mask_BT), seed=2))[1])
-        _, kept = module(x_BTD, start if len(start) > 1 else start[0], mask=mask_BT)
-        for one, other in zip(tensors(kept), start, strict=True):
+        start = module(inputs(part, batch=len(mask_BT), seed=2))[1]
+        _, kept = module(x_BTD, start, mask=mask_BT)
+        for one, other in zip(tensors(kept), tensors(start), strict=True):
             same(family, one[-1], other[-1], "the state after a row without a token and before it", bound=0)
         pieces: list[torch.Tensor] = []
         carried: State | None = None

@@ -345,11 +345,10 @@ def allowed_error(
 ) -> tuple[float, str]:
     """The error that no check is above, and a note where that is more than `tolerance`.
 
-    A network may amplify rounding, so that it is far from its own outputs in float64, `rounding_at` a shape, of which
-    it is told how far would be enough. A file
-    that computes the same in another order is then as far from them, give or take: AMPLIFIED times that from torch's is
-    allowed, up to MOST times the tolerance, unless this was `asked` for. Raises ExportError where a check is above what
-    is allowed.
+    A network may amplify rounding, so that it is far from its own outputs in float64, `rounding_at` a shape, which is
+    told how far would be enough. A file that computes the same in another order is then as far from them, give or take:
+    AMPLIFIED times that from torch's is allowed, up to MOST times the tolerance, unless this was `asked` for. Raises
+    ExportError where a check is above what is allowed.
     """
     compared = [c for c in checks if c.max_abs_error == c.max_abs_error]
     worst = max(compared, key=lambda c: c.max_abs_error, default=None)

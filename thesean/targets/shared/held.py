@@ -68,7 +68,8 @@ class Held(nn.Module):
 
     def _held(self, row_BGNX: torch.Tensor, before: HeldTokens) -> HeldTokens:
         width = before.key_BGNC.shape[-1]
-        time_N = torch.cat([torch.ones(self.places), torch.arange(2, self.window + 2)]).to(row_BGNX)
+        place_N = torch.arange(row_BGNX.shape[2], device=row_BGNX.device)
+        time_N = (place_N - self.places + 2).clamp(min=1).to(row_BGNX.dtype)
         marks_BG2N = torch.stack([time_N * row_BGNX[..., -1], row_BGNX[..., width]], 2)
         after = row_BGNX[..., :width], row_BGNX[..., width + 1 : -1], marks_BG2N
         return HeldTokens(*(now.to(then.dtype) for now, then in zip(after, before, strict=True)))
