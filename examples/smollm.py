@@ -48,7 +48,8 @@ def read_guide() -> tuple[LlamaForCausalLM, Any]:
     tokenizer = AutoTokenizer.from_pretrained(found, **given)
     read = AutoModelForCausalLM.from_pretrained(found, dtype=torch.float32, **given)
     # what was read from such a file refuses to be saved; the same weights in a model of the same configuration don't
-    config = LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if k not in ("use_cache", "architectures")})
+    of_the_file = ("use_cache", "architectures", "quantization_config")
+    config = LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if k not in of_the_file})
     config.use_cache = False
     guide = LlamaForCausalLM(config).eval()
     guide.load_state_dict(read.state_dict())

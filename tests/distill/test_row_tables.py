@@ -1,4 +1,5 @@
-"""Tables of `datasets`, which need not be installed: they are known by what they offer. And what collators give.
+"""Tables of `datasets`, which need not be installed: they are known by what they offer. The last tests have the real
+ones. And what collators give.
 
 B batch, T time
 """
@@ -126,3 +127,40 @@ def test_batches_of_transformers_collators_are_taken(collator):
     )
     assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
     assert converted.report.converted["loss"] < 10
+
+
+def real(rows: int, shape: str) -> Any:
+    """The same columns as the package has them: in memory, one row after another, as several tables."""
+    import datasets
+
+    table = datasets.Dataset.from_dict({k: v if k == "text" else v.tolist() for k, v in columns(rows).items()})
+    table = table.with_format("torch")
+    if shape == "stream":
+        return table.to_iterable_dataset().with_format("torch")
+    return datasets.DatasetDict(train=table) if shape == "splits" else table
+
+
+@pytest.mark.parametrize("shape", ["table", "stream"])
+def test_a_real_table_is_read_as_the_one_that_stands_in_for_it(shape):
+    pytest.importorskip("datasets")
+    wanted = list(as_batches(Table(columns(2 * ROWS + 3))))
+    found = as_batches(real(2 * ROWS + 3, shape))
+    for _ in range(2):
+        for batch, other in zip(found, wanted, strict=True):
+            assert torch.equal(batch["input_ids"], other["input_ids"])
+            assert list(batch["text"]) == other["text"]
+    torch.manual_seed(0)
+    guide = spread(llama().eval())
+    converted = thesean.compile(
+        guide, "identity", data=real(2 * ROWS, shape), recipe="fast", loss=thesean.next_token, progress=False
+    )
+    assert [s.name for s in converted.signature.inputs] == ["input_ids", "attention_mask"]
+    assert "of each batch no input: idx, text" in " ".join(converted.report.notes)
+
+
+def test_a_real_table_of_lists_and_one_of_splits_say_what_to_do():
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match=r"'input_ids' holds lists.*set_format\('torch'\)"):
+        list(as_batches(real(4, "table").with_format(None)))
+    with pytest.raises(DataError, match=r"data is a DatasetDict of 'train';.*Pass one of its entries"):
+        list(as_batches(real(4, "splits")))

@@ -8,8 +8,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -65,6 +67,15 @@ def check_command(words: list[str]) -> None:
     group.commands[words[0]].make_context(words[0], words[1:])
 
 
+def parse_by_lm_eval(words: list[str]) -> None:
+    """lm-eval would take it."""
+    if find_spec("lm_eval") is not None:
+        from lm_eval._cli import HarnessCLI
+
+        with mock.patch.object(sys, "argv", ["lm_eval", *words]):
+            HarnessCLI().parse_args()
+
+
 def run_command(words: list[str]) -> None:
     """A command of ours runs, or is parsed where running it takes long; others must at least be there."""
     program, *rest = words
@@ -78,6 +89,10 @@ def run_command(words: list[str]) -> None:
         assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
     elif program in ("torchrun", "accelerate"):  # see test_ranks.py
         check_command(rest[rest.index("thesean") + 1 :])
+    elif program == "lm_eval":  # see hf/test_lm_eval.py
+        parse_by_lm_eval(rest)
+    elif words[:3] == ["python", "-m", "thesean.hf.lm_eval"]:
+        parse_by_lm_eval(words[3:])
     else:
         assert program == "pip", f"{shlex.join(words)}: say here how to check it"  # see test_distribution.py
 
