@@ -16,7 +16,7 @@ import yaml
 import thesean
 from tests.launched import ROOT, ended, environment, launch
 from tests.rank_cases import CASES, INTERRUPTED, LOST, SHARDED, SPREAD, batches, deadly, guide, result, stopped
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill import scaling
 from thesean.errors import MissingExtraError, RankError
 
@@ -175,7 +175,7 @@ def test_a_launcher_that_wraps_the_model_is_told_how_to_shard(monkeypatch: pytes
 def test_a_process_by_itself_has_all_rows_and_sends_nothing() -> None:
     x = torch.ones(3, 2, requires_grad=True)
     with ranks.joined(guide()):
-        assert ranks.gather(x) is x
+        assert exchange.gather(x) is x
         assert ranks.own_rows(5) == slice(0, 5)
         assert ranks.sent() == {}
 

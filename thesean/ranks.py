@@ -7,7 +7,8 @@ each rank has the whole loss, `gather` hands back the gradient of its own rows a
 gradient of one process. A mean of losses of each rank's own rows would be another objective. Parts that are aligned
 each by itself are a rank's own instead, on all rows: distill/spread.py.
 
-In a process by itself nothing here does anything, and neither Accelerate nor torch.distributed is imported.
+Who they are and what they agree on stands here, the tensors that they send each other in exchange.py. In a process by
+itself nothing of either does anything, and neither Accelerate nor torch.distributed is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import atexit
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,13 +35,15 @@ _TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
-class _World:
+class World:
+    """The ranks of a run, as one of them sees them."""
+
     count: int
     number: int
     device: torch.device  # of what is sent
 
 
-_world: _World | None = None
+_world: World | None = None
 _sent: dict[str, int] = {}
 
 
@@ -76,7 +79,7 @@ def joined(model: Any) -> Iterator[None]:
         _world = None
 
 
-def _opened(cpu: bool) -> _World:
+def _opened(cpu: bool) -> World:
     try:
         from accelerate import PartialState
     except ImportError as error:
@@ -93,7 +96,7 @@ def _opened(cpu: bool) -> _World:
         state = PartialState(cpu=cpu, timeout=timedelta(seconds=_TIMEOUT_S))
     if own:
         atexit.register(_leave)
-    return _World(state.num_processes, state.process_index, torch.device("cpu") if cpu else state.device)
+    return World(state.num_processes, state.process_index, torch.device("cpu") if cpu else state.device)
 
 
 def _leave() -> None:
@@ -110,6 +113,11 @@ def apart() -> Iterator[None]:
         yield
     finally:
         _world = before
+
+
+def world() -> World | None:
+    """None in a process by itself."""
+    return _world
 
 
 def count() -> int:
@@ -143,30 +151,6 @@ def owner_of(number: int, count: int) -> int:
     return 0 if _world is None else ((number + 1) * _world.count - 1) // count
 
 
-def gather(x: torch.Tensor, dim: int = 0, kind: str = "rows", to: int | None = None) -> torch.Tensor:
-    """The rows of all ranks, in their order, along a dimension in which they may have different numbers of them; `to`
-    one rank alone, and the others have their own.
-
-    Only for what every rank then computes the same of: a rank's rows of the gradient are taken as they are.
-    """
-    return x if _world is None else _Gather.apply(x, dim, kind, _world, to)
-
-
-def place(rows: int) -> tuple[int, int]:
-    """How many rows the ranks before this one have, where it has so many, and how many all have."""
-    if _world is None:
-        return 0, rows
-    sizes = _sizes(rows, _world)
-    return sum(sizes[: _world.number]), sum(sizes)
-
-
-def total(x: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks of what each made of its own rows, where all compute the same of it: the gradient goes to a
-    rank's own summand as it is.
-    """
-    return x if _world is None else _Total.apply(x)
-
-
 def everywhere(check: Callable[[], None]) -> None:
     """Raises on every rank what a check of its own rows raises on any of them."""
     if _world is None:
@@ -180,64 +164,6 @@ def everywhere(check: Callable[[], None]) -> None:
     if not any_of(found is not None):
         return
     raise next(error for error in _everyones(found, _world) if error is not None)
-
-
-def add_up(tensors: Sequence[torch.Tensor], kind: str = "sums") -> None:
-    """The sums over ranks, in place. All of one dtype travel together."""
-    if _world is None:
-        return
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for some in by_dtype.values():
-        flat = torch.cat([t.detach().reshape(-1) for t in some])
-        count_sent(kind, flat)
-        with reaching():
-            torch.distributed.all_reduce(flat)
-        for tensor, total in zip(some, flat.split([t.numel() for t in some]), strict=True):
-            tensor.copy_(total.view_as(tensor))
-
-
-def share_of(flat: torch.Tensor) -> torch.Tensor:
-    """A copy of this rank's slice of a vector. All ranks' are of one length: the last ones are filled up with zeros."""
-    if _world is None:
-        return flat.clone()
-    each = -(-flat.numel() // _world.count)
-    own = flat[_world.number * each : (_world.number + 1) * each]
-    return torch.cat([own, own.new_zeros(each - own.numel())])
-
-
-def gather_shares(own: torch.Tensor, into: torch.Tensor, kind: str = "weights") -> None:
-    """Writes all ranks' slices into a vector."""
-    if _world is None:
-        into.copy_(own)
-        return
-    held = own.detach().view(torch.uint8)  # as bytes: not every backend knows every dtype
-    found = held.new_empty(_world.count, held.numel())
-    count_sent(kind, held)
-    with reaching():
-        torch.distributed.all_gather(list(found), held)
-    into.copy_(found.view(-1).view(own.dtype)[: into.numel()])
-
-
-def sum_shares(flat: torch.Tensor, kind: str = "gradients") -> torch.Tensor:
-    """This rank's slice of the sum of all ranks' vectors."""
-    if _world is None:
-        return flat
-    each = -(-flat.numel() // _world.count)
-    padded = torch.cat([flat.detach(), flat.new_zeros(each * _world.count - flat.numel())])
-    own = flat.new_empty(each)
-    count_sent(kind, flat)
-    with reaching():
-        torch.distributed.reduce_scatter_tensor(own, padded)
-    return own
-
-
-def added(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """The sum over ranks, apart from what was given; without a gradient."""
-    found = x.detach().clone()
-    add_up([found], kind)
-    return found
 
 
 def agreed(*values: float) -> tuple[float, ...]:
@@ -326,66 +252,14 @@ def reaching() -> Iterator[None]:
         ) from error
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dim: int, kind: str, world: _World, to: int | None) -> torch.Tensor:
-        sizes = _sizes(x.shape[dim], world)
-        ctx.dim, ctx.start, ctx.length = dim, sum(sizes[: world.number]), x.shape[dim]
-        own = x.detach().movedim(dim, 0).contiguous()
-        # as bytes: not every backend knows every dtype; and of one length, which collectives ask for
-        width = own[:1].numel() if len(own) else own.new_empty(1, *own.shape[1:]).numel()
-        most = max(sizes) * width * own.element_size()
-        padded = own.new_zeros(most, dtype=torch.uint8)
-        held = own.reshape(-1).view(torch.uint8)
-        padded[: held.numel()] = held
-        theirs = [torch.empty_like(padded) for _ in range(world.count if to in (None, world.number) else 0)]
-        if to != world.number:
-            count_sent(kind, held)
-        with reaching():
-            if to is None:
-                torch.distributed.all_gather(theirs, padded)
-            else:
-                torch.distributed.gather(padded, theirs or None, to)
-        if not theirs:
-            return x
-        pieces = [
-            piece[: n * width * own.element_size()].view(own.dtype).view(n, *own.shape[1:])
-            for piece, n in zip(theirs, sizes, strict=True)
-        ]
-        return torch.cat(pieces).movedim(0, dim)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0].narrow(ctx.dim, ctx.start, ctx.length), None, None, None, None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return added(x, "totals")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
-
-
-def _sizes(rows: int, world: _World) -> list[int]:
-    """Of all ranks."""
-    own = torch.tensor([rows], device=world.device)
-    found = [torch.empty_like(own) for _ in range(world.count)]
-    with reaching():
-        torch.distributed.all_gather(found, own)
-    return [int(n) for n in found]
-
-
-def _everyones(own: Any, world: _World) -> list[Any]:
+def _everyones(own: Any, world: World) -> list[Any]:
     found: list[Any] = [None] * world.count
     with reaching():
         torch.distributed.all_gather_object(found, own)
     return found
 
 
-def _broadcast(world: _World, objects: list[Any]) -> None:
+def _broadcast(world: World, objects: list[Any]) -> None:
     with reaching():
         torch.distributed.broadcast_object_list(objects, 0, device=world.device)
 

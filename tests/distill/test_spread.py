@@ -19,7 +19,7 @@ from thesean.recipe import Recipe
 @pytest.fixture
 def of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process takes itself for the second of two, whom it doesn't call."""
-    monkeypatch.setattr(ranks, "_world", ranks._World(2, 1, torch.device("cpu")))
+    monkeypatch.setattr(ranks, "_world", ranks.World(2, 1, torch.device("cpu")))
 
 
 def three_parts() -> Hybrid:
@@ -58,7 +58,7 @@ def test_one_process_and_more_processes_than_parts_train_on_rows(monkeypatch: py
     hybrid = three_parts()
     assert found(hybrid) is None
     for count, spreads in ((3, True), (4, False)):
-        monkeypatch.setattr(ranks, "_world", ranks._World(count, 0, torch.device("cpu")))
+        monkeypatch.setattr(ranks, "_world", ranks.World(count, 0, torch.device("cpu")))
         assert (found(hybrid) is not None) == spreads
 
 
@@ -80,7 +80,7 @@ def test_parts_that_share_a_weight_are_trained_on_rows():
 def test_owners_are_those_whose_share_a_part_is_in(monkeypatch: pytest.MonkeyPatch, count: int, parts: int):
     owners: list[int] = []
     for rank in range(count):
-        monkeypatch.setattr(ranks, "_world", ranks._World(count, rank, torch.device("cpu")))
+        monkeypatch.setattr(ranks, "_world", ranks.World(count, rank, torch.device("cpu")))
         own = range(parts)[ranks.own_rows(parts)]
         assert ranks.number() == rank
         assert [ranks.owner_of(part, parts) for part in own] == [rank] * len(own)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill.gathered import Gathered
 from thesean.distill.joined import Given, joined
 from thesean.distill.ridge import Ridge, held_out
@@ -163,16 +163,16 @@ class Solver:
             target = rows(module.unshape(some.target), some.mask_BT)
             size_N = target.reshape(-1, module.last.out_features).norm(dim=1)
             if limit is None:
-                limit = _LARGE * float(ranks.gather(size_N[: some.first(len(size_N))]).median())
+                limit = _LARGE * float(exchange.gather(size_N[: some.first(len(size_N))]).median())
             weight_N = (limit / size_N).clamp(max=1.0).square() if limit else None
-            before, of_all = ranks.place(len(some.x)) if batch_first else (0, 1)
+            before, of_all = exchange.place(len(some.x)) if batch_first else (0, 1)
             first, own = seen + before, len(some.x) if batch_first else 1
             apart_N = held_out(range(first, first + own), len(size_N), some.mask_BT if batch_first else None)
             seen += of_all
             regression.add(rows(features, some.mask_BT), rows(wanted, some.mask_BT), apart_N, weight_N)
             completed.keep(some, features)
         for statistics in regression.statistics:
-            ranks.add_up(statistics, "statistics")
+            exchange.add_up(statistics, "statistics")
         regression.solve(self.ridge, r.facts.path)
         if self.alone:
             return  # nothing else reads what it makes

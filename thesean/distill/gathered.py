@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill.outputs import Outputs, named_leaves
 from thesean.errors import DataError
 from thesean.passes.graph.nodes import named_dim
@@ -84,7 +84,7 @@ class Gathered:
     def at(self, name: str, value: Any, rank: int) -> Any:
         """The value of one of the guide's nodes on all rows, at this rank; others have their own rows."""
         dim = self._dim(self._named[name])
-        return value if dim is None else ranks.gather(value, dim, "ends", to=rank)
+        return value if dim is None else exchange.gather(value, dim, "ends", to=rank)
 
     def output(self, output: Any) -> Any:
         """The guide's output or one like it, whole."""
@@ -103,7 +103,7 @@ class Gathered:
         if ranks.count() == 1:
             return output, guide, masks
         own = {name for name, kind in outputs.kinds.items() if kind in ("softmax", "sigmoid")}
-        whole = {name: mask if name in own else ranks.gather(mask) for name, mask in masks.items()}
+        whole = {name: mask if name in own else exchange.gather(mask) for name, mask in masks.items()}
         return self._output(output, own), self._output(guide, own), whole
 
     def _output(self, output: Any, kept: Container[str]) -> Any:
@@ -120,7 +120,7 @@ class Gathered:
         if not isinstance(node, fx.Node) or not isinstance(value, torch.Tensor):
             return value
         dim = self._dim(node)
-        return value if dim is None else ranks.gather(value, dim, kind)
+        return value if dim is None else exchange.gather(value, dim, kind)
 
     def _dim(self, node: fx.Node) -> int | None:
         """The dimension of a node's value whose size is the batch's, or grows with it."""

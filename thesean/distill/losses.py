@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill.data import by_field, labels_in
 from thesean.distill.task import primary
 from thesean.errors import DataError
@@ -127,7 +127,7 @@ def _mean(logits_NV: torch.Tensor, labels_N: torch.Tensor, shared: bool) -> torc
     if not shared and torch.is_grad_enabled():
         return F.cross_entropy(logits_NV, labels_N)
     count = (labels_N != _IGNORED).sum().to(logits_NV.dtype)
-    return ranks.total(_sum(logits_NV, labels_N)) / ranks.total(count)
+    return exchange.total(_sum(logits_NV, labels_N)) / exchange.total(count)
 
 
 def _sum(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
@@ -194,7 +194,7 @@ def _share(output: Any, batch: Any, ahead: bool) -> float:
     asked = labels != _IGNORED
     right = (logits.argmax(-1) == labels)[asked].float()
     if shared:
-        return (ranks.total(right.sum()) / ranks.total(asked.sum())).item()
+        return (exchange.total(right.sum()) / exchange.total(asked.sum())).item()
     return right.mean().item()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean import ranks
+from thesean import exchange
 from thesean.journal import Stateful
 from thesean.kernels.shared.precision import HALF
 
@@ -70,7 +70,7 @@ class Masters:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def _add_up(self) -> None:
-        ranks.add_up(self._gradients, "gradients")
+        exchange.add_up(self._gradients, "gradients")
 
     def _finite(self) -> bool:
         return all(bool(g.isfinite().all()) for g in self._gradients)

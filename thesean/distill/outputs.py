@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch.nn import functional as F
 
-from thesean import ranks
+from thesean import exchange
 from thesean.errors import DataError, NumericalError, unknown_name
 from thesean.kernels.shared.precision import widen
 from thesean.recipe import Divergence
@@ -235,7 +235,7 @@ def _softmax_distance(y: torch.Tensor, g: torch.Tensor, temperature: float, by: 
     y_NV, g_NV = y.flatten(0, -2), g.flatten(0, -2)
     rows = max(1, _PIECE // y_NV.shape[1])
     sums = [_summed(a, b, temperature, by) for a, b in zip(y_NV.split(rows), g_NV.split(rows), strict=True)]
-    return ranks.total(torch.stack(sums).sum()) / ranks.place(len(y_NV))[1] * temperature**2
+    return exchange.total(torch.stack(sums).sum()) / exchange.place(len(y_NV))[1] * temperature**2
 
 
 def _summed(y_NV: torch.Tensor, g_NV: torch.Tensor, temperature: float, by: Divergence) -> torch.Tensor:
@@ -259,7 +259,7 @@ def _sigmoid_distance(y: torch.Tensor, g: torch.Tensor, temperature: float, by: 
         on = _diverged(F.logsigmoid(y), F.logsigmoid(g), by)
         off = _diverged(F.logsigmoid(-y), F.logsigmoid(-g), by)
     rows = max(1, y.numel() // (y.shape[-1] if y.ndim > 1 else 1))
-    return ranks.total((on + off).sum()) / ranks.place(rows)[1] * temperature**2
+    return exchange.total((on + off).sum()) / exchange.place(rows)[1] * temperature**2
 
 
 def _diverged(own: torch.Tensor, guide: torch.Tensor, by: Divergence) -> torch.Tensor:

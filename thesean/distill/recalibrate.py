@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.plan.hybrid import Hybrid
@@ -80,10 +80,10 @@ class _Moments:
         count, before_C = torch.tensor([float(self.count)], dtype=torch.float64), self.mean_C
         sum_C = before_C * self.count
         count = count.to(sum_C.device)
-        ranks.add_up([count, sum_C], "statistics")
+        exchange.add_up([count, sum_C], "statistics")
         self.mean_C = sum_C / count
         self.squares_C += (before_C - self.mean_C).square() * self.count
-        ranks.add_up([self.squares_C], "statistics")
+        exchange.add_up([self.squares_C], "statistics")
         self.count = int(count)
 
     def write(self, norm: _BatchNorm) -> None:

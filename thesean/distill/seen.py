@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill.outputs import named_leaves
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.graph.nodes import named_dim
@@ -131,6 +131,6 @@ def _some(flat: torch.Tensor) -> torch.Tensor:
 
 def _of_all(flat: torch.Tensor) -> torch.Tensor:
     """The same examples of the rows of all ranks, chosen before they are sent."""
-    before, total = ranks.place(flat.shape[0])
+    before, total = exchange.place(flat.shape[0])
     every = -(-total // MAX_EXAMPLES)
-    return ranks.gather(flat[-before % every :: every], kind="exits")
+    return exchange.gather(flat[-before % every :: every], kind="exits")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill.masters import Masters
 from thesean.journal import Stateful
 from thesean.kernels.shared.precision import HALF
@@ -31,7 +31,7 @@ class _Slice:
 
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight, self.bytes, self.held = weight, weight.untyped_storage().nbytes(), True
-        self.own = ranks.share_of(weight.data.view(-1))
+        self.own = exchange.share_of(weight.data.view(-1))
 
     def hold(self) -> None:
         if not self.held:
@@ -39,7 +39,7 @@ class _Slice:
             if storage.nbytes() < self.bytes:
                 storage.resize_(self.bytes)
             # .data: nobody's saved tensor has changed by this
-            ranks.gather_shares(self.own, self.weight.data.view(-1))
+            exchange.gather_shares(self.own, self.weight.data.view(-1))
             self.held = True
 
     def free(self) -> None:
@@ -50,7 +50,7 @@ class _Slice:
 
     def take(self) -> None:
         """What was written to the weight while it was whole."""
-        self.own.copy_(ranks.share_of(self.weight.data.view(-1)))
+        self.own.copy_(exchange.share_of(self.weight.data.view(-1)))
 
 
 class Sharding:
@@ -164,7 +164,7 @@ class _Sliced(Masters):
     def _add_up(self) -> None:
         """Slices are sums already."""
         sliced = {id(own) for _, own, _ in self._sliced}
-        ranks.add_up([p.grad for p in self.parameters if p.grad is not None and id(p) not in sliced], "gradients")
+        exchange.add_up([p.grad for p in self.parameters if p.grad is not None and id(p) not in sliced], "gradients")
 
     def _finite(self) -> bool:
         return not ranks.any_of(not super()._finite())
@@ -179,7 +179,7 @@ class _Sliced(Masters):
         for parameter in self.parameters:
             if parameter.grad is not None:
                 squares[int(id(parameter) in sliced)] += parameter.grad.square().sum()
-        norm = (squares[0] + ranks.added(squares[1], "norms")).sqrt()
+        norm = (squares[0] + exchange.added(squares[1], "norms")).sqrt()
         torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0).item())
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class _Sliced(Masters):
             self._sharding.hold([])  # what is held is of before the step
         else:  # whole, where a checkpoint is read
             for weight, _, found in self._sliced:
-                ranks.gather_shares(found.own, weight.data.view(-1))
+                exchange.gather_shares(found.own, weight.data.view(-1))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "weights": [self.spread(k, p.detach()) for k, p in enumerate(self.parameters)]}
@@ -211,7 +211,7 @@ class _Sliced(Masters):
         if self._sharding.of(weight) is None or value.shape != own.shape:
             return value
         flat = value.new_empty(weight.numel())
-        ranks.gather_shares(value, flat)
+        exchange.gather_shares(value, flat)
         return flat.view(weight.shape).cpu() if ranks.is_first() else value
 
     def cut(self, number: int, value: torch.Tensor) -> torch.Tensor:
@@ -219,7 +219,7 @@ class _Sliced(Masters):
         weight = self._weights[number]
         if self._sharding.of(weight) is None or value.shape != weight.shape:
             return value
-        return ranks.share_of(value.reshape(-1)).to(self.parameters[number].device)
+        return exchange.share_of(value.reshape(-1)).to(self.parameters[number].device)
 
     def kept(self, optimizer: torch.optim.Optimizer) -> Stateful:
         return _States(self, optimizer)
@@ -253,7 +253,7 @@ def _summing(own: nn.Parameter) -> Callable[[torch.Tensor], None]:
     def summed(weight: torch.Tensor) -> None:
         full, weight.grad = weight.grad, None
         assert full is not None
-        part = ranks.sum_shares(full.to(own.dtype).reshape(-1))
+        part = exchange.sum_shares(full.to(own.dtype).reshape(-1))
         own.grad = part if own.grad is None else own.grad.add_(part)
 
     return summed

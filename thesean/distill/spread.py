@@ -8,19 +8,17 @@ the hybrid is judged as a whole, and for a checkpoint, which is the one that a p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from thesean import ranks
+from thesean import exchange, ranks
 from thesean.distill.masters import Masters
 from thesean.distill.training import Training
 from thesean.journal import Stateful
 from thesean.kernels.shared.precision import HALF
 from thesean.passes.plan.hybrid import Hybrid, Replacement
-
-Held = TypeVar("Held")
 
 
 def spread(hybrid: Hybrid, training: Training) -> Spread | None:
@@ -73,7 +71,7 @@ class Spread:
                 terms.extend(term.double() for term in terms_of())
 
         ranks.everywhere(compute)
-        return ranks.total(torch.stack(terms).sum())
+        return exchange.total(torch.stack(terms).sum())
 
     def masters(self, weights: Sequence[nn.Parameter]) -> Masters:
         return _Own(weights, self)
@@ -84,13 +82,7 @@ class Spread:
         owners = {self.hybrid.module(r): self._owners[r.part] for r in self.hybrid.replacements}
         for module, owner in owners.items():
             for value in module.state_dict().values():
-                held = value.contiguous().reshape(-1).view(torch.uint8)  # not every backend knows every dtype
-                with ranks.reaching():
-                    torch.distributed.broadcast(held, owner)
-                if owner == self._rank:
-                    ranks.count_sent("results", held)
-                else:
-                    value.copy_(held.view(value.dtype).view(value.shape))
+                exchange.hand_out(value, owner)
 
     def weights(self) -> list[nn.Parameter]:
         """Of this rank's own parts."""
@@ -126,7 +118,7 @@ class _Own(Masters):
         squares = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
         for gradient in gradients:
             squares += gradient.square().sum()
-        norm = ranks.added(squares, "norms").sqrt()
+        norm = exchange.added(squares, "norms").sqrt()
         if gradients:
             torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0).item())
 
@@ -135,7 +127,7 @@ class _Own(Masters):
         state = super().state_dict()
         if any(weight.dtype in HALF for weight in self._weights):
             own = {k: p.detach().cpu() for k, p in enumerate(self.parameters) if p is not self._weights[k]}
-            for theirs in _at_first(own):
+            for theirs in exchange.at_first(own):
                 for number, value in theirs.items():
                     state["weights"][number] = value
         return state
@@ -155,17 +147,9 @@ class _States:
     def state_dict(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
         own = {place: {k: v.cpu() for k, v in values.items()} for place, values in state["state"].items()}
-        found = {place: values for theirs in _at_first(own) for place, values in theirs.items()}
+        found = {place: values for theirs in exchange.at_first(own) for place, values in theirs.items()}
         return {**state, "state": dict(sorted(found.items()))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         own = {place: values for place, values in state["state"].items() if place in self._own}
         self.optimizer.load_state_dict({**state, "state": own})
-
-
-def _at_first(own: Held) -> list[Held]:
-    """What all ranks have, on the first one, which writes it; on others what they have themselves."""
-    found: list[Any] = [None] * ranks.count()
-    with ranks.reaching():
-        torch.distributed.gather_object(own, found if ranks.is_first() else None)
-    return found if ranks.is_first() else [own]

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from thesean import ranks
+from thesean import exchange, ranks
 
 
 def together() -> Any:
@@ -49,7 +49,7 @@ def _batch_norm(
     dims = [d for d in range(x.ndim) if d != 1]
     shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
     number = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64, device=x.device)
-    ranks.add_up([number])
+    exchange.add_up([number])
     rows = float(number)
     mean_C = _Summed.apply(x.sum(dims)) / rows
     apart_x = x - mean_C.view(shape)
@@ -72,8 +72,8 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return ranks.added(x, "norms")
+        return exchange.added(x, "norms")
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ranks.added(grads[0], "norms")
+        return exchange.added(grads[0], "norms")
