@@ -233,7 +233,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, number, at)
     assert [r.after for r in again.report.stages] == [r.after for r in whole.report.stages]
 
 
-@pytest.mark.parametrize("schedule", ["progressive", "sequential"])
+@pytest.mark.parametrize("schedule", ["progressive", "sequential", "joint"])
 def test_a_stage_that_leaves_the_hybrid_worse_than_it_was_solved_keeps_what_was_solved(schedule):
     settings = {"schedule": schedule, "ceiling": 0.0, "refit": False, "fine_tuning": {"share": 0.0}}
     solved = convert({**settings, "share": 0.0}).report.converted["divergence"]

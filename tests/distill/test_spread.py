@@ -44,6 +44,22 @@ def test_a_rank_has_the_weights_of_its_own_parts():
 
 
 @pytest.mark.usefixtures("of_two")
+def test_of_an_optimizer_s_state_a_rank_takes_up_that_of_its_own_weights():
+    hybrid = three_parts()
+    shared = found(hybrid)
+    assert shared is not None
+    masters = shared.masters(hybrid.parameters_of(range(3)))
+    every = torch.optim.AdamW(masters.parameters)
+    for parameter in masters.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    every.step()
+    optimizer = torch.optim.AdamW(masters.parameters)
+    masters.kept(optimizer).load_state_dict(every.state_dict())
+    own = set(map(id, shared.weights()))
+    assert {id(parameter) for parameter in optimizer.state} == own
+
+
+@pytest.mark.usefixtures("of_two")
 @pytest.mark.parametrize(
     "settings",
     [{"schedule": "joint"}, {"schedule": "progressive"}, {"inputs": "hybrid"}, {"inputs": "mixed"}, {"output": "kl"},

@@ -5,6 +5,8 @@ B batch, T steps of the target, S steps of the source
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.divide_encoder import DivideEncoder
 from thesean.passes.graph.halves import HELD, halves_of
 from thesean.passes.graph.nodes import leaf_values
+from thesean.passes.graph.signature import Bound
 from thesean.passes.graph.text import text
 from thesean.passes.thread_state import ThreadState, zero_states
 
@@ -112,6 +115,17 @@ def test_halves_are_the_network_at_other_lengths(name):
         wanted, got = leaf_values(found.graph_module(**given)), leaf_values(divided(**given))
         for one, other in zip(got, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_bounds_go_with_the_length_that_they_are_of():
+    found = guide("plain")
+    *_, halves = halves_of(DivideEncoder(found.signature)(found.graph_module).graph_module)
+    of_target = Bound(name=halves.length, most=40)
+    of_source = Bound(name=next(s for s in found.signature.symbols if s not in ("batch", halves.length)), most=30)
+    bounded = replace(found.signature, bounds=(of_source, of_target))
+    *_, halves = halves_of(DivideEncoder(bounded)(found.graph_module).graph_module)
+    assert halves.encoder.bounds == (of_source,)
+    assert halves.decoder.bounds == (replace(of_target, name="time"),)
 
 
 @pytest.mark.parametrize("name", GUIDES)

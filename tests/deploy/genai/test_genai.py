@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 
 import thesean
 from tests import captured, exported, models
@@ -24,6 +25,7 @@ from tests.causal_guides import family
 from tests.deploy.test_export import full_disk, leftovers
 from thesean.deploy.export import export
 from thesean.deploy.genai import folder as genai_folder
+from thesean.deploy.genai.folder import Served
 from thesean.deploy.genai.states import Caches, rename_states
 from thesean.errors import ExportError, MissingExtraError, WriteError
 from thesean.passes.capture.capture import capture
@@ -192,6 +194,23 @@ def test_what_genai_can_not_serve_is_refused_and_nothing_is_left(pretended, make
     with pytest.raises(ExportError, match=told):
         export(guide.graph_module, guide.signature, tmp_path / "served", runtime="genai")
     assert leftovers(tmp_path) == []
+
+
+class Pooled(nn.Module):
+    """ids_BT -> one row of numbers a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(models.VOCABULARY, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table(input_ids).mean(1)
+
+
+def test_what_gives_no_logits_of_each_token_is_no_language_model():
+    guide = capture(models.seeded(Pooled), models.tokens())
+    with pytest.raises(ExportError, match=r"found output 'output' of shape \[2, 8\]"):
+        Served.of(guide.graph_module, guide.signature)
 
 
 def test_an_earlier_folder_stays_where_the_runtime_is_not_installed_or_disagrees(monkeypatch, tmp_path):

@@ -19,7 +19,8 @@ from thesean.deploy.parity import CheckSizes
 from thesean.deploy.timing import networks
 from thesean.deploy.timing import parts as part_timing
 from thesean.deploy.timing import plan as payoff
-from thesean.deploy.timing.parts import latency_of_parts
+from thesean.deploy.timing.latency import Timing
+from thesean.deploy.timing.parts import PartTiming, latency_of_parts
 from thesean.deploy.timing.plan import measure_plan
 from thesean.errors import ExportError, PlanError
 from thesean.passes.capture.capture import capture
@@ -173,6 +174,18 @@ def test_parts_with_masks_and_removed_parts_are_measured_by_themselves(target: s
     for part in bound_plan.parts:
         assert found[part.planned.path].before is not None
         assert (found[part.planned.path].after is not None) == (part.target is not None)
+
+
+def test_of_several_targets_the_one_that_is_slower_than_its_parts_is_named(monkeypatch: pytest.MonkeyPatch):
+    guide = captured.tabled()
+    plan = make_plan(guide, "gru").plan
+    first, second = (part.path for part in plan.parts)
+    mixed = make_plan(guide, {first: "gru", second: "linear-attention"})
+    fast, slow = (Timing(median_ms=ms, p20_ms=ms, p80_ms=ms, repeats=9) for ms in (1.0, 5.0))
+    parts = {first: PartTiming(before=fast, after=slow), second: PartTiming(before=slow, after=fast)}
+    monkeypatch.setattr(payoff, "latency_of_parts", lambda *_: (parts, []))
+    (told,) = (note for note in measure_plan(mixed, (16,), (1,)).notes if "is slower than" in note)
+    assert "target 'gru' is slower than the parts it replaces" in told
 
 
 def test_decoding_is_seen_in_the_numbers():
