@@ -6,11 +6,13 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
-from tests import captured
+from tests import captured, models
 from tests.captured import flow_of
 from thesean.passes.analyse.regions import is_linear_map, is_single_entry_single_exit
 from thesean.passes.analyse.smallest_regions import smallest_regions
+from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.plan.partition import partition
@@ -44,6 +46,23 @@ def test_pieces_are_single_entry_single_exit_disjoint_and_cover_the_halves(name)
     assert len(covered) == len(set(covered))
     assert set(covered) == {n for h in halves for n in h.region.nodes}
     assert all(any(is_linear_map(n) for n in p.nodes) for p in pieces)
+
+
+class Widening(nn.Module):
+    """x_BD -> y_BD, by widths that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.maps(x)
+
+
+def test_vectors_are_cut_after_every_map_whatever_its_width():
+    flow = flow_of(capture(models.seeded(Widening), models.vectors(3, 4)))
+    (whole,) = partition(flow, "sublayer")
+    assert [p.exit.name for p in smallest_regions(flow, whole.region)] == ["relu", "relu_1", "linear_2"]
 
 
 def test_pieces_follow_each_other():

@@ -278,6 +278,15 @@ def test_inputs_that_generated_code_would_trip_over_are_refused(target):
         load(body)
 
 
+def test_names_are_of_some_length():
+    body = rows()
+    body[0]["target"] = "a" * 2000
+    assert [n.target for n in load(body).find_nodes(op="placeholder")] == ["a" * 2000]
+    body[0]["target"] = "a" * 2001
+    with pytest.raises(ArtifactError, match="is not an input's name"):
+        load(body)
+
+
 def test_inputs_come_first_and_once_and_without_a_value_of_their_own():
     first, second, last = rows()
     again = {**first, "name": "y"}
