@@ -122,6 +122,7 @@ def test_dimensions_are_named_and_no_path_of_this_machine_is_in_the_file():
     content = path.read_bytes()
     assert str(Path(exporter.__file__).parents[2]).encode() not in content
     assert b"site-packages" not in content
+    assert b"pkg.torch" not in content  # nor any other note of the exporter's, which are half of a small file
 
 
 def test_the_module_its_flags_and_an_earlier_choice_of_threads_stay_as_they_were(gru, tmp_path):

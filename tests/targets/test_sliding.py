@@ -100,3 +100,16 @@ def test_a_hybrid_is_written_with_a_state_that_does_not_grow(tmp_path: Path):
     file = Session(exported.path)
     shapes = [file.shape(name) for name in file.states]
     assert all(size == "batch" or isinstance(size, int) for shape in shapes for size in shape)
+
+
+@pytest.mark.parametrize("name", ["sliding", "bounded-attention"])
+def test_what_a_guide_s_softmax_is_not_is_said(name, sequence_part, attention_facts):
+    facts = dataclasses.replace(attention_facts(), plain=False, differs="a cap on the scores")
+    said = "what they hold is not met by the guide's softmax"
+    for attention, told in (
+        (facts, f"{said}: a cap on the scores"),
+        (dataclasses.replace(facts, differs=""), f"{said}: more than was read off"),
+        (dataclasses.replace(facts, plain=True, differs=""), ""),
+    ):
+        part = sequence_part(attention=attention)
+        assert build(name, part).unlike(part) == told
