@@ -91,6 +91,28 @@ def test_it_equals_torch_from_the_start_and_within_a_sequence(held, batch, time)
     assert_same(proto, flat, (torch.randn(batch, time, 16), *after))
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("equals", [False, True], ids=["all scores differ", "few scores"])
+def test_a_text_that_is_about_as_long_as_what_is_held(held, more, equals):
+    """Where no token goes there are no blocks; in the step that takes the last place those that were kept fade."""
+    flat, proto = held
+    x_BTD, *empty = from_start(flat, 3, flat.module.window + flat.module.places + more)
+    if equals:
+        x_BTD[..., :2] = x_BTD[..., :2].sign()
+    assert_same(proto, flat, (x_BTD, *empty))
+    after = tuple(torch.from_numpy(x) for x in run(proto, (x_BTD, *empty))[1:])
+    assert_same(proto, flat, (torch.randn(3, 9, 16), *after))
+
+
+def test_one_row_that_was_held_before_is_not_forgotten(held):
+    flat, proto = held
+    with torch.no_grad():
+        after = tensors(flat.module(torch.randn(2, 4, 16))[1])
+    for tensor in after:
+        tensor[0] = 0
+    assert_same(proto, flat, (torch.randn(2, 3, 16), *after))
+
+
 def streamed(proto: Any, flat: Flat, x_BTD: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     """Chunk after chunk, each from the state that the file left."""
     state, outputs = from_start(flat, *x_BTD.shape[:2])[1:], []

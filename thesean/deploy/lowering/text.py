@@ -62,23 +62,29 @@ class Reference(str):
     """An attribute of the function, as one of a node."""
 
 
-def branches(
-    name: str, given: Sequence[str], made: Sequence[str], bodies: tuple[list[str], list[str]], attributes: str = ""
-) -> str:
-    """A function of the model, but for its opsets: `made` tells type and shape, "float[B, T] y", of what the first body
-    computes where the input "is_step" is true, y_step, and the second where it isn't, y_chunk.
+def choose(made: Sequence[str], condition: str, told: Sequence[str], bodies: dict[str, list[str]]) -> str:
+    """A line: `made` are what the first body computes where the condition is true, and the second where it isn't.
+    `told` has type and shape of each, "float[B, T] y", which a body calls by its own name: y_step of "step".
     """
     branch = [
-        f"{end} () => ({', '.join(f'{told}_{end}' for told in made)})\n    {{\n"
+        f"{end} () => ({', '.join(f'{one}_{end}' for one in told)})\n    {{\n"
         + "\n".join(f"        {line}" for line in body)
         + "\n    }"
-        for end, body in zip(("step", "chunk"), bodies, strict=True)
+        for end, body in bodies.items()
     ]
-    names = [told.split()[-1] for told in made]
-    outputs = ", ".join(f"next_{n}" for n in names)
-    return f"""{name} {attributes}({", ".join([*given, "is_step"])}) => ({outputs})
+    return f"{', '.join(made)} = If ({condition}) <then_branch = {branch[0]}, else_branch = {branch[1]}>"
+
+
+def branches(
+    name: str, given: Sequence[str], told: Sequence[str], bodies: tuple[list[str], list[str]], attributes: str = ""
+) -> str:
+    """A function of the model, but for its opsets: `told`, as of `choose`, of what the first body computes where the
+    input "is_step" is true, y_step, and the second where it isn't, y_chunk.
+    """
+    made = [f"next_{one.split()[-1]}" for one in told]
+    return f"""{name} {attributes}({", ".join([*given, "is_step"])}) => ({", ".join(made)})
 {{
-    {outputs} = If (is_step) <then_branch = {branch[0]}, else_branch = {branch[1]}>
+    {choose(made, "is_step", told, dict(zip(("step", "chunk"), bodies, strict=True)))}
 }}
 """
 

@@ -90,7 +90,7 @@ def define(model: Any) -> None:
     tell_steps(model, calls)
     opsets = f'"" : {model.opset_imports[""]}, "com.microsoft" : 1, "{DOMAIN}" : 1'
     for shape in shapes:
-        text = branches(shape.name, [*_GIVEN, *CHOSEN], _MADE, (one_step(shape), any_steps(shape)), "<scale> ")
+        text = branches(shape.name, [*_GIVEN, *CHOSEN], _MADE, (one_step(shape), any_steps(shape, _MADE)), "<scale> ")
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{text}')
     for shape, layers in sorted(_tell_who_stays(model, calls)):
         add_function(model, f'<domain: "{DOMAIN}", opset_import: [{opsets}]>\n{who_stays(shape, layers)}')
