@@ -645,6 +645,17 @@ def test_weights_that_the_caller_ties_are_saved_once_and_stay_tied(names: tuple[
         torch.testing.assert_close(loaded(tokens(2, 5)).logits, original(tokens(2, 5)).logits, rtol=0, atol=0)
 
 
+def test_a_buffer_that_the_caller_ties_is_saved_once_and_stays_tied(tmp_path: Path):
+    torch.manual_seed(0)
+    original = thesean.compile(models.gpt2(), "reservoir", data=models.token_batches(), recipe="fast", progress=False)
+    first, second = (original.module.get_submodule(f"part_{number}") for number in range(2))
+    second.bias_U = first.bias_U
+    loaded = thesean.load(original.save(tmp_path / "saved"))
+    assert attribute(loaded.module, "part_0.bias_U") is attribute(loaded.module, "part_1.bias_U")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens(2, 5)).logits, original(tokens(2, 5)).logits, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 @pytest.mark.parametrize(
     "name", ["graph.json", "weights.safetensors", "plan.yaml", "report.json", "example.safetensors"]

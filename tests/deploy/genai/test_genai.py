@@ -135,6 +135,7 @@ def test_onnxruntime_genai_loads_the_folder_and_writes_on(tmp_path):
     report = converted.export(folder, runtime="genai", tokenizer=words, external_data=True)
     assert [c.label for c in report.checks][-2:] == ["onnxruntime-genai vs torch"] * 2
     assert max(c.max_abs_error for c in report.checks) < 1e-5
+    assert "the guide was captured without a mask of tokens" in str(report)
     assert "past_key_values.0.recurrent_state" in report.inputs
     assert "present.0.key" in report.outputs
     there = {p.name for p in folder.iterdir()}
@@ -171,6 +172,7 @@ def test_a_guide_that_is_told_the_positions_is_told_those_of_a_padded_prompt(tmp
     guide = capture(models.gpt2(layers=1), example)
     report = export(guide.graph_module, guide.signature, tmp_path / "served", runtime="genai")
     assert "position_ids" in report.inputs
+    assert "without a mask of tokens" not in str(report)
     in_genai = [c for c in report.checks if c.label == "onnxruntime-genai vs torch"]
     assert {c.shape[0] for c in in_genai} == {1, 2}
     assert max(c.max_abs_error for c in in_genai) < 1e-5
