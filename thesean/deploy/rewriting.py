@@ -1,7 +1,7 @@
 """Which rules of onnxscript's optimizer are tried at a node: those that begin with its operator.
 
 The optimizer tries some fifty patterns at each node of a file, all of them to the point where the operator differs, and
-for one of them it looks through the whole file first: half of what a network's export takes, and more of a large one's.
+for one of them it looks through the whole file first: a quarter to a half of what an export takes.
 """
 
 from __future__ import annotations
