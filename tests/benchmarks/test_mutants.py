@@ -9,8 +9,10 @@ from types import ModuleType
 
 import pytest
 
+from benchmarks.mutation import again
 from benchmarks.mutation.changes import Live, mutants
 from benchmarks.studies.mutants import score, table
+from benchmarks.suite import ROOT
 
 SOURCE = '''
 """A module."""
@@ -153,3 +155,35 @@ def test_the_score_is_of_what_could_be_tried():
         "| all | 7 | 3 | 1 | 1 | 60% |",
         "| not tried | 1 | | | | |",
     ]
+
+
+def test_what_survived_is_tried_again_by_the_files_that_come_by_its_own_first():
+    file = "thesean/passes/simplify.py"
+    (fault,) = (m for m in mutants(ROOT / file, file) if m.what == "Eq -> NotEq" and "dims" in line_of(file, m.line))
+    assert again.now(f"{file}:{fault.line - 3} Eq -> NotEq (0)") == fault  # lines may have moved
+    assert again.now("thesean/gone.py:3 Eq -> NotEq (0)") is None
+    lines = {
+        "tests/passes/test_simplify.py::a": {"seconds": 50.0, "lines": {}},
+        "tests/test_large.py::b": {"seconds": 9.0, "lines": {file: [fault.line]}},
+        "tests/test_large.py::c": {"seconds": 9.0, "lines": {}},
+        "tests/test_small.py::d": {"seconds": 1.0, "lines": {file: [fault.line]}},
+        "tests/test_other.py::e": {"seconds": 1.0, "lines": {file: [fault.line + 1]}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "exists", lambda path: True)
+        assert again.files_for(fault.name, lines, 60.0) == ["tests/passes/test_simplify.py", "tests/test_small.py"]
+        assert again.files_for(fault.name, lines, 90.0)[2:] == ["tests/test_large.py"]
+
+
+@pytest.mark.slow
+def test_a_fault_is_taken_up_in_a_process_of_its_own():
+    file = "thesean/passes/simplify.py"
+    (fault,) = (m for m in mutants(ROOT / file, file) if m.what == "Eq -> NotEq" and "dims" in line_of(file, m.line))
+    outcome, by = again.tried(fault, ["tests/passes/test_simplify.py"], 60.0)
+    assert (outcome, by.partition("[")[0]) == (
+        "killed", "tests/passes/test_simplify.py::test_what_is_transposed_and_back_is_not",
+    )  # fmt: skip
+
+
+def line_of(file: str, number: int) -> str:
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()[number - 1]

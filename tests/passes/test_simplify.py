@@ -45,6 +45,26 @@ def test_what_computes_nothing_goes_and_the_rest_stays():
     ]
 
 
+class Turned(nn.Module):
+    def __init__(self, there: tuple[int, int], back: tuple[int, int]) -> None:
+        super().__init__()
+        self.there, self.back = there, back
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.exp().transpose(*self.there).transpose(*self.back) + 1
+
+
+@pytest.mark.parametrize(
+    ("there", "back", "stays"),
+    [((1, 2), (1, 2), False), ((1, 2), (2, 1), False), ((1, 2), (-1, -2), False), ((1, 2), (0, 1), True)],
+)
+def test_what_is_transposed_and_back_is_not(there, back, stays):
+    graph_module, x = traced(Turned(there, back), vectors(3, 3, 3)), vectors(3, 3, 3, seed=1)
+    assert Simplify()(graph_module).modified != stays
+    assert any("transpose" in line for line in text(graph_module.graph)) == stays
+    torch.testing.assert_close(graph_module(x), Turned(there, back)(x), rtol=0, atol=0)
+
+
 def test_outputs_stay_the_same():
     graph_module = traced(Idle(), vectors(2, 3))
     x = vectors(2, 3, seed=1)

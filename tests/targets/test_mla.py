@@ -67,7 +67,9 @@ def test_half_of_keys_and_values_is_the_default(make_part):
 
 
 def test_a_part_without_attention_is_refused(sequence_part):
-    with pytest.raises(TargetMismatchError, match="found a part without attention"):
+    with pytest.raises(
+        TargetMismatchError, match="expected one attention whose keys and values are remembered, found a part w"
+    ):
         build("mla", sequence_part())
 
 
