@@ -17,6 +17,7 @@ from tests.distill.tools import drafted, stopped_at
 from tests.models import vectors
 from thesean.errors import LostError
 from thesean.journal import Interrupted
+from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.plan.without import STALE, without
 from thesean.recipe import Recipe
 
@@ -211,6 +212,16 @@ def test_bounds_that_a_plan_was_chosen_for_are_told_to_be_in_doubt_once_a_part_i
     kept = without(chosen, path, "told")
     assert kept.plan.notes[-2:] == (f"{path}: told", STALE)
     assert without(kept, bound_plan.plan.parts[1].path, "told").plan.notes.count(STALE) == 1
+
+
+def test_the_row_of_a_part_that_is_kept_says_what_the_guides_own_plan_says_of_it():
+    guide = captured.gpt2()
+    bound_plan = make_plan(guide, "gru")
+    path = bound_plan.plan.parts[0].path
+    (row, *_) = without(bound_plan, path, "told").plan.parts
+    (wanted, *_) = make_plan(guide, "gru", keep=[path]).plan.parts
+    assert bound_plan.plan.parts[0].replaces
+    assert row == wanted
 
 
 def test_a_row_of_what_was_neither_solved_nor_trained_says_so():
