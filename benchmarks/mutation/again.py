@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """As a plugin, in a process with one fault: everything that tests import is there by now."""
     if asked := os.environ.get(_ASKED):
         file, _, number = asked.rpartition(":")
+        import_module(file.removesuffix(".py").replace("/", "."))
         found = next(m for m in mutants(ROOT / file, file) if m.number == int(number))
         if not Live().take_up(found, ROOT / file):
             pytest.exit("not taken up", returncode=7)
@@ -75,8 +77,8 @@ def tried(mutant: Mutant, files: list[str], seconds: float) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         return "no end", ""
     by = next((line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-    told = {0: "survived", 1: "killed", 7: "not taken up"}.get(done.returncode, "died")
-    return told, by
+    told = {0: "survived", 1: "killed", 7: "not taken up"}.get(done.returncode)
+    return told or ("died" if done.returncode < 0 else "broken"), by
 
 
 def main() -> None:
