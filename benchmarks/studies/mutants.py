@@ -4,7 +4,8 @@ A fault (`mutation/changes.py`) is "killed" where a test fails, "no end" where t
 where the process does; it "survived" where all pass, and is "not run" where none comes by. The score counts the first
 three among all that could be taken up. Tests are those of `make test` that aren't slow: for each fault those of the
 file's own name first, then the fastest, as many as take the seconds of `looks`, the second ones where nothing was
-noticed. Tests have been written for what the faults of seed 0 left; `--seeds 2` draws others.
+noticed. Tests have been written for what the faults of seeds 0 and 1 left, see `mutation/left.md`; `--seeds 2` draws
+others.
 """
 
 from __future__ import annotations
