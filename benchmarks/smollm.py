@@ -84,6 +84,16 @@ def judged(model: Any, documentation: Text, source: Text, settings: dict[str, An
     return found
 
 
+def convert(guide: Any, asked: tuple[dict[str, Any], int], data: list[Any], held_out: list[Any]) -> thesean.Converted:
+    """In closed form: options of `rnn`, and how many attentions stay."""
+    options, stay = asked
+    recipe = thesean.Recipe.named("fast").model_copy(update={"keep_best": stay})
+    return thesean.compile(
+        guide, thesean.Target("rnn", **options), data=data, eval_data=held_out, loss=thesean.next_token, recipe=recipe,
+        progress=False,
+    )  # fmt: skip
+
+
 def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One row, in this process; its file goes to `out`."""
     from examples.smollm import Text, read_guide
@@ -104,16 +114,7 @@ def measure(name: str, out: str, settings: dict[str, Any]) -> dict[str, Any]:
         thesean.export_guide(guide, out, data=data, stateful="yes")
     else:
         made: list[thesean.Converted] = []
-        options, stay = asked
-        target, fast = thesean.Target("rnn", **options), thesean.Recipe.named("fast")
-        recipe = fast.model_copy(update={"keep_best": stay})
-        seconds = processor(
-            lambda: made.append(
-                thesean.compile(
-                    guide, target, data=data, eval_data=held_out, loss=thesean.next_token, recipe=recipe, progress=False
-                )
-            )
-        )
+        seconds = processor(lambda: made.append(convert(guide, asked, data, held_out)))
         model = made[0]
         figures = {"seconds": seconds, "peak_weights": 1 + (peak_mib() - base) / weights}
         held = [dict(row.options).get("window", 0) + dict(row.options).get("kept", 0) for row in model.plan.replaced]

@@ -25,7 +25,7 @@ import torch
 
 import thesean.hf
 from benchmarks.size import apart, processor
-from benchmarks.smollm import TARGETS, left_out
+from benchmarks.smollm import TARGETS, convert, left_out
 from benchmarks.suite import ROOT, Case, Result, Run
 from benchmarks.tables import markdown
 from examples.text import corpus, decode
@@ -153,18 +153,9 @@ def measure(name: str, folder: str, settings: Row) -> Row:
             guide.save_pretrained(hub)
             tokenizer.save_pretrained(hub)
         else:
-            options, stay = asked
-            recipe = thesean.Recipe.named("fast").model_copy(update={"keep_best": stay})
             texts = {held: Text.of_python(tokenizer, held_out=held) for held in (False, True)}
-            converted = thesean.compile(
-                guide,
-                thesean.Target("rnn", **options),
-                data=texts[False].windows(settings["batches"], settings["length"], 1),
-                eval_data=texts[True].windows(2, settings["length"], 1, seed=1),
-                loss=thesean.next_token,
-                recipe=recipe,
-                progress=False,
-            )
+            data = texts[False].windows(settings["batches"], settings["length"], 1)
+            converted = convert(guide, asked, data, texts[True].windows(2, settings["length"], 1, seed=1))
             thesean.hf.save_pretrained(converted, hub, tokenizer=tokenizer)
         told: list[Any] = []
         manager = TaskManager(include_path=folder, include_defaults=False)

@@ -15,7 +15,7 @@ from thesean.kernels.kept_attention import LASTING
 
 
 def all_kept(s: Shape) -> list[str]:
-    """The tokens stand in the last places, in the order in which they came."""
+    """The tokens stand in the last places, in the order in which they came; `steps` of around it is T."""
     t = Text("w")
     G, R, C, K, N = s.groups, s.heads // s.groups, s.key, s.value, s.all_places
     t("room", "Sub", t.ints(N), "steps")

@@ -16,12 +16,11 @@ from thesean.kernels.kept_attention import BLOCK
 
 
 def in_blocks(s: Shape) -> list[str]:
-    """Any T, after any state."""
+    """Any T, after any state; `steps` of around it is T."""
     t = Text("c")
     G, W, M, L = s.groups, s.window, s.places, BLOCK
     H, R, C, K, N = s.heads, s.heads // s.groups, s.key, s.value, s.all_places
-    t("times", "Shape", "query_BTHC", start=1, end=2)
-    t("short", "Neg", "times")
+    t("short", "Neg", "steps")
     t("missing", "Mod", "short", t.ints(L))
     t("pads", "Concat", t.ints(0), "missing", axis=0)
     _in_order(t, s)
@@ -43,7 +42,7 @@ def in_blocks(s: Shape) -> list[str]:
     t("ahead_QW", "Add", "begin_Q1", t.ints(*range(L, L + W)))
     t("ahead_BGQWX", "Gather", "filled_BGsX", "ahead_QW", axis=2)
     t("ahead_QBGWX", "Transpose", "ahead_BGQWX", perm=[2, 0, 1, 3, 4])
-    t("to_come_Q1", "Sub", "times", "begin_Q1")
+    t("to_come_Q1", "Sub", "steps", "begin_Q1")
     t("steps_Q1", "Min", "to_come_Q1", t.ints(L))
     t("last_Q1", "Sub", "steps_Q1", t.ints(1))
     t("scale", "Constant", value_float=Reference("@scale"))
@@ -63,7 +62,7 @@ def in_blocks(s: Shape) -> list[str]:
     t.reshape("mean_QBGRLK", "mean_QBGxK", 0, 0, G, R, L, K)
     t("mean_BQLGRK", "Transpose", "mean_QBGRLK", perm=[1, 0, 4, 2, 3, 5])
     t.reshape("mean_BtE", "mean_BQLGRK", 0, -1, H * K)
-    t("mean_blocks", "Slice", "mean_BtE", t.ints(0), "times", t.ints(1))
+    t("mean_blocks", "Slice", "mean_BtE", t.ints(0), "steps", t.ints(1))
     t.slice("last_BGWX", "all_BGSX", -W, END, 2)
     t("held_BGNX", "Concat", "held_BGMX", "last_BGWX", axis=2)
     t.split(("keys_blocks", "told_BGN1", "values_blocks", "holds_BGN1"), "held_BGNX", (C, 1, K, 1), 3)
