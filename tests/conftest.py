@@ -22,8 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # nothing of what is imported now is ever given back
 
 
-def pytest_collection_finish() -> None:
-    """Half a million objects of what was imported stay to the end: no collection needs to look through them again."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """No two workers would name such a test alike, and neither runs one.
+
+    Half a million objects of what was imported stay to the end: no collection needs to look through them again.
+    """
+    if unlike := [item.nodeid for item in session.items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError("an object's address is in a test's name: " + ", ".join(unlike))
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()

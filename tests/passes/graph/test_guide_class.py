@@ -15,6 +15,9 @@ class Settings:
     def __init__(self, text: Any) -> None:
         self.text = text
 
+    def __repr__(self) -> str:
+        return f"Settings({self.text!r})"
+
     def to_json_string(self, use_diff: bool = True) -> Any:
         assert not use_diff  # defaults change from one version to another
         if isinstance(self.text, Exception):
