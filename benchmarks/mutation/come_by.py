@@ -82,7 +82,7 @@ def _noted(kept: Path, test: str, digest: str) -> dict[str, Any] | None:
 
 def _write(kept: Path, rows: dict[str, Any], tables: dict[str, Table]) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_suffix(".new")
+    beside = kept.with_suffix(f".{os.getpid()}.new")
     beside.write_text(json.dumps({"tests": rows, "tables": tables}), encoding="utf-8")
     beside.replace(kept)
 

@@ -1,7 +1,9 @@
 """A pytest plugin: instead of running what was collected, take up one fault after another, each in a process of its own
 that has everything imported, and run the tests that come by its line until one fails.
 
-Which tests those are is found first (`come_by.py`), by running all of them once, and kept beside the result.
+Which tests those are is found first (`come_by.py`), by running all of them once, and kept beside the result. What a
+fixture of a module makes, or a capture that equal guides share, is made in the time of the first test that asks for it:
+the others, which look at it, come by no line of what made it. So what survives is looked at once more by whole files.
 """
 
 from __future__ import annotations
@@ -48,11 +50,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
             import_module(name)
     kept = Path(asked["lines"])
     known = come_by(items, files, kept, lambda tests: _trace([items[t] for t in tests], files, kept))
+    if asked["part"] is None:
+        return True
     every = [m for file in files for m in mutants(ROOT / file, file)]
     sample = random.Random(asked["seed"]).sample(every, min(asked["count"], len(every)))
-    tried = _Tried(items, known, asked["looks"])
+    tried = Tried(items, known, asked["looks"], asked["whole_files"])
+    part, of = asked["part"]
     with os.fdopen(asked["pipe"], "w", buffering=1) as told:
-        for mutant in sample:
+        for mutant in sample[part::of]:
             if mutant.name in asked["held"]:
                 continue
             if time.monotonic() > asked["until"]:
@@ -97,11 +102,14 @@ def _passes(item: pytest.Item, following: pytest.Item | None, seen: Seen | None 
     return not outcome.failed
 
 
-class _Tried:
+class Tried:
     """Tries one fault after another; tests that have found one in a function come first for the next one there."""
 
-    def __init__(self, items: dict[str, pytest.Item], known: ComeBy, looks: Sequence[float]) -> None:
-        self.items, self.known, self.looks = items, known, looks
+    def __init__(
+        self, items: dict[str, pytest.Item], known: ComeBy, looks: Sequence[float], whole_files: float
+    ) -> None:
+        self.items, self.known = items, known
+        self.looks = [*((self._tests, most) for most in looks), (self.whole_files, whole_files)]
         self.live = Live()
         self.found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
         self.sound: dict[str, bool] = {}
@@ -109,15 +117,15 @@ class _Tried:
     def __call__(self, mutant: Mutant) -> dict[str, object]:
         start, outcome, by = cpu_seconds(), "not run", ""
         run: list[str] = []
-        for most in self.looks:
-            while tests := self._tests(mutant, most, run):
+        for look, most in self.looks:
+            while tests := look(mutant, most, run):
                 seconds = sum(self.known.seconds[t] for t in tests)
                 outcome, by = self._of(mutant, tests, 30 + 5 * seconds)
                 if not by or self._is_sound(by):
-                    run += tests
+                    run += [test for test in tests if test not in run]
                     break
                 outcome, by = _TOLD[_SURVIVED] if run else "not run", ""
-            if outcome != _TOLD[_SURVIVED]:
+            if outcome not in (_TOLD[_SURVIVED], "not run"):
                 break
         if by:
             self.found[mutant.file, mutant.function[0]][by] += 1
@@ -158,6 +166,29 @@ class _Tried:
                 continue
             taken += cost
             chosen.append(test)
+        return chosen
+
+    def whole_files(self, mutant: Mutant, most: float, run: Collection[str]) -> list[str]:
+        """All tests of the files that come by the line, as many as take `most` seconds: the file's own and the cheapest
+        first. They run in their order, those that ran before too: it may be another that makes what they share.
+        """
+        files: dict[str, list[str]] = defaultdict(list)
+        for test in self.known.lines:
+            files[test.partition("::")[0]].append(test)
+        cost = {file: sum(self.known.seconds[t] for t in tests) for file, tests in files.items()}
+        own = f"test_{Path(mutant.file).stem}"
+        place = range(mutant.line, mutant.last_line + 1)
+        near = [
+            file
+            for file, tests in files.items()
+            if own in file or any(n in place for t in tests for n in self.known.lines[t].get(mutant.file, ()))
+        ]
+        chosen: list[str] = []
+        taken = 0.0
+        for file in sorted(near, key=lambda file: (own not in file, cost[file])):
+            if not chosen or taken + cost[file] <= most:
+                taken += cost[file]
+                chosen += files[file]
         return chosen
 
     def _of(self, mutant: Mutant, names: list[str], most: float) -> tuple[str, str]:

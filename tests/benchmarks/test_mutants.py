@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.mutation import again
 from benchmarks.mutation.changes import Live, mutants
+from benchmarks.mutation.come_by import ComeBy
+from benchmarks.mutation.plugin import Tried
 from benchmarks.studies.mutants import score, table
 from benchmarks.suite import ROOT
 
@@ -157,32 +158,42 @@ def test_the_score_is_of_what_could_be_tried():
     ]
 
 
-def test_what_survived_is_tried_again_by_the_files_that_come_by_its_own_first():
+def test_what_survives_is_looked_at_by_whole_files_the_own_ones_first_and_in_their_order():
     file = "thesean/passes/simplify.py"
     (fault,) = (m for m in mutants(ROOT / file, file) if m.what == "Eq -> NotEq" and "dims" in line_of(file, m.line))
-    assert again.now(f"{file}:{fault.line - 3} Eq -> NotEq (0)") == fault  # lines may have moved
-    assert again.now("thesean/gone.py:3 Eq -> NotEq (0)") is None
-    lines = {
-        "tests/passes/test_simplify.py::a": {"seconds": 50.0, "lines": {}},
-        "tests/test_large.py::b": {"seconds": 9.0, "lines": {file: [fault.line]}},
-        "tests/test_large.py::c": {"seconds": 9.0, "lines": {}},
-        "tests/test_small.py::d": {"seconds": 1.0, "lines": {file: [fault.line]}},
-        "tests/test_other.py::e": {"seconds": 1.0, "lines": {file: [fault.line + 1]}},
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "exists", lambda path: True)
-        assert again.files_for(fault.name, lines, 60.0) == ["tests/passes/test_simplify.py", "tests/test_small.py"]
-        assert again.files_for(fault.name, lines, 90.0)[2:] == ["tests/test_large.py"]
-
-
-@pytest.mark.slow
-def test_a_fault_is_taken_up_in_a_process_of_its_own():
-    file = "thesean/passes/simplify.py"
-    (fault,) = (m for m in mutants(ROOT / file, file) if m.what == "Eq -> NotEq" and "dims" in line_of(file, m.line))
-    outcome, by = again.tried(fault, ["tests/passes/test_simplify.py"], 60.0)
-    assert (outcome, by.partition("[")[0]) == (
-        "killed", "tests/passes/test_simplify.py::test_what_is_transposed_and_back_is_not",
+    known = ComeBy(
+        seconds={"tests/test_large.py::b": 9.0, "tests/test_large.py::c": 9.0, "tests/passes/test_simplify.py::a": 50.0,
+                 "tests/test_small.py::e": 0.5, "tests/test_small.py::d": 0.5, "tests/test_other.py::f": 1.0},
+        lines={"tests/test_large.py::b": {file: [fault.line]}, "tests/test_large.py::c": {},
+               "tests/passes/test_simplify.py::a": {}, "tests/test_small.py::e": {},
+               "tests/test_small.py::d": {file: [fault.line]}, "tests/test_other.py::f": {file: [fault.line + 99]}},
     )  # fmt: skip
+    tried = Tried({}, known, [1, 5], 60)
+    small = ["tests/test_small.py::e", "tests/test_small.py::d"]
+    own, large = ["tests/passes/test_simplify.py::a"], ["tests/test_large.py::b", "tests/test_large.py::c"]
+    assert tried.whole_files(fault, 49, []) == own  # at least one
+    assert tried.whole_files(fault, 60, small) == own + small
+    assert tried.whole_files(fault, 90, []) == own + small + large
+
+
+def test_each_look_goes_on_where_the_one_before_saw_nothing(monkeypatch):
+    file = "thesean/passes/simplify.py"
+    fault = mutants(ROOT / file, file)[0]
+    tests = ["tests/a.py::first", "tests/a.py::second", "tests/passes/test_simplify.py::third"]
+    known = ComeBy(dict.fromkeys(tests, 1.0), {tests[0]: {file: [fault.line]}, tests[1]: {}, tests[2]: {}})
+    tried, runs = Tried({}, known, [1, 5], 60), []
+
+    def of(_, names, most):
+        runs.append(names)
+        return ("killed", tests[1]) if tests[1] in names else ("survived", "")
+
+    monkeypatch.setattr(tried, "_of", of)
+    monkeypatch.setattr(tried, "_is_sound", lambda test: True)
+    found = tried(fault)
+    assert (found["outcome"], found["by"], found["tests"]) == ("killed", tests[1], 3)
+    assert runs == [[tests[0]], [tests[2], tests[0], tests[1]]]  # the second look has no other test that comes by
+    del known.lines[tests[0]], known.lines[tests[2]]
+    assert tried(fault)["outcome"] == "not run"
 
 
 def line_of(file: str, number: int) -> str:
