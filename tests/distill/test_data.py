@@ -381,3 +381,16 @@ def test_fields_are_read_by_their_names():
 def test_labels_may_stand_in_a_tuple_of_their_own():
     x, y, z = vectors(2, 3), torch.tensor([0, 1]), vectors(2)
     assert [v.dtype for v in labels_in(((x, x), (y, z)), 2)] == [torch.int64, torch.float32]
+
+
+def test_a_second_pass_that_raises_is_told_as_the_datas():
+    class ReadOnce:
+        def __init__(self) -> None:
+            self.passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            yield torch.ones(2, 3) if self.passes == 1 else torch.load("/no/disk")
+
+    with pytest.raises(DataError, match=r"^data, batch 0: .*/no/disk"):
+        example_inputs_of(nn.Linear(3, 2), ReadOnce(), None)

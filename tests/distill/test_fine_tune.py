@@ -38,6 +38,7 @@ def test_without_a_task_the_guides_outputs_are_matched():
     _, hybrid = drafted(guide, "gru")
     run(guide, hybrid, task(logits="softmax"), 15, observer, batches_of(guide, 2, 4), hidden=0.0, learning_rate=3e-3)
     assert observer.losses[-1] < 0.8 * observer.losses[0]
+    assert [list(values) for values in observer.ends] == [["held out"]]
 
 
 def test_the_guide_stays_and_the_hybrid_ends_in_eval_mode():

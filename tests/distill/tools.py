@@ -47,6 +47,7 @@ class Recorder:
         self.phases: list[tuple[str, str | None, int, int, int]] = []
         self.losses: list[float] = []
         self.steps: list[int] = []
+        self.ends: list[dict[str, float]] = []
 
     def begin(self, phase: str, part: str | None, stage: int, stages: int, steps: int) -> None:
         self.phases.append((phase, part, stage, stages, steps))
@@ -55,7 +56,8 @@ class Recorder:
         self.losses.append(values["loss"])
         self.steps.append(step)
 
-    def end(self, values: Mapping[str, float]) -> None: ...
+    def end(self, values: Mapping[str, float]) -> None:
+        self.ends.append(dict(values))
 
     def close(self) -> None: ...
 

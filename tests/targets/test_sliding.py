@@ -29,6 +29,14 @@ def copied(part: PartFacts, **options: Any) -> Any:
     return module
 
 
+@pytest.mark.parametrize(("sinks", "first"), [(0, ""), (3, " and the first 3")])
+def test_a_plan_tells_what_is_seen(sinks, first, sequence_part, attention_facts):
+    module = build(
+        "sliding", sequence_part(attention=dataclasses.replace(attention_facts(), plain=True)), window=5, sinks=sinks
+    )
+    assert module.kept().startswith(f"the last 5 tokens{first} keep their softmax, older ones are not seen")
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "turned and normed"])
 def part(request, sequence_part, attention_facts) -> PartFacts:
     facts = dataclasses.replace(attention_facts(), plain=True)

@@ -184,7 +184,7 @@ def test_of_several_targets_the_one_that_is_slower_than_its_parts_is_named(monke
     fast, slow = (Timing(median_ms=ms, p20_ms=ms, p80_ms=ms, repeats=9) for ms in (1.0, 5.0))
     parts = {first: PartTiming(before=fast, after=slow), second: PartTiming(before=slow, after=fast)}
     monkeypatch.setattr(payoff, "latency_of_parts", lambda *_: (parts, []))
-    (told,) = (note for note in measure_plan(mixed, (16,), (1,)).notes if "is slower than" in note)
+    (told,) = (note for note in measure_plan(mixed, (16,), (1,)).notes if "is slower than the parts" in note)
     assert "target 'gru' is slower than the parts it replaces" in told
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from thesean.deploy.timing.costs import _fixed_rows
 from thesean.deploy.timing.latency import Timing
 from thesean.deploy.timing.verdicts import Measurement, is_level, is_slower, slower_targets, verdicts
+from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.plan.rows import LatencyKind, PlanLatency
 
 
@@ -127,3 +131,11 @@ def test_wide_ranges_do_not_hide_a_difference_of_medians():
     noisy = [Timing(median_ms=m, p20_ms=0.05, p80_ms=2.0, repeats=15) for m in (0.3, 0.7)]
     assert is_slower(noisy[1], noisy[0])
     assert not is_level(*noisy)
+
+
+def test_what_has_fixed_rows_is_measured_with_them():
+    def signature(*shape: int | str) -> Signature:
+        spec = InputSpec(name="x", dtype=torch.float32, shape=shape)
+        return Signature(inputs=(spec,))
+
+    assert [_fixed_rows(signature(*shape)) for shape in ((3, 8), ("rows", 8), ())] == [3, 1, 1]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests import captured
-from tests.models import vectors
+from tests.models import seeded, vectors
 from thesean.passes.analyse.blocks import find_blocks
 from thesean.passes.analyse.chains import chains
 from thesean.passes.analyse.siblings import mend, siblings
@@ -57,6 +57,23 @@ def inverteds() -> Captured:
 def test_blocks_of_one_list_are_parts_whatever_their_widths_strides_and_sums():
     found = [b.path() for b in find_blocks(captured.flow_of(inverteds()))]
     assert found == ["stages.0.0", "stages.1.0", "stages.1.1", *(f"stages.2.{k}" for k in range(4))]
+
+
+class Twice(nn.Sequential):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        for number, block in enumerate(self):
+            image = block(image)
+            if number == 1:
+                image = block(image)
+        return image
+
+
+def test_a_block_that_is_called_twice_is_two_parts():
+    guide = seeded(Inverteds)
+    guide.stages[2][1].adds = False  # no residual sum tells where a call ends
+    guide.stages = nn.Sequential(*guide.stages[:2], Twice(*guide.stages[2]))
+    found = [b.path() for b in find_blocks(captured.flow_of(capture(guide.eval(), vectors(2, 3, 16, 16))))]
+    assert found == ["stages.0.0", "stages.1.0", "stages.1.1", *(f"stages.2.{k}" for k in (0, 1, 1, 2, 3))]
 
 
 def test_a_list_of_layers_is_not_a_list_of_blocks():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import captured
 from tests.models import vectors
@@ -116,3 +117,19 @@ def test_the_rates_are_those_that_were_measured():
         names = ("matmul", "convolution") if kind == "dense" else (kind,)
         found = [row["g_per_s"] for row in rows if row["name"].startswith(names)]
         assert 0.7 * min(found) <= rate <= 1.3 * max(found), kind
+
+
+def test_groups_are_read_off_either_operator_of_convolutions():
+    with FakeTensorMode():
+        image, weight = torch.empty(1, 8, 4, 4), torch.empty(8, 1, 3, 3)
+    nodes = []
+    for operator, last in (
+        (torch.ops.aten.conv2d.default, ([1, 1], [1, 1], [1, 1], 8)),
+        (torch.ops.aten.convolution.default, ([1, 1], [1, 1], [1, 1], False, [0, 0], 8)),
+    ):
+        graph = fx.Graph()
+        x, w = graph.placeholder("x"), graph.placeholder("w")
+        x.meta["val"], w.meta["val"] = image, weight
+        nodes.append(graph.call_function(operator, (x, w, None, *last)))
+    taken = [time_of_nodes([n], {n: 10**6}, lambda n: 1) for n in nodes]
+    assert taken == [pytest.approx(1e-3 / G_PER_S["depthwise"])] * 2

@@ -5,6 +5,8 @@ B batch, T time, D width
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -33,3 +35,20 @@ class Told(nn.Module):
 def test_an_encoders_and_a_decoders_input_are_told_apart_by_what_moves(scores, looks_ahead, found):
     guide = capture(seeded(Told, scores, looks_ahead), {"source": vectors(2, 5, 4), "target": vectors(2, 5, 4, seed=1)})
     assert source_as_long_as_target(guide.graph_module, guide.signature) == found
+
+
+class ToldByMask(Told):
+    def forward(self, mask: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        weight_BT1 = mask.unsqueeze(-1) / mask.sum(1)[:, None, None]
+        mean = (source * weight_BT1).sum(1, keepdim=True)
+        return self.last(torch.tanh(target.cumsum(1) + mean + 0 * source))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["as captured", "without the caller's values"])
+def test_a_mask_is_neither(known):
+    inputs = {"source": vectors(2, 5, 4), "target": vectors(2, 5, 4, seed=1), "mask": torch.ones(2, 5)}
+    guide = capture(seeded(ToldByMask, False), inputs)
+    signature = guide.signature
+    if not known:
+        signature = replace(signature, inputs=tuple(replace(s, example=None) for s in signature.inputs))
+    assert source_as_long_as_target(guide.graph_module, signature) == ("source", "target")

@@ -193,3 +193,9 @@ def test_what_is_compared_is_small_first_one_of_each_shape_and_each_once(monkeyp
     assert gradients._affordable([large, small, last, again])[-1] is again
     monkeypatch.setattr(gradients, "_ALWAYS", 1)
     assert gradients._affordable([large]) == [large]  # one of them at least
+
+
+def test_gradients_in_half_precision_are_the_same_within_what_it_rounds():
+    want, found = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.125])
+    assert gradients._same(want.bfloat16(), found.bfloat16(), 1.0)
+    assert not gradients._same(want, found, 1.0)

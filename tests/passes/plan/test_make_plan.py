@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from tests import captured, models
+from tests.models import vectors
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError
+from thesean.passes.capture.capture import capture
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.plan.make_plan import bind_plan, make_plan
 from thesean.targets import PartFacts, Target
@@ -190,6 +192,12 @@ def test_a_builder_of_your_own_gets_the_facts():
     assert bound_plan.plan.parts[0].new_params == 8 * 8 + 8
     again = bind_plan(captured.mlp(), bound_plan.plan)
     assert [p.target for p in again.plan] == ["mine"] * 3
+
+
+def test_what_a_builder_gives_is_tried_in_the_guides_precision():
+    guide = capture(models.mlp().double(), vectors(3, 8).double())
+    bound_plan = make_plan(guide, Target("mine", build=lambda part: nn.Linear(part.width_in, part.width_out)))
+    assert [p.target for p in bound_plan.plan] == ["mine"] * 3
 
 
 def test_costs_add_up():

@@ -69,3 +69,10 @@ def test_what_is_foretold_is_nearer_to_what_comes_than_the_mean_and_needs_long_s
     assert foretell(given, [torch.randn(1, 23, 16)], 8) is None
     assert foretell(given, [torch.randn(1, 40 + 20 + 7, 16)], 40) is None  # and by half of a wide one
     assert foretell(given, [torch.randn(1, 40 + 20 + 8, 16)], 40) is not None
+
+
+def test_what_half_precision_gives_is_summed_in_float():
+    given, x_TD = facts(), torch.randn(600, 16)
+    half_TG = attention_past(given, x_TD.bfloat16(), 4)
+    assert half_TG.dtype == torch.float32
+    torch.testing.assert_close(half_TG, attention_past(given, x_TD.bfloat16().float(), 4), rtol=0.05, atol=1e-4)

@@ -722,6 +722,20 @@ def test_heads_are_made_and_transposed_once_before_they_are_cut():
     assert "Split" in after(other, inferred(lifted(split_later)), count=0)[:1]
 
 
+def test_heads_whose_rows_are_put_together_are_cut_first():
+    text = """g (float[2, 6, 16] x) => (float[3, 2, 4, 4] q, float[3, 2, 4, 4] k)
+    {
+        sizes = Constant <value_ints = [8, 8]> ()
+        rows, keys = Split <axis = 2> (x, sizes)
+        heads = Constant <value_ints = [3, 4, 2, 4]> ()
+        a = Reshape (rows, heads)
+        q = Transpose <perm = [0, 2, 1, 3]> (a)
+        b = Reshape (keys, heads)
+        k = Transpose <perm = [0, 2, 1, 3]> (b)
+    }"""
+    assert inferred(lifted(split_later))(built(text)) == 0
+
+
 def test_all_together_leave_what_a_layer_needs():
     def all_of_them(model: Any) -> int:
         leaner(model)
