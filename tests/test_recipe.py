@@ -95,6 +95,7 @@ def test_settings_left_out_have_their_defaults(tmp_path: Path):
             "alignment: {order: back-to-front}",
             "alignment: order 'back-to-front' is one of stages: it needs the schedule 'progressive' or",
         ),
+        ("{sharded: true, alignment: {schedule: stochastic}}", "sharded: true has no meaning with the alignment's"),
         ("alignment: {schedule: stochastic, inputs: guide}", "alignment: inputs 'guide' has no meaning with"),
         ("alignment: {inputs: both}", "alignment.inputs"),
         ("alignment: {measure: {nmse: 0}}", "alignment.measure.sum.nmse: Input should be greater than 0"),

@@ -310,8 +310,6 @@ def _root(
                 modules[name] = rebuild(described["target"], described["config"])
                 modules[name].load_state_dict(state, assign=True)
             root.add_module(name, modules[name])
-    except TheseanError:
-        raise
     except (RuntimeError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder}: a target module does not fit its weights: {error}") from error
     for key, value in left.items():

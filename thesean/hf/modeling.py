@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from thesean.artifact import NETWORK, Artifact
 from thesean.deploy.lowering.to_onnx import output_names
+from thesean.distill.recompute import Recomputing, Run
 from thesean.errors import DataError
 from thesean.hf.called import cast, check_mask, checked_ids, outputs_asked
 from thesean.hf.config import TheseanConfig
@@ -34,6 +35,7 @@ from thesean.passes.graph.modes import usual_settings
 from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.signature import Signature, output_wrapper
 from thesean.passes.plan.plan import Plan
+from thesean.recipe import Recipe
 from thesean.report.conversion import ConversionReport
 from thesean.targets.shared.steps import Steps
 
@@ -61,7 +63,7 @@ class TheseanModel(PreTrainedModel):
 
     config_class = TheseanConfig
     base_model_prefix = NETWORK.removesuffix(".")
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class TheseanModel(PreTrainedModel):
         super().__init__(config)
         self.network = constants_as_buffers(network)
         self.signature, self.plan, self.report = signature, plan, report
+        self.gradient_checkpointing = False  # transformers sets it
+        self._recomputed: Run | None = None
         self.post_init()
         names = [name for name, _ in self.network.named_parameters(remove_duplicate=False)]
         kept = {name for name, _ in self.network.named_parameters()}
@@ -105,7 +109,7 @@ class TheseanModel(PreTrainedModel):
         as_tuple = self._returns_tuples(inputs)
         given = self._given(inputs)
         with self._telling(given):
-            output = output_wrapper(self.signature)(self.network(**given))
+            output = output_wrapper(self.signature)(self._run(given))
         if labels is not None:
             logits = output.get("logits") if isinstance(output, dict) else None
             output = type(output)(**{"loss": self._loss(logits, labels), **output})  # the loss comes first
@@ -144,6 +148,17 @@ class TheseanModel(PreTrainedModel):
         self.signature.check(given)
         return given
 
+    def _run(self, given: dict[str, torch.Tensor]) -> Any:
+        """The network; with gradient checkpointing, what regions of it keep for the backward is computed anew there."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self.network(**given)
+        if self._recomputed is None:
+            self._recomputed = Recomputing(Recipe(activation_checkpointing=True)).graph(self.network, ())
+        return self._recomputed(**given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_recomputed": None}  # a copy trains its own weights
+
     @contextmanager
     def _telling(self, given: dict[str, torch.Tensor]) -> Iterator[None]:
         """DataError for ids that no table holds, where that is why a call fails."""
@@ -156,10 +171,14 @@ class TheseanModel(PreTrainedModel):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """The graph's own constants go to the device and the precision that its weights go to."""
+        self._recomputed = None  # weights and buffers may be others
         following = Following(self.network, self.signature, fn)
         super()._apply(fn, recurse)
         self.signature = following.finish()
         return self
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: a region that is computed anew needs no gradient of what it reads to have its weights'."""
 
     def init_weights(self) -> None:
         """Nothing: they are the conversion's, and transformers would draw others."""
@@ -329,7 +348,7 @@ class TheseanForCausalLM(TheseanModel, GenerationMixin):
             inputs[roles.positions] = (shown_BT.cumsum(1) - 1).clamp_min(0)
         given = self._given(inputs)
         with self._telling(given):
-            logits_BTV = leaf_values(self.network(**given))[self._index]
+            logits_BTV = leaf_values(self._run(given))[self._index]
         return logits_BTV if steps is None else steps.back(logits_BTV)
 
     @property

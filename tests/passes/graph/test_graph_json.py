@@ -268,6 +268,16 @@ def test_nodes_after_the_output_and_names_used_twice_are_refused():
         load([body[0], body[2], body[2]])
 
 
+def test_what_torch_finds_wrong_with_a_graph_is_told(monkeypatch):
+    def lint(_: fx.Graph) -> None:
+        raise RuntimeError("a check of a later version")
+
+    body = rows()
+    monkeypatch.setattr(fx.Graph, "lint", lint)
+    with pytest.raises(ArtifactError, match=r"the nodes are no graph \(a check of a later version\)"):
+        load(body)
+
+
 @pytest.mark.parametrize(
     "target", ["self", "torch", "lambda", "ſelf", "device", "getattr", "inf", "slice", "x.y", "*x", "x=1"]
 )

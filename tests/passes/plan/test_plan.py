@@ -143,6 +143,15 @@ def test_editing_to_keep_takes_a_part_out_of_the_totals():
     assert "edited: what the new targets cost is counted" in str(plan.edit("*.0", "mingru"))
 
 
+def test_a_part_may_become_a_builder_of_ones_own():
+    guide = captured.gpt2()
+    mine = Target("mine", build=lambda part: nn.Linear(part.width_in, part.width_out))
+    edited = make_plan(guide, "gru").plan.edit("*.0", mine)
+    assert [p.target for p in edited] == ["mine", "gru"]
+    bound_plan = bind_plan(guide, edited)
+    assert bound_plan.plan.parts[0].new_params == 16 * 16 + 16
+
+
 def test_a_block_names_its_halves():
     halves = make_plan(captured.gpt2(), "gru", granularity="sublayer", keep=["transformer.h.0"]).plan
     assert [p.target for p in halves] == ["keep", "keep", "gru", "keep"]
