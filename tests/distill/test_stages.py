@@ -106,6 +106,10 @@ def test_closed_form_alone_takes_no_step():
     assert observer.losses == []
     assert [p[0] for p in observer.phases] == ["solve"] * 3
     assert [s.result for s in conversion.snapshots] == [None] * 3
+    fast = Recipe.named("fast")
+    without = fast.model_copy(update={"closed_form": fast.closed_form.model_copy(update={"enabled": False})})
+    run(captured.mlp(), settings=without, observer=observer)
+    assert [p[0] for p in observer.phases[3:]] == ["judge"] * 3  # nothing is solved
 
 
 def test_the_papers_recipe_aligns_by_cka_and_then_trains_on_the_task():

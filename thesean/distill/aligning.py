@@ -144,9 +144,10 @@ class Aligning:
 
     def _solve_all(self) -> None:
         solver, observer, parts = self.solver(0, preparing=True), self.training.observer, self.hybrid.parts
+        phase = "solve" if self.training.recipe.closed_form.enabled else "judge"
         for number, part in enumerate(parts):
             k = len(self.snapshots)
-            observer.begin("solve", part, number + 1, len(parts), 0)
+            observer.begin(phase, part, number + 1, len(parts), 0)
             self.begins([k])
             solver.solve(k)
             self.snapshot(self.order[: k + 1], None)

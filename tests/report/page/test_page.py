@@ -162,15 +162,17 @@ def test_headings_descend_and_no_two_ids_are_alike(made):
     assert {name for label in labels for name in label.split()} <= set(ids)
 
 
+def parts(*targets: str) -> thesean.Plan:
+    some = [PlannedPart(path=f"h.{i}", target=t, params=10, new_params=20) for i, t in enumerate(targets)]
+    return thesean.Plan(parts=tuple(some), flops=40)
+
+
+def stops(plan: thesean.Plan) -> list[str]:
+    found = re.findall(r'class="path">(.*?)</.*?class="became">(.*?)<', plan_picture(plan, REPORT))
+    return [f"{path} {became}" for path, became in found]
+
+
 def test_a_row_of_parts_of_which_the_same_is_told_is_one_stop_of_the_picture():
-    def parts(*targets: str) -> thesean.Plan:
-        some = [PlannedPart(path=f"h.{i}", target=t, params=10, new_params=20) for i, t in enumerate(targets)]
-        return thesean.Plan(parts=tuple(some), flops=40)
-
-    def stops(plan: thesean.Plan) -> list[str]:
-        found = re.findall(r'class="path">(.*?)</.*?class="became">(.*?)<', plan_picture(plan, REPORT))
-        return [f"{path} {became}" for path, became in found]
-
     assert stops(parts("gru", "gru", "gru", "keep", "rnn", "rnn", "gru", "gru", "gru")) == [
         "h.0 to h.2 3 parts, each became gru",
         "h.3 kept",
@@ -181,6 +183,23 @@ def test_a_row_of_parts_of_which_the_same_is_told_is_one_stop_of_the_picture():
     report = replace(REPORT, copied={"h.1": ["query"]})
     told = plan_picture(parts("gru", "gru", "gru"), report)
     assert told.count('class="path"') == 3  # they don't all come from the same
+
+
+def test_parts_that_come_in_turns_are_told_once_a_turn():
+    assert stops(parts(*["gru", "keep"] * 3, "rnn")) == [
+        "h.0 to h.4, 1 of every 2 3 parts, each became gru",
+        "h.1 to h.5, 1 of every 2 3 parts, each kept",
+        "h.6 became rnn",
+    ]
+    assert stops(parts("keep", *["gru", "gru", "gru", "rnn", "keep"] * 4, "gru")) == [
+        "h.0 to h.15, 1 of every 5 4 parts, each kept",
+        "h.1 to h.18, 3 of every 5 12 parts, each became gru",
+        "h.4 to h.19, 1 of every 5 4 parts, each became rnn",
+        "h.20 kept",
+        "h.21 became gru",
+    ]
+    assert len(stops(parts(*["gru", "keep"] * 2))) == 4  # two turns are read faster than told
+    assert len(stops(parts(*["gru"] * 8 + ["keep"] + ["gru"] * 8 + ["keep"] + ["gru"] * 8))) == 5
 
 
 def test_pictures_are_named_and_tables_have_captions_and_scopes(made):

@@ -12,19 +12,42 @@ from thesean.report.conversion import ConversionReport
 from thesean.report.page.markup import element, paragraph, words
 from thesean.units import quantity
 
-# Parts that say the same one after the other are one stop from so many on: two are read faster than what they share.
-_FOLDED = 3
+# What comes again so many times is told once, of parts one after the other or of a few in turns: two are read faster
+# than what they share. Longer turns than these are no pattern that one sees.
+_FOLDED, _LONGEST = 3, 8
+
+Said = tuple[str, str]  # of a part: what it became, and what else is told
 
 
 def plan_picture(plan: Plan, report: ConversionReport) -> str:
     """From input to output; a square is a replacement, a ring the guide's own part."""
-    stops = ""
-    for (became, told), alike in groupby(plan, lambda part: (_became(part), _told(part, report))):
-        paths = [part.path for part in alike]
-        runs = [paths] if len(paths) >= _FOLDED else [[path] for path in paths]
-        stops += "".join(_stop(run, became, told) for run in runs)
+    parts = list(plan)
+    said = [(_became(part), _told(part, report)) for part in parts]
+    stops, at = "", 0
+    while at < len(parts):
+        turn, end = _again(said, at)
+        for _, same in groupby(range(at, at + turn), said.__getitem__):
+            first = list(same)
+            paths = [parts[k].path for k in range(at, end) if (k - at) % turn + at in first]
+            how = "" if len(first) == turn else f", {len(first)} of every {turn}"
+            stops += _stop(paths, how, *said[first[0]])
+        at = end
     legend = "From input to output. A filled square was replaced, a ring stays the guide's."
     return paragraph(legend, "quiet") + element("ol", stops, class_="plan")
+
+
+def _again(said: Sequence[Said], at: int) -> tuple[int, int]:
+    """How long the turn is that comes again from here, and where it ends to: the one that most parts are of, the
+    shortest of those. One part by itself where none does.
+    """
+    turn, end = 1, at + 1
+    for length in range(1, _LONGEST + 1):
+        last = at + length
+        while said[last : last + length] == said[at : at + length]:
+            last += length
+        if last - at >= _FOLDED * length and last > end:
+            turn, end = length, last
+    return turn, end
 
 
 def _became(part: PlannedPart) -> str:
@@ -43,10 +66,10 @@ def _told(part: PlannedPart, report: ConversionReport) -> str:
     )
 
 
-def _stop(paths: Sequence[str], became: str, told: str) -> str:
-    """One part, or a row of parts of which the same is told."""
+def _stop(paths: Sequence[str], how: str, became: str, told: str) -> str:
+    """One part, or several of which the same is told: a row, or as `how` says some of one."""
     several = len(paths) > 1
-    name = f"{paths[0]} to {paths[-1]}" if several else paths[0]
+    name = f"{paths[0]} to {paths[-1]}{how}" if several else paths[0]
     what = f"{len(paths)} parts, each {became}" if several else became
     row = element("span", words(name), class_="path") + element("span", words(what), class_="became")
     drawn = element("div", row, class_="row") + element(
