@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -54,6 +54,14 @@ def mutants(path: Path, file: str) -> list[Mutant]:
         place = {"line": statement.lineno, "last_line": last}
         found.append(Mutant(file=file, number=number, function=function, what=what, **place))
     return found
+
+
+def now(name: str, every: Iterable[Mutant]) -> Mutant | None:
+    """The fault of this name in code that has changed since: of those that change the same in its file the nearest."""
+    place, _, what = name.partition(" ")
+    file, _, line = place.rpartition(":")
+    alike = [m for m in every if m.file == file and m.what == what.rpartition(" (")[0]]
+    return min(alike, key=lambda m: abs(m.line - int(line)), default=None)
 
 
 class Live:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mutation.changes import Live, Mutant, mutants
+from benchmarks.mutation.changes import Live, Mutant, mutants, now
 from benchmarks.mutation.come_by import ComeBy, Seen, come_by, cpu_seconds, note
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,17 +53,21 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     if asked["part"] is None:
         return True
     every = [m for file in files for m in mutants(ROOT / file, file)]
-    sample = random.Random(asked["seed"]).sample(every, min(asked["count"], len(every)))
+    if asked["names"] is None:
+        drawn = random.Random(asked["seed"]).sample(every, min(asked["count"], len(every)))
+        sample: list[tuple[str, Mutant | None]] = [(mutant.name, mutant) for mutant in drawn]
+    else:
+        sample = [(name, now(name, every)) for name in asked["names"]]
     tried = Tried(items, known, asked["looks"], asked["whole_files"])
     part, of = asked["part"]
     with os.fdopen(asked["pipe"], "w", buffering=1) as told:
-        for mutant in sample[part::of]:
-            if mutant.name in asked["held"]:
+        for name, mutant in sample[part::of]:
+            if name in asked["held"]:
                 continue
-            if time.monotonic() > asked["until"]:
-                told.write(json.dumps({"name": mutant.name, "left_out": True}) + "\n")
-                continue
-            told.write(json.dumps({"name": mutant.name, **tried(mutant)}) + "\n")
+            row: dict[str, object] = {"left_out": True}
+            if time.monotonic() <= asked["until"]:
+                row = {"outcome": "gone"} if mutant is None else tried(mutant)
+            told.write(json.dumps({"name": name, **row}) + "\n")
     return True
 
 

@@ -4,22 +4,19 @@ A fault (`mutation/changes.py`) is "killed" where a test fails, "no end" where t
 where the process does; it "survived" where all pass, and is "not run" where none comes by. The score counts the first
 three among all that could be taken up. Tests are those of `make test` that aren't slow: for each fault those of the
 file's own name first, then the fastest, as many as take the seconds of `looks`, the second ones where nothing was
-noticed, and after those whole files of tests, as many as take those of `whole_files`. Tests have been written for what
-the faults of seeds 0 and 1 left, see `mutation/left.md`; `--seeds 2` draws others.
+noticed, and after those whole files of tests, as many as take those of `whole_files`. Tests are written for what is
+left: `survivors` tries it again; `--seeds 2` draws others.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite import ROOT, Case, Result, Run
+from benchmarks.mutation.ask import ask
+from benchmarks.suite import Case, Result, Run
 
 FILES = [
     f"thesean/{place}"
@@ -43,43 +40,11 @@ NOTICED = ("killed", "no end", "died")
 def bench(run: Run) -> None:
     for seed in run.seeds:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-            _ask(run, seed, Path(folder))
+            ask(run, seed, Path(folder))
     told = Counter(row["outcome"] for row in run.rows)
     if told["broken"]:
         run.fault(f"{told['broken']} faults could not be tried: what was printed says why")
     run.keep(outcomes=dict(told), score=score(run.rows))
-
-
-def _ask(run: Run, seed: int, folder: Path) -> None:
-    """One process finds out which tests come by what, then each of `jobs` tries its part of the faults."""
-    settings = run.settings
-    held = [row["name"] for row in run.rows if row["seed"] == seed]
-    lines = run.part.with_name("mutants-lines.json")
-    tests = [*settings["tests"], *(f"--ignore={path}" for path in settings["left_out"])]
-    words = ["-p", "benchmarks.mutation.plugin", "-p", "no:cacheprovider", "-q", "-m", "not slow"]
-    words += ["-o", "timeout=0"]  # by the clock, which goes on where the process is stopped
-    jobs = settings["jobs"]
-    parts = [[part, jobs] for part in range(jobs)]
-    for round_of in ([None], parts):
-        read, write = os.pipe()
-        children = []
-        for part in round_of:
-            asked = folder / f"asked-{part and part[0]}.json"
-            what = {"seed": seed, "lines": str(lines), "pipe": write, "held": held, "until": run.until, "part": part}
-            asked.write_text(json.dumps({**settings, **what}))
-            command = [*words, "--mutants", str(asked), f"--basetemp={folder}/tests-{part and part[0]}", *tests]
-            children.append(subprocess.Popen([sys.executable, "-m", "pytest", *command], cwd=ROOT, pass_fds=[write]))
-        os.close(write)
-        with os.fdopen(read) as rows:  # a line is written at once, whoever writes it
-            for text in rows:
-                row: dict[str, Any] = json.loads(text)
-                if row.get("left_out"):
-                    run.leave_out(row["name"], seed)
-                else:
-                    run.add(row.pop("name"), seed=seed, **row)
-        for child in children:
-            if child.wait():
-                run.fault(f"pytest ended with {child.returncode}")
 
 
 def score(rows: list[dict[str, Any]]) -> float | None:
@@ -116,7 +81,7 @@ CASE = Case(
         "left_out": LEFT_OUT,
         "count": 600,
         "looks": [12, 60],
-        "whole_files": 60,
+        "whole_files": 20,
         "jobs": 2,
     },
     quick={

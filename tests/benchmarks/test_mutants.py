@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.mutation.changes import Live, mutants
+from benchmarks.mutation.changes import Live, mutants, now
 from benchmarks.mutation.come_by import ComeBy
 from benchmarks.mutation.plugin import Tried
+from benchmarks.studies import survivors
 from benchmarks.studies.mutants import score, table
 from benchmarks.suite import ROOT
 
@@ -174,6 +175,34 @@ def test_what_survives_is_looked_at_by_whole_files_the_own_ones_first_and_in_the
     assert tried.whole_files(fault, 49, []) == own  # at least one
     assert tried.whole_files(fault, 60, small) == own + small
     assert tried.whole_files(fault, 90, []) == own + small + large
+
+
+def test_a_fault_is_found_again_where_its_line_has_moved():
+    file = "thesean/passes/simplify.py"
+    every = mutants(ROOT / file, file)
+    (fault,) = (m for m in every if m.what == "Eq -> NotEq" and "dims" in line_of(file, m.line))
+    assert now(f"{file}:{fault.line - 3} Eq -> NotEq (0)", every) == fault
+    assert now(f"{file}:{fault.line} Eq -> IsNot (0)", every) is None
+    assert now("thesean/gone.py:3 Eq -> NotEq (0)", every) is None
+
+
+def test_what_is_noticed_by_now_counts_with_what_was_before():
+    names = (
+        "thesean/passes/x.py:1 a (1)",
+        "thesean/passes/x.py:2 b (2)",
+        "thesean/deploy/y.py:3 c (3)",
+        "thesean/deploy/y.py:4 d (4)",
+    )
+    outcomes = ("killed", "survived", "gone", "not run")
+    rows = [{"name": name, "outcome": outcome} for name, outcome in zip(names, outcomes, strict=True)]
+    lines = survivors.table({"cases": rows, "details": {"noticed": 90, "of": 94}}).splitlines()
+    assert lines[2:] == [
+        "| thesean/deploy | 2 | 0 | 1 | 1 |",
+        "| thesean/passes | 2 | 1 | 0 | 1 |",
+        "| all | 4 | 1 | 1 | 2 |",
+        "",
+        "With what was noticed before: 91 of 93, 98%.",
+    ]
 
 
 def test_each_look_goes_on_where_the_one_before_saw_nothing(monkeypatch):

@@ -5,6 +5,7 @@ B batch, T time
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnxruntime as ort
 import pytest
 
 from tests.deploy.lowering.lean.test_lean import after, built
+from thesean.deploy.quantizing import tools
 from thesean.deploy.quantizing.products import products, split_gemms
 from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.tools import quantize_file
@@ -208,3 +210,12 @@ def test_what_whole_numbers_cost_is_told_in_a_few_lines(other, told):
 def test_activations_of_one_scale_a_call_are_told_of():
     lines = str(Quantized(**{**COSTS, "apart": 0.01})).splitlines()
     assert lines[3].startswith("  chunks are 1.00e-02 nats from a whole sequence: activations have one scale a call")
+
+
+def test_a_tool_that_sets_up_logging_leaves_the_callers_as_it_was():
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, list(root.handlers), root.manager.disable
+    with tools._quiet():
+        logging.basicConfig(level=logging.DEBUG, force=True)
+        assert not root.isEnabledFor(logging.WARNING)
+    assert (root.level, root.handlers, root.manager.disable) == (level, handlers, disabled)

@@ -128,10 +128,15 @@ _TOOLS: dict[str, Callable[[Path, Path, list[str], bool, Feeds], None]] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The tools give advice to the root logger, and tell of each node."""
-    before = logging.root.manager.disable
+    """The tools give advice to the root logger, tell of each node, and one that is imported sets the root logger up to
+    show all that any library tells from then on.
+    """
+    root = logging.getLogger()
+    before, level, handlers = root.manager.disable, root.level, list(root.handlers)
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(before)
+        root.setLevel(level)
+        root.handlers[:] = handlers

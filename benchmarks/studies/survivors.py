@@ -1,0 +1,62 @@
+"""Would a test notice by now? What `mutants` left, tried again in the code as it is.
+
+A fault whose line has moved is the nearest one of its file that changes the same; "gone" where none does. What is left
+then is told one by one in `mutation/left.md`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.mutation.ask import ask
+from benchmarks.studies import mutants
+from benchmarks.suite import RESULTS, Case, Result, Run, read_result
+
+_TAKEN_UP = ("survived", "not run", *mutants.NOTICED)
+
+
+def bench(run: Run) -> None:
+    first = read_result(RESULTS / "mutants.json")
+    told = Counter(row["outcome"] for row in first["cases"])
+    run.keep(of=sum(told[o] for o in _TAKEN_UP), noticed=sum(told[o] for o in mutants.NOTICED), commit=first["commit"])
+    names = [row["name"] for row in first["cases"] if row["outcome"] in ("survived", "not run")]
+    with tempfile.TemporaryDirectory(prefix="survivors-") as folder:
+        ask(run, run.seeds[0], Path(folder), run.settings["names"] or names)
+    if broken := sum(row["outcome"] == "broken" for row in run.rows):
+        run.fault(f"{broken} faults could not be tried: what was printed says why")
+
+
+def table(result: Result) -> str:
+    """Noticed by now and left, by the folder that they are in; the last line counts what was noticed before too."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for row in result["cases"]:
+        places.setdefault("/".join(row["name"].split(":")[0].split("/")[:2]), []).append(row)
+    lines = ["| | survived | noticed by now | gone | left |", "|---|---|---|---|---|"]
+    for place, rows in [*sorted(places.items()), ("all", result["cases"])]:
+        told = Counter(row["outcome"] for row in rows)
+        noticed = sum(told[n] for n in mutants.NOTICED)
+        lines.append(f"| {place} | {len(rows)} | {noticed} | {told['gone']} | {len(rows) - noticed - told['gone']} |")
+    if left_out := len(result["details"].get("left_out", ())):
+        lines.append(f"| not tried | {left_out} | | | |")
+    before, of = result["details"]["noticed"], result["details"]["of"] - told["gone"]
+    return "\n".join(
+        [*lines, "", f"With what was noticed before: {before + noticed} of {of}, {(before + noticed) / of:.0%}."]
+    )
+
+
+CASE = Case(
+    question="Would a test notice by now what survived?",
+    minutes=40,
+    unit="faults",
+    run=bench,
+    settings={**{k: v for k, v in mutants.CASE.settings.items() if k != "count"}, "names": None},
+    quick={
+        **{k: v for k, v in mutants.CASE.quick.items() if k != "count"},
+        "names": ["thesean/passes/graph/text.py:13 In -> NotIn (4)", "thesean/passes/graph/text.py:1 none (0)"],
+    },
+    table=table,
+    partial=True,
+)
