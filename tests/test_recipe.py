@@ -191,3 +191,12 @@ def test_every_setting_is_in_the_yaml():
     data = yaml.safe_load(Recipe().to_yaml())
     assert set(data) == set(Recipe.model_fields)
     assert set(data["alignment"]) == set(type(Recipe().alignment).model_fields)
+
+
+def test_steps_are_taken_where_a_recipe_or_what_it_tries_once_more_has_any():
+    fast = Recipe.named("fast")
+    assert fast.steps == 0
+    assert not fast.gradients
+    assert not fast.model_copy(update={"max_drop": 0.1}).gradients
+    assert fast.model_copy(update={"max_drop": 0.1, "retry": Recipe.named("default")}).gradients
+    assert Recipe.named("default").gradients

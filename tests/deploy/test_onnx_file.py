@@ -55,6 +55,11 @@ def test_small_weights_are_inside_and_large_ones_beside(tmp_path, monkeypatch):
     assert [value_of(tmp_path / name) for name in ("m.onnx", "n.onnx")] == [2.0, 3.0]
 
 
+def test_folders_that_are_missing_are_made(tmp_path):
+    write(tmp_path / "of" / "mine" / "m.onnx", 2.0)
+    assert value_of(tmp_path / "of" / "mine" / "m.onnx") == 2.0
+
+
 def test_writing_over_a_model_leaves_no_weights_of_the_old_one(tmp_path):
     for value, beside in ((1.0, True), (2.0, True), (3.0, False)):
         write(tmp_path / "m.onnx", value, beside)

@@ -62,7 +62,7 @@ def test_the_graph_before_and_after():
 def whole(x: torch.Tensor) -> torch.Tensor:
     n = x.shape[1]
     ends = x[:, : math.floor(n / 2)].sum() + x[:, : math.trunc(n / 3)].sum() + x[:, : (n >> 1)].sum()
-    return x * (abs(3 - n) + (n << 1) + (n & 3) + math.ceil(n / 4)) / n**3 + ends
+    return x * (abs(3 - n) + (n << 1) + (n & 3) + (n & 0) + math.ceil(n / 4)) / n**3 + ends
 
 
 def fractions(x: torch.Tensor) -> torch.Tensor:

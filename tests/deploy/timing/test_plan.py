@@ -14,6 +14,7 @@ from torch import nn
 
 import thesean
 from tests import captured, models
+from tests.models import vectors
 from thesean.deploy.export import export
 from thesean.deploy.parity import CheckSizes
 from thesean.deploy.timing import networks
@@ -188,12 +189,21 @@ def test_of_several_targets_the_one_that_is_slower_than_its_parts_is_named(monke
     assert "target 'gru' is slower than the parts it replaces" in told
 
 
+class Conditioned(nn.Module):
+    """x_BTD, condition_BD -> a running sum that is told the condition."""
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1) + condition.unsqueeze(1)
+
+
 def test_decoding_is_seen_in_the_numbers():
     assert payoff.decodes(captured.gpt2())
     assert payoff.decodes(captured.llama())
     assert payoff.decodes(captured.token_mixer())
     assert not payoff.decodes(captured.bert())
     assert not payoff.decodes(captured.encoder())  # its output has no time
+    told = {"x": vectors(2, 5, 4), "condition": vectors(2, 4, seed=1)}
+    assert not payoff.decodes(capture(Conditioned(), told))  # nor has one of its inputs
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "128", (128, 0), (), True, 1.5])

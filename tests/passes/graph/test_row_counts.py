@@ -100,6 +100,17 @@ def test_where_a_reader_relates_steps_it_takes_no_rows():
     assert not takes_rows(count, shapes_of(module), BATCH)
 
 
+def test_where_a_later_reader_relates_steps_it_takes_no_rows():
+    """Whatever stands between them, and beside."""
+    graph = fx.Graph()
+    x_BTD = graph.placeholder("x")
+    count = graph.call_function(aten.arange.default, (graph.call_function(aten.sym_size.int, (x_BTD, 1)),))
+    later = graph.call_function(aten.add.Scalar, (count, 1))
+    graph.output((x_BTD, crossed(graph, later), embedded(graph, count)))
+    module = fx.GraphModule({"table_ND": nn.Parameter(TABLE_ND)}, graph)
+    assert not takes_rows(count, shapes_of(module), BATCH)
+
+
 @pytest.mark.parametrize(
     ("shape", "dim", "expected"),
     [

@@ -148,3 +148,9 @@ def test_an_output_class_is_filled_with_a_dicts_values_and_nothing_else():
     assert fits_record(signature, x_BT3())
     assert not fits_record(signature, {"logits": x_BT3()})
     assert fits_record(BOTH, {"logits": x_BT3()})
+
+
+def test_what_is_held_has_no_dimension_that_a_caller_chooses():
+    held = InputSpec(name="encoded", dtype=torch.float32, shape=("batch", "source", 8), held=True)
+    ids = InputSpec(name="ids", dtype=torch.int64, shape=("batch", "time"))
+    assert Signature(inputs=(held, ids)).symbols == ("batch", "time")

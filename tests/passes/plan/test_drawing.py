@@ -81,6 +81,17 @@ def test_boxes_stand_apart_and_words_stay_inside_them(plan: Plan):
             ), text
 
 
+@pytest.mark.parametrize(
+    ("params", "told"), [(120_000, "20 k params"), (100_000, "0 params"), (90_000, "0 params")], ids=str
+)
+def test_what_no_part_covers_is_told_where_there_is_any(params, told):
+    words = [t.words for t in picture_of(replace(PLAN, params=params)).texts]
+    assert told in words[words.index("the rest") :]
+    assert "1 M FLOPs" in words[words.index("the rest") :]
+    nothing = replace(PLAN, params=100_000, flops=12_000_000)
+    assert "the rest" not in [t.words for t in picture_of(nothing).texts]
+
+
 def test_a_long_path_breaks_after_a_dot_and_loses_nothing():
     words = [t.words for t in picture_of(long_plan(1)).texts if t.bold and t.centred]
     first = words[: words.index("gru")]
