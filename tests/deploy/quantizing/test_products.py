@@ -17,7 +17,7 @@ import pytest
 
 from tests.deploy.lowering.lean.test_lean import after, built
 from thesean.deploy.quantizing import tools
-from thesean.deploy.quantizing.products import products, split_gemms
+from thesean.deploy.quantizing.products import products, split_gemms, turn_weights
 from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.tools import quantize_file
 from thesean.errors import ExportError
@@ -100,6 +100,70 @@ def test_the_product_keeps_the_name_and_weights_that_nothing_reads_go():
     model = named(both)
     split_gemms(model)
     assert set(model.graph.initializers) == {"W", "W.transposed", "B"}
+
+
+HEAD = """g (float[batch, time, 8] x, float[4, 8] W) => (float[batch, time, 4] y, float[4, 8] z)
+{
+    turned = Transpose <perm = [1, 0]> (W)
+    y = MatMul (x, turned)
+    z = Neg (W)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (HEAD, ["MatMul", "Neg"]),
+        (HEAD.replace(" <perm = [1, 0]>", ""), ["MatMul", "Neg"]),
+        (HEAD.replace("Neg (W)", "Transpose <perm = [1, 0]> (turned)"), ["Transpose", "MatMul", "Transpose"]),
+        (HEAD.replace("float[4, 8] W", "float[4, 8] w"), None),
+        (HEAD.replace("[1, 0]", "[0, 1]").replace("float[4, 8]", "float[8, 8]").replace("time, 4]", "time, 8]"), None),
+        (HEAD.replace("Transpose <perm = [1, 0]> (W)", "Neg (W)").replace("[4, 8]", "[8, 4]"), None),
+    ],
+    ids=["turned", "by default", "read twice", "an input", "as it lies", "no turn"],
+)
+def test_a_product_by_weights_that_are_turned_first_is_one_by_weights_that_lie_so(text, left):
+    if left is None:
+        assert turn_weights(built(text)) == 0
+    else:
+        assert after(text, turn_weights) == left
+
+
+def test_an_embedding_that_is_the_head_too_is_a_matrix_of_each():
+    model = named(HEAD)
+    assert products(model, ("MatMul",)).names == ()
+    turn_weights(model)
+    assert products(model, ("MatMul",)).names == ("y",)
+    assert {n: tuple(v.shape) for n, v in model.graph.initializers.items()} == {"W": (4, 8), "W.transposed": (8, 4)}
+    alone = named(HEAD.replace(", float[4, 8] z", "").replace("    z = Neg (W)\n", ""))
+    turn_weights(alone)
+    assert set(alone.graph.initializers) == {"W.transposed"}
+
+
+TIED = """g (int64[batch, time] ids, float[40, 64] E, float[64, 64] W) => (float[batch, time, 40] y)
+{
+    x = Gather (E, ids)
+    h = MatMul (x, W)
+    turned = Transpose <perm = [1, 0]> (E)
+    y = MatMul (h, turned)
+}"""
+
+
+def test_a_table_that_is_the_head_too_has_eight_bits_in_int4(tmp_path):
+    source, made = saved(TIED, tmp_path), tmp_path / "whole.onnx"
+    found = quantize_file(source, made, "int4", [])
+    assert (set(found.names), found.tables) == ({"h", "y"}, ("y",))
+    blocks = {n.name.removesuffix(f"_Q{b}"): b for n in onnx.load(made).graph.node if (b := bits_of(n))}
+    assert blocks == {"h": 4, "y": 8}
+    ids = np.arange(40, dtype=np.int64)[None]
+    exact, rough = (
+        ort.InferenceSession(p, providers=["CPUExecutionProvider"]).run(None, {"ids": ids})[0] for p in (source, made)
+    )
+    assert np.abs(rough - exact).max() < 0.3 * np.abs(exact).max()
+
+
+def bits_of(node: Any) -> int:
+    return next((a.i for a in node.attribute if a.name == "bits"), 0)
 
 
 NETWORK = """g (float[batch, 64] x, float[64, 48] W, float[16, 48] V, float[16] B) => (float[batch, 16] y)

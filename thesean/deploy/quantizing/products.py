@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+_TURNED = ".transposed"  # ends the name of weights that lie the other way
+
+
 @dataclass(frozen=True, kw_only=True)
 class Products:
-    """The names of nodes, and how much of the file's weights, in bytes, they multiply."""
+    """The names of nodes, and how much of the file's weights, in bytes, they multiply. `tables`: those by weights that
+    lie in the file once more, as a table whose rows are looked up: an embedding that is the head too.
+    """
 
     names: tuple[str, ...]
     share: float
+    tables: tuple[str, ...] = ()
 
 
 def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
@@ -29,6 +35,7 @@ def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
     import onnx_ir as ir
 
     found: list[str] = []
+    tables: list[str] = []
     counted: dict[int, int] = {}
     for node in model.graph:
         if node.domain or node.op_type not in kinds or len(node.inputs) < 2:
@@ -42,7 +49,11 @@ def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
             continue
         found.append(str(node.name))
         counted[id(value)] = value.const_value.nbytes
-    return Products(names=tuple(found), share=sum(counted.values()) / max(1, weights_bytes(model)))
+        table = model.graph.initializers.get(str(value.name).removesuffix(_TURNED))
+        if table is not None and any(is_kind(user, "Gather") and at == 0 for user, at in table.uses()):
+            tables.append(str(node.name))
+    share = sum(counted.values()) / max(1, weights_bytes(model))
+    return Products(names=tuple(found), share=share, tables=tuple(tables))
 
 
 def split_gemms(model: ir.Model) -> int:
@@ -71,6 +82,29 @@ def split_gemms(model: ir.Model) -> int:
     return changed
 
 
+def turn_weights(model: ir.Model) -> int:
+    """MatMul by the Transpose of weights => by weights that lie so: the tools look for nothing behind it. An embedding
+    that is the head too is written twice.
+    """
+    changed = 0
+    for node in list(model.graph):
+        turned: Any = node.inputs[1] if is_kind(node, "MatMul") else None
+        turn = None if turned is None else turned.producer()
+        if turn is None or not is_kind(turn, "Transpose"):
+            continue
+        value = turn.inputs[0]
+        if value is None or not value.is_initializer() or value.const_value is None:
+            continue
+        if list(number(turn, "perm", [1, 0])) != [1, 0]:
+            continue
+        node.replace_input_with(1, _transposed(model.graph, value))
+        if not turned.uses() and not turned.is_graph_output():
+            model.graph.remove(turn, safe=True)
+            forget(model.graph, [value])
+        changed += 1
+    return changed
+
+
 def _matrix(node: Node) -> Any:
     """The weights of a Gemm that does no more than multiply and add."""
     value = node.inputs[1]
@@ -86,4 +120,4 @@ def _transposed(graph: ir.Graph, value: Any) -> Any:
     import onnx_ir as ir
 
     array = np.ascontiguousarray(value.const_value.numpy().T)
-    return weight(graph, f"{value.name}.transposed", ir.Tensor(array))
+    return weight(graph, f"{value.name}{_TURNED}", ir.Tensor(array))
