@@ -200,6 +200,20 @@ def test_what_a_builder_gives_is_tried_in_the_guides_precision():
     assert [p.target for p in bound_plan.plan] == ["mine"] * 3
 
 
+class Private(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._up, self._down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self._down(torch.tanh(self._up(x)))
+
+
+def test_a_part_is_called_by_its_modules_also_where_they_are_private():
+    plan = make_plan(capture(models.seeded(Private), vectors(3, 8)), "mlp").plan
+    assert [part.path for part in plan] == ["_up.._down"]
+
+
 def test_costs_add_up():
     plan = make_plan(captured.gpt2(), "gru", keep=["*.0"]).plan
     assert plan.params == sum(p.numel() for p in captured.gpt2().graph_module.parameters())
