@@ -145,15 +145,17 @@ class Tried:
             del self.known.lines[test]
         return self.sound[test]
 
+    def _comes_by(self, test: str, mutant: Mutant) -> bool:
+        return any(mutant.line <= n <= mutant.last_line for n in self.known.lines[test].get(mutant.file, ()))
+
     def _tests(self, mutant: Mutant, most: float, run: Collection[str]) -> list[str]:
         """Those that come by the line and weren't run before, as many as take `most` seconds: those that found another
         fault of the function, those of the file's own name, then one of each file in turn, those of the folder's own
         first, the fastest of each first.
         """
-        place = range(mutant.line, mutant.last_line + 1)
         files: dict[str, list[str]] = defaultdict(list)
-        for test, seen in self.known.lines.items():
-            if test not in run and any(n in place for n in seen.get(mutant.file, ())):
+        for test in self.known.lines:
+            if test not in run and self._comes_by(test, mutant):
                 files[test.partition("::")[0]].append(test)
         source = Path(mutant.file)
         folder = "/".join(("tests", *source.parts[1:-1]))
@@ -181,12 +183,7 @@ class Tried:
             files[test.partition("::")[0]].append(test)
         cost = {file: sum(self.known.seconds[t] for t in tests) for file, tests in files.items()}
         own = f"test_{Path(mutant.file).stem}"
-        place = range(mutant.line, mutant.last_line + 1)
-        near = [
-            file
-            for file, tests in files.items()
-            if own in file or any(n in place for t in tests for n in self.known.lines[t].get(mutant.file, ()))
-        ]
+        near = [file for file, tests in files.items() if own in file or any(self._comes_by(t, mutant) for t in tests)]
         chosen: list[str] = []
         taken = 0.0
         for file in sorted(near, key=lambda file: (own not in file, cost[file])):

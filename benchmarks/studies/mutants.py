@@ -53,13 +53,18 @@ def score(rows: list[dict[str, Any]]) -> float | None:
     return sum(outcome in NOTICED for outcome in counted) / len(counted) if counted else None
 
 
+def by_place(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows by the folder that their fault is in, and all of them."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault("/".join(row["name"].split(":")[0].split("/")[:2]), []).append(row)
+    return [*sorted(places.items()), ("all", rows)]
+
+
 def table(result: Result) -> str:
     """Noticed and others, by the folder that they are in."""
-    places: dict[str, list[dict[str, Any]]] = {}
-    for row in result["cases"]:
-        places.setdefault("/".join(row["name"].split(":")[0].split("/")[:2]), []).append(row)
     lines = ["| | faults | noticed | survived | no test comes by | score |", "|---|---|---|---|---|---|"]
-    for place, rows in [*sorted(places.items()), ("all", result["cases"])]:
+    for place, rows in by_place(result["cases"]):
         told = Counter(row["outcome"] for row in rows)
         noticed, of = sum(told[n] for n in NOTICED), score(rows)
         share = "-" if of is None else f"{of:.0%}"

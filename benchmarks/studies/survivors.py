@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from benchmarks.mutation.ask import ask
 from benchmarks.studies import mutants
@@ -31,11 +30,8 @@ def bench(run: Run) -> None:
 
 def table(result: Result) -> str:
     """Noticed by now and left, by the folder that they are in; the last line counts what was noticed before too."""
-    places: dict[str, list[dict[str, Any]]] = {}
-    for row in result["cases"]:
-        places.setdefault("/".join(row["name"].split(":")[0].split("/")[:2]), []).append(row)
     lines = ["| | survived | noticed by now | gone | left |", "|---|---|---|---|---|"]
-    for place, rows in [*sorted(places.items()), ("all", result["cases"])]:
+    for place, rows in mutants.by_place(result["cases"]):
         told = Counter(row["outcome"] for row in rows)
         noticed = sum(told[n] for n in mutants.NOTICED)
         lines.append(f"| {place} | {len(rows)} | {noticed} | {told['gone']} | {len(rows) - noticed - told['gone']} |")

@@ -40,8 +40,8 @@ def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
     for node in model.graph:
         if node.domain or node.op_type not in kinds or len(node.inputs) < 2:
             continue
-        value = node.inputs[1]
-        if value is None or not value.is_initializer() or value.const_value is None:
+        value: Any = node.inputs[1]
+        if not _is_weights(value):
             continue
         if value.const_value.dtype != ir.DataType.FLOAT or not value.const_value.size:
             continue
@@ -93,9 +93,7 @@ def turn_weights(model: ir.Model) -> int:
         if turn is None or not is_kind(turn, "Transpose"):
             continue
         value = turn.inputs[0]
-        if value is None or not value.is_initializer() or value.const_value is None:
-            continue
-        if list(number(turn, "perm", [1, 0])) != [1, 0]:
+        if not _is_weights(value) or list(number(turn, "perm", [1, 0])) != [1, 0]:
             continue
         node.replace_input_with(1, _transposed(model.graph, value))
         if not turned.uses() and not turned.is_graph_output():
@@ -105,10 +103,14 @@ def turn_weights(model: ir.Model) -> int:
     return changed
 
 
+def _is_weights(value: Any) -> bool:
+    return value is not None and value.is_initializer() and value.const_value is not None
+
+
 def _matrix(node: Node) -> Any:
     """The weights of a Gemm that does no more than multiply and add."""
     value = node.inputs[1]
-    if value is None or not value.is_initializer() or value.const_value is None or dims(value) is None:
+    if not _is_weights(value) or dims(value) is None:
         return None
     if number(node, "transA", 0) or number(node, "alpha", 1.0) != 1.0 or number(node, "beta", 1.0) != 1.0:
         return None

@@ -108,7 +108,10 @@ def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(source)
-    for bits, names in ((8, found.tables), (4, set(found.names) - set(found.tables))):
+    tables = set(found.tables)
+    for bits, names in ((8, tables), (4, set(found.names) - tables)):
+        if not names:
+            continue
         tool = MatMulNBitsQuantizer(
             model,
             bits=bits,
