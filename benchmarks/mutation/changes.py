@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import gc
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,20 @@ def mutants(path: Path, file: str) -> list[Mutant]:
         place = {"line": statement.lineno, "last_line": last}
         found.append(Mutant(file=file, number=number, function=function, what=what, **place))
     return found
+
+
+def drawn(every: Iterable[Mutant], seed: int, count: int) -> list[Mutant]:
+    """The `count` first by a hash of what each changes and where: by its function, not its line, so that a draw stays
+    while the code around it moves.
+    """
+    alike: Counter[tuple[str, str, str]] = Counter()
+    places: list[tuple[str, Mutant]] = []
+    for mutant in every:
+        place = (mutant.file, mutant.function[0], mutant.what)
+        text = " ".join([str(seed), *place, str(alike[place])])
+        places.append((hashlib.sha256(text.encode()).hexdigest(), mutant))
+        alike[place] += 1
+    return [mutant for _, mutant in sorted(places, key=lambda place: place[0])[:count]]
 
 
 def now(name: str, every: Iterable[Mutant]) -> Mutant | None:

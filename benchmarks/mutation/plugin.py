@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import time
 import traceback
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.mutation.changes import Live, Mutant, mutants, now
+from benchmarks.mutation.changes import Live, Mutant, drawn, mutants, now
 from benchmarks.mutation.come_by import ComeBy, Seen, come_by, cpu_seconds, note
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +53,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
         return True
     every = [m for file in files for m in mutants(ROOT / file, file)]
     if asked["names"] is None:
-        drawn = random.Random(asked["seed"]).sample(every, min(asked["count"], len(every)))
-        sample: list[tuple[str, Mutant | None]] = [(mutant.name, mutant) for mutant in drawn]
+        draw = drawn(every, asked["seed"], asked["count"])
+        sample: list[tuple[str, Mutant | None]] = [(mutant.name, mutant) for mutant in draw]
     else:
         sample = [(name, now(name, every)) for name in asked["names"]]
     tried = Tried(items, known, asked["looks"], asked["whole_files"])

@@ -5,7 +5,8 @@ where the process does; it "survived" where all pass, and is "not run" where non
 three among all that could be taken up. Tests are those of `make test` that aren't slow: for each fault those of the
 file's own name first, then the fastest, as many as take the seconds of `looks`, the second ones where nothing was
 noticed, and after those whole files of tests, as many as take those of `whole_files`. Tests are written for what is
-left: `survivors` tries it again; `--seeds 2` draws others.
+left: `survivors` tries it again; `--seeds 3` draws others. A draw goes by a hash of what a fault changes, so that it is
+the same one while the code moves.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ CASE = Case(
     minutes=120,
     unit="faults",
     run=bench,
-    seeds=(1,),
+    seeds=(2,),
     settings={
         "files": FILES,
         "tests": ["tests"],

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.mutation.changes import Live, mutants, now
+from benchmarks.mutation.changes import Live, drawn, mutants, now
 from benchmarks.mutation.come_by import ComeBy
 from benchmarks.mutation.plugin import Tried
 from benchmarks.studies import survivors
@@ -184,6 +184,19 @@ def test_a_fault_is_found_again_where_its_line_has_moved():
     assert now(f"{file}:{fault.line - 3} Eq -> NotEq (0)", every) == fault
     assert now(f"{file}:{fault.line} Eq -> IsNot (0)", every) is None
     assert now("thesean/gone.py:3 Eq -> NotEq (0)", every) is None
+
+
+def test_a_draw_stays_while_lines_move_and_a_seed_is_another(module, tmp_path: Path):
+    _, path = module
+    every = mutants(path, "held.py")
+    names = [mutant.name for mutant in drawn(every, 1, 5)]
+    moved = tmp_path / "moved.py"
+    moved.write_text("X = 1\n\n\ndef added():\n    return bool(X)\n\n" + SOURCE)
+    among = {m.name for m in drawn(mutants(moved, "held.py"), 1, 8)}
+    assert len(set(names)) == 5
+    assert {now(name, mutants(moved, "held.py")).name for name in names} <= among  # beside what was added
+    assert names != [mutant.name for mutant in drawn(every, 2, 5)]
+    assert sorted(drawn(every, 1, 10**6), key=lambda m: m.number) == every
 
 
 def test_what_is_noticed_by_now_counts_with_what_was_before():
