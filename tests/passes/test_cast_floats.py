@@ -50,6 +50,15 @@ def test_weights_and_casts_of_one_precision_become_another_and_the_rest_stays():
     assert y.tolist() == [[torch.finfo(FP16).min, 0.0, 2.0]]  # the largest that the new precision has
 
 
+def test_a_network_without_weights_is_of_the_precision_of_its_inputs():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.zeros(2, 3, dtype=BF16)
+    graph.output((graph.call_function(aten.neg.default, (x,)),))
+    result = CastFloats({BF16: FP32})(fx.GraphModule(nn.Module(), graph))
+    assert result.modified
+
+
 @pytest.mark.parametrize("dtypes", [{}, {BF16: FP32}])
 def test_a_network_without_that_precision_is_left_alone(dtypes):
     result = CastFloats(dtypes)(clone(captured.mlp().graph_module))

@@ -136,6 +136,15 @@ def test_scores_are_solved_on_what_later_tokens_look_back_at(sequence_part, atte
     assert foretell(facts, [torch.randn(2, 12, 16)], 8) is None  # too short to tell
 
 
+def test_scores_are_counted_from_the_middle_one(sequence_part, attention_facts):
+    part = sequence_part(attention=looking_alike(attention_facts()))
+    module = copied(part, window=8, kept=8)
+    x_BTD = torch.randn(16, 200, 16) + torch.linspace(-2, 2, 16)
+    module.prepare(part, [(x_BTD[:8], torch.empty(0))])
+    above_G = (module.score(x_BTD[8:]) > 0).double().mean((0, 1))
+    torch.testing.assert_close(above_G, torch.full_like(above_G, 0.5), atol=0.15, rtol=0)
+
+
 def test_what_was_foretold_to_matter_is_nearer_than_the_first_ones(sequence_part, attention_facts):
     facts = looking_alike(attention_facts())
     part = sequence_part(attention=facts)

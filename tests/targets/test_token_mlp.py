@@ -120,3 +120,9 @@ def test_a_causal_part_gets_tokens_one_by_one_and_nothing_that_hears_of_others()
 def test_options_that_do_not_go_together_are_refused(part, options, message):
     with pytest.raises(TargetMismatchError, match=message):
         build("mlp", part, **options)
+
+
+def test_what_is_no_sequence_is_refused_by_that():
+    part = PartFacts(path="2", input_shape=("batch", 8), output_shape=("batch", 8), mixing="bidirectional", params=100)
+    with pytest.raises(TargetMismatchError, match=r"a sequence \(batch, time, width\)"):
+        build("token-mlp", part)

@@ -217,3 +217,8 @@ def test_wrong_sizes_are_refused_before_the_guide_is_traced(wrong: object):
 def test_without_sizes_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(payoff, "measure_plan", lambda *_, **__: pytest.fail("measured"))
     assert thesean.plan(models.mlp(), "mlp", example_inputs=models.vectors(3, 8)).latencies == ()
+
+
+def test_the_examples_length_is_what_is_no_batch():
+    assert payoff._example_length(captured.gpt2()) == models.tokens().shape[1] != len(models.tokens())
+    assert payoff._example_length(captured.mlp()) is None

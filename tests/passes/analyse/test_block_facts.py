@@ -103,7 +103,7 @@ class Odd(nn.Module):
                 x = x + self.attentions[2 * k](z, z, z, need_weights=False)[0]
                 continue
             x = x + attended
-            z = self.norms[2 * k + 1](x)
+            z = x if self.kind == "no norm before the MLP" else self.norms[2 * k + 1](x)
             if self.kind == "a second attention":
                 x = x + self.attentions[2 * k + 1](z, z, z, need_weights=False)[0]
             elif self.kind == "an MLP on all tokens":
@@ -119,6 +119,7 @@ class Odd(nn.Module):
         ("an MLP", True),
         ("a curve before the attention", False),
         ("the MLP first", False),
+        ("no norm before the MLP", False),
         ("a second attention", False),
         ("an MLP on all tokens", False),
     ],

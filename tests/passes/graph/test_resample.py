@@ -106,6 +106,14 @@ def test_a_mask_hides_nothing_however_much_was_padded(visible, side):
     assert made((steps < lengths[:, None]).long(), ("batch", "time"), batch=2, time=5).min() == 1
 
 
+def test_rows_of_one_token_say_at_which_end_all_are_visible():
+    mask_BT = torch.zeros(4, 4, dtype=torch.bool)
+    mask_BT[:, -1] = mask_BT[3] = True  # fewer than half of all
+    assert made(mask_BT, ("batch", "time"), batch=2, time=5).all()
+    assert not made(~mask_BT, ("batch", "time"), batch=2, time=5).any()
+    assert made(mask_BT.flip(1), ("batch", "time"), batch=2, time=5).all()
+
+
 def test_a_state_whose_batch_is_the_second_dimension_keeps_its_layers():
     h_LBD = torch.stack([torch.rand(20, 3), 5 + torch.rand(20, 3)])
     found = made(h_LBD, (2, "batch", 3), batch=7)

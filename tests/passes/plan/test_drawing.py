@@ -114,6 +114,17 @@ def test_heights_grow_with_latency_and_with_parameters_where_nothing_was_measure
     assert counted[1].height - counted[0].height == pytest.approx((58 - 50) / 58 * 90)
 
 
+def test_what_was_measured_of_both_is_told():
+    def told(plan: Plan) -> str:
+        return " ".join(text.words for text in picture_of(plan).texts)
+
+    first = PLAN.latencies[0]
+    both = f"FLOPs, {first.guide_ms:.3g} -> {first.plan_ms:.3g} ms"
+    assert both in told(PLAN)
+    for half in (replace(first, guide_ms=None), replace(first, plan_ms=None)):
+        assert "FLOPs, " not in told(replace(PLAN, latencies=(half,)))
+
+
 def test_a_kept_part_is_grey_and_targets_differ_in_colour():
     fills = {b.hint.split(".")[-2]: b.fill for b in picture_of(long_plan(4)).boxes[1:] if b.hint.endswith(".last")}
     assert len(set(fills.values())) == 4

@@ -110,6 +110,7 @@ def test_a_view_as_what_it_is_goes_and_one_that_comes_back_too():
     reshape_by_constant(model)
     left = [n for n in model.graph if n.op_type == "Neg"]
     assert left[0].inputs[0].name == "x"
+    assert [n.outputs[0].name for n in model.graph if n.op_type == "Reshape"] == ["apart"]  # which nothing reads
 
 
 def test_a_size_is_not_left_to_a_division_by_what_may_be_empty():
@@ -593,6 +594,23 @@ def test_a_slice_is_a_part_where_it_is_all_of_one_on_the_axis_of_the_parts(axis,
         y = Neg (part)
     }}"""
     assert after(text, lifted(split_slices), count=int(len(left) == 1)) == left
+
+
+def test_behind_a_part_of_unknown_size_no_part_is_known():
+    """`first` of 2 would lie where b does, were the one before it passed over."""
+    text = """g (float[past, 4] a, float[2, 4] b) => (float[2, 4] y) <float[6, 4] all>
+    {
+        all = Concat <axis = 0> (a, b)
+        start = Constant <value_ints = [0]> ()
+        end = Constant <value_ints = [2]> ()
+        axis = Constant <value_ints = [0]> ()
+        first = Slice (all, start, end, axis)
+        y = Neg (first)
+    }"""
+    model = built(text)
+    split_slices(model)
+    (negated,) = (n for n in model.graph if n.op_type == "Neg")
+    assert negated.inputs[0].name == "first"
 
 
 ROWS = f"""g ({X}, float[8, 15] W, float[15] B) => (float[batch, time, 12] y, float[batch, time, 3] z)
