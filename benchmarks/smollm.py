@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -25,8 +26,10 @@ from benchmarks.suite import ROOT, Case, Result, Run
 from benchmarks.tables import markdown
 from examples.questions import QUESTIONS
 from thesean.answers import compare_answers
+from thesean.deploy.quantizing.quantized import start_of
 from thesean.deploy.quantizing.tools import quantize_file
 from thesean.deploy.session import Session
+from thesean.deploy.states import arrays_of
 from thesean.deploy.timing.latency import latency_of_models
 from thesean.deploy.timing.turns import Timing
 from thesean.deploy.timing.turns import measure as time_calls
@@ -82,6 +85,22 @@ def judged(model: Any, documentation: Text, source: Text, settings: dict[str, An
         found[f"docs_{length}"] = nats(model, documentation.windows(count, length, 1, seed=2))
         found[f"source_{length}"] = nats(model, source.windows(count, length, 1, seed=3))
     return found
+
+
+class Served:
+    """A file as a model that is called with tensors, of a sequence as long as it comes."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        pieces = {name: value.split(_CHUNK, 1) for name, value in inputs.items()}
+        stream = self.session.stream()
+        found = [
+            stream({n: x.numpy() for n, x in zip(pieces, each, strict=True)})
+            for each in zip(*pieces.values(), strict=True)
+        ]
+        return {"logits": torch.from_numpy(np.concatenate([out["logits"] for out in found], 1))}
 
 
 def convert(guide: Any, asked: tuple[dict[str, Any], int], data: list[Any], held_out: list[Any]) -> thesean.Converted:
@@ -164,11 +183,16 @@ def answers(files: dict[str, Path], tokenizer: Any, settings: dict[str, Any]) ->
     }
 
 
-def in_four_bits(files: dict[str, Path], names: Sequence[str]) -> dict[str, Path]:
-    """The same files with their products' weights in four bits, by name."""
+def in_four_bits(
+    files: dict[str, Path], names: Sequence[str], windows: list[dict[str, torch.Tensor]]
+) -> dict[str, Path]:
+    """The same files with their products' weights in four bits, rounded for these texts, by name."""
+    inputs = [arrays_of(batch) for batch in windows]
     made = {f"{n}{FOUR_BITS}": file.with_name(f"{file.stem}_int4.onnx") for n, file in files.items() if n in names}
     for name, file in made.items():
-        quantize_file(files[name.removesuffix(FOUR_BITS)], file, "int4", ())
+        exact = files[name.removesuffix(FOUR_BITS)]
+        session = Session(exact)
+        quantize_file(exact, file, "int4", [{**x, **start_of(session, x)} for x in inputs])
     return made
 
 
@@ -199,8 +223,10 @@ def bench(run: Run) -> None:
             run.add(name, **apart(name, "benchmarks.smollm", name, str(file), run.settings))
     measured = {row["name"] for row in run.rows}
     files = {name: file for name, file in files.items() if name in measured}
-    files |= in_four_bits(files, run.settings["four_bits"])
     guide, tokenizer = read_guide()
+    count, length = run.settings["rounded_for"]
+    windows = Text.of_python(tokenizer, held_out=False).windows(count, length, 1, seed=5)
+    files |= in_four_bits(files, run.settings["four_bits"], windows)
     ids = torch.tensor(tokenizer("What is a list?")["input_ids"])
     signature = capture(guide, {"input_ids": ids.repeat(2, 1)}).signature
     timings = latency_of_models(files, signature, contexts=run.settings["contexts"], repeats=run.settings["turns"])
@@ -212,6 +238,9 @@ def bench(run: Run) -> None:
     for read in run.settings["streamed"]:
         for name, timed in streamed(files, text_T, read, run.settings["turns"]).items():
             beside[name][f"token_{read}"] = timed.median_ms
+    documentation, source = Text.of_python(tokenizer, held_out=True), source_code(tokenizer)
+    for name in files.keys() - set(TARGETS):
+        beside[name] |= judged(Served(Session(files[name])), documentation, source, run.settings)
     for name, said in answers(files, tokenizer, run.settings).items():
         beside[name] |= {"agreement": said.agreement, "same": said.same, "parts_at": said.parts_at}
     run.keep(beside=beside, minutes=(time.monotonic() - start) / 60)
@@ -265,6 +294,7 @@ CASE = Case(
         "contexts": [64, 2048],
         "streamed": [8000],
         "four_bits": ["guide", "rnn, 128 held"],
+        "rounded_for": [8, 512],
         "turns": 5,
         "prompts": len(QUESTIONS),
         "answer": 24,
@@ -280,6 +310,7 @@ CASE = Case(
         "contexts": [8],
         "streamed": [16],
         "four_bits": ["rnn, 128 held"],
+        "rounded_for": [1, 32],
         "turns": 1,
         "prompts": 2,
         "answer": 4,

@@ -27,19 +27,18 @@ def samples_of(data: Iterable[Any] | None, signature: Signature, device: torch.d
         sizes |= signature.example_sizes
         made = [signature.random_inputs(sizes, seed=10 + k) for k in range(2 * _MADE_UP)]
         told = f"{_MADE_UP} batches made of the example (data= brings better ones)"
-        return Samples(calibration=made[:_MADE_UP], held_out=made[_MADE_UP:], judged=_judge, told=told)
+        return Samples(calibration=made[:_MADE_UP], held_out=made[_MADE_UP:], judged=_judge, are_given=False, told=told)
     data = as_batches(data)
     check_readable(data)
     batches = Batches(data, signature, device or torch.device("cpu")).first(_CALIBRATION + _HELD_OUT)
     found = [inputs for _, inputs in batches]
     if len(found) == 1:
         calibration, held_out = _rows_apart(signature, found[0])
-        return Samples(
-            calibration=[calibration], held_out=[held_out], judged=_judge, told="the last rows of the one batch of data"
-        )
+        told = "the last rows of the one batch of data"
+        return Samples(calibration=[calibration], held_out=[held_out], judged=_judge, are_given=True, told=told)
     count = min(_HELD_OUT, max(1, len(found) // 4))
     told = "the last batch of data" if count == 1 else f"the last {count} batches of data"
-    return Samples(calibration=found[:-count], held_out=found[-count:], judged=_judge, told=told)
+    return Samples(calibration=found[:-count], held_out=found[-count:], judged=_judge, are_given=True, told=told)
 
 
 def _rows_apart(

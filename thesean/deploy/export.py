@@ -49,7 +49,6 @@ from thesean.deploy.onnx_file import (
     draft,
 )
 from thesean.deploy.parity import (
-    IN_TORCH,
     Check,
     CheckSizes,
     allowed_error,
@@ -62,11 +61,11 @@ from thesean.deploy.parity import (
     untried_of,
 )
 from thesean.deploy.quantizing.quantized import (
-    COARSE,
     QUANTIZED,
     QUANTIZED_PARITY,
     Quantized,
     check_form,
+    held_to,
     quantized,
 )
 from thesean.deploy.session import Session
@@ -273,11 +272,11 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         if quantize := asked.form.get("quantize"):
             samples = asked.form.get("samples")
             assert samples is not None, "whoever asks for a quantised file says what it is judged on"
-            made = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
+            made, seen = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
             tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
             found, _ = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)
-            checks = [c for c in found if c.label != IN_TORCH]
-            allowed_error(checks, tolerance, path, lambda *_: 0.0, COARSE)
+            checks, apart = held_to(tolerance, seen, found, samples, path)
+            skipped += apart
             drafted.tell({QUANTIZED: made.to_json(), PARITY_SEEN: json.dumps([c._asdict() for c in checks])})
         if unchecked:
             drafted.tell({UNCHECKED: unchecked})

@@ -23,9 +23,12 @@ class Judge:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Inputs by name. `judged`: what the outputs are, from the exact file's own on inputs that differ."""
+    """Inputs by name. `judged`: what the outputs are, from the exact file's own on inputs that differ. `are_given`:
+    they are the caller's own, not made of the example.
+    """
 
     calibration: Sequence[dict[str, torch.Tensor]]
     held_out: Sequence[dict[str, torch.Tensor]]
     judged: Callable[[Sequence[Outputs]], Judge]
+    are_given: bool
     told: str  # of whom the held-out ones are

@@ -1,4 +1,7 @@
-"""onnxruntime's own tools: an exact file -> one whose weights are whole numbers of 8 or 4 bits.
+"""An exact file -> one whose weights are whole numbers of 8 or 4 bits.
+
+By onnxruntime's own tools, but for 4 bits: the one that has data decide on how to round goes through the whole network
+once for each product, and then rounds once more what it has rounded.
 
 K features in of a product, whose weights have a scale for each output, or for each 32 features of one
 """
@@ -12,9 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from thesean.deploy.lowering.lean.edit import MICROSOFT
 from thesean.deploy.onnx_file import LIMIT, weights_bytes
+from thesean.deploy.quantizing.blocks import put_in_place
+from thesean.deploy.quantizing.grams import grams
 from thesean.deploy.quantizing.products import Products, products, split_gemms, turn_weights
+from thesean.deploy.quantizing.rounding import round_weights
 from thesean.errors import ExportError
 
 Quantize = Literal["int8", "int8-static", "int4"]
@@ -31,8 +39,9 @@ Feeds = Iterable[Mapping[str, np.ndarray]]
 
 
 def quantize_file(source: Path, made: Path, form: Quantize, feeds: Feeds) -> Products:
-    """Write `made`, beside `source`, and tell which products hold whole numbers there. `feeds`: what "int8-static" is
-    calibrated on, all that the file takes. Raises ExportError where there is no product of weights, or a tool fails.
+    """Write `made`, beside `source`, and tell which products hold whole numbers there. `feeds`, of all that the file
+    takes: what "int8-static" is calibrated on, and what "int4" rounds for; without, it takes the next number. Raises
+    ExportError where there is no product of weights, or a tool fails.
     """
     import onnx_ir as ir
 
@@ -104,26 +113,44 @@ def _static(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
 
 
 def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds) -> None:
+    import onnx_ir as ir
+
+    if found.tables:
+        source = _tables(source, found, large)
+    model = ir.load(source)
+    names = set(found.names) - set(found.tables)
+    nodes = [node for node in model.graph if node.name in names]
+    feeds = list(feeds)
+    given = grams(source, nodes, feeds) if feeds else ((([node]), None) for node in nodes)
+    for alike, gram_KK in given:
+        for node in alike:
+            weights: Any = node.inputs[1]
+            array = weights.const_value.numpy()
+            rounded = round_weights(torch.from_numpy(np.array(array, np.float32)), _BLOCK, gram_KK)
+            put_in_place(node, rounded, _BLOCK, _INT8_OF_ACTIVATIONS)
+    model.opset_imports.setdefault(MICROSOFT, 1)
+    ir.save(model, made, external_data=f"{made.name}.weights" if large else None)
+
+
+def _tables(source: Path, found: Products, large: bool) -> Path:
+    """The file with 8 bits for embeddings that are the head too."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     model = onnx.load(source)
-    tables = set(found.tables)
-    for bits, names in ((8, tables), (4, set(found.names) - tables)):
-        if not names:
-            continue
-        tool = MatMulNBitsQuantizer(
-            model,
-            bits=bits,
-            block_size=_BLOCK,
-            is_symmetric=True,
-            accuracy_level=_INT8_OF_ACTIVATIONS,
-            nodes_to_exclude=[n.name for n in model.graph.node if n.op_type == "MatMul" and n.name not in names],
-            op_types_to_quantize=("MatMul",),
-        )
-        tool.process()
-        model = tool.model.model
+    tool = MatMulNBitsQuantizer(
+        model,
+        bits=8,
+        block_size=_BLOCK,
+        is_symmetric=True,
+        accuracy_level=_INT8_OF_ACTIVATIONS,
+        nodes_to_exclude=[n.name for n in model.graph.node if n.op_type == "MatMul" and n.name not in found.tables],
+        op_types_to_quantize=("MatMul",),
+    )
+    tool.process()
+    made = source.with_name("tables.onnx")
     tool.model.save_model_to_file(str(made), large)
+    return made
 
 
 _TOOLS: dict[str, Callable[[Path, Path, Products, bool, Feeds], None]] = {
