@@ -226,7 +226,7 @@ def test_both_files_hold_whole_numbers_each_held_against_its_exact_one(made, tmp
         assert half.quantized.exact_bytes == pytest.approx(own.bytes, rel=0.05)
         kinds = [n.op_type for n in onnx.load(half.path).graph.node]
         assert kinds.count(OPERATORS[form]) >= half.quantized.products >= 5
-        assert half.quantized.calibrated == (4 if form == "int8-static" else 0)
+        assert half.quantized.calibrated == 4
         assert QUANTIZED in metadata(half.path)
     assert (report.quantized.unit, report.encoder.quantized.unit) == ("nats", "of the variance")
     assert report.quantized.agreement is not None

@@ -5,7 +5,7 @@ K features in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from thesean.deploy.lowering.lean.edit import Node, Value
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from thesean.deploy.quantizing.tools import Feeds
+Feeds = Iterable[Mapping[str, np.ndarray]]
 
 # bytes of what one run gives and of what is made of it; more products take more runs
 _MOST = 2**29

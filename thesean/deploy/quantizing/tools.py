@@ -9,7 +9,7 @@ K features in of a product, whose weights have a scale for each output, or for e
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import torch
 from thesean.deploy.lowering.lean.edit import MICROSOFT
 from thesean.deploy.onnx_file import LIMIT, weights_bytes
 from thesean.deploy.quantizing.blocks import put_in_place
-from thesean.deploy.quantizing.grams import grams
+from thesean.deploy.quantizing.grams import Feeds, grams
 from thesean.deploy.quantizing.products import Products, products, split_gemms, turn_weights
 from thesean.deploy.quantizing.rounding import round_weights
 from thesean.errors import ExportError
@@ -34,8 +34,6 @@ _INT8_OF_ACTIVATIONS = 4  # onnxruntime's accuracy level: products of whole numb
 
 # a file's own functions make values whose type the tools don't find out
 _FLOAT = {"DefaultTensorType": 1}
-
-Feeds = Iterable[Mapping[str, np.ndarray]]
 
 
 def quantize_file(source: Path, made: Path, form: Quantize, feeds: Feeds) -> Products:
