@@ -52,6 +52,15 @@ def test_what_else_there_is_has_a_line_of_its_own_and_an_encoder_all_of_its():
     assert "\n".join(lines[6:]) == f"its encoder: {encoder}"
 
 
+@pytest.mark.parametrize(
+    ("states", "told"), [(3, "state_{}_0, state_{}_1, state_{}_2"), (4, "state_{}_0 to state_{}_3")]
+)
+def test_of_many_states_the_first_and_the_last_are_told(states: int, told: str):
+    inputs, outputs = (tuple(f"state_{way}_{k}" for k in range(states)) for way in ("in", "out"))
+    lines = str(replace(REPORT, inputs=("x", *inputs), outputs=("y", *outputs))).splitlines()
+    assert lines[1] == f"  inputs x, {told.replace('{}', 'in')}; outputs y, {told.replace('{}', 'out')}"
+
+
 def test_a_graph_of_torchs_has_no_opset_and_was_compared_there():
     lines = str(replace(REPORT, opset=0)).splitlines()
     assert lines[0] == "wrote m.onnx: 1.23 MB, a graph of torch's, without state, 3.2 s"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -16,6 +16,9 @@ from thesean.deploy.quantizing.quantized import Quantized
 from thesean.deploy.quantizing.samples import Samples
 from thesean.deploy.quantizing.tools import Quantize
 from thesean.errors import ExportError
+from thesean.passes.thread_state import STATE_IN, STATE_OUT
+
+_FEW = 3  # states that are told by name
 
 # Errors of a file, of the output's scale, by its precision: the orders of sums differ, and in float16 each step rounds.
 PARITY = {torch.float32: 1e-4, torch.float16: 3e-2}
@@ -141,7 +144,7 @@ class ExportReport:
         form, runtime = (f"opset {self.opset}", "onnxruntime") if self.opset else ("a graph of torch's", "torch")
         lines = [
             f"wrote {self.path}: {self.bytes / 1e6:.2f} MB, {form}, {told}, {self.seconds:.1f} s",
-            f"  inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
+            f"  inputs {_listed(self.inputs, STATE_IN)}; outputs {_listed(self.outputs, STATE_OUT)}",
             f"  {len(self.checks)} checks in {runtime}; {largest(self.checks)}, tolerance {self.tolerance:.0e}",
         ]
         if self.delay:
@@ -152,3 +155,10 @@ class ExportReport:
             lines.append(str(self.quantized))
         beside = [f"its encoder: {self.encoder}"] if self.encoder is not None else []
         return "\n".join([*lines, *([f"  {self.note}"] if self.note else []), *beside])
+
+
+def _listed(names: Sequence[str], state: str) -> str:
+    """All names; of more than a few states, which begin with `state`, the first and the last."""
+    states = [name for name in names if name.startswith(state)]
+    told = states if len(states) <= _FEW else [f"{states[0]} to {states[-1]}"]
+    return ", ".join([*(name for name in names if name not in states), *told])

@@ -43,7 +43,7 @@ def test_on_the_callers_own_samples_it_is_held_to_the_tolerance_and_elsewhere_to
     ("samples", "on_samples", "at_sizes", "told"),
     [
         (GIVEN, 0.6, 0.1, "quantised vs exact at .*at most 5e-01 .*found 6.0e-01"),
-        (GIVEN, 0.1, UNRELATED * 1.1, "onnxruntime vs torch at .*at most 1e[+]00 .*found 1.1e[+]00"),
+        (GIVEN, 0.1, UNRELATED * 1.1, "onnxruntime vs torch at .*at most 2e[+]00 .*found 2.2e[+]00"),
         (MADE, 0.6, 0.1, "quantised vs exact at .*at most 5e-01 .*give data= to be judged on"),
         (MADE, 0.1, 0.6, "onnxruntime vs torch at .*at most 5e-01 .*give data= to be judged on"),
     ],
@@ -54,7 +54,7 @@ def test_what_is_too_far_off_is_refused(samples: Any, on_samples: float, at_size
 
 
 def test_a_tolerance_that_is_larger_holds_everywhere():
-    checks, notes = held_to(2.0, [at(1.5, HELD_OUT)], [at(1.9)], GIVEN, PATH)
+    checks, notes = held_to(3.0, [at(2.5, HELD_OUT)], [at(2.9)], GIVEN, PATH)
     assert (len(checks), notes) == (2, [])
 
 

@@ -34,8 +34,9 @@ QUANTIZED = "thesean.quantized"  # in the metadata
 QUANTIZED_PARITY: dict[str, float] = {"int8": 0.15, "int8-static": 0.2, "int4": 0.5}
 
 # Where a file is held to the caller's own held-out samples, inputs made of the example may be off by as much. A
-# pretrained decoder in 4 bits is off by 0.3 on text, and by 0.6 to 0.85 on its tokens in another order.
-UNRELATED = 1.0
+# pretrained decoder in 4 bits is off by 0.3 on text, and by 0.6 to 0.93 on its tokens in another order. What is further
+# off than two outputs of one scale can be is broken.
+UNRELATED = 2.0
 
 HELD_OUT = "quantised vs exact"  # the label of a check on samples
 
