@@ -5,7 +5,8 @@ What stands in functions and in the branches of an `If` multiplies no weights: h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from thesean.deploy.lowering.lean.edit import Node, dims, insert, is_kind, number, replace, weight
@@ -22,12 +23,12 @@ _TURNED = ".transposed"  # ends the name of weights that lie the other way
 @dataclass(frozen=True, kw_only=True)
 class Products:
     """The names of nodes, and how much of the file's weights, in bytes, they multiply. `tables`: those by weights that
-    lie in the file once more, as a table whose rows are looked up: an embedding that is the head too.
+    lie in the file once more, as a table whose rows are looked up, and its name: an embedding that is the head too.
     """
 
     names: tuple[str, ...]
     share: float
-    tables: tuple[str, ...] = ()
+    tables: Mapping[str, str] = field(default_factory=dict)
 
 
 def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
@@ -35,7 +36,7 @@ def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
     import onnx_ir as ir
 
     found: list[str] = []
-    tables: list[str] = []
+    tables: dict[str, str] = {}
     counted: dict[int, int] = {}
     for node in model.graph:
         if node.domain or node.op_type not in kinds or len(node.inputs) < 2:
@@ -51,9 +52,9 @@ def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
         counted[id(value)] = value.const_value.nbytes
         table = model.graph.initializers.get(str(value.name).removesuffix(_TURNED))
         if table is not None and any(is_kind(user, "Gather") and at == 0 for user, at in table.uses()):
-            tables.append(str(node.name))
+            tables[str(node.name)] = str(table.name)
     share = sum(counted.values()) / max(1, weights_bytes(model))
-    return Products(names=tuple(found), share=share, tables=tuple(tables))
+    return Products(names=tuple(found), share=share, tables=tables)
 
 
 def split_gemms(model: ir.Model) -> int:

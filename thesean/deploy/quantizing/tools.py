@@ -23,6 +23,7 @@ from thesean.deploy.quantizing.blocks import put_in_place
 from thesean.deploy.quantizing.grams import Feeds, grams
 from thesean.deploy.quantizing.products import Products, products, split_gemms, turn_weights
 from thesean.deploy.quantizing.rounding import round_weights
+from thesean.deploy.quantizing.tables import look_up_whole_numbers
 from thesean.errors import ExportError
 
 Quantize = Literal["int8", "int8-static", "int4"]
@@ -116,6 +117,10 @@ def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
     if found.tables:
         source = _tables(source, found, large)
     model = ir.load(source)
+    for node in list(model.graph):
+        name = found.tables.get(str(node.name).removesuffix("_Q8"))
+        if table := model.graph.initializers.get(name or ""):  # another product may have had it
+            look_up_whole_numbers(model, node, table)
     names = set(found.names) - set(found.tables)
     nodes = [node for node in model.graph if node.name in names]
     feeds = list(feeds)
