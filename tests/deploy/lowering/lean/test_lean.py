@@ -608,7 +608,7 @@ def test_behind_a_part_of_unknown_size_no_part_is_known():
         y = Neg (first)
     }"""
     model = built(text)
-    split_slices(model)
+    lifted(split_slices)(model)
     (negated,) = (n for n in model.graph if n.op_type == "Neg")
     assert negated.inputs[0].name == "first"
 
