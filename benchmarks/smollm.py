@@ -234,11 +234,10 @@ def bench(run: Run) -> None:
     for name, timing in timings.items():
         found = {"token": timing.token, "prefill": timing.prefill}
         beside[name] = {f"{k}_{c}": t.median_ms for k, ts in found.items() for c, t in ts.items() if t is not None}
-    text_T = Text.of_python(tokenizer, held_out=True).tokens
-    for read in run.settings["streamed"]:
-        for name, timed in streamed(files, text_T, read, run.settings["turns"]).items():
-            beside[name][f"token_{read}"] = timed.median_ms
     documentation, source = Text.of_python(tokenizer, held_out=True), source_code(tokenizer)
+    for read in run.settings["streamed"]:
+        for name, timed in streamed(files, documentation.tokens, read, run.settings["turns"]).items():
+            beside[name][f"token_{read}"] = timed.median_ms
     for name in files.keys() - set(TARGETS):
         beside[name] |= judged(Served(Session(files[name])), documentation, source, run.settings)
     for name, said in answers(files, tokenizer, run.settings).items():

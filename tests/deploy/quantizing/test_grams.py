@@ -39,7 +39,7 @@ def test_products_of_the_same_are_told_their_sum_of_squares(source, at_once, mon
         {"x": draw.normal(size=(2, t, 6)).astype(np.float32), "start": np.zeros((2, 1, 6), np.float32)} for t in (3, 5)
     ]
     nodes = [node for node in model.graph if node.op_type == "MatMul"]
-    found = {tuple(n.name for n in alike): gram for alike, gram in grams(path, nodes, iter(feeds))}
+    found = {tuple(n.name for n in alike): gram for alike, gram in grams(path, nodes, feeds)}
     assert list(found) == [("once",), ("v", "u")]
     x_SK = np.concatenate([f["x"].reshape(-1, 6) for f in feeds])
     once_SK = x_SK @ model.graph.initializers["W"].const_value.numpy()

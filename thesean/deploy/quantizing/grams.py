@@ -5,7 +5,7 @@ K features in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,13 @@ from thesean.deploy.lowering.lean.edit import Node, Value
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Feeds = Iterable[Mapping[str, np.ndarray]]
-
 # bytes of what one run gives and of what is made of it; more products take more runs
 _MOST = 2**29
 
 
-def grams(source: Path, nodes: Sequence[Node], feeds: Feeds) -> Iterator[tuple[list[Node], torch.Tensor]]:
+def grams(
+    source: Path, nodes: Sequence[Node], feeds: Sequence[Mapping[str, np.ndarray]]
+) -> Iterator[tuple[list[Node], torch.Tensor]]:
     """Products that are given the same, and its X^T X over all `feeds`; `nodes` are of the file, as onnx_ir has it."""
     import onnx_ir as ir
     import onnxruntime as ort
@@ -31,7 +31,6 @@ def grams(source: Path, nodes: Sequence[Node], feeds: Feeds) -> Iterator[tuple[l
     given: dict[str, list[Node]] = {}
     for node in nodes:
         given.setdefault(str(node.inputs[0].name), []).append(node)
-    feeds = [dict(feed) for feed in feeds]
     rows = max(int(np.prod(value.shape[:2])) for feed in feeds for value in feed.values())
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors are raised, not printed

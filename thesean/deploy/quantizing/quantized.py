@@ -134,7 +134,7 @@ def quantized(
         apart = _apart(whole, signature, samples.held_out[0], judge)
     except DataError as error:
         raise ExportError(f"quantize={form!r}: {error}") from error
-    made_of = Quantized(
+    found_out = Quantized(
         form=form,
         products=len(found.names),
         share=found.share,
@@ -148,7 +148,7 @@ def quantized(
         whole_ms=whole_ms,
         step_ms=step_ms,
     )
-    return made_of, checks
+    return found_out, checks
 
 
 def held_to(

@@ -5,6 +5,7 @@ N rows, K features, G blocks of B features that have one scale
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from thesean.deploy.lowering.lean.edit import MICROSOFT, Node, Value, insert, ints, is_kind, number, replace, shaped
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
 _BITS = 8
 
 
-def look_up_whole_numbers(model: ir.Model, product: Node, table: Value) -> bool:
-    """`product`: onnxruntime's, of 8 bits, by the rows of the table. What is looked up in the table of floats is looked
-    up in these then. False, and nothing changes, where something else reads the floats, or a row is no whole blocks.
+def look_up_whole_numbers(model: ir.Model, tables: Mapping[str, str]) -> None:
+    """`tables`, by the names that products of floats had: what is looked up in a table of floats is looked up where
+    onnxruntime's product of 8 bits has its rows. A table stays where something else reads it, or a row is no whole
+    blocks.
     """
-    graph = model.graph
+    for node in list(model.graph):
+        name = tables.get(str(node.name).removesuffix(f"_Q{_BITS}"), "")
+        if table := model.graph.initializers.get(name):  # another product may have had it
+            _look_up(model.graph, node, table)
+
+
+def _look_up(graph: ir.Graph, product: Node, table: Value) -> None:
     block, features = (int(number(product, name, 0)) for name in ("block_size", "K"))
     readers: list[Node] = [user for user, _ in table.uses()]
     ours = all(is_kind(n, "Gather") and n.inputs[0] is table and number(n, "axis", 0) == 0 for n in readers)
     if not readers or not ours or features % block or len(product.inputs) > 3 or table.is_graph_output():
-        return False
+        return
     _, levels, scales = product.inputs
     rows = int(number(product, "N", 0))
     first = next(node for node in graph if node in readers)
@@ -39,4 +47,3 @@ def look_up_whole_numbers(model: ir.Model, product: Node, table: Value) -> bool:
         replace(node.outputs[0], found)
         graph.remove(node, safe=True)
     forget(graph, [table])
-    return True

@@ -9,7 +9,7 @@ K features in of a product, whose weights have a scale for each output, or for e
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import torch
 from thesean.deploy.lowering.lean.edit import MICROSOFT
 from thesean.deploy.onnx_file import LIMIT, weights_bytes
 from thesean.deploy.quantizing.blocks import put_in_place
-from thesean.deploy.quantizing.grams import Feeds, grams
+from thesean.deploy.quantizing.grams import grams
 from thesean.deploy.quantizing.products import Products, products, split_gemms, turn_weights
 from thesean.deploy.quantizing.rounding import round_weights
 from thesean.deploy.quantizing.tables import look_up_whole_numbers
@@ -35,6 +35,8 @@ _INT8_OF_ACTIVATIONS = 4  # onnxruntime's accuracy level: products of whole numb
 
 # a file's own functions make values whose type the tools don't find out
 _FLOAT = {"DefaultTensorType": 1}
+
+Feeds = Iterable[Mapping[str, np.ndarray]]
 
 
 def quantize_file(source: Path, made: Path, form: Quantize, feeds: Feeds) -> Products:
@@ -117,10 +119,7 @@ def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
     if found.tables:
         source = _tables(source, found, large)
     model = ir.load(source)
-    for node in list(model.graph):
-        name = found.tables.get(str(node.name).removesuffix("_Q8"))
-        if table := model.graph.initializers.get(name or ""):  # another product may have had it
-            look_up_whole_numbers(model, node, table)
+    look_up_whole_numbers(model, found.tables)
     names = set(found.names) - set(found.tables)
     nodes = [node for node in model.graph if node.name in names]
     feeds = list(feeds)
@@ -128,9 +127,8 @@ def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
     for alike, gram_KK in given:
         for node in alike:
             weights: Any = node.inputs[1]
-            array = weights.const_value.numpy()
-            rounded = round_weights(torch.from_numpy(np.array(array, np.float32)), _BLOCK, gram_KK)
-            put_in_place(node, rounded, _BLOCK, _INT8_OF_ACTIVATIONS)
+            weight_KN = torch.from_numpy(np.array(weights.const_value.numpy()))  # the file's own can't be written to
+            put_in_place(node, round_weights(weight_KN, _BLOCK, gram_KK), _BLOCK, _INT8_OF_ACTIVATIONS)
     model.opset_imports.setdefault(MICROSOFT, 1)
     ir.save(model, made, external_data=f"{made.name}.weights" if large else None)
 
