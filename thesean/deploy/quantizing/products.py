@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from thesean.deploy.lowering.lean.edit import Node, dims, insert, is_kind, number, replace, weight
 from thesean.deploy.lowering.lean.fold_weights import forget
 from thesean.deploy.onnx_file import weights_bytes
+from thesean.deploy.quantizing.tables import looked_up
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,13 +23,15 @@ _TURNED = ".transposed"  # ends the name of weights that lie the other way
 
 @dataclass(frozen=True, kw_only=True)
 class Products:
-    """The names of nodes, and how much of the file's weights, in bytes, they multiply. `tables`: those by weights that
-    lie in the file once more, as a table whose rows are looked up, and its name: an embedding that is the head too.
+    """The names of nodes, and the share of the file's weights, in bytes, that they multiply and that `embeddings` are,
+    tables whose rows are looked up. `tables`: those by weights that lie in the file once more, as such a table, and its
+    name: an embedding that is the head too.
     """
 
     names: tuple[str, ...]
     share: float
     tables: Mapping[str, str] = field(default_factory=dict)
+    embeddings: int = 0
 
 
 def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
@@ -53,8 +56,10 @@ def products(model: ir.Model, kinds: tuple[str, ...]) -> Products:
         table = model.graph.initializers.get(str(value.name).removesuffix(_TURNED))
         if table is not None and any(is_kind(user, "Gather") and at == 0 for user, at in table.uses()):
             tables[str(node.name)] = str(table.name)
+    embeddings = list(looked_up(model))
+    counted |= {id(table): table.const_value.nbytes for table in embeddings if table.const_value is not None}
     share = sum(counted.values()) / max(1, weights_bytes(model))
-    return Products(names=tuple(found), share=share, tables=tables)
+    return Products(names=tuple(found), share=share, tables=tables, embeddings=len(embeddings))
 
 
 def split_gemms(model: ir.Model) -> int:

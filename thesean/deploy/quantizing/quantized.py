@@ -54,8 +54,9 @@ class Quantized:
     one thread: `whole_ms` of one held-out sequence, `step_ms` of one step after it where the file carries a state.
 
     `divergence` is the mean distance from the exact file's outputs on the held-out samples, in `unit`; `agreement` the
-    share of their steps at which both give the same answer, None where outputs are no classes. `products` hold whole
-    numbers in place of `share` of the weights. `apart`: the distance of the file in chunks from itself at once.
+    share of their steps at which both give the same answer, None where outputs are no classes. `products` and
+    `embeddings`, tables whose rows are looked up, hold whole numbers in place of `share` of the weights. `apart`: the
+    distance of the file in chunks from itself at once.
     """
 
     form: str
@@ -70,13 +71,15 @@ class Quantized:
     exact_bytes: int
     whole_ms: tuple[float, float]
     step_ms: tuple[float, float] | None
+    embeddings: int = 0
 
     def __str__(self) -> str:
         how = f", calibrated on {self.calibrated} batches" if self.calibrated else ""
         agree = "" if self.agreement is None else f", the same answer at {self.agreement:.2%}"
         speed = [f"{a:.3g} -> {b:.3g} ms a {what}" for what, (a, b) in self._latencies()]
+        tables = f" and {self.embeddings} embedding{'s' * (self.embeddings > 1)}" if self.embeddings else ""
         lines = [
-            f"  {self.form}: {self.products} products, {self.share:.0%} of the weights{how}",
+            f"  {self.form}: {self.products} products{tables}, {self.share:.0%} of the weights{how}",
             f"  from the exact file on {self.samples}: {self.divergence:.2e} {self.unit}{agree}",
             f"  the exact file has {self.exact_bytes / 1e6:.2f} MB; {'; '.join(speed)}",
         ]
@@ -147,6 +150,7 @@ def quantized(
         exact_bytes=exact_bytes,
         whole_ms=whole_ms,
         step_ms=step_ms,
+        embeddings=found.embeddings,
     )
     return found_out, checks
 

@@ -9,7 +9,7 @@ K features in of a product, whose weights have a scale for each output, or for e
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from thesean.deploy.quantizing.blocks import put_in_place
 from thesean.deploy.quantizing.grams import grams
 from thesean.deploy.quantizing.products import Products, products, split_gemms, turn_weights
 from thesean.deploy.quantizing.rounding import round_weights
-from thesean.deploy.quantizing.tables import look_up_whole_numbers
+from thesean.deploy.quantizing.tables import look_up_whole_numbers, round_tables
 from thesean.errors import ExportError
 
 Quantize = Literal["int8", "int8-static", "int4"]
@@ -62,7 +62,11 @@ def quantize_file(source: Path, made: Path, form: Quantize, feeds: Feeds) -> Pro
     ir.save(model, split, external_data=f"{split.name}.weights" if large else None)
     with _quiet():
         try:
-            _TOOLS[form](split, made, found, large, feeds)
+            rounded = _with_tables(split, found, large)
+            if names := [name for name in found.names if name not in found.tables]:
+                _TOOLS[form](rounded, made, names, large, feeds)
+            else:  # they take none for all
+                ir.save(ir.load(rounded), made, external_data=f"{made.name}.weights" if large else None)
         except Exception as error:  # the tools' own, of any class
             reason = next(iter(str(error).splitlines()), "")
             raise ExportError(
@@ -71,7 +75,7 @@ def quantize_file(source: Path, made: Path, form: Quantize, feeds: Feeds) -> Pro
     return found
 
 
-def _dynamic(source: Path, made: Path, found: Products, large: bool, feeds: Feeds) -> None:
+def _dynamic(source: Path, made: Path, names: Sequence[str], large: bool, feeds: Feeds) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -80,13 +84,13 @@ def _dynamic(source: Path, made: Path, found: Products, large: bool, feeds: Feed
         op_types_to_quantize=["MatMul"],
         per_channel=True,
         weight_type=QuantType.QInt8,
-        nodes_to_quantize=list(found.names),
+        nodes_to_quantize=list(names),
         use_external_data_format=large,
         extra_options=dict(_FLOAT),
     )
 
 
-def _static(source: Path, made: Path, found: Products, large: bool, feeds: Feeds) -> None:
+def _static(source: Path, made: Path, names: Sequence[str], large: bool, feeds: Feeds) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -105,7 +109,7 @@ def _static(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        nodes_to_quantize=list(found.names),
+        nodes_to_quantize=list(names),
         use_external_data_format=large,
         # What a product gives is quantised too. Left as it is, it would be nearer to the exact file (1.3e-3 nats on the
         # demo, where this gives 2.3e-3), but onnxruntime joins it with its bias to a Gemm of floats: 3 times slower.
@@ -113,14 +117,10 @@ def _static(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
     )
 
 
-def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds) -> None:
+def _blocks(source: Path, made: Path, names: Sequence[str], large: bool, feeds: Feeds) -> None:
     import onnx_ir as ir
 
-    if found.tables:
-        source = _tables(source, found, large)
     model = ir.load(source)
-    look_up_whole_numbers(model, found.tables)
-    names = set(found.names) - set(found.tables)
     nodes = [node for node in model.graph if node.name in names]
     feeds = list(feeds)
     given = grams(source, nodes, feeds) if feeds else ((([node]), None) for node in nodes)
@@ -133,8 +133,22 @@ def _blocks(source: Path, made: Path, found: Products, large: bool, feeds: Feeds
     ir.save(model, made, external_data=f"{made.name}.weights" if large else None)
 
 
-def _tables(source: Path, found: Products, large: bool) -> Path:
-    """The file with 8 bits for embeddings that are the head too."""
+def _with_tables(source: Path, found: Products, large: bool) -> Path:
+    """The file with 8 bits for embeddings, and for the products of those that are the head too."""
+    import onnx_ir as ir
+
+    if not found.embeddings and not found.tables:
+        return source
+    model = ir.load(_heads(source, found, large) if found.tables else source)
+    look_up_whole_numbers(model, found.tables)
+    round_tables(model)
+    model.opset_imports.setdefault(MICROSOFT, 1)
+    made = source.with_name("rounded.onnx")
+    ir.save(model, made, external_data=f"{made.name}.weights" if large else None)
+    return made
+
+
+def _heads(source: Path, found: Products, large: bool) -> Path:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -149,12 +163,12 @@ def _tables(source: Path, found: Products, large: bool) -> Path:
         op_types_to_quantize=("MatMul",),
     )
     tool.process()
-    made = source.with_name("tables.onnx")
+    made = source.with_name("heads.onnx")
     tool.model.save_model_to_file(str(made), large)
     return made
 
 
-_TOOLS: dict[str, Callable[[Path, Path, Products, bool, Feeds], None]] = {
+_TOOLS: dict[str, Callable[[Path, Path, Sequence[str], bool, Feeds], None]] = {
     "int8": _dynamic,
     "int8-static": _static,
     "int4": _blocks,
