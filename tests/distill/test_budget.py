@@ -16,6 +16,7 @@ import pytest
 import thesean
 from tests import models
 from tests.distill.test_gate import Cells, windows
+from thesean.curve import Curve
 from thesean.distill.budget import Shares, Trial
 from thesean.errors import DataError
 from thesean.journal import Journal
@@ -83,6 +84,26 @@ def test_a_time_is_kept_and_the_report_says_why_each_phase_ended():
     assert any("the recipe 'fast' takes no steps" in n for n in solved.report.notes)
 
 
+@pytest.mark.parametrize("max_drop", [None, 100.0])
+def test_what_a_trial_gained_is_gone_on_from_where_nothing_is_aligned_in_between(max_drop: float | None):
+    recipe = {**FEW, "alignment": {"schedule": "none", "share": 0.0}, "fine_tuning": {"share": 1.0}}
+    if max_drop is not None:  # parts may be given up on the way
+        recipe["max_drop"] = max_drop
+    with slow_steps():
+        report = convert("4s", recipe).report
+    phases = [c.phase for c in report.curves]
+    assert phases[-1] == "fine-tune"
+    assert report.steps == sum(c.steps for c in report.curves)
+    first = next(c for c in report.curves if c.phase == "fine-tune")
+    if max_drop is None:
+        trial = [c for c in report.curves if c.phase == "trial"]
+        assert sum(c.steps for c in trial) == 10
+        assert first.held_out[0][1] == min(value for c in trial for _, value in c.held_out)
+        assert first.held_out[0][1] < trial[0].held_out[0][1]
+    else:
+        assert "trial" not in phases
+
+
 def test_a_time_that_the_closed_form_needs_leaves_none():
     converted = convert("0.001s")
     assert converted.report.steps == 0
@@ -116,6 +137,11 @@ def test_shares_are_kept_as_they_are():
     for tuning in (None, Trial(gain=0.5, seconds=2.0, steps=10)):
         shares = Shares(align=3, tuning=tuning, told="so")
         assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
+    curve = Curve(
+        phase="trial", part=None, learning_rate=1e-3, steps=3, every=1, losses=(1.0,), held_out=((0, 2.0),), kept=0
+    )
+    shares = Shares(align=0, tuning=Trial(gain=0.5, seconds=2.0, steps=10, curves=(curve,)), told="so")
+    assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
 
 
 def test_a_trial_tells_how_many_steps_fit():

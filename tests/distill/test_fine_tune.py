@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
-from thesean.distill.fine_tune import fine_tune
+from thesean.curve import Curve
+from thesean.distill.fine_tune import fine_tune, patience
 from thesean.errors import NumericalError
 
 
@@ -147,7 +148,7 @@ def test_the_highest_rate_that_gains_is_found_by_training_at_it(monkeypatch: pyt
     assert tuned.steps == 100 == len(observer.losses)
     assert [c.learning_rate for c in tuned.curves] == [30.0, 10.0, 1e-3]
     *hasty, last = tuned.curves
-    assert [c.steps for c in hasty] == [15, 13]  # 15 % of what was left
+    assert [c.steps for c in hasty] == [7, 6]  # 7 % of what was left
     assert [c.kept for c in hasty] == [0, 0]
     assert len({c.held_out[0] for c in tuned.curves}) == 1  # each from the best state so far, the start
     assert last.kept > 0
@@ -161,9 +162,39 @@ def test_a_rate_that_gains_at_first_is_left_with_what_it_gained(monkeypatch: pyt
     monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4))
     tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
     first, second = tuned.curves
-    assert (first.kept, first.steps) == (5, 20)
+    assert (first.kept, first.steps) == (5, 15)
     assert second.held_out[0] == (0, 1.5)
-    assert second.steps == 80  # the last rate has no other to make room for
+    assert second.steps == 85  # the last rate has no other to make room for
+
+
+@pytest.mark.parametrize(("left", "steps"), [(1, 3), (33, 3), (100, 7), (250, 25), (500, 75), (1000, 150)])
+def test_many_steps_bear_more_patience_with_a_rate(left: int, steps: int):
+    assert patience(left) == steps
+
+
+def test_a_rate_has_to_gain_on_where_it_took_the_network_up(monkeypatch: pytest.MonkeyPatch):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    values = iter([2.0, 1.5, 1.5, 3.0, 3.0, *[1.8] * 40])  # a gain and harm at the first rate, then less than the gain
+    monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4, 1e-5))
+    tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
+    assert [(c.learning_rate, c.kept, c.steps) for c in tuned.curves] == [(1e-3, 5, 15), (1e-4, 0, 6), (1e-5, 0, 79)]
+
+
+def test_rates_that_did_nothing_before_are_not_tried_again_unless_they_would_be_given_more(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-2, 1e-3, 1e-4))
+    tried = [
+        Curve(phase="trial", part=None, learning_rate=rate, steps=steps, every=1, losses=(), held_out=(), kept=kept)
+        for rate, steps, kept in ((1e-2, 3, 0), (1e-3, 3, 3), (1e-4, 3, 0))
+    ]
+    for steps, first in ((30, 1e-3), (100, 1e-2)):
+        guide = captured.mlp()
+        told = training(guide, task(output="softmax"), recipe(steps, learning_rate="find"))
+        tuned = fine_tune(drafted(guide)[1], told, steps, tried=tried)
+        assert tuned.curves[0].learning_rate == first
 
 
 def test_a_network_ahead_of_its_guide_is_taught_by_the_task_alone():

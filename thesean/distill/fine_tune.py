@@ -12,7 +12,7 @@ the network is ahead of its guide on held-out data, by the task, the guide is le
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -37,10 +37,17 @@ from thesean.similarity import get_measure
 # How often in a run held-out batches are asked which state is the best; all of them decide whether it helped at all.
 _CHECKS, _LEAST_BETWEEN = 20, 5
 
-# A rate makes room for the next lower one once the network is no better than it began, and was never better for this
-# share of the steps, or so many. More patience costs near starts their steps, less takes a rate away from far ones that
-# pay late.
-_PATIENCE, _LEAST_PATIENCE = 0.15, 10
+# A rate makes room for the next lower one once the network is no better than where the rate took it up, and had no new
+# best for this share of the steps left: of few steps a small one, for they run out before a high rate has paid; of many
+# a larger one, for in the end the highest that pays is the best.
+_PATIENCE, _MOST_PATIENCE, _LEAST_STEPS, _MANY = 0.05, 0.15, 3, 500
+
+
+def patience(left: int) -> int:
+    """Steps without a gain that a rate is given, of so many that are left."""
+    share = _PATIENCE + (_MOST_PATIENCE - _PATIENCE) * min(1.0, left / _MANY)
+    return max(_LEAST_STEPS, round(share * left))
+
 
 LossOf = Callable[[int, Batch], torch.Tensor]
 
@@ -54,12 +61,16 @@ class Tuned:
     notes: tuple[str, ...] = ()
 
 
-def fine_tune(hybrid: Hybrid, training: Training, steps: int, phase: str = "fine-tune") -> Tuned:
-    """Train all of the hybrid's parameters for `steps`; leaves it in eval mode, in the best state that was seen."""
+def fine_tune(
+    hybrid: Hybrid, training: Training, steps: int, phase: str = "fine-tune", tried: Sequence[Curve] = ()
+) -> Tuned:
+    """Train all of the hybrid's parameters for `steps`; leaves it in eval mode, in the best state that was seen. Rates
+    that did nothing when they were `tried`, from much the same start, are not tried again.
+    """
     hybrid.graph_module.eval()
     if not steps or not any(p.requires_grad for p in hybrid.graph_module.parameters()):
         return Tuned(steps=0)
-    return _Tuner(hybrid, training, steps, phase).run()
+    return _Tuner(hybrid, training, steps, phase, tried).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +89,9 @@ class _Run:
 class _Tuner:
     """One fine-tuning: its loss, and what it did so far."""
 
-    def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str) -> None:
+    def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str, tried: Sequence[Curve] = ()) -> None:
+        # what did nothing at a rate, in so many steps
+        self.in_vain = {curve.learning_rate: curve.steps for curve in tried if not curve.kept}
         self.graph_module, self.training, self.steps, self.phase = hybrid.graph_module, training, steps, phase
         self.recomputing = Recomputing(training.recipe)
         self.judge = training.judge
@@ -101,12 +114,14 @@ class _Tuner:
             left = self.steps - self.taken
             if not left:
                 break
+            if rate != rates[-1] and self.in_vain.get(rate, 0) >= patience(left):
+                continue
             run = _Run(
                 rate=rate,
                 steps=left,
                 every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
-                patience=None if rate == rates[-1] else max(_LEAST_PATIENCE, round(_PATIENCE * left)),
-                bound=begun,
+                patience=None if rate == rates[-1] else patience(left),
+                bound=self.best.value,
             )
             self._train(run)
             self.best.restore()
