@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -89,7 +90,7 @@ def conversions(run: Run, seed: int) -> Iterator[tuple[str, nn.Module, dict[str,
         yield f"language model -> {name}", model, {"target": target, **texts}
     yield "language model -> rnn, whole blocks", model, {**texts, "target": "rnn", "granularity": "block"}
     data, held_out = digits()
-    images: dict[str, Any] = dict(data=data, eval_data=held_out, loss=thesean.cross_entropy)
+    images: dict[str, Any] = dict(data=replace(data, seed=seed), eval_data=held_out, loss=thesean.cross_entropy)
     yield "digits convnet -> mlp", train_guide(data, 0, settings["guide_steps"]), {"target": "mlp", **images}
     torch.manual_seed(0)
     transformer = trained(DigitsTransformer(), data, settings["guide_steps"])
