@@ -38,8 +38,8 @@ from thesean.similarity import get_measure
 _CHECKS, _LEAST_BETWEEN = 20, 5
 
 # A rate makes room for the next lower one once the network is no better than where the rate took it up, and had no new
-# best for this share of the steps left: of few steps a small one, for they run out before a high rate has paid; of many
-# a larger one, for in the end the highest that pays is the best.
+# best for this share of the steps left: of few steps a small one, for they run out before a high rate has paid
+# (benchmarks/results/rates.json); of many a larger one, for in the end the highest that pays is the best.
 _PATIENCE, _MOST_PATIENCE, _LEAST_STEPS, _MANY = 0.05, 0.15, 3, 500
 
 
