@@ -20,7 +20,6 @@ from torch import nn
 
 import thesean
 from benchmarks import language
-from benchmarks.smollm import left_out
 from benchmarks.studies.starts import DigitsTransformer, trained
 from benchmarks.suite import BenchmarkError, Case, Result, Run
 from benchmarks.tables import markdown
@@ -100,8 +99,10 @@ def table(result: Result) -> str:
         cells = [_mean([c["value"] for c in rows]) for rows in of.values()]
         gained = ", ".join(f"{rate:g}" for rate in sorted({r for c in of[FOUND] for r in c["rates"]}, reverse=True))
         guide = next(c["guide"] for rows in of.values() for c in rows)
-        body.append([name, str(steps), f"{guide:.4f}", *cells, gained or "none"])
-    return "\n".join(markdown(heads, [*body, *left_out(result, len(heads))]))
+        body.append([name, str(steps), f"{guide:.4f}", *cells, gained or ("none" if of[FOUND] else "-")])
+    left_out = len(result["details"].get("left_out", ()))
+    more = ["", f"{left_out} of {left_out + len(cases)} runs are not measured yet."] if left_out else []
+    return "\n".join([*markdown(heads, body), *more])
 
 
 def _mean(values: list[float]) -> str:
