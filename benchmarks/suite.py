@@ -90,8 +90,8 @@ class Run:
     """One benchmark while it is measured. Every row is on disk once it is added.
 
     Until the last one the file is `<name>.part.json`. An interrupted run of the same committed code, settings and
-    machine goes on from there; a finished run, or one of uncommitted code, starts anew. One that left out rows for want
-    of time names them in the details, under "left_out", and is not finished.
+    machine goes on from there; a finished run, or one of uncommitted code, starts anew, and what was interrupted is set
+    aside. One that left out rows for want of time names them in the details, under "left_out", and is not finished.
     """
 
     def __init__(self, name: str, case: Case, options: Options) -> None:
@@ -174,15 +174,26 @@ class Run:
         write_text(self.part, json.dumps(self.result, indent=1) + "\n", parents=True)
 
     def _go_on(self) -> None:
-        if not is_clean(self.result["commit"]):
-            return
+        committed = is_clean(self.result["commit"])
         for path in (self.part, self.path):
             earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
             finished = path is self.path and "left_out" not in (earlier or {}).get("details", {})
-            if earlier and not finished and _without_rows(earlier) == _without_rows(self.result):
+            if committed and earlier and not finished and _without_rows(earlier) == _without_rows(self.result):
                 self.result = earlier
                 print(f"goes on: {path} holds {len(self.rows)} rows", flush=True)
                 return
+            if earlier and path is self.part:
+                self._set_aside(earlier)
+
+    def _set_aside(self, earlier: Result) -> None:
+        """An interrupted run from which this one doesn't go on: it took a while."""
+        rows, now = len(earlier["cases"]), _without_rows(self.result)
+        if not rows or not is_clean(earlier["commit"]):
+            return
+        apart = ", ".join(key for key, value in _without_rows(earlier).items() if value != now.get(key))
+        kept = self.path.with_suffix(f".{earlier['commit']}-{rows}.json")
+        self.part.replace(kept)
+        print(f"starts anew, {apart} being another: the {rows} rows that there were are in {kept}", flush=True)
 
 
 def _as_read(value: Any) -> Any:

@@ -118,6 +118,19 @@ def test_an_interrupted_run_of_other_or_uncommitted_code_starts_anew(committed, 
     assert measured == [("one", 0), ("one", 0), ("two", 0)]
 
 
+def test_an_interrupted_run_that_is_not_gone_on_from_is_set_aside(committed, tmp_path, monkeypatch, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run_case("count", counting([], stop_after=1), options(tmp_path))
+    found = suite.environment()
+    monkeypatch.setattr(suite, "environment", lambda: found | {"cores": 99})
+    result, _ = run_case("count", counting([]), options(tmp_path))
+    assert len(result["cases"]) == 2
+    kept = tmp_path / "out" / "count.abc-1.json"
+    assert [row["name"] for row in json.loads(kept.read_text())["cases"]] == ["one"]
+    said = f"starts anew, environment being another: the 1 rows that there were are in {kept}"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_a_committed_result_is_replaced_only_when_recorded(committed, tmp_path):
     run_case("count", counting([]), options(tmp_path))
     assert (committed / "count.json").read_text() == '"committed"'
