@@ -11,16 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
 import thesean
 from benchmarks import language
-from benchmarks.studies.starts import DigitsTransformer, trained
+from benchmarks.studies.starts import Conversion, of_digits, of_language_model
 from benchmarks.suite import BenchmarkError, Case, Result, Run
 from benchmarks.tables import markdown
 
@@ -32,10 +29,9 @@ def patient(left: int) -> int:
     return max(10, round(0.15 * left))
 
 
-def conversions(run: Run, seed: int) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """Name, guide, and what `compile` is told; other seeds are told of the same in another order, or of other texts."""
+def conversions(run: Run, seed: int) -> Iterator[Conversion]:
+    """Other seeds are told of the same in another order, or of other texts."""
     from benchmarks.studies import minilm
-    from examples.demo_digits import digits, train_guide
 
     try:
         encoder, sentences, others = minilm.pretrained()
@@ -45,28 +41,10 @@ def conversions(run: Run, seed: int) -> Iterator[tuple[str, nn.Module, dict[str,
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
         words = {"data": [sentences[k] for k in order], "eval_data": others[:4], "granularity": "sublayer"}
         yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
-    settings = run.settings
-    model = language.guide(settings["layers"])
-    texts: dict[str, Any] = dict(
-        data=language.windows(settings, seed), eval_data=language.held_out(settings["length"], settings["every"]),
-        loss=thesean.cross_entropy, granularity="sublayer",
-    )  # fmt: skip
-    targets: dict[str, Any] = {
-        "linear attention": "linear-attention",
-        "linear attention, window 32": thesean.Target("linear-attention", window=32),
-        "gru": "gru",
-        "narrow": "narrow",
-    }
-    for name, target in targets.items():
-        yield f"language model -> {name}", model, {"target": target, **texts}
-    yield "language model -> rnn, whole blocks", model, {**texts, "target": "rnn", "granularity": "block"}
-    data, held_out = digits()
-    images: dict[str, Any] = dict(data=replace(data, seed=seed), eval_data=held_out, loss=thesean.cross_entropy)
-    yield "digits convnet -> mlp", train_guide(data, 0, settings["guide_steps"]), {"target": "mlp", **images}
-    torch.manual_seed(0)
-    transformer = trained(DigitsTransformer(), data, settings["guide_steps"])
-    for target in ("token-mlp", "rnn"):
-        yield f"digits transformer -> {target}", transformer, {"target": target, **images, "granularity": "sublayer"}
+    for name, model, told in of_language_model(run.settings, seed):
+        yield name, model, told
+    yield "language model -> rnn, whole blocks", model, {**told, "target": "rnn", "granularity": "block"}
+    yield from of_digits(run.settings, seed)
 
 
 def bench(run: Run) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,14 +53,27 @@ def trained(model: nn.Module, data: Iterable[Any], steps: int) -> nn.Module:
     return model.eval()
 
 
-def conversions(run: Run) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
-    """Name, guide, and what `compile` is told."""
-    from examples.demo_digits import digits, train_guide
+Conversion = tuple[str, nn.Module, dict[str, Any]]  # its name, the guide, and what `compile` is told
 
-    settings = run.settings
+
+def conversions(run: Run) -> Iterator[Conversion]:
+    yield from of_language_model(run.settings)
+    yield from of_digits(run.settings)
+    from benchmarks.studies import minilm
+
+    try:
+        encoder, sentences, others = minilm.pretrained()
+    except BenchmarkError:
+        return
+    words = {"data": sentences, "eval_data": others[:4], "granularity": "sublayer"}
+    yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
+
+
+def of_language_model(settings: dict[str, Any], seed: int = 0) -> Iterator[Conversion]:
+    """Of its attentions and MLPs; the texts are drawn by the seed."""
     model = language.guide(settings["layers"])
     texts: dict[str, Any] = dict(
-        data=language.windows(settings, 0), eval_data=language.held_out(settings["length"], settings["every"]),
+        data=language.windows(settings, seed), eval_data=language.held_out(settings["length"], settings["every"]),
         loss=thesean.cross_entropy, granularity="sublayer",
     )  # fmt: skip
     targets: dict[str, Any] = {
@@ -70,21 +84,19 @@ def conversions(run: Run) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
     }
     for name, target in targets.items():
         yield f"language model -> {name}", model, {"target": target, **texts}
+
+
+def of_digits(settings: dict[str, Any], seed: int = 0) -> Iterator[Conversion]:
+    """The same two guides whatever the seed, by which images are shuffled."""
+    from examples.demo_digits import digits, train_guide
+
     data, held_out = digits()
-    images: dict[str, Any] = dict(data=data, eval_data=held_out, loss=thesean.cross_entropy)
+    images: dict[str, Any] = dict(data=replace(data, seed=seed), eval_data=held_out, loss=thesean.cross_entropy)
     yield "digits convnet -> mlp", train_guide(data, 0, settings["guide_steps"]), {"target": "mlp", **images}
     torch.manual_seed(0)
     transformer = trained(DigitsTransformer(), data, settings["guide_steps"])
     for target in ("token-mlp", "rnn"):
         yield f"digits transformer -> {target}", transformer, {"target": target, **images, "granularity": "sublayer"}
-    from benchmarks.studies import minilm
-
-    try:
-        encoder, sentences, others = minilm.pretrained()
-    except BenchmarkError:
-        return
-    words = {"data": sentences, "eval_data": others[:4], "granularity": "sublayer"}
-    yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
 
 
 def bench(run: Run) -> None:

@@ -48,19 +48,17 @@ def looked_up(model: ir.Model) -> Iterator[Value]:
             yield table
 
 
-def round_tables(model: ir.Model) -> int:
-    """Whole numbers and scales in place of each table that is `looked_up`; returns how many there were."""
+def round_tables(model: ir.Model) -> None:
+    """Whole numbers and scales in place of each table that is `looked_up`."""
     import onnx_ir as ir
 
-    found = list(looked_up(model))
-    for table in found:
+    for table in list(looked_up(model)):
         assert table.const_value is not None
         level_NK, scale_NG = _rounded(table.const_value.numpy())
         made = (("levels", level_NK), ("scales", scale_NG))
         levels, scales = (weight(model.graph, f"{table.name}.{what}", ir.Tensor(array)) for what, array in made)
         _look_up_in(levels, scales, _BLOCK, _readers(table))
         forget(model.graph, [table])
-    return len(found)
 
 
 def _rounded(table_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
