@@ -289,14 +289,14 @@ def commit() -> str | None:
     New files count, since a file may register itself. Recorded results and the Markdown that is filled from them don't:
     recording one benchmark would make the checkout dirty for the next.
     """
-    head = _git("rev-parse", "--short=12", "HEAD")
+    head = git("rev-parse", "--short=12", "HEAD")
     if not head:
         return None
     ours = ("--", ".", ":(exclude)benchmarks/results", ":(exclude)*.md")
-    return f"{head}-dirty" if _git("status", "--porcelain", "--untracked-files=all", *ours) != "" else head
+    return f"{head}-dirty" if git("status", "--porcelain", "--untracked-files=all", *ours) != "" else head
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=False, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):

@@ -12,14 +12,14 @@ from typing import Any
 from benchmarks.suite import ROOT, Run
 
 
-def ask(run: Run, seed: int, folder: Path, names: list[str] | None = None) -> None:
+def ask(run: Run, seed: int, folder: Path, names: list[str] | None = None, tests: list[str] | None = None) -> None:
     """One process finds out which tests come by what, then each of `jobs` tries its part of the faults: of a draw, or
-    those of these names.
+    those of these names. Tests are those of the settings unless others are named.
     """
     settings = run.settings
     held = [row["name"] for row in run.rows if row["seed"] == seed]
     lines = run.part.with_name("mutants-lines.json")
-    tests = [*settings["tests"], *(f"--ignore={path}" for path in settings["left_out"])]
+    tests = [*(settings["tests"] if tests is None else tests), *(f"--ignore={path}" for path in settings["left_out"])]
     words = ["-p", "benchmarks.mutation.plugin", "-p", "no:cacheprovider", "-q", "-m", "not slow"]
     words += ["-o", "timeout=0"]  # by the clock, which goes on where the process is stopped
     jobs = settings["jobs"]

@@ -1,7 +1,8 @@
 """Would a test notice by now? What `mutants` left, tried again in the code as it is.
 
 A fault whose line has moved is the nearest one of its file that changes the same; "gone" where none does. What is left
-then is told one by one in `mutation/left.md`.
+then is told one by one in `mutation/left.md`. Tests are those whose files have changed since the draw: the others
+noticed nothing then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.mutation.ask import ask
 from benchmarks.studies import mutants
-from benchmarks.suite import RESULTS, Case, Result, Run, read_result
+from benchmarks.suite import RESULTS, Case, Result, Run, git, read_result
 
 _TAKEN_UP = ("survived", "not run", *mutants.NOTICED)
 
@@ -23,9 +24,17 @@ def bench(run: Run) -> None:
     run.keep(of=sum(told[o] for o in _TAKEN_UP), noticed=sum(told[o] for o in mutants.NOTICED), commit=first["commit"])
     names = [row["name"] for row in first["cases"] if row["outcome"] in ("survived", "not run")]
     with tempfile.TemporaryDirectory(prefix="survivors-") as folder:
-        ask(run, run.seeds[0], Path(folder), run.settings["names"] or names)
+        tests = run.settings["tests"] or changed_since(first["commit"]) or mutants.CASE.settings["tests"]
+        ask(run, run.seeds[0], Path(folder), run.settings["names"] or names, tests)
     if broken := sum(row["outcome"] == "broken" for row in run.rows):
         run.fault(f"{broken} faults could not be tried: what was printed says why")
+
+
+def changed_since(commit: str | None) -> list[str]:
+    """Files of tests that are others than at a commit, or new; none where git doesn't know it."""
+    found = git("diff", "--name-only", "--diff-filter=d", str(commit), "--", "tests") or ""
+    left_out = tuple(mutants.LEFT_OUT)
+    return [path for path in found.split() if Path(path).match("test_*.py") and not path.startswith(left_out)]
 
 
 def table(result: Result) -> str:
@@ -45,10 +54,10 @@ def table(result: Result) -> str:
 
 CASE = Case(
     question="Would a test notice by now what survived?",
-    minutes=40,
+    minutes=25,
     unit="faults",
     run=bench,
-    settings={**{k: v for k, v in mutants.CASE.settings.items() if k != "count"}, "names": None},
+    settings={**{k: v for k, v in mutants.CASE.settings.items() if k != "count"}, "tests": None, "names": None},
     quick={
         **{k: v for k, v in mutants.CASE.quick.items() if k != "count"},
         "names": ["thesean/passes/graph/text.py:13 In -> NotIn (4)", "thesean/passes/graph/text.py:1 none (0)"],

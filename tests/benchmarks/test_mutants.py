@@ -240,3 +240,13 @@ def test_each_look_goes_on_where_the_one_before_saw_nothing(monkeypatch):
 
 def line_of(file: str, number: int) -> str:
     return (ROOT / file).read_text(encoding="utf-8").splitlines()[number - 1]
+
+
+def test_what_survived_is_tried_with_tests_that_have_changed_since(monkeypatch):
+    told = "tests/passes/test_x.py\ntests/passes/tools.py\ntests/docs/test_documents.py\ntests/test_y.py"
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(survivors, "git", lambda *words: asked.append(words) or told)
+    assert survivors.changed_since("0a1b2c") == ["tests/passes/test_x.py", "tests/test_y.py"]
+    assert "0a1b2c" in asked[0]
+    monkeypatch.setattr(survivors, "git", lambda *words: None)
+    assert survivors.changed_since("0a1b2c") == []

@@ -11,8 +11,10 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from thesean.deploy.describe_file import describe_file, encoder_of
+from thesean.deploy.export import _about
 from thesean.deploy.onnx_file import (
     BESIDE_DECODER,
     BESIDE_ENCODER,
@@ -28,7 +30,7 @@ from thesean.deploy.onnx_file import (
 )
 from thesean.deploy.quantizing.quantized import QUANTIZED, Quantized
 from thesean.errors import ExportError
-from thesean.passes.graph.signature import Bound, Origin
+from thesean.passes.graph.signature import Bound, InputSpec, Origin
 
 PLAIN = """
 <ir_version: 10, opset_import: ["com.microsoft" : 1, "" : 18]>
@@ -177,3 +179,15 @@ def test_inputs_states_and_other_outputs_are_declared(tmp_path):
     inputs, states, outputs = declared(written(tmp_path / "m.onnx", {}))
     assert [name for name, *_ in inputs] == ["x", "seen", "state_in_h"]
     assert (states, outputs) == ((), ("y", "state_out_h"))
+
+
+def test_a_file_tells_of_states_where_it_has_any():
+    grows = InputSpec(name="state_in_key", dtype=torch.float16, shape=("batch", 2, "past", 4))
+    sums = InputSpec(name="state_in_sum", dtype=torch.float32, shape=("batch", 4))
+    assert _about((), {"guide": "mine"}) == {"guide": "mine"}
+    told = _about((grows, sums), {"guide": "mine"})
+    assert told["guide"] == "mine"
+    assert json.loads(told[STATES]) == [
+        {"name": "state_in_key", "dtype": "float16", "shape": ["batch", 2, "past", 4], "start": "nothing"},
+        {"name": "state_in_sum", "dtype": "float32", "shape": ["batch", 4], "start": "zeros"},
+    ]

@@ -5,6 +5,7 @@ B batch, T time
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from thesean.deploy.parity import (
     IN_TORCH,
     Check,
     CheckSizes,
+    _shake,
     compare_all,
     compare_chunks,
     compare_whole,
@@ -280,3 +282,19 @@ def test_a_module_that_does_not_run_where_chunks_are_compared_is_told():
     long = network(lambda x: x[:, 30].unsqueeze(1) + x)
     with pytest.raises(ExportError, match=r"the torch module doesn't run at \(3, 20\), where chunks are compared"):
         compare_chunks(Summing(), threaded, long, TIMED, ("y",), None)
+
+
+def test_weights_are_shaken_by_a_seed_of_their_own_and_stilled_again():
+    module = copy.deepcopy(captured.mlp().graph_module)
+    before = {k: v.clone() for k, v in module.named_parameters()}
+    shaken: list[dict[str, torch.Tensor]] = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(shaken))
+        _shake(module, seed)
+        shaken.append({k: v.clone() for k, v in module.named_parameters()})
+        _shake(module, seed, back=True)
+        for name, weight in module.named_parameters():
+            torch.testing.assert_close(weight, before[name], rtol=1e-6, atol=0)
+    first, again, other = shaken
+    assert all(torch.allclose(first[k], again[k], rtol=1e-7, atol=0) for k in before)
+    assert any(not torch.allclose(first[k], other[k], rtol=1e-7, atol=0) for k in before)

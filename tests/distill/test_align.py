@@ -179,3 +179,10 @@ def test_not_a_number_in_activations_names_the_part():
         hybrid.graph_module.part_0.last.weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match=r"^0\.\.1: "):
         aligner(guide, hybrid, recipe(share=1.0)).run(stages("progressive", 3, 6)[0])
+
+
+def test_parts_without_a_weight_that_trains_say_so():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide, Target("mine", build=lambda part: nn.Identity()))
+    found = aligner(guide, hybrid, recipe(4)).run(stages("joint", 3, 4)[0])
+    assert (found.steps, found.stopped_by) == (0, "nothing to train")

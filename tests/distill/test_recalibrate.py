@@ -11,7 +11,7 @@ from torch import nn
 import thesean
 from tests import captured, models
 from tests.distill.tools import drafted
-from thesean.distill.recalibrate import batch_norms, recalibrate
+from thesean.distill.recalibrate import _Moments, batch_norms, recalibrate
 from thesean.passes.graph.intermediates import intermediates
 from thesean.targets import Target
 
@@ -123,3 +123,26 @@ def test_parts_without_a_batch_norm_are_told():
 @pytest.mark.parametrize("schedule", ["joint", "stochastic"])
 def test_at_once_too(schedule):
     assert len(told(convert(recalibrate=True, schedule=schedule))) == 1
+
+
+def test_moments_of_all_ranks_are_those_of_their_rows_together(monkeypatch):
+    x_BC = models.vectors(20, 8) * 3 + 1
+    whole, ours, theirs = _Moments(), _Moments(), _Moments()
+    whole.add(nn.Identity(), (x_BC,))
+    ours.add(nn.Identity(), (x_BC[:13],))
+    theirs.add(nn.Identity(), (x_BC[13:],))
+
+    def add_up(tensors: list[torch.Tensor], what: str) -> None:
+        """As if the other rank had come to the same place."""
+        if len(tensors) == 2:
+            tensors[0] += theirs.count
+            tensors[1] += theirs.mean_C * theirs.count
+        else:
+            tensors[0] += theirs.squares_C + (theirs.mean_C - ours.mean_C).square() * theirs.count
+
+    monkeypatch.setattr("thesean.distill.recalibrate.ranks.count", lambda: 2)
+    monkeypatch.setattr("thesean.distill.recalibrate.exchange.add_up", add_up)
+    ours.everyone()
+    assert ours.count == whole.count
+    torch.testing.assert_close(ours.mean_C, whole.mean_C)
+    torch.testing.assert_close(ours.squares_C, whole.squares_C)

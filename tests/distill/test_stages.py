@@ -283,3 +283,11 @@ def test_some_rows_of_an_output_are_told_where_each_row_has_its_own():
     torch.testing.assert_close(Gathered(by_rows).some_rows(by_rows(x), 1, start=3), by_rows(x[3:4]))
     flat = capture(nn.Sequential(nn.Linear(4, 3), nn.Flatten(0)), models.vectors(4, 4)).graph_module
     assert Gathered(flat).some_rows(flat(x), 2) is None
+
+
+@pytest.mark.parametrize(("tuned", "steps"), [(0.0, 4), (0.5, 8)])
+def test_steps_that_alignment_leaves_are_taken_where_fine_tuning_has_a_share(tuned, steps):
+    settings = recipe(8, "joint", share=0.5)
+    settings = settings.model_copy(update={"fine_tuning": settings.fine_tuning.model_copy(update={"share": tuned})})
+    conversion = run(captured.mlp(), settings=settings)
+    assert conversion.steps == sum(curve.steps for curve in conversion.curves) == steps

@@ -232,3 +232,11 @@ def example() -> Example:
     return Example(
         DivideEncoder(found.signature), found.graph_module, (vectors(3, 6, 3, seed=1), tokens(3, 7, seed=2) % 8)
     )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_halves_train_where_the_whole_does(training):
+    found = pooled()
+    found.graph_module.train(training)
+    encoder, decoder, _ = halves_of(DivideEncoder(found.signature)(found.graph_module).graph_module)
+    assert encoder.training == decoder.training == training

@@ -141,8 +141,9 @@ def test_the_guides_value_projection_is_copied(sequence_part, attention_facts):
 def test_more_dilations_than_channels_are_refused(sequence_part):
     with pytest.raises(TargetMismatchError, match=r"found dilations \[1, 2, 4\] for 2 channels.*larger width"):
         build("conv", sequence_part(), width=2, dilations=[1, 2, 4])
-    with pytest.raises(TargetMismatchError, match="expected dilations of 1 or more"):
-        build("conv", sequence_part(), dilations=[0])
+    for dilations in ([0], [2, 0]):
+        with pytest.raises(TargetMismatchError, match="expected dilations of 1 or more"):
+            build("conv", sequence_part(), dilations=dilations)
 
 
 def test_flops_count_the_taps_of_every_token(sequence_part):

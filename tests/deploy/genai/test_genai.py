@@ -133,6 +133,7 @@ def test_onnxruntime_genai_loads_the_folder_and_writes_on(tmp_path):
     folder.mkdir()
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     report = converted.export(folder, runtime="genai", tokenizer=words, external_data=True)
+    assert (report.path, report.weights) == (folder, None)
     assert [c.label for c in report.checks][-2:] == ["onnxruntime-genai vs torch"] * 2
     assert max(c.max_abs_error for c in report.checks) < 1e-5
     assert "the guide was captured without a mask of tokens" in str(report)

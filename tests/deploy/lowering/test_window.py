@@ -79,12 +79,21 @@ def test_the_function_equals_torch_at_every_size_from_the_start_and_within_a_seq
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("window", [1, 2, 5])
 def test_windows_narrower_than_a_block_equal_torch(window):
     flat = Flat(module(window)).eval()
     proto = exported(flat, opset=20)
     for batch, time in SIZES:
         assert_same(proto, flat, some_state(flat, batch, time))
+
+
+def test_features_that_fill_no_block_equal_torch():
+    flat = Flat(module(2, width=24)).eval()  # 12 of a head of width 6
+    given = some_state(flat, 2, 7, width=24)
+    model = ir.from_proto(export(flat, given, ({0: D, 1: D}, ({0: D},) * flat.count), 20))
+    define(model)
+    for time in (1, 7):
+        assert_same(ir.to_proto(model), flat, some_state(flat, 3, time, width=24))
 
 
 def test_values_that_take_several_blocks_equal_torch():

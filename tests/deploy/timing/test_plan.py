@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -222,3 +224,17 @@ def test_without_sizes_nothing_is_measured(monkeypatch: pytest.MonkeyPatch):
 def test_the_examples_length_is_what_is_no_batch():
     assert payoff._example_length(captured.gpt2()) == models.tokens().shape[1] != len(models.tokens())
     assert payoff._example_length(captured.mlp()) is None
+
+
+def test_a_token_of_a_plan_that_does_not_run_is_no_step(monkeypatch):
+    once = Timing(median_ms=1.0, p20_ms=1.0, p80_ms=1.0, repeats=1)
+    monkeypatch.setattr(payoff, "measure", lambda calls, *_: dict.fromkeys(calls, once))
+    monkeypatch.setattr(payoff, "_runs", lambda call: True)
+    guide = captured.tabled()
+    session: Any = SimpleNamespace(is_stateful=True)
+    sizes = CheckSizes(batch=1, length=4)
+    states: dict[str, Any] = {"guide": {}, "plan": {}}
+    alone = payoff._token(guide, {"guide": session}, states, sizes, {"guide": once})
+    assert (alone.steps, alone.plan) == (False, None)
+    both = payoff._token(guide, {"guide": session, "plan": session}, states, sizes, {"guide": once, "plan": once})
+    assert (both.steps, both.plan) == (True, once)

@@ -20,7 +20,7 @@ from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import export, for_export
 from thesean.errors import ExportError, PassRefused
 from thesean.passes.analyse.chunks import join, run_in_chunks
-from thesean.passes.analyse.threaded import Threaded
+from thesean.passes.analyse.threaded import Threaded, _pieces
 from thesean.passes.base import run_passes
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -249,3 +249,10 @@ def test_the_checks_read_the_callers_own_sequences_in_order():
     made = guide.signature.random_inputs({"batch": 2, "time": 100}, in_order=True)["ids"]
     assert torch.equal(made[0], texts(3, 40).flatten()[:100])
     assert torch.equal(made[1], texts(3, 40).flatten().roll(-40)[:100])
+
+
+def test_pieces_are_steps_where_another_way_may_begin_and_none_is_empty():
+    assert _pieces([], 9) == [9]
+    assert _pieces([4], 9) == [3, 1, 1, 1, 3]
+    assert _pieces([4], 6) == [3, 1, 1, 1]  # a cut at the end is none
+    assert _pieces([0, 40], 3) == [1, 1, 1]

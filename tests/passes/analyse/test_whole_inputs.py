@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from tests.models import seeded, vectors
-from thesean.passes.analyse.whole_inputs import source_as_long_as_target
+from thesean.passes.analyse.whole_inputs import _moved, source_as_long_as_target
 from thesean.passes.capture.capture import capture
+from thesean.passes.graph.signature import InputSpec
 
 
 class Told(nn.Module):
@@ -52,3 +53,17 @@ def test_a_mask_is_neither(known):
     if not known:
         signature = replace(signature, inputs=tuple(replace(s, example=None) for s in signature.inputs))
     assert source_as_long_as_target(guide.graph_module, signature) == ("source", "target")
+
+
+@pytest.mark.parametrize(("dtype", "high"), [(torch.float32, None), (torch.int64, 5), (torch.int64, None)])
+def test_a_last_step_is_another_one_and_one_that_there_may_be(dtype, high):
+    before = torch.full((2, 3), 4).to(dtype)
+    spec = InputSpec(name="x", dtype=dtype, shape=("batch", "time"), high=high)
+    after = _moved(before, spec, "time")
+    assert torch.equal(before, torch.full((2, 3), 4).to(dtype))
+    assert torch.equal(after[:, :-1], before[:, :-1])
+    assert bool((after[:, -1] != 4).all())
+    if not dtype.is_floating_point:
+        assert after[:, -1].tolist() == [0 if high else 5] * 2
+    else:  # by noise, which no network takes for its own sums
+        assert not torch.equal(after[0, -1], after[1, -1])

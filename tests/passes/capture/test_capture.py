@@ -641,3 +641,10 @@ def test_a_state_has_its_batch_where_the_other_input_has_its_size(batch):
 def test_dynamic_dimensions_that_are_not_there_are_refused(dynamic, reason):
     with pytest.raises(DataError, match=reason):
         capture(ClassToken("shape"), vectors(3, 5, 4), dynamic=dynamic)
+
+
+@pytest.mark.parametrize(("commit", "told"), [("0a1b2c", "0a1b2c"), (7, None)])
+def test_the_commit_that_a_configuration_tells_of_the_weights_is_kept(commit, told):
+    model = models.gpt2(layers=1)
+    model.config._commit_hash = commit
+    assert capture(model, tokens(2, 5)).signature.origin.commit == told

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import fx
 
 from tests import captured
 from thesean.errors import PassRefused
 from thesean.passes.capture.captured import Captured
-from thesean.passes.graph.extract import extract
+from thesean.passes.graph.extract import _constants, extract
 from thesean.passes.graph.record import record
 from thesean.passes.plan.make_plan import make_plan
 
@@ -59,3 +60,12 @@ def test_what_does_not_follow_from_the_entry_is_refused():
     region = last_part(guide, "mlp")
     with pytest.raises(PassRefused, match="is not computed from"):
         extract(guide.graph_module, region.exit, region.entry)
+
+
+def test_what_is_made_of_weights_alone_is_constant_and_what_is_made_of_an_input_is_not():
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.get_attr("weight")
+    turned = graph.call_function(torch.ops.aten.t.default, (weight,))
+    twice = graph.call_function(torch.ops.aten.mul.Tensor, (turned, 2))
+    graph.output(graph.call_function(torch.ops.aten.mm.default, (x, twice)))
+    assert _constants(graph) == {weight, turned, twice}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests import captured
 from thesean.errors import PlanError, TargetMismatchError, UnknownNameError, WriteError
 from thesean.passes.plan.make_plan import bind_plan, make_plan
 from thesean.passes.plan.plan import Plan
+from thesean.passes.plan.rows import ProbedCandidate
 from thesean.targets import Target
 
 
@@ -161,3 +163,11 @@ def test_a_block_names_its_halves():
 def test_a_plan_that_can_not_be_written_is_told(tmp_path: Path):
     with pytest.raises(WriteError, match=r"can't write .*nowhere"):
         gpt2_plan().to_yaml(tmp_path / "nowhere" / "plan.yaml")
+
+
+def test_an_edited_plan_forgets_what_was_measured_of_the_one_before():
+    probed = ProbedCandidate(
+        path="transformer.h.0", target="gru", divergence=0.5, added_ms=None, params=8, flops=8, chosen=True
+    )
+    plan = replace(gpt2_plan(), candidates=(probed,))
+    assert plan.edit("*.h.0", "rnn").candidates == ()

@@ -125,3 +125,15 @@ def test_an_affine_map_computes_in_the_dtype_of_what_it_is_given():
     one = Affine(torch.randn(3, 4), torch.randn(3))
     assert one.of(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
     assert one.to(torch.bfloat16).bias_O.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_heads_of_keys_and_values_are_counted_before_they_were_repeated(count):
+    def repeated(seed: int) -> Affine:
+        weight_GKI, bias_GK = affine(4 * count, 16, seed).weight_OI.view(count, 4, 16), torch.randn(count, 4)
+        times = 4 // count
+        return Affine(
+            weight_GKI.repeat_interleave(times, 0).flatten(0, 1), bias_GK.repeat_interleave(times, 0).flatten()
+        )
+
+    assert replace(attention(), key=repeated(1), value=repeated(2)).kv_heads == count

@@ -761,3 +761,11 @@ def test_all_together_leave_what_a_layer_needs():
 
     assert after(JOIN, inferred(all_of_them)) == ["MatMul", "Add", "Split", "Neg", "Neg", "Neg"]
     assert after(RESIDUAL, inferred(all_of_them)) == ["MatMul", "Sum"]
+
+
+def test_an_operator_of_onnxruntimes_own_brings_its_opset():
+    model = built(f"g ({X}) => (float[batch, time, 8] y) {{ s = Sigmoid (x)\n y = Mul (s, x) }}")
+    del model.graph.opset_imports["com.microsoft"]
+    leaner(model)
+    assert [n.op_type for n in model.graph] == ["QuickGelu"]
+    assert model.graph.opset_imports["com.microsoft"] == 1
