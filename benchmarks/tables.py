@@ -132,3 +132,11 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1
     """The lines of a table; what stands behind the first `names` columns is a figure."""
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * names}{'---:|' * (len(heads) - names)}"]
     return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def mean_and_ends(values: Sequence[float]) -> str:
+    """Of seeds; "-" where there is none."""
+    if not values:
+        return "-"
+    ends = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.4f}{ends}"

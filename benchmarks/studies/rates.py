@@ -19,7 +19,7 @@ import thesean
 from benchmarks import language
 from benchmarks.studies.starts import Conversion, of_digits, of_language_model
 from benchmarks.suite import BenchmarkError, Case, Result, Run
-from benchmarks.tables import markdown
+from benchmarks.tables import markdown, mean_and_ends
 
 PATIENT, FOUND = "15 % patience", "as it is"
 
@@ -74,20 +74,13 @@ def table(result: Result) -> str:
             way: [c for c in cases if c["conversion"] == name and (c["steps"], c["way"]) == at]
             for way, at in {"closed form": (0, "closed form"), PATIENT: (steps, PATIENT), FOUND: (steps, FOUND)}.items()
         }
-        cells = [_mean([c["value"] for c in rows]) for rows in of.values()]
+        cells = [mean_and_ends([c["value"] for c in rows]) for rows in of.values()]
         gained = ", ".join(f"{rate:g}" for rate in sorted({r for c in of[FOUND] for r in c["rates"]}, reverse=True))
         guide = next(c["guide"] for rows in of.values() for c in rows)
         body.append([name, str(steps), f"{guide:.4f}", *cells, gained or ("none" if of[FOUND] else "-")])
     left_out = len(result["details"].get("left_out", ()))
     more = ["", f"{left_out} of {left_out + len(cases)} runs are not measured yet."] if left_out else []
     return "\n".join([*markdown(heads, body), *more])
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "-"
-    ends = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.4f}{ends}"
 
 
 CASE = Case(

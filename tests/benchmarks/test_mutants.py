@@ -245,7 +245,12 @@ def line_of(file: str, number: int) -> str:
 def test_what_survived_is_tried_with_tests_that_have_changed_since(monkeypatch):
     told = "tests/passes/test_x.py\ntests/passes/tools.py\ntests/docs/test_documents.py\ntests/test_y.py"
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(survivors, "git", lambda *words: asked.append(words) or told)
+
+    def git(*words: str) -> str:
+        asked.append(words)
+        return told
+
+    monkeypatch.setattr(survivors, "git", git)
     assert survivors.changed_since("0a1b2c") == ["tests/passes/test_x.py", "tests/test_y.py"]
     assert "0a1b2c" in asked[0]
     monkeypatch.setattr(survivors, "git", lambda *words: None)
