@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ class Reshapes(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         mixed_BTD = x_BTD.unflatten(-1, (2, 4)).transpose(2, 3).flatten(2)
         return mixed_BTD.reshape(x_BTD.shape[0], x_BTD.shape[1], 4, 2).mT.contiguous()
+
+
+class Lengthened(nn.Module):
+    """Taken apart and flattened at a length that is a sum, beside a batch that may be empty."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        longer_BSD = torch.cat([x_BTD, x_BTD[:, :1]], 1)
+        return longer_BSD.unflatten(-1, (2, 4)).transpose(2, 3).flatten(2)
 
 
 class Computed(nn.Module):
@@ -70,6 +79,34 @@ class Normalised(nn.Module):
         return self.norm(x_BTD.transpose(1, 2))
 
 
+class Cut(nn.Module):
+    """In pieces, the last one smaller, and in slices from either end."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        one, two, three = x_BTD.chunk(3, -1)
+        early, late = x_BTD.narrow(1, 0, 1), x_BTD.narrow(2, -4, 4) + x_BTD.narrow(2, -5, 4)
+        return torch.max(torch.cat([three, one, two], -1), early) * torch.min(late, 2 * late).repeat(1, 1, 2)
+
+
+class CutOverTime(nn.Module):
+    """In pieces as long as has to be computed."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        first, *_ = x_BTD.repeat(1, 2, 1).chunk(2, 1)
+        return first
+
+
+class Pooled(nn.Module):
+    """To one place, and to more."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(places)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.pool(x_BTD.unflatten(-1, (2, 4))).flatten(1)
+
+
 class Written(nn.Module):
     """Writes into a tensor of its own: torch's functionalisation is needed."""
 
@@ -103,6 +140,9 @@ def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, b
         (Aliases(), True),
         (Normalised(), True),
         (Expanded(), True),
+        (Cut(), True),
+        (Pooled(1), True),
+        (Lengthened(), True),
         (Computed(), False),
         (ExpandedOverTime(), False),
         (Written(), False),
@@ -119,12 +159,26 @@ def test_a_graph_without_a_second_trace_gives_torchs_numbers_at_every_size(modul
             torch.testing.assert_close(torch.from_numpy(found), module(x_BTD), rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_written_in_the_operators_of_torchs_own_decomposition(monkeypatch):
-    found, kept = exported(Reshapes(), monkeypatch)
+@pytest.mark.parametrize("make", [Reshapes, Cut, partial(Pooled, 1)])
+def test_it_is_written_in_the_operators_of_torchs_own_decomposition(make, monkeypatch):
+    found, kept = exported(make(), monkeypatch)
     monkeypatch.setattr(decomposing, "_exporter", lambda: (None, None))
-    expected, _ = exported(Reshapes(), monkeypatch)
+    expected, _ = exported(make(), monkeypatch)
     assert kept
     assert Counter(n.op_type for n in found.graph.node) == Counter(n.op_type for n in expected.graph.node)
+
+
+@pytest.mark.parametrize("module", [CutOverTime(), Pooled(2)])
+def test_what_would_have_to_be_computed_is_left_to_torch(module):
+    """Whatever it makes of it."""
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    found = torch.export.export(module, (models.vectors(2, 8, 8),), dynamic_shapes=shapes).module()
+    found.graph.eliminate_dead_code()
+    before = [(n.target, n.args) for n in found.graph.nodes]
+    assert not keep_operators(
+        found, lambda target: target not in (aten.chunk.default, aten.adaptive_avg_pool2d.default)
+    )
+    assert [(n.target, n.args) for n in found.graph.nodes] == before
 
 
 def test_torchs_own_function_is_back_afterwards_and_after_an_error():

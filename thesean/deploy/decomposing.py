@@ -32,6 +32,8 @@ _RENAMED: dict[Any, Callable[..., tuple[Any, tuple[Any, ...], dict[str, Any]]]] 
     aten.__and__.Tensor: lambda a, b: (aten.bitwise_and.Tensor, (a, b), {}),
     aten.__or__.Tensor: lambda a, b: (aten.bitwise_or.Tensor, (a, b), {}),
     aten.contiguous.default: lambda a, **_: (aten.clone.default, (a,), _DENSE),
+    aten.max.other: lambda a, b: (aten.maximum.default, (a, b), {}),
+    aten.min.other: lambda a, b: (aten.minimum.default, (a, b), {}),
     aten.mT.default: lambda a: (aten.transpose.int, (a, -2, -1), {}),
     aten.square.default: lambda a: (aten.pow.Tensor_Scalar, (a, 2), {}),
     aten.to.device: lambda a, device, dtype, *_, **__: (aten._to_copy.default, (a,), {"dtype": dtype}),
@@ -103,10 +105,16 @@ def keep_operators(graph_module: fx.GraphModule, has_form: Callable[[Any], bool]
 
 def _is_known(node: fx.Node) -> bool:
     """Whether it is rewritten here."""
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return argument(node, 1, "output_size") == [1, 1]
     if node.target is aten.batch_norm.default:
         return not node.args[5]  # not in training
     if node.target is aten.diff.default:
         return argument(node, 1, "n", 1) == 1 and node.meta["val"].dtype != torch.bool
+    if node.target is aten.chunk.default:
+        return all(isinstance(size, int) for size in _chunks(node))
+    if node.target is aten.narrow.default:
+        return all(isinstance(number, int) for number in _cut(node))
     if node.target is aten.expand_as.default:
         return None not in _expanded(node)
     return node.target in _RESHAPES or node.target in _RENAMED
@@ -127,11 +135,12 @@ def stays(target: Any, has_form: Callable[[Any], bool]) -> bool:
 
 
 def _sizes(node: fx.Node) -> list[Any] | None:
-    """What a reshaped tensor's sizes are in its graph: numbers, inputs, (input, dimension), or -1 for the only one that
-    is computed; None for several of them.
+    """What a reshaped tensor's sizes are in its graph: numbers, inputs, (input or what is reshaped, dimension), or -1
+    for the only one that is computed; None for several of them.
     """
     inputs: dict[str, fx.Node | tuple[fx.Node, int]] = {}
-    for given in node.graph.find_nodes(op="placeholder"):
+    for given in (*node.graph.find_nodes(op="placeholder"), node.args[0]):
+        assert isinstance(given, fx.Node)
         value = given.meta.get("val")
         if isinstance(value, torch.SymInt):
             inputs.setdefault(str(value), given)
@@ -145,13 +154,14 @@ def _sizes(node: fx.Node) -> list[Any] | None:
 
 
 def _write_view(node: fx.Node, sizes: list[Any], read: dict[tuple[fx.Node, int], fx.Node]) -> None:
-    """In place, as the program knows its outputs by name. `read`: the dimensions of inputs that are nodes already."""
+    """In place, as the program knows its outputs by name. `read`: the dimensions that are nodes already."""
     graph, source = node.graph, node.args[0]
     assert isinstance(source, fx.Node)
     for dim, size in enumerate(sizes):
         if isinstance(size, tuple):
             if size not in read:
-                with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+                given = size[0].op == "placeholder"
+                with graph.inserting_after(graph.find_nodes(op="placeholder")[-1] if given else size[0]):
                     read[size] = graph.call_function(aten.sym_size.int, size)
                 read[size].meta = {"val": node.meta["val"].shape[dim]}
             sizes[dim] = read[size]
@@ -176,6 +186,34 @@ def _write_differences(node: fx.Node) -> None:
     node.target, node.args, node.kwargs = aten.sub.Tensor, (later, earlier), {}
 
 
+def _write_mean(node: fx.Node) -> None:
+    """adaptive_avg_pool2d to one place."""
+    node.target, node.args, node.kwargs = aten.mean.dim, (node.args[0], [-1, -2], True), {}
+
+
+def _chunks(node: fx.Node) -> list[Any]:
+    dim = argument(node, 2, "dim", 0)
+    return [piece.shape[dim] for piece in node.meta["val"]]
+
+
+def _write_pieces(node: fx.Node) -> None:
+    """chunk: of sizes that the trace tells."""
+    pieces = (node.args[0], _chunks(node), argument(node, 2, "dim", 0))
+    node.target, node.args, node.kwargs = aten.split_with_sizes.default, pieces, {}
+
+
+def _cut(node: fx.Node) -> list[Any]:
+    return [argument(node, k, name) for k, name in enumerate(("dim", "start", "length"), 1)]
+
+
+def _write_slice(node: fx.Node) -> None:
+    """narrow; a start below zero counts from the end."""
+    dim, start, length = _cut(node)
+    end = start + length
+    end = sys.maxsize if start < 0 and end == 0 else end
+    node.target, node.args, node.kwargs = aten.slice.Tensor, (node.args[0], dim, start, end), {}
+
+
 def _expanded(node: fx.Node) -> list[int | None]:
     """The sizes for `expand`, -1 where the tensor has it already; None where it would have to be computed."""
     assert isinstance(node.args[0], fx.Node)
@@ -198,7 +236,10 @@ def _before(node: fx.Node, target: Any, *args: Any, **settings: Any) -> fx.Node:
 
 
 _WRITTEN_OUT = {
+    aten.adaptive_avg_pool2d.default: _write_mean,
     aten.batch_norm.default: _write_normalisation,
+    aten.chunk.default: _write_pieces,
     aten.diff.default: _write_differences,
     aten.expand_as.default: _write_expansion,
+    aten.narrow.default: _write_slice,
 }
