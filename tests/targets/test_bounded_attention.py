@@ -140,7 +140,9 @@ def test_scores_are_counted_from_the_middle_one(sequence_part, attention_facts):
     part = sequence_part(attention=looking_alike(attention_facts()))
     module = copied(part, window=8, kept=8)
     x_BTD = torch.randn(16, 200, 16) + torch.linspace(-2, 2, 16)
+    before_G = module.lasting.clone()
     module.prepare(part, [(x_BTD[:8], torch.empty(0))])
+    assert bool((module.lasting != before_G).all())  # what fades is told from what does not
     above_G = (module.score(x_BTD[8:]) > 0).double().mean((0, 1))
     torch.testing.assert_close(above_G, torch.full_like(above_G, 0.5), atol=0.15, rtol=0)
 

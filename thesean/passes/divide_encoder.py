@@ -268,8 +268,7 @@ class _Cut:
 
     def _module(self, graph: fx.Graph) -> fx.GraphModule:
         half = fx.GraphModule(self.root, graph)
-        half.meta.update(self.root.meta)
-        half.train(self.root.training)
+        half.meta.update(self.root.meta)  # whether it trains is its root's, too
         return half
 
     def whole(self) -> fx.Graph:

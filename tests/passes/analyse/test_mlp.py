@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from tests import captured, models
 from thesean.passes.analyse.dataflow import data_flow
-from thesean.passes.analyse.mlp import find_mlp
+from thesean.passes.analyse.mlp import _stored, find_mlp
 from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
@@ -311,3 +312,12 @@ def test_an_activation_that_compares_is_none_that_is_known():
     guide = capture(models.seeded(PiecewiseMLP), models.vectors(2, 6, 8))
     part = partition(captured.flow_of(guide), "sublayer")[0]
     assert find_mlp(part.region, captured.recorded(guide)) is None
+
+
+def test_facts_are_in_the_precision_of_the_region():
+    facts = mlp_of(captured.llama(), 1)
+    region: Any = SimpleNamespace(entry=SimpleNamespace(meta={"val": torch.empty(1, dtype=torch.bfloat16)}))
+    stored = _stored(facts, region)
+    assert stored.gate is not None
+    for weight, bias in (stored.up, stored.gate, stored.down):
+        assert weight.dtype == bias.dtype == torch.bfloat16
