@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+import thesean
+from tests import models
 from thesean.distill.callbacks import checked_loss, checked_metric, checked_reader, each_of
 from thesean.errors import DataError, NumericalError
 from thesean.passes.graph.modes import usual_settings
@@ -177,3 +179,13 @@ def test_a_function_that_writes_into_the_output_is_told_and_leaves_no_figure_of_
     own = checked_loss(lambda output, batch: output["logits"].clone().mul_(2).mean())
     assert own is not None
     assert own({"logits": torch.ones(2, 3)}, None) == 2.0
+
+
+def test_a_loss_that_writes_into_its_batch_is_told():
+    def loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        batch.mul_(0.9)
+        return output.square().mean()
+
+    data = [models.vectors(8, 8, seed=k) for k in range(4)]
+    with pytest.raises(DataError, match=r"changed in place: by loss\(output, batch\), which may not write"):
+        thesean.compile(models.mlp(), "mlp", data=data, loss=loss, recipe={"steps": 20}, progress=False)

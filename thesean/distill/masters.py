@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from thesean import exchange
+from thesean.errors import DataError
 from thesean.journal import Stateful
 from thesean.kernels.shared.precision import HALF
+
+_OVERWRITTEN = "modified by an inplace operation"  # torch's words
 
 _SCALE, _LARGEST, _GROWS_AFTER = 2.0**12, 2.0**16, 100
 
@@ -43,8 +46,19 @@ class Masters:
             parameter.grad = None
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of `loss` for `parameters` to those of this step, in float32 where weights are in half."""
-        (loss.float() * self._scale if self._scaled else loss).backward()
+        """Adds the gradients of `loss` for `parameters` to those of this step, in float32 where weights are in half.
+
+        Raises DataError where code of the caller's wrote into what they are computed of.
+        """
+        try:
+            (loss.float() * self._scale if self._scaled else loss).backward()
+        except RuntimeError as error:
+            if _OVERWRITTEN not in str(error):
+                raise
+            raise DataError(
+                "a tensor that gradients are computed of was changed in place: by loss(output, batch), which may not "
+                f"write into its batch, or by a module of yours. Let it make its own, batch.clone() first. ({error})"
+            ) from error
         for weight, master in self._pairs:
             if weight.grad is not None:
                 more, weight.grad = weight.grad.float(), None
