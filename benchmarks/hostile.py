@@ -17,7 +17,7 @@ import thesean
 from benchmarks.hostility.kills import VICTIMS, killed
 from benchmarks.hostility.saved import converted, of_words
 from benchmarks.hostility.trial import BAD, VERDICTS, Inputs, tried
-from benchmarks.suite import Case, Result, Run
+from benchmarks.suite import ROOT, Case, Result, Run
 
 # A file of hostility/ with INPUTS, and what its inputs are called.
 KINDS = {
@@ -44,7 +44,7 @@ def bench(run: Run) -> None:
         for name, call in inputs[:: run.settings["every"]]:
             if run.wants(f"{kind}: {name}"):
                 verdict, said = tried(call)
-                run.add(f"{kind}: {name}", verdict=verdict, said=said)
+                run.add(f"{kind}: {name}", verdict=verdict, said=said.replace(f"{ROOT}/", ""))  # wherever it runs
     for name, victim in VICTIMS.items():
         if run.wants(f"kills: {name}"):
             run.add(f"kills: {name}", **killed(victim, run.settings["kills"], run.seeds[0]))

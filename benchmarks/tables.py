@@ -140,3 +140,10 @@ def mean_and_ends(values: Sequence[float]) -> str:
         return "-"
     ends = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
     return f"{sum(values) / len(values):.4f}{ends}"
+
+
+def unmeasured(result: Result) -> list[str]:
+    """What stands below a table of which some runs are missing, for want of time."""
+    left_out = len(result["details"].get("left_out", ()))
+    of = left_out + len(result["cases"])
+    return ["", f"{left_out} of {of} runs are not measured yet."] if left_out else []

@@ -19,7 +19,7 @@ import thesean
 from benchmarks import language
 from benchmarks.studies.starts import Conversion, of_digits, of_language_model
 from benchmarks.suite import BenchmarkError, Case, Result, Run
-from benchmarks.tables import markdown, mean_and_ends
+from benchmarks.tables import markdown, mean_and_ends, unmeasured
 
 PATIENT, FOUND = "15 % patience", "as it is"
 
@@ -78,9 +78,7 @@ def table(result: Result) -> str:
         gained = ", ".join(f"{rate:g}" for rate in sorted({r for c in of[FOUND] for r in c["rates"]}, reverse=True))
         guide = next(c["guide"] for rows in of.values() for c in rows)
         body.append([name, str(steps), f"{guide:.4f}", *cells, gained or ("none" if of[FOUND] else "-")])
-    left_out = len(result["details"].get("left_out", ()))
-    more = ["", f"{left_out} of {left_out + len(cases)} runs are not measured yet."] if left_out else []
-    return "\n".join([*markdown(heads, body), *more])
+    return "\n".join([*markdown(heads, body), *unmeasured(result)])
 
 
 CASE = Case(

@@ -13,7 +13,7 @@ import thesean
 from benchmarks import language
 from benchmarks.studies.rates import conversions
 from benchmarks.suite import Case, Result, Run
-from benchmarks.tables import markdown, mean_and_ends
+from benchmarks.tables import markdown, mean_and_ends, unmeasured
 
 CLOSED = "closed form"
 
@@ -47,9 +47,7 @@ def table(result: Result) -> str:
         rows = [c for c in cases if c["conversion"] == name and c["steps"] in (0, steps)]
         cells = [mean_and_ends([c["value"] for c in rows if c["share"] == share]) for share in (None, *shares)]
         body.append([name, str(steps), f"{rows[0]['guide']:.4f}", *cells])
-    left_out = len(result["details"].get("left_out", ()))
-    more = ["", f"{left_out} of {left_out + len(cases)} runs are not measured yet."] if left_out else []
-    return "\n".join([*markdown(heads, body), *more])
+    return "\n".join([*markdown(heads, body), *unmeasured(result)])
 
 
 CASE = Case(

@@ -99,24 +99,16 @@ def keep_operators(graph_module: fx.GraphModule, has_form: Callable[[Any], bool]
         elif node.target in _RENAMED:
             node.target, node.args, node.kwargs = _RENAMED[node.target](*node.args, **node.kwargs)
         elif node.target in _WRITTEN_OUT:
-            _WRITTEN_OUT[node.target](node)
+            _, write = _WRITTEN_OUT[node.target]
+            write(node)
     return True
 
 
 def _is_known(node: fx.Node) -> bool:
     """Whether it is rewritten here."""
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return argument(node, 1, "output_size") == [1, 1]
-    if node.target is aten.batch_norm.default:
-        return not node.args[5]  # not in training
-    if node.target is aten.diff.default:
-        return argument(node, 1, "n", 1) == 1 and node.meta["val"].dtype != torch.bool
-    if node.target is aten.chunk.default:
-        return all(isinstance(size, int) for size in _chunks(node))
-    if node.target is aten.narrow.default:
-        return all(isinstance(number, int) for number in _cut(node))
-    if node.target is aten.expand_as.default:
-        return None not in _expanded(node)
+    if node.target in _WRITTEN_OUT:
+        can_be_written, _ = _WRITTEN_OUT[node.target]
+        return can_be_written(node)
     return node.target in _RESHAPES or node.target in _RENAMED
 
 
@@ -235,11 +227,14 @@ def _before(node: fx.Node, target: Any, *args: Any, **settings: Any) -> fx.Node:
     return new
 
 
-_WRITTEN_OUT = {
-    aten.adaptive_avg_pool2d.default: _write_mean,
-    aten.batch_norm.default: _write_normalisation,
-    aten.chunk.default: _write_pieces,
-    aten.diff.default: _write_differences,
-    aten.expand_as.default: _write_expansion,
-    aten.narrow.default: _write_slice,
-}
+# Where it can be, and how
+_WRITTEN_OUT: dict[Any, tuple[Callable[[fx.Node], bool], Callable[[fx.Node], None]]] = {
+    aten.adaptive_avg_pool2d.default: (lambda n: argument(n, 1, "output_size") == [1, 1], _write_mean),
+    aten.batch_norm.default: (lambda n: not n.args[5], _write_normalisation),  # not in training
+    aten.chunk.default: (lambda n: all(isinstance(size, int) for size in _chunks(n)), _write_pieces),
+    aten.diff.default: (
+        lambda n: argument(n, 1, "n", 1) == 1 and n.meta["val"].dtype != torch.bool, _write_differences,
+    ),
+    aten.expand_as.default: (lambda n: None not in _expanded(n), _write_expansion),
+    aten.narrow.default: (lambda n: all(isinstance(number, int) for number in _cut(n)), _write_slice),
+}  # fmt: skip
