@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 	$(BIN)/python -m pytest --numprocesses 2 --dist load -m slow
 ifeq ($(shell uname -s),Linux)  # where triton is to be had
-	$(MAKE) kernels-interpret kernels-check
+	$(MAKE) --jobs 2 --output-sync kernels-interpret kernels-check
 endif
 
 # While one works: of each test the first case, but for what tests/fast_part.py's rule leaves out or takes in.
