@@ -47,6 +47,14 @@ def test_auto_classes_read_a_folder_and_compute_what_was_saved(folder: Path):
     assert config.pad_token_id == loaded.generation_config.pad_token_id == words.pad_token_id
 
 
+def test_shards_and_forms_that_are_asked_for_in_vain_are_told(folder: Path, tmp_path: Path):
+    model = hf.from_pretrained(folder)
+    with pytest.warns(UserWarning, match="is not followed: the weights are one") as told:
+        model.save_pretrained(tmp_path / "small", max_shard_size="1KB", variant="fp16", safe_serialization=True)
+    assert [str(w.message).split()[1] for w in told] == ["max_shard_size", "variant"]
+    assert {p.name for p in (tmp_path / "small").glob("*model*")} == {"model.safetensors"}
+
+
 def test_a_folder_holds_what_it_says(folder: Path):
     names = {p.name for p in folder.iterdir()}
     assert names == {

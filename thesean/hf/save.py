@@ -16,22 +16,27 @@ from thesean.hf.folder import Written, write_folder
 from thesean.hf.follow import Place
 from thesean.passes.graph.surgery import clone
 from thesean.scratch import named
+from thesean.warn import warn
 
 # of other models' writers: shards and forms that a folder of ours doesn't have
 _IDLE = (
     "safe_serialization", "max_shard_size", "variant", "save_peft_format", "save_original_format", "save_function",
     "distributed_checkpoint",
 )  # fmt: skip
+_LIKE_OURS = {
+    "safe_serialization": True, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
+}  # fmt: skip
 
 
 def save_model(model: PreTrainedModel, artifact: Artifact, folder: Any, **kwargs: Any) -> Path:
     """`state_dict`: other weights than the model's own. Raises DataError for unknown settings."""
     state, tokenizer = kwargs.pop("state_dict", None), kwargs.pop("tokenizer", None)
     push, repo_id, token = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None), kwargs.pop("token", None)
-    for key in _IDLE:
-        kwargs.pop(key, None)
+    idle = {key: kwargs.pop(key, None) for key in _IDLE}
+    not_followed = [key for key, value in idle.items() if value is not None and value != _LIKE_OURS.get(key)]
     if unknown := next((k for k, v in kwargs.items() if v is not None), None):
         raise DataError(f"save_pretrained: expected no {unknown!r}: one folder is written, in one file of weights.")
+    warn(f"save_pretrained: {key} is not followed: the weights are one model.safetensors." for key in not_followed)
     if state is not None and not isinstance(state, Mapping):
         raise DataError(f"state_dict: expected tensors by their names, found {type(state).__name__}.")
     if state is not None and any(state.get(k) is not v for k, v in model.state_dict().items()):
