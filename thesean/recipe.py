@@ -23,6 +23,7 @@ Samples = Literal["tokens", "examples"]
 Reduction = Literal["sum", "mean"]
 Optimizer = Literal["adamw", "adam"]
 RateSchedule = Literal["cosine", "constant"]
+Annealing = Literal["new", "all"]
 Weight = Annotated[float, Field(gt=0)]
 Measures = Annotated[
     Annotated[str, Tag("name")] | Annotated[dict[str, Weight], Field(min_length=1), Tag("sum")],
@@ -149,7 +150,10 @@ class FineTuning(_Settings):
     temperature: float = Field(default=2.0, gt=0)
     divergence: Divergence = Field(default="kl", description="by which outputs are compared where they are classes")
     hidden: float = Field(default=0.3, ge=0, description="weight of the normalised MSE at part exits, annealed")
-    anneal_until: float = Field(default=0.8, gt=0, le=1, description="share of the steps after which both are 0")
+    anneal_until: float | None = Field(
+        default=0.8, gt=0, le=1, description="share of the steps after which both are 0; None: they stay"
+    )
+    anneal_on: Annealing = Field(default="new", description="examples by which they fall: see fine_tune.py")
 
 
 class Recipe(_Settings):

@@ -52,7 +52,7 @@ def test_the_guide_stays_and_the_hybrid_ends_in_eval_mode():
     assert not hybrid.graph_module.training
 
 
-def weights(steps, **settings):
+def weights(steps, batches=None, **settings):
     """What the task loss and the guide's match weigh at each step, read off by a task loss of known size."""
     guide, observer = captured.mlp(), Recorder()
     _, hybrid = drafted(guide)
@@ -63,7 +63,8 @@ def weights(steps, **settings):
             calls.append(len(calls))
         return output.sum() * 0 + 1000.0
 
-    run(guide, hybrid, task(constant, output="softmax"), steps, observer, learning_rate=1e-9, **settings)
+    batches = batches or batches_of(guide, steps)  # as many as there are steps: none comes twice
+    run(guide, hybrid, task(constant, output="softmax"), steps, observer, batches, learning_rate=1e-9, **settings)
     return observer.losses, len(calls)
 
 
@@ -73,6 +74,36 @@ def test_distillation_is_annealed_to_nothing():
     expected = [100, 280, 460, 640, 820, 1000, 1000, 1000, 1000, 1000]
     assert losses == pytest.approx(expected, abs=5)
     assert losses[5:] == [1000.0] * 5
+
+
+@pytest.mark.parametrize("way", ["pass after pass", "in one pass", "rows in another order"])
+def test_it_is_annealed_by_what_is_new(way):
+    some = batches_of(captured.mlp(), 4)
+    if way == "in one pass":
+        some = 3 * some
+    elif way == "rows in another order":
+        some += [(whole, {name: x.flip(0) for name, x in inputs.items()}) for whole, inputs in some[::-1]]
+    losses, _ = weights(10, some, distillation=0.9, hidden=0.0, anneal_until=0.5)
+    assert losses == pytest.approx([100, 280, 460, *[640] * 7], abs=5)
+
+
+def test_half_new_batches_anneal_half_as_much():
+    guide = captured.mlp()
+    (x,) = (batch[1] for batch in batches_of(guide, 1))
+    some = batches_of(guide, 3)
+    for _, inputs in some[1:]:
+        for name, value in inputs.items():
+            value[:8] = x[name][:8]
+    losses, _ = weights(5, some, distillation=0.9, hidden=0.0, anneal_until=1.0)
+    assert losses == pytest.approx([100, 190, 280, 280, 280], abs=5)
+
+
+def test_it_is_annealed_on_everything_or_never_where_it_is_told_so():
+    some = batches_of(captured.mlp(), 2)
+    losses, _ = weights(4, some, distillation=0.9, hidden=0.0, anneal_until=1.0, anneal_on="all")
+    assert losses == pytest.approx([100, 325, 550, 775], abs=5)
+    losses, _ = weights(4, distillation=0.9, hidden=0.0, anneal_until=None)
+    assert losses == pytest.approx([100] * 4, abs=5)
 
 
 def test_hidden_states_are_annealed_with_it():

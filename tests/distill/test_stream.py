@@ -131,3 +131,41 @@ def test_batches_are_told_apart_by_shape_dtype_and_every_byte():
     found = {hash_of([x]), *(hash_of([other]) for other in others), hash_of([x, x]), hash_of([])}
     assert len(found) == 7
     assert hash_of([x]) == hash_of([x.clone().requires_grad_()]) == hash_of([x.repeat(2)[:6]])
+
+
+def test_what_is_new_is_counted_in_the_first_pass_and_where_it_goes_on():
+    stream = Stream(Drawn("nobody"))
+    read(stream, 4)
+    assert stream.new == 4
+    again = Stream(Drawn("nobody"))
+    again.load_state_dict(stream.state_dict())
+    for each in (stream, again):
+        read(each, 2)
+        assert each.new == 6
+        read(each, 6)
+        assert each.new == 6
+
+
+def test_of_a_pass_that_says_the_same_again_what_is_new_is_counted_alone():
+    class Twice:
+        def __iter__(self) -> Iterator[Any]:
+            return iter([(k, {"step": torch.arange(9), "x": ROWS[k % 3].expand(1, 10)}) for k in (0, 1, 0, 2, 1)])
+
+    stream, counts = Stream(Twice()), []
+    for _ in range(5):
+        read(stream, 1)
+        counts.append(stream.new)
+    assert counts == [1, 2, 2, 3, 3]
+    again = Stream(Twice())
+    stream = Stream(Twice())
+    read(stream, 2)
+    again.load_state_dict(stream.state_dict())
+    read(again, 3)
+    assert again.new == 3
+
+
+@pytest.mark.parametrize("x", [torch.zeros(4, 0), torch.ones(4, 3, dtype=torch.bool), torch.ones(4, 9000).bfloat16()])
+def test_rows_of_any_kind_are_told_apart_or_taken_for_one(x: torch.Tensor):
+    stream = Stream([(0, {"x": x})])
+    next(stream)
+    assert stream.new == (0.25 if x.numel() else 0.0)

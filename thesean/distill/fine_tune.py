@@ -1,7 +1,9 @@
 """End-to-end training of the converted network: task loss, annealed distillation, annealed hidden states.
 
 loss = (1 - w) task(output) + w KL_T(guide | output) + h sum_k nmse(exit_k), w and h falling linearly to 0 at
-`anneal_until` of the steps: a strong target is not held near a weak guide. Without a task loss, w stays 1.
+`anneal_until` of the steps: a strong target is not held near a weak guide. They fall with what is new, and stay where
+they are while examples come again: of labels that were seen there is nothing left to learn but by heart, and from the
+guide there is (benchmarks/results/repeats.json). Without a task loss, w stays 1.
 
 What it leaves is the state that did best on held-out data, which may be the one it began with. A rate that suits a
 network that is far from its guide drives one that is near away from it. So a rate is tried by training at it, the
@@ -97,8 +99,11 @@ class _Tuner:
         self.judge = training.judge
         self.best = Best([self.graph_module])  # by the sample
         guide = -math.inf if training.task.loss is None else self.judge.value(training.guide, self.judge.sample)
+        self.new_before = training.feed.stream.new
         # what is ahead of the guide has nothing to learn from its outputs
-        self.loss_of = _loss_of(hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide)
+        self.loss_of = _loss_of(
+            hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide, lambda: self.new
+        )
         self.curves: list[Curve] = []
         self.taken = 0
 
@@ -163,11 +168,18 @@ class _Tuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Between two runs: the weights are those of the best state."""
-        return {"best": self.best.state_dict(), "taken": self.taken, "curves": [asdict(c) for c in self.curves]}
+        curves = [asdict(c) for c in self.curves]
+        return {"best": self.best.state_dict(), "taken": self.taken, "curves": curves, "new before": self.new_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best.load_state_dict(state["best"])
         self.taken, self.curves = state["taken"], [Curve.from_dict(c) for c in state["curves"]]
+        self.new_before = state["new before"]
+
+    @property
+    def new(self) -> float:
+        """Batches' worth of examples that hadn't come before, since it began."""
+        return self.training.feed.stream.new - self.new_before
 
     def check(self) -> float:
         """On the batches that choose among states."""
@@ -208,9 +220,16 @@ class _Watch:
 
 
 def _loss_of(
-    hybrid: Hybrid, training: Training, steps: int, recomputing: Recomputing, taught: Callable[[], bool]
+    hybrid: Hybrid,
+    training: Training,
+    steps: int,
+    recomputing: Recomputing,
+    taught: Callable[[], bool],
+    new: Callable[[], float],
 ) -> LossOf:
-    """The loss of a step's batch, out of `steps`; the task's alone, where there is one, once it isn't `taught`."""
+    """The loss of a step's batch, out of `steps`; the task's alone, where there is one, once it isn't `taught`. `new`:
+    batches' worth of examples so far that hadn't come before.
+    """
     task, settings = training.task, training.recipe.fine_tuning
     nmse = get_measure("nmse")
     own_names = [own for own, _ in hybrid.boundaries]
@@ -222,10 +241,17 @@ def _loss_of(
     guide = intermediates(training.guide, [*(guide_names if use_hidden else []), *seen.names])
     theirs = training.guided(recomputing.frozen(guide, guide_names), names_of(guide))
 
+    def remaining(step: int) -> float:
+        """Of both weights, in `step`, whose batches have been read."""
+        if settings.anneal_until is None:
+            return 1.0
+        passed = new() / training.recipe.gradient_accumulation - 1 if settings.anneal_on == "new" else step
+        return min(1.0, max(0.0, 1 - passed / (steps * settings.anneal_until)))
+
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch
         got = own(**inputs)
-        left = max(0.0, 1 - step / (steps * settings.anneal_until)) if taught() else 0.0
+        left = remaining(step) if taught() else 0.0
         weight = settings.distillation * left if task.loss is not None else 1.0
         hidden = settings.hidden * left
         terms: list[Any] = []
