@@ -106,6 +106,27 @@ def test_it_is_annealed_on_everything_or_never_where_it_is_told_so():
     assert losses == pytest.approx([100] * 4, abs=5)
 
 
+@pytest.mark.parametrize(
+    ("count", "loss", "settings", "told"),
+    [
+        (6, cross_entropy, {}, False),
+        (5, cross_entropy, {}, True),
+        (5, None, {}, False),
+        (5, cross_entropy, {"anneal_on": "all"}, False),
+        (5, cross_entropy, {"anneal_until": None}, False),
+        (5, cross_entropy, {"distillation": 0.0, "hidden": 0.0}, False),
+    ],
+)
+def test_examples_that_come_again_are_told_where_they_decide_anything(count, loss, settings, told):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    what = task(loss, output="softmax")
+    notes = run(guide, hybrid, what, 6, batches=batches_of(guide, count), learning_rate=1e-3, **settings).notes
+    assert [note for note in notes if "were new" in note] == (
+        ["fine-tune: 5 of 6 batches were new, so that the guide stayed in the loss longer"] if told else []
+    )
+
+
 def test_hidden_states_are_annealed_with_it():
     losses, _ = weights(4, distillation=0.0, hidden=1.0, anneal_until=0.5)
     assert losses[0] - 1000 > 1.5 * (losses[1] - 1000) > 0
@@ -128,7 +149,8 @@ def test_a_rate_that_does_harm_leaves_the_state_that_it_began_with_and_says_so()
     before, started = models.state_of(hybrid.graph_module), value_on(hybrid, held_out)
     tuned = run(guide, hybrid, task(cross_entropy), 12, held_out=held_out, learning_rate=10.0)
     assert tuned.steps == 12
-    assert tuned.notes == ("fine-tune did not help: kept the state that it began with",)
+    again = "fine-tune: 4 of 12 batches were new, so that the guide stayed in the loss longer"
+    assert tuned.notes == ("fine-tune did not help: kept the state that it began with", again)
     assert models.same_state(hybrid.graph_module, before)
     (curve,) = tuned.curves
     assert curve.kept == 0

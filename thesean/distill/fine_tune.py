@@ -44,6 +44,8 @@ _CHECKS, _LEAST_BETWEEN = 20, 5
 # (benchmarks/results/rates.json); of many a larger one, for in the end the highest that pays is the best.
 _PATIENCE, _MOST_PATIENCE, _LEAST_STEPS, _MANY = 0.05, 0.15, 3, 500
 
+_FEW_AGAIN = 0.1  # of the batches read: not worth a word
+
 
 def patience(left: int) -> int:
     """Steps without a gain that a rate is given, of so many that are left."""
@@ -137,6 +139,7 @@ class _Tuner:
             start.restore()
         told = [] if helped else [f"{self.phase} did not help: kept the state that it began with"]
         told += [f"{self.phase}: {self.recomputing.told}"] if self.recomputing.told else []
+        told += [again] if (again := self.came_again) else []
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=tuple(told))
 
     def _train(self, run: _Run) -> None:
@@ -175,6 +178,17 @@ class _Tuner:
         self.best.load_state_dict(state["best"])
         self.taken, self.curves = state["taken"], [Curve.from_dict(c) for c in state["curves"]]
         self.new_before = state["new before"]
+
+    @property
+    def came_again(self) -> str:
+        """What to tell of examples that did, where that decided anything."""
+        recipe = self.training.recipe
+        settings, read = recipe.fine_tuning, self.taken * recipe.gradient_accumulation
+        lets_go = settings.anneal_until is not None and settings.anneal_on == "new"
+        if self.training.task.loss is None or not lets_go or not (settings.distillation or settings.hidden):
+            return ""
+        told = f"{self.phase}: {self.new:.0f} of {read} batches were new, so that the guide stayed in the loss longer"
+        return told if self.new < (1 - _FEW_AGAIN) * read else ""
 
     @property
     def new(self) -> float:
