@@ -187,5 +187,15 @@ def test_a_loss_that_writes_into_its_batch_is_told():
         return output.square().mean()
 
     data = [models.vectors(8, 8, seed=k) for k in range(4)]
+    with pytest.raises(DataError, match=r"loss\(output, batch\) changes input of its batch, which the guide reads"):
+        thesean.compile(models.mlp(), "mlp", data=data, loss=loss, recipe={"steps": 20}, progress=False)
+
+
+def test_a_loss_that_writes_what_stood_there_is_told_where_a_gradient_needs_it():
+    def loss(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        batch.mul_(1.0)
+        return output.square().mean()
+
+    data = [models.vectors(8, 8, seed=k) for k in range(4)]
     with pytest.raises(DataError, match=r"changed in place: by loss\(output, batch\), which may not write"):
         thesean.compile(models.mlp(), "mlp", data=data, loss=loss, recipe={"steps": 20}, progress=False)

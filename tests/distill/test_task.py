@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -62,3 +64,37 @@ def test_a_loss_that_is_drawn_is_told_and_draws_nothing_from_the_caller():
     assert told is not None
     assert "for the same output" in told
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def shifted(output, batch):
+    batch["labels"].sub_(1)
+    return output.mean()
+
+
+def hidden(output, batch):
+    batch["labels"][batch["labels"] == 3] = -100
+    return output.mean()
+
+
+def more(output, batch):
+    batch["mask"] = batch["labels"] > 0
+    return output.mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "of", "told"),
+    [
+        (shifted, "labels", "changes its batch, and once more each time"),
+        (shifted, "ids", "changes ids of its batch, which the guide reads"),
+        (hidden, "ids", "changes ids of its batch, which the guide reads"),
+        (hidden, "labels", None),  # the second time it changes nothing
+        (more, "labels", None),
+    ],
+)
+def test_a_loss_that_changes_what_a_later_pass_reads_is_told(loss, of, told):
+    batch = {"ids": torch.tensor([[3, 4]]), "labels": torch.tensor([[3.0, float("nan")]])}
+    if of == "ids":
+        batch["labels"] = batch["ids"]
+    what = task(loss, output="mse")
+    with pytest.raises(DataError, match=told) if told else nullcontext():
+        assert try_loss(what, vectors(2, 3), batch, trains=False, inputs={"ids": batch["ids"]}) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,10 @@ def primary(output: Any) -> torch.Tensor:
 _ALIKE = 1e-4  # of itself: sums in another order differ by less
 
 
-def try_loss(task: Task, output: Any, batch: Any, trains: bool) -> str | None:
-    """Before anything is solved: raises DataError for what is no loss, or where it `trains` has no gradient; and says
-    what to tell of one that isn't the same each time.
+def try_loss(task: Task, output: Any, batch: Any, trains: bool, inputs: Mapping[str, Any] | None = None) -> str | None:
+    """Before anything is solved: raises DataError for what is no loss, or where it `trains` has no gradient, or for one
+    that changes what the guide reads, its `inputs`, or its labels again each time; and says what to tell of one that
+    isn't the same each time.
     """
 
     def leaf(value: torch.Tensor) -> torch.Tensor:
@@ -57,7 +58,16 @@ def try_loss(task: Task, output: Any, batch: Any, trains: bool) -> str | None:
     assert task.loss is not None
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
-            first, second = (float(task.loss(task.wrap(output), batch)) for _ in range(2))
+            states, values = [_held(batch)], []
+            read = [
+                next((n for n, x in (inputs or {}).items() if isinstance(x, torch.Tensor) and _same(x, held)), "")
+                for held in states[0]
+            ]
+            for _ in range(2):
+                values.append(float(task.loss(task.wrap(output), batch)))
+                states.append(_held(batch))
+            first, second = values
+        _check_unwritten(states, read)
         if trains:
             with torch.enable_grad():
                 task_loss(task, pytree.tree_map_only(torch.Tensor, leaf, output), batch)
@@ -67,6 +77,37 @@ def try_loss(task: Task, output: Any, batch: Any, trains: bool) -> str | None:
         f"loss(output, batch) gave {first:.4g} and {second:.4g} for the same output: what is kept is what it is lowest "
         "for, and so is by chance. Draw nothing in it, or the same each time."
     )
+
+
+def _held(batch: Any) -> list[torch.Tensor]:
+    """Copies of a batch's tensors."""
+    leaves = [v for v in pytree.tree_leaves(batch) if isinstance(v, torch.Tensor) and v.layout == torch.strided]
+    return [v.detach().clone() for v in leaves]
+
+
+def _check_unwritten(states: Sequence[Sequence[torch.Tensor]], read: Sequence[str]) -> None:
+    """`states` of a batch's tensors: as it came, and after each time that the loss had it; `read`: which input of the
+    guide each is, "" for what is none.
+    """
+    if len({len(state) for state in states}) > 1:  # it was given more to hold
+        return
+    for name, before, once, twice in zip(read, *states, strict=True):
+        if name and not _same(before, once):
+            found = f"{name} of its batch, which the guide reads"
+        elif not _same(once, twice):
+            found = "its batch, and once more each time that this comes"
+        else:
+            continue
+        raise DataError(
+            f"loss(output, batch) changes {found}, so that later passes compute something else. Let it make its own: "
+            "labels = batch[...].clone() first."
+        )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def task_loss(task: Task, output: Any, batch: Any) -> torch.Tensor:

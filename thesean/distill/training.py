@@ -95,8 +95,9 @@ class Training:
         """What to tell of the user's loss, which is tried on the guide's output: see `task.try_loss`. Warns of it."""
         if self.task.loss is None:
             return ()
-        batch, output = self.judge.batches[0][0], self.judge.guide_output(0)
-        told = try_loss(self.task, self.gathered.given(self.task.loss, output), batch, self.recipe.trains_by_loss)
+        (batch, inputs), output = self.judge.batches[0], self.judge.guide_output(0)
+        given = self.gathered.given(self.task.loss, output)
+        told = try_loss(self.task, given, batch, self.recipe.trains_by_loss, inputs)
         found = () if told is None else (told,)
         warn(found)
         return found
