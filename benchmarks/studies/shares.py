@@ -8,10 +8,12 @@ held-out data, or without labels the divergence from the guide.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import thesean
 from benchmarks import language
 from benchmarks.studies.rates import conversions
+from benchmarks.studies.starts import Conversion
 from benchmarks.suite import Case, Result, Run
 from benchmarks.tables import markdown, mean_and_ends, unmeasured
 
@@ -19,10 +21,14 @@ CLOSED = "closed form"
 
 
 def bench(run: Run) -> None:
-    shares = run.settings["shares"]
     for seed in run.seeds:
-        ways = [(0, None), *itertools.product(run.settings["budgets"], shares)]
-        for (name, model, told), (steps, share) in itertools.product(conversions(run, seed), ways):
+        measure(run, conversions(run, seed), seed, run.settings["budgets"])
+
+
+def measure(run: Run, given: Iterable[Conversion], seed: int, budgets: Iterable[int]) -> None:
+    """Each by itself, and at every budget with every share."""
+    for name, model, told in given:
+        for steps, share in [(0, None), *itertools.product(budgets, run.settings["shares"])]:
             way = CLOSED if share is None else f"{steps} steps, share {share:g}"
             if not run.wants(f"{name}, {way}", seed):
                 continue
