@@ -73,7 +73,7 @@ def table(result: Result) -> str:
         off = [f"{sum(c['divergence'] for c in found) / len(found):.3f}" if found else "-" for found in of.values()]
         off = [f"{off[1]}, {off[2]}"] if batches >= steps else [", ".join(off)]
         body.append([name, str(batches), f"{rows[0]['guide']:.4f}", *cells.values(), *off])
-    heads = ["loss held out", "batches", "guide", *(f"weight {way}" for way in WAYS), "divergence"]
+    heads = ["loss held out", "batches", "guide", *(f"weight {way}" for way in WAYS), "divergence of each"]
     return "\n".join([*markdown(heads, body), *unmeasured(result)])
 
 
