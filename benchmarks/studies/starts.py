@@ -69,16 +69,17 @@ def conversions(run: Run) -> Iterator[Conversion]:
     yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
 
 
-def of_language_model(settings: dict[str, Any], seed: int = 0) -> Iterator[Conversion]:
-    """Of its attentions and MLPs; the texts are drawn by the seed."""
+def of_language_model(settings: dict[str, Any], seed: int = 0, windowed: bool = True) -> Iterator[Conversion]:
+    """Of its attentions and MLPs, one of them with a softmax window where wanted; the texts are drawn by the seed."""
     model = language.guide(settings["layers"])
     texts: dict[str, Any] = dict(
         data=language.windows(settings, seed), eval_data=language.held_out(settings["length"], settings["every"]),
         loss=thesean.cross_entropy, granularity="sublayer",
     )  # fmt: skip
+    window = {"linear attention, window 32": thesean.Target("linear-attention", window=32)}
     targets: dict[str, Any] = {
         "linear attention": "linear-attention",
-        "linear attention, window 32": thesean.Target("linear-attention", window=32),
+        **(window if windowed else {}),
         "gru": "gru",
         "narrow": "narrow",
     }

@@ -27,7 +27,7 @@ class Stream(Iterator[Batch]):
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.batches = batches
         self.new = 0.0
-        self._rows: set[int] | None = set()  # hashes of those that came in the first pass, which has all there are
+        self._rows: set[str] | None = set()  # hashes of those that came in the first pass, which has all there are
         self._items: Iterator[Batch] | None = None
         self._begun: Any = None  # random state before the pass
         self._place, self._last = 0, ""  # batches read of it, and what the last one holds
@@ -108,15 +108,15 @@ class Stream(Iterator[Batch]):
         return [generator.get_state() for generator in self._generators]
 
 
-def _rows_of(batch: Batch) -> list[int]:
+def _rows_of(batch: Batch) -> list[str]:
     """A hash of each row of the inputs, of values at even distances where a row has many."""
     tensors = [x.detach() for x in batch[1].values() if x.ndim and x.numel()]
     if not tensors:
         return []
     count = len(max(tensors, key=torch.numel))  # what has fewer values may number the steps
     values = [x.reshape(count, -1) for x in tensors if len(x) == count]
-    found = [x[:, :: -(-x.shape[1] // _MOST_VALUES)].contiguous().cpu().view(torch.uint8).numpy() for x in values]
-    return [hash(b"".join(x[k].tobytes() for x in found)) for k in range(count)]
+    looked_at = [x[:, :: -(-x.shape[1] // _MOST_VALUES)].cpu() for x in values]
+    return [hash_of(x[k] for x in looked_at) for k in range(count)]
 
 
 def generators_of(data: Any) -> list[torch.Generator]:
