@@ -147,6 +147,26 @@ def test_a_mapping_gives_each_part_its_own_target():
     assert repr(converted) == "Converted(2 of 3 parts -> gru, mingru)"
 
 
+@pytest.mark.parametrize("asked", [{}, {"recipe": "best"}, {"budget": "1h"}, {"recipe": {"max_drop": 0.1}}])
+def test_a_guide_that_is_kept_whole_is_not_trained(asked: dict[str, Any], tmp_path: Path):
+    model, data = causal(), token_batches()
+    converted = compile_quietly(model, "keep", data=data, loss=thesean.next_token, **asked)
+    assert [p.target for p in converted.plan] == ["keep"] * 3
+    assert torch.equal(converted(tokens()), model(tokens()))
+    assert (converted.report.steps, converted.report.converted) == (0, converted.report.guide)
+    assert len(converted.frontier) == 1
+    converted.save(tmp_path / "kept")
+    assert torch.equal(thesean.load(tmp_path / "kept")(tokens()), model(tokens()))
+
+
+def test_of_a_guide_that_is_kept_whole_a_baseline_has_nothing_but_its_architecture():
+    model, data = causal(), token_batches()
+    asked: dict[str, Any] = dict(data=data, loss=thesean.next_token, recipe={"steps": 2}, progress=False)
+    scratch = thesean.baseline(model, "keep", kind="scratch", **asked)
+    assert scratch.report.steps == 2
+    assert not torch.equal(scratch(tokens()), model(tokens()))
+
+
 def test_an_edited_plan_is_what_runs(tmp_path: Path):
     model, data = causal(), token_batches()
     plan = (

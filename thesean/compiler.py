@@ -83,7 +83,8 @@ def compile(
     """Convert a trained network to another architecture.
 
     model: the guide, any module that torch.export takes; it is not modified.
-    target: a family's name, a Target, or {part glob: name | Target | "keep"}.
+    target: a family's name, a Target, or {part glob: name | Target | "keep"}; "keep" alone is the guide itself,
+    which is not trained then.
     data: re-iterable of batches: tensor, tuple (x, y), or dict. Without it, parts are aligned on random inputs.
     example_inputs: tuple or dict; by default the first batch, then `model.dummy_inputs`. dynamic: the dimensions that
     stay free and what they are, {"x": {0: "batch", 1: "time"}}, where the guess is wrong; {} fixes all.
@@ -213,6 +214,7 @@ def baseline(
         candidates=candidates,
         recipe=baseline_recipe(kind, Recipe.resolve(recipe), learning_rate),
         seed=seed,
+        from_guide=False,
     )
     with ranks.joined(model), usual_settings(), watched(progress) as observer:
         captured = traced(model, request)

@@ -73,7 +73,9 @@ def finish(training: Training, conversion: Conversion, start: float, rehearsed: 
         curves=conversion.curves,
     )
     converted = Converted(hybrid.graph_module, bound_plan.captured.signature, bound_plan.plan, report)
-    makers: list[Callable[[], Converted]] = [partial(_hybrid, bound_plan, None, report, recipe)]
+    makers: list[Callable[[], Converted]] = []
+    if bound_plan.plan.replaced:
+        makers.append(partial(_hybrid, bound_plan, None, report, recipe))
     makers += [partial(_hybrid, bound_plan, s, report, recipe) for s in conversion.snapshots[:-1]]
     converted.frontier = Frontier([*makers, lambda: converted])
     if conversion.lost:

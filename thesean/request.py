@@ -20,7 +20,7 @@ from thesean.distill.row_tables import as_batches
 from thesean.distill.task import InputsOf, LabelsOf, Loss, Metric
 from thesean.errors import DataError, PlanError, unknown_name
 from thesean.journal import RESUMES, Resume
-from thesean.passes.plan.make_plan import TargetSpec, check_target
+from thesean.passes.plan.make_plan import TargetSpec, check_target, keeps_all
 from thesean.passes.plan.partition import Granularity
 from thesean.passes.plan.plan import Plan
 from thesean.recipe import Recipe, RecipeError
@@ -29,6 +29,9 @@ from thesean.targets import Target
 
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _TIME = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>s|min|h)")
+
+# Of a recipe where no part is replaced
+_NOTHING_TO_TRAIN = {"steps": 0, "seconds": None, "keep_best": 0, "max_drop": None}
 
 _LARGEST_SEED = 2**48  # seeds are made of it, and torch takes 64 bits
 
@@ -64,6 +67,7 @@ class Request:
     resume: Resume = "auto"
     cache: str | Path = "auto"  # "off", or a folder of activations
     several: bool = False  # whether one plan a budget may be made
+    from_guide: bool = True  # whether what is kept has the guide's weights
 
     def __post_init__(self) -> None:
         for name, batches in self.sources.items():
@@ -86,6 +90,8 @@ class Request:
                 )
         else:
             check_target(self.target)
+            if self.from_guide and keeps_all(self.target):
+                self._resolve("recipe", self.settings.model_copy(update=_NOTHING_TO_TRAIN))
             if self.constraints is not None or self.candidates is not None:
                 raise PlanError("constraints= and candidates= belong to target='auto', which chooses among candidates.")
 

@@ -61,7 +61,7 @@ class Aligning:
         self.unshared = False  # whether the hybrid may be trained
         held_out = training.judge.batches
         count = len(hybrid.parts)
-        most = max(1, _JUDGED_BATCHES * max(min(count, _STAGES), len(self.solving)) // count)
+        most = max(1, _JUDGED_BATCHES * max(min(count, _STAGES), len(self.solving)) // max(1, count))
         self._judged = [inputs for _, inputs in held_out[:most]]
         self.judge = training.judge
         self.judged_on = ""

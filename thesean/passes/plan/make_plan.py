@@ -51,6 +51,11 @@ def check_target(target: TargetSpec) -> None:
             resolve(chosen)
 
 
+def keeps_all(target: TargetSpec) -> bool:
+    """Whether the guide itself is asked for, and no part of it replaced."""
+    return isinstance(target, str) and target == KEEP
+
+
 def globs_of(target: TargetSpec) -> tuple[str, ...]:
     """The globs that targets are given by; none for one target."""
     return tuple(target) if isinstance(target, Mapping) else ()
@@ -70,7 +75,7 @@ def plan_division(division: Division, target: TargetSpec) -> BoundPlan:
     # a mapping or an explicit list names its parts; a plain target may leave parts alone that it has no use for
     strict = isinstance(target, Mapping) or division.settings.part_globs is not None
     try:
-        return _bind(division, targets, strict)
+        return _bind(division, targets, strict, keeps_all(target))
     except TargetMismatchError as error:
         if strict or not all(t is None or scope_of(t) == "mixing" for t in targets.values()):
             raise
@@ -122,7 +127,7 @@ def _keep_measured(bound_plan: BoundPlan, plan: Plan) -> BoundPlan:
     return replace(bound_plan, plan=replace(bound_plan.plan, parts=rows), parts=parts)
 
 
-def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool) -> BoundPlan:
+def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool, keeps_all: bool = False) -> BoundPlan:
     binder = Binder(division.captured, division.flow)
     kept = division.members()
     parts: list[BoundPart] = []
@@ -137,7 +142,7 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
                 raise
             misfits[group.path] = error
             parts.append(binder.part(group, None, member))
-    if not any(p.target for p in parts):
+    if not any(p.target for p in parts) and not keeps_all:
         if misfits:
             raise next(iter(misfits.values()))
         left = "".join(f"{note}. " for note in division.settings.notes)
@@ -240,6 +245,6 @@ def _why(
             except TargetMismatchError as error:
                 return f"{error} So it is with every part; choose another target or scope, or other parts=[...]."
     return (
-        "no part has a target. Check keep= and the globs of target=. The guide as it is becomes a file by "
-        "thesean.export_guide(model, path)."
+        "no part has a target. Check keep= and the globs of target=. The guide as it is: thesean.compile(model, "
+        "'keep'), or as a file thesean.export_guide(model, path)."
     )
