@@ -35,6 +35,8 @@ RATES = (2e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 
 _RETRY_STEPS = 100
 
+_LEAST_BATCHES = 16  # of a closed form that finds out how many it takes
+
 
 class RecipeError(TheseanError, ValueError):
     """A recipe file that can't be read or a setting out of range."""
@@ -53,11 +55,17 @@ class ClosedForm(_Settings):
     """Ridge regression of each part's last linear layer on the guide's activations, part after part, in eval mode."""
 
     enabled: bool = True
-    batches: int = Field(default=16, ge=1)
+    # "auto": at least 16, and so many more that layers see enough rows for what they read; see distill/enough.py
+    batches: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     ridge: float = Field(default=1e-3, gt=0, description="relative to the mean diagonal of the features' covariance")
     # Layers copied from the guide too: what is trained starts nearer to it (1.59 against 1.69 nats after the last demo
     # stage), and ends as well (1.472 against 1.469): benchmarks/results/recipes.json.
     solve_copied: bool = True
+
+    @property
+    def least(self) -> int:
+        """Batches that are read where the data has as many."""
+        return _LEAST_BATCHES if self.batches == "auto" else self.batches
 
 
 class Alignment(_Settings):

@@ -87,6 +87,16 @@ def test_training_and_refitting_bring_a_part_nearer():
     assert result.after < 0.5 * result.before
 
 
+@pytest.mark.parametrize(("batches", "checked"), [(4, [0, 8, 16, 24, 30]), (16, [0, 8, 16, 24, 30]), (20, [0, 20, 30])])
+def test_held_out_data_is_asked_no_more_often_than_a_refit_has_batches(batches, checked):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    solving = [inputs for _, inputs in batches_of(guide, batches)]
+    told = training(guide, task(), recipe(30, share=1.0, check_every=8))
+    result = Aligner(hybrid, told, solving).run(stages("joint", 3, 30)[0])
+    assert [step for step, _ in result.curve.held_out] == checked
+
+
 def test_only_the_parts_of_the_stage_move():
     guide = captured.mlp()
     _, hybrid = drafted(guide)

@@ -66,7 +66,7 @@ class Prober:
     def __init__(self, candidates: Candidates, training: Training, effort: Effort = Effort()) -> None:
         self.candidates, self.effort = candidates, effort
         # the first batches again and again: every candidate is fitted on the same ones
-        self.batches = training.feed.take(training.recipe.closed_form.batches)
+        self.batches = training.feed.take(training.recipe.closed_form.least)
         self.training = replace(training, feed=replace(training.feed, batches=self.batches), journal=KEEPS_NOTHING)
         self.guide, self.recipe, self.observer = training.guide, training.recipe, training.observer
         self.judge = training.judge

@@ -310,7 +310,10 @@ class _Watch:
 
     def __init__(self, aligner: Aligner, stage: Stage, where: str, before: float) -> None:
         settings = aligner.recipe.alignment
-        self.aligner, self.stage, self.settings = aligner, stage, settings
+        self.aligner, self.stage = aligner, stage
+        # to settle reads all batches that are solved on: not more often than in as many steps, where they are many
+        many = len(aligner.solving) if aligner.refits or aligner.normed(stage) else 0
+        self.every = max(settings.check_every, many if many > aligner.recipe.closed_form.least else 0)
         self.modules = [aligner.hybrid.module(r) for r in aligner.hybrid.replacements]
         self.trace = Tracing("align", where, settings.learning_rate, held_out=[(0, before)])
         self.best = Best(self.modules)
@@ -322,7 +325,7 @@ class _Watch:
 
     def __call__(self, step: int, loss: float) -> bool:
         self.trace.losses.append(loss)
-        if step % self.settings.check_every and step != self.stage.steps:
+        if step % self.every and step != self.stage.steps:
             return False
         with whole():
             if self.aligner.spread is not None:

@@ -19,6 +19,7 @@ from thesean.distill.best import Best
 from thesean.distill.budget import Shares, shared
 from thesean.distill.check_alignment import check_names, check_places, check_samples
 from thesean.distill.closed_form import Solver, solve_parts, solver_by
+from thesean.distill.enough import enough
 from thesean.distill.evaluate import Evaluation, Judge
 from thesean.distill.objective import Objective, told_of_batches
 from thesean.distill.partial import Partials, stand_apart
@@ -43,7 +44,7 @@ class Aligning:
 
     def __init__(self, bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> None:
         self.training = training
-        taken = training.feed.take(training.recipe.closed_form.batches)
+        taken = enough(training, hybrid, bound_plan.captured.signature)
         self.solving = training.inputs(taken)
         self.snapshots: list[Snapshot] = []
         self.results: list[StageResult] = []  # of all that was trained, kept or not

@@ -108,7 +108,7 @@ class Solver:
         self._solved = {
             r.name
             for r in replaced
-            if ridge is not None and _last(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
+            if ridge is not None and last_of(hybrid.module(r)) and (solve_copied or "output" not in r.copied)
         }
         self._own_step = {r.name: i for i, r in enumerate(r for r in replaced if r.name in self._solved)}
         ends = [pair for part in parts for pair in self._guide_ends(hybrid.of_part(part))]
@@ -231,9 +231,9 @@ def prepares(module: torch.nn.Module) -> bool:
     return isinstance(module, TargetModule) and type(module).prepare is not TargetModule.prepare
 
 
-def _last(module: torch.nn.Module) -> bool:
-    """Whether there is a last layer to solve."""
-    return isinstance(module, TargetModule) and hasattr(module, "last")
+def last_of(module: torch.nn.Module) -> torch.nn.Linear | None:
+    """The layer to solve, where there is one."""
+    return module.last if isinstance(module, TargetModule) and hasattr(module, "last") else None
 
 
 def _batch_first(r: Replacement) -> bool:

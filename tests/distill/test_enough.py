@@ -1,0 +1,96 @@
+"""B batch, T time"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests import captured
+from tests.distill.tools import batches_of, drafted, task, training
+from thesean.distill import enough as module
+from thesean.distill.enough import enough
+from thesean.distill.task import Batch
+from thesean.passes.capture.captured import Captured
+from thesean.recipe import ClosedForm, Recipe
+from thesean.targets import Target
+
+WIDE = Target("mlp", width=16)  # of whose features there are to be 512 rows
+
+
+def read(
+    guide: Captured, batches: Iterable[Batch], target: Any = WIDE, form: ClosedForm | None = None, **settings: Any
+) -> int:
+    """How many batches."""
+    bound_plan, hybrid = drafted(guide, target, **settings)
+    first = batches_of(guide, 1)
+    given = training(guide, task(), Recipe(closed_form=form or ClosedForm()), batches=first, held_out=first)
+    given = replace(given, feed=replace(given.feed, batches=batches))
+    return len(enough(given, hybrid, bound_plan.captured.signature))
+
+
+@pytest.mark.parametrize(("size", "count"), [(4, 128), (16, 32), (32, 16), (256, 16)])
+def test_a_closed_form_reads_enough_rows_however_small_a_batch_is(size, count):
+    guide = captured.mlp()
+    assert read(guide, batches_of(guide, 200, size)) == count
+
+
+def test_the_widest_layer_of_all_parts_says_how_many_they_are():
+    guide = captured.mlp()
+    assert read(guide, batches_of(guide, 200, 16), {"0*": WIDE, "2*": Target("mlp", width=32)}) == 64
+
+
+@pytest.mark.parametrize(
+    ("form", "count"), [(ClosedForm(batches=3), 3), (ClosedForm(batches=40), 40), (ClosedForm(enabled=False), 16)]
+)
+def test_a_number_that_was_asked_for_is_what_is_read(form, count):
+    guide = captured.mlp()
+    assert read(guide, batches_of(guide, 60, 4), form=form) == count
+
+
+def test_short_data_is_read_whole():
+    guide = captured.mlp()
+    assert read(guide, batches_of(guide, 20, 4)) == 20
+
+
+def test_data_without_an_end_is_read_no_further_than_it_takes():
+    guide, taken = captured.mlp(), 0
+
+    def endless() -> Iterator[Batch]:
+        nonlocal taken
+        for batch in itertools.cycle(batches_of(guide, 3, 16)):
+            taken += 1
+            yield batch
+
+    assert read(guide, endless()) == 32
+    assert taken == 32
+
+
+@pytest.mark.parametrize(("target", "count"), [(Target("mlp", width=2), 64), (Target("conv-2d", expand=32), 30)])
+def test_a_row_is_an_image_where_it_is_flattened_and_a_place_where_it_is_not(target, count):
+    """Images of 6 x 6 places, one a batch: 64 rows for 2 features, and 1,056 for 33."""
+    guide = captured.convnet()
+    assert read(guide, batches_of(guide, 200, 1), target, keep=["[!0]*"]) == count
+
+
+@pytest.mark.parametrize(("shown", "count"), [(8, 32), (2, 128)])
+def test_padding_is_no_row(shown, count):
+    guide = captured.bert()
+    batches = batches_of(guide, 400, 2, time=8)
+    for _, inputs in batches:
+        inputs["attention_mask"] = (torch.arange(8) < shown).long().expand(2, 8).contiguous()
+    assert read(guide, batches, Target("linear-attention", window=None), granularity="sublayer") == count
+
+
+def test_images_are_not_kept_past_so_many_bytes(monkeypatch):
+    guide = captured.mlp()
+    batches = batches_of(guide, 200, 4)
+    size = sum(value.nbytes for value in batches[0][1].values())
+    monkeypatch.setattr(module, "_MOST_BYTES", 24 * size)
+    assert read(guide, batches) == 24
+    monkeypatch.setattr(module, "_MOST_BYTES", 2 * size)
+    assert read(guide, batches) == 16

@@ -1,0 +1,70 @@
+"""How many batches a closed form reads: one batch may be of a short sentence, another of a thousand images.
+
+What a solution loses for want of data grows with its features over the rows that they were seen in: tokens that are no
+padding, places of an image, or examples. So there are to be so many rows for each feature that a part's layer reads, as
+far as the data goes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from thesean.distill.closed_form import last_of
+from thesean.distill.data import check_same
+from thesean.distill.seen import Seen
+from thesean.distill.task import Batch
+from thesean.distill.training import Training
+from thesean.passes.analyse.cost import SymbolicSizes
+from thesean.passes.graph.intermediates import intermediates
+from thesean.passes.graph.signature import Signature
+from thesean.passes.plan.hybrid import Hybrid
+
+# all-MiniLM-L6 on 16 batches of 1,024 tokens, 21 rows a feature: cosine .943 with the guide; on 48 of them .950
+# (benchmarks/results/minilm.json)
+_ROWS_A_FEATURE = 32
+
+_MOST_BYTES = 2**28  # of inputs that are kept at hand past the least
+
+
+def enough(training: Training, hybrid: Hybrid, signature: Signature) -> list[Batch]:
+    """The first batches of the data: as many as the recipe says, or as it takes."""
+    form, rows = training.recipe.closed_form, _Rows(training, hybrid, signature)
+    taken: list[Batch] = []
+    size = 0
+    for batch in training.feed.batches:
+        taken.append(batch)
+        size += sum(value.nbytes for value in batch[1].values())
+        more = form.enabled and form.batches == "auto" and size < _MOST_BYTES and rows.wanted_after(batch[1])
+        if len(taken) >= form.least and not more:
+            break
+    for batch in taken[:1]:
+        check_same(batch)
+    return taken
+
+
+class _Rows:
+    """Of parts whose last layer is solved: how many they have been seen in."""
+
+    def __init__(self, training: Training, hybrid: Hybrid, signature: Signature) -> None:
+        self.signature, self.seen = signature, Seen(training.guide)
+        self._masks = intermediates(training.guide, self.seen.names, with_output=False)
+        solved = [(r, last_of(hybrid.module(r))) for r in hybrid.replacements]
+        self._layers = [(r, layer) for r, layer in solved if layer is not None]
+        self._rows = [0.0] * len(self._layers)
+
+    @torch.no_grad()
+    def wanted_after(self, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether more are, once these are counted."""
+        sizes = SymbolicSizes(self.signature.check(inputs))
+        masks = self._masks(**inputs) if self.seen.names else {}
+        for k, (r, layer) in enumerate(self._layers):
+            numbers = math.prod(sizes[d] if isinstance(d, str) else d for d in r.facts.output_shape)
+            mask_BT = self.seen.of(r.guide_exit, masks)
+            shown = 1.0 if mask_BT is None else float(mask_BT.float().mean())
+            self._rows[k] += shown * numbers / layer.out_features
+        return any(
+            rows < _ROWS_A_FEATURE * layer.in_features
+            for rows, (_, layer) in zip(self._rows, self._layers, strict=True)
+        )
