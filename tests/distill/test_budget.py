@@ -73,10 +73,10 @@ def test_a_time_is_kept_and_the_report_says_why_each_phase_ended():
     said = re.search(r"of the rest (\d+)% for alignment .* by a trial's gain a second, (\S+) and (\S+)$", shares)
     assert said is not None
     share, aligned, tuned = map(float, said.groups())
-    assert share == pytest.approx(100 * min(0.5, aligned / (aligned + tuned)), abs=0.6)
-    # ten steps of a tenth of a second each gain no more than there was to gain
-    assert 0 <= aligned < solved.report.converted["divergence"]
-    assert 0 < tuned < solved.report.converted["divergence"]
+    assert share == pytest.approx(100 * min(0.8, aligned / (aligned + tuned)), abs=0.6)
+    # in about a second each gains no more than there was to gain
+    assert 0 <= aligned < 2 * solved.report.converted["divergence"]
+    assert 0 < tuned < 2 * solved.report.converted["divergence"]
     assert "fine-tuning after" in ended
     assert 11 < took < 14  # longer by a step, an evaluation and the report; whatever else runs here
     assert converted.report.steps > 20
@@ -97,7 +97,7 @@ def test_what_a_trial_gained_is_gone_on_from_where_nothing_is_aligned_in_between
     first = next(c for c in report.curves if c.phase == "fine-tune")
     if max_drop is None:
         trial = [c for c in report.curves if c.phase == "trial"]
-        assert sum(c.steps for c in trial) == 10
+        assert sum(c.steps for c in trial) < 14  # of a tenth of a second, in 8% of four
         assert first.held_out[0][1] == min(value for c in trial for _, value in c.held_out)
         assert first.held_out[0][1] < trial[0].held_out[0][1]
     else:

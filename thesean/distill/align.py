@@ -144,6 +144,8 @@ class Aligner:
                         where=f"aligning {where}",
                         after=watch,
                     )
+                if self.spread is None and watch.trace.held_out[-1][0] < steps:  # the time was up
+                    watch.check(steps)
             best = watch.best
             best.restore()
         graph_module.eval()
@@ -327,6 +329,11 @@ class _Watch:
         self.trace.losses.append(loss)
         if step % self.every and step != self.stage.steps:
             return False
+        self.check(step)
+        return self.plateau.done
+
+    def check(self, step: int) -> None:
+        """Settles, measures, and goes back to the state that is trained."""
         with whole():
             if self.aligner.spread is not None:
                 self.aligner.spread.hand_out()
@@ -338,7 +345,6 @@ class _Watch:
                 module.load_state_dict(state)
         self.trace.held_out.append((step, value))
         self.plateau.update(value)
-        return self.plateau.done
 
     @property
     def _parts(self) -> tuple[Stateful, ...]:

@@ -118,7 +118,11 @@ class Aligning:
         self.training.journal.piece("solve", self._prepare, self)
         self._share()
         steps = round(self.training.recipe.steps * self.training.recipe.alignment.share)
-        steps = steps if self.shares is None else self.shares.align
+        if self.shares is not None:
+            steps = self.shares.align
+            if steps and self.shares.ahead is not None:
+                self.hybrid.graph_module.load_state_dict(self.shares.ahead)
+                self.partials.forget()
         for stage in stages(self.training.recipe.alignment.schedule, len(self.hybrid.parts), steps):
             self.training.journal.piece(f"stage {stage.number + 1}", partial(self._run_stage, stage), self)
 
@@ -132,11 +136,11 @@ class Aligning:
         self.shares = shared(self.hybrid, self.training, self._tried)
         self.notes.append(self.shares.told)
 
-    def _tried(self, stage: Stage) -> StageResult:
+    def _tried(self, stage: Stage, training: Training) -> StageResult:
         taken = self.order[: stage.number + 1]
         if not self.training.recipe.alignment.at_once:
             stage = moved(stage, taken)
-        return Aligner(self.standing(stage.standing), self.training, self.solving).run(stage)
+        return Aligner(self.standing(stage.standing), training, self.solving).run(stage)
 
     def unshare(self) -> None:
         """The hybrid is about to be trained."""

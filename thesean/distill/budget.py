@@ -8,8 +8,8 @@ its end as well where nothing comes between it and what goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,22 @@ import torch
 
 from thesean import ranks
 from thesean.curve import Curve
-from thesean.distill.align import Stage, stages
+from thesean.distill.align import Stage, StageResult, stages
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.training import Training
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.units import duration
 
-# What alignment brings parts near to is known at once; fine-tuning looks for its rate.
-_ALIGN_STEPS, _TUNE_STEPS = 5, 10
-_MOST = 0.5  # of what is left, for alignment: what it brings parts near to is the guide, and not the task
+# Of the time left, for a trial of each, and steps that it takes at most: 20 tell which of the two gains more, where ten
+# of an alignment that begins near its guide may have done nothing yet (benchmarks/results/trials.json).
+_TRIAL, _TRIAL_STEPS = 0.08, 40
+# Of what is left, for alignment: what it brings parts near to is the guide, and not the task.
+_MOST, _MOST_WITHOUT_LOSS = 0.5, 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """`gain` of the held-out value, never below 0, in `seconds` of so many `steps`, and what it did at each rate."""
+    """`gain` of the held-out value, never below 0, in `seconds` of so many `steps`, and what it did in each run."""
 
     gain: float
     seconds: float
@@ -45,34 +47,43 @@ class Trial:
         """As many as fit, at the trial's pace."""
         return max(0, int(seconds * self.steps / self.seconds))
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Trial:
+        return Trial(**{**data, "curves": tuple(Curve.from_dict(c) for c in data["curves"])})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """`align` steps, then fine-tuning as long as there is time, at the pace of `tuning`. `ahead`: all weights after its
-    trial, where no step of alignment comes first, and it gained.
+    """`align` steps, then fine-tuning as long as there is time, at the pace of `tuning`. `ahead`: all weights after the
+    trial that is gone on from, alignment's where any of its steps come, and else fine-tuning's.
     """
 
     align: int
     tuning: Trial | None
     told: str
+    aligning: Trial | None = None
     ahead: dict[str, torch.Tensor] | None = None
 
+    @property
+    def earlier(self) -> tuple[Curve, ...]:
+        """Of the trial that is gone on from."""
+        trial = self.aligning if self.align else self.tuning
+        return () if self.ahead is None or trial is None else trial.curves
+
     def to_dict(self) -> dict[str, Any]:
-        tuning = None if self.tuning is None else asdict(self.tuning)
-        return {"align": self.align, "tuning": tuning, "told": self.told, "ahead": self.ahead}
+        trials = {name: None if (t := getattr(self, name)) is None else asdict(t) for name in ("aligning", "tuning")}
+        return {"align": self.align, **trials, "told": self.told, "ahead": self.ahead}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Shares:
-        tuning = data["tuning"]
-        if tuning is not None:
-            tuning = Trial(**{**tuning, "curves": tuple(Curve.from_dict(c) for c in tuning["curves"])})
-        return Shares(**{**data, "tuning": tuning})
+        trials = {name: None if (t := data[name]) is None else Trial.from_dict(t) for name in ("aligning", "tuning")}
+        return Shares(**{**data, **trials})
 
     def tuning_steps(self, training: Training) -> int:
         return 0 if self.tuning is None else self.tuning.steps_in(training.left)
 
 
-def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage], object]) -> Shares:
+def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage, Training], StageResult]) -> Shares:
     """What the seconds left are spent on; `run_stage` aligns. The hybrid is left as it was."""
     recipe, begun = training.recipe, training.left
     at_once = recipe.alignment.at_once
@@ -82,22 +93,25 @@ def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage], obje
         why = "no time was left" if recipe.steps else f"the recipe {recipe.name!r} takes no steps"
         return Shares(align=0, tuning=None, told=f"budget {duration(training.seconds)}: {spent}; {why}")
 
-    def align() -> tuple[Curve, ...]:
-        for stage in stages(recipe.alignment.schedule, len(hybrid.parts), _ALIGN_STEPS):
-            step = partial(_aligned, run_stage, stage)
-            training.journal.piece(f"trial stage {stage.number + 1}", step, hybrid.graph_module)
-        return ()
+    def align(within: Training) -> tuple[Curve, ...]:
+        found = []
+        for stage in stages(recipe.alignment.schedule, len(hybrid.parts), _TRIAL_STEPS):
+            name, step = f"trial stage {stage.number + 1}", partial(_curve, run_stage, stage, within)
+            found.append(Curve.from_dict(training.journal.piece(name, step, hybrid.graph_module)))
+        return tuple(found)
 
-    def tune() -> tuple[Curve, ...]:
-        return fine_tune(hybrid, training, _TUNE_STEPS, phase="trial").curves
+    def tune(within: Training) -> tuple[Curve, ...]:
+        return fine_tune(hybrid, within, _TRIAL_STEPS, phase="trial").curves
 
-    aligning = _trial(hybrid, training, align, _ALIGN_STEPS)[0] if aligns else None
-    tuning, end = _trial(hybrid, training, tune, _TUNE_STEPS) if tunes else (None, None)
+    seconds = _TRIAL * begun
+    aligning, aligned = _trial(hybrid, training, align, seconds) if aligns else (None, None)
+    tuning, tuned = _trial(hybrid, training, tune, seconds) if tunes else (None, None)
     share, how = recipe.alignment.share, "as the recipe shares"
     if aligning is None or tuning is None:
         share, how = (1.0 if aligning else 0.0), "all that the recipe has"
     elif at_once and aligning.rate + tuning.rate > 0:
-        share = min(_MOST, aligning.rate / (aligning.rate + tuning.rate))
+        most = _MOST if training.task.loss is not None else _MOST_WITHOUT_LOSS
+        share = min(most, aligning.rate / (aligning.rate + tuning.rate))
         how = f"by a trial's gain a second, {aligning.rate:.3g} and {tuning.rate:.3g}"
     left = max(0.0, training.left)
     tried = [str(trial.steps) for trial in (aligning, tuning) if trial is not None]
@@ -105,27 +119,29 @@ def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage], obje
     shares = f"of the rest {share:.0%} for alignment and {1 - share:.0%} for fine-tuning, {how}"
     told = f"budget {duration(training.seconds)}: {spent}, {trials}; {shares}"
     steps = 0 if aligning is None else aligning.steps_in(share * left)
-    follows = not steps and recipe.max_drop is None  # parts that are given up would be others' weights
-    return Shares(align=steps, tuning=tuning, told=told, ahead=end if follows else None)
+    ahead = (aligned if at_once else None) if steps else tuned
+    if recipe.max_drop is not None:  # parts that are given up would be others' weights
+        ahead = None
+    return Shares(align=steps, aligning=aligning, tuning=tuning, told=told, ahead=ahead)
 
 
-def _aligned(run_stage: Callable[[Stage], object], stage: Stage) -> None:
-    run_stage(stage)
+def _curve(run_stage: Callable[[Stage, Training], StageResult], stage: Stage, within: Training) -> dict[str, Any]:
+    return asdict(replace(run_stage(stage, within).curve, phase="trial"))
 
 
 def _trial(
-    hybrid: Hybrid, training: Training, run: Callable[[], tuple[Curve, ...]], steps: int
+    hybrid: Hybrid, training: Training, run: Callable[[Training], tuple[Curve, ...]], seconds: float
 ) -> tuple[Trial, dict[str, torch.Tensor] | None]:
     """What was found, and where it gained all weights at the end. The hybrid is left as it was."""
     graph_module = hybrid.graph_module
     start = {name: value.clone() for name, value in graph_module.state_dict().items()}
     before = training.judge.value(graph_module, training.judge.sample)
     begun = time.monotonic()
-    curves = run()
-    (seconds,) = ranks.agreed(time.monotonic() - begun)
+    curves = run(training.within(seconds))
+    (took,) = ranks.agreed(time.monotonic() - begun)
     gain = before - training.judge.value(graph_module, training.judge.sample)
     gain = max(0.0, gain) if gain == gain else 0.0
     end = {name: value.clone() for name, value in graph_module.state_dict().items()} if gain else None
     graph_module.load_state_dict(start)
     graph_module.eval()
-    return Trial(gain=gain, seconds=max(seconds, 1e-6), steps=steps, curves=curves), end
+    return Trial(gain=gain, seconds=max(took, 1e-6), steps=sum(curve.steps for curve in curves), curves=curves), end

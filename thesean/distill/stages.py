@@ -82,16 +82,17 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
     steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
     if (shares := aligned.shares) is not None:  # a number that a run which goes on is given again
         steps = training.journal.piece("tuning steps", lambda: shares.tuning_steps(training))
-    tuned, tried, begun = Tuned(steps=0), _tried(shares), None if shares is None else shares.ahead
+    tuned, tried = Tuned(steps=0), () if shares is None or shares.tuning is None else shares.tuning.curves
+    begun = None if shares is None or shares.align else shares.ahead
     if begun is not None or steps > 0:
         unshare(hybrid.graph_module, training.guide)
     if begun is not None:
         hybrid.graph_module.load_state_dict(begun)
     if steps > 0:
         tuned = fine_tune(hybrid, training, steps, tried=tried)
-    earlier = () if begun is None else tried
+    earlier = () if shares is None else shares.earlier
     hybrid.graph_module.eval()
-    last = aligned.snapshots[-1].evaluation if aligned.snapshots and not earlier else None
+    last = aligned.snapshots[-1].evaluation if aligned.snapshots and begun is None else None
     final = training.judge(hybrid.graph_module) if tuned.steps or last is None or aligned.judged_on_some else last
     on_the_way = {hybrid.parts[s.parts[-1]]: s.evaluation.divergence for s in aligned.snapshots}
     lost = lost_by(hybrid, training, final, aligned.guide, on_the_way)
@@ -105,14 +106,9 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
         final=final,
         steps=aligned.steps + sum(curve.steps for curve in earlier) + tuned.steps,
         notes=(*aligned.notes, *tuned.notes, *_ended(training, aligned, steps, tuned), *training.spared),
-        curves=(*aligned.curves, *earlier, *tuned.curves),
+        curves=(*earlier, *aligned.curves, *tuned.curves),
         lost=lost,
     )
-
-
-def _tried(shares: Shares | None) -> tuple[Curve, ...]:
-    """What fine-tuning did before, in a trial."""
-    return () if shares is None or shares.tuning is None else shares.tuning.curves
 
 
 def _ended(training: Training, aligned: Aligned, steps: int, tuned: Tuned) -> list[str]:

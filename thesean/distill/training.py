@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -37,6 +37,7 @@ class Training:
     journal: Journal = field(default_factory=Journal)
     begun: float = field(default_factory=time.monotonic)
     cache: GuideCache | None = None
+    ends: float = math.inf  # on the monotonic clock, where that is before the budget's end
 
     @property
     def seconds(self) -> float:
@@ -47,6 +48,12 @@ class Training:
     def left(self) -> float:
         """Seconds of the budget."""
         return ranks.agreed(self.begun + self.seconds - time.monotonic())[0]
+
+    def within(self, seconds: float) -> Training:
+        """The same, whose steps end so many seconds from now. Judges are the same one."""
+        shorter = replace(self, ends=time.monotonic() + seconds)
+        shorter.__dict__["judge"] = self.judge
+        return shorter
 
     def own(self, batch: Batch) -> Batch:
         """The batch as it came, and this rank's rows of the guide's inputs."""
@@ -85,7 +92,7 @@ class Training:
             clip=recipe.clip,
             precision=recipe.precision,
             journal=self.journal,
-            deadline=self.begun + self.seconds,
+            deadline=min(self.ends, self.begun + self.seconds),
             own=self.own,
             accumulate=recipe.gradient_accumulation,
             rows=lambda batch: self.gathered.rows(batch[1]),
