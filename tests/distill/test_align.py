@@ -97,6 +97,20 @@ def test_held_out_data_is_asked_no_more_often_than_a_refit_has_batches(batches, 
     assert [step for step, _ in result.curve.held_out] == checked
 
 
+def test_a_stage_that_the_time_ends_keeps_what_it_reached():
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    told = training(guide, task(), recipe(90, share=1.0, check_every=50))
+    whole = told.trainer.deadline
+    solving = [inputs for _, inputs in batches_of(guide)]
+    result = Aligner(hybrid, told.within(0.0), solving).run(stages("joint", 3, 90)[0])
+    assert (result.steps, result.stopped_by) == (1, "budget")
+    assert [step for step, _ in result.curve.held_out] == [0, 1]
+    assert result.curve.kept == 1  # refitted
+    assert result.after < result.before
+    assert told.trainer.deadline == whole
+
+
 def test_only_the_parts_of_the_stage_move():
     guide = captured.mlp()
     _, hybrid = drafted(guide)

@@ -85,6 +85,37 @@ def test_a_time_is_kept_and_the_report_says_why_each_phase_ended():
 
 
 @pytest.mark.parametrize("max_drop", [None, 100.0])
+def test_alignment_goes_on_from_its_trial(max_drop: float | None):
+    recipe: dict[str, Any] = {**FEW, "fine_tuning": {"share": 0.0}, "alignment": {"check_every": 5, "patience": 100}}
+    if max_drop is not None:
+        recipe["max_drop"] = max_drop
+    with slow_steps():
+        report = convert("8s", recipe).report
+    phases = [c.phase for c in report.curves]
+    if max_drop is None:
+        assert phases == ["trial", "align"]
+        trial, after = report.curves
+        assert 0 < trial.kept <= trial.steps < 12  # of a tenth of a second, in 8% of eight
+        kept = dict(trial.held_out)[trial.kept]
+        assert after.held_out[0][1] == pytest.approx(kept, rel=1e-4)
+        assert kept < trial.held_out[0][1]
+    else:
+        assert "trial" not in phases
+    assert report.steps == sum(c.steps for c in report.curves)
+
+
+def test_without_a_loss_alignment_may_get_most_of_the_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Trial, "rate", property(lambda trial: 1.0 if trial.curves[0].part else 0.0))
+    told = []
+    for settings in ({}, {"loss": lambda output, batch: next(iter(output.values())).square().mean()}):
+        with slow_steps():
+            notes = convert("8s", **settings).report.notes
+        told += [n for n in notes if n.startswith("budget 8 s")]
+    assert "of the rest 80% for alignment and 20% for fine-tuning" in told[0]
+    assert "of the rest 50% for alignment and 50% for fine-tuning" in told[1]
+
+
+@pytest.mark.parametrize("max_drop", [None, 100.0])
 def test_what_a_trial_gained_is_gone_on_from_where_nothing_is_aligned_in_between(max_drop: float | None):
     recipe = {**FEW, "alignment": {"schedule": "none", "share": 0.0}, "fine_tuning": {"share": 1.0}}
     if max_drop is not None:  # parts may be given up on the way
@@ -134,8 +165,8 @@ def test_other_recipes_share_as_they_say(alignment, tuning, shared):
 
 
 def test_shares_are_kept_as_they_are():
-    for tuning in (None, Trial(gain=0.5, seconds=2.0, steps=10)):
-        shares = Shares(align=3, tuning=tuning, told="so")
+    for trial in (None, Trial(gain=0.5, seconds=2.0, steps=10)):
+        shares = Shares(align=3, aligning=trial, tuning=trial, told="so")
         assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
     curve = Curve(
         phase="trial", part=None, learning_rate=1e-3, steps=3, every=1, losses=(1.0,), held_out=((0, 2.0),), kept=0

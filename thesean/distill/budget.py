@@ -87,7 +87,8 @@ def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage, Train
     """What the seconds left are spent on; `run_stage` aligns. The hybrid is left as it was."""
     recipe, begun = training.recipe, training.left
     at_once = recipe.alignment.at_once
-    aligns, tunes = recipe.alignment.schedule != "none" and recipe.alignment.share > 0, recipe.fine_tuning.share > 0
+    aligns = recipe.alignment.schedule != "none" and round(recipe.steps * recipe.alignment.share) > 0
+    tunes = recipe.fine_tuning.share > 0
     spent = f"{duration(training.seconds - begun)} until the closed form was solved"
     if not recipe.steps or begun <= 0 or not (aligns or tunes):
         why = "no time was left" if recipe.steps else f"the recipe {recipe.name!r} takes no steps"

@@ -12,8 +12,8 @@ import math
 import torch
 
 from thesean.distill.closed_form import last_of
-from thesean.distill.data import check_same
 from thesean.distill.seen import Seen
+from thesean.distill.stream import check_same
 from thesean.distill.task import Batch
 from thesean.distill.training import Training
 from thesean.passes.analyse.cost import SymbolicSizes
