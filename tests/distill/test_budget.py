@@ -110,7 +110,7 @@ def test_without_a_loss_alignment_may_get_most_of_the_time(monkeypatch: pytest.M
     for settings in ({}, {"loss": lambda output, batch: next(iter(output.values())).square().mean()}):
         with slow_steps():
             notes = convert("8s", **settings).report.notes
-        told += [n for n in notes if n.startswith("budget 8 s")]
+        told += [n for n in notes if n.startswith("budget 8")]
     assert "of the rest 80% for alignment and 20% for fine-tuning" in told[0]
     assert "of the rest 50% for alignment and 50% for fine-tuning" in told[1]
 
