@@ -22,15 +22,19 @@ from thesean.targets import Target
 WIDE = Target("mlp", width=16)  # of whose features there are to be 512 rows
 
 
-def read(
-    guide: Captured, batches: Iterable[Batch], target: Any = WIDE, form: ClosedForm | None = None, **settings: Any
-) -> int:
+def read(*asked: Any, **settings: Any) -> int:
     """How many batches."""
+    return len(found(*asked, **settings)[0])
+
+
+def found(
+    guide: Captured, batches: Iterable[Batch], target: Any = WIDE, form: ClosedForm | None = None, **settings: Any
+) -> tuple[list[Batch], str]:
     bound_plan, hybrid = drafted(guide, target, **settings)
     first = batches_of(guide, 1)
     given = training(guide, task(), Recipe(closed_form=form or ClosedForm()), batches=first, held_out=first)
     given = replace(given, feed=replace(given.feed, batches=batches))
-    return len(enough(given, hybrid, bound_plan.captured.signature))
+    return enough(given, hybrid, bound_plan.captured.signature)
 
 
 @pytest.mark.parametrize(("size", "count"), [(4, 128), (16, 32), (32, 16), (256, 16)])
@@ -55,6 +59,20 @@ def test_a_number_that_was_asked_for_is_what_is_read(form, count):
 def test_short_data_is_read_whole():
     guide = captured.mlp()
     assert read(guide, batches_of(guide, 20, 4)) == 20
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "told"),
+    [
+        (4, 200, "closed form: 128 batches were read, in which a feature is seen in 32 rows"),
+        (4, 20, "closed form: 20 batches were read, in which a feature is seen in 5 rows; 32 would be enough"),
+        (4, 3, "closed form: 3 batches were read, in which a feature is seen in 0.75 rows; 32 would be enough"),
+        (64, 20, ""),
+    ],
+)
+def test_what_is_told_of_how_many_were_read(size, count, told):
+    guide = captured.mlp()
+    assert found(guide, batches_of(guide, count, size))[1] == told
 
 
 def test_data_without_an_end_is_read_no_further_than_it_takes():

@@ -44,11 +44,11 @@ class Aligning:
 
     def __init__(self, bound_plan: BoundPlan, hybrid: Hybrid, training: Training) -> None:
         self.training = training
-        taken = enough(training, hybrid, bound_plan.captured.signature)
+        taken, told = enough(training, hybrid, bound_plan.captured.signature)
         self.solving = training.inputs(taken)
         self.snapshots: list[Snapshot] = []
         self.results: list[StageResult] = []  # of all that was trained, kept or not
-        self.notes: list[str] = []
+        self.notes: list[str] = [told] if told else []
         self._start = time.monotonic()
         check_names(training.recipe.alignment, [p.planned.path for p in bound_plan.parts])
         self.order = list(range(len(hybrid.parts)))  # in which parts come

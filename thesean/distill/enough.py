@@ -28,20 +28,25 @@ _ROWS_A_FEATURE = 32
 _MOST_BYTES = 2**28  # of inputs that are kept at hand past the least
 
 
-def enough(training: Training, hybrid: Hybrid, signature: Signature) -> list[Batch]:
-    """The first batches of the data: as many as the recipe says, or as it takes."""
+def enough(training: Training, hybrid: Hybrid, signature: Signature) -> tuple[list[Batch], str]:
+    """The first batches of the data: as many as the recipe says, or as it takes; and what to tell of how many those
+    were.
+    """
     form, rows = training.recipe.closed_form, _Rows(training, hybrid, signature)
     taken: list[Batch] = []
-    size = 0
+    size, more = 0, False
     for batch in training.feed.batches:
         taken.append(batch)
         size += sum(value.nbytes for value in batch[1].values())
-        more = form.enabled and form.batches == "auto" and size < _MOST_BYTES and rows.wanted_after(batch[1])
-        if len(taken) >= form.least and not more:
+        more = form.enabled and form.batches == "auto" and rows.wanted_after(batch[1])
+        if len(taken) >= form.least and not (more and size < _MOST_BYTES):
             break
     for batch in taken[:1]:
         check_same(batch)
-    return taken
+    if not more and len(taken) <= form.least:
+        return taken, ""
+    seen = f"closed form: {len(taken)} batches were read, in which a feature is seen in {rows.a_feature:.2g} rows"
+    return taken, f"{seen}; {_ROWS_A_FEATURE} would be enough" if more else seen
 
 
 class _Rows:
@@ -64,7 +69,10 @@ class _Rows:
             mask_BT = self.seen.of(r.guide_exit, masks)
             shown = 1.0 if mask_BT is None else float(mask_BT.float().mean())
             self._rows[k] += shown * numbers / layer.out_features
-        return any(
-            rows < _ROWS_A_FEATURE * layer.in_features
-            for rows, (_, layer) in zip(self._rows, self._layers, strict=True)
-        )
+        return self.a_feature < _ROWS_A_FEATURE
+
+    @property
+    def a_feature(self) -> float:
+        """Of the part that has the fewest for its features."""
+        pairs = zip(self._rows, self._layers, strict=True)
+        return min((rows / layer.in_features for rows, (_, layer) in pairs), default=math.inf)

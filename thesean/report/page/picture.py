@@ -93,7 +93,7 @@ def weights_of(part: PlannedPart, report: ConversionReport) -> list[tuple[str, s
     if report.stages and isinstance(closed, dict) and closed.get("enabled"):
         found.append(("solved", "last linear map"))
     others = {row.part for row in report.stages} - {part.path}  # a run of several parts has a name of its own
-    aligned = sum(c.kept for c in report.curves if c.phase == "align" and c.part not in others)
+    aligned = sum(c.kept for c in report.curves if c.phase in ("align", "trial") and c.part and c.part not in others)
     if aligned:
         found.append(("trained", "at its exit"))
     if tuned:
