@@ -23,8 +23,8 @@ from thesean.distill.training import Training
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.units import duration
 
-# Of the time left, for a trial of each, and steps that it takes at most: 20 tell which of the two gains more, where ten
-# of an alignment that begins near its guide may have done nothing yet (benchmarks/results/trials.json).
+# Of the time left, for a trial of each, and steps that it takes at most: 40 tell which of the two gains more, where ten
+# may have done nothing yet (benchmarks/results/trials.json).
 _TRIAL, _TRIAL_STEPS = 0.08, 40
 # Of what is left, for alignment: what it brings parts near to is the guide, and not the task.
 _MOST, _MOST_WITHOUT_LOSS = 0.5, 0.8
