@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,21 @@ def test_data_without_an_end_is_read_no_further_than_it_takes():
 
     assert read(guide, endless()) == 32
     assert taken == 32
+
+
+@pytest.mark.parametrize(("forward", "count"), [(0.001, 128), (0.25, 40), (1.0, 16)])
+def test_of_a_budget_of_time_a_quarter_is_read_at_six_forwards_a_batch(forward, count, monkeypatch):
+    guide, clock = captured.mlp(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    forwarded = guide.graph_module.register_forward_hook(lambda *given: clock.__setitem__(0, clock[0] + forward))
+    try:
+        given = Recipe(seconds=240.0 + forward)
+        bound_plan, hybrid = drafted(guide, WIDE)
+        told = training(guide, task(), given, batches=batches_of(guide, 200, 4), held_out=batches_of(guide, 1))
+        told = replace(told, begun=0.0)
+        assert len(enough(told, hybrid, bound_plan.captured.signature)[0]) == count
+    finally:
+        forwarded.remove()
 
 
 @pytest.mark.parametrize(("target", "count"), [(Target("mlp", width=2), 64), (Target("conv-2d", expand=32), 30)])

@@ -8,9 +8,11 @@ far as the data goes.
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 
+from thesean import ranks
 from thesean.distill.closed_form import last_of
 from thesean.distill.seen import Seen
 from thesean.distill.stream import check_same
@@ -25,7 +27,9 @@ from thesean.passes.plan.hybrid import Hybrid
 # (benchmarks/results/minilm.json)
 _ROWS_A_FEATURE = 32
 
-_MOST_BYTES = 2**28  # of inputs that are kept at hand past the least
+# Past the least: of inputs that are kept at hand; and of a budget of time, in which a batch takes as long as so many
+# forwards of the guide
+_MOST_BYTES, _MOST_TIME, _FORWARDS = 2**28, 0.25, 6
 
 
 def enough(training: Training, hybrid: Hybrid, signature: Signature) -> tuple[list[Batch], str]:
@@ -34,12 +38,14 @@ def enough(training: Training, hybrid: Hybrid, signature: Signature) -> tuple[li
     """
     form, rows = training.recipe.closed_form, _Rows(training, hybrid, signature)
     taken: list[Batch] = []
-    size, more = 0, False
+    size, more, most = 0, False, math.inf
     for batch in training.feed.batches:
         taken.append(batch)
         size += sum(value.nbytes for value in batch[1].values())
         more = form.enabled and form.batches == "auto" and rows.wanted_after(batch[1])
-        if len(taken) >= form.least and not (more and size < _MOST_BYTES):
+        if len(taken) == form.least and more:
+            most = _in_time(training, batch)
+        if len(taken) >= form.least and not (more and size < _MOST_BYTES and len(taken) < most):
             break
     for batch in taken[:1]:
         check_same(batch)
@@ -47,6 +53,17 @@ def enough(training: Training, hybrid: Hybrid, signature: Signature) -> tuple[li
         return taken, ""
     seen = f"closed form: {len(taken)} batches were read, in which a feature is seen in {rows.a_feature:.2g} rows"
     return taken, f"{seen}; {_ROWS_A_FEATURE} would be enough" if more else seen
+
+
+@torch.no_grad()
+def _in_time(training: Training, batch: Batch) -> float:
+    """Batches like this one that a closed form may read of a budget of time."""
+    if training.seconds == math.inf:
+        return math.inf
+    begun = time.monotonic()
+    training.guide(**batch[1])
+    (took,) = ranks.agreed(time.monotonic() - begun)
+    return _MOST_TIME * training.left / (_FORWARDS * max(took, 1e-9))
 
 
 class _Rows:
