@@ -23,7 +23,7 @@ from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.hybrid import Hybrid
 
-# all-MiniLM-L6 on 16 batches of 1,024 tokens, 21 rows a feature: cosine .943 with the guide; on 48 of them .950
+# all-MiniLM-L6 on 16 batches of 1,024 tokens, 14 rows a feature: cosine .943 with the guide; on 48 of them .950
 # (benchmarks/results/minilm.json)
 _ROWS_A_FEATURE = 32
 
