@@ -60,7 +60,8 @@ def convert(target: Any, steps: int, solve: bool) -> thesean.Converted:
     recipe = fast.model_copy(
         update={
             "steps": steps,
-            "closed_form": fast.closed_form.model_copy(update={"enabled": solve}),
+            # of all that there is so little would be left to train that ninety steps hardly show
+            "closed_form": fast.closed_form.model_copy(update={"enabled": solve, "batches": 16}),
             # a high rate would first damage what the closed form found
             "fine_tuning": fast.fine_tuning.model_copy(update={"share": 1.0, "learning_rate": 1e-3}),
         }
