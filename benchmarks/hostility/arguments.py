@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from benchmarks.hostility.guides import (
     sound,
     vectors,
 )
-from benchmarks.hostility.trial import Inputs, only_typed
+from benchmarks.hostility.trial import Inputs, check, only_typed
 
 
 def built(build: Any) -> thesean.Target:
@@ -32,6 +33,14 @@ def built(build: Any) -> thesean.Target:
 
 def square(output: Any, batch: Any) -> torch.Tensor:
     return output.square().mean()
+
+
+def kept(folder: Path) -> None:
+    """The guide itself, to the bit, and untrained."""
+    guide, x = seeded(Blocks), vectors()[0]
+    found = compiled(guide, "keep")
+    check(torch.equal(found(x), guide.eval()(x)), "not the guide that was kept")
+    check(found.report.steps == 0, "a guide that was kept was trained")
 
 
 SAME = {
@@ -52,7 +61,8 @@ SAME = {
     "target is a dict to nothing": refused({"*": None}),
     "target is a dict of a glob without a match": refused({"none.*": "narrow"}),
     "target is a list": refused(["narrow"]),
-    "target keeps all": refused("keep"),
+    "target keeps all": kept,
+    "target keeps all by a glob": refused({"*": "keep"}),
     "target has an unknown option": lambda folder: compiled(None, thesean.Target("narrow", what=1)),
     "target has a negative width": lambda folder: compiled(None, thesean.Target("mlp", width=-1)),
     "target has a width of zero": lambda folder: compiled(None, thesean.Target("mlp", width=0)),
