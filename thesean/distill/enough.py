@@ -36,13 +36,16 @@ def enough(training: Training, hybrid: Hybrid, signature: Signature) -> tuple[li
     """The first batches of the data: as many as the recipe says, or as it takes; and what to tell of how many those
     were.
     """
-    form, rows = training.recipe.closed_form, _Rows(training, hybrid, signature)
+    form = training.recipe.closed_form
+    if not form.enabled or form.batches != "auto":
+        return training.feed.take(form.least), ""
+    rows = _Rows(training, hybrid, signature)
     taken: list[Batch] = []
     size, more, most = 0, False, math.inf
     for batch in training.feed.batches:
         taken.append(batch)
         size += sum(value.nbytes for value in batch[1].values())
-        more = form.enabled and form.batches == "auto" and rows.wanted_after(batch[1])
+        more = rows.wanted_after(batch[1])
         if len(taken) == form.least and more:
             most = _in_time(training, batch)
         if len(taken) >= form.least and not (more and size < _MOST_BYTES and len(taken) < most):
