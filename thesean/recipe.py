@@ -35,6 +35,8 @@ RATES = (2e-3, 1e-3, 3e-4, 1e-4, 3e-5)
 
 _RETRY_STEPS = 100
 
+_ALIGNED = 0.1  # of the steps, unless a trial or the recipe says otherwise
+
 _LEAST_BATCHES = 16  # of a closed form that finds out how many it takes
 
 
@@ -98,7 +100,9 @@ class Alignment(_Settings):
     swap_all_at: float = Field(default=0.8, gt=0, le=1, description="share of the steps after which it is 1")
     # Running statistics of the parts' batch norms, computed anew on the closed form's batches before a stage is judged
     recalibrate: bool = False
-    share: float = Field(default=0.1, ge=0, le=1, description="of the recipe's steps, over all stages")
+    # Of the recipe's steps, over all stages. "auto": a tenth; where nothing but the guide's outputs is trained for, all
+    # parts are aligned at once and steps suffice, what a trial tells; see distill/budget.py
+    share: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     learning_rate: float = Field(default=3e-3, gt=0)
     # A stage ends early when the refitted held-out measure stopped improving, or reached its ceiling.
     check_every: int = Field(default=20, ge=1)
@@ -139,6 +143,11 @@ class Alignment(_Settings):
     @property
     def reads(self) -> PartInputs:
         return self.inputs or ("guide" if self.schedule == "independent" else "hybrid")
+
+    @property
+    def usual(self) -> float:
+        """The share of the steps where no trial tells."""
+        return _ALIGNED if self.share == "auto" else self.share
 
     @property
     def at_once(self) -> bool:
@@ -247,7 +256,7 @@ class Recipe(_Settings):
     @property
     def trains_by_loss(self) -> bool:
         """Whether any step would go down a user's loss."""
-        aligns = self.alignment.share > 0 and (self.alignment.task > 0 or self.alignment.schedule == "stochastic")
+        aligns = self.alignment.usual > 0 and (self.alignment.task > 0 or self.alignment.schedule == "stochastic")
         return self.steps > 0 and (aligns or self.fine_tuning.share > 0)
 
     @staticmethod

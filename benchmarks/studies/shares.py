@@ -8,7 +8,7 @@ held-out data, or without labels the divergence from the guide.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import thesean
 from benchmarks import language
@@ -18,21 +18,27 @@ from benchmarks.suite import Case, Result, Run
 from benchmarks.tables import markdown, mean_and_ends, unmeasured
 
 CLOSED = "closed form"
+FOUND = "auto"  # by a trial
+
+Share = float | str
 
 
 def bench(run: Run) -> None:
     for seed in run.seeds:
-        measure(run, conversions(run, seed), seed, run.settings["budgets"])
+        ways = itertools.product(run.settings["budgets"], run.settings["shares"])
+        measure(run, conversions(run, seed), seed, list(ways))
 
 
-def measure(run: Run, given: Iterable[Conversion], seed: int, budgets: Iterable[int]) -> None:
-    """Each by itself, and at every budget with every share."""
+def measure(run: Run, given: Iterable[Conversion], seed: int, ways: Sequence[tuple[int, Share]]) -> None:
+    """Each in closed form, and at every number of steps with its share."""
     for name, model, told in given:
-        for steps, share in [(0, None), *itertools.product(budgets, run.settings["shares"])]:
-            way = CLOSED if share is None else f"{steps} steps, share {share:g}"
+        for steps, share in [(0, None), *ways]:
+            way = CLOSED if share is None else f"{steps} steps, share {share if share == FOUND else format(share, 'g')}"
             if not run.wants(f"{name}, {way}", seed):
                 continue
-            changes = {} if share is None else {"alignment__share": share, "fine_tuning__share": 1 - share}
+            changes = {} if share is None else {"alignment__share": share}
+            if isinstance(share, float):
+                changes["fine_tuning__share"] = 1 - share
             recipe = language.recipe("default" if steps else "fast", steps or None, **changes)
             report = thesean.compile(model, **told, recipe=recipe, seed=seed, progress=False).report
             kind = "divergence" if report.converted["loss"] is None else "loss"
@@ -46,8 +52,12 @@ def measure(run: Run, given: Iterable[Conversion], seed: int, budgets: Iterable[
 def table(result: Result) -> str:
     """A conversion at so many steps a row, a share a column: means over seeds, lowest and highest."""
     cases = result["cases"]
-    shares = sorted({case["share"] for case in cases if case["share"] is not None})
+    told = {case["share"] for case in cases if case["share"] is not None}
+    shares = sorted(told - {FOUND})
     heads = ["held out", "steps", "guide", CLOSED, *(f"{share:.0%} alignment" for share in shares)]
+    if FOUND in told:
+        shares.append(FOUND)
+        heads.append("as a trial tells")
     body = []
     for name, steps in dict.fromkeys((case["conversion"], case["steps"]) for case in cases if case["steps"]):
         rows = [c for c in cases if c["conversion"] == name and c["steps"] in (0, steps)]

@@ -16,7 +16,7 @@ from torch import fx
 from thesean import ranks
 from thesean.distill.align import Aligner, Stage, StageResult, stages
 from thesean.distill.best import Best
-from thesean.distill.budget import Shares, shared
+from thesean.distill.budget import RunStage, Shares, shared, shared_steps, tries
 from thesean.distill.check_alignment import check_names, check_places, check_samples
 from thesean.distill.closed_form import Solver, solve_parts, solver_by
 from thesean.distill.enough import enough
@@ -105,7 +105,7 @@ class Aligning:
     def staged(self) -> bool:
         """Whether there is more than a closed form of all parts as they stand."""
         alignment = self.training.recipe.alignment
-        takes_steps = round(self.training.recipe.steps * alignment.share) > 0
+        takes_steps = round(self.training.recipe.steps * alignment.usual) > 0
         return alignment.schedule != "none" and (takes_steps or alignment.order != "front-to-back")
 
     def run(self) -> None:
@@ -117,23 +117,24 @@ class Aligning:
         self.notes += told_of_batches(self.training.recipe)
         self.training.journal.piece("solve", self._prepare, self)
         self._share()
-        steps = round(self.training.recipe.steps * self.training.recipe.alignment.share)
+        steps = round(self.training.recipe.steps * self.training.recipe.alignment.usual)
         if self.shares is not None:
             steps = self.shares.align
-            if steps and self.shares.ahead is not None:
-                self.hybrid.graph_module.load_state_dict(self.shares.ahead)
+            if self.shares.aligned is not None:
+                self.hybrid.graph_module.load_state_dict(self.shares.aligned)
                 self.partials.forget()
         for stage in stages(self.training.recipe.alignment.schedule, len(self.hybrid.parts), steps):
             self.training.journal.piece(f"stage {stage.number + 1}", partial(self._run_stage, stage), self)
 
     def _share(self) -> None:
-        """Of a budget of time."""
-        if self.training.recipe.seconds is not None:
+        """Where trials tell how."""
+        by = shared if self.training.recipe.seconds is not None else shared_steps if tries(self.training) else None
+        if by is not None:
             self.unshare()
-            self.training.journal.piece("shares", self._found, self)
+            self.training.journal.piece("shares", partial(self._found, by), self)
 
-    def _found(self) -> None:
-        self.shares = shared(self.hybrid, self.training, self._tried)
+    def _found(self, by: Callable[[Hybrid, Training, RunStage], Shares]) -> None:
+        self.shares = by(self.hybrid, self.training, self._tried)
         self.notes.append(self.shares.told)
 
     def _tried(self, stage: Stage, training: Training) -> StageResult:

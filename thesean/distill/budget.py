@@ -1,12 +1,13 @@
-"""How a budget of time is shared: the closed form takes what it takes, and what is left goes to alignment and
-fine-tuning by what a short trial of each gains on held-out data, a second of it.
+"""How a run's seconds or steps are shared: the closed form takes what it takes, and what is left goes to alignment and
+fine-tuning by what a short trial of each gains on held-out data: of seconds a second of it, of steps a step.
 
 A trial begins at the solved start. What is kept of it are its gain, the seconds of a step, and which rates did nothing;
-its end as well where nothing comes between it and what goes on from there.
+of the one that gained more its end as well, where nothing comes between it and what goes on from there.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,9 @@ from thesean.units import duration
 # Of the time left, for a trial of each, and steps that it takes at most: 40 tell which of the two gains more, where ten
 # may have done nothing yet (benchmarks/results/trials.json).
 _TRIAL, _TRIAL_STEPS = 0.08, 40
-# Of what is left, for alignment: what it brings parts near to is the guide, and not the task.
+# The same of a number of steps. Of few a trial that tells anything would take too many.
+_TRIAL_SHARE, _LEAST_TRIAL = 0.1, 20
+# Of what is left, for alignment, where it gained more: what it brings parts near to is the guide, and not the task.
 _MOST, _MOST_WITHOUT_LOSS = 0.5, 0.8
 
 
@@ -54,65 +57,97 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """`align` steps, then fine-tuning as long as there is time, at the pace of `tuning`. `ahead`: all weights after the
-    trial that is gone on from, alignment's where any of its steps come, and else fine-tuning's.
+    """`align` steps, then fine-tuning: as long as there is time, at the pace of `tuning`; of a number of steps what is
+    left. `aligned`, `tuned`: all weights after the trial that is gone on from.
     """
 
     align: int
     tuning: Trial | None
     told: str
     aligning: Trial | None = None
-    ahead: dict[str, torch.Tensor] | None = None
+    aligned: dict[str, torch.Tensor] | None = None
+    tuned: dict[str, torch.Tensor] | None = None
 
     @property
-    def earlier(self) -> tuple[Curve, ...]:
-        """Of the trial that is gone on from."""
-        trial = self.aligning if self.align else self.tuning
-        return () if self.ahead is None or trial is None else trial.curves
+    def curves(self) -> tuple[Curve, ...]:
+        """Of all that was tried."""
+        return tuple(curve for trial in (self.aligning, self.tuning) if trial is not None for curve in trial.curves)
+
+    @property
+    def steps(self) -> int:
+        """Of all that was tried."""
+        return sum(trial.steps for trial in (self.aligning, self.tuning) if trial is not None)
 
     def to_dict(self) -> dict[str, Any]:
         trials = {name: None if (t := getattr(self, name)) is None else asdict(t) for name in ("aligning", "tuning")}
-        return {"align": self.align, **trials, "told": self.told, "ahead": self.ahead}
+        return {"align": self.align, **trials, "told": self.told, "aligned": self.aligned, "tuned": self.tuned}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Shares:
         trials = {name: None if (t := data[name]) is None else Trial.from_dict(t) for name in ("aligning", "tuning")}
         return Shares(**{**data, **trials})
 
-    def tuning_steps(self, training: Training) -> int:
+    def tuning_steps(self, training: Training, aligned: int) -> int:
+        """What is left after so many steps of alignment."""
+        if training.recipe.seconds is None:
+            return training.recipe.steps - self.steps - aligned
         return 0 if self.tuning is None else self.tuning.steps_in(training.left)
 
 
-def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage, Training], StageResult]) -> Shares:
+RunStage = Callable[[Stage, Training], StageResult]
+
+
+def tries(training: Training) -> bool:
+    """Whether a trial tells how a number of steps is shared: where the recipe leaves it to one, nothing but the guide's
+    outputs is trained for, and the steps suffice.
+    """
+    recipe = training.recipe
+    return (
+        recipe.alignment.share == "auto"
+        and recipe.alignment.at_once
+        and recipe.fine_tuning.share > 0
+        and recipe.max_drop is None  # parts that are given up would be others' weights
+        and training.task.loss is None
+        and _TRIAL_SHARE * recipe.steps >= _LEAST_TRIAL
+    )
+
+
+def shared_steps(hybrid: Hybrid, training: Training, run_stage: RunStage) -> Shares:
+    """What a number of steps is spent on; `run_stage` aligns. The hybrid is left as it was."""
+    steps = training.recipe.steps
+    count = min(_TRIAL_STEPS, int(_TRIAL_SHARE * steps))
+    aligning, aligned = _trial(hybrid, training, _Alignment(hybrid, run_stage, count), math.inf)
+    tuning, tuned = _trial(hybrid, training, _Tuning(hybrid, count), math.inf)
+    gains = f"after {count} steps of either alignment gained {aligning.gain:.3g} on held-out data, fine-tuning"
+    told = f"steps: {gains} {tuning.gain:.3g}"
+    if aligning.gain > tuning.gain:
+        more = max(0, round(_MOST_WITHOUT_LOSS * steps) - aligning.steps)
+        told += f"; up to {aligning.steps + more} are alignment's"
+        return Shares(align=more, aligning=aligning, tuning=tuning, aligned=aligned, told=told)
+    told += "; all others are fine-tuning's"
+    return Shares(align=0, aligning=aligning, tuning=tuning, tuned=tuned, told=told)
+
+
+def shared(hybrid: Hybrid, training: Training, run_stage: RunStage) -> Shares:
     """What the seconds left are spent on; `run_stage` aligns. The hybrid is left as it was."""
     recipe, begun = training.recipe, training.left
     at_once = recipe.alignment.at_once
-    aligns = recipe.alignment.schedule != "none" and round(recipe.steps * recipe.alignment.share) > 0
+    aligns = recipe.alignment.schedule != "none" and round(recipe.steps * recipe.alignment.usual) > 0
     tunes = recipe.fine_tuning.share > 0
     spent = f"{duration(training.seconds - begun)} until the closed form was solved"
     if not recipe.steps or begun <= 0 or not (aligns or tunes):
         why = "no time was left" if recipe.steps else f"the recipe {recipe.name!r} takes no steps"
         return Shares(align=0, tuning=None, told=f"budget {duration(training.seconds)}: {spent}; {why}")
-
-    def align(within: Training) -> tuple[Curve, ...]:
-        found = []
-        for stage in stages(recipe.alignment.schedule, len(hybrid.parts), _TRIAL_STEPS):
-            name, step = f"trial stage {stage.number + 1}", partial(_curve, run_stage, stage, within)
-            found.append(Curve.from_dict(training.journal.piece(name, step, hybrid.graph_module)))
-        return tuple(found)
-
-    def tune(within: Training) -> tuple[Curve, ...]:
-        return fine_tune(hybrid, within, _TRIAL_STEPS, phase="trial").curves
-
     seconds = _TRIAL * begun
-    aligning, aligned = _trial(hybrid, training, align, seconds) if aligns else (None, None)
-    tuning, tuned = _trial(hybrid, training, tune, seconds) if tunes else (None, None)
-    share, how = recipe.alignment.share, "as the recipe shares"
+    alignment, fine_tuning = _Alignment(hybrid, run_stage, _TRIAL_STEPS), _Tuning(hybrid, _TRIAL_STEPS)
+    aligning, aligned = _trial(hybrid, training, alignment, seconds) if aligns else (None, None)
+    tuning, tuned = _trial(hybrid, training, fine_tuning, seconds) if tunes else (None, None)
+    share, how = recipe.alignment.usual, "as the recipe shares"
     if aligning is None or tuning is None:
         share, how = (1.0 if aligning else 0.0), "all that the recipe has"
     elif at_once and aligning.rate + tuning.rate > 0:
         most = _MOST if training.task.loss is not None else _MOST_WITHOUT_LOSS
-        share = min(most, aligning.rate / (aligning.rate + tuning.rate))
+        share = most if aligning.rate > tuning.rate else 0.0
         how = f"by a trial's gain a second, {aligning.rate:.3g} and {tuning.rate:.3g}"
     left = max(0.0, training.left)
     tried = [str(trial.steps) for trial in (aligning, tuning) if trial is not None]
@@ -120,13 +155,40 @@ def shared(hybrid: Hybrid, training: Training, run_stage: Callable[[Stage, Train
     shares = f"of the rest {share:.0%} for alignment and {1 - share:.0%} for fine-tuning, {how}"
     told = f"budget {duration(training.seconds)}: {spent}, {trials}; {shares}"
     steps = 0 if aligning is None else aligning.steps_in(share * left)
-    ahead = (aligned if at_once else None) if steps else tuned
-    if recipe.max_drop is not None:  # parts that are given up would be others' weights
-        ahead = None
-    return Shares(align=steps, aligning=aligning, tuning=tuning, told=told, ahead=ahead)
+    if recipe.max_drop is not None or (steps and not at_once):  # other weights come in between
+        aligned = tuned = None
+    ahead = {"aligned": aligned} if steps else {"tuned": tuned}
+    return Shares(align=steps, aligning=aligning, tuning=tuning, told=told, **ahead)
 
 
-def _curve(run_stage: Callable[[Stage, Training], StageResult], stage: Stage, within: Training) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Alignment:
+    """So many steps of it."""
+
+    hybrid: Hybrid
+    run_stage: RunStage
+    steps: int
+
+    def __call__(self, within: Training) -> tuple[Curve, ...]:
+        found = []
+        for stage in stages(within.recipe.alignment.schedule, len(self.hybrid.parts), self.steps):
+            name, step = f"trial stage {stage.number + 1}", partial(_curve, self.run_stage, stage, within)
+            found.append(Curve.from_dict(within.journal.piece(name, step, self.hybrid.graph_module)))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """So many steps of it."""
+
+    hybrid: Hybrid
+    steps: int
+
+    def __call__(self, within: Training) -> tuple[Curve, ...]:
+        return fine_tune(self.hybrid, within, self.steps, phase="trial").curves
+
+
+def _curve(run_stage: RunStage, stage: Stage, within: Training) -> dict[str, Any]:
     return asdict(replace(run_stage(stage, within).curve, phase="trial"))
 
 

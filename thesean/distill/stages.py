@@ -28,7 +28,7 @@ class Aligned:
 
     bound_plan: BoundPlan
     hybrid: Hybrid
-    shares: Shares | None  # of a budget of time
+    shares: Shares | None  # where trials told how
     snapshots: tuple[Snapshot, ...]
     guide: Evaluation
     steps: int
@@ -81,16 +81,15 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
     hybrid = aligned.hybrid
     steps = training.recipe.steps - aligned.steps if training.recipe.fine_tuning.share > 0 else 0
     if (shares := aligned.shares) is not None:  # a number that a run which goes on is given again
-        steps = training.journal.piece("tuning steps", lambda: shares.tuning_steps(training))
+        steps = training.journal.piece("tuning steps", lambda: shares.tuning_steps(training, aligned.steps))
     tuned, tried = Tuned(steps=0), () if shares is None or shares.tuning is None else shares.tuning.curves
-    begun = None if shares is None or shares.align else shares.ahead
+    begun = None if shares is None else shares.tuned
     if begun is not None or steps > 0:
         unshare(hybrid.graph_module, training.guide)
     if begun is not None:
         hybrid.graph_module.load_state_dict(begun)
     if steps > 0:
         tuned = fine_tune(hybrid, training, steps, tried=tried)
-    earlier = () if shares is None else shares.earlier
     hybrid.graph_module.eval()
     last = aligned.snapshots[-1].evaluation if aligned.snapshots and begun is None else None
     final = training.judge(hybrid.graph_module) if tuned.steps or last is None or aligned.judged_on_some else last
@@ -104,16 +103,16 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
         snapshots=aligned.snapshots,
         guide=aligned.guide,
         final=final,
-        steps=aligned.steps + sum(curve.steps for curve in earlier) + tuned.steps,
+        steps=aligned.steps + (0 if shares is None else shares.steps) + tuned.steps,
         notes=(*aligned.notes, *tuned.notes, *_ended(training, aligned, steps, tuned), *training.spared),
-        curves=(*earlier, *aligned.curves, *tuned.curves),
+        curves=(*(() if shares is None else shares.curves), *aligned.curves, *tuned.curves),
         lost=lost,
     )
 
 
 def _ended(training: Training, aligned: Aligned, steps: int, tuned: Tuned) -> list[str]:
     """Why each phase of a budget of time ended."""
-    if aligned.shares is None:
+    if aligned.shares is None or training.recipe.seconds is None:
         return []
     stages = {s.result.stage.number: s.result for s in aligned.snapshots if s.result is not None}
     asked, reasons = sum(r.stage.steps for r in stages.values()), {r.stopped_by for r in stages.values()}
