@@ -9,6 +9,7 @@ from thesean.deploy.lowering.lean.divide_rows import divide_rows
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
 from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
+from thesean.deploy.lowering.lean.fuse_rotation import fuse_rotation
 from thesean.deploy.lowering.lean.join_products import join_products
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
@@ -36,12 +37,13 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     divide_rows,
     fuse_gelu,
     fuse_rms_norm,
+    fuse_rotation,
     sum_residuals,
 )
 
 
 # Those that write operators of onnxruntime's own.
-FOREIGN = (fuse_gelu, fuse_rms_norm)
+FOREIGN = (fuse_gelu, fuse_rms_norm, fuse_rotation)
 
 
 def leaner(model: ir.Model, portable: bool = False) -> None:

@@ -70,8 +70,8 @@ def _parts_of_joined(model: ir.Model) -> int:
 
 def _splits(model: ir.Model) -> int:
     changed = 0
-    values: dict[int, Value] = {id(n.inputs[0]): n.inputs[0] for n in model.graph if is_kind(n, "Slice")}
-    for value in values.values():
+    values: list[Value] = list({id(n.inputs[0]): n.inputs[0] for n in model.graph if is_kind(n, "Slice")}.values())
+    for value in values:
         cuts = [cut for n in value.consumers() if (cut := _cut(n)) is not None and n.inputs[0] is value]
         for axis in {cut.axis for cut in cuts}:
             along = sorted((cut for cut in cuts if cut.axis == axis), key=lambda cut: cut.start)
@@ -84,5 +84,6 @@ def _splits(model: ir.Model) -> int:
             for cut, part in zip(along, made, strict=True):
                 replace(cut.node.outputs[0], part)
                 model.graph.remove(cut.node, safe=True)
+            values += made  # which may have been sliced as well
             changed += 1
     return changed
