@@ -12,11 +12,11 @@ _POINTS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """`phase` is "align", "fine-tune" or a baseline's name; `part` what is aligned, None for the whole.
+    """`phase` is "trial", "align", "fine-tune" or a baseline's name; `part` what is aligned, None for the whole.
 
     `losses[i]` is the mean training loss of the steps from i * every. `held_out` holds pairs (step, value), the start
     as step 0: while aligning the measure at the part's exit, after that the user's loss, or the divergence from the
-    guide where there is none. `kept` is the step whose state went on from there.
+    guide where there is none. `kept` is the step whose state was gone on from, 0 where that was the start.
     """
 
     phase: str

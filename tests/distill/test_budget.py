@@ -173,7 +173,7 @@ def test_shares_are_kept_as_they_are():
         shares = Shares(align=3, aligning=trial, tuning=trial, told="so")
         assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
     curve = Curve(
-        phase="trial", part=None, learning_rate=1e-3, steps=3, every=1, losses=(1.0,), held_out=((0, 2.0),), kept=0
+        phase="trial", part=None, learning_rate=1e-3, steps=3, every=1, losses=(1.0,), held_out=((0, 2.0), (2, 1.0)), kept=2
     )
     weights = {"a": torch.ones(2)}
     shares = Shares(align=0, tuning=Trial(gain=0.5, seconds=2.0, steps=10, curves=(curve,)), told="so", tuned=weights)
@@ -181,6 +181,7 @@ def test_shares_are_kept_as_they_are():
     assert read.tuned is weights
     assert read.curves == (curve,)
     shares = replace(shares, tuned=None)
+    assert shares.curves == (replace(curve, kept=0),)
     assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
 
 
@@ -219,6 +220,8 @@ def test_steps_go_on_with_alignment_where_its_trial_gained_more():
     trials = [c for c in report.curves if c.phase == "trial"]
     aligning = next(c for c in report.curves if c.phase == "align")
     assert [c.steps for c in trials] == [20, 20]
+    assert trials[0].kept
+    assert not trials[1].kept  # it is not gone on from
     assert aligning.held_out[0][1] == pytest.approx(dict(trials[0].held_out)[trials[0].kept], rel=1e-4)
     assert aligning.steps <= 140
     assert report.steps == sum(c.steps for c in report.curves) == 200
@@ -232,6 +235,7 @@ def test_steps_go_on_with_fine_tuning_where_its_trial_gained_more():
     trial = next(c for c in report.curves if c.phase == "trial" and c.part is None)
     tuning = next(c for c in report.curves if c.phase == "fine-tune")
     assert sum(c.steps for c in report.curves if c.phase == "align") == 0
+    assert not any(c.kept for c in report.curves if c.phase == "trial" and c.part is not None)
     assert tuning.held_out[0][1] == min(value for _, value in trial.held_out) < trial.held_out[0][1]
     assert tuning.steps == 160
     assert report.steps == sum(c.steps for c in report.curves) == 200

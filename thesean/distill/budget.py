@@ -70,8 +70,12 @@ class Shares:
 
     @property
     def curves(self) -> tuple[Curve, ...]:
-        """Of all that was tried."""
-        return tuple(curve for trial in (self.aligning, self.tuning) if trial is not None for curve in trial.curves)
+        """Of all that was tried; from what isn't gone on from nothing is kept."""
+        found: list[Curve] = []
+        for trial, ahead in ((self.aligning, self.aligned), (self.tuning, self.tuned)):
+            left = trial.curves if trial is not None else ()
+            found += left if ahead is not None else [replace(curve, kept=0) for curve in left]
+        return tuple(found)
 
     @property
     def steps(self) -> int:
