@@ -167,6 +167,8 @@ CASES: dict[str, Callable[[], Case]] = {
         activation_checkpointing=True,
         gradient_accumulation=2,
     ),
+    # which of the two goes on is agreed on
+    "shares by a trial": lambda: vectors("nmse", "independent", rows=13, steps=200, share="auto", check_every=20),
     SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
     "nmse, sequential": lambda: vectors("nmse", "sequential", steps=18, order="easiest-first"),
