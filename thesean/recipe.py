@@ -304,12 +304,17 @@ def _validated(settings: Any, where: str) -> Recipe:
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         place = [str(word) for word in first["loc"]]
         if first["type"] == "extra_forbidden":
             raise RecipeError(f"{where}: {'.'.join(place)}: {_unknown(place)}") from error
+        expected = first["msg"].removeprefix("Value error, ")
+        for other in others:
+            if other["type"] == "literal_error" and other["loc"][:-1] == first["loc"][:-1]:  # a number, or a word
+                place = place[:-1]
+                expected += f", or {other['ctx']['expected']}"
         found = "" if isinstance(first["input"], Mapping) else f", found {first['input']!r}"
-        told = ": ".join(filter(None, (where, ".".join(place), first["msg"].removeprefix("Value error, "))))
+        told = ": ".join(filter(None, (where, ".".join(place), expected)))
         raise RecipeError(f"{told}{found}.") from error
 
 
