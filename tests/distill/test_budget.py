@@ -173,7 +173,14 @@ def test_shares_are_kept_as_they_are():
         shares = Shares(align=3, aligning=trial, tuning=trial, told="so")
         assert Shares.from_dict(json.loads(json.dumps(shares.to_dict()))) == shares
     curve = Curve(
-        phase="trial", part=None, learning_rate=1e-3, steps=3, every=1, losses=(1.0,), held_out=((0, 2.0), (2, 1.0)), kept=2
+        phase="trial",
+        part=None,
+        learning_rate=1e-3,
+        steps=3,
+        every=1,
+        losses=(1.0,),
+        held_out=((0, 2.0), (2, 1.0)),
+        kept=2,
     )
     weights = {"a": torch.ones(2)}
     shares = Shares(align=0, tuning=Trial(gain=0.5, seconds=2.0, steps=10, curves=(curve,)), told="so", tuned=weights)
