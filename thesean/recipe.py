@@ -100,8 +100,8 @@ class Alignment(_Settings):
     swap_all_at: float = Field(default=0.8, gt=0, le=1, description="share of the steps after which it is 1")
     # Running statistics of the parts' batch norms, computed anew on the closed form's batches before a stage is judged
     recalibrate: bool = False
-    # Of the recipe's steps, over all stages. "auto": a tenth; where nothing but the guide's outputs is trained for, all
-    # parts are aligned at once and steps suffice, what a trial tells; see distill/budget.py
+    # Of the recipe's steps, over all stages. "auto": a tenth; where nothing but outputs is trained for, which are few,
+    # all parts are aligned at once and steps suffice, what a trial tells; see distill/budget.py
     share: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     learning_rate: float = Field(default=3e-3, gt=0)
     # A stage ends early when the refitted held-out measure stopped improving, or reached its ceiling.

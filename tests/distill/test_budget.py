@@ -28,9 +28,9 @@ from thesean.request import spending
 FEW = {"warmup": 1, "alignment": {"check_every": 5}}
 
 
-def convert(budget: Any, recipe: Any = FEW, **settings: Any) -> thesean.Converted:
+def convert(budget: Any, recipe: Any = FEW, guide: type[Cells] = Cells, **settings: Any) -> thesean.Converted:
     given = {"data": windows(), "recipe": recipe, "budget": budget, "progress": False, **settings}
-    return thesean.compile(models.seeded(Cells), "mingru", **given)
+    return thesean.compile(models.seeded(guide), "mingru", **given)
 
 
 @contextmanager
@@ -111,7 +111,8 @@ def test_alignment_goes_on_from_its_trial(max_drop: float | None):
 def test_without_a_loss_alignment_may_get_most_of_the_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Trial, "rate", property(lambda trial: 1.0 if trial.curves[0].part else 0.0))
     told = []
-    for settings in ({}, {"loss": squared}):
+    cases: tuple[dict[str, Any], ...] = ({}, {"loss": squared})
+    for settings in cases:
         with slow_steps():
             notes = convert("8s", **settings).report.notes
         told += [n for n in notes if n.startswith("budget 8")]
@@ -207,9 +208,20 @@ def test_a_finished_run_of_a_budget_is_read_again(tmp_path: Path):
     assert [n for n in again.report.notes if "budget" in n] == [n for n in first.report.notes if "budget" in n]
 
 
+class Pooled(Cells):
+    """Four numbers a row, where a part's exit has eight a step."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": super().forward(x)["logits"].mean(1)}
+
+
 # of 200 steps each trial takes twenty
 TRIED: dict[str, Any] = {"steps": 200, **FEW}
 STILL = {"learning_rate": 1e-9}
+
+
+def tried(recipe: Any = TRIED, guide: type[Cells] = Pooled, **settings: Any) -> thesean.Converted:
+    return convert(None, recipe, guide, **settings)
 
 
 def told_of_steps(report: Any) -> list[str]:
@@ -217,7 +229,7 @@ def told_of_steps(report: Any) -> list[str]:
 
 
 def test_steps_go_on_with_alignment_where_its_trial_gained_more():
-    report = convert(None, {**TRIED, "fine_tuning": STILL}).report
+    report = tried({**TRIED, "fine_tuning": STILL}).report
     (told,) = told_of_steps(report)
     said = re.search(r"after 20 steps of either alignment gained (\S+) on held-out data, fine-tuning (\S+);", told)
     assert said is not None
@@ -236,7 +248,8 @@ def test_steps_go_on_with_alignment_where_its_trial_gained_more():
 
 def test_steps_go_on_with_fine_tuning_where_its_trial_gained_more():
     alignment = {"patience": 100, **STILL, "refit": False}
-    report = convert(None, {**TRIED, "alignment": alignment, "fine_tuning": {"learning_rate": 1e-3}}).report
+    unsolved = {**TRIED, "closed_form": {"enabled": False}, "alignment": alignment}
+    report = tried({**unsolved, "fine_tuning": {"learning_rate": 1e-3}}).report
     (told,) = told_of_steps(report)
     assert told.endswith("all others are fine-tuning's")
     trial = next(c for c in report.curves if c.phase == "trial" and c.part is None)
@@ -261,12 +274,13 @@ def squared(output: Any, batch: Any) -> torch.Tensor:
         ({"fine_tuning": {"share": 0.0}}, {}),
         ({"max_drop": 100.0}, {}),
         ({}, {"loss": squared}),
+        ({}, {"guide": Cells}),
     ],
-    ids=["few steps", "as the recipe says", "stages", "no fine-tuning", "parts may be given up", "labels"],
+    ids=["few steps", "as told", "stages", "no fine-tuning", "parts may be given up", "labels", "many outputs"],
 )
 def test_elsewhere_a_tenth_of_the_steps_is_alignments(recipe: dict[str, Any], settings: dict[str, Any]):
     alignment = {"patience": 100, "ceiling": 0.0, **recipe.get("alignment", {})}
-    report = convert(None, {**TRIED, **recipe, "alignment": alignment}, **settings).report
+    report = tried({**TRIED, **recipe, "alignment": alignment}, **settings).report
     assert not told_of_steps(report)
     assert not any(c.phase == "trial" for c in report.curves)
     asked = recipe.get("steps", 200)
@@ -274,7 +288,7 @@ def test_elsewhere_a_tenth_of_the_steps_is_alignments(recipe: dict[str, Any], se
 
 
 def test_a_run_stopped_in_a_trial_goes_on_to_the_same_weights(tmp_path: Path):
-    whole, after_step = convert(None, TRIED), Journal.after_step
+    whole, after_step = tried(), Journal.after_step
     for at in (7, 27, 47):  # in the first trial, in the second, and after both
         taken = itertools.count(1)
 
@@ -286,8 +300,8 @@ def test_a_run_stopped_in_a_trial_goes_on_to_the_same_weights(tmp_path: Path):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(Journal, "after_step", stop)
             with pytest.raises(Interrupted):
-                convert(None, TRIED, workdir=tmp_path / str(at))
-        again = convert(None, TRIED, workdir=tmp_path / str(at))
+                tried(workdir=tmp_path / str(at))
+        again = tried(workdir=tmp_path / str(at))
         assert any("went on at step" in n for n in again.report.notes)
         assert models.same_state(again.module, whole.module.state_dict())
         assert told_of_steps(again.report) == told_of_steps(whole.report)

@@ -128,9 +128,10 @@ class Aligning:
 
     def _share(self) -> None:
         """Where trials tell how."""
-        by = shared if self.training.recipe.seconds is not None else shared_steps if tries(self.training) else None
-        if by is not None:
+        timed = self.training.recipe.seconds is not None
+        if timed or tries(self.hybrid, self.training):
             self.unshare()
+            by = shared if timed else shared_steps
             self.training.journal.piece("shares", partial(self._found, by), self)
 
     def _found(self, by: Callable[[Hybrid, Training, RunStage], Shares]) -> None:

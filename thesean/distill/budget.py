@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from thesean import ranks
 from thesean.curve import Curve
 from thesean.distill.align import Stage, StageResult, stages
 from thesean.distill.fine_tune import fine_tune
 from thesean.distill.training import Training
+from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
 from thesean.units import duration
 
@@ -29,6 +31,9 @@ from thesean.units import duration
 _TRIAL, _TRIAL_STEPS = 0.08, 40
 # The same of a number of steps. Of few a trial that tells anything would take too many.
 _TRIAL_SHARE, _LEAST_TRIAL = 0.1, 20
+# Outputs of fewer numbers than this, beside those at parts' exits, say so little of an example that alignment may bring
+# a network much further; of more the trial costs more than it finds (benchmarks/results/unlabelled.json).
+_FEW_OUTPUTS = 0.1
 # Of what is left, for alignment, where it gained more: what it brings parts near to is the guide, and not the task.
 _MOST, _MOST_WITHOUT_LOSS = 0.5, 0.8
 
@@ -101,9 +106,9 @@ class Shares:
 RunStage = Callable[[Stage, Training], StageResult]
 
 
-def tries(training: Training) -> bool:
-    """Whether a trial tells how a number of steps is shared: where the recipe leaves it to one, nothing but the guide's
-    outputs is trained for, and the steps suffice.
+def tries(hybrid: Hybrid, training: Training) -> bool:
+    """Whether a trial tells how a number of steps is shared: where the recipe leaves it to one, the steps suffice, and
+    nothing but the guide's outputs is trained for, which are few.
     """
     recipe = training.recipe
     return (
@@ -113,7 +118,20 @@ def tries(training: Training) -> bool:
         and recipe.max_drop is None  # parts that are given up would be others' weights
         and training.task.loss is None
         and _TRIAL_SHARE * recipe.steps >= _LEAST_TRIAL
+        and _outputs_to_exits(hybrid, training) < _FEW_OUTPUTS
     )
+
+
+@torch.no_grad()
+def _outputs_to_exits(hybrid: Hybrid, training: Training) -> float:
+    """How many numbers the guide gives for one at a part's exit, on a held-out batch."""
+    exits = [theirs for _, theirs in hybrid.boundaries]
+    found = intermediates(training.guide, exits)(**training.judge.batches[0][1])
+    outputs, inner = (
+        sum(v.numel() for v in pytree.tree_leaves(values) if isinstance(v, torch.Tensor) and v.is_floating_point())
+        for values in (found["output"], [found[name] for name in exits])
+    )
+    return ranks.agreed(outputs * len(exits) / max(1, inner))[0]
 
 
 def shared_steps(hybrid: Hybrid, training: Training, run_stage: RunStage) -> Shares:
