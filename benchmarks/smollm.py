@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -188,12 +189,15 @@ def in_four_bits(
 ) -> dict[str, Path]:
     """The same files with their products' weights in four bits, rounded for these texts, by name."""
     inputs = [arrays_of(batch) for batch in windows]
-    made = {f"{n}{FOUR_BITS}": file.with_name(f"{file.stem}_int4.onnx") for n, file in files.items() if n in names}
-    for name, file in made.items():
+    found = {f"{n}{FOUR_BITS}": file.with_name(f"{file.stem}_int4.onnx") for n, file in files.items() if n in names}
+    for name, file in found.items():
         exact = files[name.removesuffix(FOUR_BITS)]
         session = Session(exact)
-        quantize_file(exact, file, "int4", [{**x, **start_of(session, x)} for x in inputs])
-    return made
+        with TemporaryDirectory(dir=file.parent) as scratch:  # for what is made on the way
+            made = Path(scratch) / file.name
+            quantize_file(exact, made, "int4", [{**x, **start_of(session, x)} for x in inputs])
+            made.replace(file)
+    return found
 
 
 def streamed(files: dict[str, Path], ids_T: torch.Tensor, read: int, turns: int) -> dict[str, Timing]:
