@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,32 @@ def other(node: Node, value: Value) -> Value | None:
 def number(node: Node, name: str, default: Any) -> Any:
     """An attribute's value."""
     return node.attributes[name].value if name in node.attributes else default
+
+
+def along_last(node: Node, value: Value) -> bool:
+    """Whether a node works along the last axis of a value, counted from either end."""
+    return number(node, "axis", 0) in (-1, len(dims(value) or []) - 1)
+
+
+class Piece(NamedTuple):
+    """What a slice by constants takes of one axis, which is counted from the front."""
+
+    start: int
+    end: int
+    axis: int
+    step: int
+
+
+def piece(node: Node) -> Piece | None:
+    if not is_kind(node, "Slice") or node.inputs[0] is None:
+        return None
+    size = dims(node.inputs[0])
+    given = [small(v) for v in node.inputs[1:]]
+    if size is None or len(given) < 3 or any(g is None or g.size != 1 for g in given):
+        return None
+    start, end, axis = (int(g.reshape(())) for g in given[:3] if g is not None)
+    step = int(given[3].reshape(())) if len(given) > 3 and given[3] is not None else 1
+    return Piece(start, end, axis % len(size), step)
 
 
 def ints(graph: ir.Graph, *numbers: int) -> Value:

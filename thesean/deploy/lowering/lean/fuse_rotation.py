@@ -19,6 +19,7 @@ from thesean.deploy.lowering.lean.edit import (
     MICROSOFT,
     Node,
     Value,
+    along_last,
     constant,
     dims,
     insert,
@@ -27,6 +28,7 @@ from thesean.deploy.lowering.lean.edit import (
     is_private,
     number,
     other,
+    piece,
     producer,
     replace,
     shaped,
@@ -111,7 +113,7 @@ def _gathered(value: Value) -> Turned | None:
         return None
     x, places = gather.inputs[0], gather.inputs[1].const_value
     sizes = dims(x) or [""]
-    if places is None or number(gather, "axis", 0) not in (-1, len(sizes) - 1) or not _of_heads(sizes):
+    if places is None or not along_last(gather, x) or not _of_heads(sizes):
         return None
     width = sizes[-1]
     for next_to, swapped in ((False, np.roll(np.arange(width), width // 2)), (True, np.arange(width) ^ 1)):
@@ -127,7 +129,7 @@ def _joined(value: Value) -> Turned | None:
         return None
     rank = len(dims(joined.outputs[0]) or [])
     parts, nodes = list(joined.inputs), [joined]
-    if number(joined, "axis", 0) not in (-1, rank - 1):
+    if not along_last(joined, joined.outputs[0]):
         return None
     if stacked is not None:  # columns, of which the two next to each other make a row
         columns = [producer(part, "Unsqueeze") for part in parts]
@@ -152,7 +154,7 @@ def _halves(parts: list[Value]) -> tuple[Value, list[Node]] | None:
     if split is None or not is_kind(split, "Split") or [v for v in split.outputs if v.uses()] != parts:
         return None
     x, sizes = split.inputs[0], dims(split.inputs[0]) or [""]
-    if number(split, "axis", 0) not in (-1, len(sizes) - 1) or not all(map(is_private, parts)):
+    if not along_last(split, x) or not all(map(is_private, parts)):
         return None
     whole = isinstance(sizes[-1], int) and all((dims(v) or [""])[-1] == sizes[-1] // 2 for v in parts)
     return (x, [split]) if whole else None
@@ -166,11 +168,10 @@ def _columns(parts: list[Value]) -> tuple[Value, list[Node]] | None:
         return None
     x, sizes = first.inputs[0], dims(first.inputs[0]) or [""]
     for start, node in enumerate((first, second)):
-        given = [small(v) for v in node.inputs[1:]]
-        if len(given) != 4 or any(g is None or g.size != 1 for g in given):
+        taken = piece(node)
+        if taken is None or not isinstance(sizes[-1], int) or taken.end < sizes[-1]:
             return None
-        begin, end, axis, step = (int(g.reshape(())) for g in given if g is not None)
-        if not isinstance(sizes[-1], int) or (begin, step) != (start, 2) or end < sizes[-1] or axis % 4 != 3:
+        if (taken.start, taken.step, taken.axis) != (start, 2, len(sizes) - 1):
             return None
     return x, [first, second]
 
@@ -199,7 +200,7 @@ def _alike(value: Value | None, width: int, next_to: bool, depth: int = _DEPTH) 
         return 0
     given = [v for v in node.inputs if v is not None]
     if is_kind(node, "Concat"):
-        same = len(given) == 2 and given[0] is given[1] and number(node, "axis", 0) in (-1, len(sizes) - 1)
+        same = len(given) == 2 and given[0] is given[1] and along_last(node, value)
         return int(same and not next_to)
     if is_kind(node, "Reshape"):
         return int(next_to and _repeated(given[0]))
@@ -276,12 +277,11 @@ def _places(before: Node, cos: Value, time: int) -> Value:
     import onnx_ir as ir
 
     graph, of, sizes = before.graph, cos.producer(), dims(cos)
-    size, single = ir.Value(name="size", type=ir.TensorType(ir.DataType.INT64)), ir.TensorType(ir.DataType.INT64)
-    one = ir.Value(name="size", type=single, shape=ir.Shape([1]))
+    one = ir.Value(name="size", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
     (batch,) = insert(before, "Shape", [cos], {"start": 0, "end": 1}, like=[one], of=of)
     (steps,) = insert(before, "Shape", [cos], {"start": time, "end": time + 1}, like=[one], of=of)
     (shape,) = insert(before, "Concat", [batch, steps], {"axis": 0}, like=[shaped(one, 2)], of=of)
-    (count,) = insert(before, "ReduceProd", [shape], {"keepdims": 0}, like=[shaped(size)], of=of)
+    (count,) = insert(before, "ReduceProd", [shape], {"keepdims": 0}, like=[shaped(one)], of=of)
     zero, step = (constant(graph, f"int_{n}", np.array(n, np.int64)) for n in (0, 1))
     (flat,) = insert(before, "Range", [zero, count, step], like=[shaped(one, "places")], of=of)
     (places,) = insert(before, "Reshape", [flat, shape], like=[shaped(one, sizes[0], sizes[time])], of=of)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from thesean.deploy.lowering.lean.edit import Node, Value, dims, insert, ints, is_kind, number, replace, small
+from thesean.deploy.lowering.lean.edit import Node, Value, dims, insert, ints, is_kind, number, piece, replace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,16 +26,11 @@ def split_slices(model: ir.Model) -> int:
 
 def _cut(node: Node) -> Cut | None:
     """A slice by constants along one axis of known size."""
-    if not is_kind(node, "Slice") or node.inputs[0] is None:
+    found = piece(node)
+    if found is None:
         return None
-    size = dims(node.inputs[0])
-    given = [small(v) for v in node.inputs[1:]]
-    if size is None or len(given) < 3 or any(g is None or g.size != 1 for g in given):
-        return None
-    start, end, axis = (int(g.reshape(())) for g in given[:3] if g is not None)
-    step = 1 if len(given) < 4 or given[3] is None else int(given[3].reshape(()))
-    axis %= len(size)
-    length = size[axis]
+    start, end, axis, step = found
+    length = dims(node.inputs[0])[axis]
     if step != 1 or not isinstance(length, int):
         return None
     start, end = (min(max(i + length if i < 0 else i, 0), length) for i in (start, end))
