@@ -98,26 +98,32 @@ def one_of(drawn: random.Random, asked: str, right: str, others: Iterable[str]) 
 def tasks(folder: Path, settings: Row) -> list[str]:
     """A file of rows and a task for each; their names."""
     folder.mkdir(parents=True, exist_ok=True)
+    cache = str(folder / "cache")
     count = settings["rows"]
+    asked_for, examples = capitals()[:count], write(folder / "examples.jsonl", capitals()[count:])
     made: dict[str, tuple[list[Row], Row]] = {}
     for shots in settings["shots"]:
-        made[f"capitals, {shots} lines"] = (capitals()[:count], {"num_fewshot": shots})
-    made["capitals, written out"] = (capitals()[:count], {"num_fewshot": settings["shots"][0], **WRITTEN})
+        made[f"capitals, {shots} lines"] = (asked_for, {"num_fewshot": shots})
+    made["capitals, written out"] = (asked_for, {"num_fewshot": settings["shots"][0], **WRITTEN})
     for people in settings["people"]:
         made[f"numbers of {people}"] = (ledgers(people, count), {})
     made["goes on"] = (continuations(count, settings["before"], settings["after"]), {"metric": "acc_norm"})
     for name, (rows, told) in made.items():
-        file = folder / f"{slug(name)}.jsonl"
-        file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        file = write(folder / f"{slug(name)}.jsonl", rows)
         told = {**CHOOSING, **told}
         metric = {"metric": told.pop("metric"), "aggregation": "mean", "higher_is_better": True}
         asked = {
-            "task": slug(name), "dataset_path": "json", "test_split": "test", "fewshot_split": "test",
-            "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")},
+            "task": slug(name), "dataset_path": "json", "test_split": "test", "fewshot_split": "train",
+            "dataset_kwargs": {"data_files": {"train": str(examples), "test": str(file)}, "cache_dir": cache},
             "doc_to_text": "{{asked}}", "metric_list": [metric], "fewshot_delimiter": "\n",
         }  # fmt: skip
         file.with_suffix(".yaml").write_text(json.dumps({**asked, **told}, indent=1), encoding="utf-8")  # JSON is YAML
     return list(made)
+
+
+def write(file: Path, rows: list[Row]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return file
 
 
 CHOOSING: Row = {
