@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
+import thesean
 from tests import captured
 from tests.distill.tools import drafted
 from tests.models import vectors
 from thesean.distill.lost import _blamed, _worse, left_out
+from thesean.errors import LostError
 from thesean.passes.plan.hybrid import Hybrid
 
 
@@ -71,3 +75,24 @@ def test_what_changes_the_shape_can_not_be_left_out():
         kept = [r.name for r in hybrid.replacements if type(hybrid.module(r)).__name__ != "_LeftOut"]
     assert "identity" in families
     assert len(kept) == len(families) - len(wanted) > 0
+
+
+@pytest.mark.parametrize(("rows", "told"), [(16, "a constant, the guide's mean output, is nearer"), (1, None)])
+def test_numbers_farther_than_their_mean_are_lost_where_that_can_be_told(rows, told):
+    """A replacement that nothing can be solved in, made for the numbers of other examples."""
+    torch.manual_seed(0)
+    guide = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    data = [vectors(rows, 8, seed=k) for k in range(4)]
+    loud = thesean.Target("loud", build=lambda part: Loud(part.width_in, part.width_out))
+    with pytest.raises(LostError, match=told) if told else nullcontext():
+        thesean.compile(guide, loud, parts=["0"], data=data, recipe="fast", progress=False)
+
+
+class Loud(nn.Module):
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width_in, width_out)
+        nn.init.normal_(self.out.weight, std=9.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(x)

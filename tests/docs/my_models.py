@@ -1,6 +1,7 @@
 """What the documents take for granted: a guide, its batches and a loss, as small as they can be. Not a test.
 
-The blocks of a document find `model`, `batches` and `held_out`; its command lines find them here, as my_models:guide.
+The blocks of a document find `model`, `batches` and `held_out`, `convnet` and `images`; its command lines find them
+here, as my_models:guide.
 """
 
 from __future__ import annotations
@@ -35,3 +36,16 @@ def loss(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": batch["input_ids"]}
+
+
+def convnet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for into, out in ((1, 16), (16, 16), (16, 16)):
+        layers += [torch.nn.Conv2d(into, out, 3, padding=1), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(16 * 64, 5)).eval()
+
+
+def images(count: int = 4, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, 1, 8, 8, generator=generator) for _ in range(count)]

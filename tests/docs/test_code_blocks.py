@@ -104,6 +104,8 @@ def run_document(document: Path) -> dict[str, Any]:
         "model": my_models.guide(),
         "batches": my_models.batches(),
         "held_out": my_models.batches(2, seed=2),
+        "convnet": my_models.convnet(),
+        "images": my_models.images(),
     }
     for block in blocks_of(document.read_text(encoding="utf-8")):
         if block.language == "python":

@@ -37,6 +37,7 @@ from thesean.targets import (
     get_family,
     targets,
 )
+from thesean.targets.shared.channels import Activate, ChannelFacts, Convolution, Join, Map, Step, Weights
 from thesean.targets.shared.facts import Dim, Mixing
 from thesean.targets.shared.family import parse_options
 
@@ -51,8 +52,8 @@ def sequence(mixing: Mixing = "causal", width: int = 16, time: Dim = "time", **f
     return PartFacts(path="layers.0", input_shape=shape, output_shape=shape, mixing=mixing, params=1000, **facts)
 
 
-def feature_map(size: int = 8, channels: int = 6, **facts: Any) -> PartFacts:
-    shape = ("batch", channels, size, size)
+def feature_map(size: int = 8, width: int = 6, **facts: Any) -> PartFacts:
+    shape = ("batch", width, size, size)
     return PartFacts(
         path="layer3.1", input_shape=shape, output_shape=shape, mixing="bidirectional", params=10_000, **facts
     )
@@ -70,6 +71,31 @@ def attention(width: int = 16, heads: int = 4) -> AttentionFacts:
 
 def perceptron(width: int = 16, hidden: int = 32) -> MLPFacts:
     return MLPFacts(up=affine(hidden, width, 0), down=affine(width, hidden, 1), activation="gelu")
+
+
+def convolution(into: int, out: int, kernel: int = 3, of: int = 0, groups: int = 1) -> Convolution:
+    pad = kernel // 2
+    return Convolution(
+        of=of, channels_in=into, channels_out=out, kernel=(kernel, kernel), stride=(1, 1), padding=(pad, pad),
+        dilation=(1, 1), groups=groups,
+    )  # fmt: skip
+
+
+def channels(width: int = 6, hidden: int = 16, size: int = 8) -> ChannelFacts:
+    """Of a block x + conv(relu(conv(x)))."""
+    generator = torch.Generator().manual_seed(0)
+    steps: tuple[Step, ...] = (
+        convolution(width, hidden),
+        Activate(of=1, name="relu"),
+        convolution(hidden, width, of=2),
+        Join(of=0, other=3, form="sum"),
+    )
+    weights = {
+        n: Weights(torch.randn(out, into, 3, 3, generator=generator) * (9 * into) ** -0.5, torch.zeros(out))
+        for n, (into, out) in {0: (width, hidden), 2: (hidden, width)}.items()
+    }
+    maps = tuple(Map(count, size * size) for count in (width, hidden, hidden, width, width))
+    return ChannelFacts(steps=steps, weights=weights, maps=maps)
 
 
 def block(width: int = 16, in_a_row: bool = True) -> BlockFacts:
@@ -92,6 +118,7 @@ PARTS: dict[str, PartFacts] = {
     "block": sequence("causal", block=block()),
     "block, both ways": sequence("bidirectional", block=block()),
     "feature map": feature_map(),
+    "convolutions": feature_map(channels=channels()),
     "vector": PartFacts(path="2", input_shape=("batch", 8), output_shape=("batch", 8), mixing="none", params=100),
 }
 

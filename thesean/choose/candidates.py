@@ -11,6 +11,8 @@ from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP
+from thesean.passes.plan.sites import takes_channels
+from thesean.passes.plan.spans import spanned
 from thesean.targets import Target, resolve
 
 Choice = tuple[int, ...]  # a candidate's number for each part
@@ -73,6 +75,10 @@ def find_candidates(division: Division, given: Sequence[str | Target] | None) ->
         raise PlanError("candidates: expected at least one target, found none.")
     targets = tuple(None if w == KEEP else resolve(w) for w in words)
     binder = Binder(division.captured, division.flow)
+    narrowing = next((t for t in targets if t is not None and takes_channels(t)), None)
+    division, _ = spanned(
+        division, {g.path: None if g.path in division.kept else narrowing for g in division.groups}, binder.site_finder
+    )
     groups, kept = division.groups, division.members()
     options: list[tuple[BoundPart | None, ...]] = []
     reasons: dict[str, str] = {}

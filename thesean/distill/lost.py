@@ -1,4 +1,5 @@
-"""Whether a conversion is worse than nothing: than a uniform guess, or than its parts simply left out.
+"""Whether a conversion is worse than nothing: than a uniform guess, of numbers than their mean, or than its parts
+simply left out.
 
 Never one that is no worse than its guide by the user's own loss, however far from it: it went where it was asked to.
 """
@@ -45,6 +46,10 @@ def lost_by(
     first, classes = sample[:1], outputs.classes if outputs.of_classes else 0
 
     def guess(numbers: Sequence[int]) -> float:
+        if outputs.of_numbers:
+            least = min(judge.rows[number] for number in numbers)  # n examples are nearer to their own mean than others
+            means = judge.divergence(lambda _, wanted: pytree.tree_map(_mean, wanted), numbers)
+            return means * least / (least - 1) if least > 1 else math.inf
         return judge.divergence(lambda _, wanted: pytree.tree_map(_flat, wanted), numbers) if classes > 1 else math.inf
 
     def network(numbers: Sequence[int]) -> float:
@@ -55,12 +60,17 @@ def lost_by(
             return network(numbers) if names else math.inf, names
 
     far = guess(first)
-    if far < _KNOWS_LITTLE * math.log(max(classes, 2)) or final.divergence * _FAR < min(far, without(first)[0]):
+    if (classes > 1 and far < _KNOWS_LITTLE * math.log(classes)) or final.divergence * _FAR < min(
+        far, without(first)[0]
+    ):
         return ""
     own, uniform, (bare, names) = network(sample), guess(sample), without(sample)
     told = []
     if _worse(own, uniform):
-        told.append(f"a uniform guess over {classes} classes is nearer ({uniform:.4g})")
+        blind = (
+            "a constant, the guide's mean output," if outputs.of_numbers else f"a uniform guess over {classes} classes"
+        )
+        told.append(f"{blind} is nearer ({uniform:.4g})")
     if _worse(own, bare):
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         told.append(f"with {some} simply left out it is {bare:.4g}")
@@ -121,3 +131,11 @@ class _LeftOut(nn.Module):
 def _flat(value: Any) -> Any:
     """Equal logits."""
     return torch.zeros_like(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _mean(value: Any) -> Any:
+    """What each channel is on average, everywhere: the last dimension's of vectors and sequences, a map's second."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.ndim:
+        return value
+    channel = 1 if value.ndim > 3 else value.ndim - 1
+    return value.mean([d for d in range(value.ndim) if d != channel], keepdim=True).expand_as(value)

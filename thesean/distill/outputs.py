@@ -45,6 +45,11 @@ class Outputs:
         return {k for k in self.kinds.values() if k != "ignore"} == {"softmax"}
 
     @property
+    def of_numbers(self) -> bool:
+        """Whether distances are squared errors in units of the variance alone."""
+        return {k for k in self.kinds.values() if k != "ignore"} == {"mse"}
+
+    @property
     def in_nats(self) -> bool:
         """Whether distances are Kullback-Leibler divergences alone."""
         return {k for k in self.kinds.values() if k != "ignore"} <= {"softmax", "sigmoid"}

@@ -1,4 +1,4 @@
-"""The same part with fewer hidden neurons, or with fewer heads where the part is an attention.
+"""The same part with fewer hidden neurons, with fewer heads where it is an attention, or channels where it convolves.
 
 B batch, T time, D width of the part, O its output width, E hidden neurons kept, W hidden neurons of the guide
 """
@@ -17,6 +17,7 @@ from thesean.errors import NumericalError
 from thesean.targets.shared.activations import ACTIVATIONS
 from thesean.targets.shared.facts import MLPFacts, PartFacts
 from thesean.targets.shared.family import Family
+from thesean.targets.shared.fewer_channels import NarrowChannelsOptions, check_channels
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.registry import get_family
@@ -119,11 +120,11 @@ class NarrowMLP(TargetModule):
 
 
 class NarrowOptions(NarrowHeadsOptions):
-    """Width rule: E = `width`, or `ratio` times the guide's neurons; heads = `heads`, or `ratio` times the guide's.
+    """Width rule: E = `width`, or `ratio` times the guide's neurons; heads = `heads`, or `ratio` times the guide's; of
+    convolutions the channels between them, as `narrow-channels` has it.
 
-    `width` is for an MLP and `heads` for an attention (`scope="mixing"`, or name the target `narrow-heads`). Not for
-    convnets: it doesn't choose among a convolution's channels, nor in MLPs over the pixels of a feature map. For fewer
-    channels inside a block choose `bottleneck` or `resnet-block` with `width`, which start from new weights.
+    `width` is for an MLP or for convolutions, `heads` for an attention (`scope="mixing"`, or name the target
+    `narrow-heads`).
     """
 
     width: int | None = Field(default=None, gt=0)
@@ -145,6 +146,9 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
     facts = part.mlp
     if facts is None and part.attention is not None and options.width is None:
         check_heads("narrow", part, options)
+        return
+    if facts is None and part.channels is not None and options.heads is None:
+        check_channels("narrow", part, _of_channels(options))
         return
     if facts is None:
         raise part.mismatch(
@@ -171,8 +175,14 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
         )
 
 
+def _of_channels(options: NarrowOptions) -> NarrowChannelsOptions:
+    return NarrowChannelsOptions(ratio=options.ratio, width=options.width)
+
+
 def build(part: PartFacts, options: NarrowOptions) -> TargetModule:
     facts = part.mlp
+    if facts is None and part.channels is not None:
+        return get_family("narrow-channels").build(part, _of_channels(options))
     if facts is None:
         return get_family("narrow-heads").build(part, options)
     return NarrowMLP(
@@ -186,10 +196,12 @@ def build(part: PartFacts, options: NarrowOptions) -> TargetModule:
 
 TARGET = Family(
     name="narrow",
-    summary="the same MLP with fewer of its neurons, the rest folded in; the same attention with fewer heads",
+    summary="the same MLP with fewer neurons, the rest folded in; attention with fewer heads, convolutions with fewer "
+    "channels",
     options=NarrowOptions,
     module=NarrowMLP,
     build=build,
     scope="token-wise",
+    channels=True,
     check=check,
 )

@@ -112,7 +112,7 @@ def test_a_module_runs_once_a_token_or_once_an_image():
     assert sequence().rows(sizes) == 21
     assert sequence(time=12).rows(sizes) == 36
     assert sequence().rows(sizes, 1) == feature_map().rows(sizes) == 3
-    assert feature_map(size=8, channels=6).rows(sizes, 4) == 3 * 6 * 8 * 8
+    assert feature_map(size=8, width=6).rows(sizes, 4) == 3 * 6 * 8 * 8
 
 
 def test_features_are_as_many_as_a_recurrence_has_units_or_the_wider_side():

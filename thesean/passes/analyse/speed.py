@@ -90,7 +90,7 @@ class _Counting(TorchDispatchMode):
             flops = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
             kind: Kind = _convolution(args[8], list(args[1].shape)) if name == "convolution" else "dense"
             self.work[kind] += flops
-        elif not func.is_view and name not in _FOLDED:
+        elif not func.is_view and func not in VIEWS and name not in _FOLDED:
             first = out[0] if isinstance(out, (tuple, list)) and out else out
             self.work["elementwise"] += first.numel() if isinstance(first, torch.Tensor) else 0
         return out

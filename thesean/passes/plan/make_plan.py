@@ -20,6 +20,7 @@ from thesean.passes.plan.partition import NamedRegion, no_match
 from thesean.passes.plan.plan import Plan
 from thesean.passes.plan.rows import KEEP, PlannedPart
 from thesean.passes.plan.sites import scope_of
+from thesean.passes.plan.spans import spanned
 from thesean.targets import Target, resolve
 from thesean.units import quantity
 
@@ -129,6 +130,8 @@ def _keep_measured(bound_plan: BoundPlan, plan: Plan) -> BoundPlan:
 
 def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool, keeps_all: bool = False) -> BoundPlan:
     binder = Binder(division.captured, division.flow)
+    if not strict:
+        division, targets = spanned(division, targets, binder.site_finder)
     kept = division.members()
     parts: list[BoundPart] = []
     misfits: dict[str, TargetMismatchError] = {}

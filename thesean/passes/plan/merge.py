@@ -87,7 +87,7 @@ def regroup(flow: DataFlow, chosen: Sequence[NamedRegion], members: Sequence[Seq
     for paths in members:
         group = singles([by_path[paths[0]]])[0]
         for path in paths[1:]:
-            joined = _join(flow, group, singles([by_path[path]])[0])
+            joined = join_any(flow, group, singles([by_path[path]])[0])
             if joined is None:
                 raise PlanError(f"parts {group.path!r} and {path!r} can't be merged. Make a new plan.")
             group = joined
@@ -111,15 +111,27 @@ def _can_go(member: NamedRegion) -> bool:
 
 def _join(flow: DataFlow, a: Group, b: Group) -> Group | None:
     """Both as one part; None where other data comes in between, or where both change the shape."""
-    if sum(not same_shape(m.region.entry, m.region.exit) for m in (*a.members, *b.members)) > 1:
-        return None
+    return None if _reshapes_twice(a, b) else join_any(flow, a, b)
+
+
+def join_any(flow: DataFlow, a: Group, b: Group) -> Group | None:
+    """Both as one part, whatever their shapes, for a target that drops no member; None where other data comes in
+    between.
+    """
     region = span(flow, a.region, b.region)
     if region is None:
         return None
     inside = {*a.region.nodes, *b.region.nodes}
     if any(is_linear_map(n) for n in region.nodes if n not in inside):
         return None  # a part that was not chosen lies in between
-    return Group(path=_shared_path(a.members[0].path, b.members[-1].path), region=region, members=a.members + b.members)
+    first, last = a.members[0].path, b.members[-1].path
+    if _reshapes_twice(a, b):  # a run of convolutions, each of which may span a few modules
+        first, last = first.split("..")[0], last.split("..")[-1]
+    return Group(path=_shared_path(first, last), region=region, members=a.members + b.members)
+
+
+def _reshapes_twice(a: Group, b: Group) -> bool:
+    return sum(not same_shape(m.region.entry, m.region.exit) for m in (*a.members, *b.members)) > 1
 
 
 def _shared_path(first: str, last: str) -> str:

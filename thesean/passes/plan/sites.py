@@ -14,6 +14,7 @@ from thesean.passes.analyse.attention import find_attention
 from thesean.passes.analyse.block_facts import FoundBlock, find_block
 from thesean.passes.analyse.blocks import halves, pieces
 from thesean.passes.analyse.bypass import removal, removals
+from thesean.passes.analyse.channels import find_channels
 from thesean.passes.analyse.cost import count_params
 from thesean.passes.analyse.dataflow import DataFlow
 from thesean.passes.analyse.layout import is_channels_first
@@ -27,6 +28,7 @@ from thesean.passes.graph.nodes import above, named_dim, owner
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
+from thesean.targets.shared.channels import ChannelFacts
 from thesean.targets.shared.facts import Dim
 from thesean.targets.shared.family import Scope
 
@@ -59,6 +61,7 @@ class SiteFinder:
         self.symbols: dict[str, str] = graph_module.meta["symbols"]
         self.named = {n.name: n for n in flow.order}
         self._blocks: dict[str, FoundBlock | None] = {}
+        self._findings: dict[tuple[str, fx.Node, fx.Node], tuple[ChannelFacts | None, str]] = {}
 
     def sites(self, group: Group, target: Target, keeps: NamedRegion) -> tuple[tuple[Site, ...], str]:
         """The regions that `target` cuts out of a part; none, with the reason, where it has nothing to replace.
@@ -66,7 +69,7 @@ class SiteFinder:
         `keeps` is the member that stays where a merged part's others are dropped. Raises TargetMismatchError.
         """
         scope = scope_of(target)
-        if scope == "part":
+        if scope == "part" or (takes_channels(target) and self._narrows(group.region)):
             return (self._whole(group, target),), ""
         dropped = tuple(self._site(group, m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
         if scope == "members":
@@ -84,6 +87,22 @@ class SiteFinder:
         if group.path not in self._blocks:
             self._blocks[group.path] = find_block(self.flow, group.region, self.values)
         return self._blocks[group.path]
+
+    def _narrows(self, region: Region) -> bool:
+        """Whether a stretch over feature maps has channels inside that could be fewer."""
+        facts, _ = self._channels(region)
+        return facts is not None and bool(facts.inner)
+
+    def channels(self, region: Region) -> ChannelFacts | None:
+        """What a stretch over feature maps computes, where it can be read."""
+        return self._channels(region)[0]
+
+    def _channels(self, region: Region) -> tuple[ChannelFacts | None, str]:
+        key = ("channels", region.entry, region.exit)
+        if key not in self._findings:
+            maps = self.values[region.entry].ndim in (4, 5) or is_channels_first(region, self.values)
+            self._findings[key] = find_channels(region, self.values) if maps else (None, "it reads no feature map")
+        return self._findings[key]
 
     def _whole(self, group: Group, target: Target) -> Site:
         wanted = target.build is None and get_family(target.name).block
@@ -111,9 +130,11 @@ class SiteFinder:
         """Why a part has nothing to replace, from what the whole part was seen to do: as its row says."""
         if scope != "mixing":
             if self.values[named.region.entry].ndim == 4:
+                facts, unread = self._channels(named.region)
+                why = unread if facts is None else "it has no channels but its input's and its output's"
                 return (
-                    "it maps feature maps, whose channels it can't choose from. For fewer channels inside choose "
-                    "target 'bottleneck' or 'resnet-block' with width="
+                    f"of its channels it can't take any: {why}. For fewer channels inside choose target 'bottleneck' "
+                    "or 'resnet-block' with width="
                 )
             return "nothing token-wise in it"
         mixing = probe_mixing(named.region, self.values)
@@ -161,6 +182,7 @@ class SiteFinder:
             )
         token_wise = scope_of(target) == "token-wise"
         attention = None if removes else find_attention(region, self.values)
+        channels, unread = self._channels(region) if takes_channels(target) else (None, "")
         facts = PartFacts(
             path=path,
             whole=group.path,
@@ -170,7 +192,9 @@ class SiteFinder:
             params=count_params(self.graph_module, region.nodes),
             attention=attention,
             turned_unread=not removes and turned_unread(region, self.values, attention),
-            mlp=find_mlp(region, self.values) if token_wise else None,
+            mlp=find_mlp(region, self.values) if token_wise and channels is None else None,
+            channels=channels,
+            channels_unread=unread,
             is_branch=not removes and is_branch(region),
             channels_first=is_channels_first(region, self.values),
             recurrent_units=recurrent_units(region),
@@ -207,6 +231,11 @@ class SiteFinder:
 def scope_of(target: Target) -> Scope:
     """The target's own, or its family's; a user's builder replaces the whole part."""
     return target.scope or (get_family(target.name).scope if target.build is None else "part")
+
+
+def takes_channels(target: Target) -> bool:
+    """Whether it makes fewer channels of feature maps' parts."""
+    return target.build is None and target.scope in (None, "part") and get_family(target.name).channels
 
 
 def build_site(site: Site) -> torch.nn.Module:

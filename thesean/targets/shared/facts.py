@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from thesean.errors import TargetMismatchError
 from thesean.targets.shared.activations import ACTIVATIONS
+from thesean.targets.shared.channels import ChannelFacts
 from thesean.targets.shared.distance_bias import DistanceBias
 from thesean.targets.shared.head_norm import HeadNorm, NormForm
 from thesean.targets.shared.rotation import Rotate, Rotation
@@ -261,6 +262,8 @@ class PartFacts:
     # queries and keys are turned by their steps, and how is not in `attention`
     turned_unread: bool = False
     mlp: MLPFacts | None = None
+    channels: ChannelFacts | None = None  # where it maps feature maps
+    channels_unread: str = ""  # or why they are not known
     block: BlockFacts | None = None  # where the target stands for both
     # The output is what the whole part adds to nothing: no residual stream runs beside it. A replacement of a whole
     # block brings its own skip connection; one of a branch must not.

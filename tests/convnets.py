@@ -1,0 +1,179 @@
+"""Convolutional blocks as people write them, small, with norms that have seen data; each in a network with a head.
+
+B batch, C channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def convolved(into: int, out: int, kernel: int = 3, stride: int = 1, groups: int = 1, act: type = nn.ReLU) -> nn.Module:
+    conv = nn.Conv2d(into, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), act())
+
+
+class Basic(nn.Module):
+    """A residual block, rectified after the sum."""
+
+    def __init__(self, into: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        reshapes = stride > 1 or into != out
+        self.down = nn.Conv2d(into, out, 1, stride, bias=False) if reshapes else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.down(x))
+
+
+class PreActivated(nn.Module):
+    """Norm and activation before each convolution, nothing after the sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.leaky_relu(self.bn2(self.conv1(F.leaky_relu(self.bn1(x), 0.2))), 0.2))
+
+
+class Inverted(nn.Module):
+    """Expand, convolve each channel by itself, gate it by its mean, project."""
+
+    def __init__(self, into: int, out: int, stride: int = 1) -> None:
+        super().__init__()
+        hidden = 4 * into
+        self.expand, self.depthwise = convolved(into, hidden, 1), convolved(hidden, hidden, 3, stride, hidden, nn.SiLU)
+        self.squeeze, self.excite = nn.Conv2d(hidden, 4, 1), nn.Conv2d(4, hidden, 1)
+        self.project, self.bn = nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.adds = stride == 1 and into == out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.depthwise(self.expand(x))
+        y = y * torch.sigmoid(self.excite(F.relu6(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
+        y = self.bn(self.project(y))
+        return x + y if self.adds else y
+
+
+class Grouped(nn.Module):
+    """Norms that no statistics of the data stand in for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.norm, self.conv2 = (
+            nn.Conv2d(width, width, 3, 1, 1),
+            nn.GroupNorm(4, width),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.relu(self.norm(self.conv1(x))))
+
+
+class Next(nn.Module):
+    """A depthwise convolution, and an MLP at each place with channels last."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(width, width, 7, 1, 3, groups=width), nn.LayerNorm(width, eps=1e-6)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.gamma * self.down(F.gelu(self.up(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))))
+        return x + y.permute(0, 3, 1, 2)
+
+
+class Fire(nn.Module):
+    """Squeeze, and expand by two kernels side by side."""
+
+    def __init__(self, into: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(into, squeezed, 1)
+        self.one, self.three = nn.Conv2d(squeezed, expanded, 1), nn.Conv2d(squeezed, expanded, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.squeeze(x))
+        return torch.cat([F.relu(self.one(x)), F.relu(self.three(x))], 1)
+
+
+class Dense(nn.Module):
+    """What it makes stands beside what it reads."""
+
+    def __init__(self, into: int, growth: int = 8) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(into), nn.Conv2d(into, 2 * growth, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(2 * growth), nn.Conv2d(2 * growth, growth, 3, 1, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))], 1)
+
+
+class OverTime(nn.Module):
+    """A residual block over time, with kernels that no padding centres."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn = nn.Conv1d(width, 2 * width, 5, padding="same"), nn.BatchNorm1d(2 * width)
+        self.slope, self.conv2 = nn.PReLU(2 * width), nn.Conv1d(2 * width, width, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(F.pad(self.slope(self.bn(self.conv1(x))), (2, 1)))
+
+
+class Headed(nn.Module):
+    """Means of the last map, and classes."""
+
+    def __init__(self, *layers: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.head(x.mean(tuple(range(2, x.ndim))))
+
+
+def plain() -> nn.Module:
+    """As VGG has it: convolutions, some with a pool behind."""
+    layers: list[nn.Module] = []
+    for into, out, pools in ((3, 16, False), (16, 16, True), (16, 32, False), (32, 32, True)):
+        layers += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), *([nn.MaxPool2d(2)] if pools else [])]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 16, 5))
+
+
+def separable() -> nn.Module:
+    pairs = [m for _ in range(3) for m in (convolved(16, 16, groups=16), convolved(16, 16, 1))]
+    return Headed(convolved(3, 16), *pairs, width=16)
+
+
+MAP, LINE = (3, 16, 16), (4, 24)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "basic": (lambda: Headed(convolved(3, 16), Basic(16, 16), Basic(16, 32, 2), width=32), MAP),
+    "pre-activated": (lambda: Headed(nn.Conv2d(3, 16, 3), *(PreActivated(16) for _ in range(2)), width=16), MAP),
+    "inverted": (lambda: Headed(convolved(3, 8), Inverted(8, 8), Inverted(8, 12, 2), width=12), MAP),
+    "next": (lambda: Headed(nn.Conv2d(3, 8, 2, 2), Next(8), Next(8), width=8), MAP),
+    "fire": (lambda: Headed(nn.Conv2d(3, 16, 3, 2), Fire(16, 16, 16), Fire(32, 16, 16), width=32), MAP),
+    "dense": (lambda: Headed(nn.Conv2d(3, 8, 3), Dense(8), Dense(16), width=24), MAP),
+    "over time": (lambda: Headed(nn.Conv1d(4, 16, 3), OverTime(16), OverTime(16), width=16), LINE),
+    "plain": (plain, MAP),
+    "grouped": (lambda: Headed(nn.Conv2d(3, 16, 3), Grouped(16), Grouped(16), width=16), MAP),
+    "separable": (separable, MAP),
+}
+
+
+def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """One of them, and the shape of an example."""
+    make, shape = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().train()
+        for _ in range(3):
+            model(torch.randn(16, *shape))
+    return model.eval(), shape

@@ -1,0 +1,153 @@
+"""B batch, C channels"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from tests.convnets import network
+from thesean.passes.analyse.channels import find_channels
+from thesean.passes.analyse.dataflow import data_flow
+from thesean.passes.analyse.regions import Region
+from thesean.passes.capture.capture import capture
+from thesean.passes.graph.record import Recorded, record
+from thesean.passes.plan.partition import partition
+from thesean.targets.shared.channels import ChannelFacts, Convolution, run_steps
+
+
+def regions(name: str) -> tuple[list[Region], Recorded]:
+    model, shape = network(name)
+    captured = capture(model, torch.randn(2, *shape))
+    flow = data_flow(captured.graph_module.graph)
+    return [n.region for n in partition(flow)], record(captured.graph_module, {"x": torch.randn(3, *shape)})
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("basic", [[16], [32]]),
+        ("pre-activated", [[16], [16]]),
+        ("inverted", [[32], [32]]),
+        ("next", [[32], [32]]),
+        ("fire", [[16], [16]]),
+        ("dense", [[16], [16]]),
+        ("over time", [[32], [32]]),
+        ("plain", [[16], [32]]),
+        ("separable", [[]] * 7),
+    ],
+)
+def test_a_block_is_read_with_the_channels_that_are_its_own(name, groups):
+    found, values = regions(name)
+    facts = [find_channels(region, values)[0] for region in found]
+    assert [[c.count for c in f.inner] if f else None for f in facts] == groups
+    for region, f in zip(found, facts, strict=True):
+        y = run_steps(f.steps, f.weights, values[region.entry])
+        torch.testing.assert_close(y, values[region.exit], rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
+    """Of a function of a map, all of it."""
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+            self.numbers = nn.Parameter(torch.rand(4))
+            self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+            self.grouped = nn.GroupNorm(2, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(self, x * 1.0)
+
+    guide = capture(Called().eval(), torch.randn(2, *(shape or (4, 6, 6))))
+    graph = guide.graph_module.graph
+    values = record(guide.graph_module, {"x": torch.randn(2, *(shape or (4, 6, 6)))})
+    (entry,) = graph.find_nodes(op="placeholder")
+    inside = [n for n in data_flow(graph).order if isinstance(n, fx.Node) and n.op == "call_function"]
+    nodes = tuple(n for n in inside if "constant" not in n.meta)
+    return find_channels(Region(entry=entry, exit=nodes[-1], nodes=nodes), values)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.conv2d(x, m.weight, padding="same"),
+        lambda m, x: F.conv2d(F.pad(x, (0, 1, 1, 0)), m.weight[:, :, :2, :2], padding="valid"),
+        lambda m, x: F.conv2d(x, m.weight, dilation=2, padding=2, stride=(2, 1)),
+        lambda m, x: F.relu_(F.conv2d(x, m.weight)) / 2 - 1,
+        lambda m, x: m.numbers.view(4, 1, 1) * x - m.numbers.view(1, 4, 1, 1),
+        lambda m, x: x + m.numbers.permute(0).view(-1, 1, 1),
+        lambda m, x: F.hardswish(x) * F.hardsigmoid(x) + F.mish(x),
+        lambda m, x: F.elu(x) + F.softplus(x) + F.selu(x) + F.tanh(x),
+        lambda m, x: F.relu6(x) + x.clamp(-0.5, 0.7) + x.clamp(min=0) + F.hardtanh(x),
+        lambda m, x: F.prelu(x, m.numbers) + F.prelu(x, m.numbers[:1]),
+        lambda m, x: F.gelu(F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), approximate="tanh"),
+        lambda m, x: F.max_pool2d(F.pad(x, (1, 0, 2, -1)), 2, ceil_mode=True),
+        lambda m, x: F.dropout(x, 0.5, False) * F.adaptive_avg_pool2d(x, (1, 1)),
+        lambda m, x: F.adaptive_avg_pool2d(x, 3),
+        lambda m, x: (x.permute(0, 2, 3, 1) * m.numbers).permute(0, 3, 1, 2),
+        lambda m, x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2),
+    ],
+)
+def test_what_keeps_channels_apart_is_read_however_it_is_written(function):
+    facts, unread = read(function)
+    assert facts is not None, unread
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lines_and_volumes_are_maps(rank):
+    convolve = F.conv1d if rank == 1 else F.conv3d
+
+    def function(m, x):
+        weight = m.weight[..., 0] if rank == 1 else m.weight.unsqueeze(-1).expand(-1, -1, -1, -1, 2)
+        return F.silu(convolve(x, weight, padding=1))
+
+    facts, unread = read(function, 4, *(6,) * rank)
+    assert facts is not None, unread
+    assert isinstance(facts.steps[-2], Convolution)
+    assert len(facts.steps[-2].kernel) == rank
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda m, x: m.norm(x), "norms by the batch's own statistics"),
+        (lambda m, x: m.grouped(x), "group_norm.default is not among what can be read"),
+        (lambda m, x: F.conv_transpose2d(x, m.weight), "conv_transpose2d"),
+        (lambda m, x: F.conv2d(x, F.relu(x)[:1]), "slice"),
+        (lambda m, x: x - F.relu(x), "of two maps is not among what can be read"),
+        (lambda m, x: 1 - F.relu(x), "is not among what can be read"),
+        (lambda m, x: torch.cat([x, x], 2), "of places, and no channels"),
+        (lambda m, x: x.transpose(2, 3), "lays out a map in another way"),
+        (lambda m, x: F.pad(x, (1, 1), value=1.0), "pads with something else than zeros"),
+        (lambda m, x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "pads with something else than zeros"),
+        (lambda m, x: x + m.weight[0, :1, 0].repeat(1, 2), "by a number for each place"),
+        (lambda m, x: x.mean(1, keepdim=True), "of other dimensions than the map's"),
+        (lambda m, x: F.layer_norm(x, (6, 6)), "norms places, and no channels"),
+        (lambda m, x: F.linear(x, m.weight.flatten()[:6].view(1, 6)), "reads places, and no channels"),
+        (lambda m, x: F.elu(x, 0.5), "has an alpha of its own"),
+        (lambda m, x: F.softplus(x, 2), "has a beta of its own"),
+        (lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), "divides by a number of its own"),
+        (lambda m, x: torch.add(x, F.relu(x), alpha=2), "is scaled"),
+    ],
+)
+def test_what_cannot_be_read_is_told(function, told):
+    facts, unread = read(function)
+    assert facts is None
+    assert told in unread
+
+
+def test_no_map_is_no_part_of_channels():
+    facts, unread = read(lambda m, x: F.relu(x), 4)
+    assert (facts, unread) == (None, "it reads no feature map")
+
+
+def test_maps_that_are_laid_out_in_two_ways_are_not_added_as_one():
+    facts, unread = read(lambda m, x: F.relu(x.permute(0, 2, 3, 1)) + F.relu(x), 4, 4, 4)
+    assert facts is None
+    assert "laid out in two ways" in unread

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.convnets import network
+from thesean.errors import PlanError
+from thesean.passes.capture.capture import capture
+from thesean.passes.capture.captured import Captured
+from thesean.passes.plan.make_plan import bind_plan, make_plan
+from thesean.passes.plan.plan import Plan
+from thesean.targets import Target
+
+
+def guide(name: str) -> Captured:
+    model, shape = network(name)
+    return capture(model, torch.randn(2, *shape))
+
+
+def parts(captured: Captured, target: Any = "narrow", **division: Any) -> list[str]:
+    return [p.path for p in make_plan(captured, target, **division).plan.parts]
+
+
+@pytest.mark.parametrize("target", ["narrow", "narrow-channels", Target("narrow", scope="part", ratio=0.5)])
+def test_plain_convolutions_in_a_row_are_one_part(target):
+    (row,) = make_plan(guide("plain"), target).plan.parts
+    assert (row.path, row.members) == ("0..9", ("0..4", "5..9"))
+    assert row.target == (target if isinstance(target, str) else target.name)
+    assert row.new_flops < 0.9 * row.flops
+
+
+def test_depthwise_and_pointwise_convolutions_in_a_row_are_plain():
+    (row,) = make_plan(guide("separable"), "narrow").plan.parts
+    assert row.new_params < 0.5 * row.params
+
+
+@pytest.mark.parametrize("name", ["basic", "pre-activated", "next", "over time"])
+def test_residual_blocks_stay_by_themselves(name):
+    assert len(parts(guide(name))) == 2
+
+
+def test_other_targets_keep_their_parts():
+    assert parts(guide("plain"), "conv") == ["0..4", "5..9"]
+
+
+def test_parts_that_are_named_are_as_they_are_named():
+    plain = guide("plain")
+    assert parts(plain, {"0..4": "narrow", "5..9": "narrow"}) == ["0..4", "5..9"]
+    assert parts(guide("separable"), parts=["body"]) == ["body"]
+
+
+def test_what_is_kept_stays_out():
+    plan = make_plan(guide("plain"), "narrow", keep="5..9").plan
+    assert [(p.path, p.target) for p in plan.parts] == [("0..4", "narrow"), ("5..9", "keep")]
+
+
+def test_a_plan_that_was_written_down_is_bound_again():
+    plain = guide("plain")
+    plan = make_plan(plain, "narrow").plan
+    again = bind_plan(plain, Plan.from_yaml(plan.to_yaml())).plan
+    assert again.parts == plan.parts
+
+
+def test_blocks_with_nothing_inside_tell_why():
+    with pytest.raises(PlanError, match=r"of its channels it can't take any: .*not among what can be read"):
+        make_plan(guide("grouped"), "narrow")

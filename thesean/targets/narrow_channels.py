@@ -1,0 +1,340 @@
+"""The same convolutions with fewer of the channels between them.
+
+B batch, C channels, O output channels, I input channels, K taps of a kernel, W channels of a group, S those kept,
+N places of maps, F features of the last layer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from thesean.errors import NumericalError
+from thesean.targets.shared.channels import (
+    ChannelFacts,
+    Channels,
+    Convolution,
+    Join,
+    Norm,
+    Scale,
+    Slope,
+    Step,
+    Weights,
+    keep_rows,
+    narrowed,
+    needs,
+    read_steps,
+    run_steps,
+)
+from thesean.targets.shared.facts import PartFacts
+from thesean.targets.shared.family import Family
+from thesean.targets.shared.fewer_channels import NarrowChannelsOptions, check_channels, fewer
+from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.select_features import fold, moments, select_features
+from thesean.targets.shared.sequence import SmallLinear
+
+# Places of maps that a selection looks at, per channel. Neighbours are alike, so it is more than tokens per neuron.
+PLACES_PER_CHANNEL = 16
+# Examples that they come from at least, where there are as many.
+EXAMPLES = 64
+# A last convolution that reads more than this at a place is not solved anew: its statistics would take minutes.
+SOLVED_FEATURES = 1024
+
+
+class NarrowChannels(TargetModule):
+    """The part's own steps, y = steps(x), with fewer channels inside. (B, C, ...) -> (B, O, ...), of any size.
+
+    `copy_from` keeps the channels with the largest weights; `prepare` chooses them anew by what they do to what reads
+    them, and folds the others into that, each place by itself (He, Zhang and Sun 2017; Luo, Wu and Lin 2017, with the
+    choice made by least squares). A convolution that comes last, or last before the part's sum, is `last`, which is
+    solved as the linear map of patches that it is.
+    """
+
+    family = "narrow-channels"
+
+    def __init__(self, *, steps: list[dict[str, Any]]) -> None:
+        """Raises ValueError for what is none of the steps."""
+        super().__init__()
+        self.steps = read_steps(steps)
+        self.solved = _solved(self.steps)
+        self.weights = nn.ModuleDict(
+            {str(n): made for n, s in enumerate(self.steps) if n != self.solved and (made := _weights_of(s))}
+        )
+        if self.solved is not None:
+            step = self.steps[self.solved]
+            assert isinstance(step, Convolution)
+            self.last = SmallLinear(step.channels_in * math.prod(step.kernel), step.channels_out)
+
+    def config(self) -> dict[str, Any]:
+        return {"steps": [step.model_dump(mode="json") for step in self.steps]}
+
+    def own_weights(self) -> dict[int, Weights]:
+        """By step, as it takes them."""
+        found = {int(n): Weights(h.weight, h.bias) for n, h in self.weights.items() if isinstance(h, _Held)}
+        if self.solved is not None:
+            step = self.steps[self.solved]
+            assert isinstance(step, Convolution)
+            shape = (step.channels_out, step.channels_in, *step.kernel)
+            found[self.solved] = Weights(self.last.weight.view(shape), self.last.bias)
+        return found
+
+    def forward(self, x: torch.Tensor, state: State | None = None) -> torch.Tensor:
+        return run_steps(self.steps, self.own_weights(), x)
+
+    def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
+        """What the last convolution reads at each place, (B, ..., F)."""
+        assert self.solved is not None
+        step = self.steps[self.solved]
+        assert isinstance(step, Convolution)
+        read = run_steps(self.steps, self.own_weights(), x, step.of)
+        return _patches(read, step), None
+
+    def shape(self, y: torch.Tensor) -> torch.Tensor:
+        return y.movedim(-1, 1)
+
+    def unshape(self, y: torch.Tensor) -> torch.Tensor:
+        return y.movedim(1, -1)
+
+    def skip(self, x: torch.Tensor) -> torch.Tensor | None:
+        end = self.steps[-1]
+        if self.solved is None or not isinstance(end, Join):
+            return None
+        (other,) = {end.of, end.other} - {self.solved + 1}
+        return run_steps(self.steps, self.own_weights(), x, other)
+
+    def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
+        shape = [sizes[d] if isinstance(d, str) else d for d in part.input_shape]
+        x, total = torch.empty(shape, device="meta"), 0
+        weights = {n: own.to("meta") for n, own in self.own_weights().items()}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Convolution):
+                y = run_steps(self.steps, weights, x, number + 1)
+                total += 2 * y.shape[0] * math.prod(y.shape[2:]) * weights[number].weight.numel()
+        return total
+
+    @torch.no_grad()
+    def copy_from(self, part: PartFacts) -> tuple[str, ...]:
+        """Of each group the channels whose weights' norms multiply to the most: a guess without data."""
+        facts = part.channels
+        if facts is None or not self._fits(facts):
+            return ()
+        weights = dict(facts.weights)
+        for channels in facts.inner:
+            made_W = sum(weights[n].weight.flatten(1).norm(dim=1) for n in channels.makers)
+            read_W = sum(weights[n].weight.transpose(0, 1).flatten(1).norm(dim=1) for n in channels.readers)
+            count = self._count(channels)
+            kept_S = torch.as_tensor(made_W * read_W).topk(count).indices.sort().values
+            for number in channels.readers:
+                weights[number] = weights[number]._replace(weight=weights[number].weight[:, kept_S])
+            keep_rows(weights, channels, kept_S)
+        self._take(weights)
+        return ("convolutions",)
+
+    @torch.no_grad()
+    def prepare(self, part: PartFacts, examples: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Group after group, on the guide's inputs of the part: what reads a group is fitted to what it gave in the
+        guide, from what the groups before leave of it.
+
+        Raises NumericalError where the activations are not finite.
+        """
+        facts = part.channels
+        if facts is None or not self._fits(facts) or not examples:
+            return
+        maps = [x.float() for x in _some([x for x, _ in examples])]
+        guide = {n: own.to(torch.float32) for n, own in facts.weights.items()}
+        weights = dict(guide)
+        for channels in facts.inner:
+            try:
+                _narrow(facts, guide, weights, channels, self._count(channels), maps)
+            except ValueError as error:
+                raise NumericalError(
+                    f"{part.path}: can't choose channels, {error}. Look for NaN in the data."
+                ) from error
+        self._take(weights)
+
+    def _count(self, channels: Channels) -> int:
+        step = self.steps[channels.makers[0]]
+        assert isinstance(step, Convolution)
+        return step.channels_out
+
+    def _fits(self, facts: ChannelFacts) -> bool:
+        if len(facts.steps) != len(self.steps):
+            return False
+        counts = [self._count(channels) for channels in facts.inner]
+        return narrowed(facts.steps, facts.inner, counts) == self.steps
+
+    def _take(self, weights: Mapping[int, Weights]) -> None:
+        for number, held in self.own_weights().items():
+            held.weight.copy_(weights[number].weight)
+            if held.bias is not None:
+                bias = weights[number].bias
+                assert bias is not None
+                held.bias.copy_(bias)
+
+
+def _narrow(
+    facts: ChannelFacts,
+    guide: Mapping[int, Weights],
+    weights: dict[int, Weights],
+    channels: Channels,
+    count: int,
+    maps: Sequence[torch.Tensor],
+) -> None:
+    """One group: in `weights`, where those before it are narrowed already, keep `count` channels. Raises ValueError."""
+    steps = facts.steps
+    read = sorted({_of(steps[n]) for n in channels.readers})
+    readers = {value: [n for n in channels.readers if _of(steps[n]) == value] for value in read}
+    # what is read at most places says which channels matter
+    chief = max(read, key=lambda value: facts.maps[value].places * len(readers[value]))
+    theirs, ours = ({v: _rows(steps, w, maps, v) for v in read} for w in (guide, weights))
+    matrix_OW = torch.cat([_by_channel(guide[n].weight) for n in readers[chief]])
+    kept_S = select_features(moments(theirs[chief]).covariance_EE, matrix_OW, count)
+    for value in read:
+        together = []
+        for f_NW, g_NW in zip(theirs[value], ours[value], strict=True):
+            kept_NS, missing_NW = g_NW[:, kept_S], f_NW.clone()
+            missing_NW[:, kept_S] -= kept_NS
+            together.append(torch.cat([missing_NW, kept_NS], 1))
+        known = moments(together)
+        at_S = torch.arange(channels.count, channels.count + count)
+        for number in readers[value]:
+            weight, bias = guide[number]
+            assert bias is not None
+            full_OW = _by_channel(weight)
+            made_OS, shift_O = fold(known, torch.cat([full_OW, full_OW[:, kept_S]], 1), at_S)
+            taps = weight.shape[2:]
+            folded = made_OS.unflatten(0, (len(weight), -1)).movedim(2, 1).unflatten(2, taps) if taps else made_OS
+            shift = shift_O.view(len(weight), -1).sum(1)
+            weights[number] = Weights(folded.to(weight), (bias.double() + shift).to(bias))
+    keep_rows(weights, channels, kept_S)
+    for number in channels.readers:
+        _refit(steps, guide, weights, number, maps)
+
+
+def _refit(
+    steps: Sequence[Step],
+    guide: Mapping[int, Weights],
+    weights: dict[int, Weights],
+    number: int,
+    maps: Sequence[torch.Tensor],
+) -> None:
+    """A convolution's weights, all taps at once, onto what it gave in the guide; where they are few enough to solve
+    for. Raises ValueError.
+    """
+    step = steps[number]
+    assert isinstance(step, Convolution)
+    weight, bias = weights[number]
+    assert bias is not None
+    features = weight[0].numel()
+    if math.prod(step.kernel) == 1 or features > SOLVED_FEATURES:
+        return
+    stride, wanted = 0, PLACES_PER_CHANNEL * features
+    together = []
+    for x in maps:
+        read = _patches(run_steps(steps, weights, x, step.of), step).flatten(0, -2)
+        missing = run_steps(steps, guide, x, number + 1) - run_steps(steps, weights, x, number + 1)
+        stride = stride or max(1, len(maps) * len(read) // wanted)
+        together.append(torch.cat([missing.movedim(1, -1).flatten(0, -2), read], 1)[::stride])
+    outputs = len(weight)
+    matrix = torch.cat([torch.eye(outputs), weight.flatten(1)], 1)
+    made_OF, shift_O = fold(moments(together), matrix, torch.arange(outputs, outputs + features))
+    weights[number] = Weights(made_OF.view(weight.shape).to(weight), (bias.double() + shift_O).to(bias))
+
+
+def _by_channel(weight: torch.Tensor) -> torch.Tensor:
+    """(O, I, K...) -> (O K, I): what each input channel does, tap by tap."""
+    return weight.flatten(2).movedim(1, 2).flatten(0, 1)
+
+
+def _rows(
+    steps: Sequence[Step], weights: Mapping[int, Weights], maps: Sequence[torch.Tensor], value: int
+) -> list[torch.Tensor]:
+    """A value at places of the maps, (N, C) each, spread evenly: as many as a selection looks at."""
+    found = [run_steps(steps, weights, x, value).movedim(1, -1).flatten(0, -2) for x in maps]
+    stride = max(1, sum(map(len, found)) // (PLACES_PER_CHANNEL * found[0].shape[1]))
+    return [rows[::stride] for rows in found]
+
+
+def _some(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As many examples as a selection needs, from all batches."""
+    total = sum(map(len, maps))
+    places = min(math.prod(x.shape[2:]) for x in maps)
+    enough = max(EXAMPLES, math.ceil(PLACES_PER_CHANNEL * max(x.shape[1] for x in maps) / places))
+    stride = max(1, total // (4 * enough))
+    return [x[::stride] for x in maps]
+
+
+def _of(step: Step) -> int:
+    return step.of
+
+
+def _patches(x: torch.Tensor, step: Convolution) -> torch.Tensor:
+    """What the kernel meets at each place, channels and taps last."""
+    pads = [p for size in reversed(step.padding) for p in (size, size)]
+    x = nn.functional.pad(x, pads) if any(pads) else x
+    for dim, (size, stride, dilation) in enumerate(zip(step.kernel, step.stride, step.dilation, strict=True), 2):
+        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    dims = len(step.kernel)
+    return x.movedim(1, 1 + dims).flatten(1 + dims)
+
+
+def _solved(steps: Sequence[Step]) -> int | None:
+    """The convolution that gives the part's output, or what is added to something else at the very end."""
+    end = steps[-1]
+    summed = isinstance(end, Join) and end.form == "sum" and end.of != end.other
+    ends = end.reads if summed else (len(steps),)
+    for value in sorted(ends, reverse=True):
+        step = steps[value - 1] if value else None
+        if not isinstance(step, Convolution) or not step.mixes:
+            continue
+        large = step.channels_in * math.prod(step.kernel) > SOLVED_FEATURES
+        alone = sum(s.reads.count(value) for s in steps) == int(summed)
+        beside = [needs(steps, v) for v in ends if v != value]
+        if alone and not large and not any(value in needed for needed in beside):
+            return value - 1
+    return None
+
+
+class _Held(nn.Module):
+    """A step's weight, and its bias where it has one."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+def _weights_of(step: Step) -> _Held | None:
+    """Where a step's numbers are held, drawn anew."""
+    if isinstance(step, Convolution):
+        weight = torch.empty(step.channels_out, step.channels_in // step.groups, *step.kernel)
+        return _Held(nn.init.kaiming_normal_(weight, nonlinearity="relu"), torch.zeros(step.channels_out))
+    if isinstance(step, (Scale, Norm)):
+        return _Held(torch.ones(step.channels), torch.zeros(step.channels))
+    if isinstance(step, Slope):
+        return _Held(torch.full((step.channels,), 0.25))
+    return None
+
+
+def build(part: PartFacts, options: NarrowChannelsOptions) -> NarrowChannels:
+    facts = part.channels
+    assert facts is not None  # check
+    counts = [fewer(channels.count, options) for channels in facts.inner]
+    steps = narrowed(facts.steps, facts.inner, counts)
+    return NarrowChannels(steps=[step.model_dump(mode="json") for step in steps])
+
+
+TARGET = Family(
+    name="narrow-channels",
+    summary="the same convolutions with fewer of the channels between them, the rest folded in",
+    options=NarrowChannelsOptions,
+    module=NarrowChannels,
+    build=build,
+    scope="part",
+    channels=True,
+    check=lambda part, options: check_channels("narrow-channels", part, options),
+)
