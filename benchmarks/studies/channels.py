@@ -24,6 +24,7 @@ from benchmarks.studies.convolutions import Rectified
 from benchmarks.suite import Case, Result, Run
 from benchmarks.tables import markdown
 from thesean import Target
+from thesean.errors import LostError
 from thesean.recipe import Recipe
 from thesean.targets import TargetModule
 from thesean.targets.narrow_channels import NarrowChannels
@@ -107,7 +108,7 @@ def told(guide: nn.Module, target: Target, recipe: Recipe, seed: int, given: dic
     """The report, of one that is worse than nothing as well."""
     try:
         return thesean.compile(guide, target, recipe=recipe, seed=seed, **given).report
-    except thesean.LostError as lost:
+    except LostError as lost:
         return lost.converted.report
 
 

@@ -33,16 +33,9 @@ from thesean.targets.shared.channels import (
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_channels import NarrowChannelsOptions, check_channels, fewer
+from thesean.targets.shared.fit_channels import SOLVED_FEATURES, Narrowing, patches
 from thesean.targets.shared.module import State, TargetModule
-from thesean.targets.shared.select_features import fold, moments, select_features
 from thesean.targets.shared.sequence import SmallLinear
-
-# Places of maps that a selection looks at, per channel. Neighbours are alike, so it is more than tokens per neuron.
-PLACES_PER_CHANNEL = 16
-# Examples that they come from at least, where there are as many.
-EXAMPLES = 64
-# A last convolution that reads more than this at a place is not solved anew: its statistics would take minutes.
-SOLVED_FEATURES = 1024
 
 
 class NarrowChannels(TargetModule):
@@ -91,7 +84,7 @@ class NarrowChannels(TargetModule):
         step = self.steps[self.solved]
         assert isinstance(step, Convolution)
         read = run_steps(self.steps, self.own_weights(), x, step.of)
-        return _patches(read, step), None
+        return patches(read, step).flatten(-1 - len(step.kernel)), None
 
     def shape(self, y: torch.Tensor) -> torch.Tensor:
         return y.movedim(-1, 1)
@@ -144,17 +137,15 @@ class NarrowChannels(TargetModule):
         facts = part.channels
         if facts is None or not self._fits(facts) or not examples:
             return
-        maps = [x.float() for x in _some([x for x, _ in examples])]
-        guide = {n: own.to(torch.float32) for n, own in facts.weights.items()}
-        weights = dict(guide)
+        narrowing = Narrowing(facts, [x for x, _ in examples])
         for channels in facts.inner:
             try:
-                _narrow(facts, guide, weights, channels, self._count(channels), maps)
+                narrowing.keep(channels, self._count(channels))
             except ValueError as error:
                 raise NumericalError(
                     f"{part.path}: can't choose channels, {error}. Look for NaN in the data."
                 ) from error
-        self._take(weights)
+        self._take(narrowing.weights)
 
     def _count(self, channels: Channels) -> int:
         step = self.steps[channels.makers[0]]
@@ -174,112 +165,6 @@ class NarrowChannels(TargetModule):
                 bias = weights[number].bias
                 assert bias is not None
                 held.bias.copy_(bias)
-
-
-def _narrow(
-    facts: ChannelFacts,
-    guide: Mapping[int, Weights],
-    weights: dict[int, Weights],
-    channels: Channels,
-    count: int,
-    maps: Sequence[torch.Tensor],
-) -> None:
-    """One group: in `weights`, where those before it are narrowed already, keep `count` channels. Raises ValueError."""
-    steps = facts.steps
-    read = sorted({_of(steps[n]) for n in channels.readers})
-    readers = {value: [n for n in channels.readers if _of(steps[n]) == value] for value in read}
-    # what is read at most places says which channels matter
-    chief = max(read, key=lambda value: facts.maps[value].places * len(readers[value]))
-    theirs, ours = ({v: _rows(steps, w, maps, v) for v in read} for w in (guide, weights))
-    matrix_OW = torch.cat([_by_channel(guide[n].weight) for n in readers[chief]])
-    kept_S = select_features(moments(theirs[chief]).covariance_EE, matrix_OW, count)
-    for value in read:
-        together = []
-        for f_NW, g_NW in zip(theirs[value], ours[value], strict=True):
-            kept_NS, missing_NW = g_NW[:, kept_S], f_NW.clone()
-            missing_NW[:, kept_S] -= kept_NS
-            together.append(torch.cat([missing_NW, kept_NS], 1))
-        known = moments(together)
-        at_S = torch.arange(channels.count, channels.count + count)
-        for number in readers[value]:
-            weight, bias = guide[number]
-            assert bias is not None
-            full_OW = _by_channel(weight)
-            made_OS, shift_O = fold(known, torch.cat([full_OW, full_OW[:, kept_S]], 1), at_S)
-            taps = weight.shape[2:]
-            folded = made_OS.unflatten(0, (len(weight), -1)).movedim(2, 1).unflatten(2, taps) if taps else made_OS
-            shift = shift_O.view(len(weight), -1).sum(1)
-            weights[number] = Weights(folded.to(weight), (bias.double() + shift).to(bias))
-    keep_rows(weights, channels, kept_S)
-    for number in channels.readers:
-        _refit(steps, guide, weights, number, maps)
-
-
-def _refit(
-    steps: Sequence[Step],
-    guide: Mapping[int, Weights],
-    weights: dict[int, Weights],
-    number: int,
-    maps: Sequence[torch.Tensor],
-) -> None:
-    """A convolution's weights, all taps at once, onto what it gave in the guide; where they are few enough to solve
-    for. Raises ValueError.
-    """
-    step = steps[number]
-    assert isinstance(step, Convolution)
-    weight, bias = weights[number]
-    assert bias is not None
-    features = weight[0].numel()
-    if math.prod(step.kernel) == 1 or features > SOLVED_FEATURES:
-        return
-    stride, wanted = 0, PLACES_PER_CHANNEL * features
-    together = []
-    for x in maps:
-        read = _patches(run_steps(steps, weights, x, step.of), step).flatten(0, -2)
-        missing = run_steps(steps, guide, x, number + 1) - run_steps(steps, weights, x, number + 1)
-        stride = stride or max(1, len(maps) * len(read) // wanted)
-        together.append(torch.cat([missing.movedim(1, -1).flatten(0, -2), read], 1)[::stride])
-    outputs = len(weight)
-    matrix = torch.cat([torch.eye(outputs), weight.flatten(1)], 1)
-    made_OF, shift_O = fold(moments(together), matrix, torch.arange(outputs, outputs + features))
-    weights[number] = Weights(made_OF.view(weight.shape).to(weight), (bias.double() + shift_O).to(bias))
-
-
-def _by_channel(weight: torch.Tensor) -> torch.Tensor:
-    """(O, I, K...) -> (O K, I): what each input channel does, tap by tap."""
-    return weight.flatten(2).movedim(1, 2).flatten(0, 1)
-
-
-def _rows(
-    steps: Sequence[Step], weights: Mapping[int, Weights], maps: Sequence[torch.Tensor], value: int
-) -> list[torch.Tensor]:
-    """A value at places of the maps, (N, C) each, spread evenly: as many as a selection looks at."""
-    found = [run_steps(steps, weights, x, value).movedim(1, -1).flatten(0, -2) for x in maps]
-    stride = max(1, sum(map(len, found)) // (PLACES_PER_CHANNEL * found[0].shape[1]))
-    return [rows[::stride] for rows in found]
-
-
-def _some(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """As many examples as a selection needs, from all batches."""
-    total = sum(map(len, maps))
-    places = min(math.prod(x.shape[2:]) for x in maps)
-    enough = max(EXAMPLES, math.ceil(PLACES_PER_CHANNEL * max(x.shape[1] for x in maps) / places))
-    stride = max(1, total // (4 * enough))
-    return [x[::stride] for x in maps]
-
-
-def _of(step: Step) -> int:
-    return step.of
-
-
-def _patches(x: torch.Tensor, step: Convolution) -> torch.Tensor:
-    """What the kernel meets at each place, channels and taps last."""
-    pads = [p for size in reversed(step.padding) for p in (size, size)]
-    x = nn.functional.pad(x, pads) if any(pads) else x
-    for dim, (size, stride, dilation) in enumerate(zip(step.kernel, step.stride, step.dilation, strict=True), 2):
-        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    dims = len(step.kernel)
-    return x.movedim(1, 1 + dims).flatten(1 + dims)
 
 
 def _solved(steps: Sequence[Step]) -> int | None:
