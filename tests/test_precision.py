@@ -78,7 +78,7 @@ CASES = {
         },
         thesean.Target("gru"),
     ),
-    "convnet": Case(models.convnet, lambda seed: vectors(4, 1, 6, 6, seed=seed), "mlp"),
+    "convnet": Case(models.convnet, lambda seed: vectors(4, 1, 6, 6, seed=seed), "narrow"),
     "gru": Case(lambda: models.seeded(Cell), lambda seed: vectors(4, 10, 6, seed=seed), "rnn"),
     "mixed": Case(lambda: models.seeded(Mixed), lambda seed: vectors(4, 10, 8, seed=seed), "gru"),
     "mlp": Case(lambda: models.gpt2(1), lambda seed: {"input_ids": tokens(seed=seed)}, "narrow"),

@@ -25,6 +25,9 @@ _MARGIN, _LEAST = 0.01, 1e-3
 # Of the logarithm of the classes: a guide nearer to a uniform guess than that, an untrained one, has little to lose.
 _KNOWS_LITTLE = 0.15
 
+# How many times a constant's error: what a few examples' mean is worth by itself varies with them.
+_BLIND = 1.5
+
 # How many times as near as both is near enough on one batch of a few.
 _FAR = 2.0
 
@@ -46,11 +49,11 @@ def lost_by(
     first, classes = sample[:1], outputs.classes if outputs.of_classes else 0
 
     def guess(numbers: Sequence[int]) -> float:
-        if outputs.of_numbers:
-            least = min(judge.rows[number] for number in numbers)  # n examples are nearer to their own mean than others
-            means = judge.divergence(lambda _, wanted: pytree.tree_map(_mean, wanted), numbers)
-            return means * least / (least - 1) if least > 1 else math.inf
-        return judge.divergence(lambda _, wanted: pytree.tree_map(_flat, wanted), numbers) if classes > 1 else math.inf
+        alone = min(judge.rows[number] for number in numbers) == 1  # which is its own mean
+        if classes < 2 and (alone or not outputs.of_numbers):
+            return math.inf
+        blind = _mean if outputs.of_numbers else _flat
+        return judge.divergence(lambda _, wanted: pytree.tree_map(blind, wanted), numbers)
 
     def network(numbers: Sequence[int]) -> float:
         return judge.divergence(lambda k, _: hybrid.graph_module(**judge.batches[k][1]), numbers)
@@ -66,11 +69,10 @@ def lost_by(
         return ""
     own, uniform, (bare, names) = network(sample), guess(sample), without(sample)
     told = []
-    if _worse(own, uniform):
-        blind = (
-            "a constant, the guide's mean output," if outputs.of_numbers else f"a uniform guess over {classes} classes"
-        )
-        told.append(f"{blind} is nearer ({uniform:.4g})")
+    if outputs.of_numbers and _worse(own, _BLIND * uniform):
+        told.append(f"a constant, the guide's mean output, is nearer ({uniform:.4g})")
+    elif outputs.of_classes and _worse(own, uniform):
+        told.append(f"a uniform guess over {classes} classes is nearer ({uniform:.4g})")
     if _worse(own, bare):
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         told.append(f"with {some} simply left out it is {bare:.4g}")
