@@ -12,6 +12,7 @@ from tests.targets.build import build
 from tests.targets.contract import channels, convolution
 from tests.targets.spatial_parts import map_part
 from tests.tolerances import VALUE, relative_error
+from thesean.distill.closed_form import solve_alone
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import rebuild
 from thesean.targets.shared.channels import (
@@ -134,9 +135,28 @@ def test_data_choose_better_than_weights(block):
 def test_a_solved_layer_reads_its_features(block):
     module = narrowed(facts_of(*BLOCKS[block]))
     ((x, _),) = examples_of(facts_of(*BLOCKS[block]), 1)
-    assert hasattr(module, "last") == (block in ("basic", "inverted", "chain", "normed"))
+    assert hasattr(module, "last") == (block != "squeezed")
     if hasattr(module, "last"):
         assert relative_error(module.complete(x, *module.features(x)), module(x)) < VALUE[torch.float32]
+
+
+def test_what_comes_before_a_rectifier_is_solved_where_the_guide_shows_it():
+    """Above zero it is what the part gives; below, what it is already, which the rectifier takes away."""
+    module = narrowed(facts_of(*BLOCKS["rectified"]), ratio=0.5)
+    ((x, y),) = examples_of(facts_of(*BLOCKS["rectified"]), 1)
+    wanted, own = module.wanted(x, y), run_steps(module.steps, module.own_weights(), x, 4)
+    assert torch.equal(wanted[y > 0], y[y > 0])
+    assert torch.equal(wanted[y == 0], own[y == 0].clamp(max=0))
+    assert torch.equal(wanted.relu(), y)
+    plain = narrowed(facts_of(*BLOCKS["basic"]))
+    assert plain.wanted(x, y) is y
+
+
+def test_a_rectified_part_is_nearer_once_it_is_solved():
+    facts = facts_of(*BLOCKS["rectified"])
+    module, before = narrowed(facts, False, ratio=0.5), narrowed(facts, False, ratio=0.5)
+    assert solve_alone(module, examples_of(facts), ridge=1e-4, where="here")
+    assert error_of(module, facts) < 0.8 * error_of(before, facts)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -159,7 +159,8 @@ class Solver:
         for some in joined((self._given(r, number) for number in range(len(self.batches))), apart):
             features, _ = features_of_rows(module, some.x, some.read_BT)
             skip = module.skip(some.x)
-            wanted = module.unshape(some.residual if skip is None else some.residual - skip)
+            summed = module.wanted(some.x, some.residual)
+            wanted = module.unshape(summed if skip is None else summed - skip)
             target = rows(module.unshape(some.target), some.mask_BT)
             size_N = target.reshape(-1, module.last.out_features).norm(dim=1)
             if limit is None:
@@ -262,7 +263,7 @@ def solve_alone(
         for x, wanted in examples:
             features, _ = module.features(x)
             skip = module.skip(x)
-            want = wide(wanted)
+            want = module.wanted(x, wide(wanted))
             residual = module.unshape(want if skip is None else want - skip)
             apart_N = held_out(range(seen, seen + len(x)), features.numel() // module.last.in_features)
             seen += len(x)

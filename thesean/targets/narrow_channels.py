@@ -15,6 +15,7 @@ from torch import nn
 
 from thesean.errors import NumericalError
 from thesean.targets.shared.channels import (
+    Activate,
     ChannelFacts,
     Channels,
     Convolution,
@@ -43,8 +44,8 @@ class NarrowChannels(TargetModule):
 
     `copy_from` keeps the channels with the largest weights; `prepare` chooses them anew by what they do to what reads
     them, and folds the others into that, each place by itself (He, Zhang and Sun 2017; Luo, Wu and Lin 2017, with the
-    choice made by least squares). A convolution that comes last, or last before the part's sum, is `last`, which is
-    solved as the linear map of patches that it is.
+    choice made by least squares). A convolution that comes last, or last before the part's sum and a rectifier, is
+    `last`, which is solved as the linear map of patches that it is.
     """
 
     family = "narrow-channels"
@@ -92,8 +93,21 @@ class NarrowChannels(TargetModule):
     def unshape(self, y: torch.Tensor) -> torch.Tensor:
         return y.movedim(1, -1)
 
+    def complete(
+        self, x: torch.Tensor, features: torch.Tensor, state: State | None, mask: torch.Tensor | None = None
+    ) -> Any:
+        y = super().complete(x, features, state, mask)
+        return y.relu() if _rectified(self.steps) else y
+
+    def wanted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Where a rectifier comes last: y where it is above zero, and elsewhere what is below zero already."""
+        if not _rectified(self.steps):
+            return y
+        own = run_steps(self.steps, self.own_weights(), x, self.steps[-1].of)
+        return torch.where(y > 0, y, own.clamp(max=0).to(y.dtype))
+
     def skip(self, x: torch.Tensor) -> torch.Tensor | None:
-        end = self.steps[-1]
+        end = _solvable(self.steps)[-1]
         if self.solved is None or not isinstance(end, Join):
             return None
         (other,) = {end.of, end.other} - {self.solved + 1}
@@ -167,8 +181,23 @@ class NarrowChannels(TargetModule):
                 held.bias.copy_(bias)
 
 
+def _rectified(steps: Sequence[Step]) -> bool:
+    end = steps[-1]
+    return isinstance(end, Activate) and end.name == "relu" and end.of == len(steps) - 1
+
+
+def _solvable(steps: Sequence[Step]) -> Sequence[Step]:
+    """Without a rectifier at the end."""
+    return steps[:-1] if _rectified(steps) else steps
+
+
 def _solved(steps: Sequence[Step]) -> int | None:
-    """The convolution that gives the part's output, or what is added to something else at the very end."""
+    """The convolution that gives the part's output, or what is added to something else at the very end, but for a
+    rectifier.
+    """
+    steps = _solvable(steps)
+    if not steps:
+        return None
     end = steps[-1]
     summed = isinstance(end, Join) and end.form == "sum" and end.of != end.other
     ends = end.reads if summed else (len(steps),)

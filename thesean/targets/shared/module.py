@@ -46,6 +46,12 @@ class TargetModule(nn.Module):
         """The inverse of `shape`, but for leading dimensions: what `last` gives where the part should give y."""
         return y
 
+    def wanted(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What `shape(last(features))` and what is skipped should add up to where the part should give y: y itself,
+        unless an activation comes after them.
+        """
+        return y
+
     def skip(self, x: torch.Tensor) -> torch.Tensor | None:
         """What is added to `shape(last(features))`, None for nothing: a closed-form fit of `last` subtracts it."""
         return None
