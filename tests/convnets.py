@@ -63,10 +63,11 @@ class Inverted(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Norms that no statistics of the data stand in for."""
+    """A norm of groups of channels, and what they give, squared or not."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, squared: bool = False) -> None:
         super().__init__()
+        self.squared = squared
         self.conv1, self.norm, self.conv2 = (
             nn.Conv2d(width, width, 3, 1, 1),
             nn.GroupNorm(4, width),
@@ -74,7 +75,8 @@ class Grouped(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv2(F.relu(self.norm(self.conv1(x))))
+        y = F.relu(self.norm(self.conv1(x)))
+        return x + self.conv2(y.square() if self.squared else y)
 
 
 class Next(nn.Module):
@@ -164,6 +166,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "over time": (lambda: Headed(nn.Conv1d(4, 16, 3), OverTime(16), OverTime(16), width=16), LINE),
     "plain": (plain, MAP),
     "grouped": (lambda: Headed(nn.Conv2d(3, 16, 3), Grouped(16), Grouped(16), width=16), MAP),
+    "squared": (lambda: Headed(nn.Conv2d(3, 16, 3), Grouped(16, True), Grouped(16, True), width=16), MAP),
     "separable": (separable, MAP),
 }
 

@@ -55,8 +55,8 @@ def guide_of(kind: str, data: Any, seed: int, steps: int) -> nn.Module:
         return train_guide(data, seed, steps, {"pre-activated": Block, "rectified": Rectified}[kind])
     torch.manual_seed(seed)
     model = Plain().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for _, (x, y) in zip(range(steps), data, strict=False):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()

@@ -37,7 +37,8 @@ from thesean.targets import (
     get_family,
     targets,
 )
-from thesean.targets.shared.channels import Activate, ChannelFacts, Convolution, Join, Map, Step, Weights
+from thesean.targets.shared.channel_groups import ChannelFacts, Map
+from thesean.targets.shared.channels import Activate, Convolution, Join, Step, Weights
 from thesean.targets.shared.facts import Dim, Mixing
 from thesean.targets.shared.family import parse_options
 

@@ -15,13 +15,13 @@ from tests.tolerances import VALUE, relative_error
 from thesean.distill.closed_form import solve_alone
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import rebuild
+from thesean.targets.shared.channel_groups import ChannelFacts, Map, inner_channels
 from thesean.targets.shared.channels import (
     Activate,
     Average,
-    ChannelFacts,
     Concatenate,
+    GroupNorm,
     Join,
-    Map,
     Norm,
     Pad,
     Pool,
@@ -29,7 +29,6 @@ from thesean.targets.shared.channels import (
     Slope,
     Step,
     Weights,
-    inner_channels,
     run_steps,
 )
 
@@ -45,7 +44,7 @@ def facts_of(*steps: Step, width: int = 6, size: int = 8, seed: int = 0, copies:
             weight = torch.randn(shape, generator=generator) * math.prod(shape[1:]) ** -0.5
             bias = 0.1 * torch.randn(shape[0], generator=generator)
             weights[number] = Weights(weight.repeat(copies, 1, 1, 1), bias.repeat(copies))
-        elif step.kind in ("scale", "norm"):
+        elif step.kind in ("scale", "norm", "group-norm"):
             rows = 1 + 0.2 * torch.randn(2, step.channels // copies, generator=generator)
             weights[number] = Weights(*rows.repeat(1, copies))
         elif step.kind == "slope":
@@ -198,8 +197,31 @@ def test_channels_between_blocks_are_the_inputs_where_a_sum_hands_them_on():
     assert [c.makers for c in facts.inner] == [(0,), (4,)]
 
 
-def test_convolutions_in_groups_keep_theirs():
-    steps = (convolution(6, 16), RELU, convolution(16, 16, of=2, groups=4), convolution(16, 6, of=3))
+def test_convolutions_in_groups_lose_whole_groups():
+    steps = (convolution(6, 24), RELU, convolution(24, 24, of=2, groups=4), convolution(24, 6, of=3))
+    facts = facts_of(*steps)
+    (channels,) = facts.inner
+    assert (channels.makers, channels.along, channels.readers, channels.block) == ((0,), (2,), (3,), 6)
+    for ratio, groups in ((1.0, 4), (0.75, 3), (0.5, 2), (0.1, 1)):
+        module = narrowed(facts, ratio=ratio)
+        assert (module.steps[2].groups, module.steps[2].channels_out) == (groups, 6 * groups)
+    assert narrowed(facts, False, width=17).steps[2].groups == 2
+    assert error_of(narrowed(facts, ratio=0.75), facts) < error_of(narrowed(facts, False, ratio=0.75), facts)
+
+
+def test_norms_of_groups_keep_whole_ones():
+    steps = (convolution(6, 24), GroupNorm(of=1, channels=24, groups=4, eps=1e-5), convolution(24, 6, of=2))
+    facts = facts_of(*steps)
+    assert (facts.inner[0].along, facts.inner[0].block) == ((1,), 6)
+    module = narrowed(facts, ratio=0.5)
+    assert (module.steps[1].groups, module.steps[1].channels) == (2, 12)
+    assert error_of(narrowed(facts, ratio=1.0), facts) < VALUE[torch.float32]
+    one = (convolution(6, 24), GroupNorm(of=1, channels=24, groups=1, eps=1e-5), convolution(24, 6, of=2))
+    assert not facts_of(*one).inner
+
+
+def test_convolutions_whose_groups_grow_keep_theirs():
+    steps = (convolution(6, 16), RELU, convolution(16, 32, of=2, groups=4), convolution(32, 6, of=3))
     assert not inner_channels(steps, facts_of(*steps).maps)
 
 

@@ -14,19 +14,17 @@ import torch
 from torch import nn
 
 from thesean.errors import NumericalError
+from thesean.targets.shared.channel_groups import ChannelFacts, Channels, keep_rows, narrowed
 from thesean.targets.shared.channels import (
     Activate,
-    ChannelFacts,
-    Channels,
     Convolution,
+    GroupNorm,
     Join,
     Norm,
     Scale,
     Slope,
     Step,
     Weights,
-    keep_rows,
-    narrowed,
     needs,
     read_steps,
     run_steps,
@@ -34,7 +32,7 @@ from thesean.targets.shared.channels import (
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_channels import NarrowChannelsOptions, check_channels, fewer
-from thesean.targets.shared.fit_channels import SOLVED_FEATURES, Narrowing, patches
+from thesean.targets.shared.fit_channels import SOLVED_FEATURES, Narrowing, in_blocks, patches
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.sequence import SmallLinear
 
@@ -119,8 +117,9 @@ class NarrowChannels(TargetModule):
         weights = {n: own.to("meta") for n, own in self.own_weights().items()}
         for number, step in enumerate(self.steps):
             if isinstance(step, Convolution):
-                y = run_steps(self.steps, weights, x, number + 1)
-                total += 2 * y.shape[0] * math.prod(y.shape[2:]) * weights[number].weight.numel()
+                # each weight meets each place of the output, or of the input where that is the smaller one
+                places = run_steps(self.steps, weights, x, step.of if step.transposed else number + 1)
+                total += 2 * places.shape[0] * math.prod(places.shape[2:]) * weights[number].weight.numel()
         return total
 
     @torch.no_grad()
@@ -134,7 +133,9 @@ class NarrowChannels(TargetModule):
             made_W = sum(weights[n].weight.flatten(1).norm(dim=1) for n in channels.makers)
             read_W = sum(weights[n].weight.transpose(0, 1).flatten(1).norm(dim=1) for n in channels.readers)
             count = self._count(channels)
-            kept_S = torch.as_tensor(made_W * read_W).topk(count).indices.sort().values
+            score_W = torch.as_tensor(made_W * read_W)
+            best = score_W.view(-1, channels.block).sum(1).topk(count // channels.block).indices.sort().values
+            kept_S = in_blocks(best, channels.block)
             for number in channels.readers:
                 weights[number] = weights[number]._replace(weight=weights[number].weight[:, kept_S])
             keep_rows(weights, channels, kept_S)
@@ -225,9 +226,11 @@ class _Held(nn.Module):
 def _weights_of(step: Step) -> _Held | None:
     """Where a step's numbers are held, drawn anew."""
     if isinstance(step, Convolution):
-        weight = torch.empty(step.channels_out, step.channels_in // step.groups, *step.kernel)
+        rows, columns = step.channels_out, step.channels_in
+        rows, columns = (columns, rows) if step.transposed else (rows, columns)
+        weight = torch.empty(rows, columns // step.groups, *step.kernel)
         return _Held(nn.init.kaiming_normal_(weight, nonlinearity="relu"), torch.zeros(step.channels_out))
-    if isinstance(step, (Scale, Norm)):
+    if isinstance(step, (Scale, Norm, GroupNorm)):
         return _Held(torch.ones(step.channels), torch.zeros(step.channels))
     if isinstance(step, Slope):
         return _Held(torch.full((step.channels,), 0.25))
@@ -237,7 +240,7 @@ def _weights_of(step: Step) -> _Held | None:
 def build(part: PartFacts, options: NarrowChannelsOptions) -> NarrowChannels:
     facts = part.channels
     assert facts is not None  # check
-    counts = [fewer(channels.count, options) for channels in facts.inner]
+    counts = [fewer(channels, options) for channels in facts.inner]
     steps = narrowed(facts.steps, facts.inner, counts)
     return NarrowChannels(steps=[step.model_dump(mode="json") for step in steps])
 

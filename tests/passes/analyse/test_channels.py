@@ -16,7 +16,8 @@ from thesean.passes.analyse.regions import Region
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.record import Recorded, record
 from thesean.passes.plan.partition import partition
-from thesean.targets.shared.channels import ChannelFacts, Convolution, run_steps
+from thesean.targets.shared.channel_groups import ChannelFacts
+from thesean.targets.shared.channels import Convolution, run_steps
 
 
 def regions(name: str) -> tuple[list[Region], Recorded]:
@@ -37,6 +38,7 @@ def regions(name: str) -> tuple[list[Region], Recorded]:
         ("dense", [[16], [16]]),
         ("over time", [[32], [32]]),
         ("plain", [[16], [32]]),
+        ("grouped", [[16], [16]]),
         ("separable", [[]] * 7),
     ],
 )
@@ -73,6 +75,10 @@ def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
     return find_channels(Region(entry=entry, exit=nodes[-1], nodes=nodes), values)
 
 
+def gated(m: Any, x_BC: torch.Tensor) -> torch.Tensor:
+    return F.hardsigmoid(F.linear(F.relu(x_BC), m.weight[..., 0, 0], m.numbers))
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -92,6 +98,23 @@ def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
         lambda m, x: F.adaptive_avg_pool2d(x, 3),
         lambda m, x: (x.permute(0, 2, 3, 1) * m.numbers).permute(0, 3, 1, 2),
         lambda m, x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2),
+        lambda m, x: F.conv2d(x, m.weight, padding=2)[:, :, :-2, 1:-1],
+        lambda m, x: F.relu(x)[:, :, 1:4, :99],
+        lambda m, x: F.pad(F.pad(x, (1, 0, 2, 1), mode="reflect"), (1, 1, 0, 1), mode="replicate"),
+        lambda m, x: nn.ReflectionPad2d(2)(nn.ReplicationPad2d(1)(F.pad(x, (1, 1, 1, 1), mode="circular"))),
+        lambda m, x: m.grouped(x) + F.instance_norm(x, weight=m.numbers, bias=m.numbers),
+        lambda m, x: F.conv2d(x, m.weight.repeat(1, 1, 1, 1)[:, :2], groups=2),
+        lambda m, x: F.conv_transpose2d(x, m.weight, m.numbers, stride=2, padding=1, output_padding=1),
+        lambda m, x: F.interpolate(x, scale_factor=2) * F.interpolate(x, scale_factor=2, mode="bilinear"),
+        lambda m, x: F.interpolate(x, scale_factor=(2, 3), mode="bilinear", align_corners=True),
+        lambda m, x: x * F.linear(x.mean((2, 3)), m.weight[..., 0, 0], m.numbers).sigmoid()[:, :, None, None],
+        lambda m, x: (
+            x * gated(m, F.adaptive_avg_pool2d(x, 1).view(x.shape[0], 4)).view(x.shape[0], 4, 1, 1).expand_as(x)
+        ),
+        lambda m, x: x * gated(m, F.adaptive_avg_pool2d(x, 1).flatten(1)).unflatten(1, (4, 1, 1)),
+        lambda m, x: (
+            F.relu(x) + gated(m, F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1)).unsqueeze(2).unsqueeze(3)
+        ),
     ],
 )
 def test_what_keeps_channels_apart_is_read_however_it_is_written(function):
@@ -117,15 +140,16 @@ def test_lines_and_volumes_are_maps(rank):
     ("function", "told"),
     [
         (lambda m, x: m.norm(x), "norms by the batch's own statistics"),
-        (lambda m, x: m.grouped(x), "group_norm.default is not among what can be read"),
-        (lambda m, x: F.conv_transpose2d(x, m.weight), "conv_transpose2d"),
+        (lambda m, x: x[:, :, ::2], "slice.Tensor is not among what can be read"),
+        (lambda m, x: x[:, 1:], "slice.Tensor is not among what can be read"),
+        (lambda m, x: F.interpolate(x, (9, 9)), "to a size that is given"),
+        (lambda m, x: x.flatten(2), "is not among what can be read"),
         (lambda m, x: F.conv2d(x, F.relu(x)[:1]), "slice"),
         (lambda m, x: x - F.relu(x), "of two maps is not among what can be read"),
         (lambda m, x: 1 - F.relu(x), "is not among what can be read"),
         (lambda m, x: torch.cat([x, x], 2), "of places, and no channels"),
         (lambda m, x: x.transpose(2, 3), "lays out a map in another way"),
         (lambda m, x: F.pad(x, (1, 1), value=1.0), "pads with something else than zeros"),
-        (lambda m, x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "pads with something else than zeros"),
         (lambda m, x: x + m.weight[0, :1, 0].repeat(1, 2), "by a number for each place"),
         (lambda m, x: x.mean(1, keepdim=True), "of other dimensions than the map's"),
         (lambda m, x: F.layer_norm(x, (6, 6)), "norms places, and no channels"),

@@ -64,5 +64,7 @@ def test_a_plan_that_was_written_down_is_bound_again():
 
 
 def test_blocks_with_nothing_inside_tell_why():
-    with pytest.raises(PlanError, match=r"of its channels it can't take any: .*not among what can be read"):
-        make_plan(guide("grouped"), "narrow")
+    with pytest.raises(PlanError, match=r"of its channels it can't take any: square.default is not among what"):
+        make_plan(guide("squared"), "narrow")
+    with pytest.raises(PlanError, match=r"it has no channels but its input's and its output's"):
+        make_plan(guide("separable"), "narrow", keep=[f"body.{k}*" for k in (2, 3, 4, 5, 6)])

@@ -3,32 +3,29 @@
 Operators are read by what they are, constants by their values, and norms by running statistics become a scale and a
 shift, folded into the convolution before them. What was read must reproduce the recorded output.
 
-B batch, C channels
+B batch, C channels, O output channels, I input channels
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from thesean.passes.analyse.channel_operators import OPERATORS, Given, ReadStep, Unread, sizes_of
 from thesean.passes.analyse.regions import Region
+from thesean.targets.shared.channel_groups import ChannelFacts, Map
 from thesean.targets.shared.channels import (
-    Activate,
-    Average,
-    ChannelFacts,
     Concatenate,
     Convolution,
+    GroupNorm,
     Join,
-    Map,
     Norm,
     Pad,
-    Pool,
     Scale,
-    Slope,
     Step,
     Weights,
     run_step,
@@ -37,25 +34,18 @@ from thesean.targets.shared.channels import (
 # Of the output's largest value.
 _EXACT = 1e-4
 
-_BY_NAME = {
-    "relu": "relu", "relu6": "relu6", "silu": "silu", "mish": "mish", "hardswish": "hardswish", "selu": "selu",
-    "hardsigmoid": "hardsigmoid", "sigmoid": "sigmoid", "tanh": "tanh",
-}  # fmt: skip
 _NOTHING = {
     "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach", "lift_fresh_copy",
-    "detach_",
 }  # fmt: skip
-
+# of a map of one place: with its other dimensions or without them
+_RESHAPED = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"}
+_ARITHMETIC = {"add", "mul", "sub", "div"}
 _ELEMENTWISE = {
-    *_BY_NAME, "gelu", "leaky_relu", "elu", "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max", "add", "mul",
-    "sub", "div",
+    "relu", "relu6", "silu", "mish", "hardswish", "selu", "hardsigmoid", "sigmoid", "tanh", "gelu", "leaky_relu", "elu",
+    "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max", *_ARITHMETIC,
 }  # fmt: skip
-
-_Read = tuple[Step, Weights | None]
-
-
-class _Unread(Exception):
-    """An operator that is none of the steps."""
+# What an end of a slice is called where there is none.
+_NO_END = 2**62
 
 
 @torch.no_grad()
@@ -68,7 +58,7 @@ def find_channels(region: Region, values: Mapping[fx.Node, Any]) -> tuple[Channe
     for node in region.nodes:
         try:
             reader.read(node)
-        except _Unread as unread:
+        except Unread as unread:
             return None, f"{str(node.target).removeprefix('aten.')} {unread}".strip()
     facts, y = reader.facts(x, region.exit)
     wanted = values[region.exit]
@@ -84,51 +74,54 @@ class _Reader:
 
     def __init__(self, entry: fx.Node, values: Mapping[fx.Node, Any]) -> None:
         self.values, self.numbers = values, {entry: 0}
+        self.dims = values[entry].ndim - 2
         self.turned: set[fx.Node] = set()
         self.steps: list[Step] = []
         self.weights: dict[int, Weights] = {}
 
     def read(self, node: fx.Node) -> None:
-        """Raises _Unread."""
+        """Raises Unread."""
+        if isinstance(self.values[node], int):
+            return  # a size
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise _Unread("is no operator")
-        given = self._given(node)
+            raise Unread("is no operator")
+        given = _given(node)
         name = node.target._opname.removesuffix("_")
         first = next(iter(given.values()), None)
         turned = any(i in self.turned for i in node.all_input_nodes)
-        if name in _NOTHING or name in ("permute", "transpose"):
+        if name in _NOTHING:
             self.numbers[node] = self._of(first)
-            turned = turned if name in _NOTHING else self._turns(first, given, turned)
+        elif name in ("permute", "transpose"):
+            self.numbers[node] = self._of(first)
+            turned = self._turns(first, given, turned)
+        elif name in _RESHAPED:
+            self.numbers[node] = self._of(first)
+            self._check_reshaped(first, node, name)
         elif name == "linear":
             self.numbers[node] = self._add(*self._linear(given, turned))
         elif name == "layer_norm":
             self.numbers[node] = self._add(*self._layer_norm(given, turned))
+        elif name in ("group_norm", "instance_norm") and not turned:
+            self.numbers[node] = self._add(*self._group_norm(given))
         elif name == "cat":
             self.numbers[node] = self._add(self._concatenate(node, given))
         elif turned and name not in _ELEMENTWISE:
-            raise _Unread("reads channels last")
+            raise Unread("reads channels last")
+        elif name == "slice":
+            self.numbers[node] = self._add(self._slice(first, given))
+        elif name.startswith("conv"):
+            self.numbers[node] = self._convolution(name, given)
+        elif name == "batch_norm":
+            self.numbers[node] = self._norm(given)
+        elif name in _ARITHMETIC:
+            self.numbers[node] = self._add(*self._arithmetic(name, node, given))
+        elif name in OPERATORS:
+            given["weight"] = self._constant(given.get("weight"))
+            self.numbers[node] = self._add(*OPERATORS[name](name, self._of(first), given, self.dims))
         else:
-            self._read_first(name, node, given)
+            raise Unread("is not among what can be read")
         if turned:
             self.turned.add(node)
-
-    def _read_first(self, name: str, node: fx.Node, given: dict[str, Any]) -> None:
-        if name.startswith("conv") and "transpose" not in name:
-            pads, *read = self._convolution(given)
-            if pads is not None:
-                self._add(pads)
-                read[0] = (read[0][0].model_copy(update={"of": len(self.steps)}), read[0][1])
-            self.numbers[node] = self._add(*read[0])
-        elif name in ("add", "mul", "sub", "div"):
-            self.numbers[node] = self._add(*self._arithmetic(name, node, given))
-        elif name == "batch_norm":
-            self.numbers[node] = self._norm(node, given)
-        else:
-            reading = _SINGLE.get(name)
-            if reading is None:
-                raise _Unread("is not among what can be read")
-            of = self._of(given[next(iter(given))])
-            self.numbers[node] = self._add(*reading(self, name, of, given, self._dims(node)))
 
     def facts(self, x: torch.Tensor, end: fx.Node) -> tuple[ChannelFacts, torch.Tensor]:
         """Of the steps up to `end`, and the value there."""
@@ -142,16 +135,9 @@ class _Reader:
         maps = tuple(Map(int(v.shape[1]), math.prod(v.shape[2:])) for v in found)
         return ChannelFacts(steps=tuple(self.steps[:last]), weights=weights, maps=maps), found[last]
 
-    def _given(self, node: fx.Node) -> dict[str, Any]:
-        """The operator's arguments by name, with its defaults."""
-        schema = node.target._schema.arguments  # type: ignore[union-attr]
-        given = {a.name: a.default_value for a in schema if a.has_default_value()}
-        given |= dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
-        return {a.name: given[a.name] for a in schema if a.name in given}
-
     def _of(self, value: Any) -> int:
         if not isinstance(value, fx.Node) or value not in self.numbers:
-            raise _Unread("reads what is no map of the part")
+            raise Unread("reads what is no map of the part")
         return self.numbers[value]
 
     def _constant(self, value: Any) -> torch.Tensor | None:
@@ -159,18 +145,12 @@ class _Reader:
             return None
         if isinstance(value, fx.Node):
             if value in self.numbers:
-                raise _Unread("reads weights that are computed")
+                raise Unread("reads weights that are computed")
             value = self.values[value]
         found = torch.as_tensor(value)
         if found.is_complex() or not bool(torch.isfinite(found.float()).all()):
-            raise _Unread("reads a number that is not finite")
+            raise Unread("reads a number that is not finite")
         return found.detach()
-
-    def _dims(self, node: fx.Node) -> int:
-        value = self.values[node]
-        if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4, 5):
-            raise _Unread("gives no feature map")
-        return value.ndim - 2
 
     def _add(self, step: Step, weights: Weights | None = None) -> int:
         if weights is not None:
@@ -178,30 +158,8 @@ class _Reader:
         self.steps.append(step)
         return len(self.steps)
 
-    def _convolution(self, given: dict[str, Any]) -> tuple[Pad | None, _Read]:
-        if any(given.get(name) for name in ("transposed",)):
-            raise _Unread("is transposed")
-        of, weight, bias = self._of(given["input"]), self._constant(given["weight"]), self._constant(given["bias"])
-        assert weight is not None
-        dims = weight.ndim - 2
-        if dims not in (1, 2, 3):
-            raise _Unread("has no kernel")
-        stride, dilation = (_sizes(given[name], dims) for name in ("stride", "dilation"))
-        groups, pads, padding = int(given["groups"]), None, given["padding"]
-        if isinstance(padding, str):
-            total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(weight.shape[2:], dilation, strict=True)]
-            uneven = any(t % 2 for t in total)
-            if uneven:
-                pads = Pad(of=of, sizes=tuple(p for t in reversed(total) for p in (t // 2, t - t // 2)))
-            padding = [0 if uneven else t // 2 for t in total]
-        step = Convolution(
-            of=of, channels_in=weight.shape[1] * groups, channels_out=weight.shape[0], kernel=tuple(weight.shape[2:]),
-            stride=stride, padding=_sizes(padding, dims), dilation=dilation, groups=groups,
-        )  # fmt: skip
-        return pads, (step, Weights(weight, weight.new_zeros(len(weight)) if bias is None else bias))
-
-    def _turns(self, node: Any, given: dict[str, Any], turned: bool) -> bool:
-        """Whether channels come last after an order of dimensions. Raises _Unread for any other."""
+    def _turns(self, node: Any, given: Given, turned: bool) -> bool:
+        """Whether channels come last after an order of dimensions. Raises Unread for any other."""
         rank = self.values[node].ndim
         order = list(range(rank))
         if "dims" in given:
@@ -213,88 +171,149 @@ class _Reader:
             return True
         if turned and order == [0, rank - 1, *range(1, rank - 1)]:
             return False
-        raise _Unread("lays out a map in another way")
+        raise Unread("lays out a map in another way")
 
-    def _linear(self, given: dict[str, Any], turned: bool) -> _Read:
+    def _check_reshaped(self, node: Any, after: fx.Node, name: str) -> None:
+        """A map of one place may lose its other dimensions, get them back, and be the same at each of several."""
+        old, new = self.values[node].shape, self.values[after].shape
+        grown = math.prod(new[2:]) if name not in ("expand", "expand_as") else 1
+        if old[:2] != new[:2] or math.prod(old[2:]) != 1 or grown != 1 or node in self.turned:
+            raise Unread("is not among what can be read")
+
+    def _slice(self, node: Any, given: Given) -> Pad:
+        """As borders that are cropped."""
+        of, value, meta = self._of(node), self.values[node], node.meta["val"]
+        dim, start, end = int(given["dim"]) % value.ndim, given["start"] or 0, given["end"]
+        end = _NO_END if end is None else end
+        numbers = all(isinstance(n, int) for n in (start, end, given["step"]))
+        if not numbers or dim < 2 or given["step"] != 1 or start < 0:
+            raise Unread("is not among what can be read")
+        if 0 <= end < _NO_END:
+            if not isinstance(meta.shape[dim], int):
+                raise Unread("at a place that is counted from the start of a length that varies")
+            end = min(0, end - value.shape[dim])
+        sizes = [0] * (2 * self.dims)
+        at = 2 * (value.ndim - 1 - dim)
+        sizes[at : at + 2] = -start, 0 if end >= _NO_END else end
+        return Pad(of=of, sizes=tuple(sizes))
+
+    def _convolution(self, name: str, given: Given) -> int:
+        of, weight, bias = self._of(given["input"]), self._constant(given["weight"]), self._constant(given["bias"])
+        assert weight is not None
+        dims, groups, padding = weight.ndim - 2, int(given["groups"]), given["padding"]
+        if dims != self.dims:
+            raise Unread("reads another kind of map")
+        stride, dilation = (sizes_of(given[key], dims) for key in ("stride", "dilation"))
+        transposed = "transpose" in name or bool(given.get("transposed"))
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+            uneven = any(t % 2 for t in total)
+            if uneven:
+                of = self._add(Pad(of=of, sizes=tuple(p for t in reversed(total) for p in (t // 2, t - t // 2))))
+            padding = [0 if uneven else t // 2 for t in total]
+        rows, columns = weight.shape[0], weight.shape[1] * groups
+        into, out = (rows, columns) if transposed else (columns, rows)
+        step = Convolution(
+            of=of, channels_in=into, channels_out=out, kernel=tuple(weight.shape[2:]), stride=stride,
+            padding=sizes_of(padding, dims), dilation=dilation, groups=groups, transposed=transposed,
+            output_padding=sizes_of(given["output_padding"], dims) if transposed else (),
+        )  # fmt: skip
+        return self._add(step, Weights(weight, weight.new_zeros(out) if bias is None else bias))
+
+    def _linear(self, given: Given, turned: bool) -> ReadStep:
         """One of each place's channels: a convolution of one tap."""
-        if not turned:
-            raise _Unread("reads places, and no channels")
+        if not turned and self.values[given["input"]].ndim != 2:
+            raise Unread("reads places, and no channels")
         of, weight_OI, bias_O = self._of(given["input"]), self._constant(given["weight"]), self._constant(given["bias"])
         assert weight_OI is not None
-        dims = self.values[given["input"]].ndim - 2
-        ones = (1,) * dims
+        ones = (1,) * self.dims
         step = Convolution(
             of=of, channels_in=weight_OI.shape[1], channels_out=weight_OI.shape[0], kernel=ones, stride=ones,
-            padding=(0,) * dims, dilation=ones,
+            padding=(0,) * self.dims, dilation=ones,
         )  # fmt: skip
         bias_O = weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O
-        return step, Weights(weight_OI.view(*weight_OI.shape, *ones), bias_O)
+        return step, Weights(weight_OI.reshape(*weight_OI.shape, *ones), bias_O)
 
-    def _layer_norm(self, given: dict[str, Any], turned: bool) -> _Read:
+    def _layer_norm(self, given: Given, turned: bool) -> ReadStep:
         if not turned or len(given["normalized_shape"]) != 1:
-            raise _Unread("norms places, and no channels")
-        weight_C, bias_C = self._constant(given["weight"]), self._constant(given["bias"])
+            raise Unread("norms places, and no channels")
         (channels,) = given["normalized_shape"]
+        weights = self._numbers(given, channels)
+        return Norm(of=self._of(given["input"]), channels=channels, eps=float(given["eps"])), weights
+
+    def _group_norm(self, given: Given) -> ReadStep:
+        """An instance norm is one of as many groups as channels."""
+        channels = self.values[given["input"]].shape[1]
+        if not given.get("use_input_stats", True):
+            raise Unread("norms by running statistics")
+        step = GroupNorm(
+            of=self._of(given["input"]), channels=channels, groups=int(given.get("num_groups", channels)),
+            eps=float(given["eps"]),
+        )  # fmt: skip
+        return step, self._numbers(given, channels)
+
+    def _numbers(self, given: Given, channels: int) -> Weights:
+        """A norm's weight and bias, or what stands for none."""
+        weight_C, bias_C = self._constant(given["weight"]), self._constant(given["bias"])
         like = self.values[given["input"]]
-        weights = Weights(
+        return Weights(
             like.new_ones(channels) if weight_C is None else weight_C,
             like.new_zeros(channels) if bias_C is None else bias_C,
         )
-        return Norm(of=self._of(given["input"]), channels=channels, eps=float(given["eps"])), weights
 
-    def _concatenate(self, node: fx.Node, given: dict[str, Any]) -> Step:
+    def _concatenate(self, node: fx.Node, given: Given) -> Step:
         of, *others = (self._of(value) for value in given["tensors"])
         if int(given["dim"]) % self.values[node].ndim != 1 or any(v in self.turned for v in given["tensors"]):
-            raise _Unread("of places, and no channels")
+            raise Unread("of places, and no channels")
         return Concatenate(of=of, others=tuple(others))
 
-    def _norm(self, node: fx.Node, given: dict[str, Any]) -> int:
+    def _norm(self, given: Given) -> int:
         """By running statistics: of a convolution that nothing else reads, its own weights, scaled."""
         of = self._of(given["input"])
         mean_C, variance_C = (self._constant(given[name]) for name in ("running_mean", "running_var"))
         if given["training"] or mean_C is None or variance_C is None:
-            raise _Unread("norms by the batch's own statistics")
+            raise Unread("norms by the batch's own statistics")
         weight_C, bias_C = (self._constant(given[name]) for name in ("weight", "bias"))
         scale_C = (variance_C.double() + given["eps"]).rsqrt()
         scale_C = scale_C if weight_C is None else scale_C * weight_C.double()
         shift_C = -mean_C.double() * scale_C
         shift_C = shift_C if bias_C is None else shift_C + bias_C.double()
         before = self.steps[of - 1] if of else None
-        if isinstance(before, Convolution) and len(given["input"].users) == 1:
+        alone = len(given["input"].users) == 1
+        if isinstance(before, Convolution) and not before.transposed and alone:
             weight, bias = self.weights[of - 1]
             assert bias is not None
             by_row = scale_C.view(-1, *[1] * (weight.ndim - 1))
             folded = Weights((weight.double() * by_row).to(weight), (bias.double() * scale_C + shift_C).to(bias))
             self.weights[of - 1] = folded
             return of
-        return self._add(
-            Scale(of=of, channels=len(scale_C)), Weights(scale_C.to(mean_C.dtype), shift_C.to(mean_C.dtype))
-        )
+        scaled = Weights(scale_C.to(mean_C.dtype), shift_C.to(mean_C.dtype))
+        return self._add(Scale(of=of, channels=len(scale_C)), scaled)
 
-    def _arithmetic(self, name: str, node: fx.Node, given: dict[str, Any]) -> _Read:
+    def _arithmetic(self, name: str, node: fx.Node, given: Given) -> ReadStep:
         """Two maps joined; or one and a constant, a number for all or for each channel."""
         first, second = given["self"], given["other"]
         if given.get("alpha", 1) != 1 or given.get("rounding_mode") is not None:
-            raise _Unread("is scaled")
+            raise Unread("is scaled")
         ours = [isinstance(v, fx.Node) and v in self.numbers for v in (first, second)]
         if all(ours):
             if name not in ("add", "mul"):
-                raise _Unread("of two maps is not among what can be read")
+                raise Unread("of two maps is not among what can be read")
             if (first in self.turned) != (second in self.turned):
-                raise _Unread("of two maps that are laid out in two ways")
+                raise Unread("of two maps that are laid out in two ways")
             a, b = self.numbers[first], self.numbers[second]
             return Join(of=a, other=b, form="sum" if name == "add" else "product"), None
         if name in ("sub", "div") and not ours[0]:
-            raise _Unread("from a constant is not among what can be read")
+            raise Unread("from a constant is not among what can be read")
         of, constant = (first, second) if ours[0] else (second, first)
         number = self._constant(constant)
         shape = self.values[of].shape
         if number is None or shape != self.values[node].shape:
-            raise _Unread("of another shape than the map")
+            raise Unread("of another shape than the map")
         padded = (*[1] * (len(shape) - number.ndim), *number.shape)
         axis = len(shape) - 1 if of in self.turned else 1
         if any(size != 1 for at, size in enumerate(padded) if at != axis):
-            raise _Unread("by a number for each place is not among what can be read")
+            raise Unread("by a number for each place is not among what can be read")
         number_C = number.reshape(-1).to(self.values[of].dtype).expand(shape[axis])
         ones_C, zeros_C = torch.ones_like(number_C), torch.zeros_like(number_C)
         by_name = {
@@ -305,94 +324,9 @@ class _Reader:
         return Scale(of=self.numbers[of], channels=shape[axis]), Weights(weight_C.clone(), bias_C.clone())
 
 
-def _sizes(told: Any, dims: int) -> tuple[int, ...]:
-    sizes = list(told) if isinstance(told, (list, tuple)) else [told]
-    if not all(isinstance(size, int) for size in sizes):
-        raise _Unread("has a size that is computed")
-    return tuple((sizes * dims if len(sizes) == 1 else sizes)[:dims])
-
-
-def _named(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    return Activate(of=of, name=_BY_NAME[name]), None
-
-
-def _gelu(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    return Activate(of=of, name="gelu_tanh" if given["approximate"] == "tanh" else "gelu"), None
-
-
-def _leaky(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    return Activate(of=of, name="leaky_relu", slope=float(given["negative_slope"])), None
-
-
-def _elu(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    if any(given[n] != 1 for n in ("alpha", "scale", "input_scale")):
-        raise _Unread("has an alpha of its own")
-    return Activate(of=of, name="elu"), None
-
-
-def _softplus(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    if (given["beta"], given["threshold"]) != (1, 20):
-        raise _Unread("has a beta of its own")
-    return Activate(of=of, name="softplus"), None
-
-
-def _clamp(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    low, high = (given.get(a, given.get(b)) for a, b in (("min", "min_val"), ("max", "max_val")))
-    if any(isinstance(bound, fx.Node) for bound in (low, high)):
-        raise _Unread("has bounds that are computed")
-    low, high = (None if bound is None else float(bound) for bound in (low, high))
-    if (low, high) == (0, 6):
-        return Activate(of=of, name="relu6"), None
-    return Activate(of=of, name="relu") if (low, high) == (0, None) else Activate(
-        of=of, name="clamp", low=low, high=high
-    ), None  # fmt: skip
-
-
-def _slope(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    weight = reader._constant(given["weight"])
-    assert weight is not None
-    return Slope(of=of, channels=weight.numel()), Weights(weight.reshape(-1))
-
-
-def _pool(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    kernel = _sizes(given["kernel_size"], dims)
-    stride = _sizes(given["stride"], dims) if given["stride"] else kernel
-    if name.startswith("max"):
-        return Pool(
-            of=of, form="max", kernel=kernel, stride=stride, padding=_sizes(given["padding"], dims),
-            dilation=_sizes(given["dilation"], dims), ceil=bool(given["ceil_mode"]),
-        ), None  # fmt: skip
-    if given.get("divisor_override") is not None:
-        raise _Unread("divides by a number of its own")
-    return Pool(
-        of=of, form="average", kernel=kernel, stride=stride, padding=_sizes(given["padding"], dims),
-        ceil=bool(given["ceil_mode"]), counts_padding=bool(given["count_include_pad"]),
-    ), None  # fmt: skip
-
-
-def _average(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    if name == "mean":
-        wanted = {int(d) % (dims + 2) for d in given["dim"] or ()}
-        if not given["keepdim"] or wanted != set(range(2, dims + 2)):
-            raise _Unread("of other dimensions than the map's")
-        return Average(of=of, size=(1,) * dims), None
-    return Average(of=of, size=_sizes(given["output_size"], dims)), None
-
-
-def _pad(reader: _Reader, name: str, of: int, given: dict[str, Any], dims: int) -> _Read:
-    if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0):
-        raise _Unread("pads with something else than zeros")
-    sizes = list(given["pad"])
-    if not all(isinstance(size, int) for size in sizes) or len(sizes) > 2 * dims:
-        raise _Unread("pads channels, or by sizes that are computed")
-    return Pad(of=of, sizes=tuple(sizes)), None
-
-
-_SINGLE: dict[str, Callable[[_Reader, str, int, dict[str, Any], int], _Read]] = {
-    **dict.fromkeys(_BY_NAME, _named),
-    "gelu": _gelu, "leaky_relu": _leaky, "elu": _elu, "softplus": _softplus, "prelu": _slope, "_prelu_kernel": _slope,
-    **dict.fromkeys(("hardtanh", "clamp", "clamp_min", "clamp_max"), _clamp),
-    **{f"{form}_pool{dims}d": _pool for form in ("max", "avg") for dims in (1, 2, 3)},
-    **{f"adaptive_avg_pool{dims}d": _average for dims in (1, 2, 3)}, "mean": _average,
-    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
-}  # fmt: skip
+def _given(node: fx.Node) -> Given:
+    """An operator's arguments by name, with its defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given |= dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
+    return {a.name: given[a.name] for a in schema if a.name in given}

@@ -28,7 +28,7 @@ from thesean.passes.graph.nodes import above, named_dim, owner
 from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
-from thesean.targets.shared.channels import ChannelFacts
+from thesean.targets.shared.channel_groups import ChannelFacts
 from thesean.targets.shared.facts import Dim
 from thesean.targets.shared.family import Scope
 

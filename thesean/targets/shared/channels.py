@@ -1,9 +1,6 @@
-"""A stretch of a convolutional network as steps that keep channels apart or mix them, and which channels are its own.
+"""A stretch of a convolutional network as steps that keep channels apart or mix them.
 
-What a step reads are values by number: 0 is the input, and step i makes value i + 1. Channels that an elementwise step,
-a norm, a pool or a depthwise convolution hands on one by one are the same channels, and so are those of values that are
-added or multiplied. Such a group of channels can lose some where it is neither the input's nor the output's, and all
-that makes and reads it is known: plain convolutions, of which rows and columns go.
+What a step reads are values by number: 0 is the input, and step i makes value i + 1.
 
 B batch, C channels, O output channels, I input channels, K taps of a kernel
 """
@@ -11,7 +8,6 @@ B batch, C channels, O output channels, I input channels, K taps of a kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -35,8 +31,8 @@ class _Step(BaseModel):
 
 
 class Convolution(_Step):
-    """weight, bias. Depthwise: each channel by itself; in `groups` that are neither one nor as many as channels, what
-    channels there are can't change.
+    """weight, bias. Of several `groups` whole ones can go, where as many channels go in as come out: one by one where
+    each channel is a group. `transposed`: each place becomes as many as the kernel has (Zeiler et al. 2010).
     """
 
     kind: Literal["convolution"] = "convolution"
@@ -47,15 +43,19 @@ class Convolution(_Step):
     padding: Sizes
     dilation: Sizes
     groups: int = Field(default=1, gt=0)
-
-    @property
-    def depthwise(self) -> bool:
-        return self.groups == self.channels_in == self.channels_out > 1
+    transposed: bool = False
+    output_padding: Sizes = ()
 
     @property
     def mixes(self) -> bool:
-        """Whether every output channel reads every input channel."""
-        return self.groups == 1
+        """Whether every output channel reads every input channel, and rows and columns can go."""
+        return self.groups == 1 and not self.transposed
+
+    @property
+    def block(self) -> int:
+        """Channels of a group, where groups can go; or 0."""
+        alike = self.groups > 1 and self.channels_in == self.channels_out and not self.transposed
+        return self.channels_out // self.groups if alike else 0
 
 
 class Scale(_Step):
@@ -103,10 +103,20 @@ class Average(_Step):
 
 
 class Pad(_Step):
-    """Zeros at the borders, or fewer of the border; before and after, the last dimension first."""
+    """Zeros or what is near at the borders, or less than there is; before and after, the last dimension first."""
 
     kind: Literal["pad"] = "pad"
     sizes: tuple[int, ...]
+    mode: Literal["constant", "reflect", "replicate", "circular"] = "constant"
+
+
+class Resize(_Step):
+    """A map between its places, by so many times."""
+
+    kind: Literal["resize"] = "resize"
+    times: tuple[Annotated[float, Field(gt=0)], ...]
+    form: Literal["nearest", "linear"]
+    corners: bool = False
 
 
 class Norm(_Step):
@@ -115,6 +125,19 @@ class Norm(_Step):
     kind: Literal["norm"] = "norm"
     channels: int = Field(gt=0)
     eps: float = Field(ge=0)
+
+
+class GroupNorm(_Step):
+    """Each of several groups of channels by its own mean and variance over the map: weight, bias."""
+
+    kind: Literal["group-norm"] = "group-norm"
+    channels: int = Field(gt=0)
+    groups: int = Field(gt=0)
+    eps: float = Field(ge=0)
+
+    @property
+    def block(self) -> int:
+        return self.channels // self.groups
 
 
 class Concatenate(_Step):
@@ -141,7 +164,7 @@ class Join(_Step):
 
 
 Step = Annotated[
-    Convolution | Scale | Slope | Activate | Pool | Average | Pad | Norm | Concatenate | Join,
+    Convolution | Scale | Slope | Activate | Pool | Average | Pad | Resize | Norm | GroupNorm | Concatenate | Join,
     Field(discriminator="kind"),
 ]
 _STEPS: TypeAdapter[tuple[Step, ...]] = TypeAdapter(tuple[Step, ...])
@@ -161,6 +184,8 @@ def read_steps(told: object) -> tuple[Step, ...]:
             raise ValueError(
                 f"step {number}: {step.channels_in} to {step.channels_out} channels in {step.groups} groups"
             )
+        if isinstance(step, GroupNorm) and step.channels % step.groups:
+            raise ValueError(f"step {number}: {step.channels} channels in {step.groups} groups")
         if isinstance(step, Convolution) and len({len(s) for s in _geometry(step)}) > 1:
             raise ValueError(f"step {number}: a kernel, a stride, a padding and a dilation of as many dimensions")
     if not steps:
@@ -185,6 +210,8 @@ class Weights(NamedTuple):
 
 _Map = Callable[..., torch.Tensor]
 _CONVOLVE: dict[int, _Map] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, _Map] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MAX: dict[int, _Map] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _MEAN: dict[int, _Map] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _ADAPTIVE: dict[int, _Map] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -195,7 +222,11 @@ def run_step(step: Step, weights: Weights | None, x: torch.Tensor, *others: torc
     dims = x.ndim - 2
     if isinstance(step, Convolution):
         assert weights is not None
-        groups = len(weights.weight) if step.depthwise else step.groups
+        if step.transposed:
+            return _TRANSPOSED[dims](
+                x, *weights, step.stride, step.padding, step.output_padding or 0, step.groups, step.dilation
+            )
+        groups = len(weights.weight) * step.groups // step.channels_out if step.groups > 1 else 1
         return _CONVOLVE[dims](
             x, weights.weight, weights.bias, stride=step.stride, padding=step.padding, dilation=step.dilation,
             groups=groups,
@@ -223,10 +254,17 @@ def run_step(step: Step, weights: Weights | None, x: torch.Tensor, *others: torc
             return x.mean(tuple(range(2, x.ndim)), keepdim=True)
         return _ADAPTIVE[dims](x, step.size)
     if isinstance(step, Pad):
-        return F.pad(x, step.sizes)
+        return F.pad(x, step.sizes, mode=step.mode)
+    if isinstance(step, Resize):
+        if step.form == "nearest":
+            return F.interpolate(x, scale_factor=step.times, mode="nearest")
+        return F.interpolate(x, scale_factor=step.times, mode=_LINEAR[dims], align_corners=step.corners)
     if isinstance(step, Norm):
         assert weights is not None
         return F.layer_norm(x.movedim(1, -1), (step.channels,), *weights, eps=step.eps).movedim(-1, 1)
+    if isinstance(step, GroupNorm):
+        assert weights is not None
+        return F.group_norm(x, len(weights.weight) // step.block, *weights, eps=step.eps)
     if isinstance(step, Concatenate):
         return torch.cat([x, *others], 1)
     (other,) = others
@@ -256,112 +294,3 @@ def needs(steps: Sequence[Step], wanted: int) -> set[int]:
         needed |= above
         front.extend(above)
     return needed
-
-
-@dataclass(frozen=True)
-class Channels:
-    """A group of channels that can lose some: those values are its own, and those steps make, hand on and read it."""
-
-    count: int
-    values: frozenset[int]
-    makers: tuple[int, ...]  # convolutions whose rows they are
-    along: tuple[int, ...]  # steps that have numbers of their own for each of them
-    readers: tuple[int, ...]  # convolutions whose columns they are
-
-
-class Map(NamedTuple):
-    """How many channels a value has, and how many places."""
-
-    channels: int
-    places: int
-
-
-def inner_channels(steps: Sequence[Step], maps: Sequence[Map]) -> tuple[Channels, ...]:
-    """The groups that can lose channels, first to last, where the values are such `maps`.
-
-    Channels that are seen as means of the map alone, as between a gate's two layers, cost nothing and stay.
-    """
-    group = list(range(len(steps) + 1))
-
-    def root(value: int) -> int:
-        while group[value] != value:
-            value = group[value]
-        return value
-
-    def same(a: int, b: int) -> None:
-        first, second = sorted((root(a), root(b)))
-        group[second] = first
-
-    fixed: set[int] = {0, len(steps)}
-    for number, step in enumerate(steps):
-        if isinstance(step, Convolution):
-            if step.depthwise:
-                same(step.of, number + 1)
-            elif not step.mixes:
-                fixed |= {step.of, number + 1}
-            continue
-        if isinstance(step, (Norm, Concatenate)):  # all of its channels meet, or stand in a place of their own
-            fixed |= {*step.reads, number + 1}
-            continue
-        for read in step.reads:
-            if maps[read].channels == maps[number + 1].channels:
-                same(read, number + 1)
-            else:  # one channel for all
-                fixed.add(read)
-    fixed = {root(value) for value in fixed}
-    found = []
-    for first in sorted({root(v) for v in range(len(steps) + 1)} - fixed):
-        values = frozenset(v for v in range(len(steps) + 1) if root(v) == first)
-        if max(maps[v].places for v in values) == 1:
-            continue
-        makers = [n for n, s in enumerate(steps) if n + 1 in values and isinstance(s, Convolution) and s.mixes]
-        along = [n for n, s in enumerate(steps) if n + 1 in values and n not in makers and _has_weights(s)]
-        readers = [n for n, s in enumerate(steps) if isinstance(s, Convolution) and s.mixes and s.of in values]
-        counts = {_made(steps[n]) for n in makers}
-        if makers and readers and len(counts) == 1:
-            found.append(Channels(counts.pop(), values, tuple(makers), tuple(along), tuple(readers)))
-    return tuple(found)
-
-
-def _made(step: Step) -> int:
-    assert isinstance(step, Convolution)
-    return step.channels_out
-
-
-def _has_weights(step: Step) -> bool:
-    return isinstance(step, (Convolution, Scale)) or (isinstance(step, Slope) and step.channels > 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelFacts:
-    """A part that maps feature maps, read off the graph: its steps, their weights, and what each value is."""
-
-    steps: tuple[Step, ...]
-    weights: Mapping[int, Weights]
-    maps: tuple[Map, ...]
-
-    @property
-    def inner(self) -> tuple[Channels, ...]:
-        return inner_channels(self.steps, self.maps)
-
-
-def narrowed(steps: Sequence[Step], inner: Sequence[Channels], counts: Sequence[int]) -> tuple[Step, ...]:
-    """The same steps where each group has so many channels."""
-    changed = list(steps)
-    for channels, count in zip(inner, counts, strict=True):
-        for number in channels.makers:
-            changed[number] = changed[number].model_copy(update={"channels_out": count})
-        for number in channels.readers:
-            changed[number] = changed[number].model_copy(update={"channels_in": count})
-        for number in channels.along:
-            step = changed[number]
-            both = {"channels_in": count, "channels_out": count, "groups": count}
-            changed[number] = step.model_copy(update=both if isinstance(step, Convolution) else {"channels": count})
-    return tuple(changed)
-
-
-def keep_rows(weights: dict[int, Weights], channels: Channels, kept_S: torch.Tensor) -> None:
-    """In place: what makes a group and hands it on, with the channels that are kept."""
-    for number in (*channels.makers, *channels.along):
-        weight, bias = weights[number]
-        weights[number] = Weights(weight[kept_S], None if bias is None else bias[kept_S])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from thesean.errors import TargetMismatchError
 from thesean.targets.shared.activations import ACTIVATIONS
-from thesean.targets.shared.channels import ChannelFacts
+from thesean.targets.shared.channel_groups import ChannelFacts
 from thesean.targets.shared.distance_bias import DistanceBias
 from thesean.targets.shared.head_norm import HeadNorm, NormForm
 from thesean.targets.shared.rotation import Rotate, Rotation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from thesean.targets.shared.channel_groups import Channels
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Options
 from thesean.targets.shared.sequence import describe
@@ -14,7 +15,7 @@ MULTIPLE = 8
 
 class NarrowChannelsOptions(Options):
     """Width rule: of each group of channels inside the part `width`, or `ratio` times as many as the guide's, in
-    multiples of 8 where there are 16 or more.
+    multiples of 8 where there are 16 or more, and by whole groups of a convolution in groups.
 
     A group is inside where neither the part's input nor its output has it: the middle of a residual block, what an
     inverted bottleneck expands to. Plain convolutions in a row, with no channels of their own, are one part together,
@@ -46,10 +47,10 @@ def check_channels(target: str, part: PartFacts, options: NarrowChannelsOptions)
         )
 
 
-def fewer(count: int, options: NarrowChannelsOptions) -> int:
+def fewer(channels: Channels, options: NarrowChannelsOptions) -> int:
+    """How many of a group stay."""
+    count, block = channels.count, channels.block
     if options.width is not None:
-        return min(count, options.width)
-    wanted = options.ratio * count
-    if count < 2 * MULTIPLE:
-        return max(1, round(wanted))
-    return min(count, max(MULTIPLE, round(wanted / MULTIPLE) * MULTIPLE))
+        return max(block, min(count, options.width) // block * block)
+    multiple = block if block > 1 or count < 2 * MULTIPLE else MULTIPLE
+    return min(count, max(multiple, round(options.ratio * count / multiple) * multiple))

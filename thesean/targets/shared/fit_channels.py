@@ -12,15 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from thesean.targets.shared.channels import (
-    ChannelFacts,
-    Channels,
-    Convolution,
-    Weights,
-    keep_rows,
-    run_step,
-)
-from thesean.targets.shared.select_features import fold, moments, select_features
+from thesean.targets.shared.channel_groups import ChannelFacts, Channels, keep_rows
+from thesean.targets.shared.channels import Convolution, Weights, run_step
+from thesean.targets.shared.select_features import fold, moments, select_features, select_groups
 
 # Places of maps that a selection looks at, per channel. Neighbours are alike, so it is more than tokens per neuron.
 PLACES_PER_CHANNEL = 16
@@ -67,7 +61,12 @@ class Narrowing:
         # what is read at most places says which channels matter
         chief = max(readers, key=lambda value: self.maps[value].places * len(readers[value]))
         matrix_OW = torch.cat([_by_channel(self.guide[n].weight) for n in readers[chief]])
-        kept_S = select_features(moments(self._rows(chief, theirs=True)).covariance_EE, matrix_OW, count)
+        covariance_WW = moments(self._rows(chief, theirs=True)).covariance_EE
+        if channels.block > 1:
+            best = select_groups(covariance_WW, matrix_OW, channels.block, count // channels.block)
+            kept_S = in_blocks(best, channels.block)
+        else:
+            kept_S = select_features(covariance_WW, matrix_OW, count)
         ours = {value: self._rows(value, theirs=False) for value in readers}  # before any of their weights is another
         for value, numbers in readers.items():
             self._fold(value, numbers, kept_S, ours[value])
@@ -152,6 +151,11 @@ class Narrowing:
                 seen.add(one)
                 front.extend(self.steps[one - 1].reads)
         return False
+
+
+def in_blocks(kept: torch.Tensor, block: int) -> torch.Tensor:
+    """The channels of blocks."""
+    return (kept.unsqueeze(1) * block + torch.arange(block, device=kept.device)).flatten()
 
 
 def _by_channel(weight: torch.Tensor) -> torch.Tensor:
