@@ -43,7 +43,7 @@ def subject(settings: dict[str, Any]) -> Subject:
         },
         targets={
             "last five blocks: conv": dict.fromkeys(late, "conv"),
-            "last five blocks: bottleneck": dict.fromkeys(late, "bottleneck"),
+            "last five blocks: half of the channels": dict.fromkeys(late, "narrow"),
         },
         compare=agreement,
         outputs={"output": "softmax"},

@@ -293,6 +293,7 @@ def test_a_part_without_channels_of_its_own_is_refused(facts, options, told):
         ({"of": 5}, "reads value 5, which is made later"),
         ({"channels_in": -1}, "greater than 0"),
         ({"kernel": [3]}, "as many dimensions"),
+        ({"stride": [1, 0]}, "greater than 0"),
         ({"groups": 5}, "in 5 groups"),
         ({"kind": "shell"}, "kind"),
         ({"extra": 1}, "extra"),

@@ -172,3 +172,22 @@ def test_a_range_is_as_long_as_torchs(numbers):
     with Shapes():
         found = described(lambda *n: call(*n, device=torch.device("meta")), numbers)
     assert found == described(call, numbers)
+
+
+class Swells(nn.Module):
+    """Gives as much as it gets, and holds more on the way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.repeat(1, 1000, 1)[:, : x.shape[1]].clone()
+
+
+def test_what_a_module_holds_on_the_way_is_bounded_as_well():
+    graph = fx.Graph()
+    graph.output(graph.call_module("swells", (graph.placeholder("x"),)))
+    root = nn.Module()
+    root.add_module("swells", Swells())
+    settings: dict[str, Any] = {"signature": Signature(inputs=(X,)), "sizes": {"batch": 2, "time": 6}}
+    kinds = {"swells": "swells"}
+    assert Fitting(module=root, limit=2**20, kinds=kinds, **settings).run(graph) == 1001 * 2 * 6 * 4 * 4
+    with pytest.raises(ArtifactError, match="node swells .* takes 192,000 bytes; at most 100,000 are allowed"):
+        Fitting(module=root, limit=100_000, kinds=kinds, **settings).run(graph)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thesean.errors import ArtifactError
 from thesean.passes.graph import unchecked
@@ -111,8 +113,11 @@ class Fitting:
         key = (kind, _described(args), _described(kwargs))
         if key not in self._known:
             target: Any = node.target
-            result = (self._module if node.op == "call_module" else _operator)(target, args, kwargs)
-            self._known[key] = _measured(result, pytree.tree_leaves((args, kwargs)))
+            inside = _Inside()
+            with inside if node.op == "call_module" else nullcontext():
+                result = (self._module if node.op == "call_module" else _operator)(target, args, kwargs)
+            outcome = _measured(result, pytree.tree_leaves((args, kwargs)))
+            self._known[key] = replace(outcome, fresh=max(outcome.fresh, inside.most))
         self._follow_scalar(node)
         return self._known[key]
 
@@ -144,6 +149,25 @@ class Fitting:
     def _module(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with _META:
             return self.module.get_submodule(target)(*args, **kwargs)
+
+
+class _Inside(TorchDispatchMode):
+    """The most bytes that a value takes within a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as with `Shapes`
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.most = max(self.most, value.untyped_storage().nbytes())
+        return result
 
 
 def _operator(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

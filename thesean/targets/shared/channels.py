@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from thesean.targets.shared.activations import ACTIVATIONS
 
 Sizes = tuple[Annotated[int, Field(ge=0)], ...]
+Counts = tuple[Annotated[int, Field(gt=0)], ...]
 
 
 class _Step(BaseModel):
@@ -38,10 +39,10 @@ class Convolution(_Step):
     kind: Literal["convolution"] = "convolution"
     channels_in: int = Field(gt=0)
     channels_out: int = Field(gt=0)
-    kernel: Sizes
-    stride: Sizes
+    kernel: Counts
+    stride: Counts
     padding: Sizes
-    dilation: Sizes
+    dilation: Counts
     groups: int = Field(default=1, gt=0)
     transposed: bool = False
     output_padding: Sizes = ()
@@ -87,10 +88,10 @@ class Pool(_Step):
 
     kind: Literal["pool"] = "pool"
     form: Literal["max", "average"]
-    kernel: Sizes
-    stride: Sizes
+    kernel: Counts
+    stride: Counts
     padding: Sizes
-    dilation: Sizes = ()
+    dilation: Counts = ()
     ceil: bool = False
     counts_padding: bool = True
 
@@ -99,7 +100,7 @@ class Average(_Step):
     """The mean of a map, or of as many windows as `size` says."""
 
     kind: Literal["average"] = "average"
-    size: Sizes
+    size: Counts
 
 
 class Pad(_Step):
