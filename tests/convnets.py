@@ -155,6 +155,14 @@ def separable() -> nn.Module:
     return Headed(convolved(3, 16), *pairs, width=16)
 
 
+def vectors() -> nn.Module:
+    """Linear maps in a row, normed or not, as tables of numbers are read."""
+    layers: list[nn.Module] = []
+    for into, normed in ((6, True), (32, False), (32, True)):
+        layers += [nn.Linear(into, 32), *([nn.BatchNorm1d(32)] if normed else []), nn.ReLU(), nn.Dropout(0.1)]
+    return nn.Sequential(*layers, nn.Linear(32, 5))
+
+
 MAP, LINE = (3, 16, 16), (4, 24)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "basic": (lambda: Headed(convolved(3, 16), Basic(16, 16), Basic(16, 32, 2), width=32), MAP),
@@ -168,6 +176,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped": (lambda: Headed(nn.Conv2d(3, 16, 3), Grouped(16), Grouped(16), width=16), MAP),
     "squared": (lambda: Headed(nn.Conv2d(3, 16, 3), Grouped(16, True), Grouped(16, True), width=16), MAP),
     "separable": (separable, MAP),
+    "vectors": (vectors, (6,)),
 }
 
 

@@ -13,7 +13,7 @@ from tests.tolerances import relative_error
 from thesean.deploy.session import Session
 
 
-@pytest.mark.parametrize("name", ["basic", "plain", "inverted", "over time"])
+@pytest.mark.parametrize("name", ["basic", "plain", "inverted", "over time", "vectors"])
 def test_a_convnet_loses_channels_and_is_served(name, tmp_path):
     model, shape = network(name)
     generator = torch.Generator().manual_seed(1)
@@ -27,12 +27,12 @@ def test_a_convnet_loses_channels_and_is_served(name, tmp_path):
     fewer.save(tmp_path / "kept")
     torch.testing.assert_close(thesean.load(tmp_path / "kept")(data[5]), fewer(data[5]))
     fewer.export(tmp_path / "kept.onnx")
-    given = "input" if name == "plain" else "x"  # as the forward names it
+    given = "input" if name in ("plain", "vectors") else "x"  # as the forward names it
     outputs, _ = Session(tmp_path / "kept.onnx").run({given: data[5].numpy()})
     torch.testing.assert_close(torch.as_tensor(outputs["output"]), fewer(data[5]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["basic", "plain"])
+@pytest.mark.parametrize("name", ["basic", "plain", "vectors"])
 def test_auto_takes_channels(name):
     model, shape = network(name)
     data = [torch.randn(16, *shape) for _ in range(4)]

@@ -61,6 +61,7 @@ def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
             self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
             self.numbers = nn.Parameter(torch.rand(4))
             self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+            self.kept = nn.BatchNorm1d(4)
             self.grouped = nn.GroupNorm(2, 4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,8 +168,18 @@ def test_what_cannot_be_read_is_told(function, told):
 
 
 def test_no_map_is_no_part_of_channels():
-    facts, unread = read(lambda m, x: F.relu(x), 4)
+    facts, unread = read(lambda m, x: F.relu(x), 2, 2, 2, 2, 2)
     assert (facts, unread) == (None, "it reads no feature map")
+
+
+def test_vectors_are_maps_without_places():
+    def perceptron(m, x):
+        x = F.relu(m.kept(F.linear(x, m.weight[..., 0, 0], m.numbers)))
+        return F.layer_norm(F.linear(x, m.weight[..., 1, 1]), (4,)) * m.numbers
+
+    facts, unread = read(perceptron, 4)
+    assert facts is not None, unread
+    assert [c.count for c in facts.inner] == [4]
 
 
 def test_maps_that_are_laid_out_in_two_ways_are_not_added_as_one():

@@ -189,5 +189,5 @@ def test_what_a_module_holds_on_the_way_is_bounded_as_well():
     settings: dict[str, Any] = {"signature": Signature(inputs=(X,)), "sizes": {"batch": 2, "time": 6}}
     kinds = {"swells": "swells"}
     assert Fitting(module=root, limit=2**20, kinds=kinds, **settings).run(graph) == 1001 * 2 * 6 * 4 * 4
-    with pytest.raises(ArtifactError, match="node swells .* takes 192,000 bytes; at most 100,000 are allowed"):
+    with pytest.raises(ArtifactError, match=r"node swells .* takes 192,000 bytes; at most 100,000 are allowed"):
         Fitting(module=root, limit=100_000, kinds=kinds, **settings).run(graph)

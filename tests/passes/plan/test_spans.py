@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.convnets import network
 from thesean.errors import PlanError
@@ -34,6 +35,19 @@ def test_plain_convolutions_in_a_row_are_one_part(target):
 def test_depthwise_and_pointwise_convolutions_in_a_row_are_plain():
     (row,) = make_plan(guide("separable"), "narrow").plan.parts
     assert row.new_params < 0.5 * row.params
+
+
+def test_linear_maps_of_vectors_in_a_row_are_plain():
+    (row,) = make_plan(guide("vectors"), "narrow").plan.parts
+    assert len(row.members) == 3
+    assert row.new_params < 0.6 * row.params
+
+
+def test_perceptrons_of_vectors_keep_to_themselves():
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(2)]
+    plan = make_plan(capture(nn.Sequential(*blocks, nn.Linear(8, 3)).eval(), torch.randn(4, 8)), "narrow").plan
+    assert [p.members for p in plan.parts] == [(), ()]
 
 
 @pytest.mark.parametrize("name", ["basic", "pre-activated", "next", "over time"])

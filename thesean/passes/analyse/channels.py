@@ -52,7 +52,7 @@ _NO_END = 2**62
 def find_channels(region: Region, values: Mapping[fx.Node, Any]) -> tuple[ChannelFacts | None, str]:
     """The region's steps; or None, and what of it can't be read."""
     x = values[region.entry]
-    if not isinstance(x, torch.Tensor) or x.ndim not in (3, 4, 5) or not x.is_floating_point():
+    if not isinstance(x, torch.Tensor) or x.ndim not in (2, 3, 4, 5) or not x.is_floating_point():
         return None, "it reads no feature map"
     reader = _Reader(region.entry, values)
     for node in region.nodes:
@@ -235,7 +235,8 @@ class _Reader:
         return step, Weights(weight_OI.reshape(*weight_OI.shape, *ones), bias_O)
 
     def _layer_norm(self, given: Given, turned: bool) -> ReadStep:
-        if not turned or len(given["normalized_shape"]) != 1:
+        vectors = self.values[given["input"]].ndim == 2
+        if not (turned or vectors) or len(given["normalized_shape"]) != 1:
             raise Unread("norms places, and no channels")
         (channels,) = given["normalized_shape"]
         weights = self._numbers(given, channels)

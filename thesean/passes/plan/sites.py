@@ -69,7 +69,7 @@ class SiteFinder:
         `keeps` is the member that stays where a merged part's others are dropped. Raises TargetMismatchError.
         """
         scope = scope_of(target)
-        if scope == "part" or (takes_channels(target) and self._narrows(group.region)):
+        if scope == "part" or (takes_channels(target) and self._narrows(group.region) and not self._is_mlp(keeps)):
             return (self._whole(group, target),), ""
         dropped = tuple(self._site(group, m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
         if scope == "members":
@@ -88,6 +88,13 @@ class SiteFinder:
             self._blocks[group.path] = find_block(self.flow, group.region, self.values)
         return self._blocks[group.path]
 
+    def _is_mlp(self, named: NamedRegion) -> bool:
+        """Whether vectors go through a perceptron, beside a stream or alone: its neurons are chosen as a sequence's."""
+        if self.values[named.region.entry].ndim != 2:
+            return False
+        inner = self._branches(named, "token-wise", explicit=True)
+        return any(find_mlp(region, self.values) is not None for _, region in inner)
+
     def _narrows(self, region: Region) -> bool:
         """Whether a stretch over feature maps has channels inside that could be fewer."""
         facts, _ = self._channels(region)
@@ -100,7 +107,7 @@ class SiteFinder:
     def _channels(self, region: Region) -> tuple[ChannelFacts | None, str]:
         key = ("channels", region.entry, region.exit)
         if key not in self._findings:
-            maps = self.values[region.entry].ndim in (4, 5) or is_channels_first(region, self.values)
+            maps = self.values[region.entry].ndim in (2, 4, 5) or is_channels_first(region, self.values)
             self._findings[key] = find_channels(region, self.values) if maps else (None, "it reads no feature map")
         return self._findings[key]
 

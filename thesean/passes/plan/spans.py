@@ -45,6 +45,6 @@ def _plain(group: Group, target: Target | None, sites: SiteFinder) -> bool:
     if target is None or not takes_channels(target):
         return False
     facts = sites.channels(group.region)
-    return facts is not None and not any(
-        isinstance(s, Concatenate) or (isinstance(s, Join) and s.form == "sum") for s in facts.steps
-    )
+    if facts is None or (facts.maps[0].places == 1 and facts.inner and len(group.members) == 1):
+        return False
+    return not any(isinstance(s, Concatenate) or (isinstance(s, Join) and s.form == "sum") for s in facts.steps)

@@ -39,7 +39,7 @@ class Map(NamedTuple):
 def inner_channels(steps: Sequence[Step], maps: Sequence[Map]) -> tuple[Channels, ...]:
     """The groups that can lose channels, first to last, where the values are such `maps`.
 
-    Channels that are seen as means of the map alone, as between a gate's two layers, cost nothing and stay.
+    Channels that are seen as means of a map alone, as between a gate's two layers, cost nothing and stay.
     """
     group = list(range(len(steps) + 1))
 
@@ -72,7 +72,7 @@ def inner_channels(steps: Sequence[Step], maps: Sequence[Map]) -> tuple[Channels
     found = []
     for first in sorted({root(v) for v in range(len(steps) + 1)} - fixed):
         values = frozenset(v for v in range(len(steps) + 1) if root(v) == first)
-        if max(maps[v].places for v in values) == 1:
+        if max(maps[v].places for v in values) == 1 < maps[0].places:
             continue
         makers = [n for n, s in enumerate(steps) if n + 1 in values and isinstance(s, Convolution) and s.mixes]
         along = [n for n, s in enumerate(steps) if n + 1 in values and n not in makers and _has_weights(s)]

@@ -32,8 +32,9 @@ class _Step(BaseModel):
 
 
 class Convolution(_Step):
-    """weight, bias. Of several `groups` whole ones can go, where as many channels go in as come out: one by one where
-    each channel is a group. `transposed`: each place becomes as many as the kernel has (Zeiler et al. 2010).
+    """weight, bias; of vectors, which have no places, the linear map. Of several `groups` whole ones can go, where as
+    many channels go in as come out: one by one where each channel is a group. `transposed`: each place becomes as many
+    as the kernel has (Zeiler et al. 2010).
     """
 
     kind: Literal["convolution"] = "convolution"
@@ -210,7 +211,12 @@ class Weights(NamedTuple):
 
 
 _Map = Callable[..., torch.Tensor]
-_CONVOLVE: dict[int, _Map] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLVE: dict[int, _Map] = {
+    0: lambda x, weight, bias, **_: F.linear(x, weight, bias),
+    1: F.conv1d,
+    2: F.conv2d,
+    3: F.conv3d,
+}
 _TRANSPOSED: dict[int, _Map] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MAX: dict[int, _Map] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -223,6 +229,8 @@ def run_step(step: Step, weights: Weights | None, x: torch.Tensor, *others: torc
     dims = x.ndim - 2
     if isinstance(step, Convolution):
         assert weights is not None
+        if not dims:
+            return F.linear(x, *weights)
         if step.transposed:
             return _TRANSPOSED[dims](
                 x, *weights, step.stride, step.padding, step.output_padding or 0, step.groups, step.dilation

@@ -93,7 +93,7 @@ class Narrowing:
             assert bias is not None
             full_OW = _by_channel(weight)
             made_OS, shift_O = fold(known, torch.cat([full_OW, full_OW[:, kept_S]], 1), at_S)
-            made = made_OS.unflatten(0, (len(weight), -1)).movedim(2, 1).unflatten(2, weight.shape[2:])
+            made = made_OS.unflatten(0, (len(weight), -1)).movedim(2, 1).reshape(len(weight), -1, *weight.shape[2:])
             shift = shift_O.view(len(weight), -1).sum(1)
             self.weights[number] = Weights(made.to(weight), (bias.double() + shift).to(bias))
 
@@ -160,7 +160,7 @@ def in_blocks(kept: torch.Tensor, block: int) -> torch.Tensor:
 
 def _by_channel(weight: torch.Tensor) -> torch.Tensor:
     """(O, I, K...) -> (O K, I): what each input channel does, tap by tap."""
-    return weight.flatten(2).movedim(1, 2).flatten(0, 1)
+    return weight.reshape(*weight.shape[:2], -1).movedim(1, 2).flatten(0, 1)
 
 
 def _every(shape: Sequence[int], stride: int, device: torch.device) -> tuple[torch.Tensor, ...]:
