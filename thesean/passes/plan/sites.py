@@ -138,6 +138,8 @@ class SiteFinder:
         if scope != "mixing":
             if self.values[named.region.entry].ndim == 4:
                 facts, unread = self._channels(named.region)
+                if facts is not None and facts.inner:
+                    return "its channels go out of the whole part: leave scope= out"
                 why = unread if facts is None else "it has no channels but its input's and its output's"
                 return (
                     f"of its channels it can't take any: {why}. For fewer channels inside choose target 'bottleneck' "
