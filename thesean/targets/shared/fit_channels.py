@@ -47,8 +47,9 @@ class Narrowing:
         self._batches = [x.float() for x in _some(inputs, facts)]
         self._theirs: list[dict[int, torch.Tensor]] = [{0: x} for x in self._batches]
         self._ours: list[dict[int, torch.Tensor]] = [{0: x} for x in self._batches]
-        self._last_read = {v: max((n for n, s in enumerate(self.steps) if v in s.reads), default=0)
-                           for v in range(len(self.steps) + 1)}  # fmt: skip
+        values = range(len(self.steps) + 1)
+        self._last_read = {v: max((n for n, s in enumerate(self.steps) if v in s.reads), default=0) for v in values}
+        self._begun_from = {0, *(s.of for s in self.steps if isinstance(s, Convolution))}
 
     def keep(self, channels: Channels, count: int) -> None:
         """So many channels of a group. Raises ValueError where activations are not finite."""
@@ -137,6 +138,9 @@ class Narrowing:
             step = self.steps[value - 1]
             read = [self._value(of, at, theirs=theirs) for of in step.reads]
             known[value] = run_step(step, weights.get(value - 1), *read)
+            for of in step.reads:  # what no convolution reads is quickly made again, and as large as any
+                if of not in self._begun_from and self._last_read[of] < value:
+                    known.pop(of, None)
         return known[value]
 
     def _comes_of(self, value: int, channels: Channels) -> bool:
