@@ -86,8 +86,8 @@ def test_merging_is_heeded_by_auto():
             candidates=["keep", "identity"], progress=False,
         ),
         lambda: thesean.compile(
-            models.mlp(), "auto", example_inputs=models.vectors(3, 8), constraints={"params": 100}, recipe="fast",
-            candidates=["keep", "identity"], progress=False,
+            models.mlp(), "auto", example_inputs=models.vectors(3, 8), constraints={"params": 150}, recipe="fast",
+            candidates=["keep", "narrow"], progress=False,
         ),
         lambda: thesean.baseline(
             models.mlp(), "mlp", kind="distillation", example_inputs=models.vectors(3, 8), recipe={"steps": 1},
