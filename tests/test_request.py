@@ -100,3 +100,19 @@ def test_a_warning_points_at_whoever_called(call):
     with pytest.warns(UserWarning, match="no data given") as caught:
         call()
     assert {w.filename for w in caught} == {__file__}
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        (10**6, r"the guide itself meets the constraints \(at most 1,000,000 parameters\): nothing to convert"),
+        (
+            100,
+            r"can't be met with these candidates .*no less than the guide's own part: linear.* That is the guide: ask",
+        ),
+    ],
+)
+def test_a_budget_that_leaves_all_to_the_guide_says_why(params, told):
+    given: dict[str, Any] = {"example_inputs": models.vectors(3, 8), "constraints": {"params": params}}
+    with pytest.warns(UserWarning, match="no data given"), pytest.raises(PlanError, match=told):
+        thesean.compile(models.mlp(), "auto", candidates=["keep", "linear"], recipe="fast", progress=False, **given)

@@ -13,7 +13,7 @@ from torch import nn
 
 from thesean import ranks
 from thesean.bind_data import bind_data, told_of
-from thesean.choose.choose import UNMET
+from thesean.choose.choose import UNMET, UNTRIED
 from thesean.choose.choose_plan import choose_plans
 from thesean.choose.constraints import Budgets, Constraints
 from thesean.choose.plans import Plans
@@ -354,9 +354,15 @@ def planned(
     """
     if request.is_auto:
         (chosen,), training = chosen_plans(captured, request, observer, journal)
-        warn(note for note in chosen.notes if note.startswith(UNMET))
+        unmet = [note for note in chosen.notes if note.startswith(UNMET)]
+        if not chosen.replaced and unmet:
+            why = "; ".join([*unmet, *(note for note in chosen.notes if note.startswith(UNTRIED))])
+            raise PlanError(
+                f"{why.removeprefix('warning: ')}. That is the guide: ask for less, or name other candidates."
+            )
         if not chosen.replaced:
             raise PlanError(f"the guide itself meets the constraints ({request.budgets[0]}): nothing to convert.")
+        warn(unmet)
         return bind_plan(captured, chosen), training
     if request.edited is not None:
         bound_plan = bind_plan(captured, request.edited)

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 # What the notes of a plan begin with that meets no budget
 UNMET = "warning: the constraints can't be met with these candidates"
 
+# ... and what is said of candidates that a part was not tried with
+UNTRIED = "not tried where they cost no less than the guide's own part"
+
 # Divergences after a few steps that differ by less are as good as equal: then the plan that changes less is taken
 _LEVEL = 0.05
 
@@ -78,7 +81,7 @@ def _chosen(search: Search, prober: Prober, timed: Timed | None, whole: GuideInI
         ranked = sorted(finalists, key=lambda c: scores[c].divergence if c in scores else math.inf)
         notes += [_told_finalist(search, timed, choice, prober, tuned.get(choice)) for choice in ranked]
     if search.skipped:
-        notes.append(f"not tried where they cost no less than the guide's own part: {', '.join(search.skipped)}")
+        notes.append(f"{UNTRIED}: {', '.join(search.skipped)}")
     plan = search.candidates.bind(best).plan
     return replace(plan, notes=(*plan.notes, *notes), candidates=search.rows(best))
 

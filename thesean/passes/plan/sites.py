@@ -191,7 +191,8 @@ class SiteFinder:
             )
         token_wise = scope_of(target) == "token-wise"
         attention = None if removes else find_attention(region, self.values)
-        channels, unread = self._channels(region) if takes_channels(target) else (None, "")
+        mlp = find_mlp(region, self.values) if token_wise else None
+        channels, unread = self._channels(region) if mlp is None and takes_channels(target) else (None, "")
         facts = PartFacts(
             path=path,
             whole=group.path,
@@ -201,7 +202,7 @@ class SiteFinder:
             params=count_params(self.graph_module, region.nodes),
             attention=attention,
             turned_unread=not removes and turned_unread(region, self.values, attention),
-            mlp=find_mlp(region, self.values) if token_wise and channels is None else None,
+            mlp=mlp,
             channels=channels,
             channels_unread=unread,
             is_branch=not removes and is_branch(region),
