@@ -9,9 +9,10 @@ from scratch and with plain logit distillation, at equal steps.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 import thesean
 from thesean.deploy.timing.latency import latency_of_models
 from thesean.report import Row, environment, render, write_report
+
+Model = TypeVar("Model", bound=nn.Module)
 
 STEPS = 300
 # Of (5e-4, 1e-3, 2e-3, 4e-3), three seeds each, this is the baselines' best rate; the conversion's is half of it, by
@@ -88,9 +91,14 @@ def digits() -> tuple[Shuffled, list[tuple[torch.Tensor, torch.Tensor]]]:
 
 def train_guide(data: Shuffled, seed: int = 0, steps: int = STEPS, block: type[nn.Module] = Block) -> Convnet:
     torch.manual_seed(seed)
-    model = Convnet(block).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    return train(Convnet(block), data, steps, 3e-3)
+
+
+def train(model: Model, data: Iterable[tuple[torch.Tensor, torch.Tensor]], steps: int, rate: float) -> Model:
+    """A classifier, from its first weights."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     for _, (x, y) in zip(range(steps), data, strict=False):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()

@@ -52,20 +52,13 @@ class Plain(nn.Module):
 
 
 def guide_of(kind: str, data: Any, seed: int, steps: int) -> nn.Module:
-    from examples.demo_digits import Block, train_guide
+    from examples.demo_digits import Block, train, train_guide
 
     if kind in ("pre-activated", "rectified"):
         return train_guide(data, seed, steps, {"pre-activated": Block, "rectified": Rectified}[kind])
     torch.manual_seed(seed)
-    model = (convnet() if kind == FASHION else Plain()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-    for _, (x, y) in zip(range(steps), data, strict=False):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
+    model: nn.Module = convnet() if kind == FASHION else Plain()
+    return train(model, data, steps, 1e-2)
 
 
 def bench(run: Run) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.targets.build import build
+from tests.targets.build import build, started
 from tests.tolerances import VALUE, relative_error
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import Affine, PartFacts, rebuild
@@ -63,12 +63,7 @@ def error_of(module, facts: MLPFacts) -> float:
 
 
 def narrowed(facts: MLPFacts, data=True, **options):
-    part = part_of(facts)
-    module = build("narrow", part, **options).eval()
-    module.copy_from(part)
-    if data:
-        module.prepare(part, examples_of(facts))
-    return module
+    return started("narrow", part_of(facts), examples_of(facts) if data else (), **options)
 
 
 def duplicated(facts: MLPFacts, gain: float) -> MLPFacts:

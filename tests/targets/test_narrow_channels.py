@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.targets.build import build
+from tests.targets.build import build, started
 from tests.targets.contract import channels, convolution
 from tests.targets.spatial_parts import map_part
 from tests.tolerances import VALUE, relative_error
@@ -95,12 +95,7 @@ def examples_of(facts: ChannelFacts, count: int = 8, seed: int = 1):
 
 
 def narrowed(facts: ChannelFacts, data: bool = True, **options):
-    part = part_of(facts)
-    module = build("narrow-channels", part, **options).eval()
-    module.copy_from(part)
-    if data:
-        module.prepare(part, examples_of(facts))
-    return module
+    return started("narrow-channels", part_of(facts), examples_of(facts) if data else (), **options)
 
 
 def error_of(module, facts: ChannelFacts) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.targets.build import build
+from tests.targets.build import build, started
 from tests.tolerances import VALUE, relative_error
 from thesean.errors import NumericalError, TargetMismatchError
 from thesean.targets import Affine, AttentionFacts, PartFacts, rebuild
@@ -49,11 +49,7 @@ def examples_of(part: PartFacts, count=8, seed=1) -> list[tuple[torch.Tensor, to
 
 
 def narrowed(part: PartFacts, data=True, target="narrow-heads", **options: Any) -> Any:
-    module = build(target, part, **options).eval()
-    module.copy_from(part)
-    if data:
-        module.prepare(part, examples_of(part))
-    return module
+    return started(target, part, examples_of(part) if data else (), **options)
 
 
 def error_of(module: Any, part: PartFacts) -> float:

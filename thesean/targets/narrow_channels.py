@@ -27,6 +27,7 @@ from thesean.targets.shared.channels import (
     Weights,
     needs,
     read_steps,
+    run_all,
     run_steps,
 )
 from thesean.targets.shared.facts import PartFacts
@@ -57,19 +58,25 @@ class NarrowChannels(TargetModule):
             {str(n): made for n, s in enumerate(self.steps) if n != self.solved and (made := _weights_of(s))}
         )
         if self.solved is not None:
-            step = self.steps[self.solved]
-            assert isinstance(step, Convolution)
+            step = self._last_step
             self.last = SmallLinear(step.channels_in * math.prod(step.kernel), step.channels_out)
 
     def config(self) -> dict[str, Any]:
         return {"steps": [step.model_dump(mode="json") for step in self.steps]}
 
+    @property
+    def _last_step(self) -> Convolution:
+        """The convolution that `last` holds the weights of."""
+        assert self.solved is not None
+        step = self.steps[self.solved]
+        assert isinstance(step, Convolution)
+        return step
+
     def own_weights(self) -> dict[int, Weights]:
         """By step, as it takes them."""
         found = {int(n): Weights(h.weight, h.bias) for n, h in self.weights.items() if isinstance(h, _Held)}
         if self.solved is not None:
-            step = self.steps[self.solved]
-            assert isinstance(step, Convolution)
+            step = self._last_step
             shape = (step.channels_out, step.channels_in, *step.kernel)
             found[self.solved] = Weights(self.last.weight.view(shape), self.last.bias)
         return found
@@ -79,9 +86,7 @@ class NarrowChannels(TargetModule):
 
     def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         """What the last convolution reads at each place, (B, ..., F)."""
-        assert self.solved is not None
-        step = self.steps[self.solved]
-        assert isinstance(step, Convolution)
+        step = self._last_step
         read = run_steps(self.steps, self.own_weights(), x, step.of)
         return patches(read, step).flatten(-1 - len(step.kernel)), None
 
@@ -113,12 +118,12 @@ class NarrowChannels(TargetModule):
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         shape = [sizes[d] if isinstance(d, str) else d for d in part.input_shape]
-        x, total = torch.empty(shape, device="meta"), 0
-        weights = {n: own.to("meta") for n, own in self.own_weights().items()}
+        weights, total = {n: own.to("meta") for n, own in self.own_weights().items()}, 0
+        values = run_all(self.steps, weights, torch.empty(shape, device="meta"))
         for number, step in enumerate(self.steps):
             if isinstance(step, Convolution):
                 # each weight meets each place of the output, or of the input where that is the smaller one
-                places = run_steps(self.steps, weights, x, step.of if step.transposed else number + 1)
+                places = values[step.of if step.transposed else number + 1]
                 total += 2 * places.shape[0] * math.prod(places.shape[2:]) * weights[number].weight.numel()
         return total
 

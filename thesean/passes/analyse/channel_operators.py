@@ -117,10 +117,17 @@ def _pad(name: str, of: int, given: Given, dims: int) -> ReadStep:
     return Pad(of=of, sizes=tuple(sizes), mode=mode), None
 
 
-OPERATORS: dict[str, Callable[[str, int, Given, int], ReadStep]] = {
+_Read = Callable[[str, int, Given, int], ReadStep]
+
+# of each number by itself, wherever channels lie
+ELEMENTWISE: dict[str, _Read] = {
     **dict.fromkeys(_BY_NAME, _named),
-    "gelu": _gelu, "leaky_relu": _leaky, "elu": _elu, "softplus": _softplus, "prelu": _slope, "_prelu_kernel": _slope,
+    "gelu": _gelu, "leaky_relu": _leaky, "elu": _elu, "softplus": _softplus,
     **dict.fromkeys(("hardtanh", "clamp", "clamp_min", "clamp_max"), _clamp),
+}  # fmt: skip
+
+OPERATORS: dict[str, _Read] = {
+    **ELEMENTWISE, "prelu": _slope, "_prelu_kernel": _slope,
     **{f"{form}_pool{dims}d": _pool for form in ("max", "avg") for dims in (1, 2, 3)},
     **{f"upsample_{form}{dims}d": _resize
        for form, dims in (("nearest", 1), ("nearest", 2), ("nearest", 3), ("linear", 1), ("bilinear", 2),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.analyse.channel_operators import OPERATORS, Given, ReadStep, Unread, sizes_of
+from thesean.passes.analyse.channel_operators import ELEMENTWISE, OPERATORS, Given, ReadStep, Unread, sizes_of
 from thesean.passes.analyse.regions import Region
 from thesean.targets.shared.channel_groups import ChannelFacts, Map
 from thesean.targets.shared.channels import (
@@ -28,7 +28,7 @@ from thesean.targets.shared.channels import (
     Scale,
     Step,
     Weights,
-    run_step,
+    run_all,
 )
 
 # Of the output's largest value.
@@ -40,10 +40,6 @@ _NOTHING = {
 # of a map of one place: with its other dimensions or without them
 _RESHAPED = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"}
 _ARITHMETIC = {"add", "mul", "sub", "div"}
-_ELEMENTWISE = {
-    "relu", "relu6", "silu", "mish", "hardswish", "selu", "hardsigmoid", "sigmoid", "tanh", "gelu", "leaky_relu", "elu",
-    "softplus", "hardtanh", "clamp", "clamp_min", "clamp_max", *_ARITHMETIC,
-}  # fmt: skip
 # What an end of a slice is called where there is none.
 _NO_END = 2**62
 
@@ -105,7 +101,7 @@ class _Reader:
             self.numbers[node] = self._add(*self._group_norm(given))
         elif name == "cat":
             self.numbers[node] = self._add(self._concatenate(node, given))
-        elif turned and name not in _ELEMENTWISE:
+        elif turned and name not in ELEMENTWISE and name not in _ARITHMETIC:
             raise Unread("reads channels last")
         elif name == "slice":
             self.numbers[node] = self._add(self._slice(first, given))
@@ -126,14 +122,10 @@ class _Reader:
     def facts(self, x: torch.Tensor, end: fx.Node) -> tuple[ChannelFacts, torch.Tensor]:
         """Of the steps up to `end`, and the value there."""
         last = self.numbers[end]
-        weights = {n: w for n, w in self.weights.items() if n < last}
-        found = [x]
-        for number, step in enumerate(self.steps[:last]):
-            held = weights.get(number)
-            wide = None if held is None else held.to(x.dtype)  # what the probe computes in
-            found.append(run_step(step, wide, *(found[of] for of in step.reads)))
-        maps = tuple(Map(int(v.shape[1]), math.prod(v.shape[2:])) for v in found)
-        return ChannelFacts(steps=tuple(self.steps[:last]), weights=weights, maps=maps), found[last]
+        steps, weights = tuple(self.steps[:last]), {n: w for n, w in self.weights.items() if n < last}
+        found = run_all(steps, {n: w.to(x.dtype) for n, w in weights.items()}, x)  # what the probe computes in
+        maps = tuple(Map(int(v.shape[1]), math.prod(v.shape[2:])) for v in found.values())
+        return ChannelFacts(steps=steps, weights=weights, maps=maps), found[last]
 
     def _of(self, value: Any) -> int:
         if not isinstance(value, fx.Node) or value not in self.numbers:

@@ -7,7 +7,7 @@ B batch, C channels, O output channels, I input channels, K taps of a kernel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -211,12 +211,7 @@ class Weights(NamedTuple):
 
 
 _Map = Callable[..., torch.Tensor]
-_CONVOLVE: dict[int, _Map] = {
-    0: lambda x, weight, bias, **_: F.linear(x, weight, bias),
-    1: F.conv1d,
-    2: F.conv2d,
-    3: F.conv3d,
-}
+_CONVOLVE: dict[int, _Map] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, _Map] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MAX: dict[int, _Map] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -285,13 +280,18 @@ def run_steps(
 ) -> torch.Tensor:
     """Value `wanted`, the last one by default; what it doesn't need is not computed."""
     wanted = len(steps) if wanted is None else wanted
-    needed = needs(steps, wanted)
+    return run_all(steps, weights, x, needs(steps, wanted))[wanted]
+
+
+def run_all(
+    steps: Sequence[Step], weights: Mapping[int, Weights], x: torch.Tensor, needed: Container[int] | None = None
+) -> dict[int, torch.Tensor]:
+    """Every value by its number, or those that are `needed`."""
     values = {0: x}
     for number, step in enumerate(steps):
-        if number + 1 in needed:
-            read = [values[of] for of in step.reads]
-            values[number + 1] = run_step(step, weights.get(number), *read)
-    return values[wanted]
+        if needed is None or number + 1 in needed:
+            values[number + 1] = run_step(step, weights.get(number), *(values[of] for of in step.reads))
+    return values
 
 
 def needs(steps: Sequence[Step], wanted: int) -> set[int]:

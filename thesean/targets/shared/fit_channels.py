@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from thesean.targets.shared.channel_groups import ChannelFacts, Channels, keep_rows
-from thesean.targets.shared.channels import Convolution, Weights, run_step
+from thesean.targets.shared.channels import Convolution, Weights, needs, run_step
 from thesean.targets.shared.select_features import fold, moments, select_features, select_groups
 
 # Places of maps that a selection looks at, per channel. Neighbours are alike, so it is more than tokens per neuron.
@@ -62,32 +62,39 @@ class Narrowing:
         # what is read at most places says which channels matter
         chief = max(readers, key=lambda value: self.maps[value].places * len(readers[value]))
         matrix_OW = torch.cat([_by_channel(self.guide[n].weight) for n in readers[chief]])
-        covariance_WW = moments(self._rows(chief, theirs=True)).covariance_EE
+        # before any of the readers' weights is another
+        theirs, ours = ({value: self._rows(value, theirs=who) for value in readers} for who in (True, False))
+        covariance_WW = moments(theirs[chief]).covariance_EE
         if channels.block > 1:
             best = select_groups(covariance_WW, matrix_OW, channels.block, count // channels.block)
             kept_S = in_blocks(best, channels.block)
         else:
             kept_S = select_features(covariance_WW, matrix_OW, count)
-        ours = {value: self._rows(value, theirs=False) for value in readers}  # before any of their weights is another
         for value, numbers in readers.items():
-            self._fold(value, numbers, kept_S, ours[value])
+            self._fold(numbers, kept_S, theirs[value], ours[value])
         keep_rows(self.weights, channels, kept_S)
+        made = {maker + 1 for maker in channels.makers}
         for known in self._ours:  # whatever comes of the group is another value now
-            for value in [v for v in known if any(v > maker for maker in channels.makers)]:
-                if self._comes_of(value, channels):
-                    del known[value]
+            for value in [v for v in known if not made.isdisjoint(needs(self.steps, v))]:
+                del known[value]
         for number in channels.readers:
             self._refit(number)
 
-    def _fold(self, value: int, readers: Sequence[int], kept_S: torch.Tensor, ours: Sequence[torch.Tensor]) -> None:
+    def _fold(
+        self,
+        readers: Sequence[int],
+        kept_S: torch.Tensor,
+        theirs: Sequence[torch.Tensor],
+        ours: Sequence[torch.Tensor],
+    ) -> None:
         """Into what reads a value, place by place, what the channels that are kept say of it as the guide has it."""
         together = []
-        for f_NW, g_NW in zip(self._rows(value, theirs=True), ours, strict=True):
+        for f_NW, g_NW in zip(theirs, ours, strict=True):
             kept_NS, missing_NW = g_NW[:, kept_S], f_NW.clone()
             missing_NW[:, kept_S] -= kept_NS
             together.append(torch.cat([missing_NW, kept_NS], 1))
         known = moments(together)
-        all_channels = self.maps[value].channels
+        all_channels = theirs[0].shape[1]
         at_S = torch.arange(all_channels, all_channels + len(kept_S), device=kept_S.device)
         for number in readers:
             weight, bias = self.guide[number]
@@ -142,19 +149,6 @@ class Narrowing:
                 if of not in self._begun_from and self._last_read[of] < value:
                     known.pop(of, None)
         return known[value]
-
-    def _comes_of(self, value: int, channels: Channels) -> bool:
-        """Whether a value is computed from what the group's makers give."""
-        made, front = {maker + 1 for maker in channels.makers}, [value]
-        seen: set[int] = set()
-        while front:
-            one = front.pop()
-            if one in made:
-                return True
-            if one and one not in seen:
-                seen.add(one)
-                front.extend(self.steps[one - 1].reads)
-        return False
 
 
 def in_blocks(kept: torch.Tensor, block: int) -> torch.Tensor:
