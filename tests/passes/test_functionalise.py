@@ -66,6 +66,30 @@ def test_a_sum_in_place_keeps_its_dtype_where_a_wider_tensor_is_added():
     assert torch.equal(found, Widening()(x, wide))
 
 
+class WritingToTheOnlyView(nn.Module):
+    """As classifiers do: a dropout in place of a map that was flattened, which nothing reads afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.2, inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.flatten(x * 2, 1)
+        self.dropout(y)
+        z = y.view(-1, 3)
+        z.add_(y.view(-1, 3))
+        return z
+
+
+def test_a_write_into_a_view_is_one_where_nothing_else_reads_what_it_views():
+    model = WritingToTheOnlyView().eval()
+    result = Functionalise()(traced(model, vectors(2, 3, 1)))
+    assert result.modified
+    assert not writes(result.graph_module)
+    x = vectors(2, 3, 1, seed=1)
+    assert torch.equal(result.graph_module(x), model(x))
+
+
 class WritingToAView(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x * 2

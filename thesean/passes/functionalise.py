@@ -73,7 +73,7 @@ def _twin(node: fx.Node) -> Any:
     if target.namespace != "aten" or not name.endswith("_") or not isinstance(node.args[0], fx.Node):
         return None
     twin = getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, None)
-    if twin is None or [a.name for a in twin._schema.arguments] != [a.name for a in target._schema.arguments]:
+    if twin is None or [a.name for a in twin._schema.arguments[1:]] != [a.name for a in target._schema.arguments[1:]]:
         return None
     have, want = node.args[0].meta.get("val"), node.meta.get("val")
     # x += y keeps the dtype and shape of x; x + y may widen them
@@ -85,19 +85,23 @@ def _twin(node: fx.Node) -> Any:
 
 
 def _owns_memory(source: Any, now: int, order: dict[fx.Node, int]) -> bool:
-    """`source` is no view, and no view of it is read after the write.
+    """Whether nothing that shares memory with `source` is read after the write, but `source` itself.
 
     A buffer that a forward writes to (a counter) keeps its value from call to call no longer: a graph has no memory.
     """
-    if _is_view(source):
-        return False
-    front = [u for u in source.users if _is_view(u) and order[u] < now]
-    while front:
-        view = front.pop()
-        if any(order[reader] > now for reader in view.users):
+    front = [_origin(source)]
+    for shared in front:
+        if shared is not source and any(order[reader] > now for reader in shared.users):
             return False
-        front.extend(reader for reader in view.users if _is_view(reader))
+        front.extend(u for u in shared.users if _is_view(u) and order[u] < now)
     return True
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a view, or a view of it, is a view of."""
+    while _is_view(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_view(node: fx.Node) -> bool:

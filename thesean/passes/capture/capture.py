@@ -43,6 +43,7 @@ from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
 from thesean.passes.graph.signature import Origin
 from thesean.passes.inline_regions import InlineRegions
+from thesean.passes.rejoin_norms import RejoinNorms
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
 from thesean.passes.write_out_operators import WriteOutOperators
@@ -53,7 +54,9 @@ logger = logging.getLogger(__name__)
 _VMAP = "torch._functorch.predispatch"
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), WriteOutSizes(), Simplify())
+CANONICAL = (
+    InlineRegions(), SplitLayers(), Functionalise(), RejoinNorms(), WriteOutOperators(), WriteOutSizes(), Simplify(),
+)  # fmt: skip
 
 
 def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:
