@@ -130,6 +130,75 @@ class OverTime(nn.Module):
         return x + self.conv2(F.pad(self.slope(self.bn(self.conv1(x))), (2, 1)))
 
 
+class Gated(nn.Module):
+    """Tokens, convolved over time with channels first: half of what they expand to gates the other half."""
+
+    def __init__(self, width: int, kernel: int = 5) -> None:
+        super().__init__()
+        hidden = 2 * width
+        self.norm, self.up = nn.LayerNorm(width), nn.Conv1d(width, 2 * hidden, 1)
+        self.depthwise = nn.Conv1d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden)
+        self.bn, self.down = nn.BatchNorm1d(hidden), nn.Conv1d(hidden, width, 1)
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        y = F.glu(self.up(self.norm(x_BTC).transpose(1, 2)), 1)
+        return x_BTC + self.down(F.silu(self.bn(self.depthwise(y)))).transpose(1, 2)
+
+
+class GatedMap(nn.Module):
+    """Half of a map that was convolved channel by channel, times the other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(width, 4 * width, 1), nn.Conv2d(2 * width, width, 1)
+        self.depthwise = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.depthwise(self.up(x)).chunk(2, dim=1)
+        return x + self.down(F.gelu(a) * b)
+
+
+class Shuffled(nn.Module):
+    """Half of the channels go by, and then all of them change places."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.body = nn.Sequential(convolved(half, 2 * half, 1), convolved(2 * half, half))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=1)
+        y = torch.cat([a, self.body(b)], 1)
+        batch, channels, height, width = y.shape
+        return y.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class Mixed(nn.Module):
+    """An MLP of tokens that are laid out as an image and convolved between its two maps."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.side, hidden = side, 4 * width
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        y = self.up(self.norm(x_BTC)).transpose(1, 2)
+        y = self.depthwise(y.view(*y.shape[:2], self.side, self.side)).flatten(2).transpose(1, 2)
+        return x_BTC + self.down(F.gelu(y))
+
+
+class Tokens(nn.Module):
+    """Places of a map or a line in a row, blocks that read (batch, tokens, width), and classes of their mean."""
+
+    def __init__(self, patches: nn.Module, *layers: nn.Module, width: int) -> None:
+        super().__init__()
+        self.patches, self.body, self.head = patches, nn.Sequential(*layers), nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 class Headed(nn.Module):
     """Means of the last map, and classes."""
 
@@ -177,6 +246,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "squared": (lambda: Headed(nn.Conv2d(3, 16, 3), Grouped(16, True), Grouped(16, True), width=16), MAP),
     "separable": (separable, MAP),
     "vectors": (vectors, (6,)),
+    "gated": (lambda: Tokens(nn.Conv1d(4, 8, 3), Gated(8), Gated(8), width=8), LINE),
+    "gated map": (lambda: Headed(nn.Conv2d(3, 8, 3), GatedMap(8), GatedMap(8), width=8), MAP),
+    "shuffled": (lambda: Headed(nn.Conv2d(3, 16, 3), Shuffled(16), Shuffled(16), width=16), MAP),
+    "mixed": (lambda: Tokens(nn.Conv2d(3, 8, 4, 4), Mixed(8, 4), Mixed(8, 4), width=8), MAP),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -22,8 +23,10 @@ from thesean.targets.shared.channels import (
     Concatenate,
     GroupNorm,
     Join,
+    Lay,
     Norm,
     Pad,
+    Pick,
     Pool,
     Scale,
     Slope,
@@ -43,7 +46,7 @@ def facts_of(*steps: Step, width: int = 6, size: int = 8, seed: int = 0, copies:
             shape = (step.channels_out // copies, step.channels_in // step.groups, *step.kernel)
             weight = torch.randn(shape, generator=generator) * math.prod(shape[1:]) ** -0.5
             bias = 0.1 * torch.randn(shape[0], generator=generator)
-            weights[number] = Weights(weight.repeat(copies, 1, 1, 1), bias.repeat(copies))
+            weights[number] = Weights(weight.repeat(copies, *[1] * (weight.ndim - 1)), bias.repeat(copies))
         elif step.kind in ("scale", "norm", "group-norm"):
             rows = 1 + 0.2 * torch.randn(2, step.channels // copies, generator=generator)
             weights[number] = Weights(*rows.repeat(1, copies))
@@ -55,6 +58,7 @@ def facts_of(*steps: Step, width: int = 6, size: int = 8, seed: int = 0, copies:
 
 
 RELU = Activate(of=1, name="relu")
+LINE = {"kernel": (1,), "stride": (1,), "padding": (0,), "dilation": (1,)}
 BLOCKS: dict[str, tuple[Step, ...]] = {
     "basic": (convolution(6, 16), RELU, convolution(16, 6, of=2), Join(of=0, other=3, form="sum")),
     "rectified": (
@@ -79,6 +83,22 @@ BLOCKS: dict[str, tuple[Step, ...]] = {
     "normed": (
         convolution(6, 6, of=0, groups=6), Norm(of=1, channels=6, eps=1e-6), convolution(6, 24, 1, of=2),
         Activate(of=3, name="gelu"), convolution(24, 6, 1, of=4), Join(of=0, other=5, form="sum"),
+    ),
+    "gated": (
+        convolution(6, 16, 1), convolution(6, 16, 1), Activate(of=2, name="sigmoid"),
+        Join(of=1, other=3, form="product"), convolution(16, 16, of=4, groups=16), convolution(16, 6, of=5),
+    ),
+    "larger": (
+        convolution(6, 16), convolution(6, 16), Join(of=1, other=2, form="maximum"), convolution(16, 6, 1, of=3),
+    ),
+    "shuffled": (
+        Pick(of=0, places=(3, 4, 5)), convolution(3, 16, of=1), Activate(of=2, name="relu"), convolution(16, 4, of=3),
+        Pick(of=0, places=(0, 1)), Concatenate(of=4, others=(5,)), Pick(of=6, places=(4, 0, 1, 5, 2, 3)),
+    ),
+    "laid": (
+        Lay(of=0), convolution(6, 24, 1).model_copy(update=LINE | {"of": 1}), Lay(of=2, size=(8, 8)),
+        convolution(24, 24, of=3, groups=24), Activate(of=4, name="gelu"), Lay(of=5),
+        convolution(24, 6, 1).model_copy(update=LINE | {"of": 6}), Lay(of=7, size=(8, 8)),
     ),
 }  # fmt: skip
 
@@ -129,9 +149,26 @@ def test_data_choose_better_than_weights(block):
 def test_a_solved_layer_reads_its_features(block):
     module = narrowed(facts_of(*BLOCKS[block]))
     ((x, _),) = examples_of(facts_of(*BLOCKS[block]), 1)
-    assert hasattr(module, "last") == (block != "squeezed")
+    assert hasattr(module, "last") == (block not in ("squeezed", "shuffled", "laid"))
     if hasattr(module, "last"):
         assert relative_error(module.complete(x, *module.features(x)), module(x)) < VALUE[torch.float32]
+
+
+@pytest.mark.parametrize("block", ["gated", "normed"])
+def test_channels_that_come_last_are_the_same_part(block):
+    facts = facts_of(*BLOCKS[block])
+    first, examples = narrowed(facts), examples_of(facts)
+    turned = dataclasses.replace(facts, channels_last=True)
+    part = map_part((8, 8, 6), (8, 8, 6), channels=turned)
+    last = started("narrow-channels", part, [(x.movedim(1, -1), y.movedim(1, -1)) for x, y in examples])
+    x, _ = examples[0]
+    assert relative_error(last(x.movedim(1, -1)).movedim(-1, 1), first(x)) < VALUE[torch.float32]
+    assert (
+        relative_error(last.complete(x.movedim(1, -1), *last.features(x.movedim(1, -1))).movedim(-1, 1), first(x))
+        < (VALUE[torch.float32])
+    )
+    assert last.flops(part, {"batch": 2}) == first.flops(part_of(facts), {"batch": 2})
+    assert rebuild("narrow-channels", last.config()).channels_last
 
 
 def test_what_comes_before_a_rectifier_is_solved_where_the_guide_shows_it():

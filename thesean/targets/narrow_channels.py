@@ -39,7 +39,8 @@ from thesean.targets.shared.sequence import SmallLinear
 
 
 class NarrowChannels(TargetModule):
-    """The part's own steps, y = steps(x), with fewer channels inside. (B, C, ...) -> (B, O, ...), of any size.
+    """The part's own steps, y = steps(x), with fewer channels inside. (B, C, ...) -> (B, O, ...), of any size, or
+    (B, ..., C) -> (B, ..., O) where `channels_last`.
 
     `copy_from` keeps the channels with the largest weights; `prepare` chooses them anew by what they do to what reads
     them, and folds the others into that, each place by itself (He, Zhang and Sun 2017; Luo, Wu and Lin 2017, with the
@@ -49,10 +50,11 @@ class NarrowChannels(TargetModule):
 
     family = "narrow-channels"
 
-    def __init__(self, *, steps: list[dict[str, Any]]) -> None:
+    def __init__(self, *, steps: list[dict[str, Any]], channels_last: bool = False) -> None:
         """Raises ValueError for what is none of the steps."""
         super().__init__()
         self.steps = read_steps(steps)
+        self.channels_last = channels_last
         self.solved = _solved(self.steps)
         self.weights = nn.ModuleDict(
             {str(n): made for n, s in enumerate(self.steps) if n != self.solved and (made := _weights_of(s))}
@@ -62,7 +64,7 @@ class NarrowChannels(TargetModule):
             self.last = SmallLinear(step.channels_in * math.prod(step.kernel), step.channels_out)
 
     def config(self) -> dict[str, Any]:
-        return {"steps": [step.model_dump(mode="json") for step in self.steps]}
+        return {"steps": [step.model_dump(mode="json") for step in self.steps], "channels_last": self.channels_last}
 
     @property
     def _last_step(self) -> Convolution:
@@ -82,19 +84,28 @@ class NarrowChannels(TargetModule):
         return found
 
     def forward(self, x: torch.Tensor, state: State | None = None) -> torch.Tensor:
-        return run_steps(self.steps, self.own_weights(), x)
+        return self._value(x, len(self.steps))
+
+    def _value(self, x: torch.Tensor, wanted: int) -> torch.Tensor:
+        """One of the steps' values, laid out as the part has it."""
+        y = run_steps(self.steps, self.own_weights(), self._first(x), wanted)
+        return y.movedim(1, -1) if self.channels_last else y
+
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        """Channels first."""
+        return x.movedim(-1, 1) if self.channels_last else x
 
     def features(self, x: torch.Tensor, state: State | None = None) -> tuple[torch.Tensor, State | None]:
         """What the last convolution reads at each place, (B, ..., F)."""
         step = self._last_step
-        read = run_steps(self.steps, self.own_weights(), x, step.of)
+        read = run_steps(self.steps, self.own_weights(), self._first(x), step.of)
         return patches(read, step).flatten(-1 - len(step.kernel)), None
 
     def shape(self, y: torch.Tensor) -> torch.Tensor:
-        return y.movedim(-1, 1)
+        return y if self.channels_last else y.movedim(-1, 1)
 
     def unshape(self, y: torch.Tensor) -> torch.Tensor:
-        return y.movedim(1, -1)
+        return y if self.channels_last else y.movedim(1, -1)
 
     def complete(
         self, x: torch.Tensor, features: torch.Tensor, state: State | None, mask: torch.Tensor | None = None
@@ -106,7 +117,7 @@ class NarrowChannels(TargetModule):
         """Where a rectifier comes last: y where it is above zero, and elsewhere what is below zero already."""
         if not _rectified(self.steps):
             return y
-        own = run_steps(self.steps, self.own_weights(), x, self.steps[-1].of)
+        own = self._value(x, self.steps[-1].of)
         return torch.where(y > 0, y, own.clamp(max=0).to(y.dtype))
 
     def skip(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -114,12 +125,12 @@ class NarrowChannels(TargetModule):
         if self.solved is None or not isinstance(end, Join):
             return None
         (other,) = {end.of, end.other} - {self.solved + 1}
-        return run_steps(self.steps, self.own_weights(), x, other)
+        return self._value(x, other)
 
     def flops(self, part: PartFacts, sizes: dict[str, int]) -> int:
         shape = [sizes[d] if isinstance(d, str) else d for d in part.input_shape]
         weights, total = {n: own.to("meta") for n, own in self.own_weights().items()}, 0
-        values = run_all(self.steps, weights, torch.empty(shape, device="meta"))
+        values = run_all(self.steps, weights, self._first(torch.empty(shape, device="meta")))
         for number, step in enumerate(self.steps):
             if isinstance(step, Convolution):
                 # each weight meets each place of the output, or of the input where that is the smaller one
@@ -157,7 +168,7 @@ class NarrowChannels(TargetModule):
         facts = part.channels
         if facts is None or not self._fits(facts) or not examples:
             return
-        narrowing = Narrowing(facts, [x for x, _ in examples])
+        narrowing = Narrowing(facts, [self._first(x) for x, _ in examples])
         for channels in facts.inner:
             try:
                 narrowing.keep(channels, self._count(channels))
@@ -173,7 +184,7 @@ class NarrowChannels(TargetModule):
         return step.channels_out
 
     def _fits(self, facts: ChannelFacts) -> bool:
-        if len(facts.steps) != len(self.steps):
+        if len(facts.steps) != len(self.steps) or facts.channels_last != self.channels_last:
             return False
         counts = [self._count(channels) for channels in facts.inner]
         return narrowed(facts.steps, facts.inner, counts) == self.steps
@@ -247,7 +258,8 @@ def build(part: PartFacts, options: NarrowChannelsOptions) -> NarrowChannels:
     assert facts is not None  # check
     counts = [fewer(channels, options) for channels in facts.inner]
     steps = narrowed(facts.steps, facts.inner, counts)
-    return NarrowChannels(steps=[step.model_dump(mode="json") for step in steps])
+    told = [step.model_dump(mode="json") for step in steps]
+    return NarrowChannels(steps=told, channels_last=facts.channels_last)
 
 
 TARGET = Family(

@@ -40,6 +40,10 @@ def regions(name: str) -> tuple[list[Region], Recorded]:
         ("plain", [[16], [32]]),
         ("grouped", [[16], [16]]),
         ("separable", [[]] * 7),
+        ("gated", [[16], [16]]),
+        ("gated map", [[16], [16]]),
+        ("shuffled", [[16], [16]]),
+        ("mixed", [[32], [32]]),
     ],
 )
 def test_a_block_is_read_with_the_channels_that_are_its_own(name, groups):
@@ -47,7 +51,9 @@ def test_a_block_is_read_with_the_channels_that_are_its_own(name, groups):
     facts = [find_channels(region, values)[0] for region in found]
     assert [[c.count for c in f.inner] if f else None for f in facts] == groups
     for region, f in zip(found, facts, strict=True):
-        y = run_steps(f.steps, f.weights, values[region.entry])
+        x = values[region.entry]
+        y = run_steps(f.steps, f.weights, x.movedim(-1, 1) if f.channels_last else x)
+        y = y.movedim(1, -1) if f.channels_last else y
         torch.testing.assert_close(y, values[region.exit], rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
@@ -63,6 +69,8 @@ def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
             self.norm = nn.BatchNorm2d(4, track_running_stats=False)
             self.kept = nn.BatchNorm1d(4)
             self.grouped = nn.GroupNorm(2, 4)
+            self.kept_map = nn.BatchNorm2d(4)
+            self.kept_map.running_mean.copy_(self.numbers.detach())
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return function(self, x * 1.0)
@@ -101,6 +109,19 @@ def gated(m: Any, x_BC: torch.Tensor) -> torch.Tensor:
         lambda m, x: F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2),
         lambda m, x: F.conv2d(x, m.weight, padding=2)[:, :, :-2, 1:-1],
         lambda m, x: F.relu(x)[:, :, 1:4, :99],
+        lambda m, x: F.glu(F.conv2d(x, m.weight), 1),
+        lambda m, x: F.glu(F.relu(F.conv2d(x, m.weight)).permute(0, 2, 3, 1), -1).permute(0, 3, 1, 2),
+        lambda m, x: torch.mul(*F.conv2d(x, m.weight[:, :1], groups=4).chunk(2, 1)),
+        lambda m, x: torch.maximum(*m.kept_map(F.conv2d(x, m.weight)).split([2, 2], 1)),
+        lambda m, x: torch.max(*F.prelu(F.conv2d(x, m.weight), m.numbers).tensor_split(2, 1)),
+        lambda m, x: F.conv2d(x, m.weight)[:, :1] * F.avg_pool2d(F.conv2d(x, m.weight), 1)[:, -3:],
+        lambda m, x: torch.cat([x[:, 1:], F.relu(x)[:, :1]], 1),
+        lambda m, x: sum((x + F.relu(x)).chunk(2, 1)),
+        lambda m, x: torch.cat([x.permute(0, 2, 3, 1), x.relu().permute(0, 2, 3, 1)], -1).permute(0, 3, 1, 2),
+        lambda m, x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2),
+        lambda m, x: F.relu(x.view(-1, 4, 1, 6, 6).permute(0, 2, 1, 3, 4).reshape(-1, 4, 6, 6)),
+        lambda m, x: F.conv1d(x.flatten(2), m.weight[..., 0, :1]).view(-1, 4, 6, 6),
+        lambda m, x: F.conv2d(F.relu(x.reshape(-1, 4, 36)).unflatten(2, (4, 9)), m.weight),
         lambda m, x: F.pad(F.pad(x, (1, 0, 2, 1), mode="reflect"), (1, 1, 0, 1), mode="replicate"),
         lambda m, x: nn.ReflectionPad2d(2)(nn.ReplicationPad2d(1)(F.pad(x, (1, 1, 1, 1), mode="circular"))),
         lambda m, x: m.grouped(x) + F.instance_norm(x, weight=m.numbers, bias=m.numbers),
@@ -123,6 +144,23 @@ def test_what_keeps_channels_apart_is_read_however_it_is_written(function):
     assert facts is not None, unread
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.linear(
+            F.gelu(F.linear(x, m.weight.flatten()[:12].view(2, 6))), m.weight.flatten()[:8].view(4, 2)
+        ),
+        lambda m, x: F.layer_norm(x, (6,)) + m.weight[0, :1, 0].repeat(1, 2),
+        lambda m, x: torch.cat([F.glu(x, -1), x[..., :2], torch.mul(*x.chunk(2, 3))], -1),
+    ],
+)
+def test_channels_that_come_last_are_read_there(function):
+    facts, unread = read(function)
+    assert facts is not None, unread
+    assert facts.channels_last
+    assert facts.maps[0].channels == 6
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_lines_and_volumes_are_maps(rank):
     convolve = F.conv1d if rank == 1 else F.conv3d
@@ -142,19 +180,24 @@ def test_lines_and_volumes_are_maps(rank):
     [
         (lambda m, x: m.norm(x), "norms by the batch's own statistics"),
         (lambda m, x: x[:, :, ::2], "slice.Tensor is not among what can be read"),
-        (lambda m, x: x[:, 1:], "slice.Tensor is not among what can be read"),
+        (lambda m, x: F.relu(x)[:, ::2], "slice.Tensor is not among what can be read"),
+        (lambda m, x: torch.add(*x.chunk(2, 2)), "of places, and no channels"),
+        (lambda m, x: F.glu(x, 2), "of places, and no channels"),
+        (lambda m, x: x.view(-1, 2, 2, 6, 6).relu().view(-1, 4, 6, 6), "is not among what can be read"),
+        (lambda m, x: x.transpose(1, 2).reshape(-1, 4, 6, 6), "lays out a map in another way"),
+        (lambda m, x: x.permute(0, 2, 3, 1), "it gives channels in another place than it reads them"),
         (lambda m, x: F.interpolate(x, (9, 9)), "to a size that is given"),
-        (lambda m, x: x.flatten(2), "is not among what can be read"),
+        (lambda m, x: x.flatten(1), "is not among what can be read"),
         (lambda m, x: F.conv2d(x, F.relu(x)[:1]), "slice"),
         (lambda m, x: x - F.relu(x), "of two maps is not among what can be read"),
         (lambda m, x: 1 - F.relu(x), "is not among what can be read"),
         (lambda m, x: torch.cat([x, x], 2), "of places, and no channels"),
         (lambda m, x: x.transpose(2, 3), "lays out a map in another way"),
         (lambda m, x: F.pad(x, (1, 1), value=1.0), "pads with something else than zeros"),
-        (lambda m, x: x + m.weight[0, :1, 0].repeat(1, 2), "by a number for each place"),
+        (lambda m, x: F.conv2d(x, m.weight) + m.numbers, "by a number for each place"),
         (lambda m, x: x.mean(1, keepdim=True), "of other dimensions than the map's"),
         (lambda m, x: F.layer_norm(x, (6, 6)), "norms places, and no channels"),
-        (lambda m, x: F.linear(x, m.weight.flatten()[:6].view(1, 6)), "reads places, and no channels"),
+        (lambda m, x: F.linear(F.conv2d(x, m.weight), m.weight[..., 0, 0]), "reads places, and no channels"),
         (lambda m, x: F.elu(x, 0.5), "has an alpha of its own"),
         (lambda m, x: F.softplus(x, 2), "has a beta of its own"),
         (lambda m, x: F.avg_pool2d(x, 2, divisor_override=3), "divides by a number of its own"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.convnets import network
-from thesean.errors import PlanError
+from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.make_plan import bind_plan, make_plan
@@ -48,6 +48,26 @@ def test_perceptrons_of_vectors_keep_to_themselves():
     blocks = [nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)) for _ in range(2)]
     plan = make_plan(capture(nn.Sequential(*blocks, nn.Linear(8, 3)).eval(), torch.randn(4, 8)), "narrow").plan
     assert [p.members for p in plan.parts] == [(), ()]
+
+
+class Framed(nn.Module):
+    """Each step is convolved and mapped by itself, then all are read by a recurrence: x_BTD -> y_BT3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.map = nn.Conv1d(1, 2, 5), nn.Linear(16, 12)
+        self.lstm, self.out = nn.LSTM(12, 12, batch_first=True), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, time, width = x.shape
+        y = nn.functional.max_pool1d(self.conv(x.reshape(-1, width).unsqueeze(1)).relu(), 2)
+        y = self.map(y.view(-1, 16)).reshape(batch, time, 12)
+        return self.out(self.lstm(y)[0])
+
+
+def test_a_row_ends_where_it_can_no_longer_be_read():
+    with pytest.raises(TargetMismatchError, match=r"^map: target 'narrow' expected convolutions"):
+        make_plan(capture(Framed().eval(), torch.randn(2, 7, 20)), "narrow")
 
 
 @pytest.mark.parametrize("name", ["basic", "pre-activated", "next", "over time"])

@@ -22,6 +22,14 @@ class Unread(Exception):
     """An operator that is none of the steps."""
 
 
+def given_to(node: fx.Node) -> Given:
+    """An operator's arguments by name, with its defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    given |= dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
+    return {a.name: given[a.name] for a in schema if a.name in given}
+
+
 def sizes_of(told: Any, dims: int) -> tuple[int, ...]:
     sizes = list(told) if isinstance(told, (list, tuple)) else [told]
     if not all(isinstance(size, int) for size in sizes):

@@ -75,6 +75,8 @@ class SiteFinder:
         if scope == "members":
             return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
+        if takes_channels(target):
+            inner += [(p, r) for p, r in self._branches(keeps, "mixing", explicit=False) if self._narrows(r)]
         if not inner:
             return (), self._nothing(keeps, target, scope)
         found = [*dropped, *(self._site(group, path, region, target) for path, region in inner)]
@@ -89,8 +91,9 @@ class SiteFinder:
         return self._blocks[group.path]
 
     def _is_mlp(self, named: NamedRegion) -> bool:
-        """Whether vectors go through a perceptron, beside a stream or alone: its neurons are chosen as a sequence's."""
-        if self.values[named.region.entry].ndim != 2:
+        """Whether vectors or tokens go through a perceptron, beside a stream or alone: neurons are chosen as such."""
+        facts = self.channels(named.region)
+        if self.values[named.region.entry].ndim != 2 and not (facts and facts.channels_last):
             return False
         inner = self._branches(named, "token-wise", explicit=True)
         return any(find_mlp(region, self.values) is not None for _, region in inner)
@@ -107,8 +110,7 @@ class SiteFinder:
     def _channels(self, region: Region) -> tuple[ChannelFacts | None, str]:
         key = ("channels", region.entry, region.exit)
         if key not in self._findings:
-            maps = self.values[region.entry].ndim in (2, 4, 5) or is_channels_first(region, self.values)
-            self._findings[key] = find_channels(region, self.values) if maps else (None, "it reads no feature map")
+            self._findings[key] = find_channels(region, self.values)
         return self._findings[key]
 
     def _whole(self, group: Group, target: Target) -> Site:
@@ -136,16 +138,15 @@ class SiteFinder:
     def _nothing(self, named: NamedRegion, target: Target, scope: Scope) -> str:
         """Why a part has nothing to replace, from what the whole part was seen to do: as its row says."""
         if scope != "mixing":
-            if self.values[named.region.entry].ndim == 4:
-                facts, unread = self._channels(named.region)
-                if facts is not None and facts.inner:
-                    return "its channels go out of the whole part: leave scope= out"
-                why = unread if facts is None else "it has no channels but its input's and its output's"
-                return (
-                    f"of its channels it can't take any: {why}. For fewer channels inside choose target 'bottleneck' "
-                    "or 'resnet-block' with width="
-                )
-            return "nothing token-wise in it"
+            facts, unread = self._channels(named.region)
+            square = self.values[named.region.entry].ndim == 4
+            if facts is None and not square:
+                return "nothing token-wise in it"
+            if facts is not None and facts.inner:
+                return "its channels go out of the whole part: leave scope= out"
+            why = unread if facts is None else "it has no channels but its input's and its output's"
+            instead = ". For fewer channels inside choose target 'bottleneck' or 'resnet-block' with width="
+            return f"of its channels it can't take any: {why}{instead if square else ''}"
         mixing = probe_mixing(named.region, self.values)
         if mixing == "none":
             if shown := self._shown(named):

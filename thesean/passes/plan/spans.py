@@ -30,7 +30,7 @@ def spanned(
         together = None
         if before is not None and chosen[before.path] == target and _plain(group, target, sites):
             together = join_any(division.flow, before, group)
-        if together is not None and before is not None:
+        if together is not None and before is not None and sites.channels(together.region) is not None:
             groups[-1] = together
             del chosen[before.path]
             group = together

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from thesean.targets.shared.channels import Concatenate, Convolution, GroupNorm, Norm, Scale, Slope, Step, Weights
+from thesean.targets.shared.channels import Concatenate, Convolution, GroupNorm, Norm, Pick, Scale, Slope, Step, Weights
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def inner_channels(steps: Sequence[Step], maps: Sequence[Map]) -> tuple[Channels
             elif not step.mixes:
                 fixed |= {step.of, number + 1}
             continue
-        if isinstance(step, (Norm, Concatenate)):  # all of its channels meet, or stand in a place of their own
+        if isinstance(step, (Norm, Concatenate, Pick)):  # all of its channels meet, or stand in a place of their own
             fixed |= {*step.reads, number + 1}
             continue
         for read in step.reads:
@@ -95,11 +95,15 @@ def _has_weights(step: Step) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelFacts:
-    """A part that maps feature maps, read off the graph: its steps, their weights, and what each value is."""
+    """A part that maps feature maps, read off the graph: its steps, their weights, and what each value is.
+
+    `channels_last`: the part reads and gives (B, ..., C), as sequences are; the steps have them (B, C, ...).
+    """
 
     steps: tuple[Step, ...]
     weights: Mapping[int, Weights]
     maps: tuple[Map, ...]
+    channels_last: bool = False
 
     @property
     def inner(self) -> tuple[Channels, ...]:

@@ -121,6 +121,13 @@ class Resize(_Step):
     corners: bool = False
 
 
+class Lay(_Step):
+    """The places of a map in other dimensions: those of an image in a line, and of a line as an image of `size`."""
+
+    kind: Literal["lay"] = "lay"
+    size: Counts = ()
+
+
 class Norm(_Step):
     """The layer norm of the channels at each place: weight, bias."""
 
@@ -153,12 +160,19 @@ class Concatenate(_Step):
         return (self.of, *self.others)
 
 
+class Pick(_Step):
+    """Some of the channels, or all in another order."""
+
+    kind: Literal["pick"] = "pick"
+    places: Annotated[Sizes, Field(min_length=1)]
+
+
 class Join(_Step):
-    """Two values added or multiplied; one may have one number a channel."""
+    """Two values added or multiplied, or the larger of them; one may have one number a channel."""
 
     kind: Literal["join"] = "join"
     other: int = Field(ge=0)
-    form: Literal["sum", "product"]
+    form: Literal["sum", "product", "maximum"]
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -166,7 +180,20 @@ class Join(_Step):
 
 
 Step = Annotated[
-    Convolution | Scale | Slope | Activate | Pool | Average | Pad | Resize | Norm | GroupNorm | Concatenate | Join,
+    Convolution
+    | Scale
+    | Slope
+    | Activate
+    | Pool
+    | Average
+    | Pad
+    | Resize
+    | Lay
+    | Norm
+    | GroupNorm
+    | Concatenate
+    | Pick
+    | Join,
     Field(discriminator="kind"),
 ]
 _STEPS: TypeAdapter[tuple[Step, ...]] = TypeAdapter(tuple[Step, ...])
@@ -213,6 +240,7 @@ class Weights(NamedTuple):
 _Map = Callable[..., torch.Tensor]
 _CONVOLVE: dict[int, _Map] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, _Map] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_JOINED: dict[str, _Map] = {"sum": torch.add, "product": torch.mul, "maximum": torch.maximum}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MAX: dict[int, _Map] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _MEAN: dict[int, _Map] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -263,6 +291,8 @@ def run_step(step: Step, weights: Weights | None, x: torch.Tensor, *others: torc
         if step.form == "nearest":
             return F.interpolate(x, scale_factor=step.times, mode="nearest")
         return F.interpolate(x, scale_factor=step.times, mode=_LINEAR[dims], align_corners=step.corners)
+    if isinstance(step, Lay):
+        return x.reshape(*x.shape[:2], *step.size) if step.size else x.flatten(2)
     if isinstance(step, Norm):
         assert weights is not None
         return F.layer_norm(x.movedim(1, -1), (step.channels,), *weights, eps=step.eps).movedim(-1, 1)
@@ -271,8 +301,12 @@ def run_step(step: Step, weights: Weights | None, x: torch.Tensor, *others: torc
         return F.group_norm(x, len(weights.weight) // step.block, *weights, eps=step.eps)
     if isinstance(step, Concatenate):
         return torch.cat([x, *others], 1)
+    if isinstance(step, Pick):
+        first, count = step.places[0], len(step.places)
+        in_a_row = step.places == tuple(range(first, first + count))
+        return x.narrow(1, first, count) if in_a_row else x[:, list(step.places)]
     (other,) = others
-    return x + other if step.form == "sum" else x * other
+    return _JOINED[step.form](x, other)
 
 
 def run_steps(
@@ -303,3 +337,23 @@ def needs(steps: Sequence[Step], wanted: int) -> set[int]:
         needed |= above
         front.extend(above)
     return needed
+
+
+def needed_steps(
+    steps: Sequence[Step], weights: Mapping[int, Weights], wanted: int
+) -> tuple[tuple[Step, ...], dict[int, Weights]]:
+    """The steps that a value is computed from, and their weights, numbered anew: the value comes last."""
+    needed = sorted(needs(steps, wanted) | {0})
+    number_of = {value: number for number, value in enumerate(needed)}
+    kept: list[Step] = []
+    own: dict[int, Weights] = {}
+    for value in needed[1:]:
+        step = steps[value - 1]
+        reads = {"of": number_of[step.of]}
+        if isinstance(step, Join):
+            reads["other"] = number_of[step.other]
+        if value - 1 in weights:
+            own[len(kept)] = weights[value - 1]
+        others = {"others": tuple(number_of[o] for o in step.others)} if isinstance(step, Concatenate) else {}
+        kept.append(step.model_copy(update=reads | others))
+    return tuple(kept), own
