@@ -15,7 +15,7 @@ from thesean.distill.data import Feed, make_feed
 from thesean.distill.gathered import Gathered
 from thesean.distill.guide_cache import GuideCache
 from thesean.distill.losses import as_the_guide, warn_of_chance
-from thesean.distill.outputs import read_outputs
+from thesean.distill.outputs import named_outputs, read_outputs
 from thesean.distill.saved_activations import SavedActivations
 from thesean.distill.task import Task
 from thesean.distill.training import Training
@@ -27,6 +27,9 @@ from thesean.request import Request
 from thesean.run_facts import MADE_WITH, run_facts
 from thesean.warn import warn
 
+# Batches of one row that are looked at for what outputs are, and numbers of theirs that are held together
+_ROWS, _NUMBERS = 32, 2**24
+
 
 def bind_data(captured: Captured, request: Request, observer: Observer, journal: Journal = KEEPS_NOTHING) -> Training:
     """The user's data and task, read through the guide's signature. Warns where there is no data."""
@@ -36,6 +39,8 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     with torch.no_grad():
         first = captured.graph_module(**inputs)
         observed = _observed(captured, inputs, first, feed.example_labels)
+        if captured.signature.check(inputs).get("batch", 1) == 1:
+            observed = _single_rows(captured, [given for _, given in feed.held_out[1:]], observed)
         with telling("loss(output, batch)"):
             loss, metric, asked = as_the_guide(request.loss, request.metric, lambda: wrap(first), batch)
             told = warn_of_chance(loss, lambda: wrap(first), batch)
@@ -101,6 +106,20 @@ def _observed(
         if _alike(few, own) and any(not torch.equal(few[name], value) for name, value in own.items()):
             return [output, captured.graph_module(**few)]
     return [output]
+
+
+def _single_rows(captured: Captured, others: Sequence[dict[str, torch.Tensor]], observed: list[Any]) -> list[Any]:
+    """The first of what was observed, and what the guide gives on other batches of one row: how far apart its outputs
+    are shows in several alone. As they were where there are no others.
+    """
+    found, numbers = observed[:1], 0
+    for inputs in others[:_ROWS]:
+        output = captured.graph_module(**inputs)
+        numbers += sum(v.numel() for v in named_outputs(output).values())
+        if numbers > _NUMBERS:
+            break
+        found.append(output)
+    return found if len(found) > 1 else observed
 
 
 def _alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -293,3 +293,20 @@ def test_an_error_over_what_is_seen_is_worked_by_hand():
     guide_BT1[0, 2] = torch.nan  # and what the guide doesn't say counts for nothing
     found = Outputs(kinds={"output": "mse"}).distance(own_BT1, guide_BT1, masks={"output": mask_BT})
     assert found.item() == pytest.approx(3 / 2)
+
+
+def test_one_row_is_judged_by_the_variance_of_others():
+    rows, off = vectors(64, 5), 0.1 * vectors(64, 5, seed=1)
+    judge = read_outputs([rows[:32], rows[32:]])
+    together = float(judge.distance(rows + off, rows))
+    apart = [float(judge.distance(a, b)) for a, b in zip((rows + off).split(1), rows.split(1), strict=True)]
+    assert sum(apart) / 64 == pytest.approx(together, rel=1e-4)
+    steps, mask_BT = rows.view(1, 64, 5), torch.arange(64).view(1, 64) < 48
+    judge = read_outputs([steps, steps[:, :40] + 1])  # lengths differ: from step to step
+    found = float(judge.distance(steps + off.view(1, 64, 5), steps, masks={"output": mask_BT}))
+    assert found == pytest.approx(float(off[:48].square().mean()) / judge.variances["output"], rel=1e-4)
+
+
+@pytest.mark.parametrize("observed", [[torch.ones(1, 3)], [vectors(1, 3), vectors(1, 4)], [torch.ones(2, 1)]])
+def test_what_tells_no_variance_has_none(observed):
+    assert not read_outputs(observed).variances

@@ -52,14 +52,13 @@ def check_samples(training: Training, hybrid: Hybrid, batches: Iterable[Batch]) 
                 f"{part}: alignment.normalize_rows: its activations are single numbers, of which that leaves the sign "
                 "alone. Leave it out."
             )
-        if settings.samples == "examples":
-            if sizes[0] != "batch" and not isinstance(sizes[0], int):
-                raise DataError(
-                    f"{part}: alignment.samples: expected activations with a row for each example, found "
-                    f"({', '.join(map(str, sizes))}). Use samples: tokens."
-                )
-            if len(sizes) == 3:  # else examples are what they are either way
-                _check_number(settings, part, sizes[0] if isinstance(sizes[0], int) else rows)
+        if settings.samples == "examples" and sizes[0] != "batch" and not isinstance(sizes[0], int):
+            raise DataError(
+                f"{part}: alignment.samples: expected activations with a row for each example, found "
+                f"({', '.join(map(str, sizes))}). Use samples: tokens."
+            )
+        if len(sizes) != 3 or settings.samples == "examples":  # else steps are compared
+            _check_number(settings, part, sizes[0] if isinstance(sizes[0], int) else rows, len(sizes) == 3)
 
 
 def _width(settings: Alignment, sizes: Sequence[int | str]) -> int | None:
@@ -69,10 +68,11 @@ def _width(settings: Alignment, sizes: Sequence[int | str]) -> int | None:
     return math.prod(whole) if len(whole) == len(kept) else None
 
 
-def _check_number(settings: Alignment, part: str, found: int) -> None:
+def _check_number(settings: Alignment, part: str, found: int, steps: bool) -> None:
     for name in settings.all_measures:
         if found < (least := get_measure(name).min_examples):
+            instead = ", or use samples: tokens" if steps else ""
             raise DataError(
                 f"{part}: alignment.samples: {name!r} compares at least {least} examples, and the largest batch has "
-                f"{found}. Give larger batches, to train on and held out, or use samples: tokens."
+                f"{found}. Give larger batches, to train on and held out{instead}."
             )

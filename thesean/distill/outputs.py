@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -33,11 +33,15 @@ _PIECE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """`kinds` by name, as an exported file names its outputs; `told` says how each is compared, for people."""
+    """`kinds` by name, as an exported file names its outputs; `told` says how each is compared, for people.
+
+    `variances`, by name, are of the numbers that are compared by squared error: a batch of one row has none of its own.
+    """
 
     kinds: Mapping[str, OutputKind]
     told: str = ""
     classes: int = 0  # of the widest softmax
+    variances: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def of_classes(self) -> bool:
@@ -87,7 +91,7 @@ class Outputs:
             if kind != "softmax":  # that one widens piece by piece
                 y, g = widen(y, g)
             if kind == "mse":
-                terms.append(_squared_distance(y, g, mask_BT))
+                terms.append(_squared_distance(y, g, mask_BT, self.variances.get(name)))
                 continue
             if mask_BT is not None and kind == "softmax" and g.ndim == 2:  # over the steps, as where an answer begins
                 g = g.masked_fill(~mask_BT, -torch.inf)
@@ -157,7 +161,11 @@ def read_outputs(
             "match."
         )
     widths = [found[0][name].shape[-1] for name, kind in kinds.items() if kind == "softmax"]
-    return Outputs(kinds=kinds, told="outputs: " + "; ".join(told), classes=max(widths, default=0))
+    variances = {n: _variance([f[n] for f in found]) for n, kind in kinds.items() if kind == "mse"}
+    return Outputs(
+        kinds=kinds, told="outputs: " + "; ".join(told), classes=max(widths, default=0),
+        variances={name: v for name, v in variances.items() if v},
+    )  # fmt: skip
 
 
 def _kind(name: str, values: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[OutputKind, str]:
@@ -205,6 +213,16 @@ def _rules_out(value: torch.Tensor) -> bool:
         return False
     out_NV = out.flatten(0, -2)
     return bool((value[out] == least).all()) or bool((out_NV != out_NV[:1]).any())  # else a column of another scale
+
+
+def _variance(values: Sequence[torch.Tensor]) -> float:
+    """Of a number from row to row, or from step to step where there is one row, or lengths differ; 0 of one number."""
+    rows = [v.float().nan_to_num(posinf=0.0, neginf=0.0) for v in values if v.ndim]
+    if len({v.shape[1:] for v in rows}) > 1 or sum(map(len, rows)) < 2:
+        rows = [v.flatten(0, -2) for v in rows if v.ndim > 1]
+    if len({v.shape[1:] for v in rows}) != 1:
+        return 0.0
+    return float(torch.cat(rows).var(0, correction=0).mean())
 
 
 def _is_constant(values: Sequence[torch.Tensor]) -> bool:
@@ -280,16 +298,22 @@ def _diverged(own: torch.Tensor, guide: torch.Tensor, by: Divergence) -> torch.T
             + F.kl_div(middle, own, log_target=True, reduction="none")) / 2  # fmt: skip
 
 
-def _squared_distance(y: torch.Tensor, g: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """|y - g|^2 / |g - mean g|^2, over what is finite in the guide's, and seen."""
+def _squared_distance(
+    y: torch.Tensor, g: torch.Tensor, mask_BT: torch.Tensor | None = None, variance: float | None = None
+) -> torch.Tensor:
+    """|y - g|^2 / |g - mean g|^2, over what is finite in the guide's, and seen; of one row by the `variance` of each
+    number.
+    """
     finite = g.isfinite()
     if not bool(finite.all()):
         y, g = y.masked_fill(~finite, 0.0), g.masked_fill(~finite, 0.0)
     if mask_BT is not None:
         seen = mask_BT.view(*mask_BT.shape, *(1,) * (g.ndim - 2))
         y, g = y.masked_fill(~seen, 0.0), g.masked_fill(~seen, 0.0)
-        mean = g.sum(0) / seen.sum(0).clamp_min(1)
+        count, mean = seen.expand(g.shape).sum(), g.sum(0) / seen.sum(0).clamp_min(1)
         spread = (g - mean).masked_fill(~seen, 0.0).square().sum()
-        return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())
-    spread = (g - g.mean(0)).square().sum()
+    else:
+        count, spread = torch.tensor(g.numel(), device=g.device), (g - g.mean(0)).square().sum()
+    if len(g) == 1 and variance is not None:
+        spread = variance * count
     return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())

@@ -15,6 +15,7 @@ from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.capture import capture
+from thesean.passes.graph.record import record
 from thesean.passes.plan.make_plan import make_plan
 from thesean.passes.plan.partition import partition
 from thesean.targets import Target
@@ -72,6 +73,25 @@ class Convolutions(nn.Module):
         for layer in self.layers:
             x = x + (layer(x.transpose(1, 2)).transpose(1, 2) if self.turned else layer(x))
         return x
+
+
+def test_one_row_shows_mixing_as_two_do():
+    for causal, found in ((True, "causal"), (False, "bidirectional")):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        mask = nn.Transformer.generate_square_subsequent_mask(6) if causal else None
+        guide = capture(Masked(layer, mask), torch.randn(1, 6, 8), dynamic={})
+        values = record(guide.graph_module, {"x": torch.randn(1, 6, 8)})
+        region = partition(data_flow(guide.graph_module.graph))[0].region
+        assert probe_mixing(region, values) == found
+
+
+class Masked(nn.Module):
+    def __init__(self, layer: nn.Module, mask: torch.Tensor | None) -> None:
+        super().__init__()
+        self.layer, self.out, self.mask = layer, nn.Linear(8, 2), mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(x, self.mask))
 
 
 def test_channels_first_is_told_from_a_sequence_that_is_turned_round_inside():

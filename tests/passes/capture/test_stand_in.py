@@ -51,6 +51,13 @@ def test_records_that_torch_does_not_know_are_returned_as_they_were():
     assert got.more["none"] is None
 
 
+def test_what_is_the_same_for_all_inputs_is_returned_as_it_is():
+    guide = models.seeded(Returning, lambda y: Output(y, {"loss": 0, "scale": 0.5, "named": ["by", True]})).eval()
+    found = capture(guide, vectors(3, 5, 4))
+    got = output_wrapper(found.signature)(found.graph_module(vectors(2, 7, 4)))
+    assert got.more == {"loss": 0, "scale": 0.5, "named": ["by", True]}
+
+
 @pytest.mark.parametrize("made", [lambda y: UserDict(y=y), lambda y: Pair(y, Output(y, {}))])
 def test_a_record_inside_of_another_is_a_dict(made):
     found = capture(models.seeded(Returning, made).eval(), vectors(3, 5, 4))
@@ -64,7 +71,7 @@ def test_a_record_inside_of_another_is_a_dict(made):
         (lambda y: None, DataError, "the guide returns None: no tensor is in it"),
         (lambda y: {}, DataError, "the guide returns a dict: no tensor is in it"),
         (lambda y: (y, torch.distributions.Normal(y, 1.0)), CaptureError, "the guide returns a Normal, and a graph"),
-        (lambda y: (y, 3), CaptureError, "the guide returns a int; .* a module that returns the tensors"),
+        (lambda y: (y, y.shape[0]), CaptureError, "a number that comes of its inputs; .* returns the tensors alone"),
     ],
 )
 def test_what_is_no_tensor_is_named(made, error, told):

@@ -23,7 +23,8 @@ _MOVED = 1e-5
 
 
 def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
-    """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on two examples of at least 3 tokens.
+    """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on two examples of at least 3 tokens,
+    or on one where the guide takes no more.
 
     Feature maps and vectors, which have no token dimension to probe, count as "bidirectional" and "none". Raises
     PlanError where one example changes another's output. Regions that differ in nothing but their parameters' values
@@ -50,15 +51,16 @@ def _probe(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     last = x.shape[1] - 1
     generator = torch.Generator().manual_seed(0)
     mixes = looks_ahead = False
-    # (example, token) moved in one run; in the second run the other example should stand still
-    for moves in (((0, 0), (1, last // 2)), ((0, last),)):
+    # (example, token) moved in one run; in the last one the other example should stand still
+    alone, both = (((0, 0),), ((0, last // 2),)), (((0, 0), (1, last // 2)),)
+    for moves in (*(both if len(x) > 1 else alone), ((0, last),)):
         moved_x = x.clone()
         for example, t in moves:
             noise = torch.randn(x.shape[-1], generator=generator).to(x)
             moved_x[example, t] += noise * x.std().clamp_min(1e-3)
         change_BT = (evaluate(region.nodes, values, {region.entry: moved_x}, region.exit) - y).abs().amax(2)
         moved_BT = change_BT > _MOVED * change_BT.max()
-        if len(moves) == 1 and bool(moved_BT[1].any()):
+        if len(moves) == 1 and bool(moved_BT[1:].any()):
             raise _mixes_examples(region)
         for example, t in moves:
             mixes |= bool(moved_BT[example, :t].any() or moved_BT[example, t + 1 :].any())

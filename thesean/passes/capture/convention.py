@@ -63,6 +63,8 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
         if leaves and leaves[0] is None:
             leaves.pop(0)
         return None
+    if isinstance(value, (bool, int, float, str)) and leaves and not isinstance(leaves[0], fx.Node):
+        return leaves.pop(0)  # whatever the inputs: export has it as it is
     if isinstance(value, Mapping):
         return {k: _nest(v, leaves) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -73,8 +75,10 @@ def _nest(value: Any, leaves: list[Any]) -> Any:
         )
     if is_dataclass(value):
         return {f.name: _nest(getattr(value, f.name), leaves) for f in fields(value)}
+    counted = isinstance(value, (bool, int, float))
+    kind = "number that comes of its inputs" if counted else type(value).__name__
     raise CaptureError(
-        f"the guide returns a {type(value).__name__}; expected tensors in tuples, lists, dicts or dataclasses. "
+        f"the guide returns a {kind}; expected tensors in tuples, lists, dicts or dataclasses. "
         "Leave it out there, or wrap the guide in a module that returns the tensors alone."
     )
 

@@ -53,17 +53,33 @@ class Guide:
         self, given: dict[str, torch.Tensor], free: Dynamic, guessed: bool
     ) -> tuple[dict[str, torch.Tensor], Any, Dynamic]:
         """The inputs to trace with, the guide's output on them, and what is free. What was guessed to be a sequence of
-        one step may be the one channel of a signal, and can't be doubled.
+        one step may be the one channel of a signal, and one row be all that the guide takes: neither can be doubled
+        then.
         """
-        tries = [free, guess_dynamic(given, sequence=False)] if guessed else [free]
-        for last, attempt in zip((len(tries) == 1, True), tries, strict=False):
+        tries = [free]
+        if guessed:
+            one_row = {k: {d: n for d, n in dims.items() if not n.startswith("batch")} for k, dims in free.items()}
+            tries += [guess_dynamic(given, sequence=False), one_row, {k: {} for k in free}]
+        failure: DataError | None = None
+        tried: list[dict[str, torch.Size]] = []
+        for attempt in tries:
             inputs = {k: at_least_two(v.clone(), attempt[k]) for k, v in given.items()}
+            shapes = {k: v.shape for k, v in inputs.items()}
+            if shapes in tried:
+                continue
+            tried.append(shapes)
             try:
-                return inputs, self.run(inputs), attempt
-            except DataError:
-                if last or all(torch.Size(v.shape[1:]) == given[k].shape[1:] for k, v in inputs.items()):
-                    raise
-        raise AssertionError  # the last try returns or raises
+                output = self.run(inputs)
+            except DataError as error:
+                failure = failure or error
+                continue
+            if failure is not None and not any(
+                n.startswith("batch") for dims in attempt.values() for n in dims.values()
+            ):
+                self.notes += ("the guide takes one row at a time, and so does what it is converted to",)
+            return inputs, output, attempt
+        assert failure is not None
+        raise failure
 
     def run(self, inputs: dict[str, torch.Tensor]) -> Any:
         """The guide's output. Raises CaptureError where it depends on the calls before, through buffers that it writes;

@@ -237,7 +237,7 @@ def _measured(value: Any, given: Iterable[Any]) -> _Outcome:
 
 def _check_output(value: Any) -> None:
     kinds = {type(leaf) for leaf in pytree.tree_leaves(value)}
-    if not kinds <= {torch.Tensor, nn.Parameter, int, float, bool, type(None)}:
+    if not kinds <= {torch.Tensor, nn.Parameter, int, float, bool, str, type(None)}:
         raise ArtifactError(f"graph.json: an output holds {sorted(k.__name__ for k in kinds)}; expected tensors.")
 
 
