@@ -69,8 +69,6 @@ def test_in_one_block_convolutions_lose_channels_and_mlps_neurons():
     data = [torch.randn(4, 20, 4) for _ in range(4)]
     converted = thesean.compile(model, "narrow", data=data, recipe="fast", progress=False)
     for part in converted.plan.parts:
-        convolution, mlp = part.replaces
-        assert convolution.endswith(".convolution")
-        assert ".mlp." in mlp
+        assert [path.split(".")[1] for path in part.replaces] == ["convolution", "mlp"]
         assert part.new_params < 0.7 * part.params
     assert relative_error(converted(data[0]), model(data[0])) < 0.5

@@ -17,7 +17,7 @@ from thesean.passes.capture.capture import capture
 from thesean.passes.graph.record import Recorded, record
 from thesean.passes.plan.partition import partition
 from thesean.targets.shared.channel_groups import ChannelFacts
-from thesean.targets.shared.channels import Convolution, run_steps
+from thesean.targets.shared.channels import Convolution, Pick, run_steps
 
 
 def regions(name: str) -> tuple[list[Region], Recorded]:
@@ -57,8 +57,8 @@ def test_a_block_is_read_with_the_channels_that_are_its_own(name, groups):
         torch.testing.assert_close(y, values[region.exit], rtol=1e-4, atol=1e-4 * float(y.abs().max()))
 
 
-def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
-    """Of a function of a map, all of it."""
+def read(function: Any, *shape: int, without: int = 0) -> tuple[ChannelFacts | None, str]:
+    """Of a function of a map, all of it, or all but the last nodes."""
 
     class Called(nn.Module):
         def __init__(self) -> None:
@@ -81,6 +81,7 @@ def read(function: Any, *shape: int) -> tuple[ChannelFacts | None, str]:
     (entry,) = graph.find_nodes(op="placeholder")
     inside = [n for n in data_flow(graph).order if isinstance(n, fx.Node) and n.op == "call_function"]
     nodes = tuple(n for n in inside if "constant" not in n.meta)
+    nodes = nodes[: len(nodes) - without]
     return find_channels(Region(entry=entry, exit=nodes[-1], nodes=nodes), values)
 
 
@@ -159,6 +160,18 @@ def test_channels_that_come_last_are_read_there(function):
     assert facts is not None, unread
     assert facts.channels_last
     assert facts.maps[0].channels == 6
+
+
+def test_vectors_may_be_laid_out_anew():
+    shuffled, unread = read(lambda m, x: F.relu(x).view(-1, 2, 3).transpose(1, 2).reshape(-1, 6), 6)
+    assert shuffled is not None, unread
+    assert isinstance(shuffled.steps[-1], Pick)
+    assert shuffled.steps[-1].places == (0, 3, 1, 4, 2, 5)
+
+
+def test_a_stretch_may_end_before_a_map_is_laid_out_as_it_was():
+    facts, unread = read(lambda m, x: F.relu(x.view(-1, 2, 3).transpose(1, 2).reshape(-1, 6)), 6, without=2)
+    assert (facts, unread) == (None, "it gives what is no map")
 
 
 @pytest.mark.parametrize("rank", [1, 3])

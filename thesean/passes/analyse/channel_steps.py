@@ -74,8 +74,8 @@ def reordered(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[list[fx.Nod
     """
     (of, *_) = node.all_input_nodes
     x = values[of]
-    order_C = torch.arange(x.shape[1])
-    places = order_C.view(1, -1, *[1] * (x.ndim - 2)).expand(x.shape)
+    by_channel = (1, -1, *[1] * (x.ndim - 2))
+    places = torch.arange(x.shape[1]).view(by_channel).expand(x.shape)
     chain = [node]
     while True:
         end = chain[-1]
@@ -83,8 +83,8 @@ def reordered(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[list[fx.Nod
             return None
         if len(chain) > 1 and values[end].shape == x.shape:
             found = evaluate(chain, values, {of: places}, end)  # type: ignore[arg-type]
-            places_C = found.flatten(2)[0, :, 0]
-            if bool((found == places_C.view(1, -1, *[1] * (x.ndim - 2))).all()):
+            places_C = found[0].reshape(x.shape[1], -1)[:, 0]
+            if bool((found == places_C.view(by_channel)).all()):
                 return chain, tuple(places_C.tolist())
         if len(end.users) != 1:
             return None

@@ -49,6 +49,8 @@ def _read(
             reader.read(node)
         except Unread as unread:
             return None, f"{str(node.target).removeprefix('aten.')} {unread}".strip(), number
+    if region.exit not in reader.numbers:
+        return None, "it gives what is no map", len(region.nodes)
     if (region.exit in reader.turned) != channels_last:
         return None, "it gives channels in another place than it reads them", len(region.nodes)
     facts, y = reader.facts(region.exit)
