@@ -21,8 +21,8 @@ def block(s: Shape, steps: int) -> list[str]:
     """(kept_BGMX, query_BGxC, left_BGLX, ahead_BGWX, last) -> (held_BGMX, mean_BGxK). The window of step t is what is
     left of `left` after its row t, and of `ahead` up to the step's own; `last` is the last step that is one.
 
-    Of what is there once, `beats_JJ` and `own_LW` come from around the loop. Conditions are counted in floats: integers
-    x <= n are HardSigmoid(n + 1 - x), and onnxruntime's Where takes thirty times as long as that.
+    What is there once, `own_LW`, comes from around the loop. Conditions are counted in floats: integers x <= n are
+    HardSigmoid(n + 1 - x), and onnxruntime's Where takes thirty times as long as that.
     """
     t = Text("b")
     G, R, C, K, W, M = s.groups, s.heads // s.groups, s.key, s.value, s.window, s.places
@@ -39,31 +39,33 @@ def block(s: Shape, steps: int) -> list[str]:
     t.reshape("from_BGJ1", "from_BG1J", 0, G, J, 1)
     t("row_sorted", "GatherND", "rows_BGJX", "from_BGJ1", batch_dims=2)
 
+    # a row that holds no token is last in order, and came before all: it is neither seen nor in the window
     t("holds_BG1J", "HardSigmoid", "score_sorted", alpha=1.0, beta=FAR / 2)
-    t("place_BG1J", "Cast", "from_BG1J", to=1)
-    t.reshape("row_L1", t.floats(*range(M, M + L)), L, 1)
-    t("after_BGLJ", "Sub", "place_BG1J", "row_L1")  # by how many steps it comes later
-    t("came_BGLJ", "HardSigmoid", "after_BGLJ", alpha=-1.0, beta=1.0)
-    t("here_BGLJ", "Mul", "came_BGLJ", "holds_BG1J")
-    t("better_BGLJ", "MatMul", "here_BGLJ", "beats_JJ")
-    t("few_BGLJ", "HardSigmoid", "better_BGLJ", alpha=-1.0, beta=float(M))
-    t("stays", "Mul", "here_BGLJ", "few_BGLJ")
-    t("gone_BGLJ", "Sub", t.number(1.0), "stays")
-    t("away_BGLJ", "Mul", "gone_BGLJ", t.number(2 * FAR))  # a row that holds no token scores -FAR
-    t("others_BGLJ", "Add", "away_BGLJ", "score_sorted")
-    t("least_BGL1", "ReduceMin", "others_BGLJ", t.ints(3), keepdims=1)
-    t("count_BGL1", "ReduceSum", "stays", t.ints(3), keepdims=1)
-    t("short_BGL1", "Less", "count_BGL1", t.number(M))
-    t("limit_BGL1", "Where", "short_BGL1", t.number(-FAR), "least_BGL1")
+    t("number_BG1J", "Cast", "from_BG1J", to=1)
+    t("next_BG1J", "Add", "number_BG1J", t.number(1.0))
+    t("place_BG1J", "Mul", "next_BG1J", "holds_BG1J")
+    # steps last, for sums over tokens in order are quick along any dimension but the last
+    t.reshape("place_BGJ1", "place_BG1J", 0, G, J, 1)
+    t("later_BGJL", "Sub", "place_BGJ1", t.floats(*range(M + 1, M + L + 1)))  # by how many steps a token comes later
+    t("came_BGJL", "HardSigmoid", "later_BGJL", alpha=-1.0, beta=1.0)
+    t("better_BGJL", "CumSum", "came_BGJL", t.constant("value_int = 2"), exclusive=1)
+    # 1 up to the last one that stays, 0 from there on
+    t("few_BGJL", "HardSigmoid", "better_BGJL", alpha=-1.0, beta=float(M))
+    t("up_to_BG1L", "ReduceSum", "few_BGJL", t.ints(2), keepdims=1)
+    t("least_BG1L", "Sub", "up_to_BG1L", t.number(1.0))
+    t("least_at", "Cast", "least_BG1L", to=7)
+    t("limit_BG1L", "GatherElements", "score_sorted", "least_at", axis=3)
+    t.reshape("limit_BGL1", "limit_BG1L", 0, G, L, 1)
+    # what stays counts by how far it is above the least that does, what is in the window whole
     t("above_BGLJ", "Sub", "score_sorted", "limit_BGL1")
-    t("clear_BGLJ", "Clip", "above_BGLJ", t.number(0.0), t.number(1.0))
-    t("faded_BGLJ", "Mul", "clear_BGLJ", "stays")
-    t("still_BGLJ", "HardSigmoid", "after_BGLJ", alpha=1.0, beta=0.0)  # in the window
-    near = t("near_BGLJ", "Mul", "still_BGLJ", "holds_BG1J")
+    t.reshape("row_L1", t.floats(*range(M + 1, M + L + 1)), L, 1)
+    t("after_BGLJ", "Sub", "place_BG1J", "row_L1")
+    counts = t("seen_BGLJ", "Max", "above_BGLJ", "after_BGLJ")
     if W < L:
-        t("late_BGLJ", "HardSigmoid", "after_BGLJ", alpha=-1.0, beta=float(W + 1))
-        near = t("inside_BGLJ", "Mul", near, "late_BGLJ")
-    t("count_BGLJ", "Add", "faded_BGLJ", near)
+        t.reshape("end_L1", t.floats(*range(M + W + 2, M + W + L + 2)), L, 1)
+        t("yet_BGLJ", "Sub", "end_L1", "place_BG1J")
+        counts = t("inside_BGLJ", "Min", counts, "yet_BGLJ")
+    t("count_BGLJ", "Clip", counts, t.number(0.0), t.number(1.0))
     t("log_BGLJ", "Log", "count_BGLJ")
     t.slice("token_BGW1", "ahead", s.columns - 1, s.columns, 3)
     t.reshape("token_BG1W", "token_BGW1", 0, G, 1, W)
@@ -83,24 +85,19 @@ def block(s: Shape, steps: int) -> list[str]:
         weights = t.reshape("weights_BGxv", weights, 0, G, R * L, J + W)
     t("mean", "MatMul", weights, "value_BGvK")
 
-    t("last_BG1J", "Gather", "stays", "last", axis=2)
-    t("taken_BG1M, at_BG1M", "TopK", "last_BG1J", t.ints(M), axis=3)
-    t.reshape("at_BGM1", "at_BG1M", 0, G, M, 1)
-    t.reshape("taken_BGM1", "taken_BG1M", 0, G, M, 1)
-    t("picked_BGMX", "GatherND", _aged(t, s, J), "at_BGM1", batch_dims=2)
-    t("held", "Mul", "picked_BGMX", "taken_BGM1")
+    t("came_BGJ1", "Gather", "came_BGJL", "last", axis=3)
+    t("few_BGJ1", "Gather", "few_BGJL", "last", axis=3)
+    t("stays_BGJ1", "Mul", "came_BGJ1", "few_BGJ1")
+    t("taken_BGM1, at_BGM1", "TopK", "stays_BGJ1", t.ints(M), axis=2)
+    picked = t("picked_BGMX", "GatherND", "row_sorted", "at_BGM1", batch_dims=2)
+    t.slice("token_BGM1", picked, s.columns - 1, s.columns, 3)
+    t("held", "Mul", _aged(t, s, J) if s.fade else picked, "token_BGM1")
     return t.lines
 
 
 def around(s: Shape, steps: int) -> list[str]:
-    """What every block reads: which of sorted tokens beat which, and the logarithm of who of the last W is the step's
-    own or before it.
-    """
+    """What every block reads: the logarithm of who of the last W is the step's own or before it."""
     t = Text("a")
-    J = s.places + steps
-    t.reshape("place_J1", t.floats(*range(J)), J, 1)
-    t("before_JJ", "Less", "place_J1", t.floats(*range(J)))
-    t("beats_JJ", "Cast", "before_JJ", to=1)
     t.reshape("until_L1", t.ints(*range(s.window - steps, s.window)), steps, 1)
     t("comes_LW", "LessOrEqual", t.ints(*range(s.window)), "until_L1")
     t("counts_LW", "Cast", "comes_LW", to=1)
@@ -121,11 +118,10 @@ def _raised(t: Text, s: Shape, steps: int) -> str:
 
 
 def _aged(t: Text, s: Shape, candidates: int) -> str:
-    """Sorted rows, with what is left of their scores after the block."""
-    if not s.fade:
-        return "row_sorted"
+    """The rows that stay, with what is left of their scores after the block."""
     t("gone_BG11", "Mul", "all_BG11", t.number(1 / s.fade))
     t("now_BG1J", "Sub", "score_sorted", "gone_BG11")
     t.reshape("now_BGJ1", "now_BG1J", 0, s.groups, candidates, 1)
-    t.split(("key_sorted", "was_BGJ1", "value_sorted"), "row_sorted", (s.key, 1, s.value + 1), 3)
-    return t("row_now", "Concat", "key_sorted", "now_BGJ1", "value_sorted", axis=3)
+    t("now_BGM1", "GatherND", "now_BGJ1", "at_BGM1", batch_dims=2)
+    t.split(("key_picked", "was_BGM1", "value_picked"), "picked_BGMX", (s.key, 1, s.value + 1), 3)
+    return t("aged_BGMX", "Concat", "key_picked", "now_BGM1", "value_picked", axis=3)
