@@ -14,6 +14,7 @@ from torch import nn
 import thesean
 from benchmarks.suite import Result, Run
 from examples.text import Windows, corpus, held_out_windows
+from thesean.errors import LostError
 from thesean.recipe import Recipe
 
 
@@ -67,10 +68,13 @@ def convert(
         granularity=granularity, progress=False,
     )  # fmt: skip
     start = time.monotonic()
-    if kind is None:
-        converted = thesean.compile(model, target, **common)
-    else:
-        converted = thesean.baseline(model, target, kind=kind, learning_rate=learning_rate, **common)
+    try:
+        if kind is None:
+            converted = thesean.compile(model, target, **common)
+        else:
+            converted = thesean.baseline(model, target, kind=kind, learning_rate=learning_rate, **common)
+    except LostError as error:  # what a setting loses is what is asked here
+        converted = error.converted
     report = converted.report
     return {
         "loss": report.converted["loss"],
