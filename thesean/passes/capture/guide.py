@@ -58,7 +58,7 @@ class Guide:
         """
         tries = [free]
         if guessed:
-            one_row = {k: {d: n for d, n in dims.items() if not n.startswith("batch")} for k, dims in free.items()}
+            one_row = {k: {d: n for d, n in dims.items() if (k, d) not in _batches(free)} for k, dims in free.items()}
             tries += [guess_dynamic(given, sequence=False), one_row, {k: {} for k in free}]
         failure: DataError | None = None
         tried: list[dict[str, torch.Size]] = []
@@ -73,9 +73,7 @@ class Guide:
             except DataError as error:
                 failure = failure or error
                 continue
-            if failure is not None and not any(
-                n.startswith("batch") for dims in attempt.values() for n in dims.values()
-            ):
+            if failure is not None and not _batches(attempt):
                 self.notes += ("the guide takes one row at a time, and so does what it is converted to",)
             return inputs, output, attempt
         assert failure is not None
@@ -132,6 +130,11 @@ class Guide:
                 "the guide's next call would."
             )
             self.notes = (note,)
+
+
+def _batches(free: Dynamic) -> list[tuple[str, int]]:
+    """Inputs and dimensions that are free for a batch."""
+    return [(name, d) for name, dims in free.items() for d, what in dims.items() if what.startswith("batch")]
 
 
 def _kind(value: object) -> str:
