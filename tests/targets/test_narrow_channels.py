@@ -88,6 +88,10 @@ BLOCKS: dict[str, tuple[Step, ...]] = {
         convolution(6, 16, 1), convolution(6, 16, 1), Activate(of=2, name="sigmoid"),
         Join(of=1, other=3, form="product"), convolution(16, 16, of=4, groups=16), convolution(16, 6, of=5),
     ),
+    "tied": (  # channels that are gated by what a later group makes of them
+        convolution(6, 16, 1), RELU, convolution(16, 8, of=2), Activate(of=3, name="relu"), convolution(8, 16, of=4),
+        Activate(of=5, name="sigmoid"), Join(of=2, other=6, form="product"), convolution(16, 6, of=7),
+    ),
     "larger": (
         convolution(6, 16), convolution(6, 16), Join(of=1, other=2, form="maximum"), convolution(16, 6, 1, of=3),
     ),

@@ -44,6 +44,7 @@ class Narrowing:
         self.steps, self.maps = facts.steps, facts.maps
         self.guide = {n: own.to(torch.float32) for n, own in facts.weights.items()}
         self.weights = dict(self.guide)
+        self._kept: dict[int, torch.Tensor] = {}  # of convolutions by now the rows that stay
         self._batches = [x.float() for x in _some(inputs, facts)]
         self._theirs: list[dict[int, torch.Tensor]] = [{0: x} for x in self._batches]
         self._ours: list[dict[int, torch.Tensor]] = [{0: x} for x in self._batches]
@@ -73,6 +74,7 @@ class Narrowing:
         for value, numbers in readers.items():
             self._fold(numbers, kept_S, theirs[value], ours[value])
         keep_rows(self.weights, channels, kept_S)
+        self._kept |= dict.fromkeys(channels.makers, kept_S)
         made = {maker + 1 for maker in channels.makers}
         for known in self._ours:  # whatever comes of the group is another value now
             for value in [v for v in known if not made.isdisjoint(needs(self.steps, v))]:
@@ -103,7 +105,8 @@ class Narrowing:
             made_OS, shift_O = fold(known, torch.cat([full_OW, full_OW[:, kept_S]], 1), at_S)
             made = made_OS.unflatten(0, (len(weight), -1)).movedim(2, 1).reshape(len(weight), -1, *weight.shape[2:])
             shift = shift_O.view(len(weight), -1).sum(1)
-            self.weights[number] = Weights(made.to(weight), (bias.double() + shift).to(bias))
+            rows = self._kept.get(number, slice(None))
+            self.weights[number] = Weights(made.to(weight)[rows], (bias.double() + shift).to(bias)[rows])
 
     def _refit(self, number: int) -> None:
         """A convolution's weights, all taps at once, onto what it gave in the guide; where they are few enough."""
@@ -120,6 +123,7 @@ class Narrowing:
         for at in range(len(self._batches)):
             met = patches(self._value(step.of, at, theirs=False), step)
             wanted = self._value(number + 1, at, theirs=True).movedim(1, -1)
+            wanted = wanted[..., self._kept.get(number, slice(None))]
             places = _every(wanted.shape[:-1], stride, met.device)
             read_NF, wanted_NO = met[places].flatten(1), wanted[places]
             missing_NO = wanted_NO - F.linear(read_NF, weight.flatten(1), bias)
