@@ -38,6 +38,11 @@ def test_a_norm_in_pieces_is_one_operator_again():
     assert line == f"getitem = aten.batch_norm.default({tensors}, False, 0.1, 0.001, True)"
 
 
+def test_a_graph_without_a_norm_in_pieces_is_left_alone():
+    result = RejoinNorms()(traced(nn.BatchNorm1d(3).eval(), vectors(2, 3)))
+    assert (result.modified, result.reason) == (False, "no norm is in pieces")
+
+
 class WritesIntoAView(nn.Module):
     """Torch has to follow the write, and takes the norm apart as it does."""
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.export import Dim
 
 from thesean.errors import CaptureError
-from thesean.passes.base import run_passes
+from thesean.passes.base import Pass, run_passes
 from thesean.passes.capture.branches import Fixed, bound_sizes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, first_shown, plain_calling_convention
@@ -54,9 +54,9 @@ logger = logging.getLogger(__name__)
 _VMAP = "torch._functorch.predispatch"
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (
-    InlineRegions(), SplitLayers(), Functionalise(), RejoinNorms(), WriteOutOperators(), WriteOutSizes(), Simplify(),
-)  # fmt: skip
+CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), WriteOutSizes(), Simplify())
+# What comes before these where torch followed writes into views, and took operators apart.
+REJOINING = (RejoinNorms(),)
 
 
 def capture(model: nn.Module, example_inputs: Any, dynamic: Dynamic | None = None) -> Captured:
@@ -148,13 +148,13 @@ def _traced(guide: Guide, inputs: dict[str, torch.Tensor], eager: Any, tries: li
     with nullcontext() if steady is None else tables_kept(guide.model):
         exported, free = _export(guide, inputs, eager, tries)
     guards = _guards_of(exported)
-    graph_module = _plain_graph(exported, list(inputs), eager)
+    graph_module = _plain_graph(exported, list(inputs), eager, CANONICAL)
     if writes(graph_module) or _maps(graph_module):
         # into views: torch's own functionalisation follows those, and writes vmap out, and splits more operators
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|copyreg)\b")
             exported = exported.run_decompositions({})
-        graph_module = _plain_graph(exported, list(inputs), eager)
+        graph_module = _plain_graph(exported, list(inputs), eager, (*REJOINING, *CANONICAL))
     mark_constants(graph_module.graph)
     signature = read_signature(graph_module, inputs, eager, free)
     if steady is not None:
@@ -233,7 +233,9 @@ def _lengths_left(free: Dynamic, fixed: Sequence[tuple[str, int]]) -> Dynamic | 
     return {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in free.items()}
 
 
-def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager: Any) -> fx.GraphModule:
+def _plain_graph(
+    exported: torch.export.ExportedProgram, names: list[str], eager: Any, passes: Sequence[Pass]
+) -> fx.GraphModule:
     with warnings.catch_warnings():  # a plain tensor that is trained: `keep_training` makes a parameter of it
         warnings.filterwarnings("ignore", message="A model attribute .* requires gradient")
         graph_module = exported.module(check_guards=False)
@@ -242,4 +244,4 @@ def _plain_graph(exported: torch.export.ExportedProgram, names: list[str], eager
     as_in_the_guide(graph_module.graph)
     graph_module = plain_calling_convention(graph_module, names, eager)
     dump("capture", graph_module, "as torch.export traced it")
-    return run_passes(graph_module, *CANONICAL)[0]
+    return run_passes(graph_module, *passes)[0]
