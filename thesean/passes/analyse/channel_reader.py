@@ -37,7 +37,7 @@ from thesean.targets.shared.channels import (
 _NOTHING = {
     "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach", "lift_fresh_copy",
 }  # fmt: skip
-# of a map of one place: with its other dimensions or without them
+# with other dimensions or without them: a map of one place, or one whose places are laid out anew
 _RESHAPED = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"}
 _JOINING: dict[str, Literal["sum", "product", "maximum"]] = {
     "add": "sum", "mul": "product", "maximum": "maximum", "max": "maximum",
@@ -50,7 +50,8 @@ _NO_END = 2**62
 
 class ChannelReader:
     """Steps and weights as they are read, and by node the number of its value. `turned` are nodes that hold it channels
-    last, `divided` those that hold it in pieces, with how many channels are in each.
+    last, `divided` those that hold it in pieces, with how many channels are in each, `passed` those that were read
+    together with one before them.
     """
 
     def __init__(self, entry: fx.Node, values: Mapping[fx.Node, Any], channels_last: bool) -> None:
@@ -58,13 +59,13 @@ class ChannelReader:
         self.entry, self.channels_last = entry, channels_last
         self.turned: set[fx.Node] = {entry} if channels_last else set()
         self.divided: dict[fx.Node, list[int]] = {}
-        self.passed: set[fx.Node] = set()  # that lead to a map in another order
+        self.passed: set[fx.Node] = set()
         self.made = ReadSteps(values[entry].ndim - 2)
 
     def read(self, node: fx.Node) -> None:
         """Raises Unread."""
         if isinstance(self.values[node], int) or node in self.passed:
-            return  # a size
+            return  # a size, or read with what it leads to
         if node.target is operator.getitem:
             self._take(node)
             return
@@ -96,7 +97,7 @@ class ChannelReader:
             self.numbers[node] = self.made.add(self._concatenate(node, given))
         elif name in _DIVIDING:
             self.numbers[node] = self._of(first)
-            self.divided[node] = self._divide(node, given)
+            self.divided[node] = self._divide(node, first, given)
         elif name == "glu":
             self.numbers[node] = self._gated(given)
         elif name == "slice" and self._along_channels(first, given):
@@ -157,11 +158,15 @@ class ChannelReader:
             raise Unread("reads a number that is not finite")
         return found.detach()
 
-    def _divide(self, node: fx.Node, given: Given) -> list[int]:
-        """How many channels are in each piece."""
-        of = next(iter(given.values()))
-        if not self._along_channels(of, given):
+    def _count(self, value: Any, given: Given) -> int:
+        """How many channels an operator divides. Raises Unread where it divides places."""
+        if not self._along_channels(value, given):
             raise Unread("of places, and no channels")
+        return int(self.values[value].shape[self._axis(value)])
+
+    def _divide(self, node: fx.Node, of: Any, given: Given) -> list[int]:
+        """How many channels are in each piece."""
+        self._count(of, given)
         return [int(piece.shape[self._axis(of)]) for piece in self.values[node]]
 
     def _take(self, node: fx.Node) -> None:
@@ -177,11 +182,8 @@ class ChannelReader:
 
     def _gated(self, given: Given) -> int:
         """One half of the channels, by the sigmoid of the other."""
-        of = given["self"]
-        if not self._along_channels(of, given):
-            raise Unread("of places, and no channels")
-        half = self.values[of].shape[self._axis(of)] // 2
-        first, second = (self.made.some_of(self._of(of), start, half) for start in (0, half))
+        half = self._count(given["self"], given) // 2
+        first, second = (self.made.some_of(self._of(given["self"]), start, half) for start in (0, half))
         gate = self.made.add(Activate(of=second, name="sigmoid"))
         return self.made.add(Join(of=first, other=gate, form="product"))
 
@@ -189,7 +191,7 @@ class ChannelReader:
         """Channels in a row."""
         if given["step"] != 1 or not all(isinstance(given[n], (int, NoneType)) for n in ("start", "end")):
             raise Unread("is not among what can be read")
-        start, end, _ = slice(given["start"], given["end"]).indices(self.values[node].shape[self._axis(node)])
+        start, end, _ = slice(given["start"], given["end"]).indices(self._count(node, given))
         return self.made.some_of(self._of(node), start, end - start)
 
     def _turns(self, node: Any, given: Given, turned: bool) -> bool:
