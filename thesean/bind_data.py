@@ -38,9 +38,7 @@ def bind_data(captured: Captured, request: Request, observer: Observer, journal:
     batch, inputs = feed.held_out[0]
     with torch.no_grad():
         first = captured.graph_module(**inputs)
-        observed = _observed(captured, inputs, first, feed.example_labels)
-        if captured.signature.check(inputs).get("batch", 1) == 1:
-            observed = _single_rows(captured, [given for _, given in feed.held_out[1:]], observed)
+        observed = _observed(captured, [given for _, given in feed.held_out], first, feed.example_labels)
         with telling("loss(output, batch)"):
             loss, metric, asked = as_the_guide(request.loss, request.metric, lambda: wrap(first), batch)
             told = warn_of_chance(loss, lambda: wrap(first), batch)
@@ -82,12 +80,13 @@ def _cache(captured: Captured, request: Request, feed: Feed) -> GuideCache | Non
 
 
 def _observed(
-    captured: Captured, inputs: dict[str, torch.Tensor], first: Any, labels: Sequence[torch.Tensor]
+    captured: Captured, held_out: Sequence[dict[str, torch.Tensor]], first: Any, labels: Sequence[torch.Tensor]
 ) -> list[Any]:
     """The guide's outputs on the example, or on inputs like it, and on others if there are any. `first` is that on
-    `inputs`. A row of the others is enough where it is known which part of the output it makes, and then it may be the
-    next row of the same batch.
+    the first inputs that are held out. A row of the others is enough where it is known which part of the output it
+    makes, and then it may be the next row of the same batch.
     """
+    inputs = held_out[0]
     signature, example, gathered = captured.signature, captured.example, Gathered(captured.graph_module)
     by_rows, count = gathered.some_rows(first, 1) is not None, signature.within({"batch": 1})["batch"]
 
@@ -98,6 +97,8 @@ def _observed(
     if _alike(inputs, example) or (not labels and _alike(row(inputs), row(example))):  # labels have the example's rows
         whole = inputs
     output = first if whole is inputs else captured.graph_module(**whole)
+    if signature.check(inputs).get("batch", 1) == 1 and (others := _of_single_rows(captured, held_out[1:])):
+        return [output, *others]
     own = row(whole)
     if by_rows and not repeats(signature.first_rows(whole, 2), signature.first_rows(whole, 1)):
         return [output, gathered.some_rows(output, 1, start=1)]
@@ -108,18 +109,17 @@ def _observed(
     return [output]
 
 
-def _single_rows(captured: Captured, others: Sequence[dict[str, torch.Tensor]], observed: list[Any]) -> list[Any]:
-    """The first of what was observed, and what the guide gives on other batches of one row: how far apart its outputs
-    are shows in several alone. As they were where there are no others.
-    """
-    found, numbers = observed[:1], 0
-    for inputs in others[:_ROWS]:
+def _of_single_rows(captured: Captured, batches: Sequence[dict[str, torch.Tensor]]) -> list[Any]:
+    """What the guide gives on batches of one row: how far apart its outputs are shows in several of them alone."""
+    found: list[Any] = []
+    numbers = 0
+    for inputs in batches[:_ROWS]:
         output = captured.graph_module(**inputs)
         numbers += sum(v.numel() for v in named_outputs(output).values())
         if numbers > _NUMBERS:
             break
         found.append(output)
-    return found if len(found) > 1 else observed
+    return found
 
 
 def _alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -307,13 +307,13 @@ def _squared_distance(
     finite = g.isfinite()
     if not bool(finite.all()):
         y, g = y.masked_fill(~finite, 0.0), g.masked_fill(~finite, 0.0)
-    if mask_BT is not None:
-        seen = mask_BT.view(*mask_BT.shape, *(1,) * (g.ndim - 2))
+    seen = None if mask_BT is None else mask_BT.view(*mask_BT.shape, *(1,) * (g.ndim - 2))
+    if seen is not None:
         y, g = y.masked_fill(~seen, 0.0), g.masked_fill(~seen, 0.0)
-        count, mean = seen.expand(g.shape).sum(), g.sum(0) / seen.sum(0).clamp_min(1)
-        spread = (g - mean).masked_fill(~seen, 0.0).square().sum()
-    else:
-        count, spread = torch.tensor(g.numel(), device=g.device), (g - g.mean(0)).square().sum()
     if len(g) == 1 and variance is not None:
-        spread = variance * count
+        spread = variance * (torch.ones_like(g) if seen is None else seen.expand(g.shape)).sum()
+    elif seen is None:
+        spread = (g - g.mean(0)).square().sum()
+    else:
+        spread = (g - g.sum(0) / seen.sum(0).clamp_min(1)).masked_fill(~seen, 0.0).square().sum()
     return (y - g).square().sum() / spread.clamp_min(1e-12 * g.numel())

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from thesean.passes.analyse.channel_operators import ELEMENTWISE, OPERATORS, Given, ReadStep, Unread, given_to, sizes_of
-from thesean.passes.analyse.channel_steps import RELAYING, ReadSteps, reordered
+from thesean.passes.analyse.channel_steps import ReadSteps, reordered
 from thesean.targets.shared.channel_groups import ChannelFacts, Map
 from thesean.targets.shared.channels import (
     Activate,
@@ -80,7 +80,7 @@ class ChannelReader:
         elif name in ("permute", "transpose"):
             self.numbers[node] = self._of(first)
             turned = self._turns(first, given, turned)
-        elif name in RELAYING and not turned and (found := reordered(node, self.values)):
+        elif not turned and (found := reordered(node, self.values)):
             chain, places = found
             self.passed |= set(chain)
             self.numbers[chain[-1]] = self.made.add(Pick(of=self._of(first), places=places))

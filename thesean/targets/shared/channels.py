@@ -8,7 +8,7 @@ B batch, C channels, O output channels, I input channels, K taps of a kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -29,6 +29,10 @@ class _Step(BaseModel):
     @property
     def reads(self) -> tuple[int, ...]:
         return (self.of,)
+
+    def reading(self, values: Sequence[int]) -> Self:
+        """The same of other values, as many as it `reads`."""
+        return self.model_copy(update={"of": values[0]})
 
 
 class Convolution(_Step):
@@ -159,6 +163,9 @@ class Concatenate(_Step):
     def reads(self) -> tuple[int, ...]:
         return (self.of, *self.others)
 
+    def reading(self, values: Sequence[int]) -> Self:
+        return self.model_copy(update={"of": values[0], "others": tuple(values[1:])})
+
 
 class Pick(_Step):
     """Some of the channels, or all in another order."""
@@ -177,6 +184,9 @@ class Join(_Step):
     @property
     def reads(self) -> tuple[int, ...]:
         return (self.of, self.other)
+
+    def reading(self, values: Sequence[int]) -> Self:
+        return self.model_copy(update={"of": values[0], "other": values[1]})
 
 
 Step = Annotated[
@@ -349,11 +359,7 @@ def needed_steps(
     own: dict[int, Weights] = {}
     for value in needed[1:]:
         step = steps[value - 1]
-        reads = {"of": number_of[step.of]}
-        if isinstance(step, Join):
-            reads["other"] = number_of[step.other]
         if value - 1 in weights:
             own[len(kept)] = weights[value - 1]
-        others = {"others": tuple(number_of[o] for o in step.others)} if isinstance(step, Concatenate) else {}
-        kept.append(step.model_copy(update=reads | others))
+        kept.append(step.reading([number_of[of] for of in step.reads]))
     return tuple(kept), own
