@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 from tests.captured import traced
 from tests.models import vectors
@@ -78,6 +79,21 @@ def test_a_graph_in_which_all_nodes_compute_is_left_alone():
     assert result.graph_module is graph_module
     assert not result.modified
     assert result.reason == "every node computes something"
+
+
+class LastOfAll(nn.Module):
+    """As many of the last steps as there are, and a number of them."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask[:, -x.shape[1] :].unsqueeze(2) + mask[:, -2:].sum()
+
+
+def test_a_slice_is_full_where_it_is_as_long_as_what_it_cuts_whatever_the_length():
+    time = Dim("time", min=3)
+    example = (vectors(2, 7, 3), torch.ones(2, 7))
+    program = torch.export.export(LastOfAll(), example, dynamic_shapes=({1: time}, {1: time}))
+    graph_module = Simplify()(program.module()).graph_module
+    assert [n.args[1:] for n in graph_module.graph.nodes if "slice" in str(n.target)] == [(1, -2, 9223372036854775807)]
 
 
 class Casts(nn.Module):

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.nodes import argument, attribute
@@ -101,5 +103,14 @@ def _computes_nothing(node: fx.Node) -> bool:
         return have.dtype == want.dtype and have.device == want.device
     if node.target is aten.slice.Tensor:
         start, end = argument(node, 2, "start"), argument(node, 3, "end")
-        return start in (None, 0) and end in (None, sys.maxsize) and argument(node, 4, "step", 1) == 1
+        size = have.shape[argument(node, 1, "dim", 0)]
+        from_start = start in (None, 0) or _is(start, -size)  # x[:, -x.shape[1]:]
+        return from_start and (end in (None, sys.maxsize) or _is(end, size)) and argument(node, 4, "step", 1) == 1
     return False
+
+
+def _is(value: Any, size: int | torch.SymInt) -> bool:
+    """Whether a computed number is this one, whatever the sizes of the inputs are. What a slice gives doesn't
+    tell: that is the size in the example's range, which no guard may hold.
+    """
+    return isinstance(value, fx.Node) and bool(statically_known_true(value.meta.get("val") == size))
