@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 logger = logging.getLogger(__name__)
+
+
+# torch writes a page about each call that fails on sizes without a number, such as a pad by -1
+_tracer = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    level = _tracer.level
+    _tracer.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        _tracer.setLevel(level)
 
 
 def is_composed(target: torch._ops.OpOverload) -> bool:
@@ -37,7 +52,7 @@ def trace_call(
         return form(*args, **kwargs)
 
     try:
-        with mode:
+        with mode, _unheard():
             made = make_fx(of_inputs, None if table is None else dict(table), pre_dispatch=pre_dispatch)(*given)
     except Exception as error:  # the tracer raises whatever it meets
         logger.debug("%s can't be traced by itself: %s", node.target, error)
