@@ -62,19 +62,26 @@ FAMILIES: dict[str, Callable[[str], nn.Module]] = {
     "gemma3": _family("Gemma3", **_GEMMA, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
     "bloom": _family("Bloom", vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=HEADS),  # ALiBi
 }
+# beside attentions other mixers that read earlier steps
+MIXED: dict[str, Callable[[str], nn.Module]] = {
+    "lfm2": _family(
+        "Lfm2", **{**_sizes(num_key_value_heads=2), "num_hidden_layers": 3}, conv_L_cache=3, block_multiple_of=8,
+        layer_types=["conv", "full_attention", "conv"], pad_token_id=0,
+    ),  # short causal convolutions
+}  # fmt: skip
 _EAGER = ("gpt_neo", "gemma2", "bloom")  # have no other attention
 # what has no table of positions runs past the length that it was trained at
-ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "bloom")
+ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "bloom", "lfm2")
 
 
 @shared
 def family(name: str, attention: str = "sdpa", masked: bool = False) -> Captured:
-    """A guide of `FAMILIES` as a graph; `masked`: it is told which steps are padding."""
+    """A guide of `FAMILIES` or `MIXED` as a graph; `masked`: it is told which steps are padding."""
     torch.manual_seed(0)
     example = {"input_ids": tokens(3, 11)}
     if masked:
         example["attention_mask"] = torch.ones(3, 11, dtype=torch.int64)
-    return capture(spread(FAMILIES[name]("eager" if name in _EAGER else attention).eval()), example)
+    return capture(spread({**FAMILIES, **MIXED}[name]("eager" if name in _EAGER else attention).eval()), example)
 
 
 class Attending(nn.Module):

@@ -162,14 +162,17 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
             *graph,
         ],
         "014-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
-        "015-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
-        "016-thread-state.txt": [
+        "015-cache-steps.txt": ["# cache-steps: unchanged: there is no single dimension of time", *graph],
+        "016-carry-sums.txt": ["# carry-sums: unchanged: there is no single dimension of time", *graph],
+        "017-carry-cells.txt": ["# carry-cells: unchanged: there is no single dimension of time", *graph],
+        "018-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
+        "019-thread-state.txt": [
             "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
             *graph,
         ],
-        "017-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "018-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "019-cells-as-modules.txt": [
+        "020-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "021-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "022-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",

@@ -11,7 +11,8 @@ import torch
 
 from tests import captured
 from tests.kept_files import KeptFiles
-from thesean.deploy.export import export, for_export
+from thesean.deploy.export import export
+from thesean.deploy.export_passes import for_export
 from thesean.deploy.lowering.to_onnx import to_onnx
 from thesean.passes.base import run_passes
 from thesean.passes.capture.captured import Captured

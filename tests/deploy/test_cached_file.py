@@ -15,7 +15,7 @@ from torch import fx, nn
 
 import thesean
 from tests import captured, models
-from tests.causal_guides import ENDLESS, FAMILIES, WINDOW, attending, family
+from tests.causal_guides import ENDLESS, FAMILIES, MIXED, WINDOW, attending, family
 from tests.deploy.test_export import dims
 from thesean.deploy.export import ExportReport, export
 from thesean.deploy.session import Session
@@ -26,7 +26,7 @@ from thesean.passes.graph.signature import Signature
 from thesean.passes.plan.hybrid import bound_positions, build_hybrid
 from thesean.passes.plan.make_plan import make_plan
 
-CACHED = list(FAMILIES)
+CACHED = [*FAMILIES, *MIXED]
 CHUNKED = ((1,) * 12, (1, 5, 6), (12,))
 
 
@@ -164,6 +164,18 @@ def test_every_causal_conversion_has_a_state(tmp_path, name, target, settings):
 
 
 @pytest.mark.slow
+def test_convolutions_that_are_kept_beside_a_converted_attention_have_states(tmp_path):
+    guide = family("lfm2", masked=True)
+    torch.manual_seed(0)
+    module = build_hybrid(make_plan(guide, {"*.self_attn": "gru", "*": "keep"})).graph_module.eval()
+    file = File(module, guide.signature, tmp_path / "m.onnx")
+    found = dims(file.report.path)
+    assert [found[f"state_in_{k}"] for k in (0, 2)] == [["batch", 32, 2]] * 2  # of a kernel of three
+    mask_BT = torch.ones(3, 12, dtype=torch.int64)
+    mask_BT[0, :4] = 0
+    file.check({"input_ids": models.tokens(3, 12), "attention_mask": mask_BT})
+
+
 def test_every_member_of_a_frontier_has_a_state(tmp_path):
     compiled = thesean.compile(
         models.gpt2(), "linear-attention", data=models.token_batches(), recipe="fast", progress=False

@@ -23,7 +23,8 @@ from tests import captured, exported, models
 from tests.exported import hybrid
 from thesean.deploy import parity
 from thesean.deploy.describe_file import describe_file
-from thesean.deploy.export import ExportReport, export, for_export
+from thesean.deploy.export import ExportReport, export
+from thesean.deploy.export_passes import for_export
 from thesean.deploy.lowering import to_onnx as exporter
 from thesean.deploy.parity import Check, allowed_error, rounding
 from thesean.deploy.relative_error import relative_error
@@ -153,7 +154,8 @@ def test_a_hybrid_whose_other_part_looks_ahead_is_exported_without_state_and_say
 def test_what_export_runs_is_one_list(gru, stateful):
     steps = for_export(gru[1].signature, (), stateful)
     names = [p.name for s in steps for p in (s.passes if isinstance(s, Attempt) else (s,))]
-    state = ["cache-latents", "inline-modules", "cache-attention", "delay-steps", "thread-state"]
+    remembering = ["cache-latents", "inline-modules", "cache-attention", "cache-steps", "carry-sums", "carry-cells"]
+    state = [*remembering, "delay-steps", "thread-state"]
     rest = ["write-out-attention", "flatten-outputs", "cells-as-modules"]
     assert names == ([] if stateful is False else state) + rest
     assert isinstance(steps[0], Attempt) == (stateful is None)

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from thesean.deploy.describe_values import describe_values
+from thesean.deploy.export_passes import for_export
 from thesean.deploy.export_report import (
     PARITY,
     ExportReport,
@@ -72,18 +73,11 @@ from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX, write_torch
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.base import Attempt, Pass, run_passes
-from thesean.passes.cache_attention import CacheAttention
-from thesean.passes.cache_latents import CacheLatents
 from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
-from thesean.passes.cells_as_modules import CellsAsModules
-from thesean.passes.delay_steps import DelaySteps
-from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
-from thesean.passes.inline_modules import InlineModules
-from thesean.passes.thread_state import STATE_IN, STATE_OUT, ThreadState, state_shape
-from thesean.passes.write_out_attention import WriteOutAttention
+from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape
 from thesean.scratch import named
 
 _STATES = re.compile(r"^(cache attention|delay steps|thread state): ")  # how the refusals of a state begin
@@ -319,27 +313,6 @@ def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, 
         for s in states
     ]
     return {STATES: json.dumps(table), **told} if states else dict(told)
-
-
-def for_export(
-    signature: Signature,
-    probes: tuple[dict[str, torch.Tensor], ...],
-    stateful: bool | None = None,
-    trusted: frozenset[str] = frozenset(),
-) -> tuple[Pass | Attempt, ...]:
-    """What export runs on a frozen copy, in order. `stateful`: True must, None may, False does not carry a state.
-
-    BoundPositions is not among them: a conversion ends with it, so that module and file are bounded alike.
-    """
-    remembering = (CacheLatents(signature), InlineModules(signature), CacheAttention(signature))
-    with_state = (*remembering, DelaySteps(signature), ThreadState(signature))
-    threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: with_state, None: (Attempt(*with_state),)}
-    return (
-        *threading.get(stateful, ()),
-        WriteOutAttention(probes, trusted),
-        FlattenOutputs(),
-        CellsAsModules(),
-    )
 
 
 def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:

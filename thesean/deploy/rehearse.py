@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from thesean.deploy.decomposing import stays
-from thesean.deploy.export import for_export
+from thesean.deploy.export_passes import for_export
 from thesean.deploy.lowering.to_onnx import quiet
 from thesean.deploy.taken_apart import taken_apart
 from thesean.deploy.torchlib import is_registered, is_registered_for_complex
@@ -21,6 +21,7 @@ from thesean.passes.base import run_passes
 from thesean.passes.graph.nodes import argument, is_complex, owner
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.trace_call import is_composed
 
 aten = torch.ops.aten
@@ -62,7 +63,7 @@ def unwritable(graph_module: fx.GraphModule) -> str:
 
 def unstreamable(graph_module: fx.GraphModule, signature: Signature) -> str:
     """Why a network whose parts look ahead can't carry a state, "" where it can or none does."""
-    if not any(getattr(m, "lookahead", 0) and getattr(m, "stateful", False) for m in graph_module.modules()):
+    if not looks_ahead(graph_module):
         return ""
     stateful = for_export(signature, (), stateful=True)[: -len(for_export(signature, (), stateful=False))]
     try:

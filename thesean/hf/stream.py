@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from thesean.deploy.export_passes import remembering
 from thesean.deploy.lowering.to_onnx import output_names
 from thesean.errors import DataError, PassRefused
 from thesean.hf.roles import Roles
 from thesean.hf.states import CarriedStates, StateRows, Tensors
 from thesean.passes.base import run_passes
-from thesean.passes.cache_attention import CacheAttention
 from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import clone
-from thesean.passes.inline_modules import InlineModules
 from thesean.passes.thread_state import ThreadState, zero_states
 from thesean.targets.shared.steps import Steps
 
@@ -119,5 +118,4 @@ def stream_of(network: fx.GraphModule, signature: Signature, roles: Roles) -> St
 
 
 def _threaded(network: fx.GraphModule, signature: Signature, proven: fx.GraphModule | None = None) -> fx.GraphModule:
-    passes = InlineModules(signature), CacheAttention(signature), ThreadState(signature, proven)
-    return run_passes(network, *passes)[0]
+    return run_passes(network, *remembering(signature), ThreadState(signature, proven))[0]

@@ -21,7 +21,7 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
 from thesean.passes.graph.clock import find_clock, has_one_time
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.surgery import erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead
 
 aten = torch.ops.aten
 
@@ -47,11 +47,8 @@ class CacheAttention(Pass):
         if not has_one_time(self.signature):
             reason = "there is no single dimension of time"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(graph_module.graph, {}))
-        erase_dead(graph)
-        new = fx.GraphModule(graph_module, graph)
-        new.meta.update(graph_module.meta)
+        new = beside(graph_module)
+        graph = new.graph
         found = causal_attentions(new, self.signature)
         if not found:
             reason = "no causal attention is left in the graph"

@@ -19,7 +19,7 @@ from thesean.passes.graph.cache import SeenKeys
 from thesean.passes.graph.clock import find_clock, has_one_time
 from thesean.passes.graph.latent_cache import CachedLatent
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.surgery import erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead
 from thesean.targets.shared.softmax_heads import SoftmaxHeads
 
 aten = torch.ops.aten
@@ -43,14 +43,12 @@ class CacheLatents(Pass):
             reason = "there is no single dimension of time"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
         modules = dict(graph_module.named_modules())
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(graph_module.graph, {}))
+        new = beside(graph_module)
+        graph = new.graph
         found = [n for n in graph.find_nodes(op="call_module") if _has_latent(modules[str(n.target)])]
         if not found:
             reason = "no causal part has keys and values of one latent"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
-        new = fx.GraphModule(graph_module, graph)
-        new.meta.update(graph_module.meta)
         names = (name for n in itertools.count() if not hasattr(graph_module, name := f"latent_{n}"))
         biases: dict[Any, fx.Node] = {}
         for call in found:

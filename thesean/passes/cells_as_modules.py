@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from thesean.errors import PassRefused
 from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.kept_cell import cell_with
 from thesean.passes.graph.nodes import argument, attribute
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.surgery import clone
@@ -60,7 +60,7 @@ def _call_module(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None
     arguments: Any = node.args
     x, states, weights, has_biases, _, _, _, bidirectional, batch_first = arguments
     tensors = [attribute(graph_module, str(w.target)) for w in weights]
-    graph_module.add_submodule(name, _cell(kind, tensors, has_biases, bidirectional, batch_first))
+    graph_module.add_submodule(name, cell_with(kind, tensors, has_biases, bidirectional, batch_first))
     given = tuple(states) if isinstance(states, (list, tuple)) else states
     with graph.inserting_before(node):
         call = graph.call_module(name, (x, given))
@@ -68,26 +68,6 @@ def _call_module(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None
     for item in list(node.users):
         _read_state(graph, item, call, pair=kind == "LSTM")
     graph.erase_node(node)
-
-
-def _cell(
-    kind: str, tensors: list[torch.Tensor], has_biases: bool, bidirectional: bool, batch_first: bool
-) -> nn.RNNBase:
-    """One layer with these weights, in torch's own order."""
-    per_direction = len(tensors) // (2 if bidirectional else 1)
-    projected = per_direction % 2 == 1  # matrices and biases come in pairs; a projection is one more
-    settings: dict[str, Any] = dict(bias=has_biases, bidirectional=bidirectional, batch_first=batch_first)
-    if projected:
-        settings["proj_size"] = tensors[per_direction - 1].shape[0]
-    if kind.startswith("RNN"):
-        settings["nonlinearity"] = kind.removeprefix("RNN_").lower()
-    make = {"LSTM": nn.LSTM, "GRU": nn.GRU}.get(kind, nn.RNN)
-    gates = {"LSTM": 4, "GRU": 3}.get(kind, 1)
-    cell = make(tensors[0].shape[1], tensors[0].shape[0] // gates, **settings)
-    with torch.no_grad():
-        for parameter, value in zip(cell._flat_weights, tensors, strict=True):
-            parameter.copy_(value)
-    return cell.eval()
 
 
 def _read_state(graph: fx.Graph, item: fx.Node, call: fx.Node, pair: bool) -> None:

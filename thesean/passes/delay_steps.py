@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import getitem
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,18 +16,23 @@ from thesean.passes.analyse.chunks import is_close
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import leaf_nodes, leaf_values, owner
-from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.stream import DELAY, SEEN, STREAM, Delay, Streamed, flushed, in_time, streamed
-from thesean.passes.graph.surgery import erase_dead
+from thesean.passes.graph.stream import (
+    DELAY,
+    SEEN,
+    STREAM,
+    Delay,
+    Streamed,
+    flushed,
+    in_time,
+    looks_ahead,
+    steps_ahead,
+    streamed,
+)
+from thesean.passes.graph.surgery import beside, end_of_call
+from thesean.passes.graph.two_sizes import SIZES, Shapes, inputs_of, record_at_two_sizes, shapes_of, time_dim
 
 aten = torch.ops.aten
-
-# (batch, steps) of two runs: a dimension that is the one or the other in both is known to be it
-_SIZES = ((2, 8), (3, 9))
-
-# Of each node that is a tensor, by name: its shapes in both runs
-Shapes = dict[str, tuple[torch.Size, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,24 +55,18 @@ class DelaySteps(Pass):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         symbols = {s.startswith("batch") for s in self.signature.symbols}
-        if _ahead_of(graph_module) and (symbols != {True, False} or len(self.signature.symbols) != 2):
+        if looks_ahead(graph_module) and (symbols != {True, False} or len(self.signature.symbols) != 2):
             found = ", ".join(self.signature.symbols) or "none"
             raise PassRefused(
                 f"delay steps: expected inputs with a batch and one dynamic time dimension, found {found}."
             )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        if not _ahead_of(graph_module):
+        if not looks_ahead(graph_module):
             return PassResult(graph_module=graph_module, modified=False, reason="no part looks ahead")
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(graph_module.graph, {}))
-        erase_dead(graph)
-        new = fx.GraphModule(graph_module, graph)
-        new.meta.update(graph_module.meta)
+        new = beside(graph_module)
         with evaluating(graph_module):
-            runs = [self._shapes(graph_module, *sizes) for sizes in _SIZES]
-            shapes = {name: tuple(run[name] for run in runs) for name in runs[0]}
-            rewriting = _Rewriting(new, shapes, self.signature)
+            rewriting = _Rewriting(new, shapes_of(record_at_two_sizes(graph_module, self.signature)), self.signature)
             new.meta[DELAY] = rewriting.run()
             new.meta[STREAM] = streamed(self.signature, str(rewriting.seen.target))
             new.delete_all_unused_submodules()
@@ -77,19 +75,10 @@ class DelaySteps(Pass):
             self._check(graph_module, new)
         return PassResult(graph_module=new, modified=True)
 
-    def _inputs(self, graph_module: fx.GraphModule, batch: int, steps: int) -> dict[str, torch.Tensor]:
-        sizes = {s: batch if s.startswith("batch") else steps for s in self.signature.symbols}
-        device = next((str(p.device) for p in graph_module.parameters()), "cpu")
-        return self.signature.random_inputs(sizes, device=device)
-
-    def _shapes(self, graph_module: fx.GraphModule, batch: int, steps: int) -> dict[str, torch.Size]:
-        values = record(graph_module, self._inputs(graph_module, batch, steps))
-        return {n.name: v.shape for n, v in values.items() if isinstance(v, torch.Tensor)}
-
     @torch.no_grad()
     def _check(self, graph_module: fx.GraphModule, delayed: fx.GraphModule) -> None:
         """The stream, flushed, against the whole sequences."""
-        inputs, steps = self._inputs(graph_module, *_SIZES[0]), delayed.meta[DELAY]
+        inputs, steps = inputs_of(graph_module, self.signature, *SIZES[0]), delayed.meta[DELAY]
         late = leaf_values(delayed(**flushed(delayed.meta[STREAM], inputs, steps)))
         for index, (got, want) in enumerate(zip(late, leaf_values(graph_module(**inputs)), strict=True)):
             if not is_close(in_time(got, want.shape, steps), want):
@@ -131,7 +120,7 @@ class _Rewriting:
     def _meet(self, node: fx.Node, late: int) -> None:
         """All that a node reads, as late as the latest; and the node itself where it looks ahead."""
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
-        ahead = _steps_ahead(module)
+        ahead = steps_ahead(module)
         self.late[node] = late + ahead
         self._read(node, late)
         if module is None or not getattr(module, "stateful", False) or not late + ahead:
@@ -160,14 +149,14 @@ class _Rewriting:
         made = self.delayed.setdefault(node, {self.late[node] or 0: node})
         if late not in made:
             before = max(steps for steps in made if steps < late)
-            dim = self._dim(node)
+            dim = time_dim(self.shapes.get(node.name, ()))
             if dim is None:
                 raise PassRefused(
                     f"delay steps: {owner(reader) or reader.name} ({reader.target}), behind a part that looks ahead, "
                     f"reads {owner(node) or node.name} ({node.target}), which doesn't come step by step."
                 )
             name = self._add(Delay(late - before, dim), f"delay_{len(self.delayed)}_{late}")
-            with self.graph.inserting_after(_end_of_call(made[before])):
+            with self.graph.inserting_after(end_of_call(made[before])):
                 call = self.graph.call_module(name, (made[before],))
             with self.graph.inserting_after(call):
                 made[late] = self.graph.call_function(getitem, (call, 0))
@@ -178,25 +167,16 @@ class _Rewriting:
         """Positions, or whatever else there is one of for each step."""
         first, second = (
             {d for d, size in enumerate(shape) if size == time}
-            for shape, (_, time) in zip(self.shapes[node.name], _SIZES, strict=True)
+            for shape, (_, time) in zip(self.shapes[node.name], SIZES, strict=True)
         )
         return bool(first & second)
-
-    def _dim(self, node: fx.Node) -> int | None:
-        """Which dimension of a node is time; None unless it is one behind that of the batch, and no other is."""
-        shapes = self.shapes.get(node.name, ())
-        if not shapes or any(not s or s[0] != batch for s, (batch, _) in zip(shapes, _SIZES, strict=True)):
-            return None
-        moves = [d for d in range(1, len(shapes[0])) if shapes[0][d] != shapes[1][d]]
-        times = [d for d in moves if all(s[d] == time for s, (_, time) in zip(shapes, _SIZES, strict=True))]
-        return times[0] if len(moves) == 1 and times else None
 
     def _input(self, signature: Signature) -> fx.Node:
         last = self.graph.find_nodes(op="placeholder")[-1]
         taken = {spec.name for spec in signature.inputs}
         with self.graph.inserting_after(last):
             seen = self.graph.placeholder(next(n for n in (SEEN, *(f"{SEEN}_{i}" for i in range(9))) if n not in taken))
-        self.shapes[seen.name] = tuple(torch.Size(sizes) for sizes in _SIZES)
+        self.shapes[seen.name] = tuple(torch.Size(sizes) for sizes in SIZES)
         self.late[seen] = 0
         return seen
 
@@ -205,16 +185,3 @@ class _Rewriting:
             name += "_"
         self.graph_module.add_submodule(name, module)
         return name
-
-
-def _end_of_call(node: fx.Node) -> fx.Node:
-    """Behind all inputs of the graph, where it is one of them."""
-    return node.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
-
-
-def _steps_ahead(module: Any) -> int:
-    return int(getattr(module, "lookahead", 0)) if getattr(module, "stateful", False) else 0
-
-
-def _ahead_of(graph_module: fx.GraphModule) -> bool:
-    return any(_steps_ahead(m) for m in graph_module.modules())

@@ -14,10 +14,12 @@ import torch
 from torch import fx, nn
 from torch.export import Dim
 
+from thesean.passes.analyse.earlier_steps import CONVOLUTIONS
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.nodes import attribute, leaf_nodes
 from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.surgery import erase_dead
 
 aten = torch.ops.aten
@@ -32,13 +34,14 @@ _MOVED = 1e-5
 class InlineModules(Pass):
     """y = part(x)  =>  y = the operators of part, for parts that carry no state and read earlier steps, but none later.
 
-    x_BTD -> y_BTD; the new graph shares its parameters with the incoming one, which stays as it was. What torch can't
-    trace stays a module.
+    Those of convolutions that read later ones as well where a part looks ahead, or with `ahead`. x_BTD -> y_BTD; the
+    new graph shares its parameters with the incoming one, which stays as it was. What torch can't trace stays a module.
     """
 
     in_place = False
 
     signature: Signature
+    ahead: bool = False
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         sizes = {s: _BATCH if s.startswith("batch") else _TIME for s in self.signature.symbols}
@@ -53,7 +56,8 @@ class InlineModules(Pass):
         values: Mapping[fx.Node, Any] = {}
         if calls:
             values = record(graph_module, self.signature.random_inputs(sizes, device=device))
-        traced = {n.name: t for n in calls if (t := _traced(n, modules[str(n.target)], values)) is not None}
+        ahead = self.ahead or looks_ahead(graph_module)
+        traced = {n.name: t for n in calls if (t := _traced(n, modules[str(n.target)], values, ahead)) is not None}
         if not traced:
             reason = "no module without a state reads earlier steps"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
@@ -72,15 +76,17 @@ class InlineModules(Pass):
 
 
 @torch.no_grad()
-def _traced(call: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any]) -> fx.GraphModule | None:
-    """A module's operators, dynamic in batch and time; None where it reads no earlier step, or a later one."""
+def _traced(call: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any], ahead: bool) -> fx.GraphModule | None:
+    """A module's operators, dynamic in batch and time; None where it reads no earlier step, or a later one that it may
+    not read.
+    """
     given, kwargs = fx.map_arg((call.args, dict(call.kwargs)), values.__getitem__)
     (x,) = given
     if (
         not isinstance(x, torch.Tensor)
         or x.ndim != 3
         or not x.is_floating_point()
-        or not _reads_back(module, x, kwargs)
+        or not _reads_others(module, x, kwargs, ahead)
     ):
         return None
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -92,11 +98,13 @@ def _traced(call: fx.Node, module: nn.Module, values: Mapping[fx.Node, Any]) -> 
         return None
     traced = program.module(check_guards=False)
     assert isinstance(traced, fx.GraphModule)
+    if ahead and CONVOLUTIONS.keys().isdisjoint(n.target for n in traced.graph.nodes):
+        return traced if _reads_others(module, x, kwargs, ahead=False) else None
     return traced
 
 
-def _reads_back(module: nn.Module, x_BTD: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether the middle step moves later ones, and neither it nor the last one an earlier one."""
+def _reads_others(module: nn.Module, x_BTD: torch.Tensor, kwargs: dict[str, Any], ahead: bool) -> bool:
+    """Whether the middle step moves later ones, and neither it nor the last one an earlier one, but for `ahead`."""
     before = module(x_BTD, **kwargs)
     if not isinstance(before, torch.Tensor) or before.shape[:2] != x_BTD.shape[:2]:
         return False
@@ -108,7 +116,7 @@ def _reads_back(module: nn.Module, x_BTD: torch.Tensor, kwargs: dict[str, Any]) 
         moved_BTD[:, step] += noise_D * x_BTD.std().clamp_min(1e-3)
         change_T = (module(moved_BTD, **kwargs) - before).abs().flatten(2).amax((0, 2))
         moves[step] = change_T > _MOVED * change_T.max()
-    return bool(moves[middle][middle + 1 :].any()) and not any(bool(moves[t][:t].any()) for t in moves)
+    return bool(moves[middle][middle + 1 :].any()) and (ahead or not any(bool(moves[t][:t].any()) for t in moves))
 
 
 def _inline(graph: fx.Graph, call: fx.Node, traced: fx.GraphModule) -> dict[str, Any]:

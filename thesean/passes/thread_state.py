@@ -35,7 +35,7 @@ from thesean.passes.graph.resample import is_of_pairs
 from thesean.passes.graph.row_counts import Shapes, give_rows, is_row_table, read_rows, select_steps, takes_rows
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
-from thesean.passes.graph.surgery import erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead
 
 aten = torch.ops.aten
 
@@ -133,12 +133,8 @@ class ThreadState(Pass):
         self, graph_module: fx.GraphModule, specs: dict[str, list[InputSpec]], shapes: Shapes
     ) -> fx.GraphModule:
         """`shapes`: those that were recorded, for counts of each row; none for one count."""
-        graph = fx.Graph()
-        output = graph.graph_copy(graph_module.graph, {})
-        graph.output(output)
-        erase_dead(graph)
-        new = fx.GraphModule(graph_module, graph)
-        new.meta.update(graph_module.meta)
+        new = beside(graph_module)
+        graph = new.graph
         states = _States(graph)
         for call in _stateful_calls(new):
             given = [states.take(spec.dtype, spec.shape) for spec in specs[call.name]]

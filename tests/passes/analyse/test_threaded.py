@@ -17,7 +17,8 @@ from torch import nn
 from tests.exported import hybrid
 from tests.models import VOCABULARY, seeded
 from thesean.deploy.describe_file import describe_file
-from thesean.deploy.export import export, for_export
+from thesean.deploy.export import export
+from thesean.deploy.export_passes import for_export
 from thesean.errors import ExportError, PassRefused
 from thesean.passes.analyse.chunks import join, run_in_chunks
 from thesean.passes.analyse.threaded import Threaded, _pieces
@@ -77,6 +78,8 @@ STREAMS: dict[str, Rule] = {
     "after 50 steps": lambda m, ids, x: torch.where(at(ids)[None, :, None] < 50, x * 2, x),
     "a drift that ends": lambda m, ids, x: x * at(ids)[:, None].clamp(max=60) / 60,
     "all of it": lambda m, ids, x: x[:, : ids.shape[1]] + x[:, 0:],
+    "a sum so far": lambda m, ids, x: x + x.cumsum(1),
+    "the step before": lambda m, ids, x: x + F.pad(x[:, :-1], (0, 0, 1, 0)),
     "a norm of each step": lambda m, ids, x: F.normalize(x, dim=-1) + x.softmax(2) + x.sort(-1).values + x.flip(2),
     "heads": lambda m, ids, x: (x.unflatten(2, (2, 4)).transpose(1, 2) * 2).transpose(1, 2).flatten(2),
     "a pad of the width": lambda m, ids, x: F.pad(x, (1, 1))[..., 1:-1] @ m.head.weight.T @ m.head.weight,
@@ -95,7 +98,6 @@ MIXED: dict[str, tuple[Rule, str]] = {
     ),
     "a maximum": (lambda m, ids, x: x - x.amax(1, keepdim=True), "amax"),
     "a maximum so far": (lambda m, ids, x: x.cummax(1).values, "mixes time"),
-    "a sum so far": (lambda m, ids, x: x + x.cumsum(1), "cumsum"),
     "a product so far": (lambda m, ids, x: x * (ids != _RARE).long().cumprod(1)[..., None], "works along time"),
     "the mean": (lambda m, ids, x: x - x.mean(1, keepdim=True), "mean"),
     "sorted steps": (lambda m, ids, x: x.sort(1).values, "mixes time"),
@@ -110,7 +112,7 @@ MIXED: dict[str, tuple[Rule, str]] = {
     "the last step": (lambda m, ids, x: x + x[:, -1:], "add"),
     "the last token, if it is rare": (lambda m, ids, x: x * (ids[:, -1] != 99)[:, None, None], "last step meets"),
     "the first step": (lambda m, ids, x: x + x[:, :1], "slice"),
-    "the step before": (lambda m, ids, x: x + F.pad(x[:, :-1], (0, 0, 1, 0)), "mixes time"),
+    "the step after": (lambda m, ids, x: x + F.pad(x[:, 1:], (0, 0, 0, 1)), "not the chunks' in a row"),
     "the length": (lambda m, ids, x: x * ids.shape[1], "mul"),
     "how far the end is": (lambda m, ids, x: x + m.places(ids.shape[1] - 1 - at(ids)), "mixes time"),
     "similarities": (lambda m, ids, x: (x @ x.mT) @ x, "matmul"),
@@ -119,10 +121,10 @@ MIXED: dict[str, tuple[Rule, str]] = {
 }  # fmt: skip
 
 
-# while one works, a count, a bound and a table; and a step, a sum and a cut
+# while one works, a count, a bound and a table; and steps, a sum, a product and a cut
 FEW = (
     "a bounded count of the data", "positions in turns", "after 50 steps",
-    "the step before", "a sum so far", "a cut past all probes",
+    "the step before", "a sum so far", "the step after", "a product so far", "a cut past all probes",
 )  # fmt: skip
 
 

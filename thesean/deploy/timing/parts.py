@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from thesean.deploy.export import for_export
+from thesean.deploy.export_passes import for_export
 from thesean.deploy.lowering.choose_operators import choose_operators
 from thesean.deploy.lowering.to_onnx import DEFAULT_OPSET, to_onnx
 from thesean.deploy.onnx_file import Draft

@@ -24,6 +24,10 @@ _NOISE = 1e-6
 # whole's; what is made of it is compared.
 RELATES = "relates_steps"
 
+# And another: it makes a sequence of the caller's length of one with earlier steps in front, which a state holds. No
+# rule of operators tells that it looks at no later step; its chunks are the whole's, and are compared.
+LOOKS_BACK = "looks_back"
+
 # Of an output's scale, where rounding is coarser than float32's
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 

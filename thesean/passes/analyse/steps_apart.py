@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.analyse.chunks import RELATES
+from thesean.passes.analyse.chunks import LOOKS_BACK, RELATES
 from thesean.passes.analyse.dataflow import SIZE_ONLY
 from thesean.passes.graph.nodes import argument
 
@@ -108,7 +108,7 @@ class _Steps:
         if self._is_last(node):
             self.last.add(node)
             return None
-        return self._mixes(node, with_steps[0])
+        return None if LOOKS_BACK in node.meta else self._mixes(node, with_steps[0])
 
     def _is_last(self, node: fx.Node) -> bool:
         """x[:, -1] and x[:, -1:]."""

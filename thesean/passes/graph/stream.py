@@ -55,6 +55,15 @@ class Streamed(nn.Module):
         return self.module(x_BTD, self.module.initial_state(x_BTD) if state is None else state, mask=mask)
 
 
+def steps_ahead(module: Any) -> int:
+    """How many later steps a module that carries a state reads."""
+    return int(getattr(module, "lookahead", 0)) if getattr(module, "stateful", False) else 0
+
+
+def looks_ahead(graph_module: fx.GraphModule) -> bool:
+    return any(steps_ahead(m) for m in graph_module.modules())
+
+
 def delay_of(graph_module: fx.GraphModule) -> int:
     return int(graph_module.meta.get(DELAY, 0))
 

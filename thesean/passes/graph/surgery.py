@@ -24,6 +24,11 @@ def erase_dead(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def end_of_call(node: fx.Node) -> fx.Node:
+    """Where what reads a node may stand first: behind all inputs of the graph, where it is one of them."""
+    return node.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
+
+
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """What `erase_dead` would leave."""
     alive: set[fx.Node] = set()
@@ -31,6 +36,16 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         if node.op in ("placeholder", "output") or is_write(node) or not alive.isdisjoint(node.users):
             alive.add(node)
     return alive
+
+
+def beside(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph with the same node names, without what nothing reads; it shares modules and parameters."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    erase_dead(graph)
+    new = fx.GraphModule(graph_module, graph)
+    new.meta.update(graph_module.meta)
+    return new
 
 
 def clone(graph_module: fx.GraphModule, share: bool = False) -> fx.GraphModule:

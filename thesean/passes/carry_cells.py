@@ -1,0 +1,115 @@
+"""Give each recurrent cell of a guide's own that is left its hidden state as state.
+
+B batch, T time, E units
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from thesean.passes.analyse.dataflow import SIZE_ONLY
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.clock import has_one_time
+from thesean.passes.graph.kept_cell import KeptCell, cell_with
+from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.nodes import argument, attribute, leaf_nodes
+from thesean.passes.graph.opaque_cells import CELLS
+from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.two_sizes import record_at_two_sizes, shapes_of, time_dim
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CarryCells(Pass):
+    """y, h = aten.gru(x, zeros, weights)  =>  y, h = cell(x), and the same for aten.lstm, rnn_tanh and rnn_relu.
+
+    `cell` is a module that carries a state, for ThreadState to thread: h, (B, E), and of an LSTM c as well, zeros at
+    the start. A cell that reads both ways, or starts from what the caller gives or what was learnt, stays. The new
+    graph shares its parameters with the incoming one, which stays as it was.
+    """
+
+    in_place = False
+
+    signature: Signature
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if not has_one_time(self.signature):
+            reason = "there is no single dimension of time"
+            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+        none = PassResult(
+            graph_module=graph_module,
+            modified=False,
+            reason="no recurrent cell reads time from the front on, from zeros",
+        )
+        if CELLS.keys().isdisjoint(n.target for n in graph_module.graph.nodes):
+            return none
+        new = beside(graph_module)
+        graph = new.graph
+        with evaluating(new):
+            runs = record_at_two_sizes(new, self.signature)
+        shapes = shapes_of(runs)
+        found = [
+            n
+            for n in graph.nodes
+            if n.target in CELLS
+            and time_dim(shapes[n.args[0].name]) == 1
+            and not argument(n, 7, "bidirectional")
+            and all(w.op == "get_attr" for w in argument(n, 2, "params"))
+            and all(_starts_anew(h) and not any(run[h].any() for run in runs) for h in leaf_nodes(n.args[1]))
+        ]
+        if not found:
+            return none
+        names = (name for n in itertools.count() if not hasattr(new, name := f"kept_{n}"))
+        for node, name in zip(found, names, strict=False):
+            _replace(new, node, name)
+        erase_dead(graph)
+        new.recompile()
+        new.train(graph_module.training)
+        return PassResult(graph_module=new, modified=True)
+
+
+def _starts_anew(node: fx.Node) -> bool:
+    """Whether no more than the sizes of an input flow into it."""
+    if node.op == "placeholder":
+        return False
+    if node.target is aten.sym_size.int or node.target in SIZE_ONLY:
+        return True
+    return all(map(_starts_anew, node.all_input_nodes))
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None:
+    graph = graph_module.graph
+    tensors = [attribute(graph_module, str(w.target)) for w in argument(node, 2, "params")]
+    core = cell_with(CELLS[node.target], tensors, argument(node, 3, "has_biases"), False, True)
+    for weight, tensor in zip(core._flat_weights_names, tensors, strict=True):
+        if isinstance(tensor, nn.Parameter):
+            setattr(core, weight, tensor)
+    graph_module.add_submodule(name, KeptCell(core))
+    with graph.inserting_before(node):
+        call = graph.call_module(name, (node.args[0],))
+    call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    for item in list(node.users):
+        _read(graph, item, call, pair=isinstance(core, nn.LSTM))
+    graph.erase_node(node)
+
+
+def _read(graph: fx.Graph, item: fx.Node, call: fx.Node, pair: bool) -> None:
+    """getitem(operator, k)  =>  the same of the module's (y, h) or (y, (h, c))."""
+    index: Any = item.args[1]
+    with graph.inserting_before(item):
+        found = graph.call_function(getitem, (call, min(index, 1)))
+        if index and pair:
+            found = graph.call_function(getitem, (found, index - 1))
+        if index:
+            found = graph.call_function(aten.unsqueeze.default, (found, 0))
+    found.meta = {k: v for k, v in item.meta.items() if k in ("val", "nn_module_stack")}
+    item.replace_all_uses_with(found)
+    graph.erase_node(item)

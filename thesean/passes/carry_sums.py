@@ -1,0 +1,82 @@
+"""Give each sum over all steps so far what it has come to as state.
+
+B batch, T time
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch import fx
+
+from thesean.passes.analyse.positions import counters, running_sums
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.clock import has_one_time
+from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.nodes import argument
+from thesean.passes.graph.running_sum import RunningSum
+from thesean.passes.graph.signature import Signature
+from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.two_sizes import record_at_two_sizes, shapes_of, time_dim
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CarrySums(Pass):
+    """cumsum(x) along time  =>  sums, last = running(x), for hidden states and floats.
+
+    `running` is a module that carries a state, for ThreadState to thread: the last sum, zeros at the start. Linear
+    attention that is written as sums of products streams by it, and means and norms of all steps so far. What counts
+    visible steps and positions stays: ThreadState knows them. The new graph shares its parameters with the incoming
+    one, which stays as it was.
+    """
+
+    in_place = False
+
+    signature: Signature
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        if not has_one_time(self.signature):
+            reason = "there is no single dimension of time"
+            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+        none = PassResult(graph_module=graph_module, modified=False, reason="nothing is summed up over time")
+        if not graph_module.graph.find_nodes(op="call_function", target=aten.cumsum.default):
+            return none
+        new = beside(graph_module)
+        graph = new.graph
+        with evaluating(new):
+            shapes = shapes_of(record_at_two_sizes(new, self.signature))
+        signals = {s.name for s in self.signature.inputs if s.dtype.is_floating_point and not s.mask}
+        counts = {n for n, mask in running_sums(new) if str(mask.target) not in signals}
+        counts |= {c.node for c in counters(new)}
+        names = (name for n in itertools.count() if not hasattr(new, name := f"sum_{n}"))
+        found = 0
+        for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
+            dim = time_dim(shapes[node.name])
+            if node in counts or dim is None or argument(node, 1, "dim") % len(shapes[node.name][0]) != dim:
+                continue
+            _replace(new, node, dim, next(names))
+            found += 1
+        if not found:
+            return none
+        erase_dead(graph)
+        new.recompile()
+        new.train(graph_module.training)
+        return PassResult(graph_module=new, modified=True)
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, dim: int, name: str) -> None:
+    graph, summed = graph_module.graph, node.args[0]
+    graph_module.add_submodule(name, RunningSum(dim))
+    with graph.inserting_before(node):
+        if (dtype := node.kwargs.get("dtype")) is not None:
+            summed = graph.call_function(aten.to.dtype, (summed, dtype))
+        call = graph.call_module(name, (summed,))
+        sums = graph.call_function(getitem, (call, 0))
+    call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    sums.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
+    node.replace_all_uses_with(sums)
