@@ -167,7 +167,8 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
         "017-carry-cells.txt": ["# carry-cells: unchanged: there is no single dimension of time", *graph],
         "018-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
         "019-thread-state.txt": [
-            "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none.",
+            "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none "
+            "(dynamic= says which one is time).",
             *graph,
         ],
         "020-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],

@@ -69,6 +69,12 @@ def _file(path: Any) -> Path:
     return path
 
 
+def last_step(value: np.ndarray, dim: int) -> np.ndarray:
+    """Of an input, (..., 1, ...)."""
+    steps = np.asarray(value)
+    return steps.take([steps.shape[dim] - 1], dim)
+
+
 class Loaded:
     """A thin wrapper of onnxruntime on CPU; `metadata` is what the file says of itself. Raises ExportError for a file
     that onnxruntime can't load, and for weights beside it that are missing or were changed.
@@ -147,6 +153,12 @@ class Loaded:
         found: type[np.generic] = self._known(self._dtypes, name)
         return found
 
+    def steps_dim(self, name: str) -> int:
+        """Which dimension of an input or output is time, in a file whose outputs are late."""
+        steps = self._declared[self._seen].shape[1] if self._seen else "time"
+        shape = self.shape(name)
+        return shape.index(steps) if steps in shape else 1
+
     def _known(self, table: Mapping[str, Any], name: str) -> Any:
         if name not in table:
             raise DataError(f"the file has no {name!r}; it has: {', '.join(table)}.")
@@ -170,9 +182,9 @@ class Loaded:
                 f"inputs: expected arrays by name, {{{self.inputs[0]!r}: ...}}, found a {type(inputs).__name__}."
             )
         if self._seen and self._seen not in inputs:
-            first = next((np.asarray(inputs[n]) for n in self.inputs if n in inputs), None)
-            if first is not None and first.ndim > 1:
-                inputs = {**inputs, self._seen: np.ones(first.shape[:2], np.bool_)}
+            first = next((n for n in self.inputs if n in inputs and n not in self.held), None)
+            if first is not None and (found := np.shape(inputs[first])) and len(found) > self.steps_dim(first):
+                inputs = {**inputs, self._seen: np.ones((found[0], found[self.steps_dim(first)]), np.bool_)}
         given = {}
         for name in self.inputs:
             if name not in inputs:
@@ -250,9 +262,9 @@ class Loaded:
         if not self.delay:
             raise DataError("the file's outputs are not late: there is nothing to flush.")
         timed = [n for n in self.inputs if n != self._seen and n not in self.held]
-        last = {n: np.repeat(np.asarray(inputs[n])[:, -1:], self.delay, 1) for n in timed}
+        last = {n: last_step(inputs[n], self.steps_dim(n)).repeat(self.delay, self.steps_dim(n)) for n in timed}
         held = {n: inputs[n] for n in self.held}
-        return self.run({**last, **held, self._seen: np.zeros(last[timed[0]].shape[:2], np.bool_)}, state)
+        return self.run({**last, **held, self._seen: np.zeros((len(last[timed[0]]), self.delay), np.bool_)}, state)
 
     def check_state(self, state: Mapping[str, np.ndarray], batch: int | None = None) -> None:
         """Raises StateError for a state of another file, or of another number of rows than that."""

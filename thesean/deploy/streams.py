@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from thesean.deploy.loaded import Loaded
+from thesean.deploy.loaded import Loaded, last_step
 from thesean.deploy.sampling import Sampling, SamplingOptions
 from thesean.deploy.states import Arrays, State
 from thesean.errors import DataError, NumericalError
@@ -39,9 +39,9 @@ class Stream:
     def __call__(self, inputs: Arrays) -> Arrays:
         """The outputs of a chunk. Raises DataError and StateError, as `Session.run` does; the state stays then."""
         outputs, self.state = self.session.run(inputs, self.state)
-        held = self.session.held
-        last = {n: value if n in held else np.asarray(value)[:, -1:] for n, value in inputs.items()}
-        self._last = last if self.session.delay else {}
+        if self.session.delay:
+            held, dim = self.session.held, self.session.steps_dim
+            self._last = {n: value if n in held else last_step(value, dim(n)) for n, value in inputs.items()}
         return self._in_time(outputs)
 
     def end(self) -> Arrays:
@@ -56,9 +56,11 @@ class Stream:
     def _in_time(self, outputs: Arrays) -> Arrays:
         if not self._void:
             return outputs
-        steps = next(value.shape[1] for value in outputs.values() if value.ndim > 1)
+        dims = {n: self.session.steps_dim(n) for n, value in outputs.items() if value.ndim > 1}
+        steps = next(outputs[n].shape[dim] for n, dim in dims.items())
         cut, self._void = min(self._void, steps), max(0, self._void - steps)
-        return {n: v[:, cut:] if v.ndim > 1 and v.shape[1] == steps else v for n, v in outputs.items()}
+        late = {n: dim for n, dim in dims.items() if outputs[n].shape[dim] == steps}
+        return {n: v.take(range(cut, steps), late[n]) if n in late else v for n, v in outputs.items()}
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.surgery import beside, end_of_call, erase_dead
-from thesean.passes.graph.two_sizes import Shapes, record_at_two_sizes, shapes_of, time_dim
+from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
 
@@ -53,8 +53,8 @@ class CacheSteps(Pass):
         new = beside(graph_module)
         graph = new.graph
         with evaluating(new):
-            runs = record_at_two_sizes(new, self.signature)
-        found, shapes = earlier_steps(graph, runs, self.ahead or looks_ahead(graph_module)), shapes_of(runs)
+            two = TwoSizes(new, self.signature)
+        found = earlier_steps(graph, two, self.ahead or looks_ahead(graph_module))
         if not found:
             return none
         rewriting = _Rewriting(new)
@@ -65,7 +65,7 @@ class CacheSteps(Pass):
             if not each.node.users:
                 continue
             if isinstance(each, FrontPadded):
-                rewriting.pad(each, name, shapes)
+                rewriting.pad(each, name, two)
             else:
                 rewriting.convolve(each, name)
         erase_dead(graph)
@@ -94,7 +94,7 @@ class _Rewriting:
             self.made[key] = whole
         return self.made[key]
 
-    def pad(self, found: FrontPadded, name: str, shapes: Shapes) -> None:
+    def pad(self, found: FrontPadded, name: str, two: TwoSizes) -> None:
         node, source = found.node, found.source
         if any(found.others):
             with self.graph.inserting_before(node):
@@ -103,7 +103,7 @@ class _Rewriting:
         if found.cut:
             with self.graph.inserting_before(node):
                 padded = self.graph.call_function(aten.slice.Tensor, (padded, found.dim, 0, -found.cut))
-        _mark(node, shapes)
+        _mark(node, two)
         padded.meta.update({k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", *_MARKS)})
         node.replace_all_uses_with(padded)
         erase_dead(self.graph)
@@ -134,15 +134,14 @@ _BY_NUMBER: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def _mark(node: fx.Node, shapes: Shapes) -> None:
+def _mark(node: fx.Node, two: TwoSizes) -> None:
     """All from a node on that is longer than the sequence, and what makes it as long again."""
     front = [node]
     while front:
         now = front.pop()
-        found = shapes.get(now.name)
-        if found is None or RELATES in now.meta:
+        if now.name not in two.shapes or RELATES in now.meta:
             continue
-        if time_dim(found) is not None:
+        if two.time_dim(now) is not None:
             now.meta[LOOKS_BACK] = True
             continue
         now.meta[RELATES] = True

@@ -22,7 +22,7 @@ from thesean.passes.graph.nodes import argument, attribute, leaf_nodes
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import beside, erase_dead
-from thesean.passes.graph.two_sizes import record_at_two_sizes, shapes_of, time_dim
+from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
 
@@ -54,16 +54,15 @@ class CarryCells(Pass):
         new = beside(graph_module)
         graph = new.graph
         with evaluating(new):
-            runs = record_at_two_sizes(new, self.signature)
-        shapes = shapes_of(runs)
+            two = TwoSizes(new, self.signature)
         found = [
             n
             for n in graph.nodes
             if n.target in CELLS
-            and time_dim(shapes[n.args[0].name]) == 1
+            and two.time_dim(n.args[0]) == 1
             and not argument(n, 7, "bidirectional")
             and all(w.op == "get_attr" for w in argument(n, 2, "params"))
-            and all(_starts_anew(h) and not any(run[h].any() for run in runs) for h in leaf_nodes(n.args[1]))
+            and all(_starts_anew(h) and not any(run[h].any() for run in two.runs) for h in leaf_nodes(n.args[1]))
         ]
         if not found:
             return none

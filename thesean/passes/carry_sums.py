@@ -20,7 +20,7 @@ from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.running_sum import RunningSum
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import beside, erase_dead
-from thesean.passes.graph.two_sizes import record_at_two_sizes, shapes_of, time_dim
+from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
 
@@ -49,15 +49,15 @@ class CarrySums(Pass):
         new = beside(graph_module)
         graph = new.graph
         with evaluating(new):
-            shapes = shapes_of(record_at_two_sizes(new, self.signature))
+            two = TwoSizes(new, self.signature)
         signals = {s.name for s in self.signature.inputs if s.dtype.is_floating_point and not s.mask}
         counts = {n for n, mask in running_sums(new) if str(mask.target) not in signals}
         counts |= {c.node for c in counters(new)}
         names = (name for n in itertools.count() if not hasattr(new, name := f"sum_{n}"))
         found = 0
         for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
-            dim = time_dim(shapes[node.name])
-            if node in counts or dim is None or argument(node, 1, "dim") % len(shapes[node.name][0]) != dim:
+            dim = two.time_dim(node)
+            if node in counts or dim is None or argument(node, 1, "dim") % two.rank(node) != dim:
                 continue
             _replace(new, node, dim, next(names))
             found += 1

@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 
 from thesean.errors import PassRefused
-from thesean.passes.analyse.chunks import is_close
+from thesean.passes.analyse.chunks import RELATES, is_close
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import leaf_nodes, leaf_values, owner
+from thesean.passes.graph.record import record
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import (
     DELAY,
@@ -30,7 +31,7 @@ from thesean.passes.graph.stream import (
     streamed,
 )
 from thesean.passes.graph.surgery import beside, end_of_call
-from thesean.passes.graph.two_sizes import SIZES, Shapes, inputs_of, record_at_two_sizes, shapes_of, time_dim
+from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
 
@@ -54,8 +55,8 @@ class DelaySteps(Pass):
     signature: Signature
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        symbols = {s.startswith("batch") for s in self.signature.symbols}
-        if looks_ahead(graph_module) and (symbols != {True, False} or len(self.signature.symbols) != 2):
+        times = [s for s in self.signature.symbols if not s.startswith("batch")]
+        if looks_ahead(graph_module) and (len(times) != 1 or len(self.signature.symbols) > 2):
             found = ", ".join(self.signature.symbols) or "none"
             raise PassRefused(
                 f"delay steps: expected inputs with a batch and one dynamic time dimension, found {found}."
@@ -66,21 +67,38 @@ class DelaySteps(Pass):
             return PassResult(graph_module=graph_module, modified=False, reason="no part looks ahead")
         new = beside(graph_module)
         with evaluating(graph_module):
-            rewriting = _Rewriting(new, shapes_of(record_at_two_sizes(graph_module, self.signature)), self.signature)
+            two = TwoSizes(graph_module, self.signature)
+            rewriting = _Rewriting(new, two, self.signature)
             new.meta[DELAY] = rewriting.run()
             new.meta[STREAM] = streamed(self.signature, str(rewriting.seen.target))
             new.delete_all_unused_submodules()
             new.recompile()
             new.eval()
-            self._check(graph_module, new)
+            self._check(new, two, rewriting.late)
         return PassResult(graph_module=new, modified=True)
 
     @torch.no_grad()
-    def _check(self, graph_module: fx.GraphModule, delayed: fx.GraphModule) -> None:
-        """The stream, flushed, against the whole sequences."""
-        inputs, steps = inputs_of(graph_module, self.signature, *SIZES[0]), delayed.meta[DELAY]
-        late = leaf_values(delayed(**flushed(delayed.meta[STREAM], inputs, steps)))
-        for index, (got, want) in enumerate(zip(late, leaf_values(graph_module(**inputs)), strict=True)):
+    def _check(self, delayed: fx.GraphModule, two: TwoSizes, late: dict[fx.Node, int | None]) -> None:
+        """The stream, flushed, against the whole sequences, node by node: the first that differs mixes steps."""
+        inputs, steps = two.inputs[0], delayed.meta[DELAY]
+        found = record(delayed, flushed(delayed.meta[STREAM], inputs, steps))
+        whole = {node.name: value for node, value in two.runs[0].items()}
+        length = two.sizes[0][1]
+        for node in delayed.graph.nodes:
+            by, dim = late.get(node), two.time_dim(node)
+            if by is None or dim is None or RELATES in node.meta or node.name not in whole:
+                continue
+            if not whole[node.name].is_floating_point():  # masks and positions: what reads them is compared
+                continue
+            got = found[node].narrow(dim, by, length) if found[node].shape[dim] == length + steps else "other steps"
+            if not is_close(got, whole[node.name]):
+                place = owner(node) or node.name
+                raise PassRefused(
+                    f"delay steps: {place} ({node.target}) mixes time outside of the converted parts: in a stream that "
+                    "is late it isn't the whole sequence's. Convert it too."
+                )
+        ends = (leaf_values(values[next(n for n in values if n.op == "output")]) for values in (found, two.runs[0]))
+        for index, (got, want) in enumerate(zip(*ends, strict=True)):
             if not is_close(in_time(got, want.shape, steps), want):
                 raise PassRefused(f"delay steps: output {index} of the stream isn't the whole sequence's.")
 
@@ -90,8 +108,8 @@ class _Rewriting:
     none that belong to steps.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, shapes: Shapes, signature: Signature) -> None:
-        self.graph_module, self.graph, self.shapes = graph_module, graph_module.graph, shapes
+    def __init__(self, graph_module: fx.GraphModule, two: TwoSizes, signature: Signature) -> None:
+        self.graph_module, self.graph, self.two = graph_module, graph_module.graph, two
         self.modules = dict(graph_module.named_modules())
         self.late: dict[fx.Node, int | None] = {}
         self.delayed: dict[fx.Node, dict[int, fx.Node]] = {}
@@ -105,10 +123,10 @@ class _Rewriting:
             if node in self.late:
                 continue
             known = [late for i in node.all_input_nodes if (late := self.late.get(i)) is not None]
-            if node.name not in self.shapes and node.op != "call_module":
+            if node.name not in self.two.shapes and node.op != "call_module":
                 self.late[node] = max(known, default=None) if node.target is getitem else None  # a size
             elif not known:
-                self.late[node] = 0 if self._grows(node) else None
+                self.late[node] = 0 if self.two.grows(node) else None
             else:
                 self._meet(node, max(known))
         output = self.graph.output_node()
@@ -149,7 +167,7 @@ class _Rewriting:
         made = self.delayed.setdefault(node, {self.late[node] or 0: node})
         if late not in made:
             before = max(steps for steps in made if steps < late)
-            dim = time_dim(self.shapes.get(node.name, ()))
+            dim = self.two.time_dim(node)
             if dim is None:
                 raise PassRefused(
                     f"delay steps: {owner(reader) or reader.name} ({reader.target}), behind a part that looks ahead, "
@@ -163,20 +181,12 @@ class _Rewriting:
             self.late[call] = self.late[made[late]] = late
         return made[late]
 
-    def _grows(self, node: fx.Node) -> bool:
-        """Positions, or whatever else there is one of for each step."""
-        first, second = (
-            {d for d, size in enumerate(shape) if size == time}
-            for shape, (_, time) in zip(self.shapes[node.name], SIZES, strict=True)
-        )
-        return bool(first & second)
-
     def _input(self, signature: Signature) -> fx.Node:
         last = self.graph.find_nodes(op="placeholder")[-1]
         taken = {spec.name for spec in signature.inputs}
         with self.graph.inserting_after(last):
             seen = self.graph.placeholder(next(n for n in (SEEN, *(f"{SEEN}_{i}" for i in range(9))) if n not in taken))
-        self.shapes[seen.name] = tuple(torch.Size(sizes) for sizes in SIZES)
+        self.two.add_steps(seen)
         self.late[seen] = 0
         return seen
 

@@ -78,10 +78,15 @@ class ThreadState(Pass):
     signature: Signature
     proven: fx.GraphModule | None = None
 
+    @property
+    def _rows(self) -> int | str:
+        """The first dimension of a state."""
+        return self.signature.fixed_rows or "batch"
+
     def requires(self, graph_module: fx.GraphModule) -> None:
         times = [s for s in self.signature.symbols if not s.startswith("batch")]
         if len(times) != 1:
-            found = f"{len(times)} ({', '.join(times)})" if times else "none"
+            found = f"{len(times)} ({', '.join(times)})" if times else "none (dynamic= says which one is time)"
             raise PassRefused(f"thread state: expected inputs with one dynamic time dimension, found {found}.")
         if bound := next((b for b in self.signature.bounds if b.name == times[0]), None):
             raise PassRefused(
@@ -116,7 +121,7 @@ class ThreadState(Pass):
                 threaded.meta.update({key: told[key] for key in (FAR, UNTRIED, "rows_are_alone")})
                 return PassResult(graph_module=threaded, modified=True)
             threaded = self._thread(graph_module, specs, shapes)
-            alone = self._rows_are_alone(graph_module, threaded)
+            alone = self.signature.fixed_rows == 1 or self._rows_are_alone(graph_module, threaded)
             if not alone:  # where no position can be one row's, one count serves all
                 threaded = self._thread(graph_module, specs, {})
                 alone = self._rows_are_alone(graph_module, threaded)
@@ -164,14 +169,18 @@ class ThreadState(Pass):
         counted, sliced = counters(graph_module), [t for t in tables(graph_module) if t.argument is None]
         dims = {table.reader: table_dim(table, graph_module) for table in sliced}  # while the graph is readable
         for node in sums:
-            so_far = states.take(torch.int64, ("batch",))
+            so_far = states.take(torch.int64, (self._rows,))
             with graph.inserting_before(node.next):
                 moved = graph.call_function(aten.add.Tensor, (node, _column(graph, so_far)))
                 states.after.append(graph.call_function(aten.select.int, (moved, -1, -1)))
             node.meta[RELATES] = True
             _read_instead(node, moved)
         rows = {
-            c.node for c in counted if c.slope == 1 and c.node.name in shapes and takes_rows(c.node, shapes, _BATCH)
+            c.node
+            for c in counted
+            if c.slope == 1
+            and c.node.name in shapes
+            and takes_rows(c.node, shapes, self.signature.fixed_rows or _BATCH)
         }
         rows |= {t.reader for t in sliced if is_row_table(shapes.get(_source(t).name, ()), dims[t.reader])}
         counts: dict[bool, fx.Node] = {}
@@ -203,7 +212,7 @@ class ThreadState(Pass):
 
     def _count(self, graph: fx.Graph, states: _States, by_row: bool) -> fx.Node:
         """A state that counts the steps so far, of each row or of all."""
-        so_far = states.take(torch.int64, ("batch",) if by_row else (1,))
+        so_far = states.take(torch.int64, (self._rows,) if by_row else (1,))
         with graph.inserting_before(graph.output_node()):
             taken = find_clock(graph, self.signature).steps(graph)
             states.after.append(graph.call_function(aten.add.Tensor, (so_far, taken)))
@@ -222,7 +231,7 @@ class ThreadState(Pass):
             start = threaded(**before, **zero_states(threaded, 2))
             states = dict(zip(zero_states(threaded, 2), start[len(whole) :], strict=True))
             for spec in threaded.meta["states"]:
-                if spec.shape[0] == "batch":
+                if spec.shape[0] == self._rows:
                     states[spec.name] = states[spec.name].clone()
                     states[spec.name][1] = 0
             end = threaded(**after, **states)
@@ -244,16 +253,16 @@ class ThreadState(Pass):
         """Dtype and shape of each part's states, by the name of its call."""
         modules = dict(graph_module.named_modules())
         specs: dict[str, list[InputSpec]] = {}
-        count = 0
+        count, rows = 0, self.signature.fixed_rows or _BATCH
         for call in _stateful_calls(graph_module):
             grows, window = (getattr(modules[str(call.target)], name, None) for name in ("grows", "window"))
             carried = values[call][1]
             specs[call.name] = []
             for state in carried if isinstance(carried, tuple) else (carried,):
-                if not isinstance(state, torch.Tensor) or state.ndim == 0 or state.shape[0] != _BATCH:
+                if not isinstance(state, torch.Tensor) or state.ndim == 0 or state.shape[0] != rows:
                     found = tuple(state.shape) if isinstance(state, torch.Tensor) else type(state).__name__
                     raise PassRefused(f"thread state: {call.target}: expected tensors, batch first, found {found}.")
-                shape: list[int | str] = ["batch", *map(int, state.shape[1:])]
+                shape: list[int | str] = [self._rows, *map(int, state.shape[1:])]
                 if grows is not None:
                     shape[grows] = PAST if window is None else f"{PAST}_of_{window}"
                 specs[call.name].append(InputSpec(name=f"{STATE_IN}{count}", dtype=state.dtype, shape=tuple(shape)))

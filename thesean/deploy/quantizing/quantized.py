@@ -24,7 +24,7 @@ from thesean.deploy.session import Session
 from thesean.deploy.states import arrays_of
 from thesean.deploy.timing.turns import measure
 from thesean.errors import DataError, ExportError
-from thesean.passes.analyse.chunks import split_inputs
+from thesean.passes.analyse.chunks import join, split_inputs
 from thesean.passes.graph.signature import Signature
 
 QUANTIZED = "thesean.quantized"  # in the metadata
@@ -222,8 +222,9 @@ def _apart(session: Session, signature: Signature, inputs: dict[str, torch.Tenso
         found, state = session.run(arrays_of(piece), state)
         pieces.append(found)
     whole = _outputs(session, inputs)
-    joined = {n: torch.from_numpy(np.concatenate([p[n] for p in pieces], 1)) for n in whole if whole[n].ndim > 1}
-    return max(0.0, judge.distance({**whole, **joined}, whole))  # rounding has signs
+    joined = {n: join([torch.from_numpy(p[n]) for p in pieces], value.shape) for n, value in whole.items()}
+    in_a_row = {n: value for n, value in joined.items() if isinstance(value, torch.Tensor)}
+    return max(0.0, judge.distance({**whole, **in_a_row}, whole))  # rounding has signs
 
 
 def _timed(

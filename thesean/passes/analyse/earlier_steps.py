@@ -9,7 +9,7 @@ B batch, T time
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +17,7 @@ import torch
 from torch import fx
 
 from thesean.passes.graph.nodes import argument
-from thesean.passes.graph.record import Recorded
-from thesean.passes.graph.two_sizes import shapes_of, time_dim
+from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
 
@@ -79,16 +78,15 @@ class PaddedConvolution:
 Found = FrontPadded | PaddedConvolution
 
 
-def earlier_steps(graph: fx.Graph, runs: Sequence[Recorded], ahead: bool = False) -> list[Found]:
-    """In the graph's order; `runs` are those at `SIZES`. Those that look ahead too where `ahead` is True."""
-    finder = _Finder(runs, ahead)
+def earlier_steps(graph: fx.Graph, two: TwoSizes, ahead: bool = False) -> list[Found]:
+    """In the order of the graph that ran at `two` sizes. Those that look ahead too where `ahead` is True."""
+    finder = _Finder(two, ahead)
     return [found for node in graph.nodes if (found := finder.find(node)) is not None]
 
 
 class _Finder:
-    def __init__(self, runs: Sequence[Recorded], ahead: bool) -> None:
-        self.runs, self.ahead = runs, ahead
-        self.shapes = shapes_of(runs)
+    def __init__(self, two: TwoSizes, ahead: bool) -> None:
+        self.two, self.runs, self.shapes, self.ahead = two, two.runs, two.shapes, ahead
 
     def find(self, node: fx.Node) -> Found | None:
         if node.target in CONVOLUTIONS:
@@ -97,21 +95,14 @@ class _Finder:
             return found
         return self._shifted(node) if node.target in _JOINS else None
 
-    def _time(self, node: Any, longer: int = 0) -> int | None:
-        """The dimension in which a node is as long as the sequence, or so much longer."""
-        return time_dim(self.shapes.get(node.name, ()), longer) if isinstance(node, fx.Node) else None
-
-    def _rank(self, node: fx.Node) -> int:
-        return len(self.shapes[node.name][0])
-
     # zeros in front
 
     def _padded(self, node: fx.Node) -> FrontPadded | None:
         """A pad of several dimensions, of which one is time, or of time at both ends."""
-        source, dim = node.args[0], self._time(node.args[0])
+        source, dim = node.args[0], self.two.time_dim(node.args[0])
         if not isinstance(source, fx.Node) or dim is None or (amounts := _zeros_added(node)) is None:
             return None
-        first = 2 * (self._rank(source) - 1 - dim)
+        first = 2 * (self.two.rank(source) - 1 - dim)
         others = (*amounts[:first], 0, 0, *amounts[first + 2 :])
         front, end = amounts[first : first + 2] if first < len(amounts) else (0, 0)
         later = end if self.ahead else 0
@@ -122,8 +113,8 @@ class _Finder:
     def _shifted(self, node: fx.Node) -> FrontPadded | None:
         """One that is nothing but zeros and then a sequence that it is made of."""
         for source in self._made_of(node):
-            dim = self._time(source)
-            if dim is None or self._rank(source) != self._rank(node):
+            dim = self.two.time_dim(source)
+            if dim is None or self.two.rank(source) != self.two.rank(node):
                 continue
             tried = [set(_shifts(run[node], run[source], dim)) for run in self.runs]
             for count, cut in sorted(set.intersection(*tried)):
@@ -149,21 +140,21 @@ class _Finder:
         if padding == "same":
             return self._as_long_as_it_reads(node, source, axes)
         padding = _of_all(0 if padding == "valid" else padding, axes)
-        dim = self._time(source)
+        dim = self.two.time_dim(source)
         if dim is None and source.target in _PADS:
             return self._padded_before(node, source, strides, padding)
-        if dim is None or dim < 2 or self._rank(source) != axes + 2:
+        if dim is None or dim < 2 or self.two.rank(source) != axes + 2:
             return None
         count, left = padding[dim - 2], (*padding[: dim - 2], 0, *padding[dim - 1 :])
         if strides[dim - 2] != 1:
             return None
-        if self.ahead and count > 0 and self._time(node) == dim:
+        if self.ahead and count > 0 and self.two.time_dim(node) == dim:
             return PaddedConvolution(node=node, source=source, dim=dim, count=count, padding=left, ahead=count)
         return self._cut_back(node, source, dim, count, left)
 
     def _as_long_as_it_reads(self, node: fx.Node, source: fx.Node, axes: int) -> PaddedConvolution | None:
         """conv(x, padding="same"): where the zeros can't be halved there is one more at the end."""
-        dim, weight = self._time(source), self.shapes[node.all_input_nodes[1].name][0]
+        dim, weight = self.two.time_dim(source), self.shapes[node.all_input_nodes[1].name][0]
         dilation = _of_all(argument(node, 5, "dilation", 1), axes)
         zeros = [d * (size - 1) for d, size in zip(dilation, weight[2:], strict=True)]
         if not self.ahead or dim is None or dim < 2 or any(z % 2 for d, z in enumerate(zeros) if d != dim - 2):
@@ -181,20 +172,20 @@ class _Finder:
     ) -> PaddedConvolution | None:
         """conv(F.pad(x, (count, count)))[..., :-count]"""
         source, amounts = padded.args[0], _zeros_added(padded)
-        dim = self._time(source)
+        dim = self.two.time_dim(source)
         if not isinstance(source, fx.Node) or dim is None or dim < 2 or amounts is None:
             return None
-        first = 2 * (self._rank(source) - 1 - dim)
+        first = 2 * (self.two.rank(source) - 1 - dim)
         here = amounts[first : first + 2]
         alone = sum(map(abs, amounts)) == sum(here) and len(set(here)) == 1
-        if not alone or self._rank(source) != len(padding) + 2 or (strides[dim - 2], padding[dim - 2]) != (1, 0):
+        if not alone or self.two.rank(source) != len(padding) + 2 or (strides[dim - 2], padding[dim - 2]) != (1, 0):
             return None
         return self._cut_back(node, source, dim, here[0], padding)
 
     def _cut_back(
         self, node: fx.Node, source: fx.Node, dim: int, count: int, padding: tuple[int, ...]
     ) -> PaddedConvolution | None:
-        if count <= 0 or self._time(node, count) != dim:
+        if count <= 0 or self.two.time_dim(node, count) != dim:
             return None
         readers = list(self._trims(node, count))
         trims = tuple(r for r in readers if r is not None)
@@ -206,13 +197,13 @@ class _Finder:
         """What cuts a node back to the sequence's length, behind what works on each number alone; None for all else
         that reads it.
         """
-        dim = self._time(node, count)
+        dim = self.two.time_dim(node, count)
         for user in node.users:
             if user.target in (aten.slice.Tensor, aten.narrow.default):
-                along = cast(int, argument(user, 1, "dim", 0)) % self._rank(node)
+                along = cast(int, argument(user, 1, "dim", 0)) % self.two.rank(node)
                 whole = argument(user, 2, "start") in (0, None) and argument(user, 4, "step", 1) == 1
-                yield user if along == dim and whole and self._time(user) == dim else None
-            elif self._keeps_order(user, node) and self._time(user, count) is not None:
+                yield user if along == dim and whole and self.two.time_dim(user) == dim else None
+            elif self._keeps_order(user, node) and self.two.time_dim(user, count) is not None:
                 yield from self._trims(user, count)
             else:
                 yield None

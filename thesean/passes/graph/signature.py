@@ -96,6 +96,12 @@ class Signature:
                 seen.update({d: None for d in spec.shape if isinstance(d, str)})
         return tuple(seen)
 
+    @property
+    def fixed_rows(self) -> int | None:
+        """How many rows a batch has to have; None where it may have any number."""
+        first = next((s.shape[0] for s in self.inputs if s.shape and not s.held), 1)
+        return first if isinstance(first, int) and not any(s.startswith("batch") for s in self.symbols) else None
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Positional and named arguments -> named tensors. Raises DataError for a misfit."""
         names = [spec.name for spec in self.inputs]

@@ -70,7 +70,7 @@ def delay_of(graph_module: fx.GraphModule) -> int:
 
 def streamed(signature: Signature, name: str) -> Signature:
     """With the input `name` that says where a token comes in."""
-    batch = next(s for s in signature.symbols if s.startswith("batch"))
+    batch = next((s for s in signature.symbols if s.startswith("batch")), signature.fixed_rows or 1)
     time = next(s for s in signature.symbols if not s.startswith("batch"))
     return replace(signature, inputs=(*signature.inputs, InputSpec(name=name, dtype=torch.bool, shape=(batch, time))))
 
