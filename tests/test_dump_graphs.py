@@ -144,6 +144,9 @@ def test_the_result_is_the_same_with_and_without(tmp_path):
     assert torch.equal(told(x), untold(x))
 
 
+NO_TIME = "expected inputs with one dynamic time dimension, found none (dynamic= says which one is time)."
+
+
 def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -167,8 +170,7 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
         "017-carry-cells.txt": ["# carry-cells: unchanged: there is no single dimension of time", *graph],
         "018-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
         "019-thread-state.txt": [
-            "# thread-state: refused: thread state: expected inputs with one dynamic time dimension, found none "
-            "(dynamic= says which one is time).",
+            f"# thread-state: refused: thread state: {NO_TIME}",
             *graph,
         ],
         "020-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
