@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from thesean.passes.analyse.dataflow import SIZE_ONLY
+from thesean.passes.analyse.recurrence import starts_anew
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.clock import has_one_time
 from thesean.passes.graph.kept_cell import KeptCell, cell_with
@@ -62,7 +62,7 @@ class CarryCells(Pass):
             and two.time_dim(n.args[0]) == 1
             and not argument(n, 7, "bidirectional")
             and all(w.op == "get_attr" for w in argument(n, 2, "params"))
-            and all(_starts_anew(h) and not any(run[h].any() for run in two.runs) for h in leaf_nodes(n.args[1]))
+            and all(starts_anew(h) and not any(run[h].any() for run in two.runs) for h in leaf_nodes(n.args[1]))
         ]
         if not found:
             return none
@@ -73,15 +73,6 @@ class CarryCells(Pass):
         new.recompile()
         new.train(graph_module.training)
         return PassResult(graph_module=new, modified=True)
-
-
-def _starts_anew(node: fx.Node) -> bool:
-    """Whether no more than the sizes of an input flow into it."""
-    if node.op == "placeholder":
-        return False
-    if node.target is aten.sym_size.int or node.target in SIZE_ONLY:
-        return True
-    return all(map(_starts_anew, node.all_input_nodes))
 
 
 def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None:

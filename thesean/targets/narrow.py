@@ -1,4 +1,5 @@
-"""The same part with fewer hidden neurons, with fewer heads where it is an attention, or channels where it convolves.
+"""The same part with fewer hidden neurons; fewer heads where it is an attention, channels where it convolves, units
+where it is a recurrent cell.
 
 B batch, T time, D width of the part, O its output width, E hidden neurons kept, W hidden neurons of the guide
 """
@@ -15,14 +16,14 @@ from torch import nn
 
 from thesean.errors import NumericalError
 from thesean.targets.shared.activations import ACTIVATIONS
-from thesean.targets.shared.facts import MLPFacts, PartFacts
+from thesean.targets.shared.facts import CellFacts, MLPFacts, PartFacts
 from thesean.targets.shared.family import Family
 from thesean.targets.shared.fewer_channels import NarrowChannelsOptions, check_channels
 from thesean.targets.shared.fewer_heads import NarrowHeadsOptions, check_heads
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.registry import get_family
 from thesean.targets.shared.select_features import fold, moments, select_features
-from thesean.targets.shared.sequence import describe
+from thesean.targets.shared.sequence import WidthOptions, describe
 
 # Tokens that the selection looks at, per neuron of the guide. From 2 to 8 a neuron the loss falls by 2% more.
 TOKENS_PER_NEURON = 4
@@ -121,9 +122,9 @@ class NarrowMLP(TargetModule):
 
 class NarrowOptions(NarrowHeadsOptions):
     """Width rule: E = `width`, or `ratio` times the guide's neurons; heads = `heads`, or `ratio` times the guide's; of
-    convolutions the channels between them, as `narrow-channels` has it.
+    convolutions the channels between them, as `narrow-channels` has it, and of a recurrent cell its units.
 
-    `width` is for an MLP or for convolutions, `heads` for an attention (`scope="mixing"`, or name the target
+    `width` is for an MLP, convolutions or a cell, `heads` for an attention (`scope="mixing"`, or name the target
     `narrow-heads`).
     """
 
@@ -147,6 +148,9 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
     if facts is None and part.attention is not None and options.width is None:
         check_heads("narrow", part, options)
         return
+    if facts is None and part.cell is not None and options.heads is None:
+        _check_units(part, part.cell, options)
+        return
     if facts is None and part.channels is not None and options.heads is None:
         check_channels("narrow", part, _of_channels(options))
         return
@@ -156,7 +160,7 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
             found="an attention, and the option 'width'"
             if part.attention is not None
             else f"{describe(part.input_shape)} -> {describe(part.output_shape)} that is neither",
-            expected="an MLP, down(act(up(x))) or down(act(gate(x)) * up(x)), or an attention",
+            expected="an MLP, down(act(up(x))) or down(act(gate(x)) * up(x)), an attention or a recurrent cell",
             advice=_instead(part),
         )
     if options.heads is not None:
@@ -175,12 +179,25 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
         )
 
 
+def _check_units(part: PartFacts, cell: CellFacts, options: NarrowOptions) -> None:
+    if (options.width or 1) > cell.units:
+        raise part.mismatch(
+            "narrow",
+            found=f"width {options.width}",
+            expected=f"at most the {cell.units} units that there are",
+            advice="Lower width, or set ratio.",
+        )
+
+
 def _of_channels(options: NarrowOptions) -> NarrowChannelsOptions:
     return NarrowChannelsOptions(ratio=options.ratio, width=options.width)
 
 
 def build(part: PartFacts, options: NarrowOptions) -> TargetModule:
     facts = part.mlp
+    if facts is None and part.cell is not None:
+        units = options.width or max(1, round(options.ratio * part.cell.units))
+        return get_family(part.cell.kind).build(part, WidthOptions(width=units))
     if facts is None and part.channels is not None:
         return get_family("narrow-channels").build(part, _of_channels(options))
     if facts is None:
@@ -197,11 +214,12 @@ def build(part: PartFacts, options: NarrowOptions) -> TargetModule:
 TARGET = Family(
     name="narrow",
     summary="the same MLP with fewer neurons, the rest folded in; attention with fewer heads, convolutions with fewer "
-    "channels",
+    "channels, recurrent cells with fewer units",
     options=NarrowOptions,
     module=NarrowMLP,
     build=build,
     scope="token-wise",
     channels=True,
+    units=True,
     check=check,
 )

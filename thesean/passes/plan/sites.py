@@ -21,7 +21,7 @@ from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of, values_read
-from thesean.passes.analyse.recurrence import recurrent_units
+from thesean.passes.analyse.recurrence import find_cell, recurrent_units
 from thesean.passes.analyse.regions import Region, is_branch, module_regions, same_shape
 from thesean.passes.analyse.turned import turned_unread
 from thesean.passes.graph.nodes import above, named_dim, owner
@@ -29,7 +29,7 @@ from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
 from thesean.targets.shared.channel_groups import ChannelFacts
-from thesean.targets.shared.facts import Dim
+from thesean.targets.shared.facts import CellFacts, Dim
 from thesean.targets.shared.family import Scope
 
 _DROP = Target("identity")
@@ -61,6 +61,7 @@ class SiteFinder:
         self.symbols: dict[str, str] = graph_module.meta["symbols"]
         self.named = {n.name: n for n in flow.order}
         self._blocks: dict[str, FoundBlock | None] = {}
+        self._cells: dict[tuple[fx.Node, fx.Node], CellFacts | None] = {}
         self._findings: dict[tuple[str, fx.Node, fx.Node], tuple[ChannelFacts | None, str]] = {}
 
     def sites(self, group: Group, target: Target, keeps: NamedRegion) -> tuple[tuple[Site, ...], str]:
@@ -69,7 +70,9 @@ class SiteFinder:
         `keeps` is the member that stays where a merged part's others are dropped. Raises TargetMismatchError.
         """
         scope = scope_of(target)
-        if scope == "part" or (takes_channels(target) and self._narrows(group.region) and not self._is_mlp(keeps)):
+        if scope == "part" or (takes_units(target) and self._cell(group.region) is not None):
+            return (self._whole(group, target),), ""
+        if takes_channels(target) and self._narrows(group.region) and not self._is_mlp(keeps):
             return (self._whole(group, target),), ""
         dropped = tuple(self._site(group, m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
         if scope == "members":
@@ -77,6 +80,9 @@ class SiteFinder:
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
         if takes_channels(target):
             inner += [(p, r) for p, r in self._branches(keeps, "mixing", explicit=False) if self._narrows(r)]
+        if takes_units(target):
+            mixing = self._branches(keeps, "mixing", explicit=False)
+            inner += [(p, r) for p, r in mixing if (p, r) not in inner and self._cell(r) is not None]
         if not inner:
             return (), self._nothing(keeps, target, scope)
         found = [*dropped, *(self._site(group, path, region, target) for path, region in inner)]
@@ -106,6 +112,13 @@ class SiteFinder:
     def channels(self, region: Region) -> ChannelFacts | None:
         """What a stretch over feature maps computes, where it can be read."""
         return self._channels(region)[0]
+
+    def _cell(self, region: Region) -> CellFacts | None:
+        """The guide's own recurrent cell that a stretch is."""
+        key = (region.entry, region.exit)
+        if key not in self._cells:
+            self._cells[key] = find_cell(region, self.values)
+        return self._cells[key]
 
     def _channels(self, region: Region) -> tuple[ChannelFacts | None, str]:
         key = ("channels", region.entry, region.exit)
@@ -204,6 +217,7 @@ class SiteFinder:
             attention=attention,
             turned_unread=not removes and turned_unread(region, self.values, attention),
             mlp=mlp,
+            cell=None if removes else self._cell(region),
             channels=channels,
             channels_unread=unread,
             is_branch=not removes and is_branch(region),
@@ -242,6 +256,11 @@ class SiteFinder:
 def scope_of(target: Target) -> Scope:
     """The target's own, or its family's; a user's builder replaces the whole part."""
     return target.scope or (get_family(target.name).scope if target.build is None else "part")
+
+
+def takes_units(target: Target) -> bool:
+    """Whether it makes fewer units of a guide's own recurrent cells."""
+    return target.build is None and target.scope in (None, "part") and get_family(target.name).units
 
 
 def takes_channels(target: Target) -> bool:

@@ -199,6 +199,50 @@ class MLPFacts:
         return act(up) if self.gate is None else act(self.gate.of(x)) * up
 
 
+class CellWeights(NamedTuple):
+    """Of one direction of a recurrent cell, the gates in torch's order: G gates, E units, I inputs."""
+
+    input_GEI: torch.Tensor
+    hidden_GEE: torch.Tensor
+    input_bias_GE: torch.Tensor
+    hidden_bias_GE: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellFacts:
+    """A recurrent cell of the guide's own, from zeros on, read off the graph: y = output(cell(x)), or its hidden states
+    themselves without an `output`. One set of weights a direction.
+    """
+
+    kind: Literal["lstm", "gru", "elman"]
+    weights: tuple[CellWeights, ...]
+    output: Affine | None = None
+
+    @property
+    def units(self) -> int:
+        """Of a direction."""
+        return int(self.weights[0].hidden_GEE.shape[1])
+
+    def hidden(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        """The hidden states, (B, T, E of all directions side by side)."""
+        aten, both = torch.ops.aten, len(self.weights) == 2
+        params = [w.to(x_BTI.dtype) for weights in self.weights for w in weights]
+        zeros = x_BTI.new_zeros(len(self.weights), x_BTI.shape[0], self.units)
+        rest = (params, True, 1, 0.0, False, both, True)
+        if self.kind == "lstm":
+            found: Any = aten.lstm.input(x_BTI, [zeros, zeros], *rest)
+        else:
+            found = (aten.gru.input if self.kind == "gru" else aten.rnn_tanh.input)(x_BTI, zeros, *rest)
+        return torch.as_tensor(found[0])
+
+    def read_by(self, width_out: int) -> Affine:
+        """The map of all hidden states that gives the part's output."""
+        if self.output is not None:
+            return self.output
+        like = self.weights[0].hidden_GEE
+        return Affine(torch.eye(width_out).to(like), like.new_zeros(width_out))
+
+
 class NormFacts(NamedTuple):
     """A norm of each token's features, read off the graph: about their mean where it is `centred`, else about zero."""
 
@@ -262,6 +306,7 @@ class PartFacts:
     # queries and keys are turned by their steps, and how is not in `attention`
     turned_unread: bool = False
     mlp: MLPFacts | None = None
+    cell: CellFacts | None = None
     channels: ChannelFacts | None = None  # where it maps feature maps
     channels_unread: str = ""  # or why they are not known
     block: BlockFacts | None = None  # where the target stands for both

@@ -55,6 +55,8 @@ class Family:
     # It takes channels out of feature maps: of such a part it replaces all, where there are channels inside, and parts
     # in a row that have none of their own are one part, for what lies between two convolutions is then inside.
     channels: bool = False
+    # It takes units out of a guide's own recurrent cells.
+    units: bool = False
     # Values for options that are left open, chosen by what the guide does at all the places that one target takes in a
     # part; they stand in the plan.
     decide: Callable[[Sequence[Place], Any], dict[str, Any]] | None = None
