@@ -11,6 +11,7 @@ from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
 from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
 from thesean.deploy.lowering.lean.fuse_rotation import fuse_rotation
 from thesean.deploy.lowering.lean.join_products import join_products
+from thesean.deploy.lowering.lean.merge_products import merge_products
 from thesean.deploy.lowering.lean.plain_softplus import plain_softplus
 from thesean.deploy.lowering.lean.products_of_rows import products_of_rows
 from thesean.deploy.lowering.lean.reshape_by_constant import reshape_by_constant
@@ -30,6 +31,7 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     split_slices,
     products_of_rows,
     fold_weights,
+    merge_products,
     split_rows,
     join_products,
     split_rows,
