@@ -102,7 +102,7 @@ class ThreadState(Pass):
             raise PassRefused(f"thread state: input {pairs[0]!r} is of pairs of steps, so it can't come in chunks.")
         if not _stateful_calls(graph_module):
             raise PassRefused(
-                "thread state: no part carries a state: expected causal recurrences, or plain causal attentions; what "
+                "thread state: no part carries a state: expected causal recurrences, attentions or convolutions; what "
                 "reads both ways has to read the end first. Set causal=True in its target."
             )
 
