@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.nodes import argument, attribute
@@ -113,4 +112,8 @@ def _is(value: Any, size: int | torch.SymInt) -> bool:
     """Whether a computed number is this one, whatever the sizes of the inputs are. What a slice gives doesn't
     tell: that is the size in the example's range, which no guard may hold.
     """
-    return isinstance(value, fx.Node) and bool(statically_known_true(value.meta.get("val") == size))
+    if not isinstance(value, fx.Node):
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # brings sympy, which takes a second
+
+    return bool(statically_known_true(value.meta.get("val") == size))
