@@ -58,7 +58,7 @@ def test_the_graph_before_and_after():
         "transpose_2 = aten.transpose.int(tanh, 1, 2)",
         "steps_1 = steps_1(transpose_2)",
         "getitem = getitem(steps_1, 0)",
-        "conv1d_1 = aten.conv1d.default(getitem, wide_weight, wide_bias, [1], [0], [4])",
+        "conv1d_1 = aten.conv1d.default(getitem, wide_weight, wide_bias, [1], [0], [4], 1)",
         "transpose_3 = aten.transpose.int(conv1d_1, 1, 2)",
         "add_1 = aten.add.Tensor(tanh, transpose_3)",
         "linear_1 = aten.linear.default(add_1, last_weight, last_bias)",

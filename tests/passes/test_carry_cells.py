@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import fx, nn
@@ -100,23 +102,34 @@ def test_the_weights_are_the_guides_own():
 class Starting(nn.Module):
     """A cell that starts where something else says."""
 
-    def __init__(self, learnt: bool) -> None:
+    def __init__(self, cell: nn.RNNBase, of: str) -> None:
         super().__init__()
-        self.cell = nn.GRU(WIDTH, WIDTH, batch_first=True)
-        self.start, self.learnt = nn.Parameter(torch.ones(1, 1, WIDTH)), learnt
+        self.cell, self.of = cell, of
+        self.start = nn.Parameter(torch.linspace(-1, 1, 2 * WIDTH).view(2, 1, 1, WIDTH))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        start = self.start.expand(1, x.shape[0], WIDTH) if self.learnt else x[:, 0].unsqueeze(0)
-        return self.cell(x, start.contiguous())[0]
+    def forward(self, x: torch.Tensor) -> Any:
+        start = x[:, :1].transpose(0, 1).expand(2, 1, -1, -1) if self.of == "data" else self.start
+        hidden, memory = start.expand(2, 1, x.shape[0], WIDTH).contiguous()
+        y, last = self.cell(x, (hidden, memory) if isinstance(self.cell, nn.LSTM) else hidden)
+        return (y, last) if self.of == "given away" else y
 
 
-@pytest.mark.parametrize("model", [Starting(True), Starting(False)], ids=["learnt", "of the first step"])
-def test_a_cell_that_does_not_start_from_zeros_stays(model):
-    guide = capture(model.eval(), models.vectors(3, 11, WIDTH))
-    assert (
-        CarryCells(guide.signature)(guide.graph_module).reason
-        == "no recurrent cell reads time from the front on, from zeros"
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_a_cell_that_learnt_where_to_start_starts_there(cell):
+    guide = capture(
+        models.seeded(Starting, cell(WIDTH, WIDTH, batch_first=True), "learnt"), models.vectors(3, 11, WIDTH)
     )
+    stateful = threaded(guide)
+    assert stateful.meta["rows_are_alone"]
+    assert_chunks_equal_whole(stateful, guide, {"x": models.vectors(2, 12, WIDTH)})
+
+
+@pytest.mark.parametrize("of", ["data", "given away"])
+def test_a_cell_that_starts_otherwise_stays(of):
+    cell = nn.GRU(WIDTH, WIDTH, batch_first=True)
+    guide = capture(models.seeded(Starting, cell, of), models.vectors(3, 11, WIDTH))
+    result = CarryCells(guide.signature)(guide.graph_module)
+    assert result.reason == "no recurrent cell reads time from the front on, from where it always starts"
 
 
 def test_a_cell_that_reads_both_ways_stays():

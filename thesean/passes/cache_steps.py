@@ -19,6 +19,7 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.clock import has_one_time
 from thesean.passes.graph.last_steps import LastSteps
 from thesean.passes.graph.modes import evaluating
+from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.surgery import beside, end_of_call, erase_dead
@@ -59,9 +60,8 @@ class CacheSteps(Pass):
             return none
         rewriting = _Rewriting(new)
         free = (name for n in itertools.count() if not hasattr(graph_module, name := f"steps_{n}"))
-        for name, each in reversed(
-            list(zip(free, found, strict=False))
-        ):  # what one is made of may be another, and is read by nothing then
+        named = list(zip(free, found, strict=False))
+        for name, each in reversed(named):  # what one is made of may be another, and is read by nothing then
             if not each.node.users:
                 continue
             if isinstance(each, FrontPadded):
@@ -109,10 +109,11 @@ class _Rewriting:
         erase_dead(self.graph)
 
     def convolve(self, found: PaddedConvolution, name: str) -> None:
-        node = found.node
-        missing = (None, None, None, [1] * len(found.padding))[len(node.args) : 4]
-        given = (*node.args[:4], *missing)
-        node.args = (self._before(found.source, found, name), *given[1:], list(found.padding), *node.args[5:])
+        node, axes = found.node, len(found.padding)
+        given = (argument(node, 1, "weight"), argument(node, 2, "bias"), argument(node, 3, "stride", [1] * axes))
+        beyond = (argument(node, 5, "dilation", [1] * axes), argument(node, 6, "groups", 1))
+        node.args = (self._before(found.source, found, name), *given, list(found.padding), *beyond)
+        node.kwargs = {}
         node.target = _BY_NUMBER.get(node.target, node.target)
         node.meta[LOOKS_BACK] = True
         for trim in found.trims:

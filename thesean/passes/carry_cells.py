@@ -32,8 +32,9 @@ class CarryCells(Pass):
     """y, h = aten.gru(x, zeros, weights)  =>  y, h = cell(x), and the same for aten.lstm, rnn_tanh and rnn_relu.
 
     `cell` is a module that carries a state, for ThreadState to thread: h, (B, E), and of an LSTM c as well, zeros at
-    the start. A cell that reads both ways, or starts from what the caller gives or what was learnt, stays. The new
-    graph shares its parameters with the incoming one, which stays as it was.
+    the start; of one that starts from what was learnt, the same in each row, how far they are from there. A cell that
+    reads both ways, or starts from what the caller gives, stays. The new graph shares its parameters with the incoming
+    one, which stays as it was.
     """
 
     in_place = False
@@ -47,7 +48,7 @@ class CarryCells(Pass):
         none = PassResult(
             graph_module=graph_module,
             modified=False,
-            reason="no recurrent cell reads time from the front on, from zeros",
+            reason="no recurrent cell reads time from the front on, from where it always starts",
         )
         if CELLS.keys().isdisjoint(n.target for n in graph_module.graph.nodes):
             return none
@@ -56,33 +57,46 @@ class CarryCells(Pass):
         with evaluating(new):
             two = TwoSizes(new, self.signature)
         found = [
-            n
+            (n, start)
             for n in graph.nodes
             if n.target in CELLS
             and two.time_dim(n.args[0]) == 1
             and not argument(n, 7, "bidirectional")
             and all(w.op == "get_attr" for w in argument(n, 2, "params"))
-            and all(starts_anew(h) and not any(run[h].any() for run in two.runs) for h in leaf_nodes(n.args[1]))
+            and (start := _start(n, two)) is not None
         ]
         if not found:
             return none
         names = (name for n in itertools.count() if not hasattr(new, name := f"kept_{n}"))
-        for node, name in zip(found, names, strict=False):
-            _replace(new, node, name)
+        for (node, start), name in zip(found, names, strict=False):
+            _replace(new, node, start, name)
         erase_dead(graph)
         new.recompile()
         new.train(graph_module.training)
         return PassResult(graph_module=new, modified=True)
 
 
-def _replace(graph_module: fx.GraphModule, node: fx.Node, name: str) -> None:
+def _start(cell: fx.Node, two: TwoSizes) -> list[torch.Tensor] | None:
+    """What each state of a cell starts from, a row of it; none for zeros. None where rows or runs start otherwise."""
+    states = leaf_nodes(cell.args[1])
+    if not all(map(starts_anew, states)):
+        return None
+    rows = [[run[state][0] for run in two.runs] for state in states]  # of one layer, (B, E)
+    if not any(bool(row.any()) for found in rows for row in found):
+        return []
+    alike = all(torch.equal(row, found[0][:1].expand_as(row)) for found in rows for row in found)
+    given_away = any(item.args[1] for item in cell.users)  # which is no distance from the start
+    return None if given_away or not alike else [found[0][0].detach().clone() for found in rows]
+
+
+def _replace(graph_module: fx.GraphModule, node: fx.Node, start: list[torch.Tensor], name: str) -> None:
     graph = graph_module.graph
     tensors = [attribute(graph_module, str(w.target)) for w in argument(node, 2, "params")]
     core = cell_with(CELLS[node.target], tensors, argument(node, 3, "has_biases"), False, True)
     for weight, tensor in zip(core._flat_weights_names, tensors, strict=True):
         if isinstance(tensor, nn.Parameter):
             setattr(core, weight, tensor)
-    graph_module.add_submodule(name, KeptCell(core))
+    graph_module.add_submodule(name, KeptCell(core, start))
     with graph.inserting_before(node):
         call = graph.call_module(name, (node.args[0],))
     call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})

@@ -5,6 +5,7 @@ B batch, T time, D width, E units
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,15 +20,19 @@ State = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 class KeptCell(nn.Module):
     """x_BTD, (state_BE) -> y_BTE, state_BE after the last step; an LSTM's are two, h_BE and c_BE. They start as zeros.
 
-    A step that `mask_BT` says is none leaves the state as it was.
+    A step that `mask_BT` says is none leaves the state as it was. A cell that starts elsewhere, as it learnt to, says
+    so by `start`, one row a state: the states are then how far the cell's own are from there.
     """
 
     stateful = True
     reads_mask = True
 
-    def __init__(self, core: nn.RNNBase) -> None:
+    def __init__(self, core: nn.RNNBase, start: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()
         self.core = core
+        self.begins = len(start)
+        for number, start_E in enumerate(start):
+            self.register_buffer(f"start_{number}", start_E)
 
     def initial_state(self, x_BTD: torch.Tensor) -> State:
         units = self.core.hidden_size
@@ -39,9 +44,17 @@ class KeptCell(nn.Module):
         self, x_BTD: torch.Tensor, state: State | None = None, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, State]:
         state = self.initial_state(x_BTD) if state is None else state
-        start: Any = tuple(s.unsqueeze(0) for s in state) if isinstance(state, tuple) else state.unsqueeze(0)
-        y_BTE, last = run_cell(self.core, x_BTD, start, None if mask is None else InPlace(mask))  # type: ignore[arg-type]
-        return y_BTE, tuple(s.squeeze(0) for s in last) if isinstance(last, tuple) else last.squeeze(0)
+        before = state if isinstance(state, tuple) else (state,)
+        starts = [getattr(self, f"start_{number}") for number in range(self.begins)]
+        if starts:
+            before = tuple(s + start_E for s, start_E in zip(before, starts, strict=True))
+        given: Any = tuple(s.unsqueeze(0) for s in before)
+        given = given if isinstance(state, tuple) else given[0]
+        y_BTE, last = run_cell(self.core, x_BTD, given, None if mask is None else InPlace(mask))  # type: ignore[arg-type]
+        after = tuple(s.squeeze(0) for s in (last if isinstance(last, tuple) else (last,)))
+        if starts:
+            after = tuple(s - start_E for s, start_E in zip(after, starts, strict=True))
+        return y_BTE, after if isinstance(state, tuple) else after[0]
 
 
 def cell_with(
