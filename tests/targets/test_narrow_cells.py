@@ -130,6 +130,11 @@ def test_more_units_than_there_are_is_refused():
         make_plan(guide_of("gru"), Target("narrow", width=UNITS + 1))
 
 
+def test_heads_of_a_cell_are_refused():
+    with pytest.raises(TargetMismatchError, match="found a recurrent cell of 8 units, and the option 'heads'"):
+        make_plan(guide_of("gru"), Target("narrow", heads=2))
+
+
 def test_hidden_states_that_are_not_finite_are_told_by_the_part():
     hybrid = build_hybrid(make_plan(guide_of("gru"), "narrow"))
     (module,), (replacement,) = cells(hybrid), hybrid.replacements

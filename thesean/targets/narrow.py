@@ -148,7 +148,7 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
     if facts is None and part.attention is not None and options.width is None:
         check_heads("narrow", part, options)
         return
-    if facts is None and part.cell is not None and options.heads is None:
+    if facts is None and part.cell is not None:
         _check_units(part, part.cell, options)
         return
     if facts is None and part.channels is not None and options.heads is None:
@@ -180,6 +180,13 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
 
 
 def _check_units(part: PartFacts, cell: CellFacts, options: NarrowOptions) -> None:
+    if options.heads is not None:
+        raise part.mismatch(
+            "narrow",
+            found=f"a recurrent cell of {cell.units} units, and the option 'heads'",
+            expected="an attention to take heads from",
+            advice="Set width or ratio for a cell.",
+        )
     if (options.width or 1) > cell.units:
         raise part.mismatch(
             "narrow",
