@@ -102,6 +102,9 @@ class LooksBack(nn.Module):
     def averaged(self, x: torch.Tensor) -> torch.Tensor:
         return x + x.cumsum(1) / (1 + torch.arange(x.shape[1])[None, :, None])
 
+    def averaged_by_a_view(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.cumsum(1) / torch.arange(1, x.shape[1] + 1).view(1, -1, 1)
+
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """By the mean and variance of all steps so far."""
         count = (1 + torch.arange(x.shape[1])[None, :, None]) * WIDTH
@@ -152,7 +155,7 @@ CONVOLUTIONS = (
 )  # fmt: skip
 WINDOWS = ("pooled", "unfolded", "weighed")
 SHIFTS = ("shifted", "shifted_by_cat", "joined_and_cut", "written", "rolled")
-SUMS = ("averaged", "normed", "linear_attention", "in_double")
+SUMS = ("averaged", "averaged_by_a_view", "normed", "linear_attention", "in_double")
 AHEAD = {"symmetric": 1, "both_ways_in_two_dimensions": 2, "as_long": 2, "pooled_both_ways": 1}  # steps
 OTHERS = ("padded_by_ones", "read_before_it_is_cut", "replicated")
 

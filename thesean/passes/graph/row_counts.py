@@ -36,7 +36,7 @@ def takes_rows(node: fx.Node, shapes: Shapes, batch: int) -> bool:
             if not takes_rows(user, shapes, batch):
                 return False
         elif user.target in _FIRST_DIM:
-            if made not in ((1, *shape), (batch, *shape)) and not _adds_last(user):
+            if not _is_row(made or (), shape, batch) and not _adds_last(user):
                 return False
         elif user.target is aten.index_select.default:
             table = user.args[0]
@@ -84,7 +84,11 @@ def give_rows(graph: fx.Graph, node: fx.Node, moved: fx.Node, shapes: Shapes) ->
             for reader in [r for r in user.users if _repeats_rows(r, user, shapes)]:
                 reader.replace_all_uses_with(moved)
                 graph.erase_node(reader)
-            user.replace_all_uses_with(moved)
+            row = moved
+            with graph.inserting_before(user):
+                for _ in shapes[user.name][2:]:
+                    row = graph.call_function(aten.unsqueeze.default, (row, -1))
+            user.replace_all_uses_with(row)
             graph.erase_node(user)
         elif user.target is aten.index_select.default:
             table = user.args[0]
@@ -103,6 +107,11 @@ def _repeats_rows(node: fx.Node, row: fx.Node, shapes: Shapes) -> bool:
     """(1, T) -> (B, T)"""
     made, given = shapes.get(node.name, ()), shapes[row.name]
     return node.target is aten.repeat.default and len(made) == len(given) == 2 and given[0] == 1 and made[1] == given[1]
+
+
+def _is_row(made: tuple[int, ...], shape: tuple[int, ...], batch: int) -> bool:
+    """(T) -> (1, T), or with ones behind it (1, T, 1)."""
+    return made[:1] in ((1,), (batch,)) and made[1:2] == shape and all(size == 1 for size in made[2:])
 
 
 def _adds_last(node: fx.Node) -> bool:
