@@ -11,11 +11,11 @@ Measured on the demo's language model (guide 1.448 nats per character; attention
 steps of 4 x 256 with the default recipe, seed 0; benchmarks/results/recipes.json):
 
     cell                after 300 steps   closed form only
-    linear-attention    1.469             1.770
-    lstm                1.518             2.662
-    elman               1.527             2.085
-    gru                 1.529             2.407
-    mingru              1.539             2.492
+    linear-attention    1.476             1.777
+    lstm                1.521             2.645
+    elman               1.526             2.090
+    gru                 1.526             2.407
+    mingru              1.533             2.491
 """
 
 from __future__ import annotations
