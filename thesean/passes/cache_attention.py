@@ -5,8 +5,6 @@ B batch, T time, S keys, H heads, K head width
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -19,9 +17,9 @@ from thesean.passes.analyse.chunks import RELATES
 from thesean.passes.analyse.padding import READERS
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.cache import CachedAttention, SeenKeys
-from thesean.passes.graph.clock import find_clock, has_one_time
+from thesean.passes.graph.clock import NO_TIME, find_clock, has_one_time
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead, free_names
 
 aten = torch.ops.aten
 
@@ -45,15 +43,14 @@ class CacheAttention(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            reason = "there is no single dimension of time"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
         new = beside(graph_module)
         graph = new.graph
         found = causal_attentions(new, self.signature)
         if not found:
             reason = "no causal attention is left in the graph"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
-        names = _free_names(new)
+        names = free_names(new, "cache")
         keys: dict[Any, fx.Node] = {}
         for core in found:
             if core.sight not in keys:
@@ -103,8 +100,3 @@ def _replace(graph_module: fx.GraphModule, core: CausalAttention, bias: fx.Node,
     call.meta["nn_module_stack"] = mixed.meta.get("nn_module_stack", {})
     out.meta = {k: v for k, v in mixed.meta.items() if k in ("val", "nn_module_stack")}
     mixed.replace_all_uses_with(out)
-
-
-def _free_names(graph_module: fx.GraphModule) -> Iterator[str]:
-    """cache_0, cache_1... that the graph has no attribute of."""
-    return (name for n in itertools.count() if not hasattr(graph_module, name := f"cache_{n}"))

@@ -5,7 +5,6 @@ B batch, T time
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -16,10 +15,10 @@ from torch import fx
 from thesean.passes.analyse.chunks import RELATES
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.cache import SeenKeys
-from thesean.passes.graph.clock import find_clock, has_one_time
+from thesean.passes.graph.clock import NO_TIME, find_clock, has_one_time
 from thesean.passes.graph.latent_cache import CachedLatent
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead, free_names
 from thesean.targets.shared.softmax_heads import SoftmaxHeads
 
 aten = torch.ops.aten
@@ -40,8 +39,7 @@ class CacheLatents(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            reason = "there is no single dimension of time"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
         modules = dict(graph_module.named_modules())
         new = beside(graph_module)
         graph = new.graph
@@ -49,7 +47,7 @@ class CacheLatents(Pass):
         if not found:
             reason = "no causal part has keys and values of one latent"
             return PassResult(graph_module=graph_module, modified=False, reason=reason)
-        names = (name for n in itertools.count() if not hasattr(graph_module, name := f"latent_{n}"))
+        names = free_names(graph_module, "latent")
         biases: dict[Any, fx.Node] = {}
         for call in found:
             module = modules[str(call.target)]

@@ -5,7 +5,6 @@ B batch, T time
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -16,13 +15,13 @@ from torch import fx
 from thesean.passes.analyse.chunks import LOOKS_BACK, RELATES
 from thesean.passes.analyse.earlier_steps import CANDIDATES, FrontPadded, PaddedConvolution, earlier_steps
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.clock import has_one_time
+from thesean.passes.graph.clock import NO_TIME, has_one_time
 from thesean.passes.graph.last_steps import LastSteps
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
-from thesean.passes.graph.surgery import beside, end_of_call, erase_dead
+from thesean.passes.graph.surgery import beside, end_of_call, erase_dead, free_names
 from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
@@ -46,8 +45,7 @@ class CacheSteps(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            reason = "there is no single dimension of time"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
         none = PassResult(graph_module=graph_module, modified=False, reason="nothing puts zeros in front of a sequence")
         if CANDIDATES.isdisjoint(n.target for n in graph_module.graph.nodes):
             return none
@@ -59,7 +57,7 @@ class CacheSteps(Pass):
         if not found:
             return none
         rewriting = _Rewriting(new)
-        free = (name for n in itertools.count() if not hasattr(graph_module, name := f"steps_{n}"))
+        free = free_names(graph_module, "steps")
         named = list(zip(free, found, strict=False))
         for name, each in reversed(named):  # what one is made of may be another, and is read by nothing then
             if not each.node.users:

@@ -5,7 +5,6 @@ B batch, T time, E units
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -15,13 +14,13 @@ from torch import fx, nn
 
 from thesean.passes.analyse.recurrence import starts_anew
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.clock import has_one_time
+from thesean.passes.graph.clock import NO_TIME, has_one_time
 from thesean.passes.graph.kept_cell import KeptCell, cell_with
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import argument, attribute, leaf_nodes
 from thesean.passes.graph.opaque_cells import CELLS
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead, free_names
 from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
@@ -43,8 +42,7 @@ class CarryCells(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            reason = "there is no single dimension of time"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
         none = PassResult(
             graph_module=graph_module,
             modified=False,
@@ -67,7 +65,7 @@ class CarryCells(Pass):
         ]
         if not found:
             return none
-        names = (name for n in itertools.count() if not hasattr(new, name := f"kept_{n}"))
+        names = free_names(new, "kept")
         for (node, start), name in zip(found, names, strict=False):
             _replace(new, node, start, name)
         erase_dead(graph)

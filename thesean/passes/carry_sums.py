@@ -5,7 +5,6 @@ B batch, T time
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from operator import getitem
 
@@ -14,12 +13,12 @@ from torch import fx
 
 from thesean.passes.analyse.positions import counters, running_sums
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.clock import has_one_time
+from thesean.passes.graph.clock import NO_TIME, has_one_time
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.running_sum import RunningSum
 from thesean.passes.graph.signature import Signature
-from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.surgery import beside, erase_dead, free_names
 from thesean.passes.graph.two_sizes import TwoSizes
 
 aten = torch.ops.aten
@@ -41,8 +40,7 @@ class CarrySums(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            reason = "there is no single dimension of time"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
         none = PassResult(graph_module=graph_module, modified=False, reason="nothing is summed up over time")
         if not graph_module.graph.find_nodes(op="call_function", target=aten.cumsum.default):
             return none
@@ -53,7 +51,7 @@ class CarrySums(Pass):
         signals = {s.name for s in self.signature.inputs if s.dtype.is_floating_point and not s.mask}
         counts = {n for n, mask in running_sums(new) if str(mask.target) not in signals}
         counts |= {c.node for c in counters(new)}
-        names = (name for n in itertools.count() if not hasattr(new, name := f"sum_{n}"))
+        names = free_names(new, "sum")
         found = 0
         for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
             dim = two.time_dim(node)

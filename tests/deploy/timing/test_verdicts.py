@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from thesean.deploy.timing.costs import _fixed_rows
 from thesean.deploy.timing.latency import Timing
 from thesean.deploy.timing.verdicts import Measurement, is_level, is_slower, slower_targets, verdicts
 from thesean.passes.graph.signature import InputSpec, Signature
@@ -138,4 +137,4 @@ def test_what_has_fixed_rows_is_measured_with_them():
         spec = InputSpec(name="x", dtype=torch.float32, shape=shape)
         return Signature(inputs=(spec,))
 
-    assert [_fixed_rows(signature(*shape)) for shape in ((3, 8), ("rows", 8), ())] == [3, 1, 1]
+    assert [signature(*shape).fixed_rows or 1 for shape in ((3, 8), ("rows", 8), ())] == [3, 1, 1]

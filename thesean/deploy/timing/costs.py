@@ -44,7 +44,7 @@ def costs_of_files(
     """
     timed = any(not s.startswith("batch") for s in signature.symbols)
     sizes: list[int | None] = [*sorted(set(lengths))] if timed else [None]
-    rows = sorted(set(batches)) if "batch" in signature.symbols else [_fixed_rows(signature)]
+    rows = sorted(set(batches)) if "batch" in signature.symbols else [signature.fixed_rows or 1]
     found: dict[str, list[FileCosts]] = {name: [] for name in paths}
     kinds: dict[str, str | None] = {}
     for batch in rows:
@@ -70,11 +70,6 @@ def _costs(batch: int, length: int | None, taken: FileTimings | None, footprint:
     else:
         prefill, token = taken.prefill.get(length), taken.token.get(length)
     return FileCosts(batch=batch, length=length, prefill=prefill, token=token, footprint=footprint)
-
-
-def _fixed_rows(signature: Signature) -> int:
-    size = signature.inputs[0].shape[0] if signature.inputs[0].shape else 1
-    return size if isinstance(size, int) else 1
 
 
 def _footprints(path: Path, signature: Signature, batch: int, lengths: Sequence[int | None]) -> list[Footprint | None]:

@@ -32,6 +32,9 @@ class Clock(NamedTuple):
         return graph.call_function(aten.ones.default, (sizes,), {"dtype": torch.bool, "device": device})
 
 
+NO_TIME = "there is no single dimension of time"  # why a pass that gives a state leaves a graph alone
+
+
 def has_one_time(signature: Signature) -> bool:
     """Whether all free lengths are one, and it may be a single step."""
     names = {s for s in signature.symbols if not s.startswith("batch")}

@@ -9,6 +9,14 @@ import torch
 from torch import nn
 
 
+def seen_alone(x: torch.Tensor, mask_BT: torch.Tensor | None, dim: int) -> torch.Tensor:
+    """x_BT…, time along `dim`, with zeros at steps that the mask says are none."""
+    if mask_BT is None:
+        return x
+    ones = (size if d in (0, dim) else 1 for d, size in enumerate(x.shape))
+    return torch.where(mask_BT.reshape(*ones), x, 0)
+
+
 class LastSteps(nn.Module):
     """x_BT…, (before_BP…) -> whole_B(P+T)…, after_BP…: what came before and what comes, along `dim`, and the last
     `count` + `lookahead` steps of both. At the start that is zeros. A step that `mask_BT` says is none holds zeros.
@@ -32,9 +40,7 @@ class LastSteps(nn.Module):
     def forward(
         self, x: torch.Tensor, before: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mask is not None:
-            ones = (1 if d not in (0, self.dim) else size for d, size in enumerate(x.shape))
-            x = torch.where(mask.reshape(*ones), x, 0)
+        x = seen_alone(x, mask, self.dim)
         parts = [self._zeros(x, self.count) if before is None else before, x]
         if before is None and self.lookahead:
             parts.append(self._zeros(x, self.lookahead))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from thesean.passes.graph.last_steps import seen_alone
+
 
 class RunningSum(nn.Module):
     """x_BT…, (before_B…) -> sums_BT…, after_B…: along `dim`; a step that `mask_BT` says is none adds nothing."""
@@ -22,10 +24,7 @@ class RunningSum(nn.Module):
     def forward(
         self, x: torch.Tensor, before: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mask is not None:
-            ones = (1 if d not in (0, self.dim) else size for d, size in enumerate(x.shape))
-            x = torch.where(mask.reshape(*ones), x, 0)
-        sums = x.cumsum(self.dim)
+        sums = seen_alone(x, mask, self.dim).cumsum(self.dim)
         if before is not None:
             sums = sums + before.unsqueeze(self.dim)
         return sums, sums.select(self.dim, -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +38,11 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
         if node.op in ("placeholder", "output") or is_write(node) or not alive.isdisjoint(node.users):
             alive.add(node)
     return alive
+
+
+def free_names(graph_module: fx.GraphModule, stem: str) -> Iterator[str]:
+    """stem_0, stem_1... that the graph has no attribute of."""
+    return (name for n in itertools.count() if not hasattr(graph_module, name := f"{stem}_{n}"))
 
 
 def beside(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -51,7 +51,7 @@ def join_products(model: ir.Model) -> int:
     changed = 0
     by_input: dict[int, list[Product]] = {}
     for node in model.graph:
-        if is_kind(node, "MatMul") and (found := _product(node)) is not None:
+        if is_kind(node, "MatMul") and dims(node.inputs[0]) and (found := product_of(node)) is not None:
             by_input.setdefault(id(node.inputs[0]), []).append(found)
     for products in map(_joinable, by_input.values()):
         if len(products) > 1 and len({p.node.inputs[0].dtype for p in products}) == 1:
@@ -68,12 +68,13 @@ def _joinable(products: list[Product]) -> list[Product]:
     return [p for p in products if is_private(p.weight) or _LARGER * p.weight.const_value.size <= own]
 
 
-def _product(node: Node) -> Product | None:
+def product_of(node: Node) -> Product | None:
+    """None for a product of two values, or of one by several matrices, and for one that the graph gives away."""
     x, matrix = node.inputs
     size = dims(matrix)
     if x is None or matrix is None or not matrix.is_initializer():
         return None
-    if size is None or len(size) != 2 or not dims(x) or x.is_initializer() or node.outputs[0].is_graph_output():
+    if size is None or len(size) != 2 or x.is_initializer() or node.outputs[0].is_graph_output():
         return None
     add = reader(node.outputs[0], "Add")
     bias = None if add is None else other(add, node.outputs[0])

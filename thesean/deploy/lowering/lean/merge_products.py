@@ -7,7 +7,7 @@ K, N, M numbers before, between and behind; D directions, G gates of all units
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,20 +27,12 @@ from thesean.deploy.lowering.lean.edit import (
     weight,
 )
 from thesean.deploy.lowering.lean.fold_weights import FOLDED, forget
+from thesean.deploy.lowering.lean.join_products import Product, product_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _CELLS = ("LSTM", "GRU", "RNN")
-
-
-class Product(NamedTuple):
-    """x_K weight_KN + bias_N; `last` is the node that makes it."""
-
-    node: Node
-    last: Node
-    weight: Value
-    bias: Value | None
 
 
 def merge_products(model: ir.Model) -> int:
@@ -56,28 +48,18 @@ def merge_products(model: ir.Model) -> int:
 def _product(value: Value | None) -> Product | None:
     """What makes a value that one node alone reads."""
     node = producer(value, "Add", "MatMul")
-    last, bias = node, None
     if node is not None and node.op_type == "Add":
-        product = producer(node.inputs[0], "MatMul") or producer(node.inputs[1], "MatMul")
-        bias = None if product is None else other(node, product.outputs[0])
-        node = product
-    if node is None or last is None or not _is_matrix(node.inputs[1]) or node.inputs[0].is_initializer():
-        return None
-    if bias is not None and not (bias.is_initializer() and dims(bias) == dims(node.inputs[1])[1:]):
-        return None
-    return Product(node, last, node.inputs[1], bias)
-
-
-def _is_matrix(value: Value | None) -> bool:
-    """A weight of two dimensions that is read here alone."""
-    return value is not None and value.is_initializer() and is_private(value) and len(dims(value) or ()) == 2
+        node = producer(node.inputs[0], "MatMul") or producer(node.inputs[1], "MatMul")
+    found = None if node is None else product_of(node)
+    return found if found is not None and found.made is value and is_private(found.weight) else None
 
 
 def _into_product(graph: ir.Graph, node: Node) -> int:
     first = _product(node.inputs[0])
-    if first is None or not _is_matrix(node.inputs[1]):
-        return 0
     second = node.inputs[1]
+    known = second is not None and second.is_initializer() and is_private(second) and len(dims(second) or ()) == 2
+    if first is None or not known:
+        return 0
     (before, between), behind = dims(first.weight), dims(second)[1]
     if before * behind > between * (before + behind):
         return 0
@@ -172,7 +154,7 @@ def _biases(matrix: Any, added: Any, had: Any) -> np.ndarray:
 
 def _drop(graph: ir.Graph, first: Product, given: list[Value]) -> None:
     """The first product, and weights that nothing reads any more."""
-    if first.last is not first.node:
-        graph.remove(first.last, safe=True)
+    if first.add is not None:
+        graph.remove(first.add, safe=True)
     graph.remove(first.node, safe=True)
     forget(graph, [first.weight, *([] if first.bias is None else [first.bias]), *given])
