@@ -10,7 +10,6 @@ rates.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -22,17 +21,17 @@ from torch.nn import functional as F
 
 import thesean
 from benchmarks.rivalry.novels import HELD_OUT, novels
+from benchmarks.studies.channels import LARGEST, OURS, SCRATCH, mean, told
 from benchmarks.suite import Case, Result, Run
 from benchmarks.tables import markdown
 from thesean import Target
-from thesean.errors import LostError
 from thesean.recipe import Recipe
 from thesean.targets import TargetModule
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.select_features import moments, select_features
 from thesean.targets.shared.torch_cell import CellTarget
 
-OURS, PRODUCTS, LARGEST, SCRATCH = "narrow", "chosen by products", "largest weights", "from scratch"
+PRODUCTS = "chosen by products"
 BATCH, TIME, EMBEDDED, UNKNOWN = 16, 96, 64, 0
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -167,14 +166,6 @@ def one_size(run: Run, seed: int, kind: str, guide: nn.Module, ratio: float, giv
         add(run, name, seed, (kind, ratio, SCRATCH, "trained"), min(rates, key=lambda r: r.converted["loss"] or 0.0))
 
 
-def told(guide: nn.Module, target: Target, recipe: Recipe, seed: int, given: dict[str, Any]) -> Any:
-    """The report, of one that is worse than nothing as well."""
-    try:
-        return thesean.compile(guide, target, recipe=recipe, seed=seed, **given).report
-    except LostError as lost:
-        return lost.converted.report
-
-
 def add(run: Run, name: str, seed: int, about: tuple[str, float, str, str], report: Any) -> None:
     kind, ratio, way, stage = about
     run.add(
@@ -201,10 +192,6 @@ def table(result: Result) -> str:
     seeds, steps = len(result["seeds"]), result["settings"]["steps"]
     told = f"Nats a character of two held-out novels, means of {seeds} seeds; {steps} steps."
     return "\n".join([told, "", *markdown(heads, body, names=2)])
-
-
-def mean(rows: list[dict[str, Any]], key: str) -> float:
-    return statistics.fmean(row[key] for row in rows)
 
 
 CASE = Case(
