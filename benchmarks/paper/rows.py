@@ -127,9 +127,9 @@ def varied(conversion: str, rates: RateOf) -> Iterator[Row]:
     yield changed("half the batch", batch=0.5)
     yield changed("twice the batch", batch=2.0)
     if conversion == "convnet to MLP":
-        normed = thesean.Target("mlp", hidden_norm="batch")
-        yield changed("batch norm", target=normed)
-        yield changed("batch norm, not recalibrated", target=normed, alignment__recalibrate=False)
+        yield changed("not recalibrated", alignment__recalibrate=False)
+        for norm in ("layer", "batch"):
+            yield changed(f"{norm} norm alone", target=thesean.Target("mlp", hidden_norm=norm))
 
 
 def norms(conversion: str, rates: RateOf) -> Iterator[Row]:

@@ -74,7 +74,7 @@ CASE = Case(
     },
     quick_only=(
         "convnet to MLP: served", "convnet to MLP: default, untrained",
-        "convnet to MLP: paper, batch norm, not recalibrated",
+        "convnet to MLP: paper, batch norm alone",
         "deep to shallow convnet: scratch, rate 0.002", "ViT to token-wise MLP: paper, rate 0.002",
         "GPT-2 to Elman: distillation, rate 0.002",
     ),

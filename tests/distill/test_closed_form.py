@@ -57,6 +57,7 @@ def test_a_linear_map_of_the_features_is_recovered_exactly():
 )
 def test_each_part_comes_nearer_to_the_guide(guide, target):
     _, hybrid = drafted(guide(), target)
+    hybrid.graph_module.eval()
     before = [error_at(guide(), hybrid, k) for k in range(len(hybrid.parts))]
     solve_parts(guide().graph_module, hybrid, range(len(hybrid.parts)), inputs_of(guide(), 16), ridge=1e-3)
     after = [error_at(guide(), hybrid, k) for k in range(len(hybrid.parts))]

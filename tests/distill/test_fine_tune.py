@@ -9,6 +9,7 @@ from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, tra
 from thesean.curve import Curve
 from thesean.distill.fine_tune import fine_tune, patience
 from thesean.errors import NumericalError
+from thesean.targets import Target
 
 
 def cross_entropy(output, batch):
@@ -160,7 +161,7 @@ def test_a_rate_that_does_harm_leaves_the_state_that_it_began_with_and_says_so()
 
 def test_what_helped_on_the_few_batches_that_choose_but_not_on_all_is_taken_back():
     guide = captured.mlp()
-    _, hybrid = drafted(guide)
+    _, hybrid = drafted(guide, Target("mlp", hidden_norm="layer"))
     fitted, others = batches_of(guide, 4), batches_of(guide, 30, seed=9)
     alone = {"distillation": 0.0, "hidden": 0.0}
     run(guide, hybrid, task(cross_entropy), 120, batches=others, held_out=others, learning_rate=1e-2, **alone)

@@ -79,7 +79,7 @@ def test_a_token_wise_module_is_four_times_as_wide_and_blind_to_other_tokens():
 @pytest.mark.parametrize(("activation", "act"), [("gelu", nn.GELU()), ("relu", nn.ReLU())])
 def test_the_hidden_layer_is_normed_where_the_part_is_flattened_and_asked_otherwise(activation, act):
     cases: list[tuple[PartFacts, tuple[int, ...], dict[str, Any], nn.Module]] = [
-        (VECTOR, (20,), {}, nn.LayerNorm(32)),
+        (VECTOR, (20,), {"hidden_norm": "layer"}, nn.LayerNorm(32)),
         (VECTOR, (20,), {"hidden_norm": "none"}, nn.Identity()),
         (TOKENS, (11, 16), {}, nn.Identity()),
         (TOKENS, (11, 16), {"hidden_norm": "layer"}, nn.LayerNorm(64)),
@@ -110,10 +110,29 @@ def test_rank_narrows_the_first_layer():
     assert first_layer(build("mlp", FEATURE_MAP, rank=2)) == 2 * (144 + 72)
 
 
-def test_no_running_statistics_unless_asked_for():
-    assert not list(build("mlp", FEATURE_MAP).buffers())
-    batch = build("mlp", FEATURE_MAP, hidden_norm="batch")
-    assert any(isinstance(m, nn.BatchNorm1d) for m in batch.modules())
+def test_running_statistics_only_where_the_part_is_flattened():
+    _, layer, batch, _ = build("mlp", FEATURE_MAP).first
+    assert isinstance(layer, nn.LayerNorm)
+    assert isinstance(batch, nn.BatchNorm1d)
+    assert not list(build("mlp", FEATURE_MAP, hidden_norm="layer").buffers())
+    assert not list(build("mlp", TOKENS).buffers())
+
+
+def test_what_the_norm_by_the_batch_reads_begins_with_mean_zero_and_variance_one():
+    x_BCHW = 5 + 3 * torch.randn(640, 4, 6, 6)
+    module = build("mlp", FEATURE_MAP)
+    assert isinstance(module, MLP)
+    wanted = module.shape(torch.tanh(x_BCHW.flatten(1)[:, : module.last.out_features]))
+    module.prepare(FEATURE_MAP, list(zip(x_BCHW.split(320), wanted.split(320), strict=True)))
+    layer_NE = module.first[1](module.first[0](x_BCHW.flatten(1)))
+    torch.testing.assert_close(layer_NE.mean(0), torch.zeros(module.width), rtol=0, atol=0.1)
+    torch.testing.assert_close(layer_NE.var(0), torch.ones(module.width), rtol=0.1, atol=0)
+
+
+def test_one_row_of_a_batch_has_no_statistics_of_its_own():
+    module = build("mlp", VECTOR)
+    one = torch.randn(1, 20)
+    torch.testing.assert_close(module.train()(one), module.eval()(one))
 
 
 def test_skip_is_the_input_where_shapes_agree():

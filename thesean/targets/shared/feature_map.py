@@ -12,17 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from thesean import ranks
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.module import State, TargetModule
+from thesean.targets.shared.norms import BatchNorm, standardise
 from thesean.targets.shared.sequence import SmallLinear, describe
 
 # What the block adds to its own output: nothing, its input, or a linear map of its averaged input
 Shortcut = Literal["none", "identity", "projection"]
 MapNorm = Literal["batch", "group", "none"]
-
-# Fewer values a channel than this say little of its mean and variance
-_ENOUGH = 32
 
 
 class Windows:
@@ -191,38 +188,11 @@ class ConvolvedMap(SpatialTarget):
         standardise(conv, [self.places.place(x) for x, _ in examples])
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that trusts its running statistics where a batch is too small to have any of its own."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training and input.numel() * ranks.count() < _ENOUGH * self.num_features:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(input)
-
-
 def make_norm(kind: MapNorm, width: int) -> nn.Module:
     """ "group" is one group: each image by itself."""
     if kind == "batch":
         return BatchNorm(width)
     return nn.GroupNorm(1, width) if kind == "group" else nn.Identity()
-
-
-@torch.no_grad()
-def standardise(conv: nn.Conv2d, maps: Sequence[torch.Tensor]) -> None:
-    """Scale and shift a convolution so that each of its channels has mean 0 and variance 1 on these inputs.
-
-    A normalisation by data that costs nothing afterwards (Mishkin and Matas 2016; Salimans and Kingma 2016).
-    """
-    count, total_E, squares_E = 0, torch.zeros(()), torch.zeros(())
-    for x_BCHW in maps:
-        y_EN = conv(x_BCHW).transpose(0, 1).flatten(1).double()
-        count += y_EN.shape[1]
-        total_E, squares_E = total_E + y_EN.sum(1), squares_E + y_EN.square().sum(1)
-    mean_E = total_E / count
-    scale_E = (squares_E / count - mean_E.square()).clamp_min(1e-8).rsqrt()
-    conv.weight.mul_(scale_E.view(-1, 1, 1, 1).to(conv.weight.dtype))
-    assert conv.bias is not None
-    conv.bias.copy_((conv.bias - mean_E) * scale_E)
 
 
 def check_feature_map(target: str, part: PartFacts) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from thesean.deploy.lowering.lean.divide_rows import divide_rows
+from thesean.deploy.lowering.lean.fold_batch_norm import fold_batch_norm
 from thesean.deploy.lowering.lean.fold_weights import fold_weights
 from thesean.deploy.lowering.lean.fuse_gelu import fuse_gelu
 from thesean.deploy.lowering.lean.fuse_rms_norm import fuse_rms_norm
@@ -31,6 +32,7 @@ PASSES: tuple[Callable[[ir.Model], int], ...] = (
     split_slices,
     products_of_rows,
     fold_weights,
+    fold_batch_norm,
     merge_products,
     split_rows,
     join_products,
