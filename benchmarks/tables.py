@@ -134,12 +134,12 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1
     return [*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]
 
 
-def mean_and_ends(values: Sequence[float]) -> str:
+def mean_and_ends(values: Sequence[float], digits: int = 4) -> str:
     """Of seeds; "-" where there is none."""
     if not values:
         return "-"
-    ends = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.4f}{ends}"
+    ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{ends}"
 
 
 def unmeasured(result: Result) -> list[str]:
