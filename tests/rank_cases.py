@@ -80,7 +80,7 @@ def vectors(
     tuning = {"learning_rate": 5e-3, "distillation": 0.0 if loss else 1.0}
     recipe = {"steps": steps, "warmup": 1, "closed_form": {"enabled": False}, "fine_tuning": tuning}
     recipe["alignment"] = {"ceiling": 0, **alignment, **align}
-    target = thesean.Target("mlp", width=6, **(options or {}))
+    target = thesean.Target("mlp", width=6, **{"hidden_norm": "layer", **(options or {})})
     return guide(), target, {"data": batches(rows), "loss": loss, "recipe": recipe}
 
 
@@ -183,6 +183,10 @@ CASES: dict[str, Callable[[], Case]] = {
     # which of the two goes on is agreed on
     "shares by a trial": tried,
     SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
+    # steps that are too long for the network to stand still: their mean does best, which is of slices
+    "means of steps": lambda: spread(
+        vectors(rows=13, steps=400, loss=cross_entropy), sharded=True, fine_tuning={"learning_rate": 0.01}
+    ),
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
     "nmse, sequential": lambda: vectors("nmse", "sequential", steps=18, order="easiest-first"),
     "cka, independent": lambda: vectors({"cka": 1.0, "nmse": 0.5}, "independent", rows=13),

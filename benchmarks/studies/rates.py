@@ -9,8 +9,9 @@ same steps, data and seeds. Told is the loss on held-out data, or without labels
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -31,30 +32,38 @@ def patient(left: int) -> int:
 
 def conversions(run: Run, seed: int) -> Iterator[Conversion]:
     """Other seeds are told of the same in another order, or of other texts."""
+    for name, model, told in of_language_model(run.settings, seed):
+        yield name, model, told
+    yield "language model -> rnn, whole blocks", model, {**told, "target": "rnn", "granularity": "block"}
+    yield from of_digits(run.settings, seed)
     from benchmarks.studies import minilm
 
     try:
         encoder, sentences, others = minilm.pretrained()
     except BenchmarkError:
-        pass
-    else:
-        order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
-        words = {"data": [sentences[k] for k in order], "eval_data": others[:4], "granularity": "sublayer"}
-        yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
-    for name, model, told in of_language_model(run.settings, seed):
-        yield name, model, told
-    yield "language model -> rnn, whole blocks", model, {**told, "target": "rnn", "granularity": "block"}
-    yield from of_digits(run.settings, seed)
+        return
+    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(seed)).tolist()
+    words = {"data": [sentences[k] for k in order], "eval_data": others[:4], "granularity": "sublayer"}
+    yield "MiniLM -> narrow-heads", encoder, {"target": "narrow-heads", **words}
+
+
+# What of fine_tune.py is another in each
+WAYS: dict[str, dict[str, Any]] = {PATIENT: {"patience": patient}, FOUND: {}}
 
 
 def bench(run: Run) -> None:
+    beside(run, WAYS)
+
+
+def beside(run: Run, ways: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each conversion in closed form, and at each budget in these ways."""
     for seed in run.seeds:
         for (name, model, told), steps in itertools.product(conversions(run, seed), (0, *run.settings["budgets"])):
-            for way in (PATIENT, FOUND) if steps else ("closed form",):
+            for way in ways if steps else ("closed form",):
                 if not run.wants(f"{name}, {steps} steps, {way}", seed):
                     continue
-                recipe = language.recipe("default" if steps else "fast", steps or None)
-                with patch("thesean.distill.fine_tune.patience", patient) if way == PATIENT else nullcontext():
+                recipe, changed = language.recipe("default" if steps else "fast", steps or None), ways.get(way)
+                with patch.multiple("thesean.distill.fine_tune", **changed) if changed else nullcontext():
                     report = thesean.compile(model, **told, recipe=recipe, seed=seed, progress=False).report
                 kind = "divergence" if report.converted["loss"] is None else "loss"
                 rates = [curve.learning_rate for curve in report.curves if curve.phase == "fine-tune" and curve.kept]
@@ -66,18 +75,23 @@ def bench(run: Run) -> None:
 
 
 def table(result: Result) -> str:
+    return table_of(result, list(WAYS))
+
+
+def table_of(result: Result, ways: Sequence[str]) -> str:
     """A conversion at so many steps a row; means over seeds, lowest and highest, and the rates that gained."""
-    cases, heads = result["cases"], ["held out", "steps", "guide", "closed form", PATIENT, FOUND, "rates that gained"]
+    cases, heads = result["cases"], ["held out", "steps", "guide", "closed form", *ways, "rates that gained"]
     body = []
     for name, steps in dict.fromkeys((case["conversion"], case["steps"]) for case in cases if case["steps"]):
         of = {
             way: [c for c in cases if c["conversion"] == name and (c["steps"], c["way"]) == at]
-            for way, at in {"closed form": (0, "closed form"), PATIENT: (steps, PATIENT), FOUND: (steps, FOUND)}.items()
+            for way, at in {"closed form": (0, "closed form"), **{way: (steps, way) for way in ways}}.items()
         }
         cells = [mean_and_ends([c["value"] for c in rows]) for rows in of.values()]
-        gained = ", ".join(f"{rate:g}" for rate in sorted({r for c in of[FOUND] for r in c["rates"]}, reverse=True))
+        last = of[ways[-1]]
+        gained = ", ".join(f"{rate:g}" for rate in sorted({r for c in last for r in c["rates"]}, reverse=True))
         guide = next(c["guide"] for rows in of.values() for c in rows)
-        body.append([name, str(steps), f"{guide:.4f}", *cells, gained or ("none" if of[FOUND] else "-")])
+        body.append([name, str(steps), f"{guide:.4f}", *cells, gained or ("none" if last else "-")])
     return "\n".join([*markdown(heads, body), *unmeasured(result)])
 
 

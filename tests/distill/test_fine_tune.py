@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,6 +11,7 @@ from torch.nn import functional as F
 from tests import captured, models
 from tests.distill.tools import Recorder, batches_of, drafted, recipe, task, training
 from thesean.curve import Curve
+from thesean.distill.averaged import Averaged
 from thesean.distill.fine_tune import fine_tune, patience
 from thesean.errors import NumericalError
 from thesean.targets import Target
@@ -213,6 +218,7 @@ def test_a_rate_that_gains_at_first_is_left_with_what_it_gained(monkeypatch: pyt
     _, hybrid = drafted(guide)
     values = iter([2.0, *[1.5] * 2, *[3.0] * 40])  # the start, a gain, and then nothing but harm
     monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
+    monkeypatch.setattr("thesean.distill.fine_tune.average_of", lambda steps: None)
     monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4))
     tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
     first, second = tuned.curves
@@ -231,9 +237,39 @@ def test_a_rate_has_to_gain_on_where_it_took_the_network_up(monkeypatch: pytest.
     _, hybrid = drafted(guide)
     values = iter([2.0, 1.5, 1.5, 3.0, 3.0, *[1.8] * 40])  # a gain and harm at the first rate, then less than the gain
     monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
+    monkeypatch.setattr("thesean.distill.fine_tune.average_of", lambda steps: None)
     monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4, 1e-5))
     tuned = run(guide, hybrid, task(output="softmax"), 100, learning_rate="find")
     assert [(c.learning_rate, c.kept, c.steps) for c in tuned.curves] == [(1e-3, 5, 15), (1e-4, 0, 6), (1e-5, 0, 79)]
+
+
+def test_a_rate_whose_mean_gains_goes_on_though_the_network_itself_does_not(monkeypatch: pytest.MonkeyPatch):
+    guide = captured.mlp()
+    _, hybrid = drafted(guide)
+    looks = (value for k in range(99) for value in (3.0, 1.9 - 0.01 * k))  # the network as it is, and the mean of steps
+    values = itertools.chain([2.0], looks)
+    monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4))
+    (curve,) = run(guide, hybrid, task(output="softmax"), 200, learning_rate="find").curves
+    assert curve.steps == curve.kept == 200
+    assert curve.held_out[-1][1] == min(value for _, value in curve.held_out)
+
+
+def test_the_mean_of_steps_is_kept_where_it_does_best(monkeypatch: pytest.MonkeyPatch):
+    guide, means = captured.mlp(), []
+    _, hybrid = drafted(guide)
+    values, own = iter([2.0, *[3.0, 1.0], *[3.0, 3.0] * 30]), Averaged.standing_in
+
+    @contextmanager
+    def standing_in(self: Averaged) -> Iterator[None]:
+        with own(self):
+            means.append(models.state_of(hybrid.graph_module))
+            yield
+
+    monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
+    monkeypatch.setattr(Averaged, "standing_in", standing_in)
+    run(guide, hybrid, task(output="softmax"), 200, learning_rate=1e-3)
+    assert models.same_state(hybrid.graph_module, means[0])
 
 
 def test_rates_that_did_nothing_before_are_not_tried_again_unless_they_would_be_given_more(

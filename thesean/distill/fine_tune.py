@@ -7,21 +7,23 @@ guide there is (benchmarks/results/repeats.json). Without a task loss, w stays 1
 
 What it leaves is the state that did best on held-out data, which may be the one it began with. A rate that suits a
 network that is far from its guide drives one that is near away from it. So a rate is tried by training at it, the
-highest first: one that leads nowhere makes room for the next lower one, which goes on from the best state so far. Once
-the network is ahead of its guide on held-out data, by the task, the guide is left out of the loss.
+highest first: one that leads nowhere makes room for the next lower one, which goes on from the best state so far. Where
+the weights gain nothing their mean over the last steps is asked too, of many steps (the study `means`).
+Once the network is ahead of its guide on held-out data, by the task, the guide is left out of the loss.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from thesean.curve import Curve, Tracing
+from thesean.distill.averaged import Averaged, average_of
 from thesean.distill.best import Best
 from thesean.distill.gathered import Gathered
 from thesean.distill.objective import faint
@@ -147,12 +149,13 @@ class _Tuner:
 
     def _trained(self, run: _Run) -> None:
         settings, observer, begun = self.training.recipe.fine_tuning, self.training.observer, self.taken
-        watch = _Watch(self, run)
+        average = average_of(self.steps)
+        watch = _Watch(self, run, average)
         observer.begin(self.phase, None, 1, 1, run.steps)
         self.graph_module.train()
         try:
             with sharding([self.training.guide, self.graph_module], self.training.recipe.sharded):
-                self.training.trainer.train(
+                replace(self.training.trainer, average=average).train(
                     [p for p in self.graph_module.parameters() if p.requires_grad],  # what the guide froze stays frozen
                     lambda step, batch: self.loss_of(begun + step, batch),
                     self.training.feed.stream,
@@ -203,8 +206,8 @@ class _Tuner:
 class _Watch:
     """Looks at a run on held-out data now and then, and keeps the best state."""
 
-    def __init__(self, tuner: _Tuner, run: _Run) -> None:
-        self.tuner, self.run = tuner, run
+    def __init__(self, tuner: _Tuner, run: _Run, average: Averaged | None) -> None:
+        self.tuner, self.run, self.average = tuner, run, average
         self.trace = Tracing(tuner.phase, None, run.rate, held_out=[(0, tuner.best.value)])
         self.kept = 0
 
@@ -214,12 +217,19 @@ class _Watch:
         self.trace.losses.append(loss)
         if step % run.every and step not in (run.steps, run.patience):
             return False
-        with whole():
-            value = tuner.check()
-            self.kept = step if tuner.best.offer(value) else self.kept
+        value = self._check(step)
+        if self.kept != step and self.average is not None and self.average.steps:
+            with self.average.standing_in():
+                value = min(value, self._check(step))
         self.trace.held_out.append((step, value))
         tuner.graph_module.train()
         return run.patience is not None and step - self.kept >= run.patience and not value < run.bound
+
+    def _check(self, step: int) -> float:
+        with whole():
+            value = self.tuner.check()
+            self.kept = step if self.tuner.best.offer(value) else self.kept
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         graph_module, tuner = self.tuner.graph_module.state_dict(), self.tuner.state_dict()

@@ -103,6 +103,14 @@ class Masters:
         """Its state as checkpoints hold it."""
         return optimizer
 
+    def spread(self, number: int, value: torch.Tensor) -> torch.Tensor:
+        """A tensor that belongs to a parameter, as a checkpoint holds it."""
+        return value
+
+    def cut(self, number: int, value: torch.Tensor) -> torch.Tensor:
+        """What `spread` gave, as it belongs to the parameter here."""
+        return value
+
     def state_dict(self) -> dict[str, Any]:
         """With the weights, masters or not."""
         return {

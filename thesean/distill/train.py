@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from thesean import ranks
+from thesean.distill.averaged import Averaged
 from thesean.distill.masters import Masters
 from thesean.distill.sharded import masters_of
 from thesean.distill.together import together
@@ -80,6 +81,7 @@ class Trainer:
     accumulate: int = 1  # batches that make a step
     rows: Callable[[Any], int] = _alike  # of a batch: what it weighs among them
     masters: Callable[[Sequence[nn.Parameter]], Masters] = masters_of  # what is moved, of the weights that are trained
+    average: Averaged | None = None  # of each step's weights
 
     @torch.enable_grad()  # a caller's no_grad should not stop training
     def train(
@@ -104,7 +106,9 @@ class Trainer:
             others = [own for own, weight in pairs if weight.ndim < 2]
             groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
             optimizer = _OPTIMIZERS[self.optimizer](groups)  # type: ignore[call-arg]  # the base class asks for defaults
-            kept = (masters, masters.kept(optimizer), *([after] if after is not None else []))
+            if self.average is not None:
+                self.average.begin(masters)
+            kept = (masters, masters.kept(optimizer), *(part for part in (after, self.average) if part is not None))
             for step in range(self.journal.resumed(*kept), steps):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate * _SCHEDULES[self.schedule](step, steps, self.warmup)
@@ -118,6 +122,8 @@ class Trainer:
                     masters.clip(self.clip)
                     optimizer.step()
                     masters.write()
+                    if self.average is not None:
+                        self.average.add()
                 self.observer.step(step + 1, {"loss": value})
                 if (after is not None and after(step + 1, value)) or self._late():
                     return step + 1
