@@ -198,7 +198,7 @@ def test_the_command_line_in_four_processes_writes_and_speaks_once(tmp_path: Pat
     _, target, given = CASES["cka, joint"]()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(given["recipe"]))
     told = ["--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "made", "--workdir", tmp_path / "run"]
-    command = "convert tests.rank_cases:guide --target mlp:width=6 --data tests.rank_cases:batches"
+    command = "convert tests.rank_cases:guide --target mlp:width=6,hidden_norm=layer --data tests.rank_cases:batches"
     said = launched("--multi_gpu --num_processes 4 --num_machines 1 -m thesean", *command.split(), *map(str, told))
     assert said.count("saved ") == 1
     expected = thesean.compile(guide(), target, progress=False, **given).module.state_dict()

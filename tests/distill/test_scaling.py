@@ -54,7 +54,9 @@ def test_an_optimizer_holds_what_the_formula_says(monkeypatch: pytest.MonkeyPatc
     model = models.mlp().to(dtype)
     data = [models.vectors(16, 8, seed=k).to(dtype) for k in range(4)]
     recipe = {"steps": 2, "alignment": {"schedule": "none", "share": 0}, "fine_tuning": {"learning_rate": 1e-3}}
-    converted = thesean.compile(model, thesean.Target("mlp", width=6), data=data, recipe=recipe, progress=False)
+    converted = thesean.compile(
+        model, thesean.Target("mlp", width=6, hidden_norm="layer"), data=data, recipe=recipe, progress=False
+    )
     expected = sizes(model, dtype.itemsize)
     assert sum(p.numel() for p in converted.module.parameters()) == expected.hybrid
     assert held[0] == scaling.states_held(expected, expected.hybrid)
