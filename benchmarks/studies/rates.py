@@ -32,10 +32,10 @@ def patient(left: int) -> int:
 
 def conversions(run: Run, seed: int) -> Iterator[Conversion]:
     """Other seeds are told of the same in another order, or of other texts."""
+    yield from of_digits(run.settings, seed)
     for name, model, told in of_language_model(run.settings, seed):
         yield name, model, told
     yield "language model -> rnn, whole blocks", model, {**told, "target": "rnn", "granularity": "block"}
-    yield from of_digits(run.settings, seed)
     from benchmarks.studies import minilm
 
     try:
