@@ -86,5 +86,5 @@ def test_its_state_is_that_of_the_steps_so_far():
 
 
 def test_a_short_run_has_no_mean():
-    assert average_of(199) is None
-    assert average_of(200) is not None
+    assert average_of(239) is None
+    assert average_of(240) is not None

@@ -250,8 +250,8 @@ def test_a_rate_whose_mean_gains_goes_on_though_the_network_itself_does_not(monk
     values = itertools.chain([2.0], looks)
     monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
     monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-3, 1e-4))
-    (curve,) = run(guide, hybrid, task(output="softmax"), 200, learning_rate="find").curves
-    assert curve.steps == curve.kept == 200
+    (curve,) = run(guide, hybrid, task(output="softmax"), 240, learning_rate="find").curves
+    assert curve.steps == curve.kept == 240
     assert curve.held_out[-1][1] == min(value for _, value in curve.held_out)
 
 
@@ -268,7 +268,7 @@ def test_the_mean_of_steps_is_kept_where_it_does_best(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("thesean.distill.fine_tune._Tuner.check", lambda self: next(values))
     monkeypatch.setattr(Averaged, "standing_in", standing_in)
-    run(guide, hybrid, task(output="softmax"), 200, learning_rate=1e-3)
+    run(guide, hybrid, task(output="softmax"), 240, learning_rate=1e-3)
     assert models.same_state(hybrid.graph_module, means[0])
 
 

@@ -18,7 +18,7 @@ from thesean.distill.masters import Masters
 _LATEST = 0.05  # what the latest step counts of a mean of many: it is about twenty
 
 # Of fewer steps in all there is no mean: rates that it speaks for pay as they fall, and that takes more than are left.
-_LEAST = 200
+_LEAST = 240
 
 
 def average_of(steps: int) -> Averaged | None:
