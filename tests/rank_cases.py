@@ -185,7 +185,7 @@ CASES: dict[str, Callable[[], Case]] = {
     SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
     # steps that are too long for the network to stand still: their mean does best, which is of slices
     "means of steps": lambda: spread(
-        vectors(rows=13, steps=480, loss=cross_entropy), sharded=True, fine_tuning={"learning_rate": 0.01}
+        vectors(rows=13, steps=480, loss=cross_entropy), sharded=True, fine_tuning={"learning_rate": 2e-3}
     ),
     "dmnn, joint": lambda: vectors("dmnn", inputs="mixed"),
     "nmse, sequential": lambda: vectors("nmse", "sequential", steps=18, order="easiest-first"),
