@@ -183,7 +183,7 @@ CASES: dict[str, Callable[[], Case]] = {
     # which of the two goes on is agreed on
     "shares by a trial": tried,
     SHARDED: lambda: spread(vectors("cka", rows=13, loss=cross_entropy), sharded=True),
-    # steps that are too long for the network to stand still: their mean does best, which is of slices
+    # so many steps have a mean, which is of slices
     "means of steps": lambda: spread(
         vectors(rows=13, steps=480, loss=cross_entropy), sharded=True, fine_tuning={"learning_rate": 2e-3}
     ),

@@ -16,6 +16,7 @@ from torch import nn
 import thesean
 from benchmarks.language import recipe
 from benchmarks.paper.conversions import conversions, measured
+from benchmarks.studies import matrix
 from benchmarks.studies.starts import DigitsTransformer, trained
 from benchmarks.suite import Case, Result, Run
 from benchmarks.tables import markdown, mean_and_ends, unmeasured
@@ -75,19 +76,11 @@ CASE = Case(
     minutes=15,
     unit="accuracy, nats",
     run=bench,
-    settings={
-        "images": 128, "steps": {"convnet": 600, "deep_convnet": 300, "VisionTransformer": 400, "gpt2": 200},
-        "guides": {"convnet": [1200, 3e-3], "deep_convnet": [1200, 3e-3], "VisionTransformer": [2000, 1e-3]},
-        "text": {"batch": 4, "length": 128, "layers": None}, "every": 1, "guide_steps": 300, "digits_steps": 300,
-    },
-    quick={
-        "images": 32, "steps": {"convnet": 4, "deep_convnet": 2, "VisionTransformer": 2, "gpt2": 2},
-        "guides": {"convnet": [2, 3e-3], "deep_convnet": [2, 3e-3], "VisionTransformer": [2, 1e-3]},
-        "text": {"batch": 2, "length": 16, "layers": 1}, "every": 20, "guide_steps": 2, "digits_steps": 2,
-    },
+    settings={**matrix.CASE.settings, "guide_steps": 300, "digits_steps": 300},
+    quick={**matrix.CASE.quick, "guide_steps": 2, "digits_steps": 2},
     quick_only=("digits convnet, both", "Fashion-MNIST convnet, both"),
     seeds=(0, 1, 2),
     needs=("transformers", "sklearn"),
     table=table,
     partial=True,
-)  # fmt: skip
+)

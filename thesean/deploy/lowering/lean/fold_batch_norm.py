@@ -47,7 +47,7 @@ def _fold(graph: ir.Graph, node: Node) -> int:
         return 0
     epsilon, dtype, shape = number(node, "epsilon", _EPSILON), theirs[0].dtype, dims(theirs[0])
     tensors = [v.const_value for v in own]
-    kept = [v.const_value for v in (*theirs, None)[:2] if v is not None]
+    kept = [v.const_value for v in theirs]
     names = [f"{str(theirs[0].name).removesuffix(FOLDED)}{end}{FOLDED}" for end in ("", ".bias")]
     scale = lazily(lambda: _folded(tensors, kept, epsilon)[0], dtype, shape)
     bias = lazily(lambda: _folded(tensors, kept, epsilon)[1], dtype, shape)
