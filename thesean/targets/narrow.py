@@ -170,11 +170,15 @@ def check(part: PartFacts, options: NarrowOptions) -> None:
             expected="an attention to take heads from",
             advice="Set width or ratio for an MLP; name the attentions, or use target 'narrow-heads', for heads.",
         )
-    if options.width is not None and options.width > facts.width:
+    _check_width(part, options, facts.width, "neurons")
+
+
+def _check_width(part: PartFacts, options: NarrowOptions, most: int, of: str) -> None:
+    if options.width is not None and options.width > most:
         raise part.mismatch(
             "narrow",
             found=f"width {options.width}",
-            expected=f"at most the {facts.width} neurons that there are",
+            expected=f"at most the {most} {of} that there are",
             advice="Lower width, or set ratio.",
         )
 
@@ -187,13 +191,7 @@ def _check_units(part: PartFacts, cell: CellFacts, options: NarrowOptions) -> No
             expected="an attention to take heads from",
             advice="Set width or ratio for a cell.",
         )
-    if (options.width or 1) > cell.units:
-        raise part.mismatch(
-            "narrow",
-            found=f"width {options.width}",
-            expected=f"at most the {cell.units} units that there are",
-            advice="Lower width, or set ratio.",
-        )
+    _check_width(part, options, cell.units, "units")
 
 
 def _of_channels(options: NarrowOptions) -> NarrowChannelsOptions:
