@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import fx
 
@@ -22,6 +22,10 @@ class PassResult:
     graph_module: fx.GraphModule
     modified: bool
     reason: str = ""
+
+    @classmethod
+    def unchanged(cls, graph_module: fx.GraphModule, reason: str) -> Self:
+        return cls(graph_module=graph_module, modified=False, reason=reason)
 
 
 @dataclass(frozen=True)

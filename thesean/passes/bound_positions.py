@@ -61,14 +61,10 @@ class BoundPositions(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         found = tables(graph_module)
         if not found:
-            return PassResult(
-                graph_module=graph_module, modified=False, reason="no table is indexed by a growing position"
-            )
+            return PassResult.unchanged(graph_module, "no table is indexed by a growing position")
         if self.mode == "refuse":
             rows = min(t.limit for t in found)
-            return PassResult(
-                graph_module=graph_module, modified=False, reason=f"lengths past {rows} positions are refused"
-            )
+            return PassResult.unchanged(graph_module, f"lengths past {rows} positions are refused")
         while found:  # a bounded table of positions bounds the tables that its values index
             self._bound(graph_module, found[0])
             found = tables(graph_module)

@@ -43,13 +43,13 @@ class CacheAttention(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
+            return PassResult.unchanged(graph_module, NO_TIME)
         new = beside(graph_module)
         graph = new.graph
         found = causal_attentions(new, self.signature)
         if not found:
             reason = "no causal attention is left in the graph"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult.unchanged(graph_module, reason)
         names = free_names(new, "cache")
         keys: dict[Any, fx.Node] = {}
         for core in found:

@@ -39,14 +39,14 @@ class CacheLatents(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
+            return PassResult.unchanged(graph_module, NO_TIME)
         modules = dict(graph_module.named_modules())
         new = beside(graph_module)
         graph = new.graph
         found = [n for n in graph.find_nodes(op="call_module") if _has_latent(modules[str(n.target)])]
         if not found:
             reason = "no causal part has keys and values of one latent"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult.unchanged(graph_module, reason)
         names = free_names(graph_module, "latent")
         biases: dict[Any, fx.Node] = {}
         for call in found:

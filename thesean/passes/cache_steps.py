@@ -45,8 +45,8 @@ class CacheSteps(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
-        none = PassResult(graph_module=graph_module, modified=False, reason="nothing puts zeros in front of a sequence")
+            return PassResult.unchanged(graph_module, NO_TIME)
+        none = PassResult.unchanged(graph_module, "nothing puts zeros in front of a sequence")
         if CANDIDATES.isdisjoint(n.target for n in graph_module.graph.nodes):
             return none
         new = beside(graph_module)

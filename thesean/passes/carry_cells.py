@@ -42,11 +42,9 @@ class CarryCells(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
-        none = PassResult(
-            graph_module=graph_module,
-            modified=False,
-            reason="no recurrent cell reads time from the front on, from where it always starts",
+            return PassResult.unchanged(graph_module, NO_TIME)
+        none = PassResult.unchanged(
+            graph_module, "no recurrent cell reads time from the front on, from where it always starts"
         )
         if CELLS.keys().isdisjoint(n.target for n in graph_module.graph.nodes):
             return none

@@ -40,8 +40,8 @@ class CarrySums(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not has_one_time(self.signature):
-            return PassResult(graph_module=graph_module, modified=False, reason=NO_TIME)
-        none = PassResult(graph_module=graph_module, modified=False, reason="nothing is summed up over time")
+            return PassResult.unchanged(graph_module, NO_TIME)
+        none = PassResult.unchanged(graph_module, "nothing is summed up over time")
         if not graph_module.graph.find_nodes(op="call_function", target=aten.cumsum.default):
             return none
         new = beside(graph_module)

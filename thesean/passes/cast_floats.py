@@ -40,7 +40,7 @@ class CastFloats(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not self._applies(graph_module):
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes)) or "another precision"
-            return PassResult(graph_module=graph_module, modified=False, reason=f"nothing in it is {names}")
+            return PassResult.unchanged(graph_module, f"nothing in it is {names}")
         least = min(torch.finfo(d).max for d in self.dtypes.values())
 
         def cast(value: Any) -> Any:

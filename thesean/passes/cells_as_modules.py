@@ -37,7 +37,7 @@ class CellsAsModules(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not _cells(graph_module.graph):
-            return PassResult(graph_module=graph_module, modified=False, reason="the graph has no recurrent operator")
+            return PassResult.unchanged(graph_module, "the graph has no recurrent operator")
         new = clone(graph_module)
         for number, node in enumerate(_cells(new.graph)):
             name = f"cell_{number}"

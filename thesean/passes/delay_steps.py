@@ -64,7 +64,7 @@ class DelaySteps(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if not looks_ahead(graph_module):
-            return PassResult(graph_module=graph_module, modified=False, reason="no part looks ahead")
+            return PassResult.unchanged(graph_module, "no part looks ahead")
         new = beside(graph_module)
         with evaluating(graph_module):
             two = TwoSizes(graph_module, self.signature)

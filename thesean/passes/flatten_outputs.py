@@ -19,7 +19,7 @@ class FlattenOutputs(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         nested = graph_module.graph.output_node().args[0]
         if isinstance(nested, tuple) and all(isinstance(v, fx.Node) for v in nested):
-            return PassResult(graph_module=graph_module, modified=False, reason="the output is a flat tuple already")
+            return PassResult.unchanged(graph_module, "the output is a flat tuple already")
         graph = fx.Graph()
         output = graph.graph_copy(graph_module.graph, {})
         graph.output(tuple(leaf_nodes(output)))

@@ -40,7 +40,7 @@ class Functionalise(Pass):
                 user.replace_input_with(source, node)
             changed = True
         if not changed:
-            return PassResult(graph_module=graph_module, modified=False, reason="no operator writes into its input")
+            return PassResult.unchanged(graph_module, "no operator writes into its input")
         return PassResult(graph_module=graph_module, modified=True)
 
 

@@ -58,7 +58,7 @@ class InlineModules(Pass):
             traced = {name: operators for name, operators in found.items() if operators is not None}
         if not traced:
             reason = "no module without a state reads earlier steps"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult.unchanged(graph_module, reason)
         graph = beside(graph_module).graph
         held: dict[str, Any] = {}
         for call in graph.find_nodes(op="call_module"):

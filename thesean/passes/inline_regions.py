@@ -40,7 +40,7 @@ class InlineRegions(Pass):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         regions = _regions(graph_module)
         if not regions:
-            return PassResult(graph_module=graph_module, modified=False, reason="the graph has no region of its own")
+            return PassResult.unchanged(graph_module, "the graph has no region of its own")
         while regions:  # a region may hold regions
             for node in regions:
                 _inline(graph_module, node)

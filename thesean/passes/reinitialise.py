@@ -40,7 +40,7 @@ class Reinitialise(Pass):
             if isinstance(value, nn.Parameter) or _user(node) in _NORMS:
                 _fill(node, value, overwrite=_is_table(node), done=done)
         if not done:
-            return PassResult(graph_module=graph_module, modified=False, reason="the graph reads no parameters")
+            return PassResult.unchanged(graph_module, "the graph reads no parameters")
         return PassResult(graph_module=graph_module, modified=True)
 
 

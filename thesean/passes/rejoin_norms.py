@@ -28,7 +28,7 @@ class RejoinNorms(Pass):
             op="call_function", target=aten._native_batch_norm_legit_no_training.default
         )
         if not apart:
-            return PassResult(graph_module=graph_module, modified=False, reason="no norm is in pieces")
+            return PassResult.unchanged(graph_module, "no norm is in pieces")
         for norm in apart:
             *tensors, momentum, eps = norm.args
             for user in list(norm.users):

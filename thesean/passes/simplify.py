@@ -55,7 +55,7 @@ class Simplify(Pass):
         graph_module.delete_all_unused_submodules()
         removed = before - len(graph.nodes)
         if not removed:
-            return PassResult(graph_module=graph_module, modified=False, reason="every node computes something")
+            return PassResult.unchanged(graph_module, "every node computes something")
         return PassResult(graph_module=graph_module, modified=True)
 
 

@@ -30,7 +30,7 @@ class SplitLayers(Pass):
         graph = graph_module.graph
         stacks = graph.find_nodes(op="call_function", target=torch.ops.thesean.recurrent.default)
         if not stacks:
-            return PassResult(graph_module=graph_module, modified=False, reason="the graph has no recurrent cell")
+            return PassResult.unchanged(graph_module, "the graph has no recurrent cell")
         for stack in stacks:
             _split(graph, stack)
         erase_dead(graph)

@@ -45,7 +45,7 @@ class WriteOutAttention(Pass):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         if "states" in graph_module.meta:  # the probes hold no states, and no attention over time is left
-            return PassResult(graph_module=graph_module, modified=False, reason="the graph takes chunks with a state")
+            return PassResult.unchanged(graph_module, "the graph takes chunks with a state")
         graph = graph_module.graph
         found = list(graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default))
         plain = [n for n in found if _is_plain(n)]
@@ -60,7 +60,7 @@ class WriteOutAttention(Pass):
                 changed += 1
         if not changed:
             reason = "no attention is computed" if not found else "a query may see no key"
-            return PassResult(graph_module=graph_module, modified=False, reason=reason)
+            return PassResult.unchanged(graph_module, reason)
         erase_dead(graph)
         return PassResult(graph_module=graph_module, modified=True)
 

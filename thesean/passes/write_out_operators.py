@@ -137,7 +137,7 @@ class WriteOutOperators(Pass):
                 _inline(graph, node, made)
                 written += 1
         if not written:
-            return PassResult(graph_module=graph_module, modified=False, reason="no operator is to be written out")
+            return PassResult.unchanged(graph_module, "no operator is to be written out")
         erase_dead(graph)
         return PassResult(graph_module=graph_module, modified=True)
 

@@ -47,13 +47,11 @@ class WriteOutSizes(Pass):
         graph = graph_module.graph
         unknown = [n for n in graph.nodes if n.op == "call_function" and _is_number(n) and n.target not in names()]
         if not unknown:
-            return PassResult(
-                graph_module=graph_module, modified=False, reason="all that is done with sizes can be saved"
-            )
+            return PassResult.unchanged(graph_module, "all that is done with sizes can be saved")
         written = [_write_whole(n) if isinstance(n.meta["val"], torch.SymInt) else False for n in unknown]
         written += [_write_meeting(n) for n in list(graph.nodes) if n.target in _MEETS or n.target is aten.rsub.Scalar]
         if not any(written):
-            return PassResult(graph_module=graph_module, modified=False, reason="no other form is known")
+            return PassResult.unchanged(graph_module, "no other form is known")
         erase_dead(graph)
         return PassResult(graph_module=graph_module, modified=True)
 
