@@ -53,6 +53,16 @@ def found(converted) -> thesean.TradeOffs:
     return trade_offs(converted, data=rows(2), **SMALL)
 
 
+def test_networks_of_half_precision_are_measured_by_their_files_which_are_not():
+    pytest.importorskip("onnxruntime")
+    data = [x_ND.half() for x_ND, _ in rows(1)]
+    made = thesean.compile(classifier().half(), "mlp", data=data, parts=["0"], recipe="fast", progress=False)
+    found = trade_offs(made, data=data, quantize=(None, "int8"), batches=(1,), repeats=2)
+    assert not found.notes
+    assert [p.name for p in found] == ["guide", "guide, int8", "converted", "converted, int8"]
+    assert all(place.prefill is not None for p in found for place in p.served)
+
+
 def test_the_guide_every_hybrid_and_the_conversion_are_judged_and_measured(converted, found):
     assert [(p.name, p.kind, p.replaced) for p in found] == [
         ("guide", "guide", 0), ("1 of 2", "hybrid", 1), ("converted", "converted", 2),

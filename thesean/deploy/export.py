@@ -73,7 +73,7 @@ from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX, write_torch
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.base import Attempt, Pass, run_passes
-from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
+from thesean.passes.cast_floats import CastFloats, cast_signature, cast_tensor, dtypes_for
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
@@ -266,6 +266,7 @@ def _write(asked: _Asked, wanted: bool | None) -> ExportReport:
         if quantize := asked.form.get("quantize"):
             samples = asked.form.get("samples")
             assert samples is not None, "whoever asks for a quantised file says what it is judged on"
+            samples = samples.each(lambda x: {n: cast_tensor(v, dtypes) for n, v in x.items()})
             made, seen = quantized(drafted, quantize, samples, signature, asked.form.get("external_data"))
             tolerance = QUANTIZED_PARITY[quantize] if asked.tolerance is None else asked.tolerance
             found, _ = _compare(_checked(drafted), module, threaded, signature, names, train_length, path)

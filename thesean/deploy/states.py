@@ -29,8 +29,8 @@ FILE_HASH, OWN_HASH = "thesean.file_sha256", "thesean.state_sha256"
 
 
 def arrays_of(inputs: Mapping[str, torch.Tensor]) -> Arrays:
-    """numpy knows no bfloat16; a session takes what its file declares."""
-    return {n: (v.float() if v.dtype == torch.bfloat16 else v).cpu().numpy() for n, v in inputs.items()}
+    """For files in float32, as all are of which no other precision was asked for: of networks in any."""
+    return {n: (v.float() if v.is_floating_point() else v).cpu().numpy() for n, v in inputs.items()}
 
 
 class LoadedFile:

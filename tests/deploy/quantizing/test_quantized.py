@@ -292,3 +292,13 @@ def test_a_conversion_and_a_guide_are_quantised_by_their_own_call(tmp_path: Path
     assert "made of the example" in figures(report).samples
     assert "thesean.plan" in metadata(report.path)
     assert guide.signature.inputs[0].name in report.inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_samples_of_another_precision_are_cast_as_the_network_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A file is of float32, whatever the guide is in; so were pixels of half precision refused."""
+    guide = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).to(dtype)
+    data = [torch.randn(4, 8, dtype=dtype) for _ in range(3)]
+    path = tmp_path / "guide.onnx"
+    made = figures(thesean.export_guide(guide, path, example_inputs=data[0], data=data, quantize="int8-static"))
+    assert made.calibrated == 2

@@ -5,21 +5,18 @@ B batch, T steps of the target, S steps of the source
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import overload
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from thesean.deploy.quantizing.samples import Judge, Outputs, Samples
+from thesean.deploy.quantizing.samples import Inputs, Judge, Outputs, Samples
 from thesean.passes.analyse.float_masks import hides_by_adding
 from thesean.passes.base import run_passes
 from thesean.passes.cast_floats import CastFloats, dtypes_for
 from thesean.passes.freeze_on_cpu import FreezeOnCpu
 from thesean.passes.graph.halves import Halves
-
-Inputs = dict[str, torch.Tensor]
 
 
 def samples_of_halves(samples: Samples, encoder: fx.GraphModule, halves: Halves) -> tuple[Samples, Samples]:
@@ -44,28 +41,4 @@ def samples_of_halves(samples: Samples, encoder: fx.GraphModule, halves: Halves)
         judge = samples.judged([{n: v for n, v in outputs.items() if n not in masks} for outputs in observed])
         return replace(judge, classes=tuple(n for n in judge.classes if n not in halves.crossing))
 
-    return replace(_each(samples, of_source), judged=judged), _each(samples, of_target)
-
-
-@dataclass(frozen=True)
-class _Made(Sequence[Inputs]):
-    """Made when they are asked for: a batch's keys and values are larger than its tokens."""
-
-    inputs: Sequence[Inputs]
-    make: Callable[[Inputs], Inputs]
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    @overload
-    def __getitem__(self, at: int) -> Inputs: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> _Made: ...
-
-    def __getitem__(self, at: int | slice) -> Inputs | _Made:
-        return _Made(self.inputs[at], self.make) if isinstance(at, slice) else self.make(self.inputs[at])
-
-
-def _each(samples: Samples, make: Callable[[Inputs], Inputs]) -> Samples:
-    return replace(samples, calibration=_Made(samples.calibration, make), held_out=_Made(samples.held_out, make))
+    return replace(samples.each(of_source), judged=judged), samples.each(of_target)

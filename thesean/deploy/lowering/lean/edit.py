@@ -163,8 +163,12 @@ def shaped(value: Value, *dims: Any) -> Value:
 
 
 def _fresh(graph: ir.Graph, like: Value) -> str:
-    count = graph.meta["lean"] = graph.meta.get("lean", 0) + 1
-    return f"{str(like.name).split(_FRESH)[0]}{_FRESH}{count}"
+    """One that no value of the graph has, those of a file that passes were run on before either."""
+    if _FRESH not in graph.meta:
+        names = (str(value.name).rpartition(_FRESH) for node in graph for value in node.outputs)
+        graph.meta[_FRESH] = max((int(end) for _, found, end in names if found and end.isdecimal()), default=0)
+    graph.meta[_FRESH] += 1
+    return f"{str(like.name).split(_FRESH)[0]}{_FRESH}{graph.meta[_FRESH]}"
 
 
 def _copied(shape: ir.Shape | None) -> ir.Shape | None:
