@@ -36,7 +36,7 @@ for line in sys.stdin:
         module = torch.export.load(file).module()
         given = torch.load(inputs)
         state, outputs, start = given["state"], [], 0
-        for length in (1, 5, 1, 40, 13):
+        for length in (1, 3, 1, 40, 15):  # 4 steps: all that a window of 5 remembers
             chunk = {name: value[:, start : start + length] for name, value in given["inputs"].items()}
             found = module(**chunk, **state)
             outputs.append(found[0])

@@ -48,4 +48,8 @@ def latest(x: torch.Tensor, dim: int, window: int | None) -> torch.Tensor:
     """What queries to come may still see: all, or the last `window` - 1 along `dim`."""
     if window is None:
         return x
+    if torch.compiler.is_exporting() and not torch.onnx.is_in_onnx_export():
+        # of a slice that may be all there is, torch.export's program takes the lengths alone that were traced
+        step_S = torch.arange(x.shape[dim], device=x.device)
+        return x.index_select(dim, step_S[step_S > x.shape[dim] - window])
     return torch.ops.aten.slice.Tensor(x, dim, -(window - 1) if window > 1 else x.shape[dim])
