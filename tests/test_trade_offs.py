@@ -128,6 +128,16 @@ def test_a_language_model_that_decodes_is_asked_for_the_next_token_and_another_f
         assert loss == expected if expected is None else loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_tagger_of_tokens_that_decodes_is_no_language_model():
+    """Its outputs have a row for each token too, and fewer classes than there are tokens."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 5))
+    batch = torch.randint(0, VOCABULARY, (4, 12))
+    captured = capture(model, batch)
+    judged = Judged(captured.graph_module, captured.signature, [batch], Reading(None, None), Asked(decodes=True))
+    assert judged.module(captured.graph_module).loss is None
+
+
 def test_data_made_by_the_seed_that_is_drawn_by_is_not_taken_for_outputs_that_never_vary():
     torch.manual_seed(0)
     batch = {"input_ids": torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))}

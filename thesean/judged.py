@@ -5,7 +5,7 @@ B batch, T time, V classes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Judged:
         wrap = output_wrapper(signature)
         loss, metric = asked.loss, asked.metric
         if loss is None and metric is None:
-            loss, metric = _usual(batch, wrap(self._shape), labels, asked.decodes)
+            loss, metric = _usual(self.batches, wrap(self._shape), labels, asked.decodes)
         outputs = read_outputs(observed, labels, asked.outputs)
         task = Task(loss=checked_loss(loss), metric=checked_metric(metric), outputs=outputs, wrap=wrap)
         self.unit = "nats" if outputs.in_nats else "shares of the variance"
@@ -99,17 +99,26 @@ def run_as(shape: Any, session: Session, inputs: Mapping[str, torch.Tensor]) -> 
     return _filled(shape, "", {n: torch.from_numpy(v) for n, v in _whole(session, arrays_of(inputs)).items()})
 
 
-def _usual(batch: Any, output: Any, labels: list[torch.Tensor], decodes: bool) -> tuple[Loss | None, Metric | None]:
+def _usual(
+    batches: Sequence[tuple[Any, Any]], output: Any, labels: list[torch.Tensor], decodes: bool
+) -> tuple[Loss | None, Metric | None]:
     logits = primary(output)
     for y in labels:
         if logits.ndim > 1 and not y.is_floating_point() and y.shape == logits.shape[:-1]:
             return cross_entropy, accuracy
+    ids = [_ids(batch) for batch, _ in batches]
+    if not decodes or logits.ndim != 3 or ids[0] is None or ids[0].shape != logits.shape[:-1] or ids[0].shape[1] < 2:
+        return None, None
+    # a tagger of tokens has as many rows, and fewer classes than there are tokens
+    classes = logits.shape[-1]
+    return (next_token if all(x is not None and x.numel() and int(x.max()) < classes for x in ids) else None), None
+
+
+def _ids(batch: Any) -> torch.Tensor | None:
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     if isinstance(ids, (tuple, list)) and ids:
         ids = ids[0]
-    if not decodes or not isinstance(ids, torch.Tensor) or ids.is_floating_point():
-        return None, None
-    return (next_token if logits.ndim == 3 and ids.shape == logits.shape[:-1] and ids.shape[1] > 1 else None), None
+    return ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None
 
 
 def _name(function: Any) -> str:
@@ -119,7 +128,7 @@ def _name(function: Any) -> str:
 def _whole(session: Session, given: Arrays) -> Arrays:
     """All outputs in their places, of a file whose outputs come late too."""
     if not session.delay:
-        return session.run(given)[0]
+        return session.run_whole(given)[0]
     stream = session.stream()
     pieces = stream(given), stream.end()
     whole = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from thesean.distill.data import LABELS
 from thesean.errors import DataError, NumericalError, UnknownNameError
@@ -30,7 +31,10 @@ def select_modules(
     outermost nn.ModuleList, or every module with weights of its own. Raises UnknownNameError for a glob that none
     matches, DataError where there is nothing to choose.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    made = [name for name, m in model.named_modules() if isinstance(m, ParametrizationList)]
+    weights = tuple(f"{name.rpartition('.')[0]}." for name in made)
+    # what makes a weight, as a weight norm does, has no outputs of examples
+    modules = {n: m for n, m in model.named_modules() if n and not f"{n}.".startswith(weights)}
     if isinstance(model, fx.GraphModule):
         # what is no target module has become operators of the graph: only modules that it calls have outputs
         called = [str(node.target) for node in model.graph.find_nodes(op="call_module")]

@@ -263,7 +263,7 @@ def _points(
             of=file.of,
             **{name: file.quality.get(name) for name in ("divergence", "loss", "metric")},
             params=file.params,
-            file_bytes=file.report.bytes,
+            file_bytes=file.report.bytes + (file.report.encoder.bytes if file.report.encoder else 0),
             token_kind=kind,  # type: ignore[arg-type]  # one of its words
             served=tuple(_served(cost) for cost in costs[file.name]),
         )

@@ -253,6 +253,40 @@ def test_both_files_are_in_half_precision_where_its_name_is_asked_for(tmp_path):
     assert 1e-6 < max(c.max_abs_error for c in report.checks) < 3e-2
 
 
+# latencies and trade-offs
+
+
+def test_all_that_the_network_takes_is_run_by_both_files(made):
+    pair = made["bart"]
+    inputs = GUIDES["bart"][1](2, 7, 5, seed=3)
+    outputs, state = pair.session.run_whole({n: v.numpy() for n, v in inputs.items()})
+    np.testing.assert_allclose(outputs["logits"], pair.whole(inputs), rtol=1e-4, atol=1e-4)
+    assert set(outputs) == set(pair.session.outputs) | set(pair.session.encoder.outputs) - {*pair.session.held}
+    more = {n: v[:, -1:].numpy() if n == "decoder_input_ids" else v.numpy() for n, v in inputs.items()}
+    step = pair.session.step_after({n: v.numpy() for n, v in inputs.items()}, more)
+    assert set(step) == {"decoder_input_ids", *pair.session.held}
+    pair.session.run(step, state)
+
+
+def test_a_conversion_is_judged_and_timed_as_it_serves(tmp_path):
+    build, make = GUIDES["t5"]
+    data = [make(2, 6, 5, seed) for seed in range(3)]
+    converted = thesean.compile(build(), "narrow", data=data, recipe="fast", progress=False)
+    found = thesean.trade_offs(
+        {"mine": converted}, data=data, quantize=(None, "int8"), lengths=(8,), batches=(1,), repeats=2
+    )
+    assert not found.notes
+    both = converted.export(tmp_path / "m.onnx")
+    assert [(p.name, p.token_kind) for p in found][2:] == [("mine", "state"), ("mine, int8", "state")]
+    assert found[2].file_bytes == pytest.approx(both.bytes + both.encoder.bytes, rel=0.01)
+    held = sum(v.nbytes for v in Session(both.path).encode({"input_ids": np.ones((1, 8), np.int64)}).values())
+    for point in found:
+        (served,) = point.served
+        assert served.prefill.median_ms > served.token.median_ms > 0
+        assert served.state_bytes > held
+    assert list(converted.benchmark((8,), repeats=2)) == ["prefill_8", "token_8"]
+
+
 # what files say of themselves
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from thesean.deploy.loaded import Loaded
 from thesean.deploy.onnx_file import BESIDE_ENCODER
 from thesean.deploy.sampling import SamplingOptions, is_whole
-from thesean.deploy.states import Arrays
+from thesean.deploy.states import Arrays, State
 from thesean.deploy.streams import Stream, Streams, checked_source, prompts_of, stops_of
 from thesean.deploy.told import Beside, told_as
 from thesean.errors import DataError, ExportError
@@ -50,6 +50,27 @@ class Session(Loaded):
         """
         outputs, _ = self.encoder.run(inputs)
         return {name: outputs[name] for name in self.held}
+
+    def run_whole(self, inputs: Arrays) -> tuple[Arrays, State]:
+        """`run` from a sequence's start, of all that the network took before it was divided: an encoder runs too, and
+        its other outputs are among those. Raises what `encode` and `run` raise.
+        """
+        found = self._of_source(inputs)
+        outputs, state = self.run({**self._of_target(inputs), **{n: found[n] for n in self.held}})
+        return {**{n: v for n, v in found.items() if n not in self.held}, **outputs}, state
+
+    def step_after(self, inputs: Arrays, one: Arrays) -> Arrays:
+        """What `run` takes of a step, the network's inputs `one`, after all of its `inputs`: the same source beside."""
+        found = self._of_source(inputs)
+        return {**self._of_target(one), **{n: found[n] for n in self.held}}
+
+    def _of_source(self, inputs: Arrays) -> Arrays:
+        if not self.held:
+            return {}
+        return self.encoder.run({n: v for n, v in inputs.items() if n in self.encoder.inputs})[0]
+
+    def _of_target(self, inputs: Arrays) -> Arrays:
+        return {n: v for n, v in inputs.items() if not self.held or n not in self.encoder.inputs or n in self.inputs}
 
     def stream(self, state: Mapping[str, np.ndarray] | None = None) -> Stream:
         """A batch of sequences in chunks, the state kept between."""

@@ -15,7 +15,7 @@ import torch
 
 import thesean
 from tests import captured, exported, models
-from thesean.deploy.export import export
+from thesean.deploy.encoder_decoder import export_network
 from thesean.deploy.session import Session
 from thesean.deploy.states import Arrays
 from thesean.deploy.timing import latency
@@ -160,9 +160,9 @@ def test_a_guide_that_cannot_be_exported_is_told_and_the_other_one_timed(monkeyp
     def refusing(graph_module, *arguments, **settings):
         if graph_module is guide.graph_module:
             raise ExportError("no such operator.")
-        return export(graph_module, *arguments, **settings)
+        return export_network(graph_module, *arguments, **settings)
 
-    monkeypatch.setattr(latency, "export", refusing)
+    monkeypatch.setattr(latency, "export_network", refusing)
     found, note = benchmark(exported.hybrid(guide, "mlp"), guide.signature, guide=guide.graph_module, repeats=5)
     assert list(found) == ["converted"]
     assert note == "the guide was not timed: no such operator."

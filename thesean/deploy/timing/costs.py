@@ -73,14 +73,32 @@ def _costs(batch: int, length: int | None, taken: FileTimings | None, footprint:
 
 
 def _footprints(path: Path, signature: Signature, batch: int, lengths: Sequence[int | None]) -> list[Footprint | None]:
+    """Of an encoder-decoder both files': a server holds them, and what the one gives the other, as it holds states."""
     session = Session(path, threads=1)
     runs: list[tuple[Arrays, Arrays | None]] = []
+    of_source: list[tuple[Arrays, Arrays | None]] = []
+    held = []
     for length in lengths:
-        feeds = random_feeds(signature, batch, length)
-        one = None
+        every = random_feeds(signature, batch, length)
+        feeds, one = session.step_after(every, every), None
         if session.is_stateful:
-            step = random_feeds(signature, batch, 1)
+            step = session.step_after(every, random_feeds(signature, batch, 1))
             one = {**step, **{n: v for n, v in start_of(session, step).items() if n not in session.states}}
         runs.append(({**feeds, **start_of(session, feeds)}, one))
+        if session.held:
+            of_source.append(({n: every[n] for n in session.encoder.inputs}, None))
+        held.append(sum(feeds[n].nbytes for n in session.held))
+    beside = session.encoder.path if session.held else None
     del session  # its memory isn't the other process's
-    return footprints(path, runs)
+    found = footprints(path, runs)
+    if beside is None:
+        return found
+    return [_both(*pair) for pair in zip(found, footprints(beside, of_source), held, strict=True)]
+
+
+def _both(decoder: Footprint | None, encoder: Footprint | None, held: int) -> Footprint | None:
+    if decoder is None or encoder is None:
+        return None
+    peaks = decoder.peak_mib, encoder.peak_mib
+    told = None if None in peaks else sum(p or 0.0 for p in peaks)
+    return Footprint(peak_mib=told, state_bytes=decoder.state_bytes + held)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from thesean.deploy.export import export
+from thesean.deploy.encoder_decoder import export_network
 from thesean.deploy.session import Session
 from thesean.deploy.states import Arrays, arrays_of
 from thesean.deploy.timing.turns import Timing, measure
@@ -88,7 +88,7 @@ def latency_of_models(
         whole = taken({n: _prefill(s, feeds) for n, s in sessions.items() if states[n] is not None})
         one = random_feeds(signature, batch, 1)
         stateful = {n: s for n, s in sessions.items() if s.is_stateful and states[n] is not None}
-        steps = taken({n: _step(s, one, states[n]) for n, s in stateful.items()})
+        steps = taken({n: _step(s, s.step_after(feeds, one), states[n]) for n, s in stateful.items()})
         for name, session in sessions.items():
             prefill[name][context] = whole.get(name)
             if decodes:
@@ -113,12 +113,14 @@ def benchmark(
     """
     note = ""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {
-            "converted": export(graph_module, signature, f"{folder}/converted.onnx", train_length=train_length).path
-        }
+
+        def written(module: fx.GraphModule, name: str) -> Path:
+            return export_network(module, signature, f"{folder}/{name}.onnx", train_length=train_length).path
+
+        paths = {"converted": written(graph_module, "converted")}
         if guide is not None:
             try:
-                paths["guide"] = export(guide, signature, f"{folder}/guide.onnx", train_length=train_length).path
+                paths["guide"] = written(guide, "guide")
             except ExportError as error:
                 note = f"the guide was not timed: {error}"
         return latency_of_models(paths, signature, contexts, batch, repeats), note
@@ -133,13 +135,13 @@ def random_feeds(signature: Signature, batch: int, length: int | None) -> Arrays
 def state_after(session: Session, feeds: Arrays) -> Arrays | None:
     """The state after these inputs ({} without one); None when the file can't run them."""
     try:
-        return session.run(feeds)[1]
+        return session.run_whole(feeds)[1]
     except DataError:
         return None
 
 
 def _prefill(session: Session, feeds: Arrays) -> Callable[[], Any]:
-    return lambda: session.run(feeds)
+    return lambda: session.run_whole(feeds)
 
 
 def _step(session: Session, feeds: Arrays, state: Arrays | None) -> Callable[[], Any]:
