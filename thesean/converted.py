@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from thesean import artifact, load_artifact
+from thesean.distill.task import InputsOf
 from thesean.errors import ArtifactError, DataError, ExportError
 from thesean.keywords import check_keywords
 from thesean.passes.graph.dump import dumping
@@ -100,6 +101,7 @@ class Converted:
         tolerance: float | None = None,
         *,
         data: Iterable[Any] | None = None,
+        inputs: InputsOf | None = None,
         dump_graphs: str | Path | None = None,
         **asked: Unpack[FileForm],
     ) -> ExportReport:
@@ -108,7 +110,8 @@ class Converted:
         "auto": with state inputs and outputs where the whole network is causal, so that one file serves prefill, chunks
         and step-by-step decoding; an attention that was kept has its keys and values as state. Files are compared to
         1e-4 of the output's scale, 3e-2 in float16, unless `tolerance` is given. `dump_graphs`: a folder for the graph
-        as text after each pass of the export, numbered behind what `compile` left there. Further arguments, by name:
+        as text after each pass of the export, numbered behind what `compile` left there. `data` and, as in `compile`,
+        `inputs` are for `quantize`. Further arguments, by name:
 
         - `dtype`: torch.float32, the default whatever the network's own, or torch.float16.
         - `external_data`: the weights in a file of their own beside it; left out, where they don't fit in one (2 GiB).
@@ -139,7 +142,7 @@ class Converted:
             raise ExportError("data: only a quantised file is judged on it. Leave it out, or give quantize= too.")
         with dumping(dump_graphs):
             if form.get("quantize") is not None:
-                form["samples"] = samples_of(data, self.signature, self._home)
+                form["samples"] = samples_of(data, self.signature, self._home, inputs)
             form["about"] = {PLAN: self.plan.to_yaml(), REPORT: json.dumps(self.report.to_dict())}
             return export_network(
                 self.module,

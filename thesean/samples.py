@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from thesean.deploy.quantizing.samples import Judge, Samples
-from thesean.distill.data import Batches, check_readable
+from thesean.distill.callbacks import checked_reader
+from thesean.distill.data import Batches, Reading, check_readable
 from thesean.distill.outputs import Outputs, read_outputs
 from thesean.distill.row_tables import as_batches
+from thesean.distill.task import InputsOf
 from thesean.errors import DataError
 from thesean.passes.graph.signature import Signature
 
@@ -18,9 +20,14 @@ _CALIBRATION, _HELD_OUT = 32, 8  # batches at most
 _MADE_UP = 4  # batches of as many rows, where the caller gives none
 
 
-def samples_of(data: Iterable[Any] | None, signature: Signature, device: torch.device | None = None) -> Samples:
+def samples_of(
+    data: Iterable[Any] | None,
+    signature: Signature,
+    device: torch.device | None = None,
+    inputs: InputsOf | None = None,
+) -> Samples:
     """Of `data` the last quarter is held out, of one batch the last quarter of its rows. Without data both are inputs
-    like the example. Raises DataError for batches that don't fit, and for a single row.
+    like the example. `inputs`: as in `compile`. Raises DataError for batches that don't fit, and for a single row.
     """
     if data is None:
         sizes = signature.within({s: 4 if s.startswith("batch") else 16 for s in signature.symbols})
@@ -30,8 +37,9 @@ def samples_of(data: Iterable[Any] | None, signature: Signature, device: torch.d
         return Samples(calibration=made[:_MADE_UP], held_out=made[_MADE_UP:], judged=_judge, are_given=False, told=told)
     data = as_batches(data)
     check_readable(data)
-    batches = Batches(data, signature, device or torch.device("cpu")).first(_CALIBRATION + _HELD_OUT)
-    found = [inputs for _, inputs in batches]
+    reading = Reading(inputs=checked_reader("inputs", inputs))
+    batches = Batches(data, signature, device or torch.device("cpu"), reading).first(_CALIBRATION + _HELD_OUT)
+    found = [x for _, x in batches]
     if len(found) == 1:
         calibration, held_out = _rows_apart(signature, found[0])
         told = "the last rows of the one batch of data"

@@ -86,7 +86,7 @@ def trade_offs(
         members = _members(networks, guide, data, judging.get("inputs"))
         if data is None and isinstance(networks, Mapping) and len(networks) > 1:
             raise DataError("data: networks of several runs are judged on the same batches; give held-out ones.")
-        files = _Files(Path(folder), forms, data)
+        files = _Files(Path(folder), forms, data, judging.get("inputs"))
         first = members[0].made()
         written = files.write(members[0], first)
         judged = None
@@ -200,8 +200,10 @@ class _File:
 class _Files:
     """Networks as files, which go with the folder, and why others are not among them."""
 
-    def __init__(self, folder: Path, forms: Sequence[Quantize | None], data: Iterable[Any] | None) -> None:
-        self.folder, self.forms, self.data = folder, forms, data
+    def __init__(
+        self, folder: Path, forms: Sequence[Quantize | None], data: Iterable[Any] | None, inputs: InputsOf | None
+    ) -> None:
+        self.folder, self.forms, self.data, self.inputs = folder, forms, data, inputs
         self.notes: list[str] = []
         self._numbers = itertools.count()
         if data is None and any(forms):
@@ -214,7 +216,7 @@ class _Files:
             logger.info("exporting %s%s", member.name, f", {form}" if form else "")
             path = self.folder / f"{next(self._numbers)}.onnx"
             try:
-                report = network.export(path, quantize=form, data=self.data if form else None)
+                report = network.export(path, quantize=form, data=self.data if form else None, inputs=self.inputs)
             except ExportError as error:
                 told = str(error).replace(f"{path}: ", "")  # a file that the caller never named
                 self.notes.append(f"{member.name}{f', {form}' if form else ''} is left out: {told}")

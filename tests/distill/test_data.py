@@ -332,6 +332,21 @@ def test_a_guide_is_traced_with_what_is_given_else_with_data_else_with_its_own_i
     assert example_inputs_of(model, None, None) == {"x": x}
 
 
+def test_of_a_batch_for_training_it_is_told_how_its_decoders_inputs_are_made():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = dict(vocab_size=16, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(T5Config(**sizes))
+    batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[3, 4, -100]])}
+    with pytest.raises(DataError, match="takes decoder_input_ids, which it makes of labels where it trains") as told:
+        example_inputs_of(model, [batch], None)
+    inputs = eval(str(told.value).partition("inputs=")[2], {"model": model})  # as a user would copy it
+    found = inputs(batch)
+    assert found.keys() == {"input_ids", "decoder_input_ids"}
+    assert found["decoder_input_ids"].tolist() == [[0, 3, 4]]
+    assert example_inputs_of(model, [{**batch, **found}], None).keys() == found.keys()
+
+
 def test_of_a_batchs_columns_those_are_read_that_forward_has_a_place_for():
     def forward_of(function) -> nn.Module:
         model = nn.Linear(3, 2)

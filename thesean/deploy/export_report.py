@@ -49,6 +49,13 @@ class FileForm(TypedDict, total=False):
     tokenizer: Any
 
 
+class GuideForm(FileForm, total=False):
+    """With what `Converted.export` takes by itself."""
+
+    opset: int | None
+    tolerance: float | None
+
+
 class Form(FileForm, total=False):
     """All of it; `into` is a draft that the caller publishes."""
 

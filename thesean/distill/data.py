@@ -237,9 +237,28 @@ def example_inputs_of(
         needed = [
             n for n, p in places.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        found = example_of(by_field(next(each_of(data, "data")), needed), takes, len(needed))
+        first = by_field(next(each_of(data, "data")), needed)
+        found = example_of(first, takes, len(needed))
+        _check_shifted(model, first, found, places)
         return _taken(found, places, needed) if isinstance(found, Mapping) else found
     return getattr(model, "dummy_inputs", None)
+
+
+_SHIFTED, _SHIFTING = "decoder_input_ids", "prepare_decoder_input_ids_from_labels"  # transformers' own words
+
+
+def _check_shifted(model: Any, batch: Any, found: Any, places: Mapping[str, Any]) -> None:
+    """Raises DataError for a batch for training, of which the model itself makes its decoder's inputs."""
+    if not isinstance(found, Mapping) or _SHIFTED not in places or any(name.startswith("decoder_") for name in found):
+        return
+    label = next((name for name in LABELS if isinstance(batch, Mapping) and name in batch), None)
+    if label is None or not callable(getattr(model, _SHIFTING, None)):
+        return
+    own = ", ".join(f"{name!r}: batch[{name!r}]" for name in found if name in places)
+    raise DataError(
+        f"the guide takes {_SHIFTED}, which it makes of {label} where it trains. Say so: inputs=lambda batch: {{{own}, "
+        f"{_SHIFTED!r}: model.{_SHIFTING}(batch[{label!r}])}}"
+    )
 
 
 def _taken(found: Mapping[str, Any], places: Mapping[str, inspect.Parameter], needed: Iterable[str]) -> Any:
