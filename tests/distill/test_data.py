@@ -332,6 +332,16 @@ def test_a_guide_is_traced_with_what_is_given_else_with_data_else_with_its_own_i
     assert example_inputs_of(model, None, None) == {"x": x}
 
 
+@pytest.mark.parametrize("names", [("start_positions", "end_positions"), ("labels", "next_sentence_label")])
+def test_what_transformers_calls_a_label_is_no_input(names):
+    y = torch.tensor([0, 1])
+    model = nn.Linear(3, 2)
+    model.forward = lambda x, **labels: x  # type: ignore[method-assign]
+    batch = {"x": vectors(2, 3), **dict.fromkeys(names, y)}
+    assert example_inputs_of(model, [batch], None).keys() == {"x"}
+    assert len(labels_in(batch)) == 2
+
+
 def test_of_a_batch_for_training_it_is_told_how_its_decoders_inputs_are_made():
     from transformers import T5Config, T5ForConditionalGeneration
 

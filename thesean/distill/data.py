@@ -24,7 +24,7 @@ from thesean.passes.capture.inputs import forward_parameters, unwrapped
 from thesean.passes.graph.signature import Signature
 
 # What a Hugging Face batch carries for the loss alone; read by the graph only if the example inputs had it.
-LABELS = ("labels", "label", "label_ids")
+LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions", "next_sentence_label")
 
 
 class Reading(NamedTuple):

@@ -295,8 +295,9 @@ def test_a_conversion_and_a_guide_are_quantised_by_their_own_call(tmp_path: Path
 
 
 def test_what_is_the_guides_in_a_batch_is_as_the_caller_says(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     guide = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
-    data = [{"row": torch.randn(4, 8), "number": k} for k in range(3)]
+    data = [{"row": models.vectors(4, 8, seed=k), "number": k} for k in range(3)]
     asked: Any = {"data": data, "inputs": lambda batch: (batch["row"],), "quantize": "int8"}
     assert figures(thesean.export_guide(guide, tmp_path / "guide.onnx", **asked)).samples == "the last batch of data"
     converted = thesean.compile(guide, "linear", data=data, inputs=asked["inputs"], recipe="fast", progress=False)
@@ -310,8 +311,9 @@ def test_what_is_the_guides_in_a_batch_is_as_the_caller_says(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_samples_of_another_precision_are_cast_as_the_network_is(tmp_path: Path, dtype: torch.dtype) -> None:
     """A file is of float32, whatever the guide is in; so were pixels of half precision refused."""
+    torch.manual_seed(0)
     guide = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).to(dtype)
-    data = [torch.randn(4, 8, dtype=dtype) for _ in range(3)]
+    data = [models.vectors(16, 8, seed=k).to(dtype) for k in range(3)]
     path = tmp_path / "guide.onnx"
     made = figures(thesean.export_guide(guide, path, example_inputs=data[0], data=data, quantize="int8-static"))
     assert made.calibrated == 2

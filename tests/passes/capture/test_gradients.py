@@ -120,6 +120,30 @@ def test_a_detach_that_no_parameter_flows_into_goes():
     assert not [n for n in captured.graph_module.graph.nodes if "detach" in str(n.target)]
 
 
+class Biased(nn.Module):
+    """Attention whose bias is trained: without gradients torch's kernel lays out what it gives as a view likes. What is
+    written into a slice has torch functionalise the graph, and a reshape that could be a view is one then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.bias = nn.Linear(8, 8), nn.Parameter(torch.zeros(1, 2, 5, 5))
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BHTC = self.map(x_BTD).unflatten(2, (2, 4)).transpose(1, 2)
+        first = torch.zeros(5, 5)
+        first[0, 1:] = 1
+        mixed_BHTC = F.scaled_dot_product_attention(x_BHTC, x_BHTC, x_BHTC, attn_mask=self.bias + first)
+        return mixed_BHTC.transpose(1, 2).reshape(x_BTD.shape)
+
+
+def test_a_reshape_that_was_a_view_without_gradients_copies_with_them():
+    captured = capture(models.seeded(Biased), vectors(3, 5, 8))
+    assert not captured.untrainable
+    captured.graph_module(vectors(3, 5, 8)).square().sum().backward()
+    assert all(p.grad is not None for p in captured.graph_module.parameters())
+
+
 def test_a_forward_that_is_without_gradients_throughout_leaves_all_to_be_trained():
     class Quiet(Step):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

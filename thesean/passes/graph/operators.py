@@ -47,11 +47,12 @@ norm.ScalarOpt_dim prod prod.dim_int softmax.int sort sort.stable std.correction
 var.correction var.dim var_mean.correction
 # shapes
 _unsafe_view adjoint atleast_1d atleast_2d broadcast_tensors broadcast_to cat chunk concat concatenate diagonal expand
-expand_as flatten.using_ints flip fliplr flipud hstack im2col mH mT matrix_H movedim.int movedim.intlist narrow numpy_T
-permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave.self_int reshape reshape_as roll rot90 select.int
-select_scatter slice.Tensor slice_scatter split.Tensor split_with_sizes squeeze squeeze.dim squeeze.dims stack swapaxes
-swapdims sym_numel sym_size.int t tensor_split.indices tensor_split.sections tile transpose.int tril triu unbind.int
-unflatten.int unfold unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes unsqueeze view view_as vstack
+expand_as flatten.using_ints flip fliplr flipud hstack im2col mH mT matrix_H meshgrid meshgrid.indexing movedim.int
+movedim.intlist narrow numpy_T permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave.self_int reshape
+reshape_as roll rot90 select.int select_scatter slice.Tensor slice_scatter split.Tensor split_with_sizes squeeze
+squeeze.dim squeeze.dims stack swapaxes swapdims sym_numel sym_size.int t tensor_split.indices tensor_split.sections
+tile transpose.int tril triu unbind.int unflatten.int unfold unsafe_chunk unsafe_split.Tensor unsafe_split_with_sizes
+unsqueeze view view_as vstack
 # rows and entries by their indices
 bucketize.Tensor embedding gather index.Tensor index_add index_copy index_fill.int_Scalar index_put index_select
 one_hot scatter.src scatter.value scatter_add scatter_reduce.two take_along_dim
@@ -99,6 +100,7 @@ def _scale(value: Any) -> bool:
 # By the argument's name, whichever operator's it is. Text is told value by value: it names modes, never files.
 _VALUES: dict[str, Callable[[Any], bool]] = {
     "approximate": _one_of("none", "tanh"),
+    "indexing": _one_of("ij", "xy"),
     "rounding_mode": _one_of(None, "floor", "trunc"),
     "mode": _one_of("constant", "reflect", "replicate", "circular"),
     "equation": lambda value: isinstance(value, str) and re.fullmatch(r"[A-Za-z,.> -]{1,200}", value) is not None,
