@@ -123,9 +123,10 @@ class MLPOptions(Options):
     rule, and `rank` and `hidden_norm` are not for it.
 
     `hidden_norm` defaults to "both" when flattening, a layer norm and behind it one by the batch, and to "none"
-    token-wise. The one bounds what inputs that the guide never gave can do, the other trains better; batches of fewer
-    than 32 rows trust its statistics so far. `residual` adds the input where the shapes agree, `norm` puts a LayerNorm
-    in front: both are left out by default, but for `tokens="each"` in a part that no stream runs beside.
+    token-wise. The one bounds what inputs that the guide never gave can do, the other trains better
+    (benchmarks/results/hidden_norms.json); batches of fewer than 32 rows trust its statistics so far. `residual` adds
+    the input where the shapes agree, `norm` puts a LayerNorm in front: both are left out by default, but for
+    `tokens="each"` in a part that no stream runs beside.
     """
 
     tokens: Literal["all", "each"] | None = Field(default=None, description="of a sequence: flattened, or one by one")
