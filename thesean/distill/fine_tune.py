@@ -8,7 +8,7 @@ guide there is (benchmarks/results/repeats.json). Without a task loss, w stays 1
 What it leaves is the state that did best on held-out data, which may be the one it began with. A rate that suits a
 network that is far from its guide drives one that is near away from it. So a rate is tried by training at it, the
 highest first: one that leads nowhere makes room for the next lower one, which goes on from the best state so far. Where
-the weights gain nothing their mean over the last steps is asked too, of many steps (the study `means`).
+the weights gain nothing their mean over the last steps is asked too, of many steps (benchmarks/results/means.json).
 Once the network is ahead of its guide on held-out data, by the task, the guide is left out of the loss.
 """
 
