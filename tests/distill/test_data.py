@@ -355,6 +355,8 @@ def test_of_a_batch_for_training_it_is_told_how_its_decoders_inputs_are_made():
     assert found.keys() == {"input_ids", "decoder_input_ids"}
     assert found["decoder_input_ids"].tolist() == [[0, 3, 4]]
     assert example_inputs_of(model, [{**batch, **found}], None).keys() == found.keys()
+    classes = {**batch, "labels": torch.tensor([1])}  # of whole sequences: nothing to decode
+    assert example_inputs_of(model, [classes], None).keys() == {"input_ids"}
 
 
 def test_of_a_batchs_columns_those_are_read_that_forward_has_a_place_for():

@@ -248,11 +248,11 @@ _SHIFTED, _SHIFTING = "decoder_input_ids", "prepare_decoder_input_ids_from_label
 
 
 def _check_shifted(model: Any, batch: Any, found: Any, places: Mapping[str, Any]) -> None:
-    """Raises DataError for a batch for training, of which the model itself makes its decoder's inputs."""
+    """Raises DataError for a batch for training, of whose labels of steps the model makes its decoder's inputs."""
     if not isinstance(found, Mapping) or _SHIFTED not in places or any(name.startswith("decoder_") for name in found):
         return
     label = next((name for name in LABELS if isinstance(batch, Mapping) and name in batch), None)
-    if label is None or not callable(getattr(model, _SHIFTING, None)):
+    if label is None or getattr(batch[label], "ndim", 0) != 2 or not callable(getattr(model, _SHIFTING, None)):
         return
     own = ", ".join(f"{name!r}: batch[{name!r}]" for name in found if name in places)
     raise DataError(

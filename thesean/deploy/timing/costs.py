@@ -99,6 +99,6 @@ def _footprints(path: Path, signature: Signature, batch: int, lengths: Sequence[
 def _both(decoder: Footprint | None, encoder: Footprint | None, held: int) -> Footprint | None:
     if decoder is None or encoder is None:
         return None
-    peaks = decoder.peak_mib, encoder.peak_mib
-    told = None if None in peaks else sum(p or 0.0 for p in peaks)
-    return Footprint(peak_mib=told, state_bytes=decoder.state_bytes + held)
+    known = decoder.peak_mib is not None and encoder.peak_mib is not None
+    peak = decoder.peak_mib + encoder.peak_mib if known else None  # type: ignore[operator]
+    return Footprint(peak_mib=peak, state_bytes=decoder.state_bytes + held)
