@@ -31,6 +31,9 @@ LOOKS_BACK = "looks_back"
 # Of an output's scale, where rounding is coarser than float32's
 _CLOSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+aten = torch.ops.aten
+_SORTS = {aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable}
+
 _OTHERS = "it needs other steps than its chunk's"
 
 
@@ -112,7 +115,11 @@ def same_in_chunks(
     states: dict[str, torch.Tensor],
     chunks: Sequence[int],
 ) -> Difference | None:
-    """Compares every node that inputs' values enter. Batches of one only: joined rows would interleave otherwise."""
+    """Compares every node that inputs' values enter. Batches of one only: joined rows would interleave otherwise.
+
+    What is made of sorted rows, such as tokens by the expert that they go to, may be in another order, as long as what
+    is made of that is in order again; both get their marks.
+    """
     whole, stuck = _record(threaded, {**inputs, **states})
     if stuck is not None:
         return Difference(node=stuck.name, what="one row alone does not run")
@@ -124,6 +131,7 @@ def same_in_chunks(
         if broken is not None:
             break
         states = dict(zip(states, values[threaded.graph.output_node()][-len(states) :], strict=True))
+    ordered, out_of_order = after_sorting(threaded.graph), dict[fx.Node, str]()
     entered = set(threaded.graph.find_nodes(op="placeholder"))
     after_broken: set[fx.Node] = {broken} if broken is not None else set()
     for node in threaded.graph.nodes:
@@ -144,9 +152,30 @@ def same_in_chunks(
             return Difference(node=node.name, what=_OTHERS)
         parts = [run[node] for run in runs if node in run]
         what = _difference(value, parts) if broken is None and parts else ""
-        if what:
+        if what and node in ordered:
+            out_of_order.setdefault(node, what)
+        elif what:
             return Difference(node=node.name, what=what)
-    return None if broken is None else Difference(node=broken.name, what=_OTHERS)
+        elif not out_of_order.keys().isdisjoint(node.all_input_nodes):
+            node.meta[LOOKS_BACK] = True  # in order again
+    if broken is not None:
+        return Difference(node=broken.name, what=_OTHERS)
+    if not out_of_order.keys().isdisjoint(threaded.graph.output_node().all_input_nodes):
+        sort = next(n for n in threaded.graph.nodes if n in ordered)
+        return Difference(node=sort.name, what=next(iter(out_of_order.values())))
+    for node in reversed(threaded.graph.nodes):  # what they are made of may look the same in one sequence
+        if node in out_of_order or (node in ordered and any(RELATES in u.meta for u in node.users if u in ordered)):
+            node.meta[RELATES] = True
+    return None
+
+
+def after_sorting(graph: fx.Graph) -> set[fx.Node]:
+    """All that is made of rows in another order."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in _SORTS or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_float(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from thesean.passes.analyse.chunks import Difference, is_close, join, run_in_chunks, same_in_chunks
+from thesean.passes.analyse.chunks import Difference, after_sorting, is_close, join, run_in_chunks, same_in_chunks
 from thesean.passes.analyse.steps_apart import constants_of_time, first_mixed
 from thesean.passes.graph.nodes import leaf_values, owner
 from thesean.passes.graph.record import record
@@ -25,6 +25,8 @@ from thesean.passes.graph.signature import Signature
 # (seconds on one core).
 _PAST_IT, _FARTHEST = 3, 4096
 _FARTHEST_LINEAR, _LARGEST_BYTES, _MOST_PRODUCTS = 2**15 + _PAST_IT, 2**28, 10**11
+
+_CROWD = 128  # steps that all go to one place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Threaded:
         wanted = self._whole(inputs)
         if wanted is not None and (told := self._misfit(inputs, chunks, wanted)):
             return Compared(misfit=told, length=length)
+        if after_sorting(self.graph_module.graph) and (told := self._crowded(length)):
+            return Compared(misfit=told, length=length)
         graph, lengths = self.graph_module.graph, (length, length - 1 if length > 1 else 2)
         long, short = (record(self.graph_module, {**self._inputs(n), **self.states}) for n in lengths)
         if mixed := first_mixed(graph, long, short):
@@ -94,6 +98,23 @@ class Threaded:
         sizes = {s: 1 if s.startswith("batch") else length for s in self.signature.symbols}
         device = str(next((p.device for p in self.graph_module.parameters()), torch.device("cpu")))
         return self.signature.random_inputs(sizes, device=device, in_order=in_order)
+
+    def _crowded(self, length: int) -> str:
+        """Steps that are sorted by where they go, and all go to one place: what has room for some of them shows."""
+        for chunks in ((_CROWD // 8,) * 8, (1,) * length):
+            inputs = self._alike(self._inputs(sum(chunks)))
+            wanted = self._whole(inputs)
+            if wanted is not None:  # it is within the network's lengths
+                return self._misfit(inputs, chunks, wanted)
+        return ""
+
+    def _alike(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """With the first step of each in the place of all."""
+        made = dict(inputs)
+        for spec in self.signature.inputs:
+            for dim in (d for d, n in enumerate(spec.shape) if isinstance(n, str) and not n.startswith("batch")):
+                made[spec.name] = made[spec.name].narrow(dim, 0, 1).expand_as(made[spec.name]).contiguous()
+        return made
 
     def _whole(self, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor] | None:
         """The network's own outputs of a sequence at once; None where it doesn't run."""
