@@ -48,26 +48,28 @@ class Session(Loaded):
         They are inputs of every `run`, beside the tokens, and what `generate` takes as `encoded`; the encoder's other
         outputs are those of `encoder.run`. Raises what `encoder` raises, and DataError.
         """
-        outputs, _ = self.encoder.run(inputs)
-        return {name: outputs[name] for name in self.held}
+        return self._crossing(self.encoder.run(inputs)[0])
 
     def run_whole(self, inputs: Arrays) -> tuple[Arrays, State]:
         """`run` from a sequence's start, of all that the network took before it was divided: an encoder runs too, and
         its other outputs are among those. Raises what `encode` and `run` raise.
         """
         found = self._of_source(inputs)
-        outputs, state = self.run({**self._of_target(inputs), **{n: found[n] for n in self.held}})
+        outputs, state = self.run({**self._of_target(inputs), **self._crossing(found)})
         return {**{n: v for n, v in found.items() if n not in self.held}, **outputs}, state
 
     def step_after(self, inputs: Arrays, one: Arrays) -> Arrays:
         """What `run` takes of a step, the network's inputs `one`, after all of its `inputs`: the same source beside."""
-        found = self._of_source(inputs)
-        return {**self._of_target(one), **{n: found[n] for n in self.held}}
+        return {**self._of_target(one), **self._crossing(self._of_source(inputs))}
 
     def _of_source(self, inputs: Arrays) -> Arrays:
         if not self.held:
             return {}
         return self.encoder.run({n: v for n, v in inputs.items() if n in self.encoder.inputs})[0]
+
+    def _crossing(self, outputs: Arrays) -> Arrays:
+        """Of an encoder's."""
+        return {name: outputs[name] for name in self.held}
 
     def _of_target(self, inputs: Arrays) -> Arrays:
         return {n: v for n, v in inputs.items() if not self.held or n not in self.encoder.inputs or n in self.inputs}

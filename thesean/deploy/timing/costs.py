@@ -82,7 +82,8 @@ def _footprints(path: Path, signature: Signature, batch: int, lengths: Sequence[
         every = random_feeds(signature, batch, length)
         feeds, one = session.step_after(every, every), None
         if session.is_stateful:
-            step = session.step_after(every, random_feeds(signature, batch, 1))
+            first = random_feeds(signature, batch, 1)
+            step = {n: feeds[n] if n in session.held else first[n] for n in feeds}
             one = {**step, **{n: v for n, v in start_of(session, step).items() if n not in session.states}}
         runs.append(({**feeds, **start_of(session, feeds)}, one))
         if session.held:
@@ -99,6 +100,5 @@ def _footprints(path: Path, signature: Signature, batch: int, lengths: Sequence[
 def _both(decoder: Footprint | None, encoder: Footprint | None, held: int) -> Footprint | None:
     if decoder is None or encoder is None:
         return None
-    known = decoder.peak_mib is not None and encoder.peak_mib is not None
-    peak = decoder.peak_mib + encoder.peak_mib if known else None  # type: ignore[operator]
-    return Footprint(peak_mib=peak, state_bytes=decoder.state_bytes + held)
+    peaks = [f.peak_mib for f in (decoder, encoder) if f.peak_mib is not None]
+    return Footprint(peak_mib=sum(peaks) if len(peaks) == 2 else None, state_bytes=decoder.state_bytes + held)
