@@ -145,6 +145,11 @@ class Alignment(_Settings):
         return self.inputs or ("guide" if self.schedule == "independent" else "hybrid")
 
     @property
+    def refits(self) -> bool:
+        """Whether parts are solved anew each time that a stage is judged. A stochastic one compares no exits."""
+        return self.refit and self.schedule != "stochastic"
+
+    @property
     def usual(self) -> float:
         """The share of the steps where no trial tells."""
         return _ALIGNED if self.share == "auto" else self.share

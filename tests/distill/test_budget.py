@@ -20,6 +20,7 @@ import thesean
 from tests import models
 from tests.distill.test_gate import Cells, windows
 from thesean.curve import Curve
+from thesean.distill.aligning import Aligning
 from thesean.distill.budget import Shares, Trial
 from thesean.errors import DataError
 from thesean.journal import Interrupted, Journal
@@ -118,6 +119,26 @@ def test_without_a_loss_alignment_may_get_most_of_the_time(monkeypatch: pytest.M
         told += [n for n in notes if n.startswith("budget 8")]
     assert "of the rest 80% for alignment and 20% for fine-tuning" in told[0]
     assert "of the rest 50% for alignment and 50% for fine-tuning" in told[1]
+
+
+def test_alignment_is_left_out_where_to_judge_it_once_takes_longer_than_its_trial(monkeypatch: pytest.MonkeyPatch):
+    more, solve = [0.0], Aligning.solve
+
+    def slow(self: Aligning, *given: Any) -> None:
+        solve(self, *given)
+        more[0] += 3.0
+
+    monkeypatch.setattr(Aligning, "solve", slow)
+    with slow_steps(), pytest.MonkeyPatch.context() as patched:
+        steps = time.monotonic
+        patched.setattr(time, "monotonic", lambda: steps() + more[0])
+        report = convert("12s").report
+    (shares,) = [n for n in report.notes if n.startswith("budget 12 s:")]
+    assert "a trial of" in shares  # of fine-tuning alone
+    assert "0% for alignment and 100% for fine-tuning, for to judge what is aligned takes 3" in shares
+    assert {c.phase for c in report.curves} <= {"trial", "align", "fine-tune"}
+    assert sum(c.steps for c in report.curves if c.phase == "align") == 0
+    assert report.steps > 20
 
 
 @pytest.mark.parametrize("max_drop", [None, 100.0])

@@ -111,7 +111,7 @@ class Aligner:
         self.objective = Objective(training, hybrid.parts)
         self.recomputing = Recomputing(self.recipe)
         self.spread = spread(hybrid, training)
-        self.refits = self.recipe.alignment.refit and self.objective.exits
+        self.refits = self.recipe.alignment.refits
 
     def run(self, stage: Stage) -> StageResult:
         """Train a stage, and leave the hybrid in the best settled state that was seen."""

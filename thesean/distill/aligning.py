@@ -60,6 +60,7 @@ class Aligning:
             check_samples(training, hybrid, taken)
         self.shares: Shares | None = None
         self.unshared = False  # whether the hybrid may be trained
+        self.settling = 0.0  # seconds that all parts take to be solved at once, where they were
         held_out = training.judge.batches
         count = len(hybrid.parts)
         most = max(1, _JUDGED_BATCHES * max(min(count, _STAGES), len(self.solving)) // max(1, count))
@@ -131,7 +132,7 @@ class Aligning:
         timed = self.training.recipe.seconds is not None
         if timed or tries(self.hybrid, self.training):
             self.unshare()
-            by = shared if timed else shared_steps
+            by = partial(shared, settling=self.settling) if timed else shared_steps
             self.training.journal.piece("shares", partial(self._found, by), self)
 
     def _found(self, by: Callable[[Hybrid, Training, RunStage], Shares]) -> None:
@@ -170,7 +171,10 @@ class Aligning:
         if self.training.recipe.alignment.recalibrate and not any(batch_norms(self.hybrid, k) for k in parts):
             self.notes.append("no part has a batch norm that could be recalibrated")
         if self.training.recipe.alignment.at_once:
+            begun = time.monotonic()
             self.solve(self.hybrid, parts)
+            if self.training.recipe.alignment.refits:
+                (self.settling,) = ranks.agreed(time.monotonic() - begun)
         elif self.training.recipe.alignment.order == "easiest-first":
             self._find_order()
 
@@ -290,6 +294,7 @@ class Aligning:
             ],
             "results": [asdict(result) for result in self.results],
             "notes": list(self.notes),
+            "settling": self.settling,
             "shares": None if self.shares is None else self.shares.to_dict(),
         }
 
@@ -308,7 +313,7 @@ class Aligning:
             for s in state["snapshots"]
         ]
         self.results = [StageResult.from_dict(result) for result in state["results"]]
-        self.notes = list(state["notes"])
+        self.notes, self.settling = list(state["notes"]), state["settling"]
         self.shares = None if state["shares"] is None else Shares.from_dict(state["shares"])
 
     @cached_property

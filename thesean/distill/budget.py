@@ -150,8 +150,10 @@ def shared_steps(hybrid: Hybrid, training: Training, run_stage: RunStage) -> Sha
     return Shares(align=0, aligning=aligning, tuning=tuning, tuned=tuned, told=told)
 
 
-def shared(hybrid: Hybrid, training: Training, run_stage: RunStage) -> Shares:
-    """What the seconds left are spent on; `run_stage` aligns. The hybrid is left as it was."""
+def shared(hybrid: Hybrid, training: Training, run_stage: RunStage, settling: float = 0.0) -> Shares:
+    """What the seconds left are spent on; `run_stage` aligns, and what it made of parts takes `settling` seconds each
+    time that it is judged: last layers are solved anew. The hybrid is left as it was.
+    """
     recipe, begun = training.recipe, training.left
     at_once = recipe.alignment.at_once
     aligns = recipe.alignment.schedule != "none" and round(recipe.steps * recipe.alignment.usual) > 0
@@ -161,12 +163,16 @@ def shared(hybrid: Hybrid, training: Training, run_stage: RunStage) -> Shares:
         why = "no time was left" if recipe.steps else f"the recipe {recipe.name!r} takes no steps"
         return Shares(align=0, tuning=None, told=f"budget {duration(training.seconds)}: {spent}; {why}")
     seconds = _TRIAL * begun
+    dear = aligns and tunes and settling > seconds
+    aligns = aligns and not dear
     alignment, fine_tuning = _Alignment(hybrid, run_stage, _TRIAL_STEPS), _Tuning(hybrid, _TRIAL_STEPS)
     aligning, aligned = _trial(hybrid, training, alignment, seconds) if aligns else (None, None)
     tuning, tuned = _trial(hybrid, training, fine_tuning, seconds) if tunes else (None, None)
     share, how = recipe.alignment.usual, "as the recipe shares"
     if aligning is None or tuning is None:
         share, how = (1.0 if aligning else 0.0), "all that the recipe has"
+        if dear:
+            how = f"for to judge what is aligned takes {duration(settling)}, and a trial has {duration(seconds)}"
     elif at_once and aligning.rate + tuning.rate > 0:
         most = _MOST if training.task.loss is not None else _MOST_WITHOUT_LOSS
         share = most if aligning.rate > tuning.rate else 0.0
