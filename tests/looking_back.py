@@ -120,6 +120,26 @@ class LooksBack(nn.Module):
     def in_double(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.cumsum(x, 1, dtype=torch.float64).float().tanh()
 
+    # products, sums of exponentials, largest and least values
+
+    def scanned(self, x: torch.Tensor) -> torch.Tensor:
+        """A gated recurrence in the logarithm, as a scan (Feng et al. 2024, arXiv 2410.01201, appendix B)."""
+        gates, values = x * self.taps[0], F.softplus(x)
+        decays_BTD = -F.softplus(gates).cumsum(1)
+        joined_BTD = decays_BTD + (F.logsigmoid(gates) + values.log() - decays_BTD).logcumsumexp(1)
+        return joined_BTD.exp()
+
+    def multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (1 - 0.1 * torch.sigmoid(x)).cumprod(1)
+
+    def at_most(self, x: torch.Tensor) -> torch.Tensor:
+        """By heads, time behind them."""
+        heads_BHTC = x.unflatten(2, (2, -1)).transpose(1, 2)
+        return x / (1 + heads_BHTC.abs().cummax(2).values.transpose(1, 2).flatten(2))
+
+    def at_least(self, x: torch.Tensor) -> torch.Tensor:
+        return x - torch.cummin(x, dim=-2)[0]
+
     # what looks ahead as well
 
     def both_ways_in_two_dimensions(self, x: torch.Tensor) -> torch.Tensor:
@@ -156,6 +176,7 @@ CONVOLUTIONS = (
 WINDOWS = ("pooled", "unfolded", "weighed")
 SHIFTS = ("shifted", "shifted_by_cat", "joined_and_cut", "written", "rolled")
 SUMS = ("averaged", "averaged_by_a_view", "normed", "linear_attention", "in_double")
+FOLDS = ("scanned", "multiplied", "at_most", "at_least")
 AHEAD = {"symmetric": 1, "both_ways_in_two_dimensions": 2, "as_long": 2, "pooled_both_ways": 1}  # steps
 OTHERS = ("padded_by_ones", "read_before_it_is_cut", "replicated")
 

@@ -98,6 +98,17 @@ class Calling(nn.Module):
         return self.function(x)
 
 
+class CallingTwo(nn.Module):
+    """A function of two tensors as a module."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.function(x, y)
+
+
 class EncoderClassifier(nn.Module):
     """x_BTD -> logits_BC through nn.TransformerEncoder."""
 

@@ -13,10 +13,12 @@ from thesean.passes.carry_sums import CarrySums
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.delay_steps import DelaySteps
 from thesean.passes.flatten_outputs import FlattenOutputs
+from thesean.passes.folds_as_modules import FoldsAsModules
 from thesean.passes.graph.signature import Signature
 from thesean.passes.inline_modules import InlineModules
 from thesean.passes.thread_state import ThreadState
 from thesean.passes.write_out_attention import WriteOutAttention
+from thesean.passes.write_out_for_onnx import WriteOutForOnnx
 
 
 def remembering(signature: Signature, ahead: bool = False) -> tuple[Pass, ...]:
@@ -47,6 +49,8 @@ def for_export(
     return (
         *threading.get(stateful, ()),
         WriteOutAttention(probes, trusted),
+        WriteOutForOnnx(),
+        FoldsAsModules(),
         FlattenOutputs(),
         CellsAsModules(),
     )

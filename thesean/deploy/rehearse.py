@@ -20,9 +20,11 @@ from thesean.errors import PassRefused
 from thesean.passes.base import run_passes
 from thesean.passes.graph.nodes import argument, is_complex, owner
 from thesean.passes.graph.opaque_cells import CELLS
+from thesean.passes.graph.running_fold import fold_of
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.trace_call import is_composed
+from thesean.passes.write_out_for_onnx import FORMS
 
 aten = torch.ops.aten
 
@@ -104,8 +106,8 @@ def _is_sure(node: fx.Node, known: dict[str, bool]) -> bool:
     target: Any = node.target
     if not _is_torchs(target):
         return not _is_operator(target) or target in CELLS
-    if _is_core(target) or target is aten.scaled_dot_product_attention.default:  # whose form is our own
-        return True
+    if _is_core(target) or target in FORMS or fold_of(node) or target is aten.scaled_dot_product_attention.default:
+        return True  # the form is our own where it isn't torch's
     if any(i.meta.get("val") is None for i in node.all_input_nodes):  # what a replacement gives: only looked up
         return is_composed(target)
     given = fx.map_arg((node.args, node.kwargs), lambda n: str(getattr(n.meta.get("val"), "dtype", n.name)))

@@ -1,4 +1,4 @@
-"""Give each sum over all steps so far what it has come to as state.
+"""Give each sum over all steps so far what it has come to as state, and each product, largest or least value.
 
 B batch, T time
 """
@@ -16,6 +16,7 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.clock import NO_TIME, has_one_time
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import argument
+from thesean.passes.graph.running_fold import FOLDS, fold_instead, fold_of
 from thesean.passes.graph.running_sum import RunningSum
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import beside, erase_dead, free_names
@@ -29,9 +30,9 @@ class CarrySums(Pass):
     """cumsum(x) along time  =>  sums, last = running(x), for hidden states and floats.
 
     `running` is a module that carries a state, for ThreadState to thread: the last sum, zeros at the start. Linear
-    attention that is written as sums of products streams by it, and means and norms of all steps so far. What counts
-    visible steps and positions stays: ThreadState knows them. The new graph shares its parameters with the incoming
-    one, which stays as it was.
+    attention that is written as sums of products streams by it, and means and norms of all steps so far; by cumprod,
+    logcumsumexp, cummax and cummin gated recurrences that are written as scans. What counts visible steps and positions
+    stays: ThreadState knows them. The new graph shares its parameters with the incoming one, which stays as it was.
     """
 
     in_place = False
@@ -42,7 +43,7 @@ class CarrySums(Pass):
         if not has_one_time(self.signature):
             return PassResult.unchanged(graph_module, NO_TIME)
         none = PassResult.unchanged(graph_module, "nothing is summed up over time")
-        if not graph_module.graph.find_nodes(op="call_function", target=aten.cumsum.default):
+        if not any(n.target in (aten.cumsum.default, *FOLDS) for n in graph_module.graph.nodes):
             return none
         new = beside(graph_module)
         graph = new.graph
@@ -51,13 +52,20 @@ class CarrySums(Pass):
         signals = {s.name for s in self.signature.inputs if s.dtype.is_floating_point and not s.mask}
         counts = {n for n, mask in running_sums(new) if str(mask.target) not in signals}
         counts |= {c.node for c in counters(new)}
-        names = free_names(new, "sum")
+        sums, folds = free_names(new, "sum"), free_names(new, "fold")
         found = 0
-        for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
-            dim = two.time_dim(node)
-            if node in counts or dim is None or argument(node, 1, "dim") % two.rank(node) != dim:
+        for node in list(graph.nodes):
+            fold = fold_of(node)
+            if (fold is None and node.target is not aten.cumsum.default) or node in counts:
                 continue
-            _replace(new, node, dim, next(names))
+            made = node if node.name in two.shapes else next((u for u in node.users if not u.args[1]), None)
+            dim = two.time_dim(made)
+            if made is None or dim is None or argument(node, 1, "dim") % two.rank(made) != dim:
+                continue
+            if fold is None:
+                _replace(new, node, dim, next(sums))
+            else:
+                fold_instead(new, node, dim, fold, next(folds))
             found += 1
         if not found:
             return none

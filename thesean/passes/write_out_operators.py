@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from thesean.kernels.grouped_product import grouped_product
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.nodes import argument, is_write, leaf_nodes
+from thesean.passes.graph.inline_call import inline_call
+from thesean.passes.graph.nodes import argument, is_write
 from thesean.passes.graph.operators import names
 from thesean.passes.graph.surgery import erase_dead
 from thesean.passes.graph.trace_call import is_composed, trace_call
@@ -134,7 +135,7 @@ class WriteOutOperators(Pass):
             form = _form(node)
             made = None if form is None else _traced(node, form)
             if made is not None:
-                _inline(graph, node, made)
+                inline_call(graph, node, made)
                 written += 1
         if not written:
             return PassResult.unchanged(graph_module, "no operator is to be written out")
@@ -175,23 +176,3 @@ def _traced(node: fx.Node, form: Callable[..., Any]) -> fx.GraphModule | None:
     plain = all(n.op == "call_function" and n.target in names() for n in inner)
     same = pytree.tree_structure(made.graph.output_node().args[0]) == pytree.tree_structure(node.meta.get("val"))
     return made if plain and same else None
-
-
-def _inline(graph: fx.Graph, node: fx.Node, made: fx.GraphModule) -> None:
-    known: dict[fx.Node, Any] = dict(zip(made.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
-    with graph.inserting_before(node):
-        for one in made.graph.nodes:
-            if one.op == "call_function":
-                known[one] = graph.node_copy(one, known.__getitem__)
-                known[one].meta = {k: v for k, v in one.meta.items() if k == "val"} | {
-                    k: v for k, v in node.meta.items() if k == "nn_module_stack"
-                }
-    result = made.graph.output_node().args[0]
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(known[result])
-    else:  # several: each reader takes one of them
-        results = [known[r] for r in leaf_nodes(result)]
-        for reader in list(node.users):
-            reader.replace_all_uses_with(results[reader.args[1]])  # type: ignore[index]
-            graph.erase_node(reader)
-    graph.erase_node(node)

@@ -1,0 +1,108 @@
+"""Operators that torch's exporter writes wrongly, or not at all, become others that a file computes as torch does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from thesean.kernels.running_fold import log_of_sum
+from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.inline_call import inline_call
+from thesean.passes.graph.surgery import erase_dead
+from thesean.passes.graph.trace_call import trace_call
+
+aten = torch.ops.aten
+
+
+def _log_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """As log(sigmoid(x)) it is -16.2 at -17, since onnxruntime's sigmoid has an absolute error, and -inf at -104."""
+    return -F.softplus(-x)
+
+
+def _logaddexp2(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return log_of_sum(a * math.log(2), b * math.log(2)) / math.log(2)
+
+
+def _atan2(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """At y = 0 left of the origin it is pi, as torch has it, and not -pi."""
+    angle = torch.atan(y / torch.where((x == 0) & (y == 0), 1.0, x))
+    half_turn = torch.where(y < 0, -math.pi, math.pi)
+    return torch.where(x < 0, angle + half_turn, angle)
+
+
+def _other_of_nan(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda a, b: torch.where(a.isnan(), b, torch.where(b.isnan(), a, choose(a, b)))
+
+
+def _hypot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """By the ratio: squares of large numbers are infinite."""
+    long, short = torch.maximum(a.abs(), b.abs()), torch.minimum(a.abs(), b.abs())
+    ratio = short / torch.where(long == 0, 1.0, long)
+    return long * (1 + ratio * ratio).sqrt()
+
+
+def _copysign(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where(b < 0, -a.abs(), a.abs())
+
+
+def _median(x: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lower one of two."""
+    values, places = x.sort(dim)
+    found = [t.narrow(dim, (x.shape[dim] - 1) // 2, 1) for t in (values, places)]
+    values, places = found if keepdim else (t.squeeze(dim) for t in found)
+    return values, places
+
+
+def _cross_entropy(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    pos_weight: torch.Tensor | None = None,
+    reduction: int = 1,
+) -> torch.Tensor:
+    """binary_cross_entropy_with_logits, which the exporter takes apart to log(sigmoid(x))."""
+    own = F.softplus(-x)
+    loss = (1 - target) * x + (own if pos_weight is None else (1 + (pos_weight - 1) * target) * own)
+    loss = loss if weight is None else weight * loss
+    return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
+
+
+FORMS: Mapping[Any, Callable[..., Any]] = {
+    aten.log_sigmoid.default: _log_sigmoid,
+    aten.binary_cross_entropy_with_logits.default: _cross_entropy,
+    aten.logaddexp.default: log_of_sum,
+    aten.logaddexp2.default: _logaddexp2,
+    aten.atan2.default: _atan2,
+    aten.fmax.default: _other_of_nan(torch.maximum),
+    aten.fmin.default: _other_of_nan(torch.minimum),
+    aten.hypot.default: _hypot,
+    aten.copysign.Tensor: _copysign,
+    aten.median.dim: _median,
+}
+
+
+@dataclass(frozen=True)
+class WriteOutForOnnx(Pass):
+    """y = op(x)  =>  y = the same of operators whose ONNX forms are right for all numbers.
+
+    Forms that overflow, or lose what is small, are right on most examples: no comparison in onnxruntime tells.
+    """
+
+    in_place = True
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph, written = graph_module.graph, 0
+        for node in [n for n in graph.nodes if n.target in FORMS]:
+            if (made := trace_call(node, FORMS[node.target])) is not None:
+                inline_call(graph, node, made)
+                written += 1
+        if not written:
+            return PassResult.unchanged(graph_module, "torch's exporter writes all operators as they are")
+        erase_dead(graph)
+        return PassResult(graph_module=graph_module, modified=True)
