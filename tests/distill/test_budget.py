@@ -109,6 +109,16 @@ def test_alignment_goes_on_from_its_trial(max_drop: float | None):
     assert report.steps == sum(c.steps for c in report.curves)
 
 
+def test_once_the_time_is_up_no_other_rate_is_tried():
+    recipe = {**FEW, "alignment": {"schedule": "none", "share": 0.0}, "fine_tuning": {"share": 1.0}}
+    worse = itertools.count(1.0)
+    with slow_steps(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("thesean.distill.fine_tune._Tuner.check", lambda tuner: next(worse))
+        report = convert("4s", recipe).report
+    trial = [c.learning_rate for c in report.curves if c.phase == "trial"]
+    assert trial == [2e-3, 1e-3]  # three steps each, of a tenth of a second, in 8% of four
+
+
 def test_without_a_loss_alignment_may_get_most_of_the_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Trial, "rate", property(lambda trial: 1.0 if trial.curves[0].part else 0.0))
     told = []

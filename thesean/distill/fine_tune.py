@@ -121,7 +121,7 @@ class _Tuner:
         rates = RATES if asked == "find" else (asked,)
         for rate in rates:
             left = self.steps - self.taken
-            if not left:
+            if not left or self._out_of_time():
                 break
             if rate != rates[-1] and self.in_vain.get(rate, 0) >= patience(left):
                 continue
@@ -143,6 +143,13 @@ class _Tuner:
         told += [f"{self.phase}: {self.recomputing.told}"] if self.recomputing.told else []
         told += [again] if (again := self.came_again) else []
         return Tuned(steps=self.taken, curves=tuple(self.curves), notes=tuple(told))
+
+    def _out_of_time(self) -> bool:
+        """Whether a rate was the last one that there was time for."""
+        trainer = self.training.trainer
+        if not self.curves or trainer.deadline == math.inf:
+            return False
+        return self.training.journal.piece(f"{self.phase} {len(self.curves)} late", lambda: trainer.late)
 
     def _train(self, run: _Run) -> None:
         self.training.journal.piece(f"{self.phase} {len(self.curves) + 1}", partial(self._trained, run), self)

@@ -125,7 +125,7 @@ class Trainer:
                     if self.average is not None:
                         self.average.add()
                 self.observer.step(step + 1, {"loss": value})
-                if (after is not None and after(step + 1, value)) or self._late():
+                if (after is not None and after(step + 1, value)) or self.late:
                     return step + 1
                 self.journal.after_step(step + 1, *kept)
         return steps
@@ -151,7 +151,9 @@ class Trainer:
         rows = [self.rows(batch) for batch in taken]
         return [(own / sum(rows), batch) for own, batch in zip(rows, taken, strict=True)]
 
-    def _late(self) -> bool:
+    @property
+    def late(self) -> bool:
+        """Whether the time is up, for any rank."""
         return self.deadline < math.inf and ranks.any_of(time.monotonic() > self.deadline)
 
     def _computing(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
