@@ -174,8 +174,16 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
             *graph,
         ],
         "020-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "021-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "022-cells-as-modules.txt": [
+        "021-write-out-for-onnx.txt": [
+            "# write-out-for-onnx: unchanged: torch's exporter writes all operators as they are",
+            *graph,
+        ],
+        "022-folds-as-modules.txt": [
+            "# folds-as-modules: unchanged: nothing is folded over all numbers so far",
+            *graph,
+        ],
+        "023-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "024-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",

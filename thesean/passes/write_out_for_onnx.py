@@ -91,13 +91,19 @@ FORMS: Mapping[Any, Callable[..., Any]] = {
 class WriteOutForOnnx(Pass):
     """y = op(x)  =>  y = the same of operators whose ONNX forms are right for all numbers.
 
-    Forms that overflow, or lose what is small, are right on most examples: no comparison in onnxruntime tells.
+    Forms that overflow, or lose what is small, are right on most examples: no comparison in onnxruntime tells. The
+    logarithm of a sigmoid is one operator, however it was written.
     """
 
     in_place = True
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         graph, written = graph_module.graph, 0
+        for node in graph.find_nodes(op="call_function", target=aten.log.default):
+            inner = node.args[0]
+            if isinstance(inner, fx.Node) and inner.target is aten.sigmoid.default:
+                node.target, node.args = aten.log_sigmoid.default, inner.args
+                written += 1
         for node in [n for n in graph.nodes if n.target in FORMS]:
             if (made := trace_call(node, FORMS[node.target])) is not None:
                 inline_call(graph, node, made)

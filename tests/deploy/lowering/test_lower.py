@@ -252,6 +252,7 @@ def test_a_core_is_lowered_by_the_file_of_its_operations_name():
         "cached_attention",
         "kept_attention",
         "held",
+        "running_fold",
     }
     files = {path.stem for path in Path(str(forms.__file__)).parent.glob("*.py")} - {"__init__"}
     assert used == files
