@@ -229,6 +229,8 @@ def test_a_trial_tells_how_many_steps_fit():
     assert trial.rate == 0.25
     assert trial.steps_in(5.0) == 25
     assert trial.steps_in(-1.0) == 0
+    # what comes before the first step, and after the last one, doesn't grow with them
+    assert Trial(gain=0.5, seconds=2.0, steps=10, stepping=1.0).steps_in(5.0) == 50
 
 
 def test_a_finished_run_of_a_budget_is_read_again(tmp_path: Path):

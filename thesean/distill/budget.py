@@ -40,11 +40,14 @@ _MOST, _MOST_WITHOUT_LOSS = 0.5, 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """`gain` of the held-out value, never below 0, in `seconds` of so many `steps`, and what it did in each run."""
+    """`gain` of the held-out value, never below 0, in `seconds` of so many `steps`, and what it did in each run. The
+    steps alone took `stepping` of these, where that was measured: what comes before and after doesn't grow with them.
+    """
 
     gain: float
     seconds: float
     steps: int
+    stepping: float | None = None
     curves: tuple[Curve, ...] = ()
 
     @property
@@ -53,7 +56,7 @@ class Trial:
 
     def steps_in(self, seconds: float) -> int:
         """As many as fit, at the trial's pace."""
-        return max(0, int(seconds * self.steps / self.seconds))
+        return max(0, int(seconds * self.steps / (self.stepping or self.seconds)))
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Trial:
@@ -197,12 +200,12 @@ class _Alignment:
     run_stage: RunStage
     steps: int
 
-    def __call__(self, within: Training) -> tuple[Curve, ...]:
+    def __call__(self, within: Training) -> tuple[tuple[Curve, ...], None]:
         found = []
         for stage in stages(within.recipe.alignment.schedule, len(self.hybrid.parts), self.steps):
             name, step = f"trial stage {stage.number + 1}", partial(_curve, self.run_stage, stage, within)
             found.append(Curve.from_dict(within.journal.piece(name, step, self.hybrid.graph_module)))
-        return tuple(found)
+        return tuple(found), None
 
 
 @dataclass(frozen=True)
@@ -212,8 +215,9 @@ class _Tuning:
     hybrid: Hybrid
     steps: int
 
-    def __call__(self, within: Training) -> tuple[Curve, ...]:
-        return fine_tune(self.hybrid, within, self.steps, phase="trial").curves
+    def __call__(self, within: Training) -> tuple[tuple[Curve, ...], float]:
+        tuned = fine_tune(self.hybrid, within, self.steps, phase="trial")
+        return tuned.curves, ranks.agreed(tuned.seconds)[0]
 
 
 def _curve(run_stage: RunStage, stage: Stage, within: Training) -> dict[str, Any]:
@@ -221,18 +225,22 @@ def _curve(run_stage: RunStage, stage: Stage, within: Training) -> dict[str, Any
 
 
 def _trial(
-    hybrid: Hybrid, training: Training, run: Callable[[Training], tuple[Curve, ...]], seconds: float
+    hybrid: Hybrid,
+    training: Training,
+    run: Callable[[Training], tuple[tuple[Curve, ...], float | None]],
+    seconds: float,
 ) -> tuple[Trial, dict[str, torch.Tensor] | None]:
     """What was found, and where it gained all weights at the end. The hybrid is left as it was."""
     graph_module = hybrid.graph_module
     start = {name: value.clone() for name, value in graph_module.state_dict().items()}
     before = training.judge.value(graph_module, training.judge.sample)
     begun = time.monotonic()
-    curves = run(training.within(seconds))
+    curves, stepping = run(training.within(seconds))
     (took,) = ranks.agreed(time.monotonic() - begun)
     gain = before - training.judge.value(graph_module, training.judge.sample)
     gain = max(0.0, gain) if gain == gain else 0.0
     end = {name: value.clone() for name, value in graph_module.state_dict().items()} if gain else None
     graph_module.load_state_dict(start)
     graph_module.eval()
-    return Trial(gain=gain, seconds=max(took, 1e-6), steps=sum(curve.steps for curve in curves), curves=curves), end
+    steps = sum(curve.steps for curve in curves)
+    return Trial(gain=gain, seconds=max(took, 1e-6), steps=steps, stepping=stepping, curves=curves), end

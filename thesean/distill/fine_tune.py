@@ -15,6 +15,7 @@ Once the network is ahead of its guide on held-out data, by the task, the guide 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -60,9 +61,12 @@ LossOf = Callable[[int, Batch], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The steps taken at all rates that were tried, a curve of each, and what to tell."""
+    """The steps taken at all rates that were tried, the seconds that they took with what was looked at between them, a
+    curve of each, and what to tell.
+    """
 
     steps: int
+    seconds: float = 0.0
     curves: tuple[Curve, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -109,7 +113,7 @@ class _Tuner:
             hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide, lambda: self.new
         )
         self.curves: list[Curve] = []
-        self.taken = 0
+        self.taken, self.seconds = 0, 0.0
 
     def run(self) -> Tuned:
         self.best.offer(self.check())
@@ -142,7 +146,7 @@ class _Tuner:
         told = [] if helped else [f"{self.phase} did not help: kept the state that it began with"]
         told += [f"{self.phase}: {self.recomputing.told}"] if self.recomputing.told else []
         told += [again] if (again := self.came_again) else []
-        return Tuned(steps=self.taken, curves=tuple(self.curves), notes=tuple(told))
+        return Tuned(steps=self.taken, seconds=self.seconds, curves=tuple(self.curves), notes=tuple(told))
 
     def _out_of_time(self) -> bool:
         """Whether a rate was the last one that there was time for."""
@@ -160,6 +164,7 @@ class _Tuner:
         watch = _Watch(self, run, average)
         observer.begin(self.phase, None, 1, 1, run.steps)
         self.graph_module.train()
+        start = time.monotonic()
         try:
             with sharding([self.training.guide, self.graph_module], self.training.recipe.sharded):
                 replace(self.training.trainer, average=average).train(
@@ -176,17 +181,20 @@ class _Tuner:
             if run.patience is None or not math.isfinite(run.bound):
                 raise
         self.graph_module.eval()
+        self.seconds += time.monotonic() - start
         self.curves.append(watch.trace.done(watch.kept))
         observer.end({"held out": self.best.value})
 
     def state_dict(self) -> dict[str, Any]:
         """Between two runs: the weights are those of the best state."""
         curves = [asdict(c) for c in self.curves]
-        return {"best": self.best.state_dict(), "taken": self.taken, "curves": curves, "new before": self.new_before}
+        told = {"taken": self.taken, "seconds": self.seconds, "curves": curves, "new before": self.new_before}
+        return {"best": self.best.state_dict(), **told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best.load_state_dict(state["best"])
-        self.taken, self.curves = state["taken"], [Curve.from_dict(c) for c in state["curves"]]
+        self.taken, self.seconds = state["taken"], state["seconds"]
+        self.curves = [Curve.from_dict(c) for c in state["curves"]]
         self.new_before = state["new before"]
 
     @property
