@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from thesean import ranks
 from thesean.curve import Curve
 from thesean.distill.align import Stage, StageResult, stages
-from thesean.distill.fine_tune import fine_tune
+from thesean.distill.fine_tune import Tuned, fine_tune
 from thesean.distill.training import Training
 from thesean.passes.graph.intermediates import intermediates
 from thesean.passes.plan.hybrid import Hybrid
@@ -200,12 +200,12 @@ class _Alignment:
     run_stage: RunStage
     steps: int
 
-    def __call__(self, within: Training) -> tuple[tuple[Curve, ...], None]:
+    def __call__(self, within: Training) -> Tuned:
         found = []
         for stage in stages(within.recipe.alignment.schedule, len(self.hybrid.parts), self.steps):
             name, step = f"trial stage {stage.number + 1}", partial(_curve, self.run_stage, stage, within)
             found.append(Curve.from_dict(within.journal.piece(name, step, self.hybrid.graph_module)))
-        return tuple(found), None
+        return Tuned(steps=sum(curve.steps for curve in found), curves=tuple(found))
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,8 @@ class _Tuning:
     hybrid: Hybrid
     steps: int
 
-    def __call__(self, within: Training) -> tuple[tuple[Curve, ...], float]:
-        tuned = fine_tune(self.hybrid, within, self.steps, phase="trial")
-        return tuned.curves, ranks.agreed(tuned.seconds)[0]
+    def __call__(self, within: Training) -> Tuned:
+        return fine_tune(self.hybrid, within, self.steps, phase="trial")
 
 
 def _curve(run_stage: RunStage, stage: Stage, within: Training) -> dict[str, Any]:
@@ -225,22 +224,19 @@ def _curve(run_stage: RunStage, stage: Stage, within: Training) -> dict[str, Any
 
 
 def _trial(
-    hybrid: Hybrid,
-    training: Training,
-    run: Callable[[Training], tuple[tuple[Curve, ...], float | None]],
-    seconds: float,
+    hybrid: Hybrid, training: Training, run: Callable[[Training], Tuned], seconds: float
 ) -> tuple[Trial, dict[str, torch.Tensor] | None]:
     """What was found, and where it gained all weights at the end. The hybrid is left as it was."""
     graph_module = hybrid.graph_module
     start = {name: value.clone() for name, value in graph_module.state_dict().items()}
     before = training.judge.value(graph_module, training.judge.sample)
     begun = time.monotonic()
-    curves, stepping = run(training.within(seconds))
+    tried = run(training.within(seconds))
     (took,) = ranks.agreed(time.monotonic() - begun)
     gain = before - training.judge.value(graph_module, training.judge.sample)
     gain = max(0.0, gain) if gain == gain else 0.0
     end = {name: value.clone() for name, value in graph_module.state_dict().items()} if gain else None
     graph_module.load_state_dict(start)
     graph_module.eval()
-    steps = sum(curve.steps for curve in curves)
-    return Trial(gain=gain, seconds=max(took, 1e-6), steps=steps, stepping=stepping, curves=curves), end
+    stepping = None if tried.seconds is None else ranks.agreed(tried.seconds)[0]
+    return Trial(gain=gain, seconds=max(took, 1e-6), steps=tried.steps, stepping=stepping, curves=tried.curves), end

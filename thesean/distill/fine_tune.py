@@ -66,7 +66,7 @@ class Tuned:
     """
 
     steps: int
-    seconds: float = 0.0
+    seconds: float | None = None  # None: not measured
     curves: tuple[Curve, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from thesean.kernels.shared.precision import HALF, wide
+from thesean.kernels.shared.precision import wide
 
 Fold = Literal["product", "logsumexp", "largest", "least"]
 
@@ -51,6 +51,5 @@ def running_fold(x_BT: torch.Tensor, before_B: torch.Tensor, *, fold: Fold) -> t
             f"running_fold: expected x (B, T, ...) with T >= 1 and before (B, ...), found x {tuple(x_BT.shape)}, "
             f"before {tuple(before_B.shape)}."
         )
-    x, before = (wide(x_BT), wide(before_B)) if x_BT.dtype in HALF else (x_BT, before_B)
-    folds_BT = JOINED[fold](_RUNNING[fold](x), before.unsqueeze(1))
+    folds_BT = JOINED[fold](_RUNNING[fold](wide(x_BT)), wide(before_B).unsqueeze(1))
     return folds_BT.to(x_BT.dtype), folds_BT[:, -1]

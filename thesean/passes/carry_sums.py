@@ -6,7 +6,6 @@ B batch, T time
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import getitem
 
 import torch
 from torch import fx
@@ -16,7 +15,8 @@ from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.clock import NO_TIME, has_one_time
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.nodes import argument
-from thesean.passes.graph.running_fold import FOLDS, fold_instead, fold_of
+from thesean.passes.graph.running import run_instead, values_of
+from thesean.passes.graph.running_fold import FOLDS, RunningFold, fold_of
 from thesean.passes.graph.running_sum import RunningSum
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import beside, erase_dead, free_names
@@ -58,14 +58,14 @@ class CarrySums(Pass):
             fold = fold_of(node)
             if (fold is None and node.target is not aten.cumsum.default) or node in counts:
                 continue
-            made = node if node.name in two.shapes else next((u for u in node.users if not u.args[1]), None)
+            made = next(iter(values_of(node)), None)
             dim = two.time_dim(made)
             if made is None or dim is None or argument(node, 1, "dim") % two.rank(made) != dim:
                 continue
             if fold is None:
-                _replace(new, node, dim, next(sums))
+                run_instead(new, node, RunningSum(dim), next(sums))
             else:
-                fold_instead(new, node, dim, fold, next(folds))
+                run_instead(new, node, RunningFold(dim, fold), next(folds))
             found += 1
         if not found:
             return none
@@ -73,16 +73,3 @@ class CarrySums(Pass):
         new.recompile()
         new.train(graph_module.training)
         return PassResult(graph_module=new, modified=True)
-
-
-def _replace(graph_module: fx.GraphModule, node: fx.Node, dim: int, name: str) -> None:
-    graph, summed = graph_module.graph, node.args[0]
-    graph_module.add_submodule(name, RunningSum(dim))
-    with graph.inserting_before(node):
-        if (dtype := node.kwargs.get("dtype")) is not None:
-            summed = graph.call_function(aten.to.dtype, (summed, dtype))
-        call = graph.call_module(name, (summed,))
-        sums = graph.call_function(getitem, (call, 0))
-    call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-    sums.meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack")}
-    node.replace_all_uses_with(sums)

@@ -10,7 +10,8 @@ from torch import fx
 
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.nodes import argument
-from thesean.passes.graph.running_fold import fold_instead, fold_of
+from thesean.passes.graph.running import run_instead
+from thesean.passes.graph.running_fold import RunningFold, fold_of
 from thesean.passes.graph.surgery import erase_dead, free_names
 
 
@@ -31,7 +32,7 @@ class FoldsAsModules(Pass):
             return PassResult.unchanged(graph_module, "nothing is folded over all numbers so far")
         for node, fold in found:
             dim = argument(node, 1, "dim") % argument(node, 0, "self").meta["val"].ndim
-            fold_instead(graph_module, node, dim, fold, next(names))
+            run_instead(graph_module, node, RunningFold(dim, fold), next(names))
         erase_dead(graph)
         return PassResult(graph_module=graph_module, modified=True)
 

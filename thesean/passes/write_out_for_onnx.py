@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from thesean.kernels.running_fold import log_of_sum
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.inline_call import inline_call
-from thesean.passes.graph.surgery import erase_dead
+from thesean.passes.graph.inline_calls import inline_calls
 from thesean.passes.graph.trace_call import trace_call
 
 aten = torch.ops.aten
@@ -98,17 +97,13 @@ class WriteOutForOnnx(Pass):
     in_place = True
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        graph, written = graph_module.graph, 0
+        graph, joined = graph_module.graph, 0
         for node in graph.find_nodes(op="call_function", target=aten.log.default):
             inner = node.args[0]
             if isinstance(inner, fx.Node) and inner.target is aten.sigmoid.default:
                 node.target, node.args = aten.log_sigmoid.default, inner.args
-                written += 1
-        for node in [n for n in graph.nodes if n.target in FORMS]:
-            if (made := trace_call(node, FORMS[node.target])) is not None:
-                inline_call(graph, node, made)
-                written += 1
-        if not written:
+                joined += 1
+        written = inline_calls(graph, lambda n: trace_call(n, FORMS[n.target]) if n.target in FORMS else None)
+        if not joined + written:
             return PassResult.unchanged(graph_module, "torch's exporter writes all operators as they are")
-        erase_dead(graph)
         return PassResult(graph_module=graph_module, modified=True)

@@ -16,10 +16,9 @@ from torch.utils import _pytree as pytree
 
 from thesean.kernels.grouped_product import grouped_product
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.graph.inline_call import inline_call
+from thesean.passes.graph.inline_calls import inline_calls
 from thesean.passes.graph.nodes import argument, is_write
 from thesean.passes.graph.operators import names
-from thesean.passes.graph.surgery import erase_dead
 from thesean.passes.graph.trace_call import is_composed, trace_call
 
 
@@ -129,17 +128,12 @@ class WriteOutOperators(Pass):
     in_place = True
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        graph = graph_module.graph
-        written = 0
-        for node in list(graph.nodes):
+        def made_of(node: fx.Node) -> fx.GraphModule | None:
             form = _form(node)
-            made = None if form is None else _traced(node, form)
-            if made is not None:
-                inline_call(graph, node, made)
-                written += 1
-        if not written:
+            return None if form is None else _traced(node, form)
+
+        if not inline_calls(graph_module.graph, made_of):
             return PassResult.unchanged(graph_module, "no operator is to be written out")
-        erase_dead(graph)
         return PassResult(graph_module=graph_module, modified=True)
 
 

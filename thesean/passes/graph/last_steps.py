@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 
-def seen_alone(x: torch.Tensor, mask_BT: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """x_BT…, time along `dim`, with zeros at steps that the mask says are none."""
+def seen_alone(x: torch.Tensor, mask_BT: torch.Tensor | None, dim: int, nothing: float = 0) -> torch.Tensor:
+    """x_BT…, time along `dim`, with `nothing` at steps that the mask says are none."""
     if mask_BT is None:
         return x
     ones = (size if d in (0, dim) else 1 for d, size in enumerate(x.shape))
-    return torch.where(mask_BT.reshape(*ones), x, 0)
+    return torch.where(mask_BT.reshape(*ones), x, nothing)
 
 
 class LastSteps(nn.Module):

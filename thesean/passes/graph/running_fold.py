@@ -6,14 +6,15 @@ B batch, T time
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from thesean.kernels.running_fold import NOTHING, Fold
+from thesean.passes.graph.last_steps import seen_alone
 from thesean.passes.graph.nodes import argument
+from thesean.passes.graph.running import places_read
 from thesean.targets.shared.core import Core
 
 aten = torch.ops.aten
@@ -44,11 +45,9 @@ class RunningFold(nn.Module):
     def forward(
         self, x: torch.Tensor, before: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BT = x.movedim(self.dim, 1)
+        x_BT = seen_alone(x.movedim(self.dim, 1), mask, 1, self.nothing)
         ones_B = torch.ones_like(x_BT[:, 0])
         begun_B = ones_B if mask is None else ones_B * mask.any(1).view(-1, *(1 for _ in x_BT.shape[2:]))
-        if mask is not None:
-            x_BT = torch.where(mask.view(*mask.shape, *(1 for _ in x_BT.shape[2:])), x_BT, self.nothing)
         start_B = ones_B * self.nothing
         if before is not None:
             start_B = torch.where(before[..., 1] > 0, before[..., 0], start_B)
@@ -70,21 +69,6 @@ def fold_of(node: fx.Node) -> Fold | None:
     value = x.meta.get("val") if isinstance(x, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
         return None
-    if fold in ("largest", "least") and any(user.args[1] and user.users for user in node.users):
+    if places_read(node):
         return None
     return fold if argument(node, 1, "dim") % value.ndim else None
-
-
-def fold_instead(graph_module: fx.GraphModule, node: fx.Node, dim: int, fold: Fold, name: str) -> None:
-    """A module of this name takes the place of a node that `fold_of` knows."""
-    graph, x = graph_module.graph, argument(node, 0, "self")
-    graph_module.add_submodule(name, RunningFold(dim, fold))
-    with graph.inserting_before(node):
-        if (dtype := node.kwargs.get("dtype")) is not None:
-            x = graph.call_function(aten.to.dtype, (x, dtype))
-        call = graph.call_module(name, (x,))
-        folds = graph.call_function(getitem, (call, 0))
-    call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-    for reader in [node] if fold in ("product", "logsumexp") else [user for user in node.users if not user.args[1]]:
-        folds.meta = {k: v for k, v in reader.meta.items() if k in ("val", "nn_module_stack")}
-        reader.replace_all_uses_with(folds)
