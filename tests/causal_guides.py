@@ -60,6 +60,15 @@ FAMILIES: dict[str, Callable[[str], nn.Module]] = {
     "gemma": _family("Gemma", **_GEMMA),
     "gemma2": _family("Gemma2", **_GEMMA, sliding_window=WINDOW),  # bent scores, and a window every second layer
     "gemma3": _family("Gemma3", **_GEMMA, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
+    "gpt_oss": _family(
+        "GptOss",
+        **_sizes(num_key_value_heads=2, head_dim=8),
+        sliding_window=WINDOW,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"],
+    ),  # sinks, and experts
     "bloom": _family("Bloom", vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=HEADS),  # ALiBi
 }
 # beside attentions other mixers that read earlier steps
@@ -69,9 +78,9 @@ MIXED: dict[str, Callable[[str], nn.Module]] = {
         layer_types=["conv", "full_attention", "conv"], pad_token_id=0,
     ),  # short causal convolutions
 }  # fmt: skip
-_EAGER = ("gpt_neo", "gemma2", "bloom")  # have no other attention
+_EAGER = ("gpt_neo", "gemma2", "gpt_oss", "bloom")  # have no other attention
 # what has no table of positions runs past the length that it was trained at
-ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "bloom", "lfm2")
+ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_oss", "bloom", "lfm2")
 
 
 @shared
@@ -93,6 +102,7 @@ class Attending(nn.Module):
         self.words = nn.Embedding(VOCABULARY, 16)
         self.query, self.key, self.value, self.last = (nn.Linear(16, 16) for _ in range(4))
         self.head = nn.Linear(16, VOCABULARY)
+        self.sinks = nn.Parameter(torch.tensor([-0.5, 1.0]))
         self.register_buffer("lower", torch.tril(torch.ones(1, 1, 64, 64)))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -195,6 +205,23 @@ class Attending(nn.Module):
         hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
         weights = (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1)
         return (weights * 0.5 @ v).transpose(1, 2).flatten(2)
+
+    def sinking(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """A score a head that takes its share of the weights, as in gpt-oss; weights in float32."""
+        q, k, v = self.heads(q, k, v)
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        scores = (q @ k.mT * 0.5).masked_fill(hidden, -math.inf)
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+        both = torch.cat([scores, sinks], -1)
+        weights = (both - both.max(-1, keepdim=True).values).softmax(-1, dtype=torch.float32)[..., :-1]
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    def one_more(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """exp(x) / (1 + sum of exp(x)): a key in front whose score is 0."""
+        q, k, v = self.heads(q, k, v)
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        scores = F.pad((q @ k.mT).masked_fill(hidden, -math.inf), (1, 0))
+        return (scores.softmax(-1)[..., 1:] @ v).transpose(1, 2).flatten(2)
 
     def ahead(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self.attend(q, k, v)

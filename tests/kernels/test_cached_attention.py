@@ -75,6 +75,19 @@ def test_steps_at_once_equal_single_steps(cap, window):
     assert all(torch.equal(one, other) for one, other in zip(state, kept, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sink_is_one_more_key_of_its_score_without_a_value(dtype):
+    query, key, value, bias, *before = inputs(5, 3, 2, dtype)
+    sink_H = torch.tensor([-1.0, 0.0, 1.0, 30.0]).to(dtype)
+    mixed, *kept = cached_attention(query, key, value, bias, *before, sink_H)
+    scores_BHTS = query.double() @ torch.cat([before[0], key], 2).double().repeat_interleave(2, 1).mT + bias.double()
+    weights = scores_BHTS.exp() / (scores_BHTS.exp().sum(-1, keepdim=True) + sink_H.double().exp().view(-1, 1, 1))
+    want = weights @ torch.cat([before[1], value], 2).double().repeat_interleave(2, 1)
+    assert relative_error(mixed, want) < VALUE[dtype]
+    without = cached_attention(query, key, value, bias, *before)[1:]
+    assert all(torch.equal(one, other) for one, other in zip(kept, without, strict=True))
+
+
 def test_a_cap_bends_large_scores():
     query, key, value, bias, *before = inputs(5, 3)
     sharp = cached_attention(100 * query, key, value, bias, *before)[0]

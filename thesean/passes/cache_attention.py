@@ -32,9 +32,9 @@ class CacheAttention(Pass):
     before grouped heads were repeated, (B, G, P, K), P from 0 on; and which of the P steps held a token, (B, P), once
     for all that see alike. With a sliding window of W they are the last W - 1. `token` is what the guide's mask of
     padded steps shows, or True throughout; what the graph's own mask was made of goes. A bias of the distance alone, as
-    ALiBi's, is added by how far keys are from the queries. The new graph shares its
-    parameters with the incoming one, which stays as it was. Raises PassRefused for a causal attention that it can't
-    give a cache, by its path.
+    ALiBi's, is added by how far keys are from the queries; a key of a constant score and no value, a sink, takes its
+    share of the weights. The new graph shares its parameters with the incoming one, which stays as it was. Raises
+    PassRefused for a causal attention that it can't give a cache, by its path.
     """
 
     in_place = False
@@ -82,7 +82,7 @@ class CacheAttention(Pass):
 
 def _replace(graph_module: fx.GraphModule, core: CausalAttention, bias: fx.Node, name: str) -> None:
     graph, mixed = graph_module.graph, core.mixed
-    graph_module.add_submodule(name, CachedAttention(core.scale, core.cap, core.window))
+    graph_module.add_submodule(name, CachedAttention(core.scale, core.cap, core.window, core.sink))
     with graph.inserting_before(mixed):
         query, key, value = core.query, core.key, core.value
         if core.turned:

@@ -22,13 +22,13 @@ from thesean.passes.graph.signature import InputSpec
 from thesean.targets.shared.core import Core
 
 HEADS, WIDTH, VALUES = 4, 3, 5
-NAMES = ("query", "key", "value", "bias", "past_key", "past_value")
+NAMES = ("query", "key", "value", "bias", "past_key", "past_value", "sink")
 
 
 def shapes(groups: int, batch: Any, time: Any, past: Any, every: Any) -> list[tuple[Any, ...]]:
     return [
         (batch, HEADS, time, WIDTH), (batch, groups, time, WIDTH), (batch, groups, time, VALUES),
-        (batch, 1, time, every), (batch, groups, past, WIDTH), (batch, groups, past, VALUES),
+        (batch, 1, time, every), (batch, groups, past, WIDTH), (batch, groups, past, VALUES), (HEADS,),
     ]  # fmt: skip
 
 
@@ -39,9 +39,12 @@ def inputs(groups: int, batch: int, time: int, past: int) -> dict[str, torch.Ten
     return dict(zip(NAMES, made, strict=True))
 
 
-def core(groups: int, cap: float | None, window: int | None) -> tuple[fx.GraphModule, tuple[InputSpec, ...]]:
+def core(
+    groups: int, cap: float | None, window: int | None, sunk: bool = False
+) -> tuple[fx.GraphModule, tuple[InputSpec, ...]]:
     graph = fx.Graph()
-    call = graph.call_module("core", tuple(graph.placeholder(name) for name in NAMES))
+    read = tuple(graph.placeholder(name) for name in NAMES)
+    call = graph.call_module("core", read if sunk else read[:-1])
     graph.output(tuple(graph.call_function(lambda x, i: x[i], (call, i)) for i in range(3)))
     module = fx.GraphModule({"core": Core("cached_attention", cap=cap, window=window)}, graph)
     module.eval()
@@ -50,18 +53,24 @@ def core(groups: int, cap: float | None, window: int | None) -> tuple[fx.GraphMo
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize(("cap", "window"), [(None, None), (2.0, None), (None, 4), (0.5, 1)])
-def test_onnxruntime_computes_what_the_kernel_does_at_any_length(groups, cap, window):
-    module, specs = core(groups, cap, window)
+@pytest.mark.parametrize(
+    ("cap", "window", "sunk"),
+    [(None, None, False), (2.0, None, False), (None, 4, True), (0.5, 1, False), (None, None, True)],
+)
+def test_onnxruntime_computes_what_the_kernel_does_at_any_length(groups, cap, window, sunk):
+    module, specs = core(groups, cap, window, sunk)
     proto = ir.to_proto(to_onnx(module, inputs(groups, 2, 7, 3), specs, ("mixed", "next_key", "next_value"), 20))
     (function,) = proto.functions
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     for batch, time, past in ((1, 1, 0), (3, 1, 9), (2, 6, 0), (2, 5, 4)):
         given = inputs(groups, batch, time, past)
         found = session.run(None, {n: v.numpy() for n, v in given.items()})
+        if not sunk:
+            del given["sink"]
         for got, want in zip(found, cached_attention(*given.values(), cap=cap, window=window), strict=True):
             np.testing.assert_allclose(got, want.numpy(), rtol=1e-5, atol=1e-5)
-    kinds = [k for k, there in (("Grouped", groups != 4), ("Capped", cap), ("Window", window)) if there]
+    given_kinds = (("Grouped", groups != 4), ("Capped", cap), ("Window", window), ("Sink", sunk))
+    kinds = [kind for kind, there in given_kinds if there]
     assert function.name == "".join(["CachedAttention", *kinds])
 
 

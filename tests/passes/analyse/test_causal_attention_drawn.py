@@ -217,9 +217,13 @@ def test_a_window_about_as_long_as_what_is_looked_at_is_read(window):
 
 # what is made of the scores, and whether it is told that it can't be kept, or no attention at all
 OTHERS: dict[str, tuple[Any, bool]] = {
-    "a sink": (
+    "a sink that is a key's own score": (
         lambda c, s: c(
-            aten.slice.Tensor, c(aten.softmax.int, c(aten.constant_pad_nd.default, s, [1, 0], 0.0), -1), 3, 1, 2**63 - 1
+            aten.slice.Tensor,
+            c(aten.softmax.int, c(aten.cat.default, [c(aten.slice.Tensor, s, 3, 0, 1), s], 3), -1),
+            3,
+            1,
+            2**63 - 1,
         ),
         False,
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ VIEWS = {
     aten.clone.default, aten.contiguous.default, aten.repeat_interleave.self_int, aten.dropout.default,
     aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.flatten.using_ints,
 }  # fmt: skip
+_LARGEST = (aten.max.dim, aten.amax.default)
 _SCALES = {aten.mul.Tensor: False, aten.mul.Scalar: False, aten.div.Tensor: True, aten.div.Scalar: True}
 
 
@@ -38,6 +40,7 @@ class CausalAttention:
     Keys and values are those before grouped heads were repeated; a key that is `turned` is (..., K, T). Query t sees
     key s where s <= t, t - s < window, and `padding` shows s. `cap`: c tanh(score / c) stands for the score.
     `distance`: what is added to a score by how many steps lie between, or how many tokens where they are `counted`.
+    `sink`: (H), the score of one more key of each head, whose value is zero.
     """
 
     query: fx.Node
@@ -55,6 +58,7 @@ class CausalAttention:
     padding: Padding | None = None
     distance: Reach | None = None
     counted: bool = False
+    sink: torch.Tensor | None = None
 
     @property
     def sight(self) -> tuple[Any, ...]:
@@ -75,6 +79,7 @@ class Scores:
     steps: tuple[fx.Node, ...]
     sides: tuple[fx.Node, ...]  # what enters beside the scores
     causal: bool = False  # the fused operator's own mask
+    sink: int | None = None  # the column, first or last, that no key stands for: -1 or 0
 
 
 def find_cores(sides: Sides) -> Iterator[tuple[CausalAttention, Scores]]:
@@ -121,6 +126,9 @@ class _Finder:
         before, after, capped = 1.0, 1.0, False
         node = softmax.args[0]
         while isinstance(node, fx.Node) and node.target not in (*_PRODUCT, ADDED):
+            if (whole := _less_its_largest(node)) is not None:  # which a softmax doesn't see
+                node = whole
+                continue
             steps.append(node)
             mains = [i for i in node.all_input_nodes if i in self.mains]
             if len(mains) != 1:
@@ -140,7 +148,7 @@ class _Finder:
             sides.append(node.all_input_nodes[0])
             before *= float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
         query, key = node.args[shift], node.args[shift + 1]
-        product = self._mixing(softmax)
+        product, sink = self._mixing(softmax)
         if product is None or not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
             return None
         value = product.args[1]
@@ -160,7 +168,7 @@ class _Finder:
             scale=before * (after if capped else 1.0),
             cap=after if capped else None,
         )
-        return core, Scores(product=node, steps=tuple(reversed(steps)), sides=tuple(sides))
+        return core, Scores(product=node, steps=tuple(reversed(steps)), sides=tuple(sides), sink=sink)
 
     def _kinds(self, query: fx.Node, key: fx.Node, value: fx.Node) -> dict[str, Any]:
         like = self.values[query]
@@ -181,16 +189,40 @@ class _Finder:
             other = float(value)
         return 1 / float(other) if _SCALES[node.target] else float(other)
 
-    def _mixing(self, softmax: fx.Node) -> fx.Node | None:
-        """The product of the weights with the values."""
-        node = softmax
+    def _mixing(self, softmax: fx.Node) -> tuple[fx.Node | None, int | None]:
+        """The product of the weights with the values, and which column of the weights is left out before it."""
+        node, sink = softmax, None
         while True:
             users = [u for u in node.users if u.target in VIEWS or (u.target in _PRODUCT and u.args[0] is node)]
-            if len(users) != 1:
-                return None
+            left_out = [(u, at) for u in node.users if (at := self._left_out(u)) is not None]
+            if len(users) + len(left_out) != 1:
+                return None, None
+            if left_out:
+                ((node, sink),) = left_out
+                continue
             node = users[0]
             if node.target in _PRODUCT:
-                return node
+                return node, sink
+
+    def _left_out(self, node: fx.Node) -> int | None:
+        """-1 or 0 where all but the last or the first column are taken."""
+        if node.target is not aten.slice.Tensor:
+            return None
+        before, after = (self.values[n].shape for n in (node.args[0], node))  # type: ignore[index]
+        if after[:-1] != before[:-1] or after[-1] != before[-1] - 1:
+            return None
+        return -1 if argument(node, 2, "start") in (None, 0) else 0
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.values[node], torch.Tensor) and self.values[node].numel() > 1
+
+
+def _less_its_largest(node: fx.Node) -> fx.Node | None:
+    """x, where the node is x - max(x) along a row."""
+    if node.target is not aten.sub.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        return None
+    whole, largest = node.args[:2]
+    while isinstance(largest, fx.Node) and largest.target in (getitem, aten.detach.default):
+        largest = largest.args[0]
+    taken = isinstance(largest, fx.Node) and largest.target in _LARGEST and largest.args[0] is whole
+    return whole if taken else None  # type: ignore[return-value]

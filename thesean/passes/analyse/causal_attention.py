@@ -69,11 +69,11 @@ class _Reader:
         if bool((at_zero[seen].abs() > 1e-4).any()):
             distance = self._distance(core, at_zero, scores)
             core = replace(core, distance=distance, counted=self._counted(core, distance, scores))
-        core = self._grouped(core)
+        core = self._grouped(replace(core, sink=self._sink(scores)))
         if not self._equals(core):
             raise PassRefused(
                 f"cache attention: {core.path}: expected softmax(scale q k' + mask) v, found an attention that it "
-                "does not reproduce (a sink, a gate or a norm of its weights). Convert it too."
+                "does not reproduce (a gate or a norm of its weights). Convert it too."
             )
         return core
 
@@ -94,12 +94,23 @@ class _Reader:
                 result = result.masked_fill(~_causal(time), -torch.inf)
         else:
             result = self._chain(scores, env, batch, time)
+            if scores.sink is not None:
+                result = result[..., 1:] if scores.sink == 0 else result[..., :-1]
         if result.ndim < 4:
             result = result.reshape(*(() if result.ndim == 2 else (batch, -1)), *result.shape[-2:])
         result = result.expand(batch, -1, time, time) if result.ndim == 4 else result.expand(batch, 1, time, time)
         if given is None:
             self.known[key] = result
         return result
+
+    def _sink(self, scores: Scores) -> torch.Tensor | None:
+        """The score of each head's key that stands for no step; None where there is none, or where it isn't one."""
+        if scores.sink is None or (env := self.sides.at(scores.sides, BATCH, self.time, {})) is None:
+            return None
+        columns = self._chain(scores, env, BATCH, self.time)[..., scores.sink]
+        if columns.ndim != 3 or not bool((columns == columns[:1, :, :1]).all()):
+            return None
+        return columns[0, :, 0].detach().clone()
 
     def _chain(self, scores: Scores, env: dict[fx.Node, Any], batch: int, time: int) -> torch.Tensor:
         assert scores.product is not None
@@ -307,7 +318,7 @@ class _Reader:
             return False  # of steps that aren't the inputs', such as frames of a signal
         token_BT = torch.ones(BATCH, self.time, dtype=torch.bool, device=query.device)
         bias, _ = SeenKeys(core.window, query.dtype, core.distance, core.counted)(token_BT)
-        got, _ = CachedAttention(core.scale, core.cap, core.window)(query, key, value, bias)
+        got, _ = CachedAttention(core.scale, core.cap, core.window, core.sink)(query, key, value, bias)
         got = got.flatten(0, 1) if core.packed else got
         bound = _CLOSE.get(want.dtype, 1e-4) * max(1.0, want.abs().max().item())
         return got.shape == want.shape and bool(((got - want).abs() <= bound).all())

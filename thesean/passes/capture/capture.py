@@ -46,6 +46,7 @@ from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.rejoin_norms import RejoinNorms
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
+from thesean.passes.views_as_reshapes import ViewsAsReshapes
 from thesean.passes.write_out_operators import WriteOutOperators
 from thesean.passes.write_out_sizes import WriteOutSizes
 
@@ -54,7 +55,10 @@ logger = logging.getLogger(__name__)
 _VMAP = "torch._functorch.predispatch"
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
-CANONICAL = (InlineRegions(), SplitLayers(), Functionalise(), WriteOutOperators(), WriteOutSizes(), Simplify())
+CANONICAL = (
+    InlineRegions(), SplitLayers(), Functionalise(), ViewsAsReshapes(), WriteOutOperators(), WriteOutSizes(),
+    Simplify(),
+)  # fmt: skip
 # What comes before these where torch followed writes into views, and took operators apart.
 REJOINING = (RejoinNorms(),)
 

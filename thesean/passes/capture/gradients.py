@@ -66,12 +66,7 @@ def keep_training(captured: Captured, guide: Guide) -> Captured:
             del output
             guide.buffers.restore()  # one that the guide wrote holds on to what it was made of
             own = [adopted.get(id(p), p) for p in parameters]
-            try:
-                found = _backward(graph_module(**inputs), own)
-            except RuntimeError:
-                if not _copying(graph_module):
-                    raise
-                found = _backward(graph_module(**inputs), own)
+            found = _backward(graph_module(**inputs), own)
         except RuntimeError as error:  # an operator of the caller's without one
             told = f"the guide has no backward pass ({short(error)}). Solve parts without gradients: recipe='fast'."
             return replace(captured, untrainable=told)
@@ -126,21 +121,6 @@ def _adopt(graph_module: fx.GraphModule, leaves: Iterable[torch.Tensor]) -> dict
 
 def _same_memory(a: torch.Tensor, b: Any) -> bool:
     return isinstance(b, torch.Tensor) and a.data_ptr() == b.data_ptr() and a.shape == b.shape
-
-
-def _copying(graph_module: fx.GraphModule) -> bool:
-    """Whether there was a view of turned dimensions, which is one where memory happens to lie so: kernels that keep
-    something for gradients lay it out in other ways. It is a copy there now.
-    """
-    views = [n for n in graph_module.graph.find_nodes(op="call_function", target=aten.view.default) if _is_turned(n)]
-    for node in views:
-        node.target = aten.reshape.default
-    graph_module.recompile()
-    return bool(views)
-
-
-def _is_turned(node: fx.Node) -> bool:
-    return any(source.target in (aten.transpose.int, aten.permute.default) for source in node.all_input_nodes)
 
 
 def _undo_detached(graph_module: fx.GraphModule) -> None:

@@ -70,17 +70,26 @@ class CachedAttention(nn.Module):
 
     softmax(scale q k' + bias) v, or with a `cap` of c softmax(c tanh(scale q k' / c) + bias) v; each of the G heads of
     keys serves H / G heads of queries in a row, and is kept once. With a `window` of W the last W - 1 steps are kept.
+    A `sink_H` is the score of one more key of each head, whose value is zero.
     """
 
     stateful = True
     grows = 2
     reads = 4  # tensors that come before the state
 
-    def __init__(self, scale: float, cap: float | None = None, window: int | None = None) -> None:
+    def __init__(
+        self,
+        scale: float,
+        cap: float | None = None,
+        window: int | None = None,
+        sink_H: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.cap = cap
         self.window = window
+        self.sink_H: torch.Tensor | None
+        self.register_buffer("sink_H", sink_H)
         self.core = Core("cached_attention", cap=cap, window=window)
 
     def forward(
@@ -93,9 +102,11 @@ class CachedAttention(nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         past_BGPK, past_BGPC = (key_BGTK[:, :, :0], value_BGTC[:, :, :0]) if state is None else state
         query_BHTK = query_BHTK if self.scale == 1 else self.scale * query_BHTK
-        mixed_BHTC, *state_after = self.core(query_BHTK, key_BGTK, value_BGTC, bias_B1TS, past_BGPK, past_BGPC)
+        sink = () if self.sink_H is None else (self.sink_H,)
+        mixed_BHTC, *state_after = self.core(query_BHTK, key_BGTK, value_BGTC, bias_B1TS, past_BGPK, past_BGPC, *sink)
         return mixed_BHTC, (state_after[0], state_after[1])
 
     def extra_repr(self) -> str:
         told = {"scale": self.scale, "cap": self.cap, "window": self.window}
-        return ", ".join(f"{name}={value:g}" for name, value in told.items() if value is not None)
+        sinks = [] if self.sink_H is None else [f"sinks={len(self.sink_H)}"]
+        return ", ".join([*(f"{name}={value:g}" for name, value in told.items() if value is not None), *sinks])

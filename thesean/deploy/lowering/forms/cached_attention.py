@@ -21,7 +21,7 @@ from thesean.deploy.lowering.lowered import add_function, require_exporting
 from thesean.targets.shared.core import Core
 
 DOMAIN, NAME = "thesean", "CachedAttention"
-_KINDS = ("Grouped", "Capped", "Window")
+_KINDS = ("Grouped", "Capped", "Window", "Sink")
 
 
 class CachedAttention(nn.Module):
@@ -41,6 +41,7 @@ class CachedAttention(nn.Module):
         bias_B1TS: torch.Tensor,
         past_BGPK: torch.Tensor,
         past_BGPC: torch.Tensor,
+        *sink_H: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         require_exporting(self.path)
         heads, groups = query_BHTK.shape[1], key_BGTK.shape[1]
@@ -55,10 +56,11 @@ class CachedAttention(nn.Module):
         if self.window is not None:
             length = torch.sym_min(length, self.window - 1)
             attributes |= {"start": [-(self.window - 1) if self.window > 1 else 2**63 - 1]}
-        kinds = "".join(k for k, given in zip(_KINDS, (heads != groups, self.cap, self.window), strict=True) if given)
+        there = (heads != groups, self.cap, self.window, sink_H)
+        kinds = "".join(kind for kind, given in zip(_KINDS, there, strict=True) if given)
         made = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{NAME}{kinds}",
-            (query_BHTK, key_BGTK, value_BGTC, bias_B1TS, past_BGPK, past_BGPC),
+            (query_BHTK, key_BGTK, value_BGTC, bias_B1TS, past_BGPK, past_BGPC, *sink_H),
             attrs=attributes,
             dtypes=[query_BHTK.dtype] * 3,
             shapes=[
@@ -84,7 +86,7 @@ def define(model: Any) -> None:
 
 def _function(name: str, opset: int) -> str:
     """`cached_attention`, line by line."""
-    grouped, capped, window = (kind in name for kind in _KINDS)
+    grouped, capped, window, sunk = (kind in name for kind in _KINDS)
     attributes = [
         *(["together", "by_group", "by_head"] if grouped else []),
         *(["cap"] if capped else []),
@@ -108,7 +110,17 @@ def _function(name: str, opset: int) -> str:
     if grouped:
         lines += [f"by_head = Reshape ({scores}, h)"]
         scores = "by_head"
-    lines += [f"seen = Add ({scores}, bias)", "weights = Softmax <axis = -1> (seen)"]
+    lines += [f"seen = Add ({scores}, bias)"]
+    if sunk:
+        # a column of zeros, of a row's first scores less themselves, makes the sinks as many as there are queries
+        lines += ["at = Constant <value_ints = [0]> ()", "to = Constant <value_ints = [1]> ()"]
+        lines += ["along = Constant <value_ints = [3]> ()", "less = Constant <value_ints = [-1]> ()"]
+        lines += ["first = Slice (seen, at, to, along)", "nothing = Sub (first, first)"]
+        lines += ["outer = Constant <value_ints = [1, 2]> ()", "by_query = Unsqueeze (sink, outer)"]
+        lines += ["column = Add (nothing, by_query)", "all = Concat <axis = 3> (seen, column)"]
+        lines += ["shares = Softmax <axis = -1> (all)", "weights = Slice (shares, at, less, along)"]
+    else:
+        lines += ["weights = Softmax <axis = -1> (seen)"]
     if grouped:
         lines += [
             "by_group = Reshape (weights, g)",
@@ -125,6 +137,7 @@ def _function(name: str, opset: int) -> str:
     body = "\n".join(f"    {line}" for line in lines)
     return (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{name}{declared} (query, key, value, bias, past_key, past_value) => (mixed, next_key, next_value)\n"
+        f"{name}{declared} (query, key, value, bias, past_key, past_value{', sink' if sunk else ''}) => "
+        "(mixed, next_key, next_value)\n"
         f"{{\n{body}\n}}"
     )
