@@ -55,8 +55,23 @@ class Turned(nn.Module):
         return x + torch.view_as_real(turned).flatten(-2).type_as(x)
 
 
+class TurnedByHead(nn.Module):
+    """The same for two heads: what turns them is cut from a table, reshaped and given a dimension of one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide = nn.Linear(width, 2 * width)
+        angles = torch.arange(64)[:, None] * torch.logspace(0, -1, width // 2)
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time, pairs = x.shape[1], torch.view_as_complex(self.wide(x).unflatten(-1, (2, -1, 2)))
+        turned = pairs * self.turns[:time].view(1, time, -1).unsqueeze(2)
+        return torch.view_as_real(turned.reshape(x.shape[0], time, -1)).flatten(2)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-@pytest.mark.parametrize("kind", [LongConvolution, Spectral, Turned])
+@pytest.mark.parametrize("kind", [LongConvolution, Spectral, Turned, TurnedByHead])
 def test_a_file_gives_the_networks_numbers(kind, dtype, tmp_path):
     guide = capture(models.seeded(kind, 6), models.vectors(2, 8, 6))
     report = export(guide.graph_module, guide.signature, tmp_path / "complex.onnx", dtype=dtype)

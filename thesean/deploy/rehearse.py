@@ -24,7 +24,7 @@ from thesean.passes.graph.running_fold import fold_of
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.trace_call import is_composed
-from thesean.passes.write_out_for_onnx import FORMS
+from thesean.passes.write_out_for_onnx import form_of
 
 aten = torch.ops.aten
 
@@ -49,7 +49,10 @@ def unwritable(graph_module: fx.GraphModule) -> str:
             calls += [
                 n
                 for n in complex_ones
-                if n not in calls and stays(n.target, is_registered) and not is_registered_for_complex(n.target)
+                if n not in calls
+                and form_of(n) is None
+                and stays(n.target, is_registered)
+                and not is_registered_for_complex(n.target)
             ]
     calls += [n for n in nodes if _fails(n)]
     found: dict[str, str] = {}
@@ -106,7 +109,7 @@ def _is_sure(node: fx.Node, known: dict[str, bool]) -> bool:
     target: Any = node.target
     if not _is_torchs(target):
         return not _is_operator(target) or target in CELLS
-    if _is_core(target) or target in FORMS or fold_of(node) or target is aten.scaled_dot_product_attention.default:
+    if _is_core(target) or form_of(node) or fold_of(node) or target is aten.scaled_dot_product_attention.default:
         return True  # the form is our own where it isn't torch's
     if any(i.meta.get("val") is None for i in node.all_input_nodes):  # what a replacement gives: only looked up
         return is_composed(target)

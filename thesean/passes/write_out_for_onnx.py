@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from thesean.kernels.running_fold import log_of_sum
 from thesean.passes.base import Pass, PassResult
+from thesean.passes.graph.complex_pairs import pairs_form
 from thesean.passes.graph.inline_calls import inline_calls
 from thesean.passes.graph.trace_call import trace_call
 
@@ -86,12 +87,17 @@ FORMS: Mapping[Any, Callable[..., Any]] = {
 }
 
 
+def form_of(node: fx.Node) -> Callable[..., Any] | None:
+    """What is written in its place; None for an operator that stays as it is."""
+    return FORMS.get(node.target) or pairs_form(node)
+
+
 @dataclass(frozen=True)
 class WriteOutForOnnx(Pass):
     """y = op(x)  =>  y = the same of operators whose ONNX forms are right for all numbers.
 
     Forms that overflow, or lose what is small, are right on most examples: no comparison in onnxruntime tells. The
-    logarithm of a sigmoid is one operator, however it was written.
+    logarithm of a sigmoid is one operator, however it was written. Complex numbers are moved about as pairs.
     """
 
     in_place = True
@@ -103,7 +109,7 @@ class WriteOutForOnnx(Pass):
             if isinstance(inner, fx.Node) and inner.target is aten.sigmoid.default:
                 node.target, node.args = aten.log_sigmoid.default, inner.args
                 joined += 1
-        written = inline_calls(graph, lambda n: trace_call(n, FORMS[n.target]) if n.target in FORMS else None)
+        written = inline_calls(graph, lambda n: trace_call(n, form) if (form := form_of(n)) else None)
         if not joined + written:
             return PassResult.unchanged(graph_module, "torch's exporter writes all operators as they are")
         return PassResult(graph_module=graph_module, modified=True)
