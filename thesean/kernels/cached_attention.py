@@ -18,8 +18,7 @@ def cached_attention(
     bias_B1TS: torch.Tensor,
     past_BGPK: torch.Tensor,
     past_BGPC: torch.Tensor,
-    sink_H: torch.Tensor | None = None,
-    *,
+    *sink_H: torch.Tensor,
     cap: float | None = None,
     window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,9 +26,9 @@ def cached_attention(
 
     Each of the G heads of keys serves H / G heads of queries in a row. With a `cap` of c the scores are
     c tanh(q k' / c) (Gemma Team 2024, section 2); with a `window` of W the last W - 1 steps are remembered, else all:
-    hiding what is older or later is the bias's affair. A `sink` takes its share of the weights as one more key of that
-    score whose value is zero (OpenAI 2025, gpt-oss). T steps at once equal T single steps. Half precision is computed
-    in float32.
+    hiding what is older or later is the bias's affair. A `sink_H`, where one is given, takes its share of the weights
+    as one more key of that score whose value is zero (OpenAI 2025, gpt-oss). T steps at once equal T single steps. Half
+    precision is computed in float32.
     """
     key_BGSK, value_BGSC = torch.cat([past_BGPK, key_BGTK], 2), torch.cat([past_BGPC, value_BGTC], 2)
     batch, heads, time, width = query_BHTK.shape
@@ -41,11 +40,10 @@ def cached_attention(
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
         scores_BHTS = scores.reshape(batch, heads, time, length) + bias
-        if sink_H is None:
-            weights_BHTS = torch.softmax(scores_BHTS, -1)
-        else:
-            column_BHT1 = sink_H.to(scores.dtype).view(-1, 1, 1).expand(batch, -1, time, -1)
-            weights_BHTS = torch.softmax(torch.cat([scores_BHTS, column_BHT1], -1), -1)[..., :-1]
+        if sink_H:
+            column_BHT1 = sink_H[0].to(scores.dtype).view(-1, 1, 1).expand(batch, -1, time, -1)
+            scores_BHTS = torch.cat([scores_BHTS, column_BHT1], -1)
+        weights_BHTS = torch.softmax(scores_BHTS, -1)[..., :length]
         mixed = weights_BHTS.reshape(batch, groups, -1, length) @ value
     mixed_BHTC = mixed.reshape(batch, heads, time, -1).to(value_BGTC.dtype)
     return mixed_BHTC, latest(key_BGSK, 2, window), latest(value_BGSC, 2, window)

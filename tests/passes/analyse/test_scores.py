@@ -133,10 +133,21 @@ def test_what_is_no_single_attention_is_none(name):
     assert core is None
 
 
+def _sinking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    sinks = torch.arange(HEADS).view(1, -1, 1, 1).expand(BATCH, -1, TIME, 1)
+    both = torch.cat([q @ k.mT * 0.5, sinks], -1)
+    return (both - both.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
+
+
 BENT: dict[str, tuple[Attend, str]] = {
     "capped": (lambda q, k, v: ((q @ k.mT / 9).tanh() * 9).softmax(-1) @ v, "a cap on the scores"),
     "of pairs of keys": (
         lambda q, k, v: (q @ k.mT)[..., 1:].softmax(-1) @ v[:, :, 1:], "scores that aren't one of each query and key"
+    ),
+    "with a sink behind": (_sinking, "a sink among the scores, which takes its share of the weights"),
+    "with a sink in front": (
+        lambda q, k, v: F.pad(q @ k.mT * 0.5, (1, 0), value=2.0).softmax(-1)[..., 1:] @ v,
+        "a sink among the scores, which takes its share of the weights",
     ),
     "with more for some rows": (
         lambda q, k, v: (q @ k.mT + torch.arange(BATCH).view(-1, 1, 1, 1) * torch.eye(TIME)).softmax(-1) @ v,
@@ -154,7 +165,11 @@ def test_scores_that_are_more_than_a_scale_are_told(name):
     attend, why = BENT[name]
     core, region, values = core_of(seeded(Written, attend))
     assert core is not None
-    assert read_scores(region, values, core).differs == why
+    scores = read_scores(region, values, core)
+    assert scores.differs == why
+    if "sink" in name:
+        assert scores.bias is None
+        assert scores.scale == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(TIME, TIME), (1, TIME, TIME), (1, 1, TIME, TIME), (HEADS, TIME, TIME)])

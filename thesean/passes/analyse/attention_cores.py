@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from torch import fx
 
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.analyse.sides import BATCH, Sides
+from thesean.passes.analyse.softmaxes import SOFTMAX, less_its_largest
 from thesean.passes.graph.nodes import argument, owner
 from thesean.targets.shared.distance_bias import Reach
 
 aten = torch.ops.aten
 
 _FUSED = aten.scaled_dot_product_attention.default
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCT = (aten.matmul.default, aten.bmm.default)
 ADDED = aten.baddbmm.default  # bias, q, k'
 VIEWS = {
@@ -29,7 +28,6 @@ VIEWS = {
     aten.clone.default, aten.contiguous.default, aten.repeat_interleave.self_int, aten.dropout.default,
     aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.flatten.using_ints,
 }  # fmt: skip
-_LARGEST = (aten.max.dim, aten.amax.default)
 _SCALES = {aten.mul.Tensor: False, aten.mul.Scalar: False, aten.div.Tensor: True, aten.div.Scalar: True}
 
 
@@ -89,7 +87,7 @@ def find_cores(sides: Sides) -> Iterator[tuple[CausalAttention, Scores]]:
         found = None
         if node.target is _FUSED:
             found = finder.fused(node)
-        elif node.target in _SOFTMAX:
+        elif node.target in SOFTMAX:
             found = finder.written_out(node)
         if found is not None:
             yield found
@@ -126,7 +124,7 @@ class _Finder:
         before, after, capped = 1.0, 1.0, False
         node = softmax.args[0]
         while isinstance(node, fx.Node) and node.target not in (*_PRODUCT, ADDED):
-            if (whole := _less_its_largest(node)) is not None:  # which a softmax doesn't see
+            if (whole := less_its_largest(node)) is not None:  # which a softmax doesn't see
                 node = whole
                 continue
             steps.append(node)
@@ -215,14 +213,3 @@ class _Finder:
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.values[node], torch.Tensor) and self.values[node].numel() > 1
-
-
-def _less_its_largest(node: fx.Node) -> fx.Node | None:
-    """x, where the node is x - max(x) along a row."""
-    if node.target is not aten.sub.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
-        return None
-    whole, largest = node.args[:2]
-    while isinstance(largest, fx.Node) and largest.target in (getitem, aten.detach.default):
-        largest = largest.args[0]
-    taken = isinstance(largest, fx.Node) and largest.target in _LARGEST and largest.args[0] is whole
-    return whole if taken else None  # type: ignore[return-value]

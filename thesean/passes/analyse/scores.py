@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +20,19 @@ from torch import fx
 from thesean.passes.analyse.affine_maps import between
 from thesean.passes.analyse.distance_bias import LOW, at_length, find_distance_bias, has_lengths
 from thesean.passes.analyse.regions import VIEWS, Region
+from thesean.passes.analyse.softmaxes import SOFTMAX, less_its_largest
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.distance_bias import DistanceBias
 
 aten = torch.ops.aten
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 # Of the largest score: fp32 sums differ by 1e-6, a soft cap by 1e-2.
 _EXACT = 1e-4
 _MORE = "a bias on the scores that is no matter of distance alone"
+_SUNK = "a sink among the scores, which takes its share of the weights"
 _ODD = "scores that aren't one of each query and key"
 # A query as small as this is within the straight part of any cap.
 _SMALL = 1e-2
@@ -71,13 +72,14 @@ class Scores(NamedTuple):
 def find_core(region: Region, values: Mapping[fx.Node, Any]) -> Core | None:
     """The only attention in the region."""
     fused = [n for n in region.nodes if n.target is aten.scaled_dot_product_attention.default]
-    soft = [n for n in region.nodes if n.target in _SOFTMAX]
+    soft = [n for n in region.nodes if n.target in SOFTMAX]
     if len(fused) == 1:
         operator, added = fused[0], argument(fused[0], 3, "attn_mask")
         factors = [(argument(operator, at, name), "bhtc") for at, name in enumerate(("query", "key", "value"))]
         after = operator
     elif len(soft) == 1:
-        operator, added = None, soft[0].args[0]
+        read: Any = soft[0].args[0]
+        operator, added = None, less_its_largest(read) or read
         before, product = _before(soft[0], region), _after(soft[0], region)
         if before is None or product is None:
             return None
@@ -133,6 +135,10 @@ def _written_out(region: Region, values: Any, core: Core) -> tuple[float, torch.
 
     added = scores(torch.zeros_like(q))
     product_BHTT = core.query.of(q) @ key_BHTC.mT
+    sunk = ""
+    if added.shape[-1] == product_BHTT.shape[-1] + 1:
+        keys, sunk = _without_sink(added, scores(q)), _SUNK
+        added, scores = keys(added), lambda query, whole=scores: keys(whole(query))  # type: ignore[misc]
     if added.numel() != product_BHTT.numel():
         return 1.0, added, _ODD
     seen, product = added > LOW, product_BHTT.reshape(added.shape)
@@ -141,7 +147,13 @@ def _written_out(region: Region, values: Any, core: Core) -> tuple[float, torch.
     scale = _slope(small, wanted)
     if bool((large - scale * wanted).abs().max() > _EXACT * (scale * wanted).abs().max()):
         return scale, added, "a cap on the scores"
-    return _slope(large, wanted), added, ""  # beside which what is added hardly rounds
+    return _slope(large, wanted), added, sunk  # beside which what is added hardly rounds
+
+
+def _without_sink(added: torch.Tensor, other: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes off the first column or the last one: that which is the same of two queries."""
+    first = torch.equal(added[..., 0], other[..., 0])
+    return lambda scores: scores[..., 1:] if first else scores[..., :-1]
 
 
 def _slope(y: torch.Tensor, x: torch.Tensor) -> float:
@@ -173,6 +185,9 @@ def _before(softmax: fx.Node, region: Region) -> fx.Node | None:
     inside = set(region.nodes)
     node: Any = softmax.args[0]
     while isinstance(node, fx.Node) and node in inside and not _is_product(node):
+        if (whole := less_its_largest(node)) is not None:
+            node = whole
+            continue
         main = [a for a in node.all_input_nodes if a in inside]
         if len(main) != 1:
             return None
