@@ -38,11 +38,28 @@ class Lengthened(nn.Module):
         return longer_BSD.unflatten(-1, (2, 4)).transpose(2, 3).flatten(2)
 
 
-class Computed(nn.Module):
-    """To a size that is a product, beside one that may be zero."""
+class Doubled(nn.Module):
+    """To a size that is a number times another, beside one that may be zero."""
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return x_BTD.unflatten(-1, (2, 4)).transpose(1, 2).flatten(2)
+        return x_BTD.transpose(0, 1).reshape(x_BTD.shape[1], 2 * x_BTD.shape[0], 4)
+
+
+class Computed(nn.Module):
+    """To a size that is a product of two, beside one that may be zero."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        scores_BTT = x_BTD @ x_BTD.mT
+        return torch.stack([scores_BTT, scores_BTT], 2).flatten(1, 3)[..., None].expand(-1, -1, 2).flatten(1)
+
+
+class Joined(nn.Module):
+    """Batch and halves in one dimension, and time and halves in another."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        halves_B2TE = x_BTD.unflatten(-1, (2, 4)).transpose(1, 2)
+        rows_RTE = halves_B2TE.reshape(-1, x_BTD.shape[1], 4)
+        return rows_RTE.reshape(2 * x_BTD.shape[0], x_BTD.shape[1], 4) @ halves_B2TE.flatten(0, 1).mT
 
 
 class Aliases(nn.Module):
@@ -143,6 +160,8 @@ def exported(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, b
         (Cut(), True),
         (Pooled(1), True),
         (Lengthened(), True),
+        (Joined(), True),
+        (Doubled(), True),
         (Computed(), False),
         (ExpandedOverTime(), False),
         (Written(), False),

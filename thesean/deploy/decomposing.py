@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -42,6 +43,15 @@ _RENAMED: dict[Any, Callable[..., tuple[Any, tuple[Any, ...], dict[str, Any]]]] 
 
 # Erased by the exporter itself
 _CHECKS = {aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default}
+
+
+@dataclass(frozen=True)
+class _Times:
+    """A size that is a number times another one."""
+
+    once: fx.Node | tuple[fx.Node, int]
+    value: torch.SymInt = field(compare=False)  # of that
+    factor: int
 
 
 @contextmanager
@@ -92,7 +102,7 @@ def keep_operators(graph_module: fx.GraphModule, has_form: Callable[[Any], bool]
     sizes = {n: _sizes(n) for n in nodes if n.target in _RESHAPES}
     if None in sizes.values():
         return False
-    read: dict[tuple[fx.Node, int], fx.Node] = {}
+    read: dict[Any, fx.Node] = {}
     for node in nodes:
         if node in sizes:
             _write_view(node, sizes[node] or [], read)
@@ -127,36 +137,54 @@ def stays(target: Any, has_form: Callable[[Any], bool]) -> bool:
 
 
 def _sizes(node: fx.Node) -> list[Any] | None:
-    """What a reshaped tensor's sizes are in its graph: numbers, inputs, (input or what is reshaped, dimension), or -1
-    for the only one that is computed; None for several of them.
+    """What a reshaped tensor's sizes are in its graph: numbers, inputs, (input or what is reshaped, dimension), a count
+    of one of these, or -1 for the only one that is computed otherwise; None for several of them.
     """
-    inputs: dict[str, fx.Node | tuple[fx.Node, int]] = {}
+    inputs: dict[str, tuple[fx.Node | tuple[fx.Node, int], torch.SymInt]] = {}
     for given in (*node.graph.find_nodes(op="placeholder"), node.args[0]):
         assert isinstance(given, fx.Node)
         value = given.meta.get("val")
         if isinstance(value, torch.SymInt):
-            inputs.setdefault(str(value), given)
+            inputs.setdefault(str(value), (given, value))
         elif isinstance(value, torch.Tensor):
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt):
-                    inputs.setdefault(str(size), (given, dim))
-    sizes = [inputs.get(str(s), -1) if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape]
+                    inputs.setdefault(str(size), ((given, dim), size))
+    sizes = [_size(s, inputs) if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape]
     # beside a -1 no other may be zero
     return None if -1 in sizes and sum(s in (-1, 0) or not isinstance(s, int) for s in sizes) > 1 else sizes
 
 
-def _write_view(node: fx.Node, sizes: list[Any], read: dict[tuple[fx.Node, int], fx.Node]) -> None:
-    """In place, as the program knows its outputs by name. `read`: the dimensions that are nodes already."""
+def _size(size: torch.SymInt, inputs: Mapping[str, tuple[Any, torch.SymInt]]) -> Any:
+    if str(size) in inputs:
+        return inputs[str(size)][0]
+    factor, rest = size.node.expr.as_coeff_Mul()
+    return _Times(*inputs[str(rest)], int(factor)) if str(rest) in inputs and factor.is_Integer else -1
+
+
+def _write_view(node: fx.Node, sizes: list[Any], read: dict[Any, fx.Node]) -> None:
+    """In place, as the program knows its outputs by name. `read`: the sizes that are nodes already."""
     graph, source = node.graph, node.args[0]
     assert isinstance(source, fx.Node)
-    for dim, size in enumerate(sizes):
-        if isinstance(size, tuple):
-            if size not in read:
+
+    def written(size: Any, value: Any) -> fx.Node:
+        if isinstance(size, fx.Node):
+            return size
+        if size not in read:
+            if isinstance(size, _Times):
+                once = written(size.once, size.value)
+                with graph.inserting_after(once):
+                    read[size] = graph.call_function(operator.mul, (once, size.factor))
+            else:
                 given = size[0].op == "placeholder"
                 with graph.inserting_after(graph.find_nodes(op="placeholder")[-1] if given else size[0]):
                     read[size] = graph.call_function(aten.sym_size.int, size)
-                read[size].meta = {"val": node.meta["val"].shape[dim]}
-            sizes[dim] = read[size]
+            read[size].meta = {"val": value}
+        return read[size]
+
+    for dim, size in enumerate(sizes):
+        if isinstance(size, (tuple, _Times)):
+            sizes[dim] = written(size, node.meta["val"].shape[dim])
     copied = _before(node, aten.clone.default, source, **_DENSE)
     node.target, node.args, node.kwargs = aten.view.default, (copied, sizes), {}
 
