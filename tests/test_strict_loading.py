@@ -366,9 +366,9 @@ def test_loading_draws_no_random_numbers_and_imports_no_compiler(folder: Path):
 @pytest.mark.thorough
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_altered_folders_are_refused_or_harmless(seed: int):
-    """20 s of `python -m benchmarks fuzz` each, some runs at the least, and those that were found to be neither."""
+    """10 s of `python -m benchmarks fuzz` each, some runs at the least, and those that were found to be neither."""
     warm_up()
-    until, first, corpus = time.monotonic() + 20, seed * 10**9, Corpus()
+    until, first, corpus = time.monotonic() + 10, seed * 10**9, Corpus()
     found = outcomes(FOUND) | outcomes(range(first, first + 60), corpus=corpus)
     found |= outcomes(range(first + 60, first + 10**6), until, corpus)
     assert len(found) >= 60

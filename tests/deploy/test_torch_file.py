@@ -33,15 +33,22 @@ import torch
 for line in sys.stdin:
     file, inputs, out = line.rstrip("\\n").split("\\t")
     try:
-        module = torch.export.load(file).module()
-        given = torch.load(inputs)
-        state, outputs, start = given["state"], [], 0
+        program = torch.export.load(file)
+        module, given, outputs, start = program.module(), torch.load(inputs), [], 0
+        rows = len(next(iter(given.values())))
+        # what starts a sequence, as the file itself tells its states: no step is remembered
+        values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+        state = {}
+        for name, value in values.items():
+            if name.startswith("state_in_"):
+                sizes = [d if isinstance(d, int) else 0 if k else rows for k, d in enumerate(value.shape)]
+                state[name] = torch.zeros(sizes, dtype=value.dtype)
         for length in (1, 3, 1, 40, 15):  # 4 steps: all that a window of 5 remembers
-            chunk = {name: value[:, start : start + length] for name, value in given["inputs"].items()}
+            chunk = {name: value[:, start : start + length] for name, value in given.items()}
             found = module(**chunk, **state)
             outputs.append(found[0])
             state, start = dict(zip(state, found[1:])), start + length
-        torch.save(torch.cat(outputs, 1), out)
+        torch.save({"outputs": torch.cat(outputs, 1), "states": list(state)}, out)
         print("written", flush=True)
     except Exception:
         print(repr(traceback.format_exc()), flush=True)
@@ -109,24 +116,13 @@ def test_every_family_streams_in_chunks_of_any_length_where_thesean_can_not_be_i
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs = {n: inputs[n] for n in (spec.name for spec in guide.signature.inputs)}
     places = [tmp_path / n for n in ("m.pt2", "inputs.pt", "found.pt")]
-    torch.save({"inputs": inputs, "state": zeros(report, len(ids))}, places[1])
+    torch.save(inputs, places[1])
     assert alone(*places) == "written"
+    found = torch.load(places[2])
+    assert found["states"] == [n for n in report.inputs if n.startswith("state_in_")]
     with torch.no_grad():
         expected = module.eval()(**inputs)["logits"]
-    torch.testing.assert_close(torch.load(places[2]), expected, atol=1e-5, rtol=1e-4)
-
-
-def zeros(report: Any, batch: int) -> dict[str, torch.Tensor]:
-    """What starts a sequence, as the file itself tells its states."""
-    program = torch.export.load(str(report.path))
-    values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
-    state = {
-        n: torch.zeros([d if isinstance(d, int) else 0 if k else batch for k, d in enumerate(v.shape)], dtype=v.dtype)
-        for n, v in values.items()
-        if n.startswith("state_in_")
-    }
-    assert [n for n in report.inputs if n.startswith("state_in_")] == list(state)
-    return state
+    torch.testing.assert_close(found["outputs"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_a_file_holds_does_not_change_the_module(tmp_path: Path) -> None:
