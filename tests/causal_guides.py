@@ -216,6 +216,15 @@ class Attending(nn.Module):
         weights = (both - both.max(-1, keepdim=True).values).softmax(-1, dtype=torch.float32)[..., :-1]
         return (weights @ v).transpose(1, 2).flatten(2)
 
+    def draining(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same, taken off what the weights made, as in Granite's."""
+        q, k, v = self.heads(q, k, v)
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        scores = (q @ k.mT * 0.5).masked_fill(hidden, -math.inf)
+        share = (torch.logsumexp(scores, -1) - self.sinks.view(1, -1, 1)).float().sigmoid()
+        mixed = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return (mixed * share.unsqueeze(-1).to(v.dtype)).transpose(1, 2).flatten(2)
+
     def one_more(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """exp(x) / (1 + sum of exp(x)): a key in front whose score is 0."""
         q, k, v = self.heads(q, k, v)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from tests.deploy.test_torch_file import zeros
 from tests.looking_back import FOLDS, WIDTH, LooksBack
 from tests.models import seeded, vectors
 from tests.passes.test_write_out_for_onnx import OF_ONE, OF_TWO, edges
@@ -74,9 +73,13 @@ def test_scans_stream_and_are_right_far_beyond_the_example(form: str, tmp_path: 
     report = export(guide.graph_module, guide.signature, path, runtime="portable" if "port" in form else "onnxruntime")
     assert report.stateful
     if path.suffix == ".pt2":
-        pieces, program, state = [], torch.export.load(str(path)).module(), zeros(report, len(x))
+        program = torch.export.load(str(path))
+        values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+        states = {n: v for n, v in values.items() if n.startswith("state_in_")}
+        state = {n: torch.zeros([len(x), *v.shape[1:]], dtype=v.dtype) for n, v in states.items()}
+        pieces, module = [], program.module()
         for chunk in chunks:
-            piece, *after = program(x=chunk, **state)
+            piece, *after = module(x=chunk, **state)
             state = dict(zip(state, after, strict=True))
             pieces.append(piece)
     else:

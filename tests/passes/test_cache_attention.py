@@ -127,7 +127,20 @@ def test_layers_that_see_alike_share_what_they_see():
 
 @pytest.mark.parametrize(
     "spelling",
-    ["fused", "grouped", "stored", "packed", "single", "bent", "windowed", "leaning", "tabled", "sinking", "one_more"],
+    [
+        "fused",
+        "grouped",
+        "stored",
+        "packed",
+        "single",
+        "bent",
+        "windowed",
+        "leaning",
+        "tabled",
+        "sinking",
+        "draining",
+        "one_more",
+    ],
 )
 def test_chunks_equal_the_whole_however_the_attention_is_written(spelling):
     guide = attending(spelling)

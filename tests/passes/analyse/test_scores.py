@@ -139,12 +139,19 @@ def _sinking(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (both - both.amax(-1, keepdim=True)).softmax(-1)[..., :-1] @ v
 
 
+def _draining(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = q @ k.mT * 0.5
+    share = (scores.logsumexp(-1, keepdim=True) - torch.arange(HEADS).view(-1, 1, 1)).sigmoid()
+    return (scores.softmax(-1) @ v) * share
+
+
 BENT: dict[str, tuple[Attend, str]] = {
     "capped": (lambda q, k, v: ((q @ k.mT / 9).tanh() * 9).softmax(-1) @ v, "a cap on the scores"),
     "of pairs of keys": (
         lambda q, k, v: (q @ k.mT)[..., 1:].softmax(-1) @ v[:, :, 1:], "scores that aren't one of each query and key"
     ),
     "with a sink behind": (_sinking, "a sink among the scores, which takes its share of the weights"),
+    "with a sink that is taken off": (_draining, "a sink among the scores, which takes its share of the weights"),
     "with a sink in front": (
         lambda q, k, v: F.pad(q @ k.mT * 0.5, (1, 0), value=2.0).softmax(-1)[..., 1:] @ v,
         "a sink among the scores, which takes its share of the weights",

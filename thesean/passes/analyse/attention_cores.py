@@ -14,7 +14,7 @@ from torch import fx
 
 from thesean.passes.analyse.padding import Padding
 from thesean.passes.analyse.sides import BATCH, Sides
-from thesean.passes.analyse.softmaxes import SOFTMAX, less_its_largest
+from thesean.passes.analyse.softmaxes import SOFTMAX, less_its_largest, sunk_after
 from thesean.passes.graph.nodes import argument, owner
 from thesean.targets.shared.distance_bias import Reach
 
@@ -77,7 +77,8 @@ class Scores:
     steps: tuple[fx.Node, ...]
     sides: tuple[fx.Node, ...]  # what enters beside the scores
     causal: bool = False  # the fused operator's own mask
-    sink: int | None = None  # the column, first or last, that no key stands for: -1 or 0
+    # the column, last or first, that no key stands for, -1 or 0; or the score that it would have
+    sink: int | fx.Node | None = None
 
 
 def find_cores(sides: Sides) -> Iterator[tuple[CausalAttention, Scores]]:
@@ -149,8 +150,10 @@ class _Finder:
         product, sink = self._mixing(softmax)
         if product is None or not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
             return None
-        value = product.args[1]
+        value, mixed, score = product.args[1], product, sink
         assert isinstance(value, fx.Node)
+        if sink is None and (sunk := sunk_after(product, softmax)) is not None:
+            mixed, score = sunk
         shapes = [self.values[n].shape for n in (query, key, value)]
         if len({len(s) for s in shapes}) > 1 or shapes[0][-2] != shapes[1][-1]:
             return None
@@ -159,14 +162,14 @@ class _Finder:
             query=query,
             key=key,
             value=value,
-            mixed=product,
+            mixed=mixed,
             turned=True,
             packed=packed,
             **self._kinds(query, key, value),
             scale=before * (after if capped else 1.0),
             cap=after if capped else None,
         )
-        return core, Scores(product=node, steps=tuple(reversed(steps)), sides=tuple(sides), sink=sink)
+        return core, Scores(product=node, steps=tuple(reversed(steps)), sides=tuple(sides), sink=score)
 
     def _kinds(self, query: fx.Node, key: fx.Node, value: fx.Node) -> dict[str, Any]:
         like = self.values[query]
@@ -187,9 +190,10 @@ class _Finder:
             other = float(value)
         return 1 / float(other) if _SCALES[node.target] else float(other)
 
-    def _mixing(self, softmax: fx.Node) -> tuple[fx.Node | None, int | None]:
+    def _mixing(self, softmax: fx.Node) -> tuple[fx.Node | None, int | fx.Node | None]:
         """The product of the weights with the values, and which column of the weights is left out before it."""
-        node, sink = softmax, None
+        node: fx.Node = softmax
+        sink: int | None = None
         while True:
             users = [u for u in node.users if u.target in VIEWS or (u.target in _PRODUCT and u.args[0] is node)]
             left_out = [(u, at) for u in node.users if (at := self._left_out(u)) is not None]

@@ -69,7 +69,7 @@ class _Reader:
         if bool((at_zero[seen].abs() > 1e-4).any()):
             distance = self._distance(core, at_zero, scores)
             core = replace(core, distance=distance, counted=self._counted(core, distance, scores))
-        core = self._grouped(replace(core, sink=self._sink(scores)))
+        core = self._grouped(replace(core, sink=self._sink(core, scores)))
         if not self._equals(core):
             raise PassRefused(
                 f"cache attention: {core.path}: expected softmax(scale q k' + mask) v, found an attention that it "
@@ -94,7 +94,7 @@ class _Reader:
                 result = result.masked_fill(~_causal(time), -torch.inf)
         else:
             result = self._chain(scores, env, batch, time)
-            if scores.sink is not None:
+            if isinstance(scores.sink, int):
                 result = result[..., 1:] if scores.sink == 0 else result[..., :-1]
         if result.ndim < 4:
             result = result.reshape(*(() if result.ndim == 2 else (batch, -1)), *result.shape[-2:])
@@ -103,14 +103,18 @@ class _Reader:
             self.known[key] = result
         return result
 
-    def _sink(self, scores: Scores) -> torch.Tensor | None:
+    def _sink(self, core: CausalAttention, scores: Scores) -> torch.Tensor | None:
         """The score of each head's key that stands for no step; None where there is none, or where it isn't one."""
+        heads = self.values[core.query].shape[1]
+        if isinstance(scores.sink, fx.Node):
+            score_H = self.values[scores.sink].flatten()
+            return score_H.detach().clone() if len(score_H) == heads else None
         if scores.sink is None or (env := self.sides.at(scores.sides, BATCH, self.time, {})) is None:
             return None
-        columns = self._chain(scores, env, BATCH, self.time)[..., scores.sink]
-        if columns.ndim != 3 or not bool((columns == columns[:1, :, :1]).all()):
+        columns_BHT = self._chain(scores, env, BATCH, self.time)[..., scores.sink]
+        if columns_BHT.ndim != 3 or not bool((columns_BHT == columns_BHT[:1, :, :1]).all()):
             return None
-        return columns[0, :, 0].detach().clone()
+        return columns_BHT[0, :, 0].detach().clone()
 
     def _chain(self, scores: Scores, env: dict[fx.Node, Any], batch: int, time: int) -> torch.Tensor:
         assert scores.product is not None

@@ -20,7 +20,7 @@ from torch import fx
 from thesean.passes.analyse.affine_maps import between
 from thesean.passes.analyse.distance_bias import LOW, at_length, find_distance_bias, has_lengths
 from thesean.passes.analyse.regions import VIEWS, Region
-from thesean.passes.analyse.softmaxes import SOFTMAX, less_its_largest
+from thesean.passes.analyse.softmaxes import SOFTMAX, less_its_largest, sunk_after
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.distance_bias import DistanceBias
@@ -50,7 +50,7 @@ class Operand(NamedTuple):
 
 class Core(NamedTuple):
     """`mixed` holds softmax(..) v with four dimensions, `added` the scores as the softmax takes them, or a fused mask;
-    `fused` is the operator that does it all.
+    `fused` is the operator that does it all. `sunk`: what is mixed has given a share to a sink.
     """
 
     query: Operand
@@ -59,6 +59,7 @@ class Core(NamedTuple):
     mixed: fx.Node
     added: fx.Node | None
     fused: fx.Node | None
+    sunk: bool = False
 
 
 class Scores(NamedTuple):
@@ -71,6 +72,7 @@ class Scores(NamedTuple):
 
 def find_core(region: Region, values: Mapping[fx.Node, Any]) -> Core | None:
     """The only attention in the region."""
+    sunk = None
     fused = [n for n in region.nodes if n.target is aten.scaled_dot_product_attention.default]
     soft = [n for n in region.nodes if n.target in SOFTMAX]
     if len(fused) == 1:
@@ -84,13 +86,15 @@ def find_core(region: Region, values: Mapping[fx.Node, Any]) -> Core | None:
         if before is None or product is None:
             return None
         factors, after = [*_query_and_key(before), _values(product)], product
+        if (sunk := sunk_after(product, soft[0])) is not None:
+            after, _ = sunk
     else:
         return None
     operands = [_operand(*factor, region, values) for factor in factors]
     mixed = _four_below(after, region, values)
     if mixed is None or any(o is None for o in operands):
         return None
-    return Core(*operands, mixed, added, operator)  # type: ignore[arg-type, call-arg]
+    return Core(*operands, mixed, added, operator, sunk is not None)  # type: ignore[arg-type, call-arg]
 
 
 def read_scores(region: Region, values: Mapping[fx.Node, Any], core: Core) -> Scores:
@@ -135,7 +139,7 @@ def _written_out(region: Region, values: Any, core: Core) -> tuple[float, torch.
 
     added = scores(torch.zeros_like(q))
     product_BHTT = core.query.of(q) @ key_BHTC.mT
-    sunk = ""
+    sunk = _SUNK if core.sunk else ""
     if added.shape[-1] == product_BHTT.shape[-1] + 1:
         keys, sunk = _without_sink(added, scores(q)), _SUNK
         added, scores = keys(added), lambda query, whole=scores: keys(whole(query))  # type: ignore[misc]
