@@ -293,10 +293,10 @@ class Tied(nn.Module):
         return self.head(x)
 
 
-def seeded(cls: type[nn.Module], *args: Any) -> nn.Module:
+def seeded(cls: type[nn.Module], *args: Any, **settings: Any) -> nn.Module:
     """An instance with the same weights each time, in eval mode."""
     torch.manual_seed(0)
-    return cls(*args).eval()
+    return cls(*args, **settings).eval()
 
 
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -351,12 +351,16 @@ class Texts(nn.Module):
         return self.out(x)
 
 
-def test_texts_in_one_row_with_their_offsets_are_converted():
+def test_texts_in_one_row_with_their_offsets_are_converted(tmp_path):
     data = [{"text": torch.randint(0, 50, (24 + k,)), "offsets": torch.arange(0, 24, 3)} for k in range(9)]
-    with pytest.warns(UserWarning, match="can't be saved: operator aten.embedding_bag"):
-        converted = convert(models.seeded(Texts), "narrow", data)
+    converted = convert(models.seeded(Texts), "narrow", data)
     assert [p.path for p in converted.plan.replaced] == ["blocks.0", "blocks.1"]
-    assert converted(data[-1]["text"], data[-1]["offsets"]).shape == (8, 4)
+    scores = converted(data[-1]["text"], data[-1]["offsets"])
+    assert scores.shape == (8, 4)
+    converted.save(tmp_path / "saved")
+    assert torch.equal(thesean.load(tmp_path / "saved")(**data[-1]), scores)
+    report = converted.export(tmp_path / "m.onnx")
+    assert max(check.max_abs_error for check in report.checks) < 1e-5
     assert thesean.plan(models.seeded(Texts), "narrow", example_inputs=data[0]).replaced
 
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from tests.captured import traced
-from tests.models import Calling, vectors
+from tests.models import Calling, seeded, vectors
 from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
 from thesean.passes.graph.graph_json import dump, load
@@ -146,3 +150,47 @@ def test_a_histogram_is_torchs():
 
 def example() -> Example:
     return Example(WriteOutOperators(), traced(Calling(both), vectors(2, 3)), (vectors(2, 3, seed=1),))
+
+
+class Bags(nn.Module):
+    """Rows of ids, or ids in a row and where bags begin."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.bag, self.last = nn.EmbeddingBag(20, 6, **settings), nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        return self.last(self.bag(ids, offsets))
+
+
+def ids_of(*shape: int, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(1, 20, shape, generator=torch.Generator().manual_seed(seed))
+    ids.flatten()[:4] = torch.tensor([3, 3, 5, 3])  # more than once, and a bag of padding alone
+    return ids
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("padding", [None, 3, -17])
+def test_bags_of_embeddings_can_be_saved_and_are_torchs_at_other_sizes(mode, padding):
+    guide = seeded(Bags, mode=mode, padding_idx=padding)
+    for example, other in (
+        ((ids_of(4, 2),), (ids_of(7, 3, seed=1),)),
+        ((ids_of(12), torch.tensor([0, 2, 4, 4])), (ids_of(9, seed=1), torch.tensor([0, 2, 2, 5, 9]))),
+    ):
+        inputs = dict(zip(("ids", "offsets"), example, strict=False))
+        graph_module = capture(guide, inputs).graph_module
+        assert len(load(dump(graph_module.graph)).nodes) == len(graph_module.graph.nodes)
+        torch.testing.assert_close(graph_module(*other), guide(*other))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_rows_of_a_bag_count_as_they_are_told(last):
+    guide = seeded(Bags, mode="sum", include_last_offset=last)
+    offsets = torch.tensor([0, 2, 2, 12])
+    shares = torch.linspace(0.1, 2.0, 12)
+    weigh = Calling(lambda weight: F.embedding_bag(
+        ids_of(12), weight, offsets, mode="sum", per_sample_weights=shares, include_last_offset=last
+    ))  # fmt: skip
+    graph_module = WriteOutOperators()(traced(weigh, guide.bag.weight.detach())).graph_module
+    assert not any("embedding_bag" in str(n.target) for n in graph_module.graph.nodes)
+    torch.testing.assert_close(graph_module(guide.bag.weight), weigh(guide.bag.weight))

@@ -91,10 +91,51 @@ def _rnn_cell(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..
     )
 
 
+def _embedding_bag(
+    weight_VD: torch.Tensor,
+    id_N: torch.Tensor,
+    offset_B: torch.Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    *more: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Sums, means or largest values (mode 0, 1, 2) of the rows of each bag, which are those from its offset to the
+    next; zeros of one without rows. With `include_last_offset` no bag begins at the last one. What else torch
+    returns is for its derivative.
+    """
+    rest: tuple[Any, ...] = (None, False, -1)
+    share_N, include_last_offset, padding_idx = (*more, *rest[len(more) :])
+    if scale_grad_by_freq:
+        raise NotImplementedError("its derivative is another one")
+    none_N = torch.cat([torch.zeros_like(id_N), torch.zeros_like(id_N[:1])])  # offsets may be behind the last row
+    begun_N = none_N.to(torch.int64).scatter_add(0, offset_B.to(torch.int64), torch.ones_like(offset_B).to(torch.int64))
+    bag_N = begun_N.cumsum(0)[:-1] - 1
+    row_ND = torch.nn.functional.embedding(id_N, weight_VD)
+    bag_ND = bag_N.unsqueeze(1).expand_as(row_ND)
+    padding = -1 if padding_idx is None else padding_idx
+    counts_N = torch.ones_like(id_N, dtype=torch.bool) if padding == -1 else id_N != padding
+    # sizes aren't asked for: that of a range is a quotient
+    zero_B = torch.zeros_like(offset_B).to(row_ND.dtype)
+    zero_BD = zero_B.unsqueeze(1).repeat(1, row_ND.shape[1])
+    if mode == 2:
+        row_ND = row_ND.masked_fill(~counts_N.unsqueeze(1), -torch.inf)
+        most_BD = (zero_BD - torch.inf).scatter_reduce(0, bag_ND, row_ND, "amax", include_self=True)
+        bag_BD = torch.where(most_BD == -torch.inf, 0.0, most_BD)
+    else:
+        share_N = counts_N.to(row_ND.dtype) if share_N is None else share_N * counts_N
+        bag_BD = zero_BD.scatter_add(0, bag_ND, row_ND * share_N.unsqueeze(1))
+        if mode == 1:
+            size_B = zero_B.scatter_add(0, bag_N, counts_N.to(row_ND.dtype))
+            bag_BD = bag_BD / size_B.clamp_min(1).unsqueeze(1)
+    return bag_BD[:-1] if include_last_offset else bag_BD, bag_N, bag_N, bag_N
+
+
 # What torch can't trace, because a size in it hangs on a value, or makes of what writes into memory; and memory as it
 # was found, which may hold zeros.
 _FORMS: dict[str, Callable[..., Any]] = {
     "aten::histc": _histc,
+    "aten::embedding_bag": _embedding_bag,
     "aten::_grouped_mm": _grouped_mm,
     "transformers::grouped_mm_fallback": _grouped_mm,
     "aten::empty": lambda *args, memory_format=None, **kwargs: torch.zeros(*args, **kwargs),
@@ -149,6 +190,8 @@ def _form(node: fx.Node) -> Callable[..., Any] | None:
     ):
         return None
     name = target._schema.name
+    if name == "aten::embedding_bag" and any(user.args[1] != 0 for user in node.users if user.users):
+        return None  # of what is for its derivative it reads more than the bags
     own = OPDEFS.get(name)
     return _FORMS.get(name) or (own._init_fn if own is not None and own._backward_fn is None else _torchs_own(target))
 
