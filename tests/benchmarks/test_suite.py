@@ -118,6 +118,16 @@ def test_an_interrupted_run_of_other_or_uncommitted_code_starts_anew(committed, 
     assert measured == [("one", 0), ("one", 0), ("two", 0)]
 
 
+def test_a_run_goes_on_where_the_systems_kernel_is_another_build(committed, tmp_path, monkeypatch):
+    measured: list[tuple[str, int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_case("count", counting(measured, stop_after=1), options(tmp_path))
+    found = suite.environment()
+    monkeypatch.setattr(suite, "environment", lambda: found | {"platform": "Linux-of-tomorrow"})
+    run_case("count", counting(measured), options(tmp_path))
+    assert measured == [("one", 0), ("two", 0)]
+
+
 def test_an_interrupted_run_that_is_not_gone_on_from_is_set_aside(committed, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run_case("count", counting([], stop_after=1), options(tmp_path))
