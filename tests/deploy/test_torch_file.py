@@ -164,6 +164,28 @@ def test_what_carries_no_state_is_written_too_and_takes_any_batch(tmp_path: Path
     assert [c.shape for c in report.checks] == [(1,), (2,), (5,)]
 
 
+class Texts(torch.nn.Module):
+    """Of a text of three words a convolution leaves one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = torch.nn.Embedding(models.VOCABULARY, 6), torch.nn.Linear(16, 3)
+        self.near = torch.nn.ModuleList(torch.nn.Conv1d(6, 8, width) for width in (2, 3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        words = self.words(ids).transpose(1, 2)
+        return self.last(torch.cat([near(words).relu().amax(-1) for near in self.near], 1))
+
+
+def test_a_length_that_leaves_one_place_runs_too(tmp_path: Path) -> None:
+    guide = models.seeded(Texts)
+    thesean.export_guide(guide, tmp_path / "m.pt2", example_inputs=models.tokens(4, 9))
+    file = torch.export.load(str(tmp_path / "m.pt2")).module()
+    for batch, time in ((1, 3), (2, 4), (5, 30)):
+        ids = models.tokens(batch, time)
+        torch.testing.assert_close(file(ids=ids)[0], guide(ids))
+
+
 def test_what_torch_can_not_write_for_every_size_is_refused_and_leaves_an_earlier_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

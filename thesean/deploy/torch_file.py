@@ -5,6 +5,7 @@ B batch, T time
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 from torch.export import Dim
+from torch.fx.experimental import _config
 
 from thesean.deploy.export_report import ExportReport
 from thesean.deploy.lowering.lower import cells_in_torch
@@ -32,6 +34,8 @@ from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
 from thesean.passes.thread_state import STATE_IN, STATE_OUT, state_shape, zero_states
 from thesean.write_file import new_file
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".pt2"
 
@@ -61,15 +65,24 @@ def write_torch(
     threaded = lowered if states else None
     stream: Signature = lowered.meta.get(STREAM, signature) if states else signature
     names = output_names(module)
-    program = _traced(lowered, module, signature, stream, states)
+    traced = partial(_traced, lowered, module, signature, stream, states)
     with new_file(path, parents=True) as made:
-        with made.open("wb") as file, quiet():
-            _save(program, file)
-        loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
+
+        def compared(program: torch.export.ExportedProgram) -> Any:
+            with made.open("wb") as file, quiet():
+                _save(program, file)
+            loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
+            return compare_all(loaded, threaded, module, signature, names, train_length)
+
         try:
-            checks, skipped = compare_all(loaded, threaded, module, signature, names, train_length)
+            checks, skipped = compared(traced())
         except (AssertionError, RuntimeError) as error:  # torch's guards on sizes
-            raise ExportError(f"{path}: the file does not run where the module does: {first_line(error)}") from error
+            logger.debug("%s: traced anew, for sizes that may be one: %s", path, first_line(error))
+            try:
+                checks, skipped = compared(traced(may_be_one=True))
+            except (AssertionError, RuntimeError, ExportError):
+                told = f"{path}: the file does not run where the module does: {first_line(error)}"
+                raise ExportError(told) from error
         checks = [c._replace(label=c.label.replace("onnxruntime", "the file")) for c in checks if c.label != IN_TORCH]
         if unchecked := not_comparable(checks):
             raise ExportError(f"{path}: {unchecked}. No file was written.")
@@ -121,7 +134,11 @@ def _traced(
     signature: Signature,
     stream: Signature,
     states: tuple[InputSpec, ...],
+    may_be_one: bool = False,
 ) -> torch.export.ExportedProgram:
+    """For all sizes that torch's guards let pass: of one that its operators compare with 1 it notes that it is another.
+    With `may_be_one` nothing is compared, which some operators do not bear.
+    """
     specs = (*stream.inputs, *states)
     shapes = {s.name: {d: Dim.DYNAMIC for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs}
     timeless = all(s.startswith("batch") for s in signature.symbols)
@@ -134,7 +151,7 @@ def _traced(
         for spec in states:
             example[spec.name] = torch.zeros(state_shape(spec.shape, sizes.batch, _REMEMBERED), dtype=spec.dtype)
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=may_be_one):  # type: ignore[attr-defined]
                 return torch.export.export(written, (), example, dynamic_shapes=shapes)
         except Exception as error:
             last = error
