@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,13 +18,9 @@ _LARGEST = (aten.max.dim, aten.amax.default)
 
 def less_its_largest(node: fx.Node) -> fx.Node | None:
     """x, where the node is x - max(x), of which a softmax sees no difference."""
-    if node.target is not aten.sub.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
-        return None
-    whole, largest = node.args[:2]
-    while isinstance(largest, fx.Node) and largest.target in (getitem, aten.detach.default):
-        largest = largest.args[0]
-    taken = isinstance(largest, fx.Node) and largest.target in _LARGEST and largest.args[0] is whole
-    return whole if taken else None  # type: ignore[return-value]
+    whole, taken = _arguments(node, (aten.sub.Tensor,))
+    (read,) = _arguments(_before(taken, (getitem, aten.detach.default)), _LARGEST, 1)
+    return whole if whole is not None and read is whole else None
 
 
 def sunk_after(mixed: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -31,18 +29,23 @@ def sunk_after(mixed: fx.Node, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | No
     """
     for node in (user for user in mixed.users if user.target is aten.mul.Tensor):
         share = next((a for a in node.all_input_nodes if a is not mixed), None)
-        while share is not None and share.target in _RELAYED:
-            share = share.all_input_nodes[0]
-        if share is None or share.target is not aten.sigmoid.default:
-            continue
-        apart = share.args[0]
-        while isinstance(apart, fx.Node) and apart.target in _RELAYED:
-            apart = apart.args[0]
-        if not isinstance(apart, fx.Node) or apart.target is not aten.sub.Tensor:
-            continue
-        total, sink = apart.args
-        if isinstance(total, fx.Node) and total.target is aten.logsumexp.default and isinstance(sink, fx.Node):
-            read = total.args[0]
-            if isinstance(read, fx.Node) and read is softmax.args[0]:
-                return node, sink
+        (apart,) = _arguments(_before(share, _RELAYED), (aten.sigmoid.default,), 1)
+        total, sink = _arguments(_before(apart, _RELAYED), (aten.sub.Tensor,))
+        (read,) = _arguments(total, (aten.logsumexp.default,), 1)
+        if sink is not None and read is not None and read is softmax.args[0]:
+            return node, sink
     return None
+
+
+def _before(node: fx.Node | None, passed: Container[Any]) -> fx.Node | None:
+    """The first one, going up, that isn't one of these."""
+    while node is not None and node.target in passed:
+        (node,) = _arguments(node, (node.target,), 1)
+    return node
+
+
+def _arguments(node: fx.Node | None, targets: Container[Any], count: int = 2) -> list[fx.Node | None]:
+    """Its first arguments; None for one that is no node, and for all where the node is none of these operators."""
+    if node is None or node.target not in targets:
+        return [None] * count
+    return [a if isinstance(a, fx.Node) else None for a in node.args[:count]]
