@@ -22,6 +22,10 @@ from thesean.targets.shared.facts import Mixing
 _MOVED = 1e-5
 
 
+class MixedExamplesError(PlanError):
+    """A part in which examples of a batch meet, or whose batch isn't its first dimension."""
+
+
 def probe_mixing(region: Region, values: dict[fx.Node, Any]) -> Mixing:
     """ "none" (token-wise), "causal", or "bidirectional"; `values` are recorded on two examples of at least 3 tokens,
     or on one where the guide takes no more.
@@ -80,9 +84,9 @@ def _moves_the_other(region: Region, values: dict[fx.Node, Any]) -> bool:
     return bool(change[1].max() > _MOVED * change.max())
 
 
-def _mixes_examples(region: Region) -> PlanError:
+def _mixes_examples(region: Region) -> MixedExamplesError:
     place = region.path() or f"what ends in {owner(region.exit) or region.exit.name}"
-    return PlanError(
+    return MixedExamplesError(
         f"{place}: one example of a batch changes the output of another; expected the batch in the first dimension, "
         "found (batch, time, width) in another order or a part that mixes examples (statistics over the batch). Set "
         "batch_first=True in the guide, or keep the part with keep=[...]."

@@ -5,11 +5,13 @@ The plan is what people read and edit; bound to the graph it is what the compile
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from thesean.errors import PlanError, TargetMismatchError
+from thesean.passes.analyse.mixing import MixedExamplesError
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
@@ -77,32 +79,57 @@ def plan_division(division: Division, target: TargetSpec) -> BoundPlan:
     strict = isinstance(target, Mapping) or division.settings.part_globs is not None
     try:
         return _bind(division, targets, strict, keeps_all(target))
-    except TargetMismatchError as error:
+    except (TargetMismatchError, MixedExamplesError) as error:
         if strict or not all(t is None or scope_of(t) == "mixing" for t in targets.values()):
             raise
         return _elsewhere(division, target, error)
 
 
-def _elsewhere(division: Division, target: TargetSpec, misfit: TargetMismatchError) -> BoundPlan:
-    """Where a target fits none of the parts, as `rnn` no convolution in front of an LSTM: the modules beside them that
-    it does fit, for what replaces mixing finds a place wherever time is mixed. Raises the misfit where there is none.
+def _elsewhere(division: Division, target: TargetSpec, misfit: TargetMismatchError | MixedExamplesError) -> BoundPlan:
+    """Where a target fits none of the parts: the modules beside them that it does fit, as `rnn` an LSTM behind
+    convolutions, for what replaces mixing finds a place wherever time is mixed; or else those inside of them, as the
+    attention of a layer that carries several streams a token. Raises the misfit where there is none.
     """
+    regions = module_regions(division.flow)
     inside = {n for g in division.groups for n in g.region.nodes}
-    beside = [p for p, region in module_regions(division.flow).items() if p and inside.isdisjoint(region.nodes)]
-    fitting: list[str] = []
-    for path in sorted(beside, key=lambda p: p.count(".")):
-        if any(path.startswith(f"{outer}.") for outer in fitting):
-            continue
+
+    def fits(path: str) -> bool:
         try:
             plan_division(divide(division.captured, parts=[path]), target)
         except (PlanError, TargetMismatchError):
-            continue
-        fitting.append(path)
+            return False
+        return True
+
+    beside = [p for p, region in regions.items() if p and inside.isdisjoint(region.nodes)]
+    fitting = _outermost(beside, fits)
+    if fitting:
+        notes = _left_to_the_guide({g.path: misfit for g in division.groups})
+    else:
+        known: dict[str, bool] = {}  # layers repeat, and are called alike
+
+        def fits_there(path: str) -> bool:
+            alike = re.sub(r"\d+", "*", path)
+            if alike not in known:
+                known[alike] = fits(path)
+            return known[alike]
+
+        wholes = [set(g.region.nodes) for g in division.groups]
+        below = [p for p, region in regions.items() if p and any(whole > set(region.nodes) for whole in wholes)]
+        fitting = _outermost(below, fits_there)
+        notes = (f"{_listed([g.path for g in division.groups])}: what fits inside is replaced: {misfit}",)
     if not fitting:
         raise misfit
     bound_plan = plan_division(divide(division.captured, parts=fitting), target)
-    notes = _left_to_the_guide({g.path: misfit for g in division.groups})
     return replace(bound_plan, plan=replace(bound_plan.plan, notes=(*notes, *bound_plan.plan.notes)))
+
+
+def _outermost(paths: Sequence[str], fits: Callable[[str], bool]) -> list[str]:
+    """Those that fit and are in none that does."""
+    fitting: list[str] = []
+    for path in sorted(paths, key=lambda p: p.count(".")):
+        if not any(path.startswith(f"{outer}.") for outer in fitting) and fits(path):
+            fitting.append(path)
+    return fitting
 
 
 def bind_plan(captured: Captured, plan: Plan) -> BoundPlan:
@@ -229,7 +256,7 @@ def _listed(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
-def _left_to_the_guide(misfits: Mapping[str, TargetMismatchError]) -> tuple[str, ...]:
+def _left_to_the_guide(misfits: Mapping[str, Exception]) -> tuple[str, ...]:
     """One note for all parts that the target does not fit, with the first one's reason."""
     if not misfits:
         return ()
