@@ -65,21 +65,21 @@ def write_torch(
     threaded = lowered if states else None
     stream: Signature = lowered.meta.get(STREAM, signature) if states else signature
     names = output_names(module)
-    traced = partial(_traced, lowered, module, signature, stream, states)
     with new_file(path, parents=True) as made:
 
-        def compared(program: torch.export.ExportedProgram) -> Any:
+        def compared(may_be_one: bool) -> Any:
+            program = _traced(lowered, module, signature, stream, states, may_be_one)
             with made.open("wb") as file, quiet():
                 _save(program, file)
             loaded = _Program(torch.export.load(str(made)), stream, states, names, threaded)
             return compare_all(loaded, threaded, module, signature, names, train_length)
 
         try:
-            checks, skipped = compared(traced())
+            checks, skipped = compared(may_be_one=False)
         except (AssertionError, RuntimeError) as error:  # torch's guards on sizes
             logger.debug("%s: traced anew, for sizes that may be one: %s", path, first_line(error))
             try:
-                checks, skipped = compared(traced(may_be_one=True))
+                checks, skipped = compared(may_be_one=True)
             except (AssertionError, RuntimeError, ExportError):
                 told = f"{path}: the file does not run where the module does: {first_line(error)}"
                 raise ExportError(told) from error
@@ -134,7 +134,7 @@ def _traced(
     signature: Signature,
     stream: Signature,
     states: tuple[InputSpec, ...],
-    may_be_one: bool = False,
+    may_be_one: bool,
 ) -> torch.export.ExportedProgram:
     """For all sizes that torch's guards let pass: of one that its operators compare with 1 it notes that it is another.
     With `may_be_one` nothing is compared, which some operators do not bear.

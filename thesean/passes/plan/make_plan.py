@@ -5,7 +5,6 @@ The plan is what people read and edit; bound to the graph it is what the compile
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,10 +104,10 @@ def _elsewhere(division: Division, target: TargetSpec, misfit: TargetMismatchErr
     if fitting:
         notes = _left_to_the_guide({g.path: misfit for g in division.groups})
     else:
-        known: dict[str, bool] = {}  # layers repeat, and are called alike
+        known: dict[tuple[str, ...], bool] = {}  # layers repeat, and are called alike
 
         def fits_there(path: str) -> bool:
-            alike = re.sub(r"\d+", "*", path)
+            alike = tuple("*" if name.isdigit() else name for name in path.split("."))
             if alike not in known:
                 known[alike] = fits(path)
             return known[alike]
