@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import signal
 import time
@@ -22,6 +23,7 @@ from tests.distill.test_gate import Cells, windows
 from thesean.curve import Curve
 from thesean.distill.aligning import Aligning
 from thesean.distill.budget import Shares, Trial
+from thesean.distill.train import _SCHEDULES, cosine
 from thesean.errors import DataError
 from thesean.journal import Interrupted, Journal
 from thesean.request import spending
@@ -35,13 +37,15 @@ def convert(budget: Any, recipe: Any = FEW, guide: type[Cells] = Cells, **settin
 
 
 @contextmanager
-def slow_steps() -> Iterator[None]:
-    """Inside, a step takes a tenth of a second by the clock, and all else a hundredth of the time that it takes."""
+def slow_steps(later: float = 0.1, after: float = math.inf) -> Iterator[None]:
+    """Inside, a step takes a tenth of a second by the clock, or as long as `later` says `after` so many; and all else a
+    hundredth of the time that it takes.
+    """
     taken, clock, after_step = itertools.count(1), time.monotonic, Journal.after_step
     begun, more = clock(), [0.0]
 
     def stepped(self: Journal, *arguments: Any) -> None:
-        more[0] = next(taken) / 10
+        more[0] += 0.1 if next(taken) <= after else later
         after_step(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -110,11 +114,10 @@ def test_alignment_goes_on_from_its_trial(max_drop: float | None):
 
 
 def test_once_the_time_is_up_no_other_rate_is_tried():
-    recipe = {**FEW, "alignment": {"schedule": "none", "share": 0.0}, "fine_tuning": {"share": 1.0}}
     worse = itertools.count(1.0)
     with slow_steps(), pytest.MonkeyPatch.context() as patched:
         patched.setattr("thesean.distill.fine_tune._Tuner.check", lambda tuner: next(worse))
-        report = convert("4s", recipe).report
+        report = convert("4s", TUNED_ALONE).report
     trial = [c.learning_rate for c in report.curves if c.phase == "trial"]
     assert trial == [2e-3, 1e-3]  # three steps each, of a tenth of a second, in 8% of four
 
@@ -153,9 +156,7 @@ def test_alignment_is_left_out_where_to_judge_it_once_takes_longer_than_its_tria
 
 @pytest.mark.parametrize("max_drop", [None, 100.0])
 def test_what_a_trial_gained_is_gone_on_from_where_nothing_is_aligned_in_between(max_drop: float | None):
-    recipe = {**FEW, "alignment": {"schedule": "none", "share": 0.0}, "fine_tuning": {"share": 1.0}}
-    if max_drop is not None:  # parts may be given up on the way
-        recipe["max_drop"] = max_drop
+    recipe = TUNED_ALONE | ({} if max_drop is None else {"max_drop": max_drop})  # parts may be given up on the way
     with slow_steps():
         report = convert("4s", recipe).report
     phases = [c.phase for c in report.curves]
@@ -169,6 +170,62 @@ def test_what_a_trial_gained_is_gone_on_from_where_nothing_is_aligned_in_between
         assert first.held_out[0][1] < trial[0].held_out[0][1]
     else:
         assert first.held_out[0] == report.curves[0].held_out[0]
+
+
+TUNED_ALONE = {**FEW, "alignment": {"schedule": "none", "share": 0.0}, "fine_tuning": {"share": 1.0}}
+
+
+@pytest.mark.parametrize("pace", [0.05, 0.1, 0.3])
+def test_steps_are_counted_anew_where_a_trial_had_another_pace(pace: float, monkeypatch: pytest.MonkeyPatch):
+    factors = []
+
+    def spied(step: int, steps: int, warmup: int) -> float:
+        factors.append(cosine(step, steps, warmup))
+        return factors[-1]
+
+    monkeypatch.setitem(_SCHEDULES, "cosine", spied)
+    monkeypatch.setattr("thesean.distill.fine_tune.RATES", (1e-4,))
+    with slow_steps(pace, after=6):  # as many as the trial takes, in 8% of eight
+        begun = time.monotonic()
+        report = convert("8s", TUNED_ALONE).report
+        took = time.monotonic() - begun
+    (said,) = [n for n in report.notes if "fine-tuning after" in n]
+    found = re.search(r"fine-tuning after (\d+) steps, by a trial's pace (\d+): the time was up", said)
+    assert found is not None
+    tuned, planned = map(int, found.groups())
+    assert tuned * pace == pytest.approx(7.2, rel=0.1)  # seconds, after the trial
+    assert 60 < planned < 100
+    assert factors[-1] < 0.1  # it has fallen when the time is up
+    assert 7 < took < 8 + 2 * pace
+
+
+def test_a_run_that_goes_on_in_fine_tuning_has_the_time_that_was_left(tmp_path: Path):
+    with slow_steps():
+        whole = convert("8s", TUNED_ALONE).report
+    after_step, taken = Journal.after_step, itertools.count(1)
+
+    def stop(self: Journal, *given: Any) -> None:
+        if next(taken) == 40:
+            self.stopping = signal.SIGINT
+        after_step(self, *given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Journal, "after_step", stop)
+        with slow_steps(), pytest.raises(Interrupted):
+            convert("8s", TUNED_ALONE, workdir=tmp_path)
+    with slow_steps():
+        again = convert("8s", TUNED_ALONE, workdir=tmp_path).report
+    assert any("went on at step" in n for n in again.notes)
+    assert again.steps == pytest.approx(whole.steps, abs=4)
+
+
+def test_where_neither_trial_gains_the_lower_rates_of_fine_tuning_are_tried(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Trial, "rate", property(lambda trial: 0.0))
+    with slow_steps():
+        report = convert("8s").report
+    (told,) = [n for n in report.notes if n.startswith("budget 8")]
+    assert "of the rest 0% for alignment and 100% for fine-tuning, neither trial having gained" in told
+    assert sum(c.steps for c in report.curves if c.phase == "align") == 0
 
 
 def test_a_time_that_the_closed_form_needs_leaves_none():

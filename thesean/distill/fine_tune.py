@@ -26,12 +26,14 @@ import torch
 from thesean.curve import Curve, Tracing
 from thesean.distill.averaged import Averaged, average_of
 from thesean.distill.best import Best
+from thesean.distill.course import Course
 from thesean.distill.gathered import Gathered
 from thesean.distill.objective import faint
 from thesean.distill.recompute import Recomputing
 from thesean.distill.seen import Seen, examples, rows
 from thesean.distill.sharded import sharding, whole
 from thesean.distill.task import Batch, task_loss
+from thesean.distill.train import Trainer
 from thesean.distill.training import Training
 from thesean.errors import NumericalError
 from thesean.passes.graph.intermediates import intermediates, names_of
@@ -72,15 +74,21 @@ class Tuned:
 
 
 def fine_tune(
-    hybrid: Hybrid, training: Training, steps: int, phase: str = "fine-tune", tried: Sequence[Curve] = ()
+    hybrid: Hybrid,
+    training: Training,
+    steps: int,
+    phase: str = "fine-tune",
+    tried: Sequence[Curve] = (),
+    ends: float = math.inf,
 ) -> Tuned:
     """Train all of the hybrid's parameters for `steps`; leaves it in eval mode, in the best state that was seen. Rates
-    that did nothing when they were `tried`, from much the same start, are not tried again.
+    that did nothing when they were `tried`, from much the same start, are not tried again. Where it `ends`, on the
+    monotonic clock, `steps` are a guess: it takes as many as fit, and leaves time to judge what came of them.
     """
     hybrid.graph_module.eval()
     if not steps or not any(p.requires_grad for p in hybrid.graph_module.parameters()):
         return Tuned(steps=0)
-    return _Tuner(hybrid, training, steps, phase, tried).run()
+    return _Tuner(hybrid, training, Course(steps, ends), phase, tried).run()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +98,7 @@ class _Run:
     """
 
     rate: float
-    steps: int
+    course: Course
     every: int
     patience: int | None = None
     bound: float = float("inf")
@@ -99,10 +107,14 @@ class _Run:
 class _Tuner:
     """One fine-tuning: its loss, and what it did so far."""
 
-    def __init__(self, hybrid: Hybrid, training: Training, steps: int, phase: str, tried: Sequence[Curve] = ()) -> None:
+    def __init__(
+        self, hybrid: Hybrid, training: Training, course: Course, phase: str, tried: Sequence[Curve] = ()
+    ) -> None:
         # what did nothing at a rate, in so many steps
         self.in_vain = {curve.learning_rate: curve.steps for curve in tried if not curve.kept}
-        self.graph_module, self.training, self.steps, self.phase = hybrid.graph_module, training, steps, phase
+        self.graph_module, self.training, self.phase = hybrid.graph_module, training, phase
+        self.steps, self.ends = course.steps, course.ends
+        self.average = partial(average_of, course.steps)  # of the first guess: a run that goes on has the same
         self.recomputing = Recomputing(training.recipe)
         self.judge = training.judge
         self.best = Best([self.graph_module])  # by the sample
@@ -110,17 +122,24 @@ class _Tuner:
         self.new_before = training.feed.stream.new
         # what is ahead of the guide has nothing to learn from its outputs
         self.loss_of = _loss_of(
-            hybrid, training, steps, self.recomputing, lambda: not self.best.value < guide, lambda: self.new
+            hybrid,
+            training,
+            lambda: self.steps,
+            self.recomputing,
+            lambda: not self.best.value < guide,
+            lambda: self.new,
         )
         self.curves: list[Curve] = []
         self.taken, self.seconds = 0, 0.0
 
     def run(self) -> Tuned:
+        looked = time.monotonic()
         self.best.offer(self.check())
         begun, start = self.best.value, None
         if len(self.judge.sample) < len(self.judge.batches):
             start = Best([self.graph_module])  # by everything
             start.offer(self.judge.value(self.graph_module))
+        self.ends -= 2 * (time.monotonic() - looked)  # for as much at the end, and for whoever judges it then
         asked = self.training.recipe.fine_tuning.learning_rate
         rates = RATES if asked == "find" else (asked,)
         for rate in rates:
@@ -131,7 +150,7 @@ class _Tuner:
                 continue
             run = _Run(
                 rate=rate,
-                steps=left,
+                course=Course(left, self.ends),
                 every=max(_LEAST_BETWEEN, -(-left // _CHECKS)),
                 patience=None if rate == rates[-1] else patience(left),
                 bound=self.best.value,
@@ -150,28 +169,32 @@ class _Tuner:
 
     def _out_of_time(self) -> bool:
         """Whether a rate was the last one that there was time for."""
-        trainer = self.training.trainer
-        if not self.curves or trainer.deadline == math.inf:
+        if not self.curves or self.trainer.deadline == math.inf:
             return False
-        return self.training.journal.piece(f"{self.phase} {len(self.curves)} late", lambda: trainer.late)
+        return self.training.journal.piece(f"{self.phase} {len(self.curves)} late", lambda: self.trainer.late)
+
+    @property
+    def trainer(self) -> Trainer:
+        trainer = self.training.trainer
+        return replace(trainer, deadline=min(trainer.deadline, self.ends))
 
     def _train(self, run: _Run) -> None:
         self.training.journal.piece(f"{self.phase} {len(self.curves) + 1}", partial(self._trained, run), self)
 
     def _trained(self, run: _Run) -> None:
         settings, observer, begun = self.training.recipe.fine_tuning, self.training.observer, self.taken
-        average = average_of(self.steps)
+        average = self.average()
         watch = _Watch(self, run, average)
-        observer.begin(self.phase, None, 1, 1, run.steps)
+        observer.begin(self.phase, None, 1, 1, run.course.steps)
         self.graph_module.train()
         start = time.monotonic()
         try:
             with sharding([self.training.guide, self.graph_module], self.training.recipe.sharded):
-                replace(self.training.trainer, average=average).train(
+                replace(self.trainer, average=average).train(
                     [p for p in self.graph_module.parameters() if p.requires_grad],  # what the guide froze stays frozen
                     lambda step, batch: self.loss_of(begun + step, batch),
                     self.training.feed.stream,
-                    steps=run.steps,
+                    steps=run.course,
                     learning_rate=run.rate,
                     weight_decay=settings.weight_decay,
                     where="fine-tuning",
@@ -189,13 +212,14 @@ class _Tuner:
         """Between two runs: the weights are those of the best state."""
         curves = [asdict(c) for c in self.curves]
         told = {"taken": self.taken, "seconds": self.seconds, "curves": curves, "new before": self.new_before}
-        return {"best": self.best.state_dict(), **told}
+        course = {"steps": self.steps, "left": self.ends - time.monotonic()}
+        return {"best": self.best.state_dict(), **told, **course}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best.load_state_dict(state["best"])
         self.taken, self.seconds = state["taken"], state["seconds"]
         self.curves = [Curve.from_dict(c) for c in state["curves"]]
-        self.new_before = state["new before"]
+        self.new_before, self.steps, self.ends = state["new before"], state["steps"], time.monotonic() + state["left"]
 
     @property
     def came_again(self) -> str:
@@ -230,13 +254,15 @@ class _Watch:
         tuner, run = self.tuner, self.run
         tuner.taken += 1
         self.trace.losses.append(loss)
-        if step % run.every and step not in (run.steps, run.patience):
+        if step % run.every and step not in (run.course.steps, run.patience):
             return False
         value = self._check(step)
         if self.kept != step and self.average is not None and self.average.steps:
             with self.average.standing_in():
                 value = min(value, self._check(step))
         self.trace.held_out.append((step, value))
+        run.course.count(step)
+        tuner.steps = tuner.taken - step + run.course.steps
         tuner.graph_module.train()
         return run.patience is not None and step - self.kept >= run.patience and not value < run.bound
 
@@ -254,6 +280,7 @@ class _Watch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tuner.graph_module.load_state_dict(state["graph_module"])
         self.tuner.load_state_dict(state["tuner"])
+        self.run.course.ends = self.tuner.ends
         self.trace.load_state_dict(state["watch"]["trace"])
         self.kept = state["watch"]["kept"]
 
@@ -261,13 +288,13 @@ class _Watch:
 def _loss_of(
     hybrid: Hybrid,
     training: Training,
-    steps: int,
+    steps: Callable[[], int],
     recomputing: Recomputing,
     taught: Callable[[], bool],
     new: Callable[[], float],
 ) -> LossOf:
-    """The loss of a step's batch, out of `steps`; the task's alone, where there is one, once it isn't `taught`. `new`:
-    batches' worth of examples so far that hadn't come before.
+    """The loss of a step's batch, out of `steps` as far as known; the task's alone, where there is one, once it isn't
+    `taught`. `new`: batches' worth of examples so far that hadn't come before.
     """
     task, settings = training.task, training.recipe.fine_tuning
     nmse = get_measure("nmse")
@@ -285,7 +312,7 @@ def _loss_of(
         if settings.anneal_until is None:
             return 1.0
         passed = new() / training.recipe.gradient_accumulation - 1 if settings.anneal_on == "new" else step
-        return min(1.0, max(0.0, 1 - passed / (steps * settings.anneal_until)))
+        return min(1.0, max(0.0, 1 - passed / (steps() * settings.anneal_until)))
 
     def loss_of(step: int, batch: Batch) -> torch.Tensor:
         whole, inputs = batch

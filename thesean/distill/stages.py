@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 
 from thesean.curve import Curve
@@ -89,7 +91,8 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
     if begun is not None:
         hybrid.graph_module.load_state_dict(begun)
     if steps > 0:
-        tuned = fine_tune(hybrid, training, steps, tried=tried)
+        ends = math.inf if shares is None or training.recipe.seconds is None else time.monotonic() + training.left
+        tuned = fine_tune(hybrid, training, steps, tried=tried, ends=ends)
     hybrid.graph_module.eval()
     last = aligned.snapshots[-1].evaluation if aligned.snapshots and begun is None else None
     final = training.judge(hybrid.graph_module) if tuned.steps or last is None or aligned.judged_on_some else last
@@ -120,5 +123,5 @@ def _ended(training: Training, aligned: Aligned, steps: int, tuned: Tuned) -> li
     if taken >= asked:
         reasons = {"its share"}
     alignment = f"alignment ended after {taken} of {asked} steps: {', '.join(sorted(reasons))}"
-    why = "its share" if tuned.steps >= steps else "the time was up"
-    return [f"{alignment}; fine-tuning after {tuned.steps} of {steps} steps: {why if steps else 'no time was left'}"]
+    why = f", by a trial's pace {steps}: the time was up" if steps else ": no time was left"
+    return [f"{alignment}; fine-tuning after {tuned.steps} steps{why}"]

@@ -15,6 +15,7 @@ from torch import nn
 
 from thesean import ranks
 from thesean.distill.averaged import Averaged
+from thesean.distill.course import Course
 from thesean.distill.masters import Masters
 from thesean.distill.sharded import masters_of
 from thesean.distill.together import together
@@ -90,7 +91,7 @@ class Trainer:
         loss_of: Callable[[int, Any], torch.Tensor],
         batches: Iterator[Any],
         *,
-        steps: int,
+        steps: int | Course,
         learning_rate: float,
         where: str,
         weight_decay: float = 0.0,
@@ -108,10 +109,14 @@ class Trainer:
             optimizer = _OPTIMIZERS[self.optimizer](groups)  # type: ignore[call-arg]  # the base class asks for defaults
             if self.average is not None:
                 self.average.begin(masters)
-            kept = (masters, masters.kept(optimizer), *(part for part in (after, self.average) if part is not None))
-            for step in range(self.journal.resumed(*kept), steps):
+            course = steps if isinstance(steps, Course) else Course(steps)
+            watches = (course, *(part for part in (after, self.average) if part is not None))
+            kept = (masters, masters.kept(optimizer), *watches)
+            step = self.journal.resumed(*kept)
+            course.resumed(step)
+            while step < course.steps:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * _SCHEDULES[self.schedule](step, steps, self.warmup)
+                    group["lr"] = learning_rate * _SCHEDULES[self.schedule](step, course.steps, self.warmup)
                 value = self._gradients(masters, partial(loss_of, step), batches)
                 if not math.isfinite(value):
                     raise NumericalError(
@@ -124,11 +129,12 @@ class Trainer:
                     masters.write()
                     if self.average is not None:
                         self.average.add()
-                self.observer.step(step + 1, {"loss": value})
-                if (after is not None and after(step + 1, value)) or self.late:
-                    return step + 1
-                self.journal.after_step(step + 1, *kept)
-        return steps
+                step += 1
+                self.observer.step(step, {"loss": value})
+                if (after is not None and after(step, value)) or self.late:
+                    break
+                self.journal.after_step(step, *kept)
+        return step
 
     def _gradients(self, masters: Masters, loss_of: Callable[[Any], torch.Tensor], batches: Iterator[Any]) -> float:
         """The loss of a step, whose gradients the masters have then; NaN or infinity as soon as one is."""
