@@ -32,7 +32,7 @@ def _family(name: str, **settings: Any) -> Callable[[str], nn.Module]:
     def build(attention: str) -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+        config = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config")
         return getattr(transformers, f"{name}ForCausalLM")(config(**settings, attn_implementation=attention))
 
     return build
@@ -77,10 +77,17 @@ MIXED: dict[str, Callable[[str], nn.Module]] = {
         "Lfm2", **{**_sizes(num_key_value_heads=2), "num_hidden_layers": 3}, conv_L_cache=3, block_multiple_of=8,
         layer_types=["conv", "full_attention", "conv"], pad_token_id=0,
     ),  # short causal convolutions
+    "qwen3_5": _family(
+        "Qwen3_5", **_sizes(num_key_value_heads=2, head_dim=8), linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=8, linear_value_head_dim=4, layer_types=["linear_attention", "full_attention"],
+    ),  # a gated delta rule behind a short convolution, and an attention with a gate
 }  # fmt: skip
 _EAGER = ("gpt_neo", "gemma2", "gpt_oss", "bloom")  # have no other attention
 # what has no table of positions runs past the length that it was trained at
-ENDLESS = ("gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_oss", "bloom", "lfm2")
+ENDLESS = (
+    "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_oss", "bloom", "lfm2",
+    "qwen3_5",
+)  # fmt: skip
 
 
 @shared

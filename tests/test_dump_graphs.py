@@ -50,7 +50,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
     converted = convert(tmp_path)
     told = story(tmp_path)
     asserted = "_assert_tensor_metadata"
-    last = told["009-remove-second.txt"][1:]
+    last = told["010-remove-second.txt"][1:]
     assert told == {
         "000-capture.txt": [
             "# capture: as torch.export traced it",
@@ -75,19 +75,23 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "# functionalise: modified",
             *(line.replace("aten.add_.", "aten.add.") for line in told["000-capture.txt"][1:]),
         ],
-        "004-views-as-reshapes.txt": [
+        "004-writes-into-views.txt": [
+            "# writes-into-views: unchanged: no operator writes into its input",
+            *told["003-functionalise.txt"][1:],
+        ],
+        "005-views-as-reshapes.txt": [
             "# views-as-reshapes: unchanged: no view hangs on how memory lies",
             *told["003-functionalise.txt"][1:],
         ],
-        "005-write-out-operators.txt": [
+        "006-write-out-operators.txt": [
             "# write-out-operators: unchanged: no operator is to be written out",
             *told["003-functionalise.txt"][1:],
         ],
-        "006-write-out-sizes.txt": [
+        "007-write-out-sizes.txt": [
             "# write-out-sizes: unchanged: all that is done with sizes can be saved",
             *told["003-functionalise.txt"][1:],
         ],
-        "007-simplify.txt": [
+        "008-simplify.txt": [
             "# simplify: modified",
             "x = placeholder x",
             "linear = aten.linear.default(x, first_weight, first_bias)",
@@ -96,7 +100,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "008-substitute-first.txt": [
+        "009-substitute-first.txt": [
             "# substitute first: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -105,7 +109,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "009-remove-second.txt": [
+        "010-remove-second.txt": [
             "# remove second: modified",
             "x = placeholder x",
             "part_0 = part_0(x)",
@@ -114,7 +118,7 @@ def test_the_graphs_of_a_conversion_read_as_a_story(tmp_path):
             "linear_2 = aten.linear.default(add_, head_weight, head_bias)",
             "return linear_2",
         ],
-        "010-bound-positions.txt": [
+        "011-bound-positions.txt": [
             "# bound-positions: unchanged: no table is indexed by a growing position",
             *last,
         ],
@@ -138,7 +142,7 @@ def test_a_plan_writes_what_capture_made_of_the_guide_and_nothing_that_it_times(
     )
     assert plan.latencies
     told = story(tmp_path / "converted")
-    assert story(tmp_path / "planned") == {name: told[name] for name in sorted(told)[:8]}
+    assert story(tmp_path / "planned") == {name: told[name] for name in sorted(told)[:9]}
 
 
 def test_the_result_is_the_same_with_and_without(tmp_path):
@@ -159,35 +163,43 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
     converted.export(tmp_path / "m.onnx", dump_graphs=tmp_path)
     told = story(tmp_path)
     assert {k: v for k, v in told.items() if k in before} == before
-    graph = before["010-bound-positions.txt"][1:]
+    graph = before["011-bound-positions.txt"][1:]
     assert {k: v for k, v in told.items() if k not in before} == {
-        "011-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
-        "012-cast-floats.txt": ["# cast-floats: unchanged: nothing in it is another precision", *graph],
-        "013-cache-latents.txt": ["# cache-latents: unchanged: there is no single dimension of time", *graph],
-        "014-inline-modules.txt": [
+        "012-freeze-on-cpu.txt": ["# freeze-on-cpu: modified", *graph],
+        "013-cast-floats.txt": ["# cast-floats: unchanged: nothing in it is another precision", *graph],
+        "014-cache-latents.txt": ["# cache-latents: unchanged: there is no single dimension of time", *graph],
+        "015-inline-modules.txt": [
             "# inline-modules: unchanged: no module without a state reads earlier steps",
             *graph,
         ],
-        "015-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
-        "016-cache-steps.txt": ["# cache-steps: unchanged: there is no single dimension of time", *graph],
-        "017-carry-sums.txt": ["# carry-sums: unchanged: there is no single dimension of time", *graph],
-        "018-carry-cells.txt": ["# carry-cells: unchanged: there is no single dimension of time", *graph],
-        "019-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
-        "020-thread-state.txt": [
+        "016-cache-attention.txt": ["# cache-attention: unchanged: there is no single dimension of time", *graph],
+        "017-cache-steps.txt": ["# cache-steps: unchanged: there is no single dimension of time", *graph],
+        "018-carry-sums.txt": ["# carry-sums: unchanged: there is no single dimension of time", *graph],
+        "019-carry-cells.txt": ["# carry-cells: unchanged: there is no single dimension of time", *graph],
+        "020-delta-rules-as-modules.txt": [
+            "# delta-rules-as-modules: unchanged: the graph has no gated delta rule",
+            *graph,
+        ],
+        "021-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
+        "022-thread-state.txt": [
             f"# thread-state: refused: thread state: {NO_TIME}",
             *graph,
         ],
-        "021-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
-        "022-write-out-for-onnx.txt": [
+        "023-write-out-attention.txt": ["# write-out-attention: unchanged: no attention is computed", *graph],
+        "024-write-out-for-onnx.txt": [
             "# write-out-for-onnx: unchanged: torch's exporter writes all operators as they are",
             *graph,
         ],
-        "023-folds-as-modules.txt": [
+        "025-folds-as-modules.txt": [
             "# folds-as-modules: unchanged: nothing is folded over all numbers so far",
             *graph,
         ],
-        "024-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
-        "025-cells-as-modules.txt": [
+        "026-delta-rules-as-modules.txt": [
+            "# delta-rules-as-modules: unchanged: the graph has no gated delta rule",
+            *graph,
+        ],
+        "027-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],
+        "028-cells-as-modules.txt": [
             "# cells-as-modules: unchanged: the graph has no recurrent operator",
             *graph[:-1],
             "return (linear_2,)",
@@ -236,4 +248,4 @@ def test_the_command_line_takes_the_folder(tmp_path):
     assert result.exit_code == 0, result.output
     names = sorted(p.name for p in graphs.iterdir())
     assert names[0] == "000-capture.txt"
-    assert names[8:] == ["008-substitute-first.txt", "009-substitute-second.txt", "010-bound-positions.txt"]
+    assert names[9:] == ["009-substitute-first.txt", "010-substitute-second.txt", "011-bound-positions.txt"]

@@ -12,6 +12,7 @@ from thesean.passes.carry_cells import CarryCells
 from thesean.passes.carry_sums import CarrySums
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.delay_steps import DelaySteps
+from thesean.passes.delta_rules_as_modules import DeltaRulesAsModules
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.folds_as_modules import FoldsAsModules
 from thesean.passes.graph.signature import Signature
@@ -30,6 +31,7 @@ def remembering(signature: Signature, ahead: bool = False) -> tuple[Pass, ...]:
         CacheSteps(signature, ahead),
         CarrySums(signature),
         CarryCells(signature),
+        DeltaRulesAsModules(),
     )
 
 
@@ -51,6 +53,7 @@ def for_export(
         WriteOutAttention(probes, trusted),
         WriteOutForOnnx(),
         FoldsAsModules(),
+        DeltaRulesAsModules(),
         FlattenOutputs(),
         CellsAsModules(),
     )

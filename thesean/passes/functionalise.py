@@ -30,7 +30,7 @@ class Functionalise(Pass):
                 graph_module.graph.erase_node(node)
                 changed = True
                 continue
-            twin = _twin(node)
+            twin = twin_of(node)
             if twin is None or not _owns_memory(node.args[0], order[node], order):
                 continue
             source = node.args[0]
@@ -64,7 +64,7 @@ def writes(graph_module: fx.GraphModule) -> list[fx.Node]:
     return [n for n in graph_module.graph.nodes if is_write(n)]
 
 
-def _twin(node: fx.Node) -> Any:
+def twin_of(node: fx.Node) -> Any:
     """The operator that returns what `node` writes into its first argument: add for add_."""
     target = node.target
     if not (isinstance(target, torch._ops.OpOverload) and is_write(node)):
@@ -93,28 +93,28 @@ def _owns_memory(source: Any, now: int, order: dict[fx.Node, int]) -> bool:
     for shared in front:
         if shared is not source and any(order[reader] > now for reader in shared.users):
             return False
-        front.extend(u for u in shared.users if _is_view(u) and order[u] < now)
+        front.extend(u for u in shared.users if is_view(u) and order[u] < now)
     return True
 
 
 def _origin(node: fx.Node) -> fx.Node:
     """What a view, or a view of it, is a view of."""
-    while _is_view(node):
+    while is_view(node):
         node = node.all_input_nodes[0]
     return node
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """May share memory with an input: its schema says so, or it takes an element out of a list of views."""
     if node.op != "call_function":
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.all_input_nodes) and _is_view(node.all_input_nodes[0])
+        return bool(node.all_input_nodes) and is_view(node.all_input_nodes[0])
     aliased = any(r.alias_info is not None and not r.alias_info.is_write for r in node.target._schema.returns)
-    return aliased or node.target in _MAYBE_VIEWS
+    return aliased or node.target in MAYBE_VIEWS
 
 
-_MAYBE_VIEWS = (
+MAYBE_VIEWS = (
     torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints, torch.ops.aten.contiguous.default,
     torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device, torch.ops.aten.unflatten.int,
     torch.ops.aten.chunk.default, torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default,

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
 _OTHERS = {
     "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "topk", "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "fft_ifft", "fft_irfft",
+    "gated_delta_rule",
 }  # fmt: skip
 
 

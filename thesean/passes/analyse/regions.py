@@ -10,6 +10,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ def shared_path(nodes: Iterable[fx.Node]) -> str:
     return ".".join(shared[:depth])  # a list of modules is never called: its holder is the block
 
 
+_SIZES = (int, float, torch.SymInt, torch.SymFloat)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Region:
     """Main nodes in topological order; the last one is `exit`."""
@@ -50,6 +54,19 @@ class Region:
     exit: fx.Node
     nodes: tuple[fx.Node, ...]
     name: str = field(default="", compare=False)  # the module that it was found as
+    shares: bool = False  # whether what is outside reads values inside too, which stay when the region is cut out
+
+    @cached_property
+    def gone(self) -> tuple[fx.Node, ...]:
+        """What nothing reads once it is cut out."""
+        if not self.shares:
+            return self.nodes
+        gone = {self.exit}
+        for node in reversed(self.nodes):
+            readers = [u for u in node.users if not isinstance(u.meta.get("val"), _SIZES)]
+            if all(user in gone for user in readers):
+                gone.add(node)
+        return tuple(n for n in self.nodes if n in gone)
 
     def path(self) -> str:
         """The module that it was found as, or else the longest module path that all nodes with an owner share; views,
@@ -70,6 +87,7 @@ class Region:
             exit=by_name[self.exit.name],
             nodes=tuple(by_name[n.name] for n in self.nodes),
             name=self.name,
+            shares=self.shares,
         )
 
     def is_fork(self) -> bool:
@@ -150,12 +168,13 @@ def _is_shift(pad: Any) -> bool:
 
 
 def is_single_entry_single_exit(flow: DataFlow, region: Region) -> bool:
-    """Edges enter only from `entry` and leave only from `exit`."""
+    """Edges enter only from `entry` and leave only from `exit`, or where it `shares` from what stays."""
     inside = set(region.nodes)
     for node in region.nodes:
         if any(p not in inside and p is not region.entry for p in flow.dag.predecessors(node)):
             return False
-        if node is not region.exit and any(s not in inside for s in flow.dag.successors(node)):
+        leaves = node is not region.exit and any(s not in inside for s in flow.dag.successors(node))
+        if leaves and not region.shares:
             return False
     return region.exit in inside
 

@@ -22,6 +22,7 @@ from thesean.passes.base import Pass, run_passes
 from thesean.passes.capture.branches import Fixed, bound_sizes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, first_shown, plain_calling_convention
+from thesean.passes.capture.delta_rules import delta_rules_as_operators
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, fixed_sizes, short
 from thesean.passes.capture.fixed import fixed_lengths
@@ -49,6 +50,7 @@ from thesean.passes.split_layers import SplitLayers
 from thesean.passes.views_as_reshapes import ViewsAsReshapes
 from thesean.passes.write_out_operators import WriteOutOperators
 from thesean.passes.write_out_sizes import WriteOutSizes
+from thesean.passes.writes_into_views import WritesIntoViews
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ _VMAP = "torch._functorch.predispatch"
 
 # What makes a traced graph one that the rest of Thesean reads, in this order.
 CANONICAL = (
-    InlineRegions(), SplitLayers(), Functionalise(), ViewsAsReshapes(), WriteOutOperators(), WriteOutSizes(),
-    Simplify(),
+    InlineRegions(), SplitLayers(), Functionalise(), WritesIntoViews(), ViewsAsReshapes(), WriteOutOperators(),
+    WriteOutSizes(), Simplify(),
 )  # fmt: skip
 # What comes before these where torch followed writes into views, and took operators apart.
 REJOINING = (RejoinNorms(),)
@@ -214,7 +216,7 @@ def _export(
             # with gradients, so that what the guide runs without them is a region of its own
             with (
                 guide.forgetting(), warnings.catch_warnings(), OpaqueCells(), masks_not_looked_at(),
-                torch.enable_grad(), lean_trace(most),
+                delta_rules_as_operators(model), torch.enable_grad(), lean_trace(most),
             ):  # fmt: skip
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from thesean.errors import ArtifactError
+from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
 
 # `name` is aten.name.default
 _ATEN = """
@@ -149,7 +150,8 @@ def operators() -> dict[str, Callable[..., Any]]:
     names = [word if "." in word else f"{word}.default" for word in words]
     found = {f"aten.{name}": _overload(*name.split(".")) for name in names}
     # torch may rename one in a version to come: then it is unknown there
-    return {name: overload for name, overload in found.items() if overload is not None} | _PYTHON
+    own = {"thesean.gated_delta_rule.default": GATED_DELTA_RULE}
+    return {name: overload for name, overload in found.items() if overload is not None} | own | _PYTHON
 
 
 def _overload(name: str, overload: str) -> Callable[..., Any] | None:

@@ -143,7 +143,7 @@ class Binder:
 
     def _stays(self, region: Region, sites: Sequence[Site]) -> list[fx.Node]:
         """The nodes of a part that its sites leave alone."""
-        cut = {n for s in sites for n in s.region.nodes}
+        cut = {n for s in sites for n in s.region.gone}
         return [n for n in region.nodes if n not in cut]
 
     def _time(self, nodes: Sequence[fx.Node]) -> float:
@@ -170,12 +170,15 @@ class Binder:
             for site in sites:
                 module = outline_site(site)
                 ahead.append(int(getattr(module, "lookahead", 0)))
+                if site.region.shares:
+                    told.append("what is done with its heads' outputs, a gate or a norm, stays the guide's")
                 if getattr(module, "reads_mask", False):
                     reading.append(site)
                 if site.target.build is not None:
                     check_built(site, module, self.values)
                 params += sum(p.numel() for p in module.parameters())
                 if isinstance(module, TargetModule):
+                    told.append(self._unread(site, module))
                     ops += module.flops(site.facts, SymbolicSizes(self.sizes))
                     told.append(module.unlike(site.facts) or module.kept())
                     state += _state(module, site)
@@ -190,6 +193,13 @@ class Binder:
         return replace(
             part, planned=row, slowdown=slowdown, told=tuple(filter(None, told)), ahead=tuple(ahead), state=state
         )
+
+    def _unread(self, site: Site, module: TargetModule) -> str:
+        """Where another family than was named stands for an attention, for want of what it could copy."""
+        known = site.facts.attention is not None or "attention" not in describe_operators(site.region)
+        if known or module.family == site.target.name:
+            return ""
+        return f"its attention was not read off, so that a {module.family}, which copies nothing, stands for it"
 
     def bind(self, parts: Sequence[BoundPart], settings: Plan) -> BoundPlan:
         """All parts together, in order, with the totals; `settings` carries how the parts were found. Raises PlanError

@@ -13,6 +13,7 @@ from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.mixing import MixedExamplesError
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.captured import Captured
+from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division, divide, divide_as, group_matches
 from thesean.passes.plan.lookahead import steps_in_a_row
@@ -171,15 +172,41 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
                 raise
             misfits[group.path] = error
             parts.append(binder.part(group, None, member))
+    remembering = () if strict else _remembering(parts)
+    for k in remembering:
+        parts[k] = binder.part(division.groups[k], None, kept[k])
     if not any(p.target for p in parts) and not keeps_all:
         if misfits:
             raise next(iter(misfits.values()))
-        left = "".join(f"{note}. " for note in division.settings.notes)
-        raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
+        settled = "".join(f"{note}. " for note in division.settings.notes)
+        raise PlanError(f"nothing is replaced: {settled}{_why(binder, division.groups, kept, targets)}")
     streams = (*_made_causal(parts), *_looking_ahead(parts), *_still_both_ways(parts))
-    told = (*_left_to_the_guide(misfits), *streams, *_told(parts), *_state(parts), *_slower(parts))
+    left = (*_left_to_the_guide(misfits), *_left_remembering([parts[k].planned.path for k in remembering]))
+    told = (*left, *streams, *_told(parts), *_state(parts), *_slower(parts))
     notes = tuple(dict.fromkeys((*division.settings.notes, *told)))  # a plan that was handed in has told some already
     return binder.bind(parts, replace(division.settings, notes=notes))
+
+
+def _remembering(parts: Sequence[BoundPart]) -> list[int]:
+    """Parts that mix time by a memory of fixed size, where the target replaces others too: those are what grows with
+    the context, and whoever asks for a recurrence has one here.
+    """
+    mixing = [k for k, p in enumerate(parts) if p.target is not None and scope_of(p.target) == "mixing"]
+    remembering = [k for k in mixing if _remembers(parts[k])]
+    return remembering if len(remembering) < len(mixing) else []
+
+
+def _remembers(part: BoundPart) -> bool:
+    return any(node.target is GATED_DELTA_RULE for node in part.region.nodes)
+
+
+def _left_remembering(paths: Sequence[str]) -> tuple[str, ...]:
+    """One note for all parts that `_remembering` found."""
+    if not paths:
+        return ()
+    verbs = ("carries", "stays", "it") if len(paths) == 1 else ("carry", "stay", "them")
+    told = "{} a memory of fixed size already, and {} the guide's; parts= replaces {} too".format(*verbs)
+    return (f"{_listed(paths)} {told}",)
 
 
 def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:
@@ -233,10 +260,11 @@ def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:
 def _state(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     """What all recurrences together carry along, where each part that mixes over time is one."""
     numbers = sum(p.state for p in parts)
-    open_ended = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional")]
-    if not numbers or open_ended:
+    own = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional")]
+    if not numbers or not all(map(_remembers, own)):
         return ()
-    return (f"state: {quantity(4 * numbers, 'B')} a row in float32, at any length",)
+    beside = f", beside the memory of {_listed([p.planned.path for p in own])}" if own else ""
+    return (f"state: {quantity(4 * numbers, 'B')} a row in float32, at any length{beside}",)
 
 
 def _slower(parts: Sequence[BoundPart]) -> tuple[str, ...]:

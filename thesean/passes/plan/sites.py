@@ -17,6 +17,7 @@ from thesean.passes.analyse.bypass import removal, removals
 from thesean.passes.analyse.channels import find_channels
 from thesean.passes.analyse.cost import count_params
 from thesean.passes.analyse.dataflow import DataFlow
+from thesean.passes.analyse.heads_alone import heads_alone
 from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
@@ -29,7 +30,7 @@ from thesean.passes.plan.merge import Group
 from thesean.passes.plan.partition import NamedRegion, inner_names
 from thesean.targets import PartFacts, Target, build_module, get_family
 from thesean.targets.shared.channel_groups import ChannelFacts
-from thesean.targets.shared.facts import CellFacts, Dim
+from thesean.targets.shared.facts import AttentionFacts, CellFacts, Dim
 from thesean.targets.shared.family import Scope
 
 _DROP = Target("identity")
@@ -61,6 +62,7 @@ class SiteFinder:
         self.symbols: dict[str, str] = graph_module.meta["symbols"]
         self.named = {n.name: n for n in flow.order}
         self._blocks: dict[str, FoundBlock | None] = {}
+        self._attentions: dict[tuple[fx.Node, fx.Node], AttentionFacts | None] = {}
         self._cells: dict[tuple[fx.Node, fx.Node], CellFacts | None] = {}
         self._findings: dict[tuple[str, fx.Node, fx.Node], tuple[ChannelFacts | None, str]] = {}
 
@@ -78,6 +80,8 @@ class SiteFinder:
         if scope == "members":
             return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
+        if scope == "mixing":
+            inner = [(p, heads_alone(r, self.values, self._attention) or r) for p, r in inner]
         if takes_channels(target):
             inner += [(p, r) for p, r in self._branches(keeps, "mixing", explicit=False) if self._narrows(r)]
         if takes_units(target):
@@ -112,6 +116,12 @@ class SiteFinder:
     def channels(self, region: Region) -> ChannelFacts | None:
         """What a stretch over feature maps computes, where it can be read."""
         return self._channels(region)[0]
+
+    def _attention(self, region: Region) -> AttentionFacts | None:
+        key = (region.entry, region.exit)
+        if key not in self._attentions:
+            self._attentions[key] = find_attention(region, self.values)
+        return self._attentions[key]
 
     def _cell(self, region: Region) -> CellFacts | None:
         """The guide's own recurrent cell that a stretch is."""
@@ -204,7 +214,7 @@ class SiteFinder:
                 f"around it as a part, or keep it with keep=[{group.path!r}]."
             )
         token_wise = scope_of(target) == "token-wise"
-        attention = None if removes else find_attention(region, self.values)
+        attention = None if removes else self._attention(region)
         mlp = find_mlp(region, self.values) if token_wise else None
         channels, unread = self._channels(region) if mlp is None and takes_channels(target) else (None, "")
         facts = PartFacts(

@@ -38,7 +38,7 @@ def without(bound_plan: BoundPlan, path: str, why: str) -> BoundPlan:
     def left(parts: Iterable[BoundPart]) -> int:
         return remaining_params(graph_module, dict(ends_of([s for p in parts for s in p.sites])))
 
-    cut = {n for s in went.sites for n in s.region.nodes}
+    cut = {n for s in went.sites for n in s.region.gone}
     stays = count_params(graph_module, [n for n in went.region.nodes if n not in cut])
     plan = replace(
         plan,

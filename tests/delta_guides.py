@@ -1,0 +1,132 @@
+"""A small causal language model as Qwen3-Next and its like are: gated delta rules, and an attention with a gate.
+
+B batch, T time, D width, H heads, F width of queries and keys, K width of values
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.models import VOCABULARY, seeded, spread
+
+WIDTH, HEADS = 16, 2
+
+
+def chunk_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    chunk_size: int = 64,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """By the calling convention of kernels for it, one step after the other."""
+    if use_qk_l2norm_in_kernel:
+        query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    shared = value.shape[2] // key.shape[2]
+    query, key = (x.repeat_interleave(shared, 2).float() for x in (query, key))
+    state = initial_state
+    if state is None:
+        state = torch.zeros(value.shape[0], value.shape[2], key.shape[3], value.shape[3])
+    outs = []
+    for t in range(value.shape[1]):
+        state = state * g[:, t, :, None, None].float().exp()
+        held = (state * key[:, t, :, :, None]).sum(-2)
+        update = beta[:, t, :, None] * (value[:, t] - held)
+        state = state + key[:, t, :, :, None] * update[:, :, None]
+        outs.append((state * query[:, t, :, :, None]).sum(-2) * query.shape[-1] ** -0.5)
+    return torch.stack(outs, 1).to(value.dtype), state if output_final_state else None
+
+
+class DeltaNet(nn.Module):
+    """x_BTD -> y_BTD, two heads of values to one of queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), nn.Linear(WIDTH, HEADS * 3)
+        self.rate, self.decay, self.last = nn.Linear(WIDTH, HEADS), nn.Linear(WIDTH, HEADS), nn.Linear(HEADS * 3, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, _ = chunk_rule(
+            self.query(x).unflatten(-1, (1, 4)),
+            self.key(x).unflatten(-1, (1, 4)),
+            self.value(x).unflatten(-1, (HEADS, 3)),
+            g=-F.softplus(self.decay(x)),
+            beta=self.rate(x).sigmoid(),
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=None,
+        )
+        return self.last(out.flatten(2))
+
+
+class GatedAttention(nn.Module):
+    """x_BTD -> y_BTD; queries and the gate are one projection. `after` is what is done with the heads' outputs."""
+
+    def __init__(self, after: str = "gate") -> None:
+        super().__init__()
+        self.after = after
+        self.query, self.key, self.value = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.last = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, gate = self.query(x).chunk(2, -1)
+        query, key, value = (
+            z.unflatten(-1, (HEADS, -1)).transpose(1, 2) for z in (query, self.key(x), self.value(x))
+        )  # fmt: skip
+        weights = None
+        if self.after == "weights":
+            scores = query @ key.mT * query.shape[-1] ** -0.5
+            later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+            heads = weights @ value
+        else:
+            heads = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        heads = heads.transpose(1, 2).flatten(2)
+        if self.after == "norm":
+            return self.last(self.norm(heads))
+        if weights is not None:
+            gate = gate + weights.diagonal(dim1=-2, dim2=-1).mean(1).unsqueeze(-1)
+        return self.last(heads * gate.sigmoid())
+
+
+class Layer(nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.before, self.mixer, self.norm = nn.LayerNorm(WIDTH), mixer, nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.mixer(self.before(x))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Remembering(nn.Module):
+    """ids_BT -> logits_BTV."""
+
+    def __init__(self, *mixers: nn.Module) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+        self.layers = nn.ModuleList(map(Layer, mixers or (DeltaNet(), GatedAttention())))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def remembering() -> nn.Module:
+    return spread(seeded(Remembering))
+
+
+def gated(after: str = "gate") -> nn.Module:
+    torch.manual_seed(0)
+    return spread(Remembering(GatedAttention(after)).eval())

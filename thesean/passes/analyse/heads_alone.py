@@ -1,0 +1,60 @@
+"""The attention in a part that does more to what its heads give than to map it: a gate that multiplies it, a norm.
+
+What a target takes over of an attention ends where its heads' outputs stand side by side. Cut out as far as there, the
+rest stays the guide's own; a projection that the gate reads as well is computed on.
+
+B batch, T time, H heads, K width of a value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from thesean.passes.analyse.regions import VIEWS, Region
+from thesean.passes.analyse.scores import find_core
+from thesean.targets.shared.facts import AttentionFacts
+
+Read = Callable[[Region], AttentionFacts | None]
+
+
+def heads_alone(region: Region, values: dict[fx.Node, Any], read: Read) -> Region | None:
+    """The stretch of an attention that can't be read as a whole, up to its heads' outputs (B, T, H K), where that can
+    be; else None. `read` is `find_attention` of a region.
+    """
+    if values[region.entry].ndim != 3 or read(region) is not None:
+        return None
+    core = find_core(region, values)
+    end = None if core is None else _side_by_side(core.mixed, region, values)
+    if core is None or end is None or end is region.exit:
+        return None
+    inner = Region(entry=region.entry, exit=end, nodes=_up_to(end, region), name=region.name, shares=True)
+    scores = () if core.fused is not None else (core.added,)
+    if not {core.mixed, *scores} <= set(inner.gone):
+        return None  # who reads the weights themselves has them computed anyway
+    return inner if read(inner) is not None else None
+
+
+def _side_by_side(mixed: fx.Node, region: Region, values: dict[fx.Node, Any]) -> fx.Node | None:
+    """The view of (B, .., K) with the heads of a step in one dimension."""
+    inside, node = set(region.nodes), mixed
+    width = mixed.meta["val"].shape[-1]
+    while values[node].ndim != 3 or values[node].shape[:2] != values[region.entry].shape[:2]:
+        users = [u for u in node.users if u in inside and u.target in VIEWS]
+        if len(users) != 1 or len(node.users) != 1:
+            return None
+        node = users[0]
+    return node if values[node].shape[-1] % int(width) == 0 else None
+
+
+def _up_to(end: fx.Node, region: Region) -> tuple[fx.Node, ...]:
+    """What it is made of, inside of the region."""
+    inside, found, front = set(region.nodes), {end}, [end]
+    while front:
+        for node in front.pop().all_input_nodes:
+            if node in inside and node not in found:
+                found.add(node)
+                front.append(node)
+    return tuple(n for n in region.nodes if n in found)
