@@ -81,12 +81,17 @@ MIXED: dict[str, Callable[[str], nn.Module]] = {
         "Qwen3_5", **_sizes(num_key_value_heads=2, head_dim=8), linear_num_key_heads=2, linear_num_value_heads=4,
         linear_key_head_dim=8, linear_value_head_dim=4, layer_types=["linear_attention", "full_attention"],
     ),  # a gated delta rule behind a short convolution, and an attention with a gate
+    "granitemoehybrid": _family(
+        "GraniteMoeHybrid", **_sizes(num_key_value_heads=2), shared_intermediate_size=48, num_local_experts=0,
+        mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4, mamba_chunk_size=4, pad_token_id=0,
+        layer_types=["mamba", "attention"],
+    ),  # a state space behind a short convolution
 }  # fmt: skip
 _EAGER = ("gpt_neo", "gemma2", "gpt_oss", "bloom")  # have no other attention
 # what has no table of positions runs past the length that it was trained at
 ENDLESS = (
     "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt_oss", "bloom", "lfm2",
-    "qwen3_5",
+    "qwen3_5", "granitemoehybrid",
 )  # fmt: skip
 
 

@@ -176,8 +176,8 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
         "017-cache-steps.txt": ["# cache-steps: unchanged: there is no single dimension of time", *graph],
         "018-carry-sums.txt": ["# carry-sums: unchanged: there is no single dimension of time", *graph],
         "019-carry-cells.txt": ["# carry-cells: unchanged: there is no single dimension of time", *graph],
-        "020-delta-rules-as-modules.txt": [
-            "# delta-rules-as-modules: unchanged: the graph has no gated delta rule",
+        "020-memories-as-modules.txt": [
+            "# memories-as-modules: unchanged: the graph has no recurrence of matrices",
             *graph,
         ],
         "021-delay-steps.txt": ["# delay-steps: unchanged: no part looks ahead", *graph],
@@ -194,8 +194,8 @@ def test_an_export_goes_on_where_the_conversion_ended(tmp_path):
             "# folds-as-modules: unchanged: nothing is folded over all numbers so far",
             *graph,
         ],
-        "026-delta-rules-as-modules.txt": [
-            "# delta-rules-as-modules: unchanged: the graph has no gated delta rule",
+        "026-memories-as-modules.txt": [
+            "# memories-as-modules: unchanged: the graph has no recurrence of matrices",
             *graph,
         ],
         "027-flatten-outputs.txt": ["# flatten-outputs: modified", *graph[:-1], "return (linear_2,)"],

@@ -155,8 +155,8 @@ def test_what_export_runs_is_one_list(gru, stateful):
     steps = for_export(gru[1].signature, (), stateful)
     names = [p.name for s in steps for p in (s.passes if isinstance(s, Attempt) else (s,))]
     remembering = ["cache-latents", "inline-modules", "cache-attention", "cache-steps", "carry-sums", "carry-cells"]
-    state = [*remembering, "delta-rules-as-modules", "delay-steps", "thread-state"]
-    as_modules = ["folds-as-modules", "delta-rules-as-modules"]
+    state = [*remembering, "memories-as-modules", "delay-steps", "thread-state"]
+    as_modules = ["folds-as-modules", "memories-as-modules"]
     rest = ["write-out-attention", "write-out-for-onnx", *as_modules, "flatten-outputs", "cells-as-modules"]
     assert names == ([] if stateful is False else state) + rest
     assert isinstance(steps[0], Attempt) == (stateful is None)

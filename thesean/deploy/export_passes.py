@@ -12,11 +12,11 @@ from thesean.passes.carry_cells import CarryCells
 from thesean.passes.carry_sums import CarrySums
 from thesean.passes.cells_as_modules import CellsAsModules
 from thesean.passes.delay_steps import DelaySteps
-from thesean.passes.delta_rules_as_modules import DeltaRulesAsModules
 from thesean.passes.flatten_outputs import FlattenOutputs
 from thesean.passes.folds_as_modules import FoldsAsModules
 from thesean.passes.graph.signature import Signature
 from thesean.passes.inline_modules import InlineModules
+from thesean.passes.memories_as_modules import MemoriesAsModules
 from thesean.passes.thread_state import ThreadState
 from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.passes.write_out_for_onnx import WriteOutForOnnx
@@ -31,7 +31,7 @@ def remembering(signature: Signature, ahead: bool = False) -> tuple[Pass, ...]:
         CacheSteps(signature, ahead),
         CarrySums(signature),
         CarryCells(signature),
-        DeltaRulesAsModules(),
+        MemoriesAsModules(),
     )
 
 
@@ -53,7 +53,7 @@ def for_export(
         WriteOutAttention(probes, trusted),
         WriteOutForOnnx(),
         FoldsAsModules(),
-        DeltaRulesAsModules(),
+        MemoriesAsModules(),
         FlattenOutputs(),
         CellsAsModules(),
     )

@@ -20,7 +20,7 @@ from thesean.errors import PassRefused
 from thesean.passes.base import run_passes
 from thesean.passes.graph.nodes import argument, is_complex, owner
 from thesean.passes.graph.opaque_cells import CELLS
-from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
+from thesean.passes.graph.opaque_memories import MEMORIES
 from thesean.passes.graph.running_fold import fold_of
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
@@ -109,7 +109,7 @@ def _is_sure(node: fx.Node, known: dict[str, bool]) -> bool:
     """
     target: Any = node.target
     if not _is_torchs(target):
-        return not _is_operator(target) or target in CELLS or target is GATED_DELTA_RULE
+        return not _is_operator(target) or target in CELLS or target in MEMORIES
     if _is_core(target) or form_of(node) or fold_of(node) or target is aten.scaled_dot_product_attention.default:
         return True  # the form is our own where it isn't torch's
     if any(i.meta.get("val") is None for i in node.all_input_nodes):  # what a replacement gives: only looked up

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import thesean
-from tests.delta_guides import GatedAttention, Remembering, gated
 from tests.models import seeded, spread, token_batches, tokens
+from tests.remembering_guides import GatedAttention, Remembering, gated
 from thesean.passes.capture.capture import capture
 from thesean.passes.plan.hybrid import build_hybrid
 from thesean.passes.plan.make_plan import make_plan

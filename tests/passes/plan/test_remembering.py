@@ -4,25 +4,42 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import thesean
-from tests.delta_guides import DeltaNet, Remembering, remembering
 from tests.models import seeded, spread, token_batches, tokens
+from tests.remembering_guides import Both, DeltaNet, Remembering, Scanned, StateSpace, remembering
 
 DATA = token_batches(2)
 
 
-def test_attentions_are_replaced_and_delta_rules_stay():
-    plan = thesean.plan(remembering(), "rnn", data=DATA)
-    kept = [p for p in plan.parts if "gated_delta_rule" in p.operators]
+@pytest.mark.parametrize(
+    ("memory", "told"), [(DeltaNet, "gated_delta_rule"), (StateSpace, "state_space"), (Scanned, "selective_scan")]
+)
+def test_attentions_are_replaced_and_memories_stay(memory: type[nn.Module], told: str):
+    plan = thesean.plan(remembering(memory), "rnn", data=DATA)
+    kept = [p for p in plan.parts if told in p.operators]
     assert [p.kept for p in kept] == [True]
     (replaced,) = plan.replaced
     assert "attention" in replaced.operators
-    (told,) = [n for n in plan.notes if "memory of fixed size" in n]
-    assert told.startswith(kept[0].path)
-    assert told.endswith("parts= replaces it too")
+    (note,) = [n for n in plan.notes if "memory of fixed size" in n]
+    assert note.startswith(kept[0].path)
+    assert note.endswith("parts= replaces it too")
     (state,) = [n for n in plan.notes if n.startswith("state: ")]
     assert state.endswith(f"at any length, beside the memory of {kept[0].path}")
+
+
+def test_of_two_branches_the_attention_is_replaced(tmp_path):
+    guide = spread(seeded(Remembering, Both()))
+    converted = thesean.compile(guide, "rnn", data=DATA, recipe="fast", progress=False)
+    (part,) = converted.plan.replaced
+    assert [path.split(".")[3] for path in part.replaces] == ["attention"]
+    (state,) = [n for n in converted.plan.notes if n.startswith("state: ")]
+    assert state.endswith(f"beside the memory of {part.path}")
+    again = thesean.compile(guide, plan=converted.plan, data=DATA, recipe="fast", progress=False)
+    ids = tokens(2, 12, seed=1)
+    assert torch.equal(again.module(ids), converted.module(ids))
+    assert len(thesean.plan(guide, "rnn", data=DATA, parts=["layers.0.mixer.memory"]).replaced) == 1
 
 
 def test_who_names_a_part_has_it_replaced():

@@ -21,7 +21,7 @@ _ACTIVATIONS = {
 _OTHERS = {
     "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "topk", "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "fft_ifft", "fft_irfft",
-    "gated_delta_rule",
+    "gated_delta_rule", "state_space", "selective_scan",
 }  # fmt: skip
 
 
@@ -62,6 +62,12 @@ def describe_operators(region: Region) -> str:
             found.append((order[node], "target"))
     counts = Counter(name for _, name in sorted(found))
     return " + ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items())
+
+
+def attends(region: Region) -> bool:
+    """Whether there is an attention in it."""
+    inside, weighing = set(region.nodes), {n for n in region.nodes if _name(n) in _SOFTMAX | _PRODUCTS}
+    return any(_is_attention(node, weighing, inside) for node in region.nodes)
 
 
 def _name(node: fx.Node) -> str:

@@ -19,6 +19,7 @@ from torch import fx
 from thesean.errors import PassRefused
 from thesean.passes.analyse.dataflow import SOURCE, DataFlow
 from thesean.passes.graph.nodes import argument, calls_of, constants_of, owner
+from thesean.passes.graph.opaque_memories import MEMORIES
 
 aten = torch.ops.aten
 
@@ -188,6 +189,11 @@ def check_region(graph_module: fx.GraphModule, region: Region, flow: DataFlow, p
         raise PassRefused(f"{path}: the region belongs to another graph. Plan again for this one.")
     if not is_single_entry_single_exit(flow, region):
         raise PassRefused(f"{path}: expected one entry and one exit, found more. Split it with parts=[...].")
+
+
+def remembers(region: Region) -> bool:
+    """Whether it carries a memory of fixed size, by a recurrence of matrices."""
+    return any(node.target in MEMORIES for node in region.nodes)
 
 
 def join_of(region: Region) -> tuple[fx.Node, fx.Node] | None:

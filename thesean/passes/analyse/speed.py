@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from thesean.passes.analyse.regions import VIEWS
 from thesean.passes.graph.nodes import argument
 from thesean.passes.graph.opaque_cells import CELLS
-from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
+from thesean.passes.graph.opaque_memories import MEMORIES
 from thesean.targets.shared.core import Core
 from thesean.targets.shared.module import TargetModule
 
@@ -44,7 +44,7 @@ def time_of_nodes(nodes: Iterable[fx.Node], flops: Mapping[fx.Node, int], numel:
             continue
         if node.target in VIEWS or node.target.is_view:
             continue
-        if node.target in CELLS or node.target is GATED_DELTA_RULE:
+        if node.target in CELLS or node.target in MEMORIES:
             work["recurrence"] += flops.get(node, 0)
         elif node.target._opname.startswith("conv"):
             given = argument(node, 8 if node.target._opname == "convolution" else 6, "groups", 1)

@@ -22,7 +22,6 @@ from thesean.passes.base import Pass, run_passes
 from thesean.passes.capture.branches import Fixed, bound_sizes
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, first_shown, plain_calling_convention
-from thesean.passes.capture.delta_rules import delta_rules_as_operators
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
 from thesean.passes.capture.explain import explained, fixed_sizes, short
 from thesean.passes.capture.fixed import fixed_lengths
@@ -31,6 +30,7 @@ from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, runnin
 from thesean.passes.capture.hints import masks_not_looked_at
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, unwrapped
 from thesean.passes.capture.longer_tables import length_guards, steady_up_to, tables_kept
+from thesean.passes.capture.memories import memories_as_operators
 from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
@@ -216,7 +216,7 @@ def _export(
             # with gradients, so that what the guide runs without them is a region of its own
             with (
                 guide.forgetting(), warnings.catch_warnings(), OpaqueCells(), masks_not_looked_at(),
-                delta_rules_as_operators(model), torch.enable_grad(), lean_trace(most),
+                memories_as_operators(model), torch.enable_grad(), lean_trace(most),
             ):  # fmt: skip
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")

@@ -1,4 +1,4 @@
-"""The module that stands in a graph for a guide's own gated delta rule that carries its memory on.
+"""The module that stands in a graph for a guide's own recurrence that carries its memory on.
 
 B batch, T time, H heads, F width of queries and keys, K width of values
 """
@@ -8,32 +8,23 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from thesean.passes.graph.opaque_memories import Memory, state_of
 from thesean.targets.shared.core import Core
 
 
 class KeptMemory(nn.Module):
-    """query_BTHF, key_BTHF, value_BTHK, beta_BTH, log_decay_BTH, (state_BHFK) -> out_BTHK, state_BHFK after the last
-    step. It starts as zeros.
+    """query_BTHF, key_BTHF, value_BTHK, rates, (state_BHFK) -> out_BTHK, state_BHFK after the last step, as the kernel
+    of `memory` has it. It starts as zeros.
     """
 
     stateful = True
-    reads = 5
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
         super().__init__()
-        self.core = Core("delta_rule")
+        self.reads = len(memory.reads)
+        self.core = Core(memory.kernel)
 
-    def forward(
-        self,
-        query_BTHF: torch.Tensor,
-        key_BTHF: torch.Tensor,
-        value_BTHK: torch.Tensor,
-        beta_BTH: torch.Tensor,
-        log_decay_BTH: torch.Tensor,
-        state_BHFK: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if state_BHFK is None:
-            widths = (query_BTHF.shape[3], value_BTHK.shape[3])
-            state_BHFK = value_BTHK.new_zeros(value_BTHK.shape[0], value_BTHK.shape[2], *widths)
-        out_BTHK, state_BHFK = self.core(query_BTHF, key_BTHF, value_BTHK, beta_BTH, log_decay_BTH, state_BHFK)
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state = given[self.reads] if len(given) > self.reads else state_of(given[1], given[2])
+        out_BTHK, state_BHFK = self.core(*given[: self.reads], state)
         return out_BTHK, state_BHFK

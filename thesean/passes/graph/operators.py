@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from thesean.errors import ArtifactError
-from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
+from thesean.passes.graph.opaque_memories import MEMORIES
 
 # `name` is aten.name.default
 _ATEN = """
@@ -150,7 +150,7 @@ def operators() -> dict[str, Callable[..., Any]]:
     names = [word if "." in word else f"{word}.default" for word in words]
     found = {f"aten.{name}": _overload(*name.split(".")) for name in names}
     # torch may rename one in a version to come: then it is unknown there
-    own = {"thesean.gated_delta_rule.default": GATED_DELTA_RULE}
+    own = {f"thesean.{operator._opname}.default": operator for operator in MEMORIES}
     return {name: overload for name, overload in found.items() if overload is not None} | own | _PYTHON
 
 

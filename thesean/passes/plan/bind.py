@@ -15,7 +15,7 @@ from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.bypass import freed_params
 from thesean.passes.analyse.cost import SymbolicSizes, count_params, flops_by_node, remaining_params
 from thesean.passes.analyse.dataflow import DataFlow
-from thesean.passes.analyse.describe import describe_operators
+from thesean.passes.analyse.describe import attends, describe_operators
 from thesean.passes.analyse.layout import is_channels_first
 from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.padding import find_padding
@@ -196,7 +196,7 @@ class Binder:
 
     def _unread(self, site: Site, module: TargetModule) -> str:
         """Where another family than was named stands for an attention, for want of what it could copy."""
-        known = site.facts.attention is not None or "attention" not in describe_operators(site.region)
+        known = site.facts.attention is not None or not attends(site.region)
         if known or module.family == site.target.name:
             return ""
         return f"its attention was not read off, so that a {module.family}, which copies nothing, stands for it"

@@ -11,9 +11,8 @@ from typing import Any
 
 from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.mixing import MixedExamplesError
-from thesean.passes.analyse.regions import module_regions
+from thesean.passes.analyse.regions import module_regions, remembers
 from thesean.passes.capture.captured import Captured
-from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division, divide, divide_as, group_matches
 from thesean.passes.plan.lookahead import steps_in_a_row
@@ -192,12 +191,8 @@ def _remembering(parts: Sequence[BoundPart]) -> list[int]:
     the context, and whoever asks for a recurrence has one here.
     """
     mixing = [k for k, p in enumerate(parts) if p.target is not None and scope_of(p.target) == "mixing"]
-    remembering = [k for k in mixing if _remembers(parts[k])]
+    remembering = [k for k in mixing if all(remembers(site.region) for site in parts[k].sites)]
     return remembering if len(remembering) < len(mixing) else []
-
-
-def _remembers(part: BoundPart) -> bool:
-    return any(node.target is GATED_DELTA_RULE for node in part.region.nodes)
 
 
 def _left_remembering(paths: Sequence[str]) -> tuple[str, ...]:
@@ -260,8 +255,9 @@ def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:
 def _state(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     """What all recurrences together carry along, where each part that mixes over time is one."""
     numbers = sum(p.state for p in parts)
-    own = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional")]
-    if not numbers or not all(map(_remembers, own)):
+    own = [p for p in parts if remembers(p.region) and not any(remembers(site.region) for site in p.sites)]
+    open_ended = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional") and p not in own]
+    if not numbers or open_ended:
         return ()
     beside = f", beside the memory of {_listed([p.planned.path for p in own])}" if own else ""
     return (f"state: {quantity(4 * numbers, 'B')} a row in float32, at any length{beside}",)

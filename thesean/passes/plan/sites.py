@@ -23,7 +23,7 @@ from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import find_cell, recurrent_units
-from thesean.passes.analyse.regions import Region, is_branch, module_regions, same_shape
+from thesean.passes.analyse.regions import Region, is_branch, module_regions, remembers, same_shape
 from thesean.passes.analyse.turned import turned_unread
 from thesean.passes.graph.nodes import above, named_dim, owner
 from thesean.passes.plan.merge import Group
@@ -82,6 +82,8 @@ class SiteFinder:
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
         if scope == "mixing":
             inner = [(p, heads_alone(r, self.values, self._attention) or r) for p, r in inner]
+            grown = [(p, r) for p, r in inner if not remembers(r)]
+            inner = grown or inner  # beside what grows with the context, a memory of fixed size stays
         if takes_channels(target):
             inner += [(p, r) for p, r in self._branches(keeps, "mixing", explicit=False) if self._narrows(r)]
         if takes_units(target):

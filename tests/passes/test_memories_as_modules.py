@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from tests.delta_guides import remembering
 from tests.models import tokens
 from tests.passes.contract import Example
+from tests.remembering_guides import remembering
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.captured import Captured
-from thesean.passes.delta_rules_as_modules import DeltaRulesAsModules
 from thesean.passes.graph.kept_memory import KeptMemory
-from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
+from thesean.passes.graph.opaque_memories import GATED_DELTA_RULE, MEMORIES
 from thesean.passes.graph.text import text
+from thesean.passes.memories_as_modules import MemoriesAsModules
 
 
 def guide() -> Captured:
@@ -29,7 +29,7 @@ def test_the_graph_before_and_after():
     rule = around(text(before.graph), "gated_delta_rule")
     given = rule[0].split("default(")[1]
     assert rule[0] == f"gated_delta_rule = thesean.gated_delta_rule.default({given}"
-    result = DeltaRulesAsModules()(before)
+    result = MemoriesAsModules()(before)
     assert around(text(result.graph_module.graph), "memory_0") == [
         f"memory_0 = memory_0({given}",
         "getitem_2 = getitem(memory_0, 0)",
@@ -43,25 +43,27 @@ def test_the_graph_before_and_after():
 
 def test_steps_with_the_state_equal_all_at_once():
     made = torch.Generator().manual_seed(0)
-    memory = KeptMemory()
+    memory = KeptMemory(MEMORIES[GATED_DELTA_RULE])
     given = [torch.randn(2, 12, 3, width, generator=made) / 2 for width in (4, 4, 5)]
     given += [torch.rand(2, 12, 3, generator=made), -torch.rand(2, 12, 3, generator=made)]
     whole, last = memory(*given)
     torch.testing.assert_close(whole, GATED_DELTA_RULE(*given))
-    state, outs = None, []
+    outs: list[torch.Tensor] = []
+    carried: tuple[torch.Tensor, ...] = ()
     for chunk in zip(*(x.split([1, 4, 7], 1) for x in given), strict=True):
-        out, state = memory(*chunk, state)
+        out, state = memory(*chunk, *carried)
+        carried = (state,)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole)
     torch.testing.assert_close(state, last)
 
 
 def test_without_one_the_graph_is_the_same_object_and_the_reason_told():
-    graph_module = DeltaRulesAsModules()(guide().graph_module).graph_module
-    result = DeltaRulesAsModules()(graph_module)
+    graph_module = MemoriesAsModules()(guide().graph_module).graph_module
+    result = MemoriesAsModules()(graph_module)
     assert result.graph_module is graph_module
-    assert result.reason == "the graph has no gated delta rule"
+    assert result.reason == "the graph has no recurrence of matrices"
 
 
 def example() -> Example:
-    return Example(DeltaRulesAsModules(), guide().graph_module, (tokens(2, 9),))
+    return Example(MemoriesAsModules(), guide().graph_module, (tokens(2, 9),))

@@ -1,6 +1,6 @@
-"""A small causal language model as Qwen3-Next and its like are: gated delta rules, and an attention with a gate.
+"""Small causal language models with recurrences of matrices, and attentions with a gate.
 
-B batch, T time, D width, H heads, F width of queries and keys, K width of values
+B batch, T time, D width
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.models import VOCABULARY, seeded, spread
+from tests.models import VOCABULARY, spread
 
 WIDTH, HEADS = 16, 2
 
@@ -44,6 +44,109 @@ def chunk_rule(
         state = state + key[:, t, :, :, None] * update[:, :, None]
         outs.append((state * query[:, t, :, :, None]).sum(-2) * query.shape[-1] ** -0.5)
     return torch.stack(outs, 1).to(value.dtype), state if output_final_state else None
+
+
+def dual_scan(
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Mamba 2's, one step after the other; in float32 whatever comes."""
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).float()
+    heads = hidden_states.shape[2]
+    key, query = (x.float().repeat_interleave(heads // x.shape[2], 2) for x in (B, C))
+    x = hidden_states.float()
+    state = torch.zeros(*x[:, 0].shape, key.shape[-1]) if initial_states is None else initial_states
+    outs = []
+    for t in range(x.shape[1]):
+        state = state * (A * dt[:, t]).exp()[..., None, None]
+        state = state + (x[:, t] * dt[:, t, :, None])[..., None] * key[:, t, :, None]
+        outs.append((state * query[:, t, :, None]).sum(-1))
+    out = torch.stack(outs, 1)
+    out = out if D is None else out + D[:, None] * x
+    return (out, state) if return_final_states else out
+
+
+def scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Any:
+    """Mamba's, one step after the other; channels before time."""
+    delta = delta if delta_bias is None else delta + delta_bias[:, None]
+    delta = F.softplus(delta) if delta_softplus else delta
+    state, outs = torch.zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[2]):
+        fed = (delta[..., t] * u[..., t])[..., None] * B[:, None, :, t]
+        state = state * (delta[..., t, None] * A).exp() + fed
+        outs.append((state * C[:, None, :, t]).sum(-1))
+    out = torch.stack(outs, -1)
+    out = out if D is None else out + u * D[:, None]
+    out = out if z is None else out * F.silu(z)
+    return (out, state) if return_last_state else out
+
+
+class StateSpace(nn.Module):
+    """x_BTD -> y_BTD, two heads of 4 channels, which share what is written and read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.dt = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, HEADS)
+        self.write, self.read, self.last = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3), nn.Linear(8, WIDTH)
+        self.log, self.skip, self.bias = (nn.Parameter(torch.rand(HEADS)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = dual_scan(
+            self.into(x).unflatten(-1, (HEADS, 4)), self.dt(x), -self.log.exp(), self.write(x).unsqueeze(2),
+            self.read(x).unsqueeze(2), chunk_size=8, D=self.skip, z=None, dt_bias=self.bias, dt_softplus=True,
+            dt_limit=(0.01, float("inf")),
+        )  # fmt: skip
+        return self.last(out.flatten(2).to(x.dtype))
+
+
+class Scanned(nn.Module):
+    """x_BTD -> y_BTD, a channel each with 3 states of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dt, self.write, self.read = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+        self.gate, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.log, self.skip = nn.Parameter(torch.rand(WIDTH, 3)), nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        turned = (z.transpose(1, 2) for z in (x, self.dt(x), self.write(x), self.read(x), self.gate(x)))
+        u, dt, write, read, gate = turned
+        out = scan(u, dt, -self.log.exp(), write, read, self.skip, z=gate, delta_softplus=True)
+        return self.last(out.transpose(1, 2))
+
+
+class Both(nn.Module):
+    """x_BTD -> y_BTD, a memory beside an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.attention = StateSpace(), GatedAttention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.memory(x) / 2 + self.attention(x)
 
 
 class DeltaNet(nn.Module):
@@ -114,7 +217,7 @@ class Remembering(nn.Module):
     def __init__(self, *mixers: nn.Module) -> None:
         super().__init__()
         self.words, self.head = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY)
-        self.layers = nn.ModuleList(map(Layer, mixers or (DeltaNet(), GatedAttention())))
+        self.layers = nn.ModuleList(map(Layer, mixers))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.words(input_ids)
@@ -123,8 +226,9 @@ class Remembering(nn.Module):
         return self.head(x)
 
 
-def remembering() -> nn.Module:
-    return spread(seeded(Remembering))
+def remembering(memory: type[nn.Module] = DeltaNet) -> nn.Module:
+    torch.manual_seed(0)
+    return spread(Remembering(memory(), GatedAttention()).eval())
 
 
 def gated(after: str = "gate") -> nn.Module:

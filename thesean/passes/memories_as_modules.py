@@ -1,4 +1,4 @@
-"""A guide's own gated delta rules become modules: as such they carry a state, and are written as one operator."""
+"""A guide's own recurrences of matrices become modules: as such they carry a state, and are written as one operator."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch import fx
 
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.kept_memory import KeptMemory
-from thesean.passes.graph.opaque_delta_rule import GATED_DELTA_RULE
+from thesean.passes.graph.opaque_memories import MEMORIES
 from thesean.passes.graph.surgery import beside, free_names
 
 
 @dataclass(frozen=True)
-class DeltaRulesAsModules(Pass):
+class MemoriesAsModules(Pass):
     """y = thesean.gated_delta_rule(q, k, v, b, g)  =>  y, s = memory(q, k, v, b, g), a KeptMemory.
 
-    ThreadState threads its state; where nothing is carried on it starts as zeros. The new graph shares its parameters
-    with the incoming one, which stays as it was.
+    The same for thesean.state_space and thesean.selective_scan. ThreadState threads the state; where nothing is
+    carried on it starts as zeros. The new graph shares its parameters with the incoming one, which stays as it was.
     """
 
     in_place = False
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        if not _rules(graph_module.graph):
-            return PassResult.unchanged(graph_module, "the graph has no gated delta rule")
+        if not _memories(graph_module.graph):
+            return PassResult.unchanged(graph_module, "the graph has no recurrence of matrices")
         new = beside(graph_module)
         names = free_names(new, "memory")
-        for node in _rules(new.graph):
+        for node in _memories(new.graph):
             name = next(names)
-            new.add_submodule(name, KeptMemory())
+            new.add_submodule(name, KeptMemory(MEMORIES[node.target]))
             with new.graph.inserting_before(node):
                 call = new.graph.call_module(name, node.args)
                 out = new.graph.call_function(getitem, (call, 0))
@@ -44,8 +44,8 @@ class DeltaRulesAsModules(Pass):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         super().ensures(graph_module)
-        self._expect(not _rules(graph_module.graph), "no gated delta rule to be left")
+        self._expect(not _memories(graph_module.graph), "no recurrence of matrices to be left")
 
 
-def _rules(graph: fx.Graph) -> list[fx.Node]:
-    return list(graph.find_nodes(op="call_function", target=GATED_DELTA_RULE))
+def _memories(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.target in MEMORIES]
