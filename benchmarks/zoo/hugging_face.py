@@ -40,6 +40,31 @@ _SMALL: dict[str, Any] = {
     "image_size": IMAGE, "patch_size": 8, "decoder_start_token_id": 1, "sep_token_id": 2, "cls_token_id": 1,
 }  # fmt: skip
 
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+_MAMBA_2: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8
+}  # fmt: skip
+# recurrences of matrices, and a few attentions
+_HYBRIDS: dict[str, dict[str, Any]] = {
+    "Qwen3NextForCausalLM": {**_DELTA, "mlp_only_layers": [0, 1]}, "Qwen3_5ForCausalLM": _DELTA,
+    "OlmoHybridForCausalLM": {**_DELTA, "linear_num_key_heads": 4},
+    "GraniteMoeHybridForCausalLM": {
+        **_MAMBA_2, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 64
+    },
+    "BambaForCausalLM": {**_MAMBA_2, "attn_layer_indices": [1]}, "FalconH1ForCausalLM": {**_MAMBA_2, "mamba_d_ssm": 64},
+    "NemotronHForCausalLM": {
+        "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 8,
+        "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
+    },
+    "JambaForCausalLM": {
+        "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4,
+        "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "FalconMambaForCausalLM": {"state_size": 4},
+}  # fmt: skip
 # model class -> (inputs, targets, what else its configuration needs)
 _CAUSAL: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {}, "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
@@ -56,7 +81,7 @@ _CAUSAL: dict[str, dict[str, Any]] = {
     "MambaForCausalLM": {"state_size": 4}, "Mamba2ForCausalLM": {"state_size": 4, "num_heads": 8, "n_groups": 1},
     "RwkvForCausalLM": {"attention_hidden_size": WIDTH}, "RecurrentGemmaForCausalLM": {"lru_width": WIDTH},
     "OpenAIGPTLMHeadModel": {}, "SeedOssForCausalLM": {}, "ApertusForCausalLM": {}, "ArceeForCausalLM": {},
-    "Lfm2ForCausalLM": {},
+    "Lfm2ForCausalLM": {}, **_HYBRIDS,
 }  # fmt: skip
 _ENCODERS: dict[str, dict[str, Any]] = {
     "BertModel": {}, "RobertaModel": {}, "DistilBertModel": {}, "AlbertModel": {"embedding_size": 16},
