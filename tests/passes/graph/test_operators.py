@@ -59,7 +59,8 @@ def test_all_that_captures_of_the_guides_hold_is_there():
 def test_a_name_stands_for_one_operator_and_an_operator_for_one_name():
     assert len(names()) == len(operators())
     assert len(OVERLOADS) > 300
-    assert all(name == f"aten.{f._opname}.{f._overloadname}" for name, f in OVERLOADS.items())
+    assert all(name == f"{f.namespace}.{f._opname}.{f._overloadname}" for name, f in OVERLOADS.items())
+    assert {f.namespace for f in OVERLOADS.values()} == {"aten", "thesean"}
 
 
 @pytest.mark.parametrize("name", [*UNSAFE, "set_grad_enabled.default", "add_.Tensor", "add.out"])
@@ -138,7 +139,8 @@ def test_an_operator_that_torch_has_no_more_is_unknown(monkeypatch: pytest.Monke
     from thesean.passes.graph import operators as listed
 
     monkeypatch.setattr(listed, "_ATEN", "# a comment\nadd.Tensor nothing_of_the_kind add.of_no_kind")
-    assert set(listed.operators.__wrapped__()) == {"aten.add.Tensor", *listed._PYTHON}
+    own = {f"thesean.{name}.default" for name in ("gated_delta_rule", "state_space", "selective_scan")}
+    assert set(listed.operators.__wrapped__()) == {"aten.add.Tensor", *own, *listed._PYTHON}
 
 
 def test_what_is_computed_may_not_choose_a_mode():
