@@ -8,8 +8,9 @@ from tests.captured import traced
 from tests.models import vectors
 from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
-from thesean.passes.functionalise import Functionalise, writes
+from thesean.passes.functionalise import Functionalise
 from thesean.passes.graph.text import text
+from thesean.passes.graph.writes import writes
 
 
 class Writing(nn.Module):

@@ -11,9 +11,9 @@ from tests.captured import traced
 from tests.models import Calling, vectors
 from tests.passes.contract import Example
 from thesean.passes.capture.capture import capture
-from thesean.passes.functionalise import writes
 from thesean.passes.graph.nodes import leaf_values
 from thesean.passes.graph.text import text
+from thesean.passes.graph.writes import writes
 from thesean.passes.writes_into_views import WritesIntoViews
 
 

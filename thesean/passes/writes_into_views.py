@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from thesean.passes.base import Pass, PassResult
-from thesean.passes.functionalise import MAYBE_VIEWS, is_view, twin_of, writes
 from thesean.passes.graph.nodes import argument, is_write
 from thesean.passes.graph.surgery import beside, erase_dead
+from thesean.passes.graph.writes import MAYBE_VIEWS, is_view, twin_of, writes
 
 aten = torch.ops.aten
 

@@ -35,7 +35,7 @@ from thesean.passes.capture.precision import told_precision
 from thesean.passes.capture.probe import probe_sizes
 from thesean.passes.capture.read_signature import read_signature
 from thesean.passes.capture.stand_in import as_in_the_guide, stand_in
-from thesean.passes.functionalise import Functionalise, writes
+from thesean.passes.functionalise import Functionalise
 from thesean.passes.graph.dump import dump
 from thesean.passes.graph.give_back import give_back
 from thesean.passes.graph.guide_class import GuideClass
@@ -43,6 +43,7 @@ from thesean.passes.graph.lean_trace import lean_trace
 from thesean.passes.graph.nodes import mark_constants
 from thesean.passes.graph.opaque_cells import OpaqueCells
 from thesean.passes.graph.signature import Origin
+from thesean.passes.graph.writes import writes
 from thesean.passes.inline_regions import InlineRegions
 from thesean.passes.rejoin_norms import RejoinNorms
 from thesean.passes.simplify import Simplify
