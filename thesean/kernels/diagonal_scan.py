@@ -36,6 +36,9 @@ def diagonal_scan(
     *inputs, state_BHNP = widen(
         *(x.transpose(1, 2) for x in (query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN)), state_BHNP
     )
+    if chunk == 1:
+        out_BTHP, state_BHNP = _one_by_one(*inputs, state_BHNP)
+        return out_BTHP.to(dtype), state_BHNP
     outs = []
     with full_precision(query_BTHN.device):
         for query_BHCN, key_BHCN, value_BHCP, log_decay_BHCN in zip(
@@ -51,6 +54,26 @@ def diagonal_scan(
             state_BHNP = kept_BHNP + (key_BHCN.mT * to_end_BHNC) @ value_BHCP
             outs.append(out_BHCP.transpose(1, 2))
     return torch.cat(outs, dim=1).to(dtype), state_BHNP
+
+
+def _one_by_one(
+    query_BHTN: torch.Tensor,
+    key_BHTN: torch.Tensor,
+    value_BHTP: torch.Tensor,
+    log_decay_BHTN: torch.Tensor,
+    state_BHNP: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Between steps nothing but the state is computed; what goes into it and is read of it, for all steps at once. With
+    768 heads of one channel and 16 states, 256 steps and back take 61 ms, and in chunks of one step 198.
+    """
+    decays = log_decay_BHTN.exp().unsqueeze(-1).unbind(2)
+    updates = (key_BHTN.unsqueeze(-1) * value_BHTP.unsqueeze(-2)).unbind(2)
+    states = []
+    for decay_BHN1, update_BHNP in zip(decays, updates, strict=True):
+        state_BHNP = torch.addcmul(update_BHNP, decay_BHN1, state_BHNP)
+        states.append(state_BHNP)
+    out_BHTP = (query_BHTN.unsqueeze(-1) * torch.stack(states, 2)).sum(-2)
+    return out_BHTP.transpose(1, 2), state_BHNP
 
 
 def diagonal_scan_reference(
