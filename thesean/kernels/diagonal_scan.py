@@ -37,7 +37,8 @@ def diagonal_scan(
         *(x.transpose(1, 2) for x in (query_BTHN, key_BTHN, value_BTHP, log_decay_BTHN)), state_BHNP
     )
     if chunk == 1:
-        out_BTHP, state_BHNP = _one_by_one(*inputs, state_BHNP)
+        query_BHTN, key_BHTN, value_BHTP, log_decay_BHTN = inputs
+        out_BTHP, state_BHNP = _one_by_one(query_BHTN, key_BHTN, value_BHTP, log_decay_BHTN, state_BHNP)
         return out_BTHP.to(dtype), state_BHNP
     outs = []
     with full_precision(query_BTHN.device):
