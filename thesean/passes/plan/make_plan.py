@@ -11,7 +11,7 @@ from typing import Any
 
 from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.mixing import MixedExamplesError
-from thesean.passes.analyse.regions import module_regions, remembers
+from thesean.passes.analyse.regions import Region, module_regions, remembers
 from thesean.passes.capture.captured import Captured
 from thesean.passes.plan.bind import Binder, BoundPart, BoundPlan
 from thesean.passes.plan.divide import Division, divide, divide_as, group_matches
@@ -181,6 +181,7 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
         raise PlanError(f"nothing is replaced: {settled}{_why(binder, division.groups, kept, targets)}")
     streams = (*_made_causal(parts), *_looking_ahead(parts), *_still_both_ways(parts))
     left = (*_left_to_the_guide(misfits), *_left_remembering([parts[k].planned.path for k in remembering]))
+    left += () if strict else _remembering_anyway(parts)
     told = (*left, *streams, *_told(parts), *_state(parts), *_slower(parts))
     notes = tuple(dict.fromkeys((*division.settings.notes, *told)))  # a plan that was handed in has told some already
     return binder.bind(parts, replace(division.settings, notes=notes))
@@ -191,7 +192,7 @@ def _remembering(parts: Sequence[BoundPart]) -> list[int]:
     the context, and whoever asks for a recurrence has one here.
     """
     mixing = [k for k, p in enumerate(parts) if p.target is not None and scope_of(p.target) == "mixing"]
-    remembering = [k for k in mixing if all(remembers(site.region) for site in parts[k].sites)]
+    remembering = [k for k in mixing if all(map(remembers, _regions(parts[k])))]
     return remembering if len(remembering) < len(mixing) else []
 
 
@@ -202,6 +203,20 @@ def _left_remembering(paths: Sequence[str]) -> tuple[str, ...]:
     verbs = ("carries", "stays", "it") if len(paths) == 1 else ("carry", "stay", "them")
     told = "{} a memory of fixed size already, and {} the guide's; parts= replaces {} too".format(*verbs)
     return (f"{_listed(paths)} {told}",)
+
+
+def _remembering_anyway(parts: Sequence[BoundPart]) -> tuple[str, ...]:
+    """Where parts with a memory of fixed size are all that a recurrence could be asked for."""
+    replaced = [p for p in parts if p.target is not None]
+    if not all(scope_of(p.target) == "mixing" and all(map(remembers, _regions(p))) for p in replaced if p.target):
+        return ()
+    verb = "carries" if len(replaced) == 1 else "carry"
+    told = "a memory of fixed size already: the guide itself decodes with it (thesean.export_guide)"
+    return (f"{_listed([p.planned.path for p in replaced])} {verb} {told}",)
+
+
+def _regions(part: BoundPart) -> list[Region]:
+    return [site.region for site in part.sites]
 
 
 def _made_causal(parts: Sequence[BoundPart]) -> tuple[str, ...]:
@@ -255,7 +270,7 @@ def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:
 def _state(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     """What all recurrences together carry along, where each part that mixes over time is one."""
     numbers = sum(p.state for p in parts)
-    own = [p for p in parts if remembers(p.region) and not any(remembers(site.region) for site in p.sites)]
+    own = [p for p in parts if remembers(p.region) and not any(map(remembers, _regions(p)))]
     open_ended = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional") and p not in own]
     if not numbers or open_ended:
         return ()
