@@ -116,6 +116,14 @@ def test_half_precision_is_what_the_function_makes_of_it(memory: type[nn.Module]
     torch.testing.assert_close(found.graph_module(x), guide(x), rtol=0.02, atol=0.02)
 
 
+def test_doubles_are_the_functions_own():
+    guide = seeded(Held, named_otherwise).double()
+    found = capture(guide, vectors(2, 9, 8).double())
+    assert rules(found.graph_module) == 0
+    x = vectors(2, 9, 8, seed=1).double()
+    torch.testing.assert_close(found.graph_module(x), guide(x))
+
+
 class Dual(nn.Module):
     def __init__(self, function: Any, **given: Any) -> None:
         super().__init__()

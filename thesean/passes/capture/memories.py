@@ -185,13 +185,15 @@ def memories_as_operators(model: nn.Module) -> Iterator[None]:
     """Inside, functions that the code of `model` calls by one of the conventions are its operator, where they are its
     equal.
     """
-    places = [(*place, made) for place in _functions(model) if (made := _as_operator(place[2])) is not None]
-    for place, name, _, made in places:
-        setattr(place, name, made)
+    places = list(_functions(model))
+    made = {function: _as_operator(function) for _, _, function in places}  # once, in however many layers it stands
+    places = [place for place in places if made[place[2]] is not None]
+    for place, name, function in places:
+        setattr(place, name, made[function])
     try:
         yield
     finally:
-        for place, name, function, _ in places:
+        for place, name, function in places:
             setattr(place, name, function)
 
 
@@ -216,11 +218,12 @@ class _AsOperator:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.convention.read(self.function, args, kwargs)
-        out = None if given is None else self.convention.operator(given)
-        if given is None or out is None:
+        dtype = torch.float64 if given is None else given[self.convention.first[0][0]].dtype
+        # whether a function widens doubles to less isn't known of it
+        out = None if given is None or dtype == torch.float64 else self.convention.operator(given)
+        if out is None:
             return self.function(*args, **kwargs)
-        dtype = given[self.convention.first[0][0]].dtype
-        out = out.to(dtype) if self.halves or dtype == torch.float64 else out
+        out = out.to(dtype) if self.halves else out
         return (out, None) if self.convention.pair else out
 
 
