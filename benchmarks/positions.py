@@ -43,14 +43,7 @@ class Study:
 
     def guide(self, settings: dict[str, Any]) -> nn.Module:
         """The trained model, the same in every run; minutes where it isn't kept yet."""
-        model, steps = self.model(settings["layers"], settings["width"]), settings["guide_steps"]
-        kept = Path("build", self.name, f"{settings['layers']}-{settings['width']}-{steps}-{settings['length']}.pt")
-        if not kept.exists():
-            train(model, steps, settings["length"])
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), kept)
-        model.load_state_dict(torch.load(kept, weights_only=True))
-        return model.eval()
+        return trained(self.name, self.model, settings)
 
     def without(self, window: int) -> thesean.Target:
         """Linear attention whose window knows nothing of the guide's positions."""
@@ -101,6 +94,19 @@ class Study:
             needs=("transformers",),
             table=partial(language.table_of_seeds, heading="run"),
         )  # fmt: skip
+
+
+def trained(name: str, build: Callable[[int, int], Any], settings: dict[str, Any]) -> nn.Module:
+    """A model of so many layers and this width, trained on the demo's text; kept in build/."""
+    model, steps = build(settings["layers"], settings["width"]), settings["guide_steps"]
+    kept = Path("build", name, f"{settings['layers']}-{settings['width']}-{steps}-{settings['length']}.pt")
+    if not kept.exists():
+        train(model, steps, settings["length"])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), kept)
+    model.load_state_dict(torch.load(kept, weights_only=True))
+    ready: nn.Module = model.eval()
+    return ready
 
 
 def train(model: nn.Module, steps: int, length: int) -> None:
