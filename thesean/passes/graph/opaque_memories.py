@@ -6,6 +6,9 @@ B batch, T time, H heads, F width of queries and keys, K width of values
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +40,20 @@ _NAMED = {
 }
 
 
+# Steps in a chunk, where it isn't the kernel's own choice.
+_CHUNK: ContextVar[int | None] = ContextVar("chunk", default=None)
+
+
+@contextmanager
+def in_another_order() -> Iterator[None]:
+    """Inside, sums are of a few steps at a time: what that changes is rounding."""
+    token = _CHUNK.set(3)
+    try:
+        yield
+    finally:
+        _CHUNK.reset(token)
+
+
 def state_of(key_BTHF: torch.Tensor, value_BTHK: torch.Tensor) -> torch.Tensor:
     """Zeros, (B, H, F, K)."""
     return value_BTHK.new_zeros(value_BTHK.shape[0], value_BTHK.shape[2], key_BTHF.shape[3], value_BTHK.shape[3])
@@ -48,7 +65,8 @@ def _registered(name: str, memory: Memory) -> Any:
         if {x.ndim for x in (query, key, value)} != {4}:
             found = ", ".join(str(x.ndim) for x in (query, key, value))
             raise ValueError(f"{name}: expected query, key and value of four dimensions, found {found}.")
-        out: torch.Tensor = _KERNELS[memory.kernel](*given, state_of(key, value))[0]
+        order = {} if (chunk := _CHUNK.get()) is None else {"chunk": chunk}
+        out: torch.Tensor = _KERNELS[memory.kernel](*given, state_of(key, value), **order)[0]
         return out
 
     def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
