@@ -189,7 +189,8 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
 
 def _remembering(parts: Sequence[BoundPart]) -> list[int]:
     """Parts that mix time by a memory of fixed size, where the target replaces others too: those are what grows with
-    the context, and whoever asks for a recurrence has one here.
+    the context, and whoever asks for a recurrence has one here. Replaced as well they cost a hybrid most of what it
+    knows (benchmarks/results/hybrids.json).
     """
     mixing = [k for k, p in enumerate(parts) if p.target is not None and scope_of(p.target) == "mixing"]
     remembering = [k for k in mixing if all(map(remembers, _regions(parts[k])))]
