@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests import captured
 from tests.models import tokens
 from tests.passes.contract import Example
 from tests.remembering_guides import remembering
@@ -59,7 +60,7 @@ def test_steps_with_the_state_equal_all_at_once():
 
 
 def test_without_one_the_graph_is_the_same_object_and_the_reason_told():
-    graph_module = MemoriesAsModules()(guide().graph_module).graph_module
+    graph_module = captured.mlp().graph_module
     result = MemoriesAsModules()(graph_module)
     assert result.graph_module is graph_module
     assert result.reason == "the graph has no recurrence of matrices"
