@@ -57,6 +57,10 @@ def test_where_there_is_nothing_else_they_are_what_is_replaced():
     assert told.endswith("the guide itself decodes with it (thesean.export_guide)")
 
 
+def test_a_guide_that_is_kept_whole_is_told_nothing():
+    assert not any("memory of fixed size" in n for n in thesean.plan(remembering(), "keep", data=DATA).notes)
+
+
 def test_other_scopes_are_as_they_were():
     plan = thesean.plan(remembering(), "narrow", data=DATA)
     assert len(plan.replaced) == 2  # the MLPs of both layers

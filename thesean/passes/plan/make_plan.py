@@ -177,12 +177,12 @@ def _bind(division: Division, targets: Mapping[str, Target | None], strict: bool
     if not any(p.target for p in parts) and not keeps_all:
         if misfits:
             raise next(iter(misfits.values()))
-        settled = "".join(f"{note}. " for note in division.settings.notes)
-        raise PlanError(f"nothing is replaced: {settled}{_why(binder, division.groups, kept, targets)}")
+        left = "".join(f"{note}. " for note in division.settings.notes)
+        raise PlanError(f"nothing is replaced: {left}{_why(binder, division.groups, kept, targets)}")
     streams = (*_made_causal(parts), *_looking_ahead(parts), *_still_both_ways(parts))
-    left = (*_left_to_the_guide(misfits), *_left_remembering([parts[k].planned.path for k in remembering]))
-    left += () if strict else _remembering_anyway(parts)
-    told = (*left, *streams, *_told(parts), *_state(parts), *_slower(parts))
+    memories = _left_remembering([parts[k].planned.path for k in remembering])
+    memories += () if strict else _remembering_anyway(parts)
+    told = (*_left_to_the_guide(misfits), *memories, *streams, *_told(parts), *_state(parts), *_slower(parts))
     notes = tuple(dict.fromkeys((*division.settings.notes, *told)))  # a plan that was handed in has told some already
     return binder.bind(parts, replace(division.settings, notes=notes))
 
@@ -209,11 +209,17 @@ def _left_remembering(paths: Sequence[str]) -> tuple[str, ...]:
 def _remembering_anyway(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     """Where parts with a memory of fixed size are all that a recurrence could be asked for."""
     replaced = [p for p in parts if p.target is not None]
-    if not all(scope_of(p.target) == "mixing" and all(map(remembers, _regions(p))) for p in replaced if p.target):
+    mixing = [p for p in replaced if p.target is not None and scope_of(p.target) == "mixing"]
+    if not replaced or len(mixing) < len(replaced) or not all(remembers(r) for p in mixing for r in _regions(p)):
         return ()
     verb = "carries" if len(replaced) == 1 else "carry"
     told = "a memory of fixed size already: the guide itself decodes with it (thesean.export_guide)"
     return (f"{_listed([p.planned.path for p in replaced])} {verb} {told}",)
+
+
+def _keeps_memory(part: BoundPart) -> bool:
+    """Whether it carries one that none of its replacements takes the place of."""
+    return remembers(part.region) and not any(map(remembers, _regions(part)))
 
 
 def _regions(part: BoundPart) -> list[Region]:
@@ -271,9 +277,9 @@ def _told(parts: Sequence[BoundPart]) -> tuple[str, ...]:
 def _state(parts: Sequence[BoundPart]) -> tuple[str, ...]:
     """What all recurrences together carry along, where each part that mixes over time is one."""
     numbers = sum(p.state for p in parts)
-    own = [p for p in parts if remembers(p.region) and not any(map(remembers, _regions(p)))]
-    open_ended = [p for p in parts if not p.state and p.planned.mixing in ("causal", "bidirectional") and p not in own]
-    if not numbers or open_ended:
+    own = [p for p in parts if _keeps_memory(p)]
+    growing = [p for p in parts if not p.state and not _keeps_memory(p)]
+    if not numbers or any(p.planned.mixing in ("causal", "bidirectional") for p in growing):
         return ()
     beside = f", beside the memory of {_listed([p.planned.path for p in own])}" if own else ""
     return (f"state: {quantity(4 * numbers, 'B')} a row in float32, at any length{beside}",)
