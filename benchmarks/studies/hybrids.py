@@ -77,7 +77,7 @@ def bench(run: Run) -> None:
     for guide, (build, memories) in GUIDES.items():
         rows = {f"{guide}: {name}": target for name, target in TARGETS.items()}
         wanted = [(name, seed) for name in rows for seed in run.seeds if run.wants(name, seed)]
-        served = run.wants(f"{guide}: served", None)
+        served = run.wants(f"{guide}: served")
         if not wanted and not served:
             continue
         model = trained(f"hybrids-{guide.replace(' ', '-')}", build, settings)
@@ -90,8 +90,8 @@ def bench(run: Run) -> None:
 
 
 def serve(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of one more token, and bytes of state there; guide and conversion in turns."""
-    data = language.windows({**settings, "steps": 16}, 0)
+    """Milliseconds of a prefill and of one more token, guide and conversion in turns."""
+    data = language.windows(settings, 0)
     converted = thesean.compile(
         model, TARGETS["rnn, 32 held"], data=data, recipe="fast", granularity="sublayer", progress=False
     )
@@ -110,7 +110,7 @@ def table(result: Result) -> str:
     body = []
     for name in TARGETS:
         found = [[c["loss"] for (row, _), c in lost.items() if row == f"{guide}: {name}"] for guide in GUIDES]
-        body.append([name, *(mean_and_ends(losses, 3) if losses else "-" for losses in found)])
+        body.append([name, *(mean_and_ends(losses, 3) for losses in found)])
     guides = [next((c["guide"] for (row, _), c in lost.items() if row.startswith(guide)), None) for guide in GUIDES]
     body.insert(0, ["guide", *("-" if loss is None else f"{loss:.3f}" for loss in guides)])
     lines = markdown(["closed form", *GUIDES], body)

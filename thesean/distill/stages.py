@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from dataclasses import dataclass
 
 from thesean.curve import Curve
@@ -91,8 +89,7 @@ def tune(training: Training, aligned: Aligned) -> Conversion:
     if begun is not None:
         hybrid.graph_module.load_state_dict(begun)
     if steps > 0:
-        ends = math.inf if shares is None or training.recipe.seconds is None else time.monotonic() + training.left
-        tuned = fine_tune(hybrid, training, steps, tried=tried, ends=ends)
+        tuned = fine_tune(hybrid, training, steps, tried=tried, ends=training.trainer.deadline)
     hybrid.graph_module.eval()
     last = aligned.snapshots[-1].evaluation if aligned.snapshots and begun is None else None
     final = training.judge(hybrid.graph_module) if tuned.steps or last is None or aligned.judged_on_some else last

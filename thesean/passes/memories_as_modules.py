@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import getitem
 
 from torch import fx
 
 from thesean.passes.base import Pass, PassResult
 from thesean.passes.graph.kept_memory import KeptMemory
 from thesean.passes.graph.opaque_memories import MEMORIES
-from thesean.passes.graph.surgery import beside, free_names
+from thesean.passes.graph.running import run_instead
+from thesean.passes.graph.surgery import beside, erase_dead, free_names
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,8 @@ class MemoriesAsModules(Pass):
         new = beside(graph_module)
         names = free_names(new, "memory")
         for node in _memories(new.graph):
-            name = next(names)
-            new.add_submodule(name, KeptMemory(MEMORIES[node.target]))
-            with new.graph.inserting_before(node):
-                call = new.graph.call_module(name, node.args)
-                out = new.graph.call_function(getitem, (call, 0))
-            call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-            out.meta = dict(node.meta)
-            node.replace_all_uses_with(out)
-            new.graph.erase_node(node)
+            run_instead(new, node, KeptMemory(MEMORIES[node.target]), next(names))
+        erase_dead(new.graph)
         new.recompile()
         new.train(graph_module.training)
         return PassResult(graph_module=new, modified=True)

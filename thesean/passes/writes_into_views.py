@@ -116,7 +116,7 @@ class _Memory:
 
     def _put_back(self, view: fx.Node, of: fx.Node, value: fx.Node, written: fx.Node) -> fx.Node:
         """`of` with `value` where `view` looks at it."""
-        how = _put_back(view, of, value)
+        how = _inverse(view, of, value)
         if how is None:
             raise _NotFollowedError(f"{written.name} writes into {view.target}, which can't be put back")
         with self.graph.inserting_after(value):
@@ -132,7 +132,7 @@ def _converts(node: fx.Node, base: fx.Node) -> bool:
     return node.target is aten.to.dtype and own is not None and own != other
 
 
-def _put_back(view: fx.Node, of: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
+def _inverse(view: fx.Node, of: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     """The operator and its arguments that put the value of a view into what it is a view of."""
     given: Any = view.args[1:]
     if view.target is aten.narrow.default and not all(isinstance(number, int) and number >= 0 for number in given[1:]):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
 from thesean.passes.analyse.regions import Region, is_linear_map
 from thesean.passes.graph.nodes import argument
+from thesean.passes.graph.opaque_memories import MEMORIES
 
 _SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
@@ -21,7 +22,7 @@ _ACTIVATIONS = {
 _OTHERS = {
     "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "roll", "flip", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "topk", "fft_fft", "fft_fft2", "fft_fftn", "fft_rfft", "fft_rfft2", "fft_rfftn", "fft_ifft", "fft_irfft",
-    "gated_delta_rule", "state_space", "selective_scan",
+    *(operator._opname for operator in MEMORIES),
 }  # fmt: skip
 
 
@@ -36,12 +37,10 @@ def describe_operators(region: Region) -> str:
     linear = {n for n in region.nodes if is_linear_map(n) and not _is_convolution(n)}
     claimed: set[fx.Node] = set()
     found: list[tuple[int, str]] = []
-    weighing = {n for n in region.nodes if _name(n) in _SOFTMAX | _PRODUCTS}
-    for node in region.nodes:
-        if _is_attention(node, weighing, inside):
-            near = _nearest(node, linear, inside, _inputs) | _nearest(node, linear, inside, _users)
-            claimed |= near
-            found.append((min(order[n] for n in {node, *near}), "attention"))
+    for node in _attentions(region):
+        near = _nearest(node, linear, inside, _inputs) | _nearest(node, linear, inside, _users)
+        claimed |= near
+        found.append((min(order[n] for n in {node, *near}), "attention"))
     for node in region.nodes:
         if _name(node) not in _ACTIVATIONS:
             continue
@@ -66,8 +65,13 @@ def describe_operators(region: Region) -> str:
 
 def attends(region: Region) -> bool:
     """Whether there is an attention in it."""
+    return any(True for _ in _attentions(region))
+
+
+def _attentions(region: Region) -> Iterator[fx.Node]:
+    """What gives the mixed values of one."""
     inside, weighing = set(region.nodes), {n for n in region.nodes if _name(n) in _SOFTMAX | _PRODUCTS}
-    return any(_is_attention(node, weighing, inside) for node in region.nodes)
+    return (node for node in region.nodes if _is_attention(node, weighing, inside))
 
 
 def _name(node: fx.Node) -> str:

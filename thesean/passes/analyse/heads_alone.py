@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from thesean.passes.analyse.regions import VIEWS, Region
-from thesean.passes.analyse.scores import find_core
+from thesean.passes.analyse.affine_maps import between
+from thesean.passes.analyse.regions import Region
+from thesean.passes.analyse.scores import find_core, view_below
 from thesean.targets.shared.facts import AttentionFacts
 
 Read = Callable[[Region], AttentionFacts | None]
@@ -30,7 +31,9 @@ def heads_alone(region: Region, values: dict[fx.Node, Any], read: Read) -> Regio
     end = None if core is None else _side_by_side(core.mixed, region, values)
     if core is None or end is None or end is region.exit:
         return None
-    inner = Region(entry=region.entry, exit=end, nodes=_up_to(end, region), name=region.name, shares=True)
+    inner = Region(
+        entry=region.entry, exit=end, nodes=tuple(between(region, [region.entry], end)), name=region.name, shares=True
+    )
     scores = () if core.fused is not None else (core.added,)
     if not {core.mixed, *scores} <= set(inner.gone):
         return None  # who reads the weights themselves has them computed anyway
@@ -39,22 +42,6 @@ def heads_alone(region: Region, values: dict[fx.Node, Any], read: Read) -> Regio
 
 def _side_by_side(mixed: fx.Node, region: Region, values: dict[fx.Node, Any]) -> fx.Node | None:
     """The view of (B, .., K) with the heads of a step in one dimension."""
-    inside, node = set(region.nodes), mixed
-    width = mixed.meta["val"].shape[-1]
-    while values[node].ndim != 3 or values[node].shape[:2] != values[region.entry].shape[:2]:
-        users = [u for u in node.users if u in inside and u.target in VIEWS]
-        if len(users) != 1 or len(node.users) != 1:
-            return None
-        node = users[0]
-    return node if values[node].shape[-1] % int(width) == 0 else None
-
-
-def _up_to(end: fx.Node, region: Region) -> tuple[fx.Node, ...]:
-    """What it is made of, inside of the region."""
-    inside, found, front = set(region.nodes), {end}, [end]
-    while front:
-        for node in front.pop().all_input_nodes:
-            if node in inside and node not in found:
-                found.add(node)
-                front.append(node)
-    return tuple(n for n in region.nodes if n in found)
+    steps, width = values[region.entry].shape[:2], values[mixed].shape[-1]
+    end = view_below(mixed, region, lambda node: values[node].ndim == 3 and values[node].shape[:2] == steps)
+    return end if end is not None and values[end].shape[-1] % width == 0 else None

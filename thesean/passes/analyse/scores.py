@@ -91,7 +91,7 @@ def find_core(region: Region, values: Mapping[fx.Node, Any]) -> Core | None:
     else:
         return None
     operands = [_operand(*factor, region, values) for factor in factors]
-    mixed = _four_below(after, region, values)
+    mixed = view_below(after, region, lambda node: values[node].ndim == 4)
     if mixed is None or any(o is None for o in operands):
         return None
     return Core(*operands, mixed, added, operator, sunk is not None)  # type: ignore[arg-type, call-arg]
@@ -269,10 +269,10 @@ def _operand(node: Any, word: str, region: Region, values: Mapping[fx.Node, Any]
     return None
 
 
-def _four_below(node: fx.Node, region: Region, values: Mapping[fx.Node, Any]) -> fx.Node | None:
-    """The node, or the view of it that has four dimensions."""
+def view_below(node: fx.Node, region: Region, wanted: Callable[[fx.Node], bool]) -> fx.Node | None:
+    """The node, or the view of it that is wanted, where nothing else reads what lies between."""
     inside = set(region.nodes)
-    while values[node].ndim != 4:
+    while not wanted(node):
         users = [u for u in node.users if u in inside and u.target in VIEWS]
         if len(users) != 1 or len(node.users) != 1:
             return None

@@ -103,7 +103,7 @@ class DeltaRule(Convention):
     def examples(self, function: Function) -> Iterator[dict[str, Any]]:
         normed = "use_qk_l2norm_in_kernel"
         for steps, flag in ((3, True), (70, False)):
-            made = _drawn(steps)
+            made = _Drawn(steps)
             key = made(2, 4)
             given = {"query": made(2, 4), "key": key / key.norm(dim=-1, keepdim=True), "value": made(2, 3)}
             given |= {"g": -made(2).abs(), "beta": made(2).sigmoid()}
@@ -132,7 +132,7 @@ class StateSpaceDual(Convention):
 
     def examples(self, function: Function) -> Iterator[dict[str, Any]]:
         for steps, groups in ((3, 1), (20, 2)):
-            made = _drawn(steps)
+            made = _Drawn(steps)
             given: dict[str, Any] = {"dt": made(4), "A": -made.row(4).abs(), "B": made(groups, 5), "C": made(groups, 5)}
             given |= {next(iter(_parameters(function))): made(4, 3), "chunk_size": 8, "dt_softplus": True}
             if groups == 1:
@@ -169,7 +169,7 @@ class SelectiveScan(Convention):
     def examples(self, function: Function) -> Iterator[dict[str, Any]]:
         x, dt, *_ = _parameters(function)
         for steps in (3, 20):
-            made = _drawn(steps)
+            made = _Drawn(steps)
             given = {x: made(4).mT, dt: made(4).mT, "A": -made.row(4, 5).abs(), "B": made(5).mT, "C": made(5).mT}
             if steps == 3:
                 yield given | {"delta_softplus": True, "delta_bias": made.row(4), "D": made.row(4), "z": made(4).mT}
@@ -269,7 +269,7 @@ def _says(value: Any) -> bool:
     return not (isinstance(value, dict) or value is None or value is False)
 
 
-class _drawn:  # called as a function is
+class _Drawn:
     """Numbers of so many steps of two rows, or of none."""
 
     def __init__(self, steps: int) -> None:

@@ -22,7 +22,7 @@ class KeptMemory(nn.Module):
     def __init__(self, memory: Memory) -> None:
         super().__init__()
         self.reads = len(memory.reads)
-        self.core = Core(memory.kernel)
+        self.core = Core(memory.kernel.__name__)
 
     def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         state = given[self.reads] if len(given) > self.reads else state_of(given[1], given[2])

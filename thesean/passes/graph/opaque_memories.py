@@ -6,7 +6,7 @@ B batch, T time, H heads, F width of queries and keys, K width of values
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -22,21 +22,18 @@ from thesean.kernels.linear_attention import linear_attention
 class Memory(NamedTuple):
     """The kernel that an operator is, from a state of zeros: its tensors in, without the state, its output out."""
 
-    kernel: str
+    kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     reads: tuple[str, ...]
     work: int  # multiply-adds of a step for each number of the state
 
 
 _ATTENDS = ("query", "key", "value")
-_KERNELS: dict[str, Any] = {
-    "delta_rule": delta_rule, "linear_attention": linear_attention, "diagonal_scan": diagonal_scan
-}  # fmt: skip
 _NAMED = {
     # the decay of a head is one number
-    "gated_delta_rule": Memory("delta_rule", (*_ATTENDS, "beta", "log_decay"), 3),
-    "state_space": Memory("linear_attention", (*_ATTENDS, "log_decay"), 2),
+    "gated_delta_rule": Memory(delta_rule, (*_ATTENDS, "beta", "log_decay"), 3),
+    "state_space": Memory(linear_attention, (*_ATTENDS, "log_decay"), 2),
     # and one for each of a query's and key's features
-    "selective_scan": Memory("diagonal_scan", (*_ATTENDS, "log_decay"), 3),
+    "selective_scan": Memory(diagonal_scan, (*_ATTENDS, "log_decay"), 3),
 }
 
 
@@ -66,8 +63,7 @@ def _registered(name: str, memory: Memory) -> Any:
             found = ", ".join(str(x.ndim) for x in (query, key, value))
             raise ValueError(f"{name}: expected query, key and value of four dimensions, found {found}.")
         order = {} if (chunk := _CHUNK.get()) is None else {"chunk": chunk}
-        out: torch.Tensor = _KERNELS[memory.kernel](*given, state_of(key, value), **order)[0]
-        return out
+        return memory.kernel(*given, state_of(key, value), **order)[0]
 
     def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)

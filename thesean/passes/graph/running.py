@@ -25,13 +25,16 @@ def places_read(node: fx.Node) -> bool:
 
 
 def run_instead(graph_module: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> None:
-    """y = op(x, dim)  =>  y, state = module(x). The operator stays, for whoever erases what nothing reads."""
-    graph, x = graph_module.graph, argument(node, 0, "self")
+    """y = op(x, dim)  =>  y, state = module(x), and of as many tensors as the module `reads`. The operator stays, for
+    whoever erases what nothing reads.
+    """
+    graph, reads = graph_module.graph, getattr(module, "reads", 1)
+    given = node.args[:reads] if reads > 1 else (argument(node, 0, "self"),)
     graph_module.add_submodule(name, module)
     with graph.inserting_before(node):
         if (dtype := node.kwargs.get("dtype")) is not None:
-            x = graph.call_function(aten.to.dtype, (x, dtype))
-        call = graph.call_module(name, (x,))
+            given = (graph.call_function(aten.to.dtype, (*given, dtype)),)
+        call = graph.call_module(name, given)
         y = graph.call_function(getitem, (call, 0))
     call.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
     for value in values_of(node):
