@@ -148,7 +148,7 @@ def test_alignment_is_left_out_where_to_judge_it_once_takes_longer_than_its_tria
         report = convert("12s").report
     (shares,) = [n for n in report.notes if n.startswith("budget 12 s:")]
     assert "a trial of" in shares  # of fine-tuning alone
-    assert "0% for alignment and 100% for fine-tuning, for to judge what is aligned takes 3" in shares
+    assert "0% for alignment and 100% for fine-tuning, as judging what is aligned takes 3" in shares
     assert {c.phase for c in report.curves} <= {"trial", "align", "fine-tune"}
     assert sum(c.steps for c in report.curves if c.phase == "align") == 0
     assert report.steps > 20

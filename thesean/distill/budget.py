@@ -175,7 +175,7 @@ def shared(hybrid: Hybrid, training: Training, run_stage: RunStage, settling: fl
     if aligning is None or tuning is None:
         share, how = (1.0 if aligning else 0.0), "all that the recipe has"
         if dear:
-            how = f"for to judge what is aligned takes {duration(settling)}, and a trial has {duration(seconds)}"
+            how = f"as judging what is aligned takes {duration(settling)}, and a trial has {duration(seconds)}"
     elif at_once and not aligning.rate + tuning.rate and recipe.fine_tuning.learning_rate == "find":
         share, how = 0.0, "neither trial having gained: fine-tuning has lower rates"
     elif at_once and aligning.rate + tuning.rate > 0:
