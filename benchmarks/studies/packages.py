@@ -61,7 +61,7 @@ def convert(
         if run.wants(f"{name}: {target}, {budget}"):
             subject = subject_of(name)
             converted = conversion(subject, target, budget)
-            about = {"subject": name, "target": target, "budget": budget}
+            about: dict[str, Any] = {"subject": name, "target": target, "budget": budget}
             run.add(f"{name}: {target}, {budget}", **about, figures=subject.figures(converted))
             made.setdefault(target, converted)
 
