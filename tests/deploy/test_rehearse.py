@@ -24,6 +24,14 @@ def test_what_exports_is_not_warned_of_and_costs_no_table(guide, monkeypatch):
     assert unwritable(guide().graph_module) == ""
 
 
+def test_sizes_that_are_free_stay_free():
+    """torch asks how a convolution's output lies in memory, and what it is told holds for all that shares the sizes."""
+    found = capture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ZeroPad2d(1)).eval(), torch.randn(2, 3, 8, 8)).graph_module
+    (images,) = found.graph.find_nodes(op="placeholder")
+    assert unwritable(found) == ""
+    assert str(images.meta["val"].shape[0]) in found.meta["symbols"]
+
+
 def test_replaced_parts_are_what_they_are_in_the_file():
     assert unwritable(hybrid(captured.gpt2(), "mingru")) == ""
 

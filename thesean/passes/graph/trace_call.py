@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def trace_call(
     node: fx.Node, form: Callable[..., Any], table: Mapping[Any, Any] | None = None, pre_dispatch: bool = False
 ) -> fx.GraphModule | None:
     """The graph of `form` called as the node calls its operator, taken apart by `table`; its placeholders are the
-    node's inputs, in order. None where torch can't. Nothing is computed.
+    node's inputs, in order. None where torch can't. Nothing is computed, and of the sizes that the node's graph has as
+    symbols nothing is concluded: they stay free there.
     """
     inputs = node.all_input_nodes
     values = [i.meta.get("val") for i in inputs]
@@ -52,7 +53,7 @@ def trace_call(
         return form(*args, **kwargs)
 
     try:
-        with mode, _unheard():
+        with mode, _unheard(), nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards():
             made = make_fx(of_inputs, None if table is None else dict(table), pre_dispatch=pre_dispatch)(*given)
     except Exception as error:  # the tracer raises whatever it meets
         logger.debug("%s can't be traced by itself: %s", node.target, error)
