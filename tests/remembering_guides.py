@@ -46,6 +46,35 @@ def chunk_rule(
     return torch.stack(outs, 1).to(value.dtype), state if output_final_state else None
 
 
+def chunk_rule_of_features(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same, with a decay for each feature of a key; in float32 whatever comes."""
+    dtype = v.dtype
+    q, k, v, g, beta = (x.float() for x in (q, k, v, g, beta))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    state = initial_state
+    if state is None:
+        state = torch.zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
+    outs = []
+    for t in range(v.shape[1]):
+        state = state * g[:, t, :, :, None].exp()
+        held = (state * k[:, t, :, :, None]).sum(-2)
+        state = state + k[:, t, :, :, None] * (beta[:, t, :, None] * (v[:, t] - held))[:, :, None]
+        outs.append((state * q[:, t, :, :, None]).sum(-2) * q.shape[-1] ** -0.5)
+    return torch.stack(outs, 1).to(dtype), state if output_final_state else None
+
+
 def dual_scan(
     hidden_states: torch.Tensor,
     dt: torch.Tensor,
@@ -166,6 +195,24 @@ class DeltaNet(nn.Module):
             beta=self.rate(x).sigmoid(),
             use_qk_l2norm_in_kernel=True,
             cu_seqlens=None,
+        )
+        return self.last(out.flatten(2))
+
+
+class DeltaNetOfFeatures(nn.Module):
+    """x_BTD -> y_BTD, two heads whose keys' features fade as fast as they each say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.decay = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+        self.value, self.rate, self.last = nn.Linear(WIDTH, 6), nn.Linear(WIDTH, HEADS), nn.Linear(6, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value, decay = (
+            f(x).unflatten(-1, (HEADS, -1)) for f in (self.query, self.key, self.value, self.decay)
+        )
+        out, _ = chunk_rule_of_features(
+            query, key, value, g=-F.softplus(decay), beta=self.rate(x).sigmoid(), use_qk_l2norm_in_kernel=True
         )
         return self.last(out.flatten(2))
 

@@ -1,4 +1,4 @@
-"""S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, y_t = q_t S_t.
+"""S_t = (I - b_t k_t k_t^T) a_t S_{t-1} + b_t k_t v_t^T, y_t = q_t S_t, with a decay a head or a feature.
 
 B batch, T time, H heads, F key width, K value width
 """
@@ -18,7 +18,10 @@ from thesean.kernels.linear_attention import linear_attention
 BATCH, HEADS, KEY, VALUE_WIDTH = 2, 3, 4, 5
 
 
-def inputs(time: int, dtype: torch.dtype = torch.float32, decay: float = 1.0) -> list[Any]:
+OF_EACH = pytest.mark.parametrize("of", [(), (KEY,)], ids=["a head", "a feature"])
+
+
+def inputs(time: int, dtype: torch.dtype = torch.float32, decay: float = 1.0, of: tuple[int, ...] = ()) -> list[Any]:
     """query, key of length 1, value, beta in (0, 1), log_decay of mean size `decay`, state."""
     g = torch.Generator().manual_seed(time)
 
@@ -29,7 +32,7 @@ def inputs(time: int, dtype: torch.dtype = torch.float32, decay: float = 1.0) ->
     key = F.normalize(normal(BATCH, time, HEADS, KEY), dim=-1)
     value = normal(BATCH, time, HEADS, VALUE_WIDTH)
     beta = torch.rand(BATCH, time, HEADS, generator=g, dtype=torch.float64)
-    log_decay = -2 * decay * torch.rand(BATCH, time, HEADS, generator=g, dtype=torch.float64)
+    log_decay = -2 * decay * torch.rand(BATCH, time, HEADS, *of, generator=g, dtype=torch.float64)
     state = normal(BATCH, HEADS, KEY, VALUE_WIDTH)
     return [x.to(dtype).requires_grad_() for x in (query, key, value, beta, log_decay, state)]
 
@@ -67,11 +70,12 @@ def test_orthogonal_keys_make_linear_attention_of_it():
     assert relative_error(out, expected) < VALUE[torch.float64]
 
 
+@OF_EACH
 @pytest.mark.parametrize("decay", [0.0, 0.05, 3.0], ids=["no decay", "slow", "fast"])
 @pytest.mark.parametrize("time", [1, 7, 8, 9, 37])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_chunked_form_equals_the_recurrence_at_every_length(time, decay, dtype):
-    given = inputs(time, dtype, decay)
+def test_the_chunked_form_equals_the_recurrence_at_every_length(time, decay, dtype, of):
+    given = inputs(time, dtype, decay, of)
     exact = double(given)
     out, state = delta_rule(*given, chunk=8)
     expected_out, expected_state = delta_rule_reference(*exact)
@@ -82,6 +86,25 @@ def test_the_chunked_form_equals_the_recurrence_at_every_length(time, decay, dty
     assert relative_error(state, expected_state) < VALUE[dtype]
     for x, reference in zip(given, exact, strict=True):
         assert relative_error(x.grad, reference.grad) < GRADIENT[dtype]
+
+
+def test_a_feature_keeps_what_is_held_at_it_as_long_as_its_own_decay_says():
+    """Two features, one that keeps all and one that halves what it holds at each step; nothing is written after."""
+    key = torch.eye(2).view(1, 2, 1, 2)
+    decay = torch.tensor([1.0, 0.5]).log().expand(1, 5, 1, 2)
+    beta = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]).view(1, 5, 1)
+    key = torch.cat([key, torch.ones(1, 3, 1, 2)], 1)
+    value = torch.full((1, 5, 1, 1), 8.0)
+    _, state = delta_rule(key, key, value, beta, decay, torch.zeros(1, 1, 2, 1))
+    assert state.flatten().tolist() == pytest.approx([8.0, 1.0])
+
+
+def test_one_decay_for_all_features_is_that_of_the_head():
+    *given, log_decay, state = inputs(37, torch.float64)
+    expected = delta_rule(*given, log_decay, state, chunk=8)
+    found = delta_rule(*given, log_decay.unsqueeze(-1).expand(-1, -1, -1, KEY), state, chunk=8)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert relative_error(mine, theirs) < VALUE[torch.float64]
 
 
 def test_keys_that_repeat_cost_no_digits():
@@ -95,13 +118,15 @@ def test_keys_that_repeat_cost_no_digits():
     assert relative_error(out, expected) < VALUE[torch.float32]
 
 
-def test_gradients_are_the_numerical_ones():
-    given = inputs(5, torch.float64)
+@OF_EACH
+def test_gradients_are_the_numerical_ones(of):
+    given = inputs(5, torch.float64, of=of)
     assert torch.autograd.gradcheck(lambda *x: delta_rule(*x, chunk=3), given, fast_mode=True)
 
 
-def test_pieces_of_any_length_equal_the_whole_sequence():
-    given = [x.detach() for x in inputs(41, torch.float64)]
+@OF_EACH
+def test_pieces_of_any_length_equal_the_whole_sequence(of):
+    given = [x.detach() for x in inputs(41, torch.float64, of=of)]
     whole, last = delta_rule(*given, chunk=16)
     *sequences, state = given
     outs = []
@@ -112,8 +137,9 @@ def test_pieces_of_any_length_equal_the_whole_sequence():
     assert relative_error(state, last) < VALUE[torch.float64]
 
 
-def test_a_reset_forgets_exactly_and_leaves_no_nan():
-    given = inputs(24)
+@OF_EACH
+def test_a_reset_forgets_exactly_and_leaves_no_nan(of):
+    given = inputs(24, of=of)
     with torch.no_grad():
         given[4][:, 10] = -torch.inf
     exact = double(given)
@@ -126,8 +152,9 @@ def test_a_reset_forgets_exactly_and_leaves_no_nan():
         assert relative_error(x.grad, reference.grad) < GRADIENT[torch.float32]
 
 
-def test_half_inputs_and_autocast_keep_a_wide_state():
-    given = [x.detach().bfloat16() for x in inputs(70)]
+@OF_EACH
+def test_half_inputs_and_autocast_keep_a_wide_state(of):
+    given = [x.detach().bfloat16() for x in inputs(70, of=of)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, state = delta_rule(*given)
     expected_out, expected_state = delta_rule_reference(*(x.double() for x in given))
@@ -141,5 +168,7 @@ def test_shapes_that_do_not_fit_are_named():
     query, key, value, beta, log_decay, state = inputs(6)
     with pytest.raises(ValueError, match=r"found .* beta \(2, 5, 3\)"):
         delta_rule(query, key, value, beta[:, :5], log_decay, state)
+    with pytest.raises(ValueError, match=r"found .* log_decay \(2, 6, 3, 3\)"):
+        delta_rule(query, key, value, beta, log_decay.unsqueeze(-1).expand(-1, -1, -1, 3), state)
     with pytest.raises(ValueError, match="chunk 0"):
         delta_rule(query, key, value, beta, log_decay, state, chunk=0)

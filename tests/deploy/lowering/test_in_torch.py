@@ -61,6 +61,12 @@ ARGUMENTS: dict[str, Callable[[int, int], tuple[torch.Tensor, ...]]] = {
         -torch.rand(b, t, H),
         torch.randn(b, H, F, K),
     ),
+    "delta_rule, a decay a feature": lambda b, t: (
+        *heads(b, t),
+        torch.rand(b, t, H),
+        -torch.rand(b, t, H, F),
+        torch.randn(b, H, F, K),
+    ),
     "diagonal_scan": lambda b, t: (*heads(b, t), -torch.rand(b, t, H, F), torch.randn(b, H, F, K)),
     "leaky_recurrence": lambda b, t: (rows(b, t, 6), torch.randn(2, 3, 3), torch.rand(6), torch.randn(b, 6)),
     "linear_recurrence": lambda b, t: (torch.rand(b, t, 6), rows(b, t, 6), torch.randn(b, 6)),
@@ -76,12 +82,13 @@ def stand_ins(operation: str) -> list[Callable[..., Any]]:
     return [m.emit if isinstance(m, Lowered) else m for m in made]
 
 
-@pytest.mark.parametrize("operation", ARGUMENTS)
-def test_what_stands_in_for_a_core_is_its_kernel_at_every_length_and_carries_its_state(operation):
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_what_stands_in_for_a_core_is_its_kernel_at_every_length_and_carries_its_state(case):
     torch.manual_seed(0)
+    operation, *_ = case.split(",")
     core = Core(operation)
     for size in SIZES:
-        given = ARGUMENTS[operation](*size)
+        given = ARGUMENTS[case](*size)
         for form in stand_ins(operation):
             for found, wanted in zip(form(*given), core(*given), strict=True):
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -93,7 +100,7 @@ def test_a_core_in_blocks_becomes_one_block_as_long_as_the_chunk(operation):
     made, seen = form.in_torch(Core(operation), "core"), dict[str, Any]()
     names = inspect.signature(made.core.kernel).parameters
     made.core.kernel = lambda *tensors, **settings: seen.update(settings)
-    made(torch.zeros(2, 7, 1))
+    made(*[torch.zeros(2, 7, 1)] * 2)
     assert list(seen.values()) == [7]
     assert seen.keys() <= names.keys()
 

@@ -28,12 +28,17 @@ def test_a_head_of_32_and_its_normaliser_are_two_blocks_without_padding():
     assert value_blocks(33) == [(32, 32), (1, 1)]
 
 
-CORES = {"gated": "linear_attention", "gated delta": "delta_rule", "diagonal": "diagonal_scan"}
+CORES = {
+    "gated": "linear_attention",
+    "gated delta": "delta_rule",
+    "delta of features": "delta_rule",
+    "diagonal": "diagonal_scan",
+}
 WIDTHS = [(16, 33), (10, 20), (64, 65), (24, 97)]  # features and values
 
 
 class Heads(nn.Module):
-    """One of the three cores that the operator runs, once for each of WIDTHS, with the same arguments for all."""
+    """One of the cores that the operator runs, once for each of WIDTHS, with the same arguments for all."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -49,9 +54,9 @@ class Heads(nn.Module):
     def _one(
         self, core: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, s: torch.Tensor
     ):
-        if self.kind == "gated delta":
-            return core(q, k, v, torch.sigmoid(v[..., 0]), g, s)
-        return core(q, k, v, g.unsqueeze(-1) * (1 + k) if self.kind == "diagonal" else g, s)
+        rates = (torch.sigmoid(v[..., 0]),) if "delta" in self.kind else ()
+        of_each = self.kind in ("diagonal", "delta of features")
+        return core(q, k, v, *rates, g.unsqueeze(-1) * (1 + k) if of_each else g, s)
 
 
 def arguments(batch: int, time: int) -> tuple[torch.Tensor, ...]:

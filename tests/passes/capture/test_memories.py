@@ -11,7 +11,16 @@ from torch import nn
 
 from tests import remembering_guides
 from tests.models import seeded, tokens, vectors
-from tests.remembering_guides import DeltaNet, Scanned, StateSpace, chunk_rule, dual_scan, remembering, scan
+from tests.remembering_guides import (
+    DeltaNet,
+    DeltaNetOfFeatures,
+    Scanned,
+    StateSpace,
+    chunk_rule,
+    dual_scan,
+    remembering,
+    scan,
+)
 from thesean.errors import CaptureError
 from thesean.passes.capture.capture import capture
 from thesean.passes.capture.convention import check_same
@@ -23,7 +32,13 @@ def rules(graph_module: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("memory", "operator"), [(DeltaNet, GATED_DELTA_RULE), (StateSpace, STATE_SPACE), (Scanned, SELECTIVE_SCAN)]
+    ("memory", "operator"),
+    [
+        (DeltaNet, GATED_DELTA_RULE),
+        (DeltaNetOfFeatures, GATED_DELTA_RULE),
+        (StateSpace, STATE_SPACE),
+        (Scanned, SELECTIVE_SCAN),
+    ],
 )
 def test_a_loop_over_steps_is_one_operator_at_any_length(memory: type[nn.Module], operator: Any):
     before = dict(vars(remembering_guides))
@@ -54,7 +69,7 @@ class Held(nn.Module):
 
 
 def named_otherwise(q, k, v, g, beta, initial_state=None, output_final_state=False):
-    return chunk_rule(q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state)
+    return remembering_guides.chunk_rule(q, k, v, g, beta, 64, initial_state, output_final_state)
 
 
 def without_decay(q, k, v, g, beta, initial_state=None, output_final_state=False):
@@ -109,7 +124,7 @@ def test_a_call_that_asks_for_more_is_traced_as_it_is(guide: nn.Module):
     torch.testing.assert_close(found.graph_module(x), guide(x))
 
 
-@pytest.mark.parametrize("memory", [DeltaNet, StateSpace])
+@pytest.mark.parametrize("memory", [DeltaNet, DeltaNetOfFeatures, StateSpace])
 def test_half_precision_is_what_the_function_makes_of_it(memory: type[nn.Module]):
     guide = seeded(memory).bfloat16()
     found = capture(guide, vectors(2, 9, 16).bfloat16())

@@ -48,6 +48,13 @@ def test_it_is_the_recurrence_from_zeros(operator: Any):
     torch.testing.assert_close(operator(*given), want)
 
 
+def test_a_delta_rule_may_have_a_decay_for_each_feature():
+    *given, decay = inputs(GATED_DELTA_RULE, 70)
+    decays = torch.stack([decay * factor for factor in (0.1, 1.0, 0.5, 2.0)], -1)
+    want, _ = delta_rule_reference(*given, decays, zeros())
+    torch.testing.assert_close(GATED_DELTA_RULE(*given, decays), want)
+
+
 @EVERY
 def test_gradients_are_those_of_the_kernel(operator: Any):
     mine, theirs = ([x.requires_grad_() for x in inputs(operator, 9)] for _ in range(2))

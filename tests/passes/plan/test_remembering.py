@@ -8,13 +8,19 @@ from torch import nn
 
 import thesean
 from tests.models import seeded, spread, token_batches, tokens
-from tests.remembering_guides import Both, DeltaNet, Remembering, Scanned, StateSpace, remembering
+from tests.remembering_guides import Both, DeltaNet, DeltaNetOfFeatures, Remembering, Scanned, StateSpace, remembering
 
 DATA = token_batches(2)
 
 
 @pytest.mark.parametrize(
-    ("memory", "told"), [(DeltaNet, "gated_delta_rule"), (StateSpace, "state_space"), (Scanned, "selective_scan")]
+    ("memory", "told"),
+    [
+        (DeltaNet, "gated_delta_rule"),
+        (DeltaNetOfFeatures, "gated_delta_rule"),
+        (StateSpace, "state_space"),
+        (Scanned, "selective_scan"),
+    ],
 )
 def test_attentions_are_replaced_and_memories_stay(memory: type[nn.Module], told: str):
     plan = thesean.plan(remembering(memory), "rnn", data=DATA)

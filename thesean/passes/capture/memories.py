@@ -77,7 +77,9 @@ class Convention(ABC):
 
 
 class DeltaRule(Convention):
-    """The gated delta rule, of queries and keys that may be taken to the length of 1, heads of values in groups."""
+    """The gated delta rule, of queries and keys that may be taken to the length of 1, heads of values in groups. A head
+    has one decay.
+    """
 
     first = (("query", "key", "value"), ("q", "k", "v"))
     has = frozenset({"g", "beta", "initial_state", "output_final_state"})
@@ -85,29 +87,41 @@ class DeltaRule(Convention):
     how = frozenset({"chunk_size"})
     pair = True
 
+    of_features: ClassVar[bool] = False
+
     _EPSILON = 1e-6  # inside the root of a norm
 
     def operator(self, given: Given) -> torch.Tensor | None:
-        query_BTHF, key_BTHF, value_BTHK, beta_BTH, decay_BTH = (
+        query_BTHF, key_BTHF, value_BTHK, beta_BTH, decay = (
             given[name].to(torch.float32) for name in ("query", "key", "value", "beta", "g")
         )
+        if decay.ndim != (4 if self.of_features else 3):
+            return None
         if given.get("use_qk_l2norm_in_kernel"):
             query_BTHF, key_BTHF = (
                 x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self._EPSILON) for x in (query_BTHF, key_BTHF)
             )
         query_BTHF, key_BTHF = (_each_head(x, value_BTHK.shape[2]) for x in (query_BTHF, key_BTHF))
         query_BTHF = query_BTHF * query_BTHF.shape[-1] ** -0.5
-        out_BTHK: torch.Tensor = GATED_DELTA_RULE(query_BTHF, key_BTHF, value_BTHK, beta_BTH, decay_BTH)
+        decay = _each_head(decay, value_BTHK.shape[2]) if self.of_features else decay
+        out_BTHK: torch.Tensor = GATED_DELTA_RULE(query_BTHF, key_BTHF, value_BTHK, beta_BTH, decay)
         return out_BTHK
 
     def examples(self, function: Function) -> Iterator[dict[str, Any]]:
-        normed = "use_qk_l2norm_in_kernel"
+        normed, (q, k, v, *_) = "use_qk_l2norm_in_kernel", _parameters(function)
         for steps, flag in ((3, True), (70, False)):
             made = _Drawn(steps)
             key = made(2, 4)
-            given = {"query": made(2, 4), "key": key / key.norm(dim=-1, keepdim=True), "value": made(2, 3)}
-            given |= {"g": -made(2).abs(), "beta": made(2).sigmoid()}
+            given = {q: made(2, 4), k: key / key.norm(dim=-1, keepdim=True), v: made(2, 3)}
+            decays = made(2, 4) if self.of_features else made(2)
+            given |= {"g": -decays.abs(), "beta": made(2).sigmoid()}
             yield given | ({normed: flag} if normed in _parameters(function) else {})
+
+
+class DeltaRuleOfFeatures(DeltaRule):
+    """The same with a decay for each feature of a key (Kimi Team 2025)."""
+
+    of_features = True
 
 
 class StateSpaceDual(Convention):
@@ -177,7 +191,7 @@ class SelectiveScan(Convention):
                 yield given | {dt: made(4).mT.abs()}
 
 
-CONVENTIONS: tuple[Convention, ...] = (DeltaRule(), StateSpaceDual(), SelectiveScan())
+CONVENTIONS: tuple[Convention, ...] = (DeltaRule(), DeltaRuleOfFeatures(), StateSpaceDual(), SelectiveScan())
 
 
 @contextmanager
@@ -230,9 +244,10 @@ class _AsOperator:
 @torch.no_grad()
 def _as_operator(function: Function) -> Function | None:
     """None for a function of no convention, and for one that computes something else."""
-    convention = next((c for c in CONVENTIONS if c.fits(function)), None)
-    if convention is None:
-        return None
+    return next((found for c in CONVENTIONS if c.fits(function) and (found := _by(c, function)) is not None), None)
+
+
+def _by(convention: Convention, function: Function) -> Function | None:
     try:
         examples = list(convention.examples(function))
         if not all(_is_equal(function, convention, given) for given in examples):

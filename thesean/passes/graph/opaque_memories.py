@@ -29,10 +29,11 @@ class Memory(NamedTuple):
 
 _ATTENDS = ("query", "key", "value")
 _NAMED = {
-    # the decay of a head is one number
+    # the decay of a head is one number, or one for each of a key's features
     "gated_delta_rule": Memory(delta_rule, (*_ATTENDS, "beta", "log_decay"), 3),
+    # one number
     "state_space": Memory(linear_attention, (*_ATTENDS, "log_decay"), 2),
-    # and one for each of a query's and key's features
+    # one for each feature
     "selective_scan": Memory(diagonal_scan, (*_ATTENDS, "log_decay"), 3),
 }
 
