@@ -281,3 +281,63 @@ def remembering(memory: type[nn.Module] = DeltaNet) -> nn.Module:
 def gated(after: str = "gate") -> nn.Module:
     torch.manual_seed(0)
     return spread(Remembering(GatedAttention(after)).eval())
+
+
+class LatentAttention(nn.Module):
+    """x_BTD -> y_BTD, two heads of queries and keys of 6 features, of which the last 4 are `turned` by their step as
+    "halves", "neighbours" or "complex" numbers, or left (""); those of a key are one row for both heads. The rest of
+    the keys and the values are made of a normed latent, and queries too where they have one. Keys are put together as
+    they are `written`: "cat" or "writes".
+    """
+
+    PLAIN, TURNED, VALUE = 2, 4, 3
+
+    def __init__(
+        self, turned: str = "halves", of_queries: bool = False, written: str = "cat", gated: bool = False
+    ) -> None:
+        super().__init__()
+        self.turned, self.of_queries, self.written, self.gated = turned, of_queries, written, gated
+        width = self.PLAIN + self.TURNED
+        self.down, self.norm = nn.Linear(WIDTH, 5 + self.TURNED, bias=False), nn.LayerNorm(5)
+        self.up = nn.Linear(5, HEADS * (self.PLAIN + self.VALUE))
+        self.query_down, self.query_norm = nn.Linear(WIDTH, 7), nn.LayerNorm(7)
+        self.query = nn.Linear(7 if of_queries else WIDTH, HEADS * width)
+        self.gate, self.last = nn.Linear(WIDTH, HEADS * self.VALUE), nn.Linear(HEADS * self.VALUE, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        read = self.query_norm(self.query_down(x)) if self.of_queries else x
+        query = self.query(read).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        plain, turned = query.split([self.PLAIN, self.TURNED], -1)
+        query = torch.cat([plain, self.turn(turned)], -1)
+        latent, shared = self.down(x).split([5, self.TURNED], -1)
+        key, value = (
+            self.up(self.norm(latent)).unflatten(-1, (HEADS, -1)).transpose(1, 2).split([self.PLAIN, self.VALUE], -1)
+        )
+        shared = self.turn(shared.unsqueeze(1)).expand(-1, HEADS, -1, -1)
+        if self.written == "writes":
+            whole = key.new_empty(*key.shape[:-1], self.PLAIN + self.TURNED)
+            whole[..., : self.PLAIN] = key
+            whole[..., self.PLAIN :] = shared
+        else:
+            whole = torch.cat([key, shared], -1)
+        mixed = F.scaled_dot_product_attention(query, whole, value, is_causal=True).transpose(1, 2).flatten(2)
+        return self.last(mixed * self.gate(x).sigmoid() if self.gated else mixed)
+
+    def turn(self, x_BHTC: torch.Tensor) -> torch.Tensor:
+        if not self.turned:
+            return x_BHTC
+        step_T1 = torch.arange(x_BHTC.shape[2], dtype=torch.float32).unsqueeze(-1)
+        angle_TP = step_T1 * torch.tensor([1.0, 0.03])
+        if self.turned == "complex":
+            pairs = torch.view_as_complex(x_BHTC.unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle_TP), angle_TP)).flatten(-2)
+        cos, sin = angle_TP.cos(), angle_TP.sin()
+        if self.turned == "neighbours":
+            x_BHTC = x_BHTC.unflatten(-1, (-1, 2)).mT.flatten(-2)
+        a, b = x_BHTC.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def latent(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return spread(Remembering(LatentAttention(**settings), LatentAttention(**settings)).eval())

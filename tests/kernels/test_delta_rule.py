@@ -100,9 +100,10 @@ def test_a_feature_keeps_what_is_held_at_it_as_long_as_its_own_decay_says():
 
 
 def test_one_decay_for_all_features_is_that_of_the_head():
-    *given, log_decay, state = inputs(37, torch.float64)
-    expected = delta_rule(*given, log_decay, state, chunk=8)
-    found = delta_rule(*given, log_decay.unsqueeze(-1).expand(-1, -1, -1, KEY), state, chunk=8)
+    query, key, value, beta, log_decay, state = inputs(37, torch.float64)
+    of_each = log_decay.unsqueeze(-1).expand(-1, -1, -1, KEY)
+    expected = delta_rule(query, key, value, beta, log_decay, state, chunk=8)
+    found = delta_rule(query, key, value, beta, of_each, state, chunk=8)
     for mine, theirs in zip(found, expected, strict=True):
         assert relative_error(mine, theirs) < VALUE[torch.float64]
 

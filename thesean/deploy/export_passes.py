@@ -17,6 +17,7 @@ from thesean.passes.folds_as_modules import FoldsAsModules
 from thesean.passes.graph.signature import Signature
 from thesean.passes.inline_modules import InlineModules
 from thesean.passes.memories_as_modules import MemoriesAsModules
+from thesean.passes.slices_of_joins import SlicesOfJoins
 from thesean.passes.thread_state import ThreadState
 from thesean.passes.write_out_attention import WriteOutAttention
 from thesean.passes.write_out_for_onnx import WriteOutForOnnx
@@ -49,6 +50,7 @@ def for_export(
     with_state = (*remembering(signature, stateful is True), DelaySteps(signature), ThreadState(signature))
     threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: with_state, None: (Attempt(*with_state),)}
     return (
+        SlicesOfJoins(),
         *threading.get(stateful, ()),
         WriteOutAttention(probes, trusted),
         WriteOutForOnnx(),

@@ -21,6 +21,7 @@ from thesean.passes.cast_floats import CastFloats, cast_signature, dtypes_for
 from thesean.passes.graph.modes import evaluating
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.surgery import clone
+from thesean.passes.slices_of_joins import SlicesOfJoins
 from thesean.passes.thread_state import ThreadState, zero_states
 from thesean.targets.shared.steps import Steps
 
@@ -118,4 +119,4 @@ def stream_of(network: fx.GraphModule, signature: Signature, roles: Roles) -> St
 
 
 def _threaded(network: fx.GraphModule, signature: Signature, proven: fx.GraphModule | None = None) -> fx.GraphModule:
-    return run_passes(network, *remembering(signature), ThreadState(signature, proven))[0]
+    return run_passes(network, SlicesOfJoins(), *remembering(signature), ThreadState(signature, proven))[0]

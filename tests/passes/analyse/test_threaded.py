@@ -140,8 +140,8 @@ def text_by(rule: Rule) -> Captured:
 def threaded(rule: Rule) -> Any:
     guide = text_by(rule)
     stateless = hybrid(guide, {"block": "gru"})
-    afterwards = len(for_export(guide.signature, (), stateful=False))
-    streaming = for_export(guide.signature, (), stateful=True)[:-afterwards]
+    always = for_export(guide.signature, (), stateful=False)
+    streaming = [p for p in for_export(guide.signature, (), stateful=True) if p not in always[1:]]
     return run_passes(stateless, *streaming)[0], stateless, guide.signature
 
 

@@ -49,10 +49,10 @@ def test_it_is_the_recurrence_from_zeros(operator: Any):
 
 
 def test_a_delta_rule_may_have_a_decay_for_each_feature():
-    *given, decay = inputs(GATED_DELTA_RULE, 70)
+    query, key, value, beta, decay = inputs(GATED_DELTA_RULE, 70)
     decays = torch.stack([decay * factor for factor in (0.1, 1.0, 0.5, 2.0)], -1)
-    want, _ = delta_rule_reference(*given, decays, zeros())
-    torch.testing.assert_close(GATED_DELTA_RULE(*given, decays), want)
+    want, _ = delta_rule_reference(query, key, value, beta, decays, zeros())
+    torch.testing.assert_close(GATED_DELTA_RULE(query, key, value, beta, decays), want)
 
 
 @EVERY

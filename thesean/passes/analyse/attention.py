@@ -21,7 +21,7 @@ from torch import fx
 from thesean.passes.analyse.affine_maps import between, is_affine, match_weight, probe_rows
 from thesean.passes.analyse.head_norms import find_norm
 from thesean.passes.analyse.regions import Region
-from thesean.passes.analyse.rotation import as_written, find_rotation
+from thesean.passes.analyse.rotation import as_written, find_rotation, find_turned, turned_back
 from thesean.passes.analyse.scores import Operand, find_core, read_scores
 from thesean.passes.graph.record import evaluate
 from thesean.targets.shared.facts import Affine, AttentionFacts
@@ -55,18 +55,21 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
     heads, width = (core.query.of(values[core.query.node]).shape[d] for d in (1, 3))
     value_width = core.value.of(values[core.value.node]).shape[3]
     scores = read_scores(region, values, core)
-    maps, turns = [], []
-    for operand, each in ((core.query, width), (core.key, width), (core.value, value_width)):
+    operands = ((core.query, width), (core.key, width), (core.value, value_width))
+    found: list[tuple[Affine, Turn | None]] = []
+    for operand, each in operands:
         nearest = _nearest_affine(region, values, operand, each)
         if nearest is None:
             return None
-        affine, turned = nearest
-        maps.append(_repeat_heads(affine, heads, each))
-        turns.append(turned)
+        found.append(nearest)
+    if _in_other_orders(found[0][1], found[1][1]):
+        whole = [_turned_whole(region, values, operand) for operand in (core.query, core.key)]
+        found = [anew or before for anew, before in zip([*whole, None], found, strict=True)]
+    maps = [_repeat_heads(affine, heads, each) for (affine, _), (_, each) in zip(found, operands, strict=True)]
     output = _affine(region, values, core.mixed, region.exit)
     if output is None:
         return None
-    known = _met(turns[0], turns[1], region, heads)
+    known = _met(found[0][1], found[1][1], region, heads)
     rotation, gain, norms = known or (None, 1.0, None)
     facts = AttentionFacts(
         heads=heads,
@@ -85,6 +88,12 @@ def find_attention(region: Region, values: dict[fx.Node, Any]) -> AttentionFacts
     dtype = region.entry.meta["val"].dtype  # the probe may have widened it: a weight of the guide's is shared again
     stored = {name: getattr(facts, name).to(dtype) for name in ("query", "key", "value", "output")}
     return replace(facts, **stored, plain=not differs, differs=differs)
+
+
+def _in_other_orders(query: Turn | None, key: Turn | None) -> bool:
+    """Features that are turned by pairs stand in the order of where each was read, which may differ."""
+    one, other = (None if turn is None else turn.rotation for turn in (query, key))
+    return one is not None and other is not None and one[:2] != other[:2]
 
 
 def _met(
@@ -121,11 +130,20 @@ def _tokens_first(value: torch.Tensor, batch: int, length: int) -> torch.Tensor 
     return value.movedim(at[0], 1).reshape(batch, length, -1)
 
 
+Undo = Callable[[torch.Tensor], torch.Tensor]
+
+
 def _probe(
-    region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node, given: torch.Tensor
+    region: Region,
+    values: dict[fx.Node, Any],
+    source: fx.Node,
+    wanted: fx.Node,
+    given: torch.Tensor,
+    undo: Undo | None = None,
 ) -> torch.Tensor | None:
+    """(B, T, rest); `undo` makes that of the value as it is."""
     result = evaluate(between(region, [source], wanted), values, {source: given}, wanted)
-    return _tokens_first(result, *_size(region, values))
+    return _tokens_first(result, *_size(region, values)) if undo is None else undo(result)
 
 
 def _size(region: Region, values: dict[fx.Node, Any]) -> tuple[int, int]:
@@ -135,7 +153,9 @@ def _size(region: Region, values: dict[fx.Node, Any]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node) -> Affine | None:
+def _affine(
+    region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted: fx.Node, undo: Undo | None = None
+) -> Affine | None:
     """`wanted` as a token-wise affine function of `source`, or None. Exact up to rounding, checked on fresh input."""
     template = values[source]
     flat = _tokens_first(template, *_size(region, values))
@@ -147,13 +167,13 @@ def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted:
     if len(rows_MI) <= batch * length:
         # cheaper than a basis by far: refuses what isn't affine, and finds maps that are a weight of the guide's
         filled = torch.nn.functional.pad(rows_MI, (0, 0, 0, batch * length - len(rows_MI)))
-        out = _probe(region, values, source, wanted, unflatten(filled.view(batch, length, width)))
+        out = _probe(region, values, source, wanted, unflatten(filled.view(batch, length, width)), undo)
         if out is None or not is_affine(out.flatten(0, 1)[: len(rows_MI)]):
             return None
         shared = match_weight(between(region, [source], wanted), values, rows_MI, out.flatten(0, 1)[: len(rows_MI)])
         if shared is not None:
             return shared
-    zero = _probe(region, values, source, wanted, torch.zeros_like(template))
+    zero = _probe(region, values, source, wanted, torch.zeros_like(template), undo)
     if zero is None:
         return None
     bias_O = zero[0, 0]
@@ -163,14 +183,14 @@ def _affine(region: Region, values: dict[fx.Node, Any], source: fx.Node, wanted:
         basis = torch.zeros(per_run, width, dtype=template.dtype, device=template.device)
         count = min(per_run, width - start)
         basis[torch.arange(count), start + torch.arange(count)] = 1
-        out = _probe(region, values, source, wanted, unflatten(basis.view(batch, length, width)))
+        out = _probe(region, values, source, wanted, unflatten(basis.view(batch, length, width)), undo)
         if out is None:
             return None
         columns.append((out.reshape(per_run, -1) - bias_O)[:count])
     weight_OI = torch.cat(columns).T.contiguous()
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(flat.shape, generator=generator).to(template)
-    got = _probe(region, values, source, wanted, unflatten(x))
+    got = _probe(region, values, source, wanted, unflatten(x), undo)
     want = x @ weight_OI.T + bias_O
     if got is None or (got - want).abs().max() > _EXACT * want.abs().max():
         return None
@@ -209,7 +229,18 @@ def _nearest_affine(
             if parent in inside and parent not in seen:
                 seen.add(parent)
                 front.append(parent)
-    return None if nearest is None else (nearest, None)
+    return _turned_whole(region, values, operand) or (None if nearest is None else (nearest, None))
+
+
+def _turned_whole(region: Region, values: dict[fx.Node, Any], operand: Operand) -> tuple[Affine, Turn] | None:
+    """Where no one value holds what is turned: the map to the operand itself, turned back."""
+    rotation = find_turned(values, between(region, [region.entry], operand.node), region.entry, operand)
+    if rotation is None:
+        return None
+    affine = _affine(
+        region, values, region.entry, operand.node, lambda value: turned_back(rotation, operand.of(value)).flatten(2)
+    )
+    return None if affine is None else (affine, Turn(rotation if rotation.angle else None))
 
 
 def _holds_heads(value: Any, wanted: torch.Tensor, width: int) -> bool:

@@ -18,10 +18,14 @@ from torch import fx
 
 from thesean.passes.analyse.scores import Operand
 from thesean.passes.graph.record import evaluate
-from thesean.targets.shared.rotation import Rotation
+from thesean.targets.shared.rotation import Rotate, Rotation
 
 # Of a head's largest entry: fp32 tables differ from their formula by 1e-6, another map by its whole scale.
 _EXACT = 1e-4
+
+# Of a head's largest entry: how far a feature moves that is turned, over the steps that were recorded. Rows that are
+# alike differ by 1e-7.
+_MOVED = 3e-6
 
 
 @torch.no_grad()
@@ -62,6 +66,72 @@ def _turned(turns_TCC: torch.Tensor, scale: float) -> tuple[Rotation | None, flo
         return None, scale
     first, second = zip(*pairs, strict=True)
     return Rotation(first, second, tuple(angles)), scale
+
+
+@torch.no_grad()
+def find_turned(
+    values: dict[fx.Node, Any], run: Sequence[fx.Node], source: fx.Node, wanted: Operand
+) -> Rotation | None:
+    """How `wanted` is turned, which is a token-wise affine map of the source, (B, T, width), but for that; of no pairs
+    where it isn't turned, None for anything else. What was turned may be no value of the graph, as where a part of each
+    head is, and joined to the rest then.
+    """
+    template, width = values[source], wanted.of(values[wanted.node]).shape[3]
+    generator = torch.Generator().manual_seed(7)
+    rows_NI = torch.randn(2 * width + 8, template.shape[-1], generator=generator).to(template)
+    nothing, *found = (
+        wanted.of(evaluate(run, values, {source: _at_all_steps(rows, template)}, wanted.node)).double()[: len(rows)]
+        for rows in (torch.zeros_like(rows_NI[:1]), *rows_NI.split(len(template)))
+    )
+    heads_STC = (torch.cat(found) - nothing).flatten(0, 1)  # a sample is a head of a row
+    first_SC = heads_STC[:, 0]
+    largest = first_SC.abs().max()
+    moved_C = (heads_STC - first_SC.unsqueeze(1)).abs().amax((0, 1)) > _MOVED * largest
+    pairs = _pairs(heads_STC, moved_C)
+    if pairs is None:
+        return None
+    rotation, expected_STC = Rotation((), (), ()), first_SC.unsqueeze(1).expand_as(heads_STC).clone()
+    for a, b in pairs:
+        size = (first_SC[:, a].square() + first_SC[:, b].square()).sum()
+        at_a, at_b = heads_STC[..., a], heads_STC[..., b]
+        cos_T = (at_a.mT @ first_SC[:, a] + at_b.mT @ first_SC[:, b]) / size
+        sin_T = (at_b.mT @ first_SC[:, a] - at_a.mT @ first_SC[:, b]) / size
+        angle = _angle(cos_T, sin_T)
+        rotation = Rotation((*rotation.first, a), (*rotation.second, b), (*rotation.angle, angle))
+        angle_T = torch.arange(len(cos_T), dtype=torch.float64, device=cos_T.device) * angle
+        cos_T, sin_T = angle_T.cos(), angle_T.sin()
+        expected_STC[..., a] = cos_T * first_SC[:, a, None] - sin_T * first_SC[:, b, None]
+        expected_STC[..., b] = sin_T * first_SC[:, a, None] + cos_T * first_SC[:, b, None]
+    return rotation if (expected_STC - heads_STC).abs().max() <= _EXACT * largest else None
+
+
+def _at_all_steps(rows_NI: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
+    filled = torch.nn.functional.pad(rows_NI, (0, 0, 0, len(template) - len(rows_NI)))
+    return filled.unsqueeze(1).expand_as(template).contiguous()
+
+
+def _pairs(heads_STC: torch.Tensor, moved_C: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Of the features that move, those that are turned into each other; None where they don't pair up."""
+    moved = [int(c) for c in moved_C.nonzero().flatten()]
+    if not moved:
+        return []
+    known_SM = heads_STC[:, 0, moved]
+    maps_TMM = torch.linalg.pinv(known_SM) @ heads_STC[..., moved].transpose(0, 1)
+    into_MM = maps_TMM.abs().amax(0).fill_diagonal_(0)
+    partner = into_MM.argmax(0).tolist()
+    if any(partner[partner[at]] != at for at in range(len(moved))):
+        return None
+    return [(moved[at], moved[other]) for at, other in enumerate(partner) if at < other]
+
+
+def turned_back(rotation: Rotation, x_BHTC: torch.Tensor) -> torch.Tensor:
+    """x_BTHC as it was before."""
+    x_BTHC = x_BHTC.transpose(1, 2)
+    if not rotation.angle:
+        return x_BTHC
+    back = rotation._replace(angle=tuple(-angle for angle in rotation.angle))
+    turned: torch.Tensor = Rotate(back, x_BTHC.shape[-1]).to(x_BTHC.device)(x_BTHC)
+    return turned
 
 
 def _angle(cos_T: torch.Tensor, sin_T: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +82,8 @@ def find_core(region: Region, values: Mapping[fx.Node, Any]) -> Core | None:
     elif len(soft) == 1:
         read: Any = soft[0].args[0]
         operator, added = None, less_its_largest(read) or read
-        before, product = _before(soft[0], region), _after(soft[0], region)
+        inside = set(region.nodes)
+        before, product = _before(soft[0], inside), _after(soft[0], inside)
         if before is None or product is None:
             return None
         factors, after = [*_query_and_key(before), _values(product)], product
@@ -95,6 +96,20 @@ def find_core(region: Region, values: Mapping[fx.Node, Any]) -> Core | None:
     if mixed is None or any(o is None for o in operands):
         return None
     return Core(*operands, mixed, added, operator, sunk is not None)  # type: ignore[arg-type, call-arg]
+
+
+def operands_of(operator: fx.Node, inside: Container[fx.Node]) -> list[fx.Node] | None:
+    """Query, key and value of the attention that a softmax or the fused operator is, whatever their dimensions; None
+    where it is none, or what it reads isn't `inside`.
+    """
+    if operator.target is aten.scaled_dot_product_attention.default:
+        found = [argument(operator, at, name) for at, name in enumerate(("query", "key", "value"))]
+    else:
+        before, product = _before(operator, inside), _after(operator, inside)
+        if before is None or product is None:
+            return None
+        found = [node for node, _ in (*_query_and_key(before), _values(product))]
+    return found if all(isinstance(node, fx.Node) and node in inside for node in found) else None
 
 
 def read_scores(region: Region, values: Mapping[fx.Node, Any], core: Core) -> Scores:
@@ -184,9 +199,8 @@ def _by_head(scores: torch.Tensor, heads: int) -> torch.Tensor | None:
     return examples[0].expand(heads, -1, -1)
 
 
-def _before(softmax: fx.Node, region: Region) -> fx.Node | None:
+def _before(softmax: fx.Node, inside: Container[fx.Node]) -> fx.Node | None:
     """The product that the scores come from."""
-    inside = set(region.nodes)
     node: Any = softmax.args[0]
     while isinstance(node, fx.Node) and node in inside and not _is_product(node):
         if (whole := less_its_largest(node)) is not None:
@@ -199,9 +213,8 @@ def _before(softmax: fx.Node, region: Region) -> fx.Node | None:
     return node if isinstance(node, fx.Node) and node in inside else None
 
 
-def _after(softmax: fx.Node, region: Region) -> fx.Node | None:
+def _after(softmax: fx.Node, inside: Container[fx.Node]) -> fx.Node | None:
     """The product that the weights go into."""
-    inside = set(region.nodes)
     node = softmax
     while not _is_product(node):
         users = [u for u in node.users if u in inside]

@@ -45,6 +45,7 @@ from thesean.passes.graph.opaque_cells import OpaqueCells
 from thesean.passes.graph.signature import Origin
 from thesean.passes.graph.writes import writes
 from thesean.passes.inline_regions import InlineRegions
+from thesean.passes.latents_side_by_side import LatentsSideBySide
 from thesean.passes.rejoin_norms import RejoinNorms
 from thesean.passes.simplify import Simplify
 from thesean.passes.split_layers import SplitLayers
@@ -60,7 +61,7 @@ _VMAP = "torch._functorch.predispatch"
 # What makes a traced graph one that the rest of Thesean reads, in this order.
 CANONICAL = (
     InlineRegions(), SplitLayers(), Functionalise(), WritesIntoViews(), ViewsAsReshapes(), WriteOutOperators(),
-    WriteOutSizes(), Simplify(),
+    WriteOutSizes(), Simplify(), LatentsSideBySide(),
 )  # fmt: skip
 # What comes before these where torch followed writes into views, and took operators apart.
 REJOINING = (RejoinNorms(),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import itertools
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -24,6 +25,24 @@ def erase_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output") and not is_write(node):
             graph.erase_node(node)
+
+
+def in_order(graph: fx.Graph) -> None:
+    """Move nodes that stand before what they read behind it; all others keep their order."""
+    place = {node: at for at, node in enumerate(graph.nodes)}
+    left = {node: len(node.all_input_nodes) for node in graph.nodes}
+    ready = [(place[node], node) for node, count in left.items() if not count]
+    heapq.heapify(ready)
+    order: list[fx.Node] = []
+    while ready:
+        _, node = heapq.heappop(ready)
+        order.append(node)
+        for user in node.users:
+            left[user] -= 1
+            if not left[user]:
+                heapq.heappush(ready, (place[user], user))
+    for before, node in itertools.pairwise(order):
+        before.append(node)
 
 
 def end_of_call(node: fx.Node) -> fx.Node:

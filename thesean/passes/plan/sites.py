@@ -81,7 +81,7 @@ class SiteFinder:
             return dropped, "" if dropped else "a part of one member: merge parts to have fewer"
         inner = self._branches(keeps, scope, explicit=len(group.members) == 1)
         if scope == "mixing":
-            inner = [(p, heads_alone(r, self.values, self._attention) or r) for p, r in inner]
+            inner = [(p, heads_alone(r, self.flow, self.values, self._attention) or r) for p, r in inner]
             grown = [(p, r) for p, r in inner if not remembers(r)]
             inner = grown or inner  # beside what grows with the context, a memory of fixed size stays
         if takes_channels(target):
