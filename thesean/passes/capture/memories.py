@@ -10,6 +10,7 @@ channels of a head, D channels
 
 from __future__ import annotations
 
+import dis
 import inspect
 import logging
 import sys
@@ -61,7 +62,7 @@ class Convention(ABC):
         said = {renamed.get(k, k): v for k, v in given.arguments.items()}
         left = {k: parameters[k].default for k in self.knows - said.keys() if k in parameters}
         said |= {k: v for k, v in left.items() if v is not inspect.Parameter.empty}
-        more = [v for v in said.values() if isinstance(v, dict)]
+        more = [] if _ignores_more(function) else [v for v in said.values() if isinstance(v, dict)]
         unknown = [v for k, v in said.items() if k not in self.knows | self.how | set(self.first[0])]
         if any(map(_says, (*unknown, *(v for each in more for v in each.values())))):
             return None
@@ -282,6 +283,16 @@ def _parameters(function: Function) -> Mapping[str, inspect.Parameter]:
 def _says(value: Any) -> bool:
     """Whether an argument that isn't known asks for anything."""
     return not (isinstance(value, dict) or value is None or value is False)
+
+
+def _ignores_more(function: Function) -> bool:
+    """Whether whatever is given beside its own parameters is never looked at, as `**kwargs` often isn't."""
+    more = [name for name, p in _parameters(function).items() if p.kind == inspect.Parameter.VAR_KEYWORD]
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if not more or code is None or more[0] in code.co_cellvars:
+        return False
+    read = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_FAST"))
+    return not any(more[0] in (names if isinstance(names, tuple) else (names,)) for names in read)
 
 
 class _Drawn:
