@@ -22,7 +22,8 @@ def taken_apart(node: fx.Node, has_form: Callable[[Any], bool]) -> set[Any]:
     """
     table = {op: form for op, form in torch._decomp.decomposition_table.items() if not has_form(op)}
     with torch.no_grad():
-        made = trace_call(node, node.target, table)  # type: ignore[arg-type]
+        tries = (trace_call(node, node.target, table, as_example=e) for e in (False, True))  # type: ignore[arg-type]
+        made = next((graph for graph in tries if graph is not None), None)
     if made is None:
         return {node.target}
     return {_returning(n.target) for n in made.graph.nodes if n.op == "call_function" and n.target not in _ALIASES}

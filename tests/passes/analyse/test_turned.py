@@ -17,12 +17,13 @@ from thesean.targets import Target
 
 class Latent(nn.Module):
     """One attention over x_BTD whose keys and values come of a normed latent; where it is `turned`, one more feature
-    pair of each query and key is, as the step says. `short`: a convolution of two steps makes the latent.
+    pair of each query and key is, as the step says. `short`: a convolution of two steps makes the latent. `faster`:
+    each step turns further than the one before.
     """
 
-    def __init__(self, turned: bool, short: bool = False) -> None:
+    def __init__(self, turned: bool, short: bool = False, faster: bool = False) -> None:
         super().__init__()
-        self.turned = turned
+        self.turned, self.faster = turned, faster
         self.query, self.down, self.pair = nn.Linear(16, 2 * 8), nn.Linear(16, 6), nn.Linear(16, 2)
         self.norm, self.up, self.out = nn.RMSNorm(6), nn.Linear(6, 2 * 14), nn.Linear(16, 16)
         self.before = nn.Conv1d(6, 6, 2, padding=1) if short else None
@@ -30,7 +31,8 @@ class Latent(nn.Module):
     def turn(self, x_BHTC: torch.Tensor) -> torch.Tensor:
         if not self.turned:
             return x_BHTC
-        angle_T = torch.arange(x_BHTC.shape[2]) * 0.7
+        step_T = torch.arange(x_BHTC.shape[2])
+        angle_T = (step_T * step_T if self.faster else step_T) * 0.7
         first, second = x_BHTC.unbind(-1)
         cos, sin = angle_T.cos(), angle_T.sin()
         return torch.stack([first * cos - second * sin, second * cos + first * sin], -1)
@@ -82,8 +84,8 @@ def test_a_rotation_that_was_read_and_none_at_all_are_not_unread():
     assert not is_turned(captured.gpt2())
 
 
-@pytest.mark.parametrize("turned", [True, False])
-def test_the_plan_tells_that_positions_are_left_out(turned):
-    guide = capture(models.seeded(Latent, turned), models.vectors(2, 6, 16))
+@pytest.mark.parametrize(("turned", "faster"), [(True, True), (True, False), (False, False)])
+def test_the_plan_tells_that_positions_are_left_out(turned, faster):
+    guide = capture(models.seeded(Latent, turned, faster=faster), models.vectors(2, 6, 16))
     notes = make_plan(guide, Target("linear-attention")).plan.notes
-    assert any("turned by their positions in a way that is not read off" in note for note in notes) == turned
+    assert any("turned by their positions in a way that is not read off" in note for note in notes) == faster

@@ -21,6 +21,11 @@ from thesean.targets import Target
 
 WINDOW, LONGER = 64, 40
 
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4,
+    "num_key_value_heads": 4, "first_k_dense_replace": 2,
+}  # fmt: skip
+
 GUIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "alibi as an addend": ("BloomForCausalLM", {}),
     "alibi on the mask": ("MptForCausalLM", {}),
@@ -35,11 +40,15 @@ GUIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "a norm for each head": ("StableLmForCausalLM", {"qk_layernorm": True}),
     "norms with a bias": ("PersimmonForCausalLM", {}),
     "neither a norm nor a bias": ("CohereForCausalLM", {}),
+    "a latent, neighbours turned": ("DeepseekV3ForCausalLM", {**LATENT, "q_lora_rank": None}),
+    "latents of keys and of queries": ("DeepseekV3ForCausalLM", {**LATENT, "q_lora_rank": 12}),
+    "a latent, complex numbers turned": ("DeepseekV2ForCausalLM", {**LATENT, "q_lora_rank": None}),
+    "latents, halves turned": ("MiniCPM3ForCausalLM", {**LATENT, "q_lora_rank": 12}),
 }
 
 
-# while one works, a bias, a window and norms
-FEW = ("alibi on the mask", "a local layer", "norms of each head")
+# while one works, a bias, a window, norms and a latent
+FEW = ("alibi on the mask", "a local layer", "norms of each head", "a latent, neighbours turned")
 
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.thorough) for n in GUIDES])

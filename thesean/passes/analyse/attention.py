@@ -234,6 +234,8 @@ def _nearest_affine(
 
 def _turned_whole(region: Region, values: dict[fx.Node, Any], operand: Operand) -> tuple[Affine, Turn] | None:
     """Where no one value holds what is turned: the map to the operand itself, turned back."""
+    if operand.of(values[operand.node]).shape[2] != _size(region, values)[1]:  # keys of other steps than its own
+        return None
     rotation = find_turned(values, between(region, [region.entry], operand.node), region.entry, operand)
     if rotation is None:
         return None

@@ -37,14 +37,21 @@ def is_composed(target: torch._ops.OpOverload) -> bool:
 
 
 def trace_call(
-    node: fx.Node, form: Callable[..., Any], table: Mapping[Any, Any] | None = None, pre_dispatch: bool = False
+    node: fx.Node,
+    form: Callable[..., Any],
+    table: Mapping[Any, Any] | None = None,
+    pre_dispatch: bool = False,
+    as_example: bool = False,
 ) -> fx.GraphModule | None:
     """The graph of `form` called as the node calls its operator, taken apart by `table`; its placeholders are the
     node's inputs, in order. None where torch can't. Nothing is computed, and of the sizes that the node's graph has as
-    symbols nothing is concluded: they stay free there.
+    symbols nothing is concluded: they stay free there. `as_example`: with the example's numbers for these, as some of
+    torch's forms want.
     """
     inputs = node.all_input_nodes
     values = [i.meta.get("val") for i in inputs]
+    if as_example:
+        values = [_of_numbers(v) if isinstance(v, torch.Tensor) else v for v in values]
     mode = detect_fake_mode(values) or FakeTensorMode()
     given = [v if isinstance(v, FakeTensor) or not isinstance(v, torch.Tensor) else mode.from_tensor(v) for v in values]
 
@@ -60,3 +67,12 @@ def trace_call(
         return None
     assert isinstance(made, fx.GraphModule)
     return made
+
+
+def _of_numbers(value: torch.Tensor) -> torch.Tensor:
+    """One like it, whose sizes are the example's."""
+    sizes, strides = (
+        [int(n.node.hint) if isinstance(n, torch.SymInt) else n for n in numbers]
+        for numbers in (value.shape, value.stride())
+    )
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
