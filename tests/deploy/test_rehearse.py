@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+import thesean
 from tests import captured, models
 from tests.exported import hybrid
+from tests.models import seeded
 from thesean.deploy import rehearse
 from thesean.deploy.export import export
 from thesean.deploy.rehearse import unwritable
@@ -30,6 +32,30 @@ def test_sizes_that_are_free_stay_free():
     (images,) = found.graph.find_nodes(op="placeholder")
     assert unwritable(found) == ""
     assert str(images.meta["val"].shape[0]) in found.meta["symbols"]
+
+
+class Spectrogram(nn.Module):
+    """wave_BS -> (B, classes), by its spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window: torch.Tensor
+        self.register_buffer("window", torch.hann_window(16))
+        self.read = nn.Sequential(nn.Linear(9, 12), nn.ReLU(), nn.Linear(12, 3))
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.stft(wave, 16, 8, window=self.window, return_complex=True).abs()
+        return self.read(spectrum.mT).mean(1)
+
+
+def test_a_spectrogram_is_written_and_saved(tmp_path):
+    guide = seeded(Spectrogram)
+    converted = thesean.compile(guide, "keep", data=[models.vectors(4, 64)], progress=False)
+    assert not any("ONNX" in note or "saved" in note for note in converted.report.notes)
+    converted.save(tmp_path / "kept")
+    wave = models.vectors(3, 64, seed=1)
+    assert torch.equal(thesean.load(tmp_path / "kept").module(wave), converted.module(wave))
+    assert converted.export(tmp_path / "m.onnx").checks
 
 
 def test_replaced_parts_are_what_they_are_in_the_file():

@@ -57,7 +57,6 @@ from thesean.deploy.parity import (
     not_comparable,
     refuses_negative,
     rounding,
-    runnable,
     untried,
     untried_of,
 )
@@ -71,6 +70,7 @@ from thesean.deploy.quantizing.quantized import (
 )
 from thesean.deploy.session import Session
 from thesean.deploy.torch_file import SUFFIX, write_torch
+from thesean.deploy.traced_sizes import of_stream, traced_sizes
 from thesean.errors import DataError, ExportError, PassRefused
 from thesean.passes.base import Attempt, Pass, run_passes
 from thesean.passes.cast_floats import CastFloats, cast_signature, cast_tensor, dtypes_for
@@ -84,6 +84,7 @@ _STATES = re.compile(r"^(cache attention|delay steps|thread state): ")  # how th
 
 _TOGETHER = "the rows of a batch count their steps together: start them together"
 
+_LONG = 64  # steps, where the example's are not known
 _REMEMBERED = 3  # steps of the states to trace with: not the batch, which would be taken for the same
 
 
@@ -318,7 +319,9 @@ def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, 
 
 def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:
     """Inputs of several lengths, where time is dynamic."""
-    lengths = (1, 7, 19, train_length or 64) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
+    lengths = (
+        (1, 7, 19, train_length or _LONG) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
+    )
     sizes = dict.fromkeys(CheckSizes(batch=2, length=length).within(signature) for length in lengths)
     return tuple(signature.random_inputs(s.of(signature)) for s in sizes)
 
@@ -360,14 +363,11 @@ def _example(
     train_length: int | None,
 ) -> dict[str, torch.Tensor]:
     """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
-    lengths = [None] if all(s.startswith("batch") for s in signature.symbols) else [7, 19, train_length]
-    for length in lengths:
-        sizes = CheckSizes(batch=2, length=length).within(signature)
-        if runnable(module, signature, sizes):
-            break
-    else:
+    lengths = (7, 19, train_length or _LONG) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
+    sizes = next(traced_sizes(module, signature, [(2, length) for length in lengths]), None)
+    if sizes is None:
         raise ExportError(f"the module runs at none of the lengths {lengths}. Pass train_length=, one that it takes.")
-    example = stream.random_inputs(sizes.of(stream))
+    example = stream.random_inputs(of_stream(sizes, stream))
     for spec in states:
         example[spec.name] = torch.zeros(state_shape(spec.shape, batch=2, past=_REMEMBERED), dtype=spec.dtype)
     return example

@@ -13,7 +13,10 @@ from thesean.passes.graph.trace_call import trace_call
 aten = torch.ops.aten
 
 # Of memory, sizes and copies into memory, of which nothing is left
-_ALIASES = {aten.size.default, aten.copy_.default, aten.squeeze_.dim, aten.squeeze_.default, aten.unsqueeze_.default}
+_ALIASES = {
+    aten.size.default, aten.stride.default, aten.copy_.default, aten.squeeze_.dim, aten.squeeze_.default,
+    aten.unsqueeze_.default, aten.transpose_.default,
+}  # fmt: skip
 
 
 def taken_apart(node: fx.Node, has_form: Callable[[Any], bool]) -> set[Any]:

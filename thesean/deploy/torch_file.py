@@ -22,13 +22,12 @@ from thesean.deploy.lowering.lower import cells_in_torch
 from thesean.deploy.lowering.to_onnx import output_names, quiet
 from thesean.deploy.parity import (
     IN_TORCH,
-    CheckSizes,
     allowed_error,
     compare_all,
     not_comparable,
     rounding,
-    runnable,
 )
+from thesean.deploy.traced_sizes import of_stream, traced_sizes
 from thesean.errors import ExportError, first_line
 from thesean.passes.graph.signature import InputSpec, Signature
 from thesean.passes.graph.stream import STREAM, delay_of
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".pt2"
 
 # Sizes to trace with: those that a graph has of its own (heads, taps) would be taken for it
-_TRACED = ((5, 11), (3, 7), (7, 19))
+_TRACED = ((5, 11), (3, 7), (7, 19), (2, 67))
 _REMEMBERED = 13
 
 
@@ -143,13 +142,11 @@ def _traced(
     shapes = {s.name: {d: Dim.DYNAMIC for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs}
     timeless = all(s.startswith("batch") for s in signature.symbols)
     written, last = cells_in_torch(lowered), None
-    for batch, length in _TRACED:
-        sizes = CheckSizes(batch=batch, length=None if timeless else length).within(signature)
-        if not runnable(module, signature, sizes):
-            continue
-        example = stream.random_inputs(sizes.of(stream))
+    for sizes in traced_sizes(module, signature, [(batch, None if timeless else length) for batch, length in _TRACED]):
+        example = stream.random_inputs(of_stream(sizes, stream))
+        batch = next((n for s, n in sizes.items() if s.startswith("batch")), 1)
         for spec in states:
-            example[spec.name] = torch.zeros(state_shape(spec.shape, sizes.batch, _REMEMBERED), dtype=spec.dtype)
+            example[spec.name] = torch.zeros(state_shape(spec.shape, batch, _REMEMBERED), dtype=spec.dtype)
         try:
             with quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=may_be_one):  # type: ignore[attr-defined]
                 return torch.export.export(written, (), example, dynamic_shapes=shapes)

@@ -242,3 +242,10 @@ def test_maps_that_are_laid_out_in_two_ways_are_not_added_as_one():
     facts, unread = read(lambda m, x: F.relu(x.permute(0, 2, 3, 1)) + F.relu(x), 4, 4, 4)
     assert facts is None
     assert "laid out in two ways" in unread
+
+
+@pytest.mark.parametrize("function", [lambda m, x: F.relu(x) * x.max(1, keepdim=True)[0], lambda m, x: x + x.max()])
+def test_a_maximum_over_places_is_none_of_two_maps(function):
+    facts, unread = read(function)
+    assert facts is None
+    assert "max" in unread

@@ -205,3 +205,40 @@ def test_batches_of_other_sizes_are_others_and_of_the_same_size_one():
     found = capture(models.seeded(Rows), example)
     assert [spec.shape for spec in found.signature.inputs] == [("batch",), ("batch_1",), ("batch_1", "time")]
     assert set(found.graph_module.meta["symbols"].values()) == {"batch", "batch_1", "time"}
+
+
+class Table(nn.Module):
+    """categories_BF, numbers_BN -> (B, 2), each column by a table of its own."""
+
+    def __init__(self, *rows: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, 4) for n in rows)
+        self.read = nn.Linear(4 * len(rows) + 3, 2)
+
+    def forward(self, categories: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        found = [table(categories[:, k]) for k, table in enumerate(self.tables)]
+        return self.read(torch.cat([*found, numbers], 1))
+
+
+@pytest.mark.parametrize(("rows", "high"), [((5, 7, 11), None), ((7, 7), 7)])
+def test_columns_are_features_whose_tables_bound_each_alone(rows, high):
+    categories = torch.stack([torch.arange(8) % n for n in rows], 1)
+    found = capture(models.seeded(Table, *rows), (categories, models.vectors(8, 3)))
+    spec = found.signature.inputs[0]
+    assert spec.shape == ("batch", len(rows))
+    assert spec.high == high
+    assert found.notes == ()
+    largest = torch.tensor([[n - 1 for n in rows]])
+    assert found.signature.out_of_range({"categories": largest}) == ""
+
+
+def test_steps_of_which_the_first_and_the_last_are_read_are_no_columns():
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(9, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.words(ids[:, 0]) + self.words(ids[:, -1])
+
+    assert capture(models.seeded(Ends), models.tokens(2, 7) % 9).signature.inputs[0].shape == ("batch", "time")

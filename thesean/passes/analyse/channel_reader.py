@@ -110,7 +110,7 @@ class ChannelReader:
             self.numbers[node] = self._convolution(name, given)
         elif name == "batch_norm":
             self.numbers[node] = self._norm(given)
-        elif name in _ARITHMETIC:
+        elif name in _ARITHMETIC and "other" in given:  # max has forms over a dimension
             self.numbers[node] = self.made.add(*self._arithmetic(name, node, given))
         elif name in OPERATORS:
             given["weight"] = self._constant(given.get("weight"))

@@ -19,7 +19,10 @@ from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import same_outputs, tensors, thinned, void
 from thesean.passes.capture.explain import short
 from thesean.passes.capture.probe import PROBE
+from thesean.passes.graph.nodes import argument, named_dim
 from thesean.passes.graph.signature import Bound
+
+aten = torch.ops.aten
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +55,32 @@ class Fixed:
     name: str
     size: int
     runs: bool = True
+    column: bool = False  # one for each feature of a table
 
     def describe(self) -> str:
         return f"its code {'goes another way' if self.runs else 'does not run'} at {self.size}"
+
+
+def columns(captured: Captured) -> Fixed | None:
+    """A dimension of an input of which nothing is read but one place after another, by its number: those are features,
+    as of a table, and no steps.
+    """
+    graph_module = captured.graph_module
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        sizes = {d: named_dim(n, graph_module.meta["symbols"]) for d, n in enumerate(node.meta["val"].shape)}
+        readers = [user for user in node.users if user.target is not aten.sym_size.int]
+        for dim, name in sizes.items():
+            picks = [u.target is aten.select.int and argument(u, 1, "dim") % len(sizes) == dim for u in readers]
+            places = [argument(u, 2, "index") for u in readers if u.target is aten.select.int]
+            if (
+                isinstance(name, str)
+                and not name.startswith("batch")
+                and len(set(places)) > 1
+                and all(picks)
+                and min(places) >= 0
+            ):
+                return Fixed(name, max(places), column=True)
+    return None
 
 
 @torch.no_grad()

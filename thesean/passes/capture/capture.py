@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from thesean.errors import CaptureError
 from thesean.passes.base import Pass, run_passes
-from thesean.passes.capture.branches import Fixed, bound_sizes
+from thesean.passes.capture.branches import Fixed, bound_sizes, columns
 from thesean.passes.capture.captured import Captured
 from thesean.passes.capture.convention import check_same, first_shown, plain_calling_convention
 from thesean.passes.capture.dynamic import Dynamic, check_dynamic, guess_dynamic
@@ -106,7 +106,7 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
         shown = first_shown(captured, eager)
         del eager  # it may be as large as the guide
         give_back()
-        found = bound_sizes(captured, guide.afresh)
+        found = (columns(captured) if guessed else None) or bound_sizes(captured, guide.afresh)
         if isinstance(found, Captured) and (outside := _outside(found, given)) is None:
             lengths = fixed_lengths(found, guide, fixed) if guessed else ()
             give_back()
@@ -123,7 +123,10 @@ def _captured_right(guide: Guide, given: dict[str, torch.Tensor], free: Dynamic,
         says = f"dimension {dim} of {name} ({one.name}) at {given[name].shape[dim]}, the example's: {one.describe()}"
         if not guessed:
             raise CaptureError(f"the guide fixes {says}. Leave it out of dynamic=, or write the branch as torch.where.")
-        told.append(f"fixed {says}. Give example inputs of the size that you need, or write the branch as torch.where.")
+        if not one.column:
+            told.append(
+                f"fixed {says}. Give example inputs of the size that you need, or write the branch as torch.where."
+            )
         fixed |= set(places)
         free = {k: {d: n for d, n in dims.items() if (k, d) not in fixed} for k, dims in free.items()}
 

@@ -88,16 +88,18 @@ _SAME_INDEX = {
 
 
 def _rows_indexed(graph_module: fx.GraphModule, placeholder: fx.Node) -> int | None:
-    """The rows of the smallest table that an integer input indexes; None when it indexes none.
+    """The rows of the smallest table that an integer input indexes; None when it indexes none, and where columns of it
+    index tables of their own.
 
     Followed through views, casts and constant offsets alone: a running sum of a mask counts, it is not an index of the
     caller's.
     """
     rows: list[int] = []
-    front: list[tuple[fx.Node, int]] = [(placeholder, 0)]
+    of_columns = False
+    front: list[tuple[fx.Node, int, bool]] = [(placeholder, 0, False)]
     seen = set()
     while front:
-        node, shift = front.pop()
+        node, shift, column = front.pop()
         if node in seen:
             continue
         seen.add(node)
@@ -105,11 +107,13 @@ def _rows_indexed(graph_module: fx.GraphModule, placeholder: fx.Node) -> int | N
             held = _rows_of(user, node)
             if held is not None:
                 rows.append(held - shift)
+                of_columns = of_columns or column
             elif user.target in _SAME_INDEX:
-                front.append((user, shift))
+                front.append((user, shift, column or user.target is aten.select.int))
             elif user.target in (aten.add.Tensor, aten.sub.Tensor) and isinstance(user.args[1], int):
-                front.append((user, shift + (user.args[1] if user.target is aten.add.Tensor else -user.args[1])))
-    return min(rows, default=None)
+                more = user.args[1] if user.target is aten.add.Tensor else -user.args[1]
+                front.append((user, shift + more, column))
+    return None if of_columns and len(set(rows)) > 1 else min(rows, default=None)
 
 
 def _rows_of(reader: fx.Node, index: fx.Node) -> int | None:

@@ -74,7 +74,7 @@ upsample_linear1d upsample_linear1d.vec upsample_nearest1d upsample_nearest1d.ve
 upsample_nearest2d.vec gru.input lstm.input rnn_relu.input rnn_tanh.input
 # spectra
 fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft fft_irfft2 fft_irfftn
-fft_rfft fft_rfft2 fft_rfftn
+fft_rfft fft_rfft2 fft_rfftn stft
 """
 
 _PYTHON: dict[str, Callable[..., Any]] = {
