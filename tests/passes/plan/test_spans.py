@@ -50,6 +50,28 @@ def test_perceptrons_of_vectors_keep_to_themselves():
     assert [p.members for p in plan.parts] == [(), ()]
 
 
+def test_a_norm_behind_an_activation_is_no_second_layer():
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for into, out in ((10, 64), (64, 32)):
+        layers += [nn.Linear(into, out), nn.ReLU(), nn.BatchNorm1d(out)]
+    (row,) = make_plan(
+        capture(nn.Sequential(*layers, nn.Linear(32, 3)).eval(), torch.randn(4, 10)), "narrow"
+    ).plan.parts
+    assert row.members == ("0..2", "3..5")
+    assert row.new_params < 0.6 * row.params
+
+
+def test_what_no_channels_can_go_from_between_is_told_part_by_part():
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for into, out in ((8, 16), (16, 8)):
+        layers += [nn.ConvTranspose2d(into, out, 4, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.ConvTranspose2d(8, 3, 4, 2, 1)).eval()
+    with pytest.raises(PlanError, match="it has no channels but its input's and its output's"):
+        make_plan(capture(model, torch.randn(2, 8, 2, 2)), "narrow")
+
+
 class Framed(nn.Module):
     """Each step is convolved and mapped by itself, then all are read by a recurrence: x_BTD -> y_BT3."""
 

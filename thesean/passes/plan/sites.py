@@ -23,7 +23,7 @@ from thesean.passes.analyse.mixing import probe_mixing
 from thesean.passes.analyse.mlp import find_mlp
 from thesean.passes.analyse.padding import Padding, padding_of, values_read
 from thesean.passes.analyse.recurrence import find_cell, recurrent_units
-from thesean.passes.analyse.regions import Region, is_branch, module_regions, remembers, same_shape
+from thesean.passes.analyse.regions import Region, is_branch, is_linear_map, module_regions, remembers, same_shape
 from thesean.passes.analyse.turned import turned_unread
 from thesean.passes.graph.nodes import above, named_dim, owner
 from thesean.passes.plan.merge import Group
@@ -74,7 +74,7 @@ class SiteFinder:
         scope = scope_of(target)
         if scope == "part" or (takes_units(target) and self._cell(group.region) is not None):
             return (self._whole(group, target),), ""
-        if takes_channels(target) and self._narrows(group.region) and not self._is_mlp(keeps):
+        if takes_channels(target) and self.narrows(group.region) and not self._is_mlp(keeps):
             return (self._whole(group, target),), ""
         dropped = tuple(self._site(group, m.path, m.region, _DROP) for m in group.members if m.path != keeps.path)
         if scope == "members":
@@ -85,7 +85,7 @@ class SiteFinder:
             grown = [(p, r) for p, r in inner if not remembers(r)]
             inner = grown or inner  # beside what grows with the context, a memory of fixed size stays
         if takes_channels(target):
-            inner += [(p, r) for p, r in self._branches(keeps, "mixing", explicit=False) if self._narrows(r)]
+            inner += [(p, r) for p, r in self._branches(keeps, "mixing", explicit=False) if self.narrows(r)]
         if takes_units(target):
             mixing = self._branches(keeps, "mixing", explicit=False)
             inner += [(p, r) for p, r in mixing if (p, r) not in inner and self._cell(r) is not None]
@@ -107,10 +107,12 @@ class SiteFinder:
         facts = self.channels(named.region)
         if self.values[named.region.entry].ndim != 2 and not (facts and facts.channels_last):
             return False
-        inner = self._branches(named, "token-wise", explicit=True)
-        return any(find_mlp(region, self.values) is not None for _, region in inner)
+        layered = [
+            r for _, r in self._branches(named, "token-wise", explicit=True) if sum(map(is_linear_map, r.nodes)) > 1
+        ]
+        return any(find_mlp(region, self.values) is not None for region in layered)
 
-    def _narrows(self, region: Region) -> bool:
+    def narrows(self, region: Region) -> bool:
         """Whether a stretch over feature maps has channels inside that could be fewer."""
         facts, _ = self._channels(region)
         return facts is not None and bool(facts.inner)

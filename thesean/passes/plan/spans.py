@@ -18,7 +18,7 @@ def spanned(
     """The division with such parts joined where they follow each other and have one target, and the targets by path.
 
     Residual blocks stay by themselves, for the stream between two of them goes through both; so do parts that were
-    merged already.
+    merged already, and those between which no channels can go.
     """
     if division.settings.part_globs is not None or any(len(g.members) > 1 for g in division.groups):
         return division, dict(targets)
@@ -37,7 +37,14 @@ def spanned(
         else:
             groups.append(group)
         chosen[group.path] = target
-    return replace(division, groups=tuple(groups)), chosen
+    single = {group.path: group for group in division.groups}
+    kept: list[Group] = []
+    for group in groups:
+        joined = len(group.members) > 1
+        apart = [single[m.path] for m in group.members] if joined and not sites.narrows(group.region) else [group]
+        kept += apart
+        chosen |= dict.fromkeys((each.path for each in apart), chosen[group.path])
+    return replace(division, groups=tuple(kept)), {group.path: chosen[group.path] for group in kept}
 
 
 def _plain(group: Group, target: Target | None, sites: SiteFinder) -> bool:
