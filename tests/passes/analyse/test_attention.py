@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests import captured, models
 from tests.captured import KERNELS
+from tests.models import seeded
 from thesean.passes.analyse.attention import _holds_heads, find_attention
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import module_regions
 from thesean.passes.capture.capture import capture
+from thesean.passes.graph.record import record
 from thesean.passes.plan.partition import partition
 from thesean.targets.shared.facts import Affine
 
@@ -167,3 +170,27 @@ def test_heads_are_held_by_four_dimensions_or_in_the_width(shape, holds):
     """Of 2 examples, 8 heads of width 8, 5 steps."""
     assert _holds_heads(torch.ones(shape), torch.ones(2, 8, 5, 8), 8) == holds
     assert not _holds_heads(shape, torch.ones(2, 8, 5, 8), 8)
+
+
+class Placed(nn.Module):
+    """x_BTD -> y_BTD, one attention over a fixed number of places, each with a position of its own."""
+
+    def __init__(self, places: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.place, self.all = nn.Parameter(torch.randn(places, width)), nn.Linear(width, 3 * width)
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.place
+        query, key, value = self.all(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return x + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("places", "width", "heads"), [(8, 16, 2), (8, 8, 2), (16, 16, 1)])
+def test_as_many_places_as_features_are_not_taken_for_them(places: int, width: int, heads: int):
+    guide = capture(seeded(Placed, places, width, heads), torch.randn(2, places, width))
+    flow = data_flow(guide.graph_module.graph)
+    values = record(guide.graph_module, {"x": torch.randn(2, places, width)})
+    found = [find_attention(part.region, values) for part in partition(flow, "sublayer")]
+    assert [facts.plain for facts in found if facts is not None] == [True]

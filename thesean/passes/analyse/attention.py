@@ -124,10 +124,17 @@ def _each_head(norm: HeadNorm, heads: int) -> HeadNorm:
 
 def _tokens_first(value: torch.Tensor, batch: int, length: int) -> torch.Tensor | None:
     """(B, ..T..) -> (B, T, rest) with `rest` in the order of the remaining dimensions; None where T is ambiguous."""
-    at = [d for d in range(1, value.ndim) if value.shape[d] == length]
-    if value.ndim < 3 or value.shape[0] != batch or len(at) != 1:
+    at = _time_of(value, length)
+    if value.ndim < 3 or value.shape[0] != batch or at is None:
         return None
-    return value.movedim(at[0], 1).reshape(batch, length, -1)
+    return value.movedim(at, 1).reshape(batch, length, -1)
+
+
+def _time_of(value: torch.Tensor, length: int) -> int | None:
+    """The dimension that is as long, and not the last one where others are too: features come there."""
+    at = [d for d in range(1, value.ndim) if value.shape[d] == length]
+    at = at if len(at) < 2 else [d for d in at if d < value.ndim - 1]
+    return at[0] if len(at) == 1 else None
 
 
 Undo = Callable[[torch.Tensor], torch.Tensor]
@@ -199,7 +206,8 @@ def _affine(
 
 def _unflattener(template: torch.Tensor, length: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """The inverse of `_tokens_first` for this shape."""
-    at = next(d for d in range(1, template.ndim) if template.shape[d] == length)
+    at = _time_of(template, length)
+    assert at is not None
     rest = [s for d, s in enumerate(template.shape) if d not in (0, at)]
     return lambda flat: flat.view(template.shape[0], length, *rest).movedim(1, at).contiguous()
 
