@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 import thesean
 from tests import models
@@ -197,3 +199,13 @@ def test_a_loss_that_writes_into_its_batch_is_told(factor: float, told: str):
     data = [models.vectors(8, 8, seed=k) for k in range(4)]
     with pytest.raises(DataError, match=told):
         thesean.compile(models.mlp(), "mlp", data=data, loss=loss, recipe={"steps": 20}, progress=False)
+
+
+def test_torchs_own_losses_are_told_what_they_are_given():
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(
+        DataError, match=r"here Tensor and tuple: pick what it compares, .* or take thesean\.cross_entr"
+    ):
+        checked_loss(nn.CrossEntropyLoss())(torch.randn(4, 3), batch)  # type: ignore[misc]
+    with pytest.raises(DataError, match=r"metric=lambda output, batch: f\(output, batch\[1\]\)"):
+        checked_metric(F.l1_loss)(torch.randn(4, 3), batch)  # type: ignore[arg-type, misc]

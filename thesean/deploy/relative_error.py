@@ -9,14 +9,14 @@ import numpy as np
 _PIECE = 2**20
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """max|a - b| / max(1, max|b|) where both are finite or the same infinity; infinite where shapes differ or only one
-    side is a number; NaN where nothing expected is finite, so that nothing was compared.
+def relative_error(found: np.ndarray, expected: np.ndarray, least: float = 1.0) -> float:
+    """max|a - b| / max(least, max|b|) where both are finite or the same infinity; infinite where shapes differ or only
+    one side is a number; NaN where nothing expected is finite, so that nothing was compared.
     """
     if found.shape != expected.shape:
         return float("inf")
     a_N, b_N = found.reshape(-1), expected.reshape(-1)
-    apart, scale, is_compared, differs = 0.0, 1.0, not expected.size, False
+    apart, scale, is_compared, differs = 0.0, least, not expected.size, False
     for start in range(0, expected.size, _PIECE):
         a, b = (x_N[start : start + _PIECE].astype(np.float64) for x_N in (a_N, b_N))
         finite = np.isfinite(b)

@@ -18,7 +18,7 @@ from thesean.passes.graph.modes import callers_settings
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def telling(what: str, advice: str = "") -> Iterator[None]:
     """What the caller's code raises becomes a DataError that names it and the line."""
     try:
         with callers_settings():
@@ -26,7 +26,18 @@ def telling(what: str) -> Iterator[None]:
     except (TheseanError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{what} raised {short(error)}{where_of(error)}.") from error
+        raise DataError(f"{what} raised {short(error)}{where_of(error)}.{advice}") from error
+
+
+def _of_pairs(function: Any, named: str, output: Any, batch: Any) -> str:
+    """What to say of torch's own functions, which take a prediction and a target."""
+    if not (isinstance(function, torch.nn.Module) or str(getattr(function, "__module__", "")).startswith("torch")):
+        return ""
+    kinds = " and ".join(type(value).__name__ for value in (output, batch))
+    return (
+        f" It is given all of the output and the whole batch, here {kinds}: pick what it compares, as in "
+        f"{named}=lambda output, batch: f(output, batch[1]), or take thesean.cross_entropy."
+    )
 
 
 @contextmanager
@@ -49,7 +60,8 @@ def checked_loss(loss: Loss | None) -> Loss | None:
 
     @wraps(loss)
     def checked(output: Any, batch: Any) -> Any:
-        with telling("loss(output, batch)"), unwritten("loss(output, batch)", output):
+        advice = _of_pairs(loss, "loss", output, batch)
+        with telling("loss(output, batch)", advice), unwritten("loss(output, batch)", output):
             value = loss(output, batch)
         if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
             kind = "complex numbers" if value.is_complex() else f"a tensor of shape {tuple(value.shape)}"
@@ -70,7 +82,8 @@ def checked_metric(metric: Metric | None) -> Metric | None:
 
     @wraps(metric)
     def checked(output: Any, batch: Any) -> float:
-        with telling("metric(output, batch)"), unwritten("metric(output, batch)", output):
+        advice = _of_pairs(metric, "metric", output, batch)
+        with telling("metric(output, batch)", advice), unwritten("metric(output, batch)", output):
             value = metric(output, batch)
         is_scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()
         if not is_scalar and not isinstance(value, numbers.Real):

@@ -38,6 +38,10 @@ QUANTIZED_PARITY: dict[str, float] = {"int8": 0.15, "int8-static": 0.2, "int4": 
 # off than two outputs of one scale can be is broken.
 UNRELATED = 2.0
 
+# The least scale of outputs: whole numbers lose a share of whatever there is, where float32 loses digits of what was
+# added up on the way.
+_LEAST = 1e-6
+
 HELD_OUT = "quantised vs exact"  # the label of a check on samples
 
 COARSE = (
@@ -204,7 +208,7 @@ def _compared(
     for inputs in held_out:
         expected, found = _outputs(exact, inputs), _outputs(made, inputs)
         distances.append(judge.distance(found, expected))
-        errors = [relative_error(found[name].numpy(), value.numpy()) for name, value in expected.items()]
+        errors = [relative_error(found[name].numpy(), value.numpy(), _LEAST) for name, value in expected.items()]
         checks.append(Check.of(HELD_OUT, tuple(next(iter(inputs.values())).shape[:2]), list(expected), errors))
         for name in judge.classes:
             agree = found[name].argmax(-1) == expected[name].argmax(-1)
