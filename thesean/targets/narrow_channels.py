@@ -32,7 +32,7 @@ from thesean.targets.shared.channels import (
 )
 from thesean.targets.shared.facts import PartFacts
 from thesean.targets.shared.family import Family
-from thesean.targets.shared.fewer_channels import NarrowChannelsOptions, check_channels, fewer
+from thesean.targets.shared.fewer_channels import MULTIPLE, NarrowChannelsOptions, check_channels, fewer
 from thesean.targets.shared.fit_channels import SOLVED_FEATURES, Narrowing, in_blocks, patches
 from thesean.targets.shared.module import State, TargetModule
 from thesean.targets.shared.sequence import SmallLinear
@@ -65,6 +65,15 @@ class NarrowChannels(TargetModule):
 
     def config(self) -> dict[str, Any]:
         return {"steps": [step.model_dump(mode="json") for step in self.steps], "channels_last": self.channels_last}
+
+    def unlike(self, part: PartFacts) -> str:
+        facts = part.channels
+        if facts is None or tuple(self.steps) != tuple(facts.steps):
+            return ""
+        return (
+            f"no channel goes: what stays is a multiple of {MULTIPLE} where there are {2 * MULTIPLE} or more. A lower "
+            "ratio= or a width= takes some"
+        )
 
     @property
     def _last_step(self) -> Convolution:

@@ -128,3 +128,14 @@ def test_blocks_with_nothing_inside_tell_why():
         make_plan(guide("squared"), "narrow")
     with pytest.raises(PlanError, match=r"it has no channels but its input's and its output's"):
         make_plan(guide("separable"), "narrow", keep=[f"body.{k}*" for k in (2, 3, 4, 5, 6)])
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.75, True), (0.5, False)])
+def test_where_no_channel_goes_the_plan_says_so(ratio: float, told: bool):
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for into in (3, 16):
+        layers += [nn.Conv2d(into, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)).eval()
+    plan = make_plan(capture(model, torch.randn(2, 3, 8, 8)), Target("narrow", ratio=ratio)).plan
+    assert any("no channel goes" in note for note in plan.notes) == told
