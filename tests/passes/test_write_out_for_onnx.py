@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.captured import traced
 from tests.models import Calling, CallingTwo, vectors
 from tests.passes.contract import Example
+from thesean.passes.capture.capture import capture
 from thesean.passes.graph.text import text
 from thesean.passes.write_out_for_onnx import FORMS, WriteOutForOnnx
 
@@ -65,6 +67,25 @@ def test_values_are_the_operators_at_the_edges_too(name: str, count: int):
     assert result.modified
     assert not any(n.target in (*FORMS, torch.ops.aten.log.default) for n in result.graph_module.graph.nodes)
     torch.testing.assert_close(result.graph_module(*given), of(*given), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dims", "places"), [(1, (4,)), (2, (3, 5)), (2, (7, 7)), (3, (1, 2, 3))])
+def test_means_of_so_many_places_are_right_for_all_sizes(dims: int, places: tuple[int, ...]):
+    pool = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[dims]
+    free = {"input": {0: "batch"} | {d: f"size_{d}" for d in range(2, 2 + dims)}}
+    guide = capture(pool(places[0] if dims == 1 else places).eval(), vectors(2, 3, *[12] * dims), dynamic=free)
+    result = WriteOutForOnnx()(guide.graph_module)
+    assert result.modified
+    for sizes in ((12, 12, 12), (9, 17, 5), (2, 1, 3), (33, 7, 14)):
+        x = vectors(2, 3, *sizes[:dims])
+        expected = pool(places[0] if dims == 1 else places)(x)
+        torch.testing.assert_close(result.graph_module(x), expected)
+
+
+def test_means_of_fixed_sizes_and_of_all_places_stay():
+    for module, free in ((nn.AdaptiveAvgPool2d(3), {0: "batch"}), (nn.AdaptiveAvgPool2d(1), {0: "batch", 2: "height"})):
+        guide = capture(module.eval(), vectors(2, 3, 12, 12), dynamic={"input": free})
+        assert not WriteOutForOnnx()(guide.graph_module).modified
 
 
 def test_what_torch_writes_rightly_stays():

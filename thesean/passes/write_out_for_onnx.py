@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,30 @@ def _cross_entropy(
     return loss if reduction == 0 else loss.mean() if reduction == 1 else loss.sum()
 
 
+def _adaptive_average(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Means of as many stretches along each of the last dimensions, which overlap where lengths aren't multiples."""
+    for dim, count in zip(range(-len(sizes), 0), sizes, strict=True):
+        length, bins_N = x.shape[dim], torch.arange(count, device=x.device)
+        start_N1, end_N1 = (t.unsqueeze(1) for t in (bins_N * length // count, -((bins_N + 1) * -length // count)))
+        place_L = torch.arange(length, device=x.device)
+        share_NL = ((place_L >= start_N1) & (place_L < end_N1)).to(x.dtype) / (end_N1 - start_N1)
+        x = (x.movedim(dim, -1) @ share_NL.mT).movedim(-1, dim)
+    return x
+
+
+_ADAPTIVE = {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
+
+
+def _pools_what_is_free(node: fx.Node) -> bool:
+    """To a number of places that torch's exporter makes a stride of, right for the sizes of the trace alone."""
+    sizes = node.args[1] if node.target in _ADAPTIVE else None
+    if not isinstance(sizes, (list, tuple)) or not all(isinstance(n, int) for n in sizes):
+        return False
+    value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    free = [isinstance(n, torch.SymInt) for n in value.shape[-len(sizes) :]]
+    return any(free) and set(sizes) != {1}
+
+
 FORMS: Mapping[Any, Callable[..., Any]] = {
     aten.log_sigmoid.default: _log_sigmoid,
     aten.binary_cross_entropy_with_logits.default: _cross_entropy,
@@ -89,7 +113,7 @@ FORMS: Mapping[Any, Callable[..., Any]] = {
 
 def form_of(node: fx.Node) -> Callable[..., Any] | None:
     """What is written in its place; None for an operator that stays as it is."""
-    return FORMS.get(node.target) or pairs_form(node)
+    return _adaptive_average if _pools_what_is_free(node) else FORMS.get(node.target) or pairs_form(node)
 
 
 @dataclass(frozen=True)
