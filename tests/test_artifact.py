@@ -165,7 +165,7 @@ import thesean
 converted = thesean.load(sys.argv[1])
 assert "transformers" not in sys.modules
 output = converted(torch.load(sys.argv[2], weights_only=True))
-assert type(output) is dict, type(output)
+assert isinstance(output, dict), type(output)
 torch.save(output["logits"].detach(), sys.argv[3])
 """
     ids, theirs = tmp_path / "ids.pt", tmp_path / "logits.pt"

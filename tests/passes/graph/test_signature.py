@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from thesean.errors import DataError
 from thesean.passes.graph.signature import Bound, InputSpec, Signature, fits_record, output_wrapper
@@ -154,3 +155,16 @@ def test_what_is_held_has_no_dimension_that_a_caller_chooses():
     held = InputSpec(name="encoded", dtype=torch.float32, shape=("batch", "source", 8), held=True)
     ids = InputSpec(name="ids", dtype=torch.int64, shape=("batch", "time"))
     assert Signature(inputs=(held, ids)).symbols == ("batch", "time")
+
+
+def test_what_a_class_that_is_not_at_hand_held_is_there_by_name_and_as_attributes():
+    wrap = output_wrapper(Signature(inputs=(X,), output_class="somewhere.Boxes"))
+    made = wrap({"boxes": torch.ones(2), "scores": torch.zeros(2)})
+    assert made.boxes is made["boxes"]
+    with pytest.raises(AttributeError, match="the output has no 'labels': it holds boxes, scores"):
+        _ = made.labels
+    halved = pytree.tree_map(lambda value: value / 2, made)
+    assert type(halved) is type(made)
+    assert torch.equal(halved.boxes, torch.full((2,), 0.5))
+    plain = {"boxes": torch.ones(2)}
+    assert output_wrapper(Signature(inputs=(X,)))(plain) is plain

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from thesean.errors import DataError
 from thesean.passes.graph.guide_class import GuideClass
@@ -236,15 +237,33 @@ def _without_example(spec: InputSpec, shape: list[int], generator: torch.Generat
 _OUTPUTS = re.compile(r"transformers\.(modeling_outputs|models\.[a-z0-9_]+\.modeling_[a-z0-9_]+)")
 
 
+class Fields(dict[str, Any]):
+    """What a guide returns as a class of its own, where that is not at hand: by name, and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name!r}: it holds {', '.join(self)}.") from None
+
+
+pytree.register_pytree_node(
+    Fields,
+    lambda held: (list(held.values()), list(held)),
+    lambda values, names: Fields(zip(names, values, strict=True)),
+)
+
+
 def output_wrapper(signature: Signature) -> Callable[[Any], Any]:
-    """Turns the graph's output into the guide's output class; a plain dict where that is not at hand.
+    """Turns the graph's output into the guide's output class; `Fields` where that is not at hand.
 
     The class is the one that the guide was seen to return, or one of transformers' output classes that a file names,
     filled with tensors alone. Nothing else that a file says is imported or called.
     """
     cls = signature.record or _output_class(signature.output_class)
-    if cls is None:
+    if cls is None and signature.output_class is None:
         return lambda output: output
+    cls = Fields if cls is None else cls
     return lambda output: cls(**output) if isinstance(output, dict) else output
 
 
