@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import thesean
 from benchmarks import zoo
 from tests import captured, models
 from tests.captured import KERNELS
-from tests.models import tokens, vectors
-from thesean.errors import PlanError
+from tests.models import seeded, tokens, vectors
+from thesean.errors import PlanError, TargetMismatchError
 from thesean.passes.analyse.dataflow import data_flow
 from thesean.passes.analyse.regions import is_single_entry_single_exit
 from thesean.passes.capture.capture import capture
@@ -169,3 +170,31 @@ def test_what_takes_no_more_than_its_kind_of_a_stream_does_not_tie_blocks_togeth
     planned = make_plan(guide, "linear")
     hybrid = build_hybrid(planned)
     assert hybrid.graph_module(**inputs).shape == (3, 5, 3)
+
+
+class Pooled(nn.Module):
+    """x_BTD -> y_B4, two recurrences, and a mean that is weighed where it is told."""
+
+    def __init__(self, weighed: bool) -> None:
+        super().__init__()
+        self.before, self.cells = nn.Linear(6, 8), nn.GRU(8, 8, 2, batch_first=True)
+        self.score, self.out, self.weighed = nn.Linear(8, 1), nn.Linear(8, 4), weighed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.cells(self.before(x).tanh())[0]
+        return self.out((self.score(x).softmax(1) * x).sum(1) if self.weighed else x.mean(1))
+
+
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_weighed_mean_is_not_all_that_a_network_is_made_of(weighed: bool):
+    graph = capture(seeded(Pooled, weighed), vectors(2, 5, 6)).graph_module.graph
+    paths = [part.path for part in partition(data_flow(graph))]
+    assert paths == (["before", "cells.l0", "cells.l1", "score"] if weighed else ["cells.l0", "cells.l1"])
+
+
+def test_several_cells_under_one_name_are_told_by_theirs():
+    with pytest.raises(
+        PlanError, match=r"cells\.l0, cells\.l1, each a cell of its own: parts=\['cells\.\*'\] takes them"
+    ):
+        thesean.plan(seeded(Pooled, False), "narrow", data=[vectors(2, 5, 6)], parts=["cells"])
+    assert len(thesean.plan(seeded(Pooled, False), "narrow", data=[vectors(2, 5, 6)], parts=["cells.*"]).replaced) == 2

@@ -96,12 +96,20 @@ def find_blocks(flow: DataFlow, within: Region | None = None) -> list[Region]:
                 several = len(inner) > 1 and all(_has_residual(flow, b) for b in inner)
                 found.extend(inner if several else [segment])
     found = [r for r in found if is_single_entry_single_exit(flow, r)]  # a value inside may leave by another output
-    if not found and within is None and rows:  # every linear map but the last, the head
-        heavy = [s for s in max(rows, key=len) if s.is_heavy()][:-1]
-        found = [s for s in heavy if is_single_entry_single_exit(flow, s)]
+    if within is None and rows:
+        heavy = [s for s in max(rows, key=len) if s.is_heavy()][:-1]  # every linear map but the last, the head
+        plain = [s for s in heavy if is_single_entry_single_exit(flow, s)]
+        # a gate or a pool among them, such as softmax(score(x)) x, is no block that the network is made of
+        aside = not any(s.is_residual() for s in found) and not forms and 2 * _maps(found) < _maps(plain)
+        found = plain if aside or not found else found
     if within is None:
         found = mend(flow, rows, found)
     return sorted(found, key=lambda r: flow.order[r.exit])
+
+
+def _maps(regions: list[Region]) -> int:
+    """Linear maps in them."""
+    return sum(is_linear_map(node) for region in regions for node in region.nodes)
 
 
 def _has_residual(flow: DataFlow, block: Region) -> bool:
