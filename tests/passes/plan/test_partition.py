@@ -194,7 +194,7 @@ def test_a_weighed_mean_is_not_all_that_a_network_is_made_of(weighed: bool):
 
 def test_several_cells_under_one_name_are_told_by_theirs():
     with pytest.raises(
-        PlanError, match=r"cells\.l0, cells\.l1, each a cell of its own: parts=\['cells\.\*'\] takes them"
+        TargetMismatchError, match=r"cells\.l0, cells\.l1, each a cell of its own: parts=\['cells\.\*'\] takes them"
     ):
         thesean.plan(seeded(Pooled, False), "narrow", data=[vectors(2, 5, 6)], parts=["cells"])
     assert len(thesean.plan(seeded(Pooled, False), "narrow", data=[vectors(2, 5, 6)], parts=["cells.*"]).replaced) == 2
