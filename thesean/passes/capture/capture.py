@@ -29,6 +29,7 @@ from thesean.passes.capture.gradients import keep_training
 from thesean.passes.capture.guide import SWITCHED_OFF, Guide, own_copies, running
 from thesean.passes.capture.hints import masks_not_looked_at
 from thesean.passes.capture.inputs import check_guide, forward_parameters, named_inputs, unwrapped
+from thesean.passes.capture.lengths import lengths_as_sizes
 from thesean.passes.capture.longer_tables import length_guards, steady_up_to, tables_kept
 from thesean.passes.capture.memories import memories_as_operators
 from thesean.passes.capture.precision import told_precision
@@ -221,7 +222,7 @@ def _export(
             # with gradients, so that what the guide runs without them is a region of its own
             with (
                 guide.forgetting(), warnings.catch_warnings(), OpaqueCells(), masks_not_looked_at(),
-                memories_as_operators(model), torch.enable_grad(), lean_trace(most),
+                memories_as_operators(model), lengths_as_sizes(model), torch.enable_grad(), lean_trace(most),
             ):  # fmt: skip
                 # nn.LSTM and its kin put their weights in a list of their own in forward; torch puts it back
                 warnings.filterwarnings("ignore", message="(?s).*assigned during export")

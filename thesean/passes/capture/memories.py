@@ -13,7 +13,6 @@ from __future__ import annotations
 import dis
 import inspect
 import logging
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from thesean.passes.capture.explain import short
+from thesean.passes.capture.lengths import files_of
 from thesean.passes.graph.opaque_memories import GATED_DELTA_RULE, SELECTIVE_SCAN, STATE_SPACE
 
 logger = logging.getLogger(__name__)
@@ -214,10 +214,7 @@ def memories_as_operators(model: nn.Module) -> Iterator[None]:
 
 def _functions(model: nn.Module) -> Iterator[tuple[Any, str, Function]]:
     """All that stand in a file of the model's classes, or in a module."""
-    classes = dict.fromkeys(kind for module in model.modules() for kind in type(module).__mro__)
-    files = dict.fromkeys(kind.__module__ for kind in classes if not kind.__module__.startswith("torch."))
-    places: list[Any] = [sys.modules[name] for name in files if name in sys.modules]
-    for place in (*places, *model.modules()):
+    for place in (*files_of(model), *model.modules()):
         for name, value in list(vars(place).items()):
             if isinstance(value, FunctionType):
                 yield place, name, value
