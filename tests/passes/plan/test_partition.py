@@ -198,3 +198,28 @@ def test_several_cells_under_one_name_are_told_by_theirs():
     ):
         thesean.plan(seeded(Pooled, False), "narrow", data=[vectors(2, 5, 6)], parts=["cells"])
     assert len(thesean.plan(seeded(Pooled, False), "narrow", data=[vectors(2, 5, 6)], parts=["cells.*"]).replaced) == 2
+
+
+class Towers(nn.Module):
+    """user_BD, item_BD -> (B), by a perceptron each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = (nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2))
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        return (self.users(user) * self.items(item)).sum(-1)
+
+
+def test_a_perceptron_of_one_hidden_layer_is_a_part_and_so_is_each_of_two():
+    alone = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    (row,) = thesean.plan(alone, "narrow", data=[vectors(4, 6)]).parts
+    assert (row.path, row.new_params) == ("0..2", 6 * 8 + 8 + 8 * 3 + 3)
+    both = thesean.plan(seeded(Towers), "narrow", data=[(vectors(4, 6), vectors(4, 6))])
+    assert [part.path for part in both.replaced] == ["users", "items"]
+
+
+def test_a_convolution_and_its_head_are_no_perceptron():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval()
+    graph = capture(model, torch.randn(2, 3, 5, 5)).graph_module.graph
+    assert [part.path for part in partition(data_flow(graph))] == ["0"]

@@ -97,14 +97,30 @@ def find_blocks(flow: DataFlow, within: Region | None = None) -> list[Region]:
                 found.extend(inner if several else [segment])
     found = [r for r in found if is_single_entry_single_exit(flow, r)]  # a value inside may leave by another output
     if within is None and rows:
-        heavy = [s for s in max(rows, key=len) if s.is_heavy()][:-1]  # every linear map but the last, the head
-        plain = [s for s in heavy if is_single_entry_single_exit(flow, s)]
+        row = max(rows, key=len)
+        if _perceptron(row):
+            plain = [block for each in rows for block in _perceptron(each)]
+        else:
+            plain = [s for s in row if s.is_heavy()][:-1]  # every linear map but the last, the head
+        plain = [s for s in plain if is_single_entry_single_exit(flow, s)]
         # a gate or a pool among them, such as softmax(score(x)) x, is no block that the network is made of
         aside = not any(s.is_residual() for s in found) and not forms and 2 * _maps(found) < _maps(plain)
         found = plain if aside or not found else found
     if within is None:
         found = mend(flow, rows, found)
     return sorted(found, key=lambda r: flow.order[r.exit])
+
+
+def _perceptron(row: list[Region]) -> list[Region]:
+    """All of a chain whose only maps are two of vectors or tokens: what lies between them is read by the second."""
+    heavy = [s for s in row if s.is_heavy()]
+    if len(heavy) != 2 or any(_MAPS.isdisjoint(n.target for n in s.nodes) for s in heavy):
+        return []
+    first, last = heavy
+    return [join(first, last, row[row.index(first) + 1 : row.index(last)])]
+
+
+_MAPS = {torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default}
 
 
 def _maps(regions: list[Region]) -> int:
