@@ -74,7 +74,7 @@ def test_a_class_that_is_not_one_of_transformers_outputs_is_a_dict(path, folder:
     rewrite(folder, named(path))
     with torch.no_grad():
         output = thesean.load(folder)(tokens(2, 5))
-    assert type(output) is dict
+    assert isinstance(output, dict)
 
 
 @dataclass

@@ -272,10 +272,10 @@ class Noise(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 5), nn.Linear(5, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.second((50 * self.first(x)).sin())
+        out: torch.Tensor = self.third(self.second((50 * self.first(x)).sin()))
         return out
 
 

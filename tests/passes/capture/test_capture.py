@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -577,14 +578,14 @@ def test_packed_sequences_are_told_with_the_mask_that_stands_for_them():
 
 
 class ClassToken(nn.Module):
-    """Its batch is asked for in one of several ways."""
+    """Its batch is asked for in one of several ways, of which "len" is another file's."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way, self.start, self.mix = way, nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        count = {"len": len, "number": lambda x: 3, "shape": lambda x: x.shape[0]}[self.way](x)
+        count = {"len": operator.length_hint, "number": lambda x: 3, "shape": lambda x: x.shape[0]}[self.way](x)
         x = torch.cat([self.start.expand(count, -1, -1), x], 1)
         return self.mix(x)[:, 1:]
 
