@@ -19,8 +19,10 @@ from tests import captured, models
 from tests.exported import hybrid
 from tests.targets.contract import stateful_modules
 from thesean import Target
+from thesean.deploy import rehearse
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import export
+from thesean.deploy.export_passes import for_export
 from thesean.deploy.rehearse import unstreamable
 from thesean.deploy.session import Session
 from thesean.errors import ExportError, PlanError, TargetMismatchError
@@ -116,6 +118,15 @@ def test_long_windows_are_computed_in_half_precision_too(target):
         wide, half = module(x_BTD), module.half()(x_BTD.half())
     wide, half = (y[0] if isinstance(y, tuple) else y for y in (wide, half))
     torch.testing.assert_close(half.float(), wide, rtol=1e-2, atol=1e-2)
+
+
+def test_what_is_rehearsed_is_all_that_a_stream_is_made_by(monkeypatch):
+    guide = captured.bert()
+    ran: list[str] = []
+    monkeypatch.setattr(rehearse, "run_passes", lambda graph_module, *passes: ran.extend(p.name for p in passes))
+    assert unstreamable(hybrid(guide, Target("gru", lookahead=AHEAD)), guide.signature) == ""
+    names = [p.name for p in for_export(guide.signature, (), stateful=True)]
+    assert ran == names[: names.index("thread-state") + 1]
 
 
 def test_what_keeps_a_network_from_being_a_stream_is_told_before_anything_trains():

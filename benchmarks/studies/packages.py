@@ -40,7 +40,7 @@ def bench(run: Run) -> None:
             subject = subject_of(name)
             run.add(f"{name}: guide", subject=name, target="guide", budget="", figures=subject.figures(subject.guide))
     for budget, name in product(budgets[:-1] or budgets, chosen):
-        convert(run, name, subject_of, budget, made[name])
+        convert(run, name, subject_of(name), budget, made[name])
     served: dict[str, Any] = run.details.get("served", {})
     for name in chosen:
         if name not in served:
@@ -50,16 +50,13 @@ def bench(run: Run) -> None:
             served[name] = costs(subject, files, run.settings)
             run.keep(served=served)
     for name in chosen:
-        convert(run, name, subject_of, budgets[-1], {})
+        convert(run, name, subject_of(name), budgets[-1], {})
 
 
-def convert(
-    run: Run, name: str, subject_of: Callable[[str], Subject], budget: str, made: dict[str, thesean.Converted]
-) -> None:
+def convert(run: Run, name: str, subject: Subject, budget: str, made: dict[str, thesean.Converted]) -> None:
     """To each target in this budget, judged; what was `made` first of each is kept."""
-    for target in subject_of(name).targets:
+    for target in subject.targets:
         if run.wants(f"{name}: {target}, {budget}"):
-            subject = subject_of(name)
             converted = conversion(subject, target, budget)
             about: dict[str, Any] = {"subject": name, "target": target, "budget": budget}
             run.add(f"{name}: {target}, {budget}", **about, figures=subject.figures(converted))

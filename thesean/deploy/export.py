@@ -319,9 +319,7 @@ def _about(states: tuple[InputSpec, ...], told: Mapping[str, str]) -> dict[str, 
 
 def _probes(signature: Signature, train_length: int | None) -> tuple[dict[str, torch.Tensor], ...]:
     """Inputs of several lengths, where time is dynamic."""
-    lengths = (
-        (1, 7, 19, train_length or _LONG) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
-    )
+    lengths = (1, 7, 19, train_length or _LONG) if signature.lengths else (None,)
     sizes = dict.fromkeys(CheckSizes(batch=2, length=length).within(signature) for length in lengths)
     return tuple(signature.random_inputs(s.of(signature)) for s in sizes)
 
@@ -363,7 +361,7 @@ def _example(
     train_length: int | None,
 ) -> dict[str, torch.Tensor]:
     """Inputs to trace with: sizes of 2 and more, so that none is taken for a constant."""
-    lengths = (7, 19, train_length or _LONG) if any(not s.startswith("batch") for s in signature.symbols) else (None,)
+    lengths = (7, 19, train_length or _LONG) if signature.lengths else (None,)
     sizes = next(traced_sizes(module, signature, [(2, length) for length in lengths]), None)
     if sizes is None:
         raise ExportError(f"the module runs at none of the lengths {lengths}. Pass train_length=, one that it takes.")

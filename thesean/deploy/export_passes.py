@@ -36,6 +36,11 @@ def remembering(signature: Signature, ahead: bool = False) -> tuple[Pass, ...]:
     )
 
 
+def streaming(signature: Signature, ahead: bool = False) -> tuple[Pass, ...]:
+    """What makes a stream of a network whose parts read what they are made of, as SlicesOfJoins leaves them."""
+    return (*remembering(signature, ahead), DelaySteps(signature), ThreadState(signature))
+
+
 def for_export(
     signature: Signature,
     probes: tuple[dict[str, torch.Tensor], ...],
@@ -47,7 +52,7 @@ def for_export(
 
     BoundPositions is not among them: a conversion ends with it, so that module and file are bounded alike.
     """
-    with_state = (*remembering(signature, stateful is True), DelaySteps(signature), ThreadState(signature))
+    with_state = streaming(signature, ahead=stateful is True)
     threading: dict[bool | None, tuple[Pass | Attempt, ...]] = {True: with_state, None: (Attempt(*with_state),)}
     return (
         SlicesOfJoins(),

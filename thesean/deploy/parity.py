@@ -114,7 +114,7 @@ def outputs_of(module: fx.GraphModule, inputs: dict[str, torch.Tensor], shape: t
 
 
 def sizes_to_check(signature: Signature, long: int | None) -> list[CheckSizes]:
-    if any(not s.startswith("batch") for s in signature.symbols):
+    if signature.lengths:
         wanted = [CheckSizes(batch=b, length=t) for b, t in (*_SIZES, *([(1, long)] if long else []))]
     elif signature.symbols:
         wanted = [CheckSizes(batch=b, length=None) for b in _BATCHES]

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from thesean.deploy.decomposing import stays
-from thesean.deploy.export_passes import for_export
+from thesean.deploy.export_passes import streaming
 from thesean.deploy.lowering.to_onnx import quiet
 from thesean.deploy.taken_apart import taken_apart
 from thesean.deploy.torchlib import is_registered, is_registered_for_complex
@@ -25,6 +25,7 @@ from thesean.passes.graph.running_fold import fold_of
 from thesean.passes.graph.signature import Signature
 from thesean.passes.graph.stream import looks_ahead
 from thesean.passes.graph.trace_call import is_composed
+from thesean.passes.slices_of_joins import SlicesOfJoins
 from thesean.passes.write_out_for_onnx import form_of
 
 aten = torch.ops.aten
@@ -71,9 +72,8 @@ def unstreamable(graph_module: fx.GraphModule, signature: Signature) -> str:
     """Why a network whose parts look ahead can't carry a state, "" where it can or none does."""
     if not looks_ahead(graph_module):
         return ""
-    stateful = for_export(signature, (), stateful=True)[: -len(for_export(signature, (), stateful=False))]
     try:
-        run_passes(graph_module, *stateful)
+        run_passes(graph_module, SlicesOfJoins(), *streaming(signature, ahead=True))
     except PassRefused as refusal:
         return (
             f"parts look ahead, and the network is no stream all the same: {refusal} An export has no state then; "

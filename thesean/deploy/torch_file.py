@@ -140,13 +140,13 @@ def _traced(
     """
     specs = (*stream.inputs, *states)
     shapes = {s.name: {d: Dim.DYNAMIC for d, n in enumerate(s.shape) if isinstance(n, str)} for s in specs}
-    timeless = all(s.startswith("batch") for s in signature.symbols)
     written, last = cells_in_torch(lowered), None
-    for sizes in traced_sizes(module, signature, [(batch, None if timeless else length) for batch, length in _TRACED]):
+    wanted = [(batch, length if signature.lengths else None) for batch, length in _TRACED]
+    for sizes in traced_sizes(module, signature, wanted):
         example = stream.random_inputs(of_stream(sizes, stream))
-        batch = next((n for s, n in sizes.items() if s.startswith("batch")), 1)
         for spec in states:
-            example[spec.name] = torch.zeros(state_shape(spec.shape, batch, _REMEMBERED), dtype=spec.dtype)
+            shape = state_shape(spec.shape, sizes.get("batch", 1), _REMEMBERED)
+            example[spec.name] = torch.zeros(shape, dtype=spec.dtype)
         try:
             with quiet(), torch.no_grad(), _config.patch(backed_size_oblivious=may_be_one):  # type: ignore[attr-defined]
                 return torch.export.export(written, (), example, dynamic_shapes=shapes)

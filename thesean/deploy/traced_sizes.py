@@ -14,8 +14,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from thesean.deploy.parity import CheckSizes, runnable
+from thesean.deploy.parity import CheckSizes
 from thesean.passes.graph.signature import Signature
+
+# Steps that tell enough of a network of tokens, whose own length may cost minutes.
+_ENOUGH = 64
+
+Shapes = list[tuple[int, ...]]
 
 
 def traced_sizes(
@@ -24,43 +29,39 @@ def traced_sizes(
     """Of `wanted` batches and lengths, and then the guide's example's own, those at which the module runs: first those
     at which nothing that grows is 1.
     """
-    tried = list(dict.fromkeys(CheckSizes(batch=b, length=n).within(signature) for b, n in wanted))
-    sizes = [each.of(signature) for each in tried if runnable(module, signature, each)]
-    if (own := _own(module, signature)) is not None and own not in sizes:
-        sizes.append(own)
-    if not any(not name.startswith("batch") for name in signature.symbols):
-        yield from sizes
-        return
-    shapes = [_shapes(module, signature, each) for each in sizes]
-    left = [at for at, found in enumerate(shapes) if any(_outgrows(found, other) for other in shapes)]
-    yield from (each for at, each in enumerate(sizes) if at not in left)
-    yield from (sizes[at] for at in left)
+    reads_tokens = any(spec.high is not None for spec in signature.inputs)
+    found: list[tuple[dict[str, int], Shapes]] = []
+    for sizes in _candidates(signature, wanted):
+        if found and reads_tokens and max(map(sizes.__getitem__, signature.lengths), default=0) > _ENOUGH:
+            continue
+        shapes = _shapes(module, signature, sizes)
+        if shapes is not None and not signature.lengths:
+            yield sizes
+        elif shapes is not None:
+            found.append((sizes, shapes))
+    small = [any(_outgrows(shapes, other) for _, other in found) for _, shapes in found]
+    for wanted_small in (False, True):
+        yield from (sizes for (sizes, _), is_small in zip(found, small, strict=True) if is_small == wanted_small)
 
 
 def of_stream(sizes: dict[str, int], stream: Signature) -> dict[str, int]:
     """Of a stream's dimensions, which may be named otherwise."""
     length = next((n for s, n in sizes.items() if not s.startswith("batch")), 1)
-    batch = next((n for s, n in sizes.items() if s.startswith("batch")), 1)
-    return {s: sizes.get(s, batch if s.startswith("batch") else length) for s in stream.symbols}
+    return {s: sizes.get(s, sizes.get("batch", 1) if s.startswith("batch") else length) for s in stream.symbols}
 
 
-def _own(module: fx.GraphModule, signature: Signature) -> dict[str, int] | None:
-    """The example's, where it tells all."""
-    known = signature.example_sizes
-    sizes = signature.within({s: 2 if s.startswith("batch") else known.get(s, 0) for s in signature.symbols})
-    if not all(sizes.values()) or not signature.fits(sizes):
-        return None
-    try:
-        _shapes(module, signature, sizes)
-    except (RuntimeError, IndexError):
-        return None
-    return sizes
+def _candidates(signature: Signature, wanted: Sequence[tuple[int, int | None]]) -> list[dict[str, int]]:
+    """Each once, within the signature's bounds; the example's own come last, where it tells all."""
+    found = [CheckSizes(batch=b, length=n).within(signature).of(signature) for b, n in wanted]
+    own = {s: 2 if s.startswith("batch") else signature.example_sizes.get(s, 0) for s in signature.symbols}
+    found += [signature.within(own)] if all(own.values()) else []
+    return [sizes for at, sizes in enumerate(found) if sizes not in found[:at] and signature.fits(sizes)]
 
 
 @torch.no_grad()
-def _shapes(module: fx.GraphModule, signature: Signature, sizes: dict[str, int]) -> list[tuple[int, ...]]:
-    """Of all tensors that are computed, in order."""
-    found: list[tuple[int, ...]] = []
+def _shapes(module: fx.GraphModule, signature: Signature, sizes: dict[str, int]) -> Shapes | None:
+    """Of all tensors that are computed, in order; None where the module doesn't run."""
+    found: Shapes = []
 
     class Looking(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -69,11 +70,14 @@ def _shapes(module: fx.GraphModule, signature: Signature, sizes: dict[str, int])
             return value
 
     inputs = signature.random_inputs(sizes)
-    Looking(module).run(*(inputs[str(n.target)] for n in module.graph.find_nodes(op="placeholder")))
+    try:
+        Looking(module).run(*(inputs[str(n.target)] for n in module.graph.find_nodes(op="placeholder")))
+    except (RuntimeError, IndexError):
+        return None
     return found
 
 
-def _outgrows(found: list[tuple[int, ...]], other: list[tuple[int, ...]]) -> bool:
+def _outgrows(found: Shapes, other: Shapes) -> bool:
     """Whether a size that is 1 is another elsewhere."""
     sizes = (zip_longest(mine, theirs, fillvalue=0) for mine, theirs in zip(found, other, strict=False))
     return any(mine == 1 < theirs for each in sizes for mine, theirs in each)

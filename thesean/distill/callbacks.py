@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -18,15 +18,17 @@ from thesean.passes.graph.modes import callers_settings
 
 
 @contextmanager
-def telling(what: str, advice: str = "") -> Iterator[None]:
-    """What the caller's code raises becomes a DataError that names it and the line."""
+def telling(what: str, advice: Callable[[], str] = str) -> Iterator[None]:
+    """What the caller's code raises becomes a DataError that names it and the line, and gives what `advice` there is
+    then.
+    """
     try:
         with callers_settings():
             yield
     except (TheseanError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{what} raised {short(error)}{where_of(error)}.{advice}") from error
+        raise DataError(f"{what} raised {short(error)}{where_of(error)}.{advice()}") from error
 
 
 def _of_pairs(function: Any, named: str, output: Any, batch: Any) -> str:
@@ -60,7 +62,7 @@ def checked_loss(loss: Loss | None) -> Loss | None:
 
     @wraps(loss)
     def checked(output: Any, batch: Any) -> Any:
-        advice = _of_pairs(loss, "loss", output, batch)
+        advice = partial(_of_pairs, loss, "loss", output, batch)
         with telling("loss(output, batch)", advice), unwritten("loss(output, batch)", output):
             value = loss(output, batch)
         if isinstance(value, torch.Tensor) and (value.numel() != 1 or value.is_complex()):
@@ -82,7 +84,7 @@ def checked_metric(metric: Metric | None) -> Metric | None:
 
     @wraps(metric)
     def checked(output: Any, batch: Any) -> float:
-        advice = _of_pairs(metric, "metric", output, batch)
+        advice = partial(_of_pairs, metric, "metric", output, batch)
         with telling("metric(output, batch)", advice), unwritten("metric(output, batch)", output):
             value = metric(output, batch)
         is_scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex()

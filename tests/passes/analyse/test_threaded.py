@@ -18,7 +18,7 @@ from tests.exported import hybrid
 from tests.models import VOCABULARY, seeded
 from thesean.deploy.describe_file import describe_file
 from thesean.deploy.export import export
-from thesean.deploy.export_passes import for_export
+from thesean.deploy.export_passes import streaming
 from thesean.errors import ExportError, PassRefused
 from thesean.passes.analyse.chunks import join, run_in_chunks
 from thesean.passes.analyse.threaded import Threaded, _pieces
@@ -140,9 +140,7 @@ def text_by(rule: Rule) -> Captured:
 def threaded(rule: Rule) -> Any:
     guide = text_by(rule)
     stateless = hybrid(guide, {"block": "gru"})
-    always = for_export(guide.signature, (), stateful=False)
-    streaming = [p for p in for_export(guide.signature, (), stateful=True) if p not in always[1:]]
-    return run_passes(stateless, *streaming)[0], stateless, guide.signature
+    return run_passes(stateless, *streaming(guide.signature, ahead=True))[0], stateless, guide.signature
 
 
 @pytest.mark.parametrize("rule", soon(STREAMS))

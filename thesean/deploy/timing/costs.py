@@ -42,7 +42,7 @@ def costs_of_files(
     place, in turns, on one thread; what has no batch or time dimension is measured once. Raises ExportError for a file
     that onnxruntime can't load.
     """
-    timed = any(not s.startswith("batch") for s in signature.symbols)
+    timed = bool(signature.lengths)
     sizes: list[int | None] = [*sorted(set(lengths))] if timed else [None]
     rows = sorted(set(batches)) if "batch" in signature.symbols else [signature.fixed_rows or 1]
     found: dict[str, list[FileCosts]] = {name: [] for name in paths}

@@ -75,7 +75,7 @@ def latency_of_models(
     def taken(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Timing]:
         return measure(calls, repeats, seconds, settle=settle)
 
-    if all(s.startswith("batch") for s in signature.symbols):
+    if not signature.lengths:
         feeds = random_feeds(signature, batch, None)
         forward = taken({n: _prefill(s, feeds) for n, s in sessions.items()})
         return {n: FileTimings(prefill={}, token={}, token_kind=None, forward=v) for n, v in forward.items()}

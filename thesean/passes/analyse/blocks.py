@@ -96,16 +96,16 @@ def find_blocks(flow: DataFlow, within: Region | None = None) -> list[Region]:
                 several = len(inner) > 1 and all(_has_residual(flow, b) for b in inner)
                 found.extend(inner if several else [segment])
     found = [r for r in found if is_single_entry_single_exit(flow, r)]  # a value inside may leave by another output
-    if within is None and rows:
+    # a gate or a pool alone, such as softmax(score(x)) x, may be no block that the network is made of
+    unsure = not found or not (forms or any(s.is_residual() for s in found))
+    if within is None and rows and unsure:
         row = max(rows, key=len)
         if _perceptron(row):
             plain = [block for each in rows for block in _perceptron(each)]
         else:
             plain = [s for s in row if s.is_heavy()][:-1]  # every linear map but the last, the head
         plain = [s for s in plain if is_single_entry_single_exit(flow, s)]
-        # a gate or a pool among them, such as softmax(score(x)) x, is no block that the network is made of
-        aside = not any(s.is_residual() for s in found) and not forms and 2 * _maps(found) < _maps(plain)
-        found = plain if aside or not found else found
+        found = plain if not found or 2 * _maps(found) < _maps(plain) else found
     if within is None:
         found = mend(flow, rows, found)
     return sorted(found, key=lambda r: flow.order[r.exit])

@@ -190,7 +190,7 @@ def _runs_elsewhere(captured: Captured) -> bool:
     """Whether the graph runs at another length. A table of positions over windows of the input allows export a few
     lengths beside the traced one, and it takes that for a dynamic dimension.
     """
-    if all(s.startswith("batch") for s in captured.signature.symbols):
+    if not captured.signature.lengths:
         return True
     device = str(next(iter(captured.example.values())).device)
     try:

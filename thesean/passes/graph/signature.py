@@ -217,6 +217,11 @@ class Signature:
         return made
 
     @property
+    def lengths(self) -> tuple[str, ...]:
+        """The dynamic dimensions that are no batch: time, or an image's sides."""
+        return tuple(s for s in self.symbols if not s.startswith("batch"))
+
+    @property
     def example_sizes(self) -> dict[str, int]:
         """Of the dynamic dimensions, in the kept examples."""
         return sizes_of((s.shape, s.example) for s in self.inputs if s.example is not None)

@@ -164,10 +164,11 @@ class SiteFinder:
 
     def _nothing(self, named: NamedRegion, target: Target, scope: Scope) -> str:
         """Why a part has nothing to replace, from what the whole part was seen to do: as its row says."""
-        inside = {p: r for p, r in module_regions(self.flow).items() if p.startswith(f"{named.path}.")}
-        cells = [path for path, region in inside.items() if self._cell(region) is not None]
-        if len(cells) > 1:
-            return f"it is made of {', '.join(cells)}, each a cell of its own: parts=['{named.path}.*'] takes them"
+        if recurrent_units(named.region) is not None:
+            inside = {p: r for p, r in module_regions(self.flow).items() if p.startswith(f"{named.path}.")}
+            cells = [path for path, region in inside.items() if self._cell(region) is not None]
+            if len(cells) > 1:
+                return f"it is made of {', '.join(cells)}, each a cell of its own: parts=['{named.path}.*'] takes them"
         if scope != "mixing":
             facts, unread = self._channels(named.region)
             square = self.values[named.region.entry].ndim == 4
